@@ -1,0 +1,18 @@
+"""What pyproject.toml leaves open: the extensions, and the packages that this machine needs."""
+
+import sys
+from pathlib import Path
+
+from setuptools import setup
+
+# pip runs this file without its folder on the path.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from utils.build import EXTRAS, extensions, requirements
+
+setup(
+    license="MIT",
+    ext_modules=extensions(),
+    install_requires=requirements(),
+    extras_require={name: list(packages) for name, packages in EXTRAS.items()},
+)
