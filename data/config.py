@@ -1,0 +1,128 @@
+"""Presets as plain data: prior boxes, input constants, and the published training recipe.
+
+Nothing is read or computed on import; every class below is a frozen record of numbers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+INPUT_MEAN = (104.0, 117.0, 123.0)
+"""Per-channel mean in BGR order, subtracted from pixel values in 0..255 (std is 1)."""
+
+
+@dataclass(frozen=True)
+class PriorConfig:
+    """Where the prior boxes of one detector lie (SSD, arXiv 1512.02325, section 2.2).
+
+    Lengths are in pixels of the square network input. There is one entry per source map in
+    every tuple; everything else about the boxes (how many per cell, how many in all) is derived.
+    """
+
+    size: int
+    feature_maps: tuple[int, ...]
+    steps: tuple[float, ...]
+    min_sizes: tuple[float, ...]
+    max_sizes: tuple[float, ...]
+    aspect_ratios: tuple[tuple[float, ...], ...]
+    variance: tuple[float, float] = (0.1, 0.2)
+
+    def __post_init__(self) -> None:
+        lengths = {
+            name: len(getattr(self, name))
+            for name in ("feature_maps", "steps", "min_sizes", "max_sizes", "aspect_ratios")
+        }
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"one entry per source map is needed in each of {lengths}")
+
+    @property
+    def boxes_per_cell(self) -> tuple[int, ...]:
+        """Two square boxes, and two boxes (upright and lying) for every aspect ratio."""
+        return tuple(2 + 2 * len(ratios) for ratios in self.aspect_ratios)
+
+    @property
+    def num_priors(self) -> int:
+        cells = (side * side for side in self.feature_maps)
+        return sum(n * a for n, a in zip(cells, self.boxes_per_cell, strict=True))
+
+
+def _ssd300(min_sizes: tuple[float, ...], last: float) -> PriorConfig:
+    return PriorConfig(
+        size=300,
+        feature_maps=(38, 19, 10, 5, 3, 1),
+        steps=(8, 16, 32, 64, 100, 300),
+        min_sizes=min_sizes,
+        max_sizes=(*min_sizes[1:], last),
+        # The first map has ratios 2 and 3, too: 11,620 priors, not the 8,732 of the SSD paper.
+        aspect_ratios=((2, 3),) * 4 + ((2,),) * 2,
+    )
+
+
+def _ssd512(min_sizes: tuple[float, ...], last: float) -> PriorConfig:
+    return PriorConfig(
+        size=512,
+        feature_maps=(64, 32, 16, 8, 4, 2, 1),
+        steps=(8, 16, 32, 64, 128, 256, 512),
+        min_sizes=min_sizes,
+        max_sizes=(*min_sizes[1:], last),
+        aspect_ratios=((2, 3),) * 5 + ((2,),) * 2,
+    )
+
+
+VOC_300 = _ssd300((30, 60, 111, 162, 213, 264), 315)
+COCO_300 = _ssd300((21, 45, 99, 153, 207, 261), 315)
+VOC_512 = _ssd512((35.84, 76.8, 153.6, 230.4, 307.2, 384, 460.8), 537.6)
+COCO_512 = _ssd512((20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8), 542.72)
+
+PRIORS = {
+    ("VOC", 300): VOC_300,
+    ("VOC", 512): VOC_512,
+    ("COCO", 300): COCO_300,
+    ("COCO", 512): COCO_512,
+}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the published recipe fixes per data set; the command line overrides single fields.
+
+    Image sets are (year, set) pairs; a year of ``None`` is a folder without devkit years.
+    """
+
+    epochs: int
+    weight_decay: float
+    train_sets: tuple[tuple[str | None, str], ...]
+    test_sets: tuple[tuple[str | None, str], ...]
+    test_threshold: float
+    """Lowest score that counts as a detection when testing."""
+    top_k: int
+    """Most detections kept per image."""
+
+
+RECIPES = {
+    "VOC": Recipe(
+        epochs=300,
+        weight_decay=5e-4,
+        train_sets=(("2007", "trainval"), ("2012", "trainval")),
+        test_sets=(("2007", "test"),),
+        test_threshold=0.03,
+        top_k=300,
+    ),
+    "COCO": Recipe(
+        epochs=150,
+        weight_decay=1e-4,
+        train_sets=(("2017", "train"),),
+        test_sets=(("2017", "val"),),
+        test_threshold=0.02,
+        top_k=200,
+    ),
+}
+
+TRAINING_THRESHOLD = 0.01
+"""Lowest score that counts when a run is evaluated during training."""
+NMS_THRESHOLD = 0.45
+PER_CLASS = 50
+"""Most detections kept per class and image after non-maximum suppression."""
+LR_MILESTONES = (0.6, 0.8, 0.9)
+"""Shares of the epochs after which the learning rate is multiplied by gamma."""
+WARMUP_START_LR = 1e-6

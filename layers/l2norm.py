@@ -1,0 +1,22 @@
+"""L2 normalisation over channels with a learned scale (ParseNet, arXiv 1506.04579)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class L2Norm(nn.Module):
+    """x / (||x||_2 over channels + 1e-10) x weight: [B, C, H, W] -> [B, C, H, W].
+
+    SSD scales its first source map with it, because conv4_3's features are larger than the rest.
+    """
+
+    def __init__(self, channels: int, scale: float = 20.0, eps: float = 1e-10):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.full((channels,), scale))
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.float32) + self.eps
+        return (x / norm * self.weight[:, None, None]).to(x.dtype)

@@ -1,0 +1,50 @@
+"""Prior boxes (SSD's default boxes, arXiv 1512.02325, section 2.2)."""
+
+from __future__ import annotations
+
+from math import sqrt
+
+import torch
+from torch import Tensor, nn
+
+
+class PriorBox(nn.Module):
+    """The prior boxes of a preset as a buffer that follows ``.to(device)``.
+
+    ``PriorBox(config)()`` -> float32 [P, 4], (cx, cy, w, h) relative to the image, clipped to
+    [0, 1]. Order: source map, row, column, then per cell the square box of the minimum size, the
+    square box between minimum and maximum size, and for every aspect ratio the lying and the
+    upright box.
+    """
+
+    def __init__(self, config):
+        """``config`` is a preset (``data.config.PriorConfig``) or anything with its fields."""
+        super().__init__()
+        self.config = config
+        self.register_buffer("boxes", _prior_boxes(config), persistent=False)
+
+    def forward(self) -> Tensor:
+        return self.boxes
+
+    def extra_repr(self) -> str:
+        return f"size={self.config.size}, priors={len(self.boxes)}"
+
+
+def _prior_boxes(config) -> Tensor:
+    maps = []
+    for k, side in enumerate(config.feature_maps):
+        # In double precision, as the published numbers were computed before they became float32.
+        centres = (torch.arange(side, dtype=torch.float64) + 0.5) * config.steps[k] / config.size
+        cy, cx = torch.meshgrid(centres, centres, indexing="ij")
+        small = config.min_sizes[k] / config.size
+        between = sqrt(small * config.max_sizes[k] / config.size)
+        shapes = [(small, small), (between, between)]
+        for ratio in config.aspect_ratios[k]:
+            shapes += [
+                (small * sqrt(ratio), small / sqrt(ratio)),
+                (small / sqrt(ratio), small * sqrt(ratio)),
+            ]
+        cells = torch.stack([cx, cy], -1).reshape(-1, 1, 2)
+        sizes = torch.tensor(shapes, dtype=torch.float64).expand(len(cells), -1, 2)
+        maps.append(torch.cat([cells.expand_as(sizes), sizes], -1).reshape(-1, 4))
+    return torch.cat(maps).clamp(0, 1).float()

@@ -1,0 +1,104 @@
+"""The single-shot detector (Liu et al., ECCV 2016, arXiv 1512.02325) on any base network."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layers.l2norm import L2Norm
+
+
+class SSD(nn.Module):
+    """Base network, extra layers, and a location and a confidence head on every source map.
+
+    ``forward``: images [B, 3, S, S] (BGR, 0..255 minus the mean) -> ``loc`` [B, P, 4], the box
+    offsets encoded against the prior boxes, and ``conf`` [B, P, num_classes], logits with class
+    0 = background. The same pair in training and evaluation mode.
+
+    Member names and positions are frozen by the published checkpoints.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        extras: nn.ModuleList,
+        boxes_per_cell: Sequence[int],
+        num_classes: int,
+        bridge: nn.Module | None = None,
+    ):
+        """``base`` yields (stride-8 map, stride-16 map) and says its ``out_channels``; every
+        second layer of ``extras`` is a source; ``bridge`` stands between base and source 2."""
+        super().__init__()
+        self.num_classes = num_classes
+        self.base = base
+        self.bridge = bridge if bridge is not None else nn.Identity()
+        self.extras = extras
+        self.L2Norm = L2Norm(base.out_channels[0])
+        channels = [*base.out_channels, *(layer.out_channels for layer in extras[1::2])]
+        if len(channels) != len(boxes_per_cell):
+            raise ValueError(
+                f"the network has {len(channels)} source maps, the prior boxes are given for "
+                f"{len(boxes_per_cell)}"
+            )
+        self.loc = _heads(channels, [a * 4 for a in boxes_per_cell])
+        self.conf = _heads(channels, [a * num_classes for a in boxes_per_cell])
+
+    def sources(self, images: Tensor) -> list[Tensor]:
+        """The source maps [B, C_k, H_k, W_k], largest first."""
+        stride8, x = self.base(images)
+        x = self.bridge(x)
+        sources = [self.L2Norm(stride8), x]
+        for i, layer in enumerate(self.extras):
+            x = F.relu(layer(x))
+            if i % 2 == 1:
+                sources.append(x)
+        return sources
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        sources = self.sources(images)
+        loc = [_rows(head(x), 4) for head, x in zip(self.loc, sources, strict=True)]
+        conf = [
+            _rows(head(x), self.num_classes) for head, x in zip(self.conf, sources, strict=True)
+        ]
+        return torch.cat(loc, 1), torch.cat(conf, 1)
+
+
+def ssd_extras(in_channels: int, size: int) -> nn.ModuleList:
+    """The extra layers that shrink the stride-16 map to 1x1, two convolutions a step."""
+    if size not in _EXTRAS:
+        raise ValueError(f"size {size} is not one of {sorted(_EXTRAS)}")
+    layers: list[nn.Module] = []
+    for width, out, options in _EXTRAS[size]:
+        layers += [nn.Conv2d(in_channels, width, 1), nn.Conv2d(width, out, **options)]
+        in_channels = out
+    _zero_biases(layers)
+    return nn.ModuleList(layers)
+
+
+_HALVE = {"kernel_size": 3, "stride": 2, "padding": 1}
+_SHRINK = {"kernel_size": 3}
+_LAST = {"kernel_size": 4, "padding": 1}
+# size -> (width of the 1x1 convolution, outputs, options of the convolution that shrinks the map)
+_EXTRAS = {
+    300: ((256, 512, _HALVE), (128, 256, _HALVE), (128, 256, _SHRINK), (128, 256, _SHRINK)),
+    512: ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3, (128, 256, _LAST)),
+}
+
+
+def _heads(in_channels: Sequence[int], out_channels: Sequence[int]) -> nn.ModuleList:
+    heads = [nn.Conv2d(i, o, 3, padding=1) for i, o in zip(in_channels, out_channels, strict=True)]
+    _zero_biases(heads)
+    return nn.ModuleList(heads)
+
+
+def _zero_biases(layers: Sequence[nn.Module]) -> None:
+    for layer in layers:
+        nn.init.zeros_(layer.bias)
+
+
+def _rows(x: Tensor, columns: int) -> Tensor:
+    """[B, A * columns, H, W] -> [B, H * W * A, columns], cell by cell as the prior boxes lie."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, columns)

@@ -1,0 +1,53 @@
+"""VGG16 base network (configuration D, arXiv 1409.1556) as SSD reduces it (arXiv 1512.02325)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+# Convolution widths stage by stage; "ceil" is SSD's pool3, rounded up so that 75 becomes 38.
+_LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "ceil", 512, 512, 512)
+_LAYERS_STRIDE16 = ("pool", 512, 512, 512)
+
+
+class VGGBase(nn.ModuleList):
+    """VGG16 up to fc7 as convolutions: images [B, 3, S, S] -> (stride-8 map, stride-16 map).
+
+    Source 1 is conv4_3 after its ReLU (``tap``), source 2 fc7 after its ReLU. The list positions
+    are those of the published ``vgg16_reducedfc.pth``.
+    """
+
+    out_channels = (512, 1024)
+
+    def __init__(self) -> None:
+        super().__init__()
+        channels = self._append(_LAYERS, 3)
+        self.tap = len(self) - 1
+        channels = self._append(_LAYERS_STRIDE16, channels)
+        self.append(nn.MaxPool2d(3, stride=1, padding=1))
+        for out, kernel, dilation in ((1024, 3, 6), (1024, 1, 1)):
+            padding = dilation * (kernel // 2)
+            self.append(nn.Conv2d(channels, out, kernel, padding=padding, dilation=dilation))
+            self.append(nn.ReLU(inplace=True))
+            channels = out
+        # Without batch normalisation PyTorch's default weights fade out over 15 layers.
+        for m in self:
+            if isinstance(m, nn.Conv2d):
+                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(m.bias)
+
+    def _append(self, layers: tuple[int | str, ...], channels: int) -> int:
+        for layer in layers:
+            if isinstance(layer, str):
+                self.append(nn.MaxPool2d(2, ceil_mode=layer == "ceil"))
+            else:
+                self.append(nn.Conv2d(channels, layer, 3, padding=1))
+                self.append(nn.ReLU(inplace=True))
+                channels = layer
+        return channels
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for i, layer in enumerate(self):
+            x = layer(x)
+            if i == self.tap:
+                stride8 = x
+        return stride8, x

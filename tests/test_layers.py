@@ -1,0 +1,286 @@
+"""Priors, box geometry, matching and the multibox loss against goldens and literal references."""
+
+from __future__ import annotations
+
+from math import sqrt
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import data.config as config
+from layers import L2Norm, MultiBoxLoss, PriorBox
+from layers.boxes import decode, encode, iou, to_centre_size, to_corners
+from layers.matching import match, pad_targets
+
+GOLDENS = Path(__file__).parent / "goldens"
+VARIANCE = (0.1, 0.2)
+
+
+def match_one(target, priors, threshold=0.5):
+    boxes, mask = pad_targets([target], torch.device("cpu"))
+    labels, offsets = match(boxes, mask, priors, threshold, VARIANCE)
+    return labels[0], offsets[0]
+
+
+# ---------------------------------------------------------------- priors
+
+
+@pytest.mark.parametrize("name", ["VOC_300", "VOC_512", "COCO_300", "COCO_512"])
+def test_priors_equal_the_published_ones(name):
+    preset = getattr(config, name)
+    priors = PriorBox(preset)()
+    assert priors.dtype == torch.float32
+    assert len(priors) == preset.num_priors
+    np.testing.assert_allclose(priors, np.load(GOLDENS / "priors.npz")[name], rtol=0, atol=1e-7)
+
+
+def test_priors_of_one_cell_by_hand():
+    priors = PriorBox(config.VOC_300)()
+    # Map 0, row 1, column 2: cell (38 + 2), 6 boxes a cell; min 30, max 60, step 8.
+    s, c = 30 / 300, (2.5 * 8 / 300, 1.5 * 8 / 300)
+    shapes = [
+        (s, s),
+        (sqrt(s * 0.2), sqrt(s * 0.2)),
+        (s * sqrt(2), s / sqrt(2)),
+        (s / sqrt(2), s * sqrt(2)),
+        (s * sqrt(3), s / sqrt(3)),
+        (s / sqrt(3), s * sqrt(3)),
+    ]
+    expected = torch.tensor([[*c, *shape] for shape in shapes])
+    torch.testing.assert_close(priors[40 * 6 : 41 * 6], expected)
+
+
+def test_priors_are_a_buffer_that_no_checkpoint_carries():
+    module = PriorBox(config.COCO_300)
+    assert [name for name, _ in module.named_buffers()] == ["boxes"]
+    assert not module.state_dict()
+    assert module.to(torch.float64)().dtype == torch.float64
+
+
+def test_preset_with_a_missing_entry_is_refused():
+    with pytest.raises(ValueError, match="'steps': 5"):
+        config.PriorConfig(**{**vars(config.VOC_300), "steps": (8, 16, 32, 64, 100)})
+
+
+# ---------------------------------------------------------------- boxes
+
+
+def test_corner_and_centre_boxes_round_trip():
+    boxes = torch.tensor([[0.1, 0.2, 0.5, 0.4], [-0.5, 0.0, 1.5, 1.0]])
+    torch.testing.assert_close(to_centre_size(boxes)[0], torch.tensor([0.3, 0.3, 0.4, 0.2]))
+    torch.testing.assert_close(to_corners(to_centre_size(boxes)), boxes)
+
+
+def test_iou_by_hand():
+    a = torch.tensor([[0.0, 0.0, 2.0, 2.0], [0.0, 0.0, 0.0, 0.0]])
+    b = torch.tensor([[1.0, 1.0, 3.0, 3.0], [0.0, 0.0, 2.0, 1.0], [5.0, 5.0, 6.0, 6.0]])
+    expected = torch.tensor([[1 / 7, 1 / 2, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(iou(a, b), expected)
+    assert iou(a[1:], a[1:]).item() == 0, "two empty boxes overlap by 0, not NaN"
+
+
+def test_decoding_inverts_encoding():
+    generator = torch.Generator().manual_seed(0)
+    priors = PriorBox(config.VOC_300)()
+    corners = to_corners(torch.rand(len(priors), 4, generator=generator) * 0.9 + 0.05)
+    torch.testing.assert_close(
+        decode(encode(corners, priors, VARIANCE), priors, VARIANCE), corners, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_encoding_by_hand_and_finite_for_a_box_without_area():
+    prior = torch.tensor([[0.5, 0.5, 0.2, 0.4]])
+    box = torch.tensor([[0.5, 0.4, 0.7, 0.6]])
+    expected = [(0.6 - 0.5) / 0.02, 0.0, 0.0, np.log(0.2 / 0.4) / 0.2]
+    torch.testing.assert_close(encode(box, prior, VARIANCE)[0], torch.tensor(expected).float())
+    assert encode(torch.zeros(1, 4), prior, VARIANCE).isfinite().all()
+
+
+def test_l2norm_scales_every_position_to_its_weight():
+    x = torch.randn(2, 5, 3, 4)
+    norm = L2Norm(5)
+    torch.testing.assert_close(norm(x).norm(dim=1), torch.full((2, 3, 4), 20.0))
+    assert not norm(torch.zeros(1, 5, 1, 1)).isnan().any()
+
+
+# ---------------------------------------------------------------- matching
+
+
+def literal_match(target, priors, threshold=0.5):
+    """The rule of the text, box by box."""
+    overlaps = iou(target[:, :4], to_corners(priors))
+    owner = overlaps.argmax(0).tolist()
+    positive = (overlaps.max(0).values >= threshold).tolist()
+    for j in range(len(target)):
+        claimed = int(overlaps[j].argmax())
+        owner[claimed], positive[claimed] = j, True
+    labels = [int(target[o, 4]) if p else 0 for o, p in zip(owner, positive, strict=True)]
+    return torch.tensor(labels), target[owner, :4]
+
+
+def random_targets(generator, count, classes=5):
+    centre = torch.rand(count, 2, generator=generator)
+    size = torch.rand(count, 2, generator=generator) * 0.4 + 0.01
+    corners = to_corners(torch.cat([centre, size], 1)).clamp(0, 1)
+    labels = torch.randint(1, classes, (count, 1), generator=generator)
+    return torch.cat([corners, labels], 1)
+
+
+def test_batched_matching_equals_the_literal_rule():
+    generator = torch.Generator().manual_seed(1)
+    priors = PriorBox(config.VOC_300)()
+    targets = [random_targets(generator, n) for n in (3, 0, 1, 17, 60)]
+    boxes, mask = pad_targets(targets, torch.device("cpu"))
+    labels, offsets = match(boxes, mask, priors, 0.5, VARIANCE)
+    for i, target in enumerate(targets):
+        if not len(target):
+            assert not labels[i].any()
+            continue
+        expected, owner = literal_match(target, priors)
+        assert torch.equal(labels[i], expected)
+        torch.testing.assert_close(
+            offsets[i][expected > 0], encode(owner, priors, VARIANCE)[expected > 0]
+        )
+
+
+def test_every_box_owns_a_prior_even_where_none_overlaps_enough():
+    priors = PriorBox(config.VOC_300)()
+    tiny = torch.tensor([[0.501, 0.502, 0.503, 0.504, 2.0]])
+    labels, _ = match_one(tiny, priors)
+    assert labels.count_nonzero() == 1
+
+
+def test_of_two_boxes_on_one_prior_the_later_wins():
+    priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]])
+    first = [0.3, 0.3, 0.7, 0.7, 1.0]
+    second = [0.32, 0.3, 0.7, 0.7, 2.0]
+    for pair, winner in (((first, second), 2), ((second, first), 1)):
+        labels, offsets = match_one(torch.tensor(pair), priors)
+        assert labels.tolist() == [winner, 0]
+        expected = encode(torch.tensor(pair[1])[None, :4], priors[:1], VARIANCE)[0]
+        torch.testing.assert_close(offsets[0], expected)
+
+
+def test_a_box_larger_than_the_image_matches_the_largest_priors_with_finite_offsets():
+    priors = PriorBox(config.VOC_300)()
+    labels, offsets = match_one(torch.tensor([[-0.2, -0.1, 1.3, 1.2, 3.0]]), priors)
+    assert labels.count_nonzero() >= 1
+    assert priors[labels > 0, 2:].min() > 0.5
+    assert offsets.isfinite().all()
+
+
+# ---------------------------------------------------------------- loss
+
+
+def literal_loss(loc, conf, priors, targets):
+    """Image by image, prior by prior set, straight from the text."""
+    loss_loc = loss_conf = 0.0
+    positives = 0
+    for i, target in enumerate(targets):
+        labels = torch.zeros(len(priors), dtype=torch.long)
+        if len(target):
+            labels, owner = literal_match(target, priors)
+        positive = labels > 0
+        if positive.any():
+            encoded = encode(owner, priors, VARIANCE)
+            loss_loc += torch.nn.functional.smooth_l1_loss(
+                loc[i][positive], encoded[positive], reduction="sum"
+            )
+        entropy = torch.nn.functional.cross_entropy(conf[i], labels, reduction="none")
+        wanted = min(3 * int(positive.sum()), len(priors) - 1)
+        negatives = entropy[~positive].sort(descending=True).values[:wanted]
+        loss_conf += entropy[positive].sum() + negatives.sum()
+        positives += int(positive.sum())
+    return loss_loc / positives, loss_conf / positives
+
+
+@pytest.mark.parametrize("name", ["COCO_300", "COCO_512"])
+def test_loss_equals_the_published_one(name):
+    golden = np.load(GOLDENS / f"multibox_loss_{name}.npz")
+    priors = PriorBox(getattr(config, str(golden["config"])))()
+    batch, classes = int(golden["batch"]), int(golden["num_classes"])
+    noise = np.random.RandomState(int(golden["seed"]))
+    loc = noise.standard_normal((batch, len(priors), 4)).astype(np.float32)
+    conf = (2 * noise.standard_normal((batch, len(priors), classes))).astype(np.float32)
+    loc, conf = (torch.from_numpy(x).requires_grad_() for x in (loc, conf))
+    rows = torch.from_numpy(golden["targets"]).float()
+    targets = [rows[rows[:, 0] == i, 1:] for i in range(batch)]
+
+    boxes, mask = pad_targets(targets, torch.device("cpu"))
+    labels, offsets = match(boxes, mask, priors, 0.5, VARIANCE)
+    np.testing.assert_array_equal(labels, golden["matched_label"])
+    index = torch.from_numpy(golden["positive_index"]).long()
+    np.testing.assert_allclose(
+        offsets[index[:, 0], index[:, 1]], golden["positive_loc_target"], rtol=1e-4, atol=1e-4
+    )
+
+    losses = MultiBoxLoss(classes)((loc, conf), priors, targets)
+    sum(losses).backward()
+    measured = [*map(float, losses), float(loc.grad.norm()), float(conf.grad.norm())]
+    names = ("loss_loc", "loss_conf", "grad_loc_norm", "grad_conf_norm")
+    assert measured == pytest.approx([float(golden[k]) for k in names], rel=1e-5)
+
+
+@pytest.mark.parametrize("counts", [(4, 0, 9), (1,), (30, 2)])
+def test_loss_equals_a_literal_reference(counts):
+    generator = torch.Generator().manual_seed(sum(counts))
+    priors = PriorBox(config.VOC_300)()
+    targets = [random_targets(generator, n) for n in counts]
+    loc = torch.randn(len(counts), len(priors), 4, generator=generator)
+    conf = torch.randn(len(counts), len(priors), 5, generator=generator)
+    torch.testing.assert_close(
+        MultiBoxLoss(5)((loc, conf), priors, targets), literal_loss(loc, conf, priors, targets)
+    )
+
+
+def test_batch_without_a_positive_has_zero_loss_and_zero_gradient():
+    priors = PriorBox(config.VOC_300)()
+    loc = torch.randn(2, len(priors), 4, requires_grad=True)
+    conf = torch.randn(2, len(priors), 3, requires_grad=True)
+    losses = MultiBoxLoss(3)((loc, conf), priors, [torch.zeros(0, 5)] * 2)
+    sum(losses).backward()
+    assert [float(loss) for loss in losses] == [0.0, 0.0]
+    assert not loc.grad.any()
+    assert not conf.grad.any()
+
+
+def test_negatives_are_capped_when_nearly_every_prior_is_positive():
+    priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.5, 0.5, 0.41, 0.4], [0.1, 0.1, 0.1, 0.1]])
+    target = torch.tensor([[0.3, 0.3, 0.7, 0.7, 1.0]])
+    loc, conf = torch.zeros(1, 3, 4), torch.zeros(1, 3, 2)
+    _, loss_conf = MultiBoxLoss(2)((loc, conf), priors, [target])
+    # Two positives and the one negative there is: three times log 2 over two positives.
+    assert float(loss_conf) == pytest.approx(3 * np.log(2) / 2)
+
+
+def test_loss_of_half_precision_outputs_is_computed_in_float32():
+    priors = PriorBox(config.VOC_300)()
+    loc, conf = torch.zeros(1, len(priors), 4).bfloat16(), torch.zeros(1, len(priors), 3).bfloat16()
+    losses = MultiBoxLoss(3)((loc, conf), priors, [torch.tensor([[0.1, 0.1, 0.6, 0.6, 1.0]])])
+    assert [loss.dtype for loss in losses] == [torch.float32] * 2
+    assert float(losses[1]) == pytest.approx(4 * np.log(3), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        (torch.tensor([[0.1, 0.1, 0.2, 0.2, 3.0]]), r"label outside 1\.\.2: \[3\.0\]"),
+        (torch.tensor([[0.1, 0.1, 0.2, 0.2, 0.0]]), r"label outside 1\.\.2: \[0\.0\]"),
+        (torch.zeros(2, 4), r"shape \[2, 4\]"),
+    ],
+)
+def test_target_that_cannot_be_meant_is_refused(target, words):
+    priors = PriorBox(config.VOC_300)()
+    loc, conf = torch.zeros(1, len(priors), 4), torch.zeros(1, len(priors), 3)
+    with pytest.raises(ValueError, match=words):
+        MultiBoxLoss(3)((loc, conf), priors, [target])
+
+
+def test_outputs_that_do_not_fit_the_priors_are_refused_with_both_numbers():
+    priors = PriorBox(config.VOC_300)()
+    with pytest.raises(ValueError, match="32756.*11620"):
+        MultiBoxLoss(3)((torch.zeros(1, 32756, 4), torch.zeros(1, 32756, 3)), priors, [
+            torch.zeros(0, 5)
+        ])  # fmt: skip
