@@ -1,0 +1,438 @@
+"""PASCAL VOC and every folder in its layout: annotations, samples, evaluation."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.image import read_image
+from utils.errors import UserError
+
+VOC_CLASSES = (
+    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
+    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
+    "train", "tvmonitor",
+)  # fmt: skip
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # in order of preference, any case
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """What one XML file says.
+
+    size: (width, height), None when the file gives none or no positive one. names: one an object.
+    boxes: float64 [n, 4], (x1, y1, x2, y2) in pixels counted from 0, the XML's value - 1, both ends
+    inside the box; as found, also without area or outside the picture. difficult: bool [n].
+    n may be 0.
+    """
+
+    path: Path
+    size: tuple[int, int] | None
+    names: tuple[str, ...]
+    boxes: np.ndarray
+    difficult: np.ndarray
+
+
+def read_annotation(path: str | Path) -> Annotation:
+    """Read one VOC XML file; the tags besides <object>, <name> and <bndbox> are optional.
+
+    Raises UserError naming the file, and the line or the object (counted from 1), when it is
+    missing or malformed, or an object has no name or lacks a finite coordinate.
+    """
+    path = Path(path)
+    try:
+        root = ElementTree.parse(path).getroot()
+    except OSError as error:
+        raise UserError(f"{path}: the annotation cannot be read ({error.strerror})") from error
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path}:{error.position[0]}: malformed XML ({error})") from error
+    except (ValueError, LookupError) as error:  # an encoding that the parser does not know
+        raise UserError(f"{path}: malformed XML ({error})") from error
+    names, boxes, difficult = [], [], []
+    for index, element in enumerate(root.findall("object"), 1):
+        where = f"{path}: object {index}"
+        name = (element.findtext("name") or "").strip()
+        if not name:
+            raise UserError(f"{where} has no <name>")
+        where += f' ("{name}")'
+        bndbox = element.find("bndbox")
+        if bndbox is None:
+            raise UserError(f"{where} has no <bndbox>")
+        flag = (element.findtext("difficult") or "0").strip().lower()
+        if flag not in ("", "0", "1", "false", "true", "unspecified"):
+            raise UserError(f'{where}: <difficult> is "{flag}", expected 0 or 1')
+        names.append(name)
+        boxes.append([_coordinate(bndbox, tag, where) for tag in ("xmin", "ymin", "xmax", "ymax")])
+        difficult.append(flag in ("1", "true"))
+    boxes = np.array(boxes, np.float64).reshape(-1, 4) - 1
+    return Annotation(path, _size(root), tuple(names), boxes, np.array(difficult, bool))
+
+
+def _coordinate(bndbox: ElementTree.Element, tag: str, where: str) -> float:
+    text = bndbox.findtext(tag)
+    if text is None:
+        raise UserError(f"{where}: <bndbox> has no <{tag}>")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise UserError(f'{where}: <{tag}> is "{text.strip()}", expected a number')
+    return value
+
+
+def _size(root: ElementTree.Element) -> tuple[int, int] | None:
+    try:
+        width, height = (int(float(root.findtext(f"size/{t}", "0"))) for t in ("width", "height"))
+    except (ValueError, OverflowError):
+        return None
+    return (width, height) if width > 0 and height > 0 else None
+
+
+def _year_folders(root: Path) -> dict[str | None, Path]:
+    """Year -> folder for the VOC<year> in a devkit or its parent; None -> root itself."""
+    folders = [*root.glob("VOCdevkit/VOC[0-9]*"), *root.glob("VOC[0-9]*")]
+    folders += [root] if root.absolute().name.startswith("VOC2") else []
+    return {None: root, **{folder.name[3:]: folder for folder in sorted(folders)}}
+
+
+def list_image_sets(root: Path) -> list[tuple[str | None, str]]:
+    """The (year, set) pairs of a devkit, the (None, set) pairs of a folder in VOC layout."""
+    found = []
+    for year, folder in _year_folders(root).items():
+        files = [*folder.glob("ImageSets/Main/*.txt"), *folder.glob("ImageSets/*.txt")]
+        # the official Main/ also holds a file per class and set
+        stems = {f.stem for f in files if f.stem.rpartition("_")[0] not in VOC_CLASSES}
+        found += [(year, stem) for stem in sorted(stems)]
+    return found
+
+
+def set_name(year: str | None, image_set: str) -> str:
+    """How the command line spells an image set: "2007_test", "test" in a folder without years."""
+    return f"{year}_{image_set}" if year else image_set
+
+
+def _find_set(root: Path, year: str | None, image_set: str) -> tuple[Path, Path]:
+    """(folder that holds Annotations/, split file) of one image set, or UserError."""
+    if not root.is_dir():
+        raise UserError(f"{root}: no such data set folder")
+    folder = _year_folders(root).get(year or None, root / f"VOC{year}")
+    splits = [folder / "ImageSets" / "Main", folder / "ImageSets"]
+    splits = [split / f"{image_set}.txt" for split in splits]
+    for split in splits:
+        if split.is_file():
+            return folder, split
+    there = ", ".join(set_name(*pair) for pair in list_image_sets(root)) or "none"
+    raise UserError(
+        f'no image set "{set_name(year, image_set)}" in {root}: looked for {splits[0]} and '
+        f"{splits[1]}; image sets there: {there}"
+    )
+
+
+def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
+    """The class names as a tuple; UserError when one is empty, repeated or the background."""
+    names = tuple(name.strip() for name in classes)
+    if not names or "" in names:
+        raise UserError(f"{source}: a class name is empty")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{source}: class names must be unique, repeated: {', '.join(repeated)}")
+    if background := {"background", "__background__"} & set(names):
+        raise UserError(
+            f'{source}: leave "{background.pop()}" out, the background is no class of the data set'
+        )
+    return names
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Class names from a file with one name a line; empty lines do not count."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the class names cannot be read ({error})") from error
+    return check_classes([line for line in lines if line.strip()], str(path))
+
+
+def parse_classes(text: str) -> tuple[str, ...]:
+    """The command line's --classes: "a,b,c", or a file with one name a line."""
+    path = Path(text).expanduser()
+    return read_classes(path) if path.is_file() else check_classes(text.split(","), "--classes")
+
+
+@dataclass(frozen=True)
+class VOCAnnotations:
+    """The annotations of some image sets, without a look at the pictures.
+
+    ids, folders (that hold JPEGImages/) and annotations run in parallel, one an image.
+    skipped: reason -> one "file: detail" a record.
+    """
+
+    ids: list[str]
+    folders: list[Path]
+    annotations: list[Annotation]
+    classes: tuple[str, ...]
+    skipped: dict[str, list[str]]
+
+
+def load_annotations(
+    root: str | Path,
+    image_sets: Sequence[tuple[str | None, str]],
+    classes: Sequence[str] | None = None,
+) -> VOCAnnotations:
+    """Read the image sets' split files and annotations; arguments and errors as in VOCDetection."""
+    root = Path(root).expanduser()
+    skipped = defaultdict(list)
+    ids, folders, seen = [], [], set()
+    for year, image_set in image_sets:
+        folder, split = _find_set(root, year, image_set)
+        try:
+            lines = split.read_text("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{split}: the image set cannot be read ({error})") from error
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            image_id = line.split()[0]  # a class's split file has a flag in column two
+            if (folder, image_id) in seen:
+                skipped["image listed twice"].append(f"{split}:{number}: {image_id}")
+                continue
+            seen.add((folder, image_id))
+            ids.append(image_id)
+            folders.append(folder)
+    what = ", ".join(set_name(*pair) for pair in image_sets)
+    if not ids:
+        raise UserError(f"{root}: the image set {what} lists no image")
+
+    listings = {folder: set(_listdir(folder / "Annotations")) for folder in dict.fromkeys(folders)}
+    paths = [folder / "Annotations" / f"{i}.xml" for folder, i in zip(folders, ids, strict=True)]
+    _refuse_missing(
+        "annotation", [p for p, f in zip(paths, folders, strict=True) if p.name not in listings[f]]
+    )
+    annotations = [read_annotation(path) for path in paths]
+
+    names = {name for annotation in annotations for name in annotation.names}
+    declared = root / "classes.txt"
+    if classes is not None:
+        classes = check_classes(classes, "classes")
+    elif declared.is_file():
+        classes = read_classes(declared)
+    elif any(year for year, _ in image_sets) and names & set(VOC_CLASSES):
+        classes = VOC_CLASSES
+    else:  # of all annotations, so that every image set of a folder gets the same classes
+        done = set(paths)
+        for folder, listing in listings.items():
+            files = [folder / "Annotations" / n for n in listing if re.match(r"[^.].*\.xml$", n)]
+            names.update(*(read_annotation(f).names for f in files if f not in done))
+        classes = check_classes(sorted(names), str(root)) if names else ()
+    if not names & set(classes):
+        raise UserError(
+            f"{root}: the image set {what} has no object of the classes "
+            f"{', '.join(classes) or '(none)'}; "
+            f"its annotations name: {', '.join(sorted(names)) or 'no object at all'}"
+        )
+    for annotation in annotations:
+        for index, name in enumerate(annotation.names, 1):
+            if name not in classes:
+                reason = f'object of unknown class "{name}" skipped'
+                skipped[reason].append(f"{annotation.path}: object {index}")
+    return VOCAnnotations(ids, folders, annotations, classes, dict(skipped))
+
+
+def _listdir(folder: Path) -> list[str]:
+    try:
+        return os.listdir(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
+
+
+def _refuse_missing(what: str, paths: list[Path]) -> None:
+    if paths:
+        first = ", ".join(str(path) for path in paths[:10]) + (", ..." if len(paths) > 10 else "")
+        raise UserError(f"{len(paths)} {what} file(s) of the image set missing: {first}")
+
+
+class VOCDetection:
+    """Samples of a VOC devkit or of a folder in VOC layout; see `__getitem__`.
+
+    root: a devkit (VOC2007/, VOC2012/, ...) with image_sets such as [("2007", "trainval")], or a
+    folder with Annotations/, JPEGImages/ and ImageSets/, and image_sets such as [(None, "test")].
+    A set is read from ImageSets/Main/<set>.txt, else ImageSets/<set>.txt.
+    transform: called as transform(image, target) on every sample.
+    classes: names without background; label k is classes[k - 1]. None: those of root/classes.txt,
+    else VOC_CLASSES in a devkit that has one of them, else all names in the annotations, sorted.
+
+    Annotations are read here, pictures only where an annotation gives no size or a box leaves it.
+    Boxes are the XML's values - 1, floats kept. A target is made of the objects of known classes,
+    difficult ones too, clipped to 0..width-1 and 0..height-1, without boxes that have no area
+    (x2 <= x1 or y2 <= y1) before or after; everything skipped or changed is in `skipped`.
+
+    Raises UserError for missing sets, annotations and pictures, for malformed annotations, and when
+    no object of a known class is left.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        image_sets: Sequence[tuple[str | None, str]],
+        transform: Callable | None = None,
+        classes: Sequence[str] | None = None,
+    ):
+        self.root = Path(root).expanduser()
+        self.image_sets = [(year or None, image_set) for year, image_set in image_sets]
+        self.transform = transform
+        loaded = load_annotations(self.root, self.image_sets, classes)
+        self.ids, self.annotations, self.classes = loaded.ids, loaded.annotations, loaded.classes
+        self.skipped: dict[str, list[str]] = loaded.skipped
+        self._pictures = _find_pictures(loaded)
+        self._sizes: list[tuple[int, int]] = []
+        self._targets: list[np.ndarray] = []
+        label_of = {name: label for label, name in enumerate(self.classes, 1)}
+        for annotation, picture in zip(self.annotations, self._pictures, strict=True):
+            size = annotation.size
+            if size is None or (annotation.boxes[:, 2:] > np.subtract(size, 1)).any():
+                size = _checked_size(read_image(picture), picture, annotation)
+            self._sizes.append(size)
+            self._targets.append(self._make_target(annotation, size, label_of))
+
+    def _make_target(
+        self, annotation: Annotation, size: tuple[int, int], label_of: dict[str, int]
+    ) -> np.ndarray:
+        labels = np.array([label_of.get(name, 0) for name in annotation.names], np.int64)
+        boxes = annotation.boxes
+        clipped = boxes.clip(0, np.subtract((*size, *size), 1))
+        known = labels > 0
+        area = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
+        changed = (clipped != boxes).any(1)
+        for reason, which in (
+            ("box without area dropped", known & ~area),
+            ("box outside the picture dropped", known & area & ~inside),
+            ("box clipped to the picture", known & area & inside & changed),
+        ):
+            for k in np.flatnonzero(which):
+                box = ", ".join(f"{value:g}" for value in boxes[k] + 1)
+                self.skipped.setdefault(reason, []).append(
+                    f'{annotation.path}: object {k + 1} ("{annotation.names[k]}") ({box})'
+                    f" in {size[0]} x {size[1]}"
+                )
+        keep = known & area & inside
+        return np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int):
+        """(`pull_image`, `target`): BGR uint8 [H, W, 3] and float32 [n, 5]; transformed if asked.
+
+        Raises UserError when the picture cannot be read or is not the annotated one.
+        """
+        image, target = self.pull_image(index), self.target(index)
+        return self.transform(image, target) if self.transform else (image, target)
+
+    def image_path(self, index: int) -> Path:
+        return self._pictures[index]
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """(width, height) of the annotation; of the picture if it has none or a box leaves it."""
+        return self._sizes[index]
+
+    def pull_image(self, index: int) -> np.ndarray:
+        """The picture, BGR uint8 [H, W, 3].
+
+        As published, the picture counts where the annotation's <size> differs. Raises UserError
+        when it differs because of an EXIF orientation tag, or when a box leaves the picture.
+        """
+        path, annotation, stated = (
+            self._pictures[index],
+            self.annotations[index],
+            self._sizes[index],
+        )
+        image = read_image(path)
+        size = _checked_size(image, path, annotation)
+        # one pixel too many is a rounded <size>, more is another picture
+        if size != stated and (self._targets[index][:, 2:4] > size).any():
+            raise UserError(
+                f"{annotation.path}: a box leaves the picture {path.name}, which is {size[0]} x "
+                f"{size[1]} while <size> says {stated[0]} x {stated[1]}; restore the annotated "
+                "picture or correct the boxes"
+            )
+        return image
+
+    def target(self, index: int) -> np.ndarray:
+        """float32 [n, 5]: x1, y1, x2, y2 in pixels counted from 0, label >= 1; n may be 0."""
+        return self._targets[index].copy()
+
+    def report(self) -> list[str]:
+        """A line for the log for every reason in `skipped`, with the count and an example."""
+        return [
+            f"{reason}: {len(found)}, e.g. {found[0]}" for reason, found in self.skipped.items()
+        ]
+
+    def evaluate(self, detections: Sequence[dict], directory: str | Path) -> dict:
+        """Write comp4 files into `directory` and score them, with both metrics.
+
+        detections: one {"boxes" float32 [n, 4] pixels from 0, "scores" [n], "labels" [n]} an image,
+        in the data set's order. The metric is the 11-point one for the years before 2010, the area
+        one else. Returns {"metric", "value" (mean over classes), "per_class", "iou", "image_set",
+        "voc07_11point" and "area" ({"mean", "per_class"}), "ground_truths" and "detections"
+        (counts per class), "notes" (lines for the log)}; the numbers come from the written files.
+        """
+        from data import voc_eval
+
+        if len(detections) != len(self):
+            raise ValueError(f"{len(detections)} detections for {len(self)} images")
+        if len(set(self.ids)) < len(self):
+            raise UserError(
+                f"{self.root}: pictures of different years have the same image id, and comp4 files "
+                "cannot tell them apart; evaluate the image sets one by one"
+            )
+        name = "+".join(set_name(*pair) for pair in self.image_sets)
+        if len(self.image_sets) == 1:
+            name = self.image_sets[0][1]  # the official spelling has no year
+        voc_eval.write_comp4(directory, name, self.classes, self.ids, detections)
+        read, _ = voc_eval.read_comp4(directory, name, self.classes, self.ids)
+        result = voc_eval.evaluate_voc(read, self.annotations, self.classes)
+        old = all(year and year.isdigit() and int(year) < 2010 for year, _ in self.image_sets)
+        main = "voc07_11point" if old else "area"
+        return {
+            "metric": voc_eval.METRICS[main],
+            "value": result[main]["mean"],
+            "per_class": result[main]["per_class"],
+            "image_set": name,
+            **{key: value for key, value in result.items() if key != "curves"},
+        }
+
+
+def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tuple[int, int]:
+    """(width, height) of the picture; UserError when EXIF rotated it away from its annotation."""
+    height, width = image.shape[:2]
+    if annotation.size == (height, width) != (width, height):
+        if read_image(path, orient=False).shape[:2] == (width, height):
+            raise UserError(
+                f"{path}: an EXIF orientation tag turns the picture to {width} x {height}, but the "
+                f"boxes in {annotation.path} are for {height} x {width}; remove the tag "
+                "(exiftool -Orientation= FILE) or label the turned picture"
+            )
+    return width, height
+
+
+def _find_pictures(loaded: VOCAnnotations) -> list[Path]:
+    listings = {}
+    for folder in dict.fromkeys(loaded.folders):
+        # several stat calls for each of thousands of images are slow on network disks
+        names = [n for n in _listdir(folder / "JPEGImages") if Path(n).suffix.lower() in SUFFIXES]
+        names.sort(key=lambda name: SUFFIXES.index(Path(name).suffix.lower()), reverse=True)
+        listings[folder] = {Path(name).stem: folder / "JPEGImages" / name for name in names}
+    pairs = list(zip(loaded.folders, loaded.ids, strict=True))
+    _refuse_missing(
+        f"picture ({'/'.join(SUFFIXES)})",
+        [f / "JPEGImages" / image_id for f, image_id in pairs if image_id not in listings[f]],
+    )
+    return [listings[folder][image_id] for folder, image_id in pairs]

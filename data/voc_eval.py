@@ -1,0 +1,327 @@
+"""PASCAL VOC's detection score: comp4 files and average precision, both published metrics.
+
+python -m data.voc_eval DETECTIONS_DIR --root DIR --set test [--year 2007]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.voc0712 import Annotation, list_image_sets, load_annotations, parse_classes, set_name
+from utils.errors import UserError
+
+METRICS = {"voc07_11point": "VOC07 11-point AP@.5", "area": "VOC area AP@.5"}
+
+
+class ClassDetections(NamedTuple):
+    """All detections of one class, n may be 0, in the order of their file.
+
+    images: int64 [n], positions in the list of images. scores: float64 [n].
+    boxes: float64 [n, 4], (x1, y1, x2, y2) in pixels counted from 0, both ends inside the box.
+    """
+
+    images: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+
+
+def comp4_path(directory: str | Path, image_set: str, name: str) -> Path:
+    """comp4_det_<set>_<class>.txt; a character that file names cannot hold becomes %XX."""
+    name = re.sub(r'[<>:"/\\|?*%\x00-\x1f]', lambda match: f"%{ord(match[0]):02X}", name)
+    return Path(directory) / f"comp4_det_{image_set}_{name}.txt"
+
+
+def write_comp4(
+    directory: str | Path,
+    image_set: str,
+    classes: Sequence[str],
+    ids: Sequence[str],
+    detections: Sequence[dict],
+) -> None:
+    """Write a comp4 file for every class, also where nothing was detected.
+
+    detections: for every id {"boxes" [n, 4] (x1, y1, x2, y2) in pixels counted from 0, "scores"
+    [n], "labels" [n], label k being classes[k - 1]}. A line is `id score x1 y1 x2 y2`, in pixels
+    counted from 1; scores keep all bits of a float32, and so their order, boxes 1/1000 pixel.
+    """
+    if len(detections) != len(ids):
+        raise ValueError(f"{len(detections)} detections for {len(ids)} images")
+    images = np.repeat(np.arange(len(ids)), [len(found["scores"]) for found in detections])
+    scores = _gather(detections, "scores", (-1,))
+    labels = _gather(detections, "labels", (-1,))
+    boxes = _gather(detections, "boxes", (-1, 4)) + 1
+    if not len(images) == len(scores) == len(labels) == len(boxes):
+        raise ValueError(f"{len(scores)} scores, {len(labels)} labels and {len(boxes)} boxes")
+    bad = ~np.isfinite(scores) | ~np.isfinite(boxes).all(1) | (labels < 1) | (labels > len(classes))
+    if bad.any():
+        k = bad.argmax()
+        raise ValueError(
+            f"image {ids[images[k]]}: detection with label {labels[k]:g} of {len(classes)}, "
+            f"score {scores[k]}, box {boxes[k] - 1}"
+        )
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    for label, name in enumerate(classes, 1):
+        of_class = np.flatnonzero(labels == label)
+        columns = (images[of_class], scores[of_class], boxes[of_class])
+        rows = zip(*(column.tolist() for column in columns), strict=True)
+        with open(
+            comp4_path(directory, image_set, name), "w", encoding="utf-8", newline="\n"
+        ) as file:
+            file.writelines(
+                f"{ids[image]} {score:.9g} {x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}\n"
+                for image, score, (x1, y1, x2, y2) in rows
+            )
+
+
+def _gather(detections: Sequence[dict], key: str, shape: tuple[int, ...]) -> np.ndarray:
+    arrays = [np.asarray(found[key], np.float64).reshape(shape) for found in detections]
+    return np.concatenate(arrays) if arrays else np.empty(0).reshape(shape)
+
+
+def read_comp4(
+    directory: str | Path, image_set: str, classes: Sequence[str], ids: Sequence[str]
+) -> tuple[dict[str, ClassDetections], list[str]]:
+    """Read the comp4 files of an image set: ({class: ClassDetections}, one line a missing file).
+
+    Raises UserError when there is no file at all, and with file and line for a malformed line or an
+    image id that is not among `ids`.
+    """
+    paths = {name: comp4_path(directory, image_set, name) for name in classes}
+    missing = {name: path for name, path in paths.items() if not path.is_file()}
+    if len(missing) == len(paths):
+        there = sorted(path.name for path in Path(directory).glob("comp4_det_*.txt"))
+        raise UserError(
+            f"{directory}: no detection file of the classes {', '.join(classes)}, such as "
+            f"{comp4_path('', image_set, classes[0])}; there: {', '.join(there[:10]) or 'none'}"
+        )
+    position = {image_id: index for index, image_id in enumerate(ids)}
+    found = {
+        name: _read_class(None if name in missing else path, position)
+        for name, path in paths.items()
+    }
+    return found, [
+        f"{path}: no such file, {name} has no detections" for name, path in missing.items()
+    ]
+
+
+def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:
+    images, numbers = [], []
+    try:
+        lines = path.read_text("utf-8-sig").splitlines() if path else []
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the detections cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if not (fields := line.split()):
+            continue
+        try:
+            image_id, *values = fields
+            values = [float(value) for value in values]
+        except ValueError:
+            values = []
+        if len(values) != 5 or not all(map(math.isfinite, values)):
+            raise UserError(
+                f'{path}:{number}: "{line.strip()}" is not of the form `id score x1 y1 x2 y2`'
+            )
+        if image_id not in position:
+            raise UserError(f'{path}:{number}: image id "{image_id}" is not in the image set')
+        images.append(position[image_id])
+        numbers.append(values)
+    numbers = np.array(numbers, np.float64).reshape(-1, 5)
+    return ClassDetections(np.array(images, np.int64), numbers[:, 0], numbers[:, 1:] - 1)
+
+
+def average_precision(recall: np.ndarray, precision: np.ndarray, metric: str) -> float:
+    """Average precision of a curve, recall [n] ascending and precision [n]; 0 when n is 0.
+
+    "voc07_11point" is the mean over recalls 0, 0.1, ..., 1 of the best precision at that recall or
+    a higher one, "area" the area under that envelope (VOC devkits until 2009 and from 2010).
+    """
+    if metric == "voc07_11point":
+        # arange and not linspace: its 0.30000000000000004 decides ties with 3 / 10 as published
+        best = [precision[recall >= t].max(initial=0) for t in np.arange(0, 1.1, 0.1)]
+        return float(np.mean(best))
+    if metric == "area":
+        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+        return float((np.diff(recall, prepend=0) * envelope).sum())
+    raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+
+
+def evaluate_voc(
+    detections: dict[str, ClassDetections],
+    annotations: Sequence[Annotation],
+    classes: Sequence[str],
+    iou: float = 0.5,
+) -> dict:
+    """Score detections as the published devkits do; images are positions in `annotations`.
+
+    In order of falling score, a detection belongs to the object of its image and class that it
+    overlaps most, in pixel convention. If that overlap is over `iou`, it is correct for the first
+    detection, wrong for later ones, and neither if the object is difficult; else it is wrong.
+    Every object counts, also one without area.
+
+    Returns {"iou", "voc07_11point" and "area": {"mean", "per_class": {class: AP}}, "ground_truths"
+    (not difficult) and "detections": {class: count}, "notes": lines, "curves": {class: {"scores",
+    "recall", "precision"} float64 [n]}}. A class without ground truth has AP 0 and counts in the
+    mean, as in the published 11-point code; a note says so.
+    """
+    counts = [len(annotation.names) for annotation in annotations]
+    names = np.array([name for annotation in annotations for name in annotation.names], object)
+    images = np.repeat(np.arange(len(annotations)), counts)
+    boxes = np.concatenate([np.empty((0, 4)), *(annotation.boxes for annotation in annotations)])
+    difficult = np.concatenate([np.empty(0, bool), *(a.difficult for a in annotations)])
+
+    result: dict = {"iou": iou, **{metric: {"mean": 0.0, "per_class": {}} for metric in METRICS}}
+    result |= {"ground_truths": {}, "detections": {}, "notes": [], "curves": {}}
+    for name in classes:
+        found, of_class = detections[name], np.flatnonzero(names == name)
+        # As published: equal scores stand in the order of NumPy's default sort, which is not stable
+        # and depends on the processor. Scores rounded to 3 digits feel it in the third digit of AP.
+        order = np.argsort(-found.scores)
+        correct, wrong = _match(
+            found.images[order],
+            found.boxes[order],
+            images[of_class],
+            boxes[of_class],
+            difficult[of_class],
+            iou,
+        )
+        total = int((~difficult[of_class]).sum())
+        hits, misses = correct.cumsum(), wrong.cumsum()
+        recall = hits / max(total, 1)
+        precision = hits / np.maximum(hits + misses, 1)
+        for metric in METRICS:
+            result[metric]["per_class"][name] = average_precision(recall, precision, metric)
+        result["ground_truths"][name], result["detections"][name] = total, len(order)
+        result["curves"][name] = {
+            "scores": found.scores[order],
+            "recall": recall,
+            "precision": precision,
+        }
+        if not total:
+            result["notes"].append(
+                f"0 ground truths for class {name}: its AP is set to 0 and counts in the mean"
+            )
+        elif not len(order):
+            result["notes"].append(f"0 detections for class {name}: its AP is 0")
+    for metric in METRICS:
+        result[metric]["mean"] = float(np.mean(list(result[metric]["per_class"].values())))
+    return result
+
+
+def _match(
+    det_images: np.ndarray,
+    det_boxes: np.ndarray,
+    images: np.ndarray,
+    boxes: np.ndarray,
+    difficult: np.ndarray,
+    threshold: float,
+) -> tuple[np.ndarray, np.ndarray]:
+    """(correct, wrong), bool [n] each, of detections in order of score; `images` is ascending."""
+    first = np.searchsorted(images, det_images, "left")
+    count = np.searchsorted(images, det_images, "right") - first
+    # every detection beside every object of its image: `det` and `obj` are the two ends of a pair
+    det = np.repeat(np.arange(len(det_images)), count)
+    start = np.repeat(count.cumsum() - count, count)
+    obj = np.arange(len(det)) - start + np.repeat(first, count)
+    overlap = _iou(det_boxes[det], boxes[obj])
+
+    # for each detection the pair of the largest overlap, the earlier object if two are equal
+    pairs = np.lexsort((-overlap, det))  # stable
+    pairs = pairs[np.unique(det[pairs], return_index=True)[1]]
+    pairs = pairs[overlap[pairs] > threshold]
+    hard = difficult[obj[pairs]]
+    wrong = np.ones(len(det_images), bool)
+    wrong[det[pairs[hard]]] = False
+    pairs = pairs[~hard]
+    pairs = pairs[np.unique(obj[pairs], return_index=True)[1]]  # an object's first detection
+    correct = np.zeros(len(det_images), bool)
+    correct[det[pairs]] = True
+    return correct, wrong & ~correct
+
+
+def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """IoU [n] of the boxes a[k] and b[k], [n, 4] each, in pixel convention (width x2 - x1 + 1)."""
+    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + 1
+    intersection = sides.clip(0).prod(1)
+    union = (a[:, 2:] - a[:, :2] + 1).prod(1) + (b[:, 2:] - b[:, :2] + 1).prod(1) - intersection
+    # swapped corners can make the union 0 or negative, never the intersection positive
+    return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
+
+
+def _find_year(root: Path, image_set: str) -> str | None:
+    """The only year of a devkit that has the image set; None for a folder in VOC layout."""
+    years = [year for year, name in list_image_sets(root) if name == image_set]
+    if len(years) > 1 and None not in years:
+        raise UserError(
+            f'{root}: the image set "{image_set}" is in {" and ".join(years)}; choose with --year'
+        )
+    return years[0] if years else None
+
+
+def _table(result: dict) -> str:
+    width = max(map(len, (*result["ground_truths"], "class")))
+    lines = [f"{'class':{width}}  ground truths  detections  " + "  ".join(METRICS.values())]
+    for name, total in result["ground_truths"].items():
+        values = [f"{result[m]['per_class'][name]:{len(title)}.4f}" for m, title in METRICS.items()]
+        counts = f"{total:13}  {result['detections'][name]:10}"
+        lines.append("  ".join([f"{name:{width}}", counts, *values]))
+    values = [f"{result[metric]['mean']:{len(title)}.4f}" for metric, title in METRICS.items()]
+    return "\n".join([*lines, "  ".join([f"{'mean':{width}}", " " * 25, *values])])
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.voc_eval",
+        description="Score comp4 detection files: average precision per class, both VOC metrics.",
+    )
+    parser.add_argument("detections", metavar="DETECTIONS_DIR", type=Path)
+    parser.add_argument("--root", type=Path, required=True, help="devkit or folder in VOC layout")
+    parser.add_argument("--set", required=True, help="image set, such as test")
+    parser.add_argument("--year", help="of a devkit; may be left out where one year has the set")
+    parser.add_argument("--classes", help="a,b,c or a file with one name a line")
+    parser.add_argument("--json", type=Path, metavar="OUT", help="also write the AP values here")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = build_parser().parse_args(argv)
+    try:
+        root = args.root.expanduser()
+        year = args.year or _find_year(root, args.set)
+        classes = parse_classes(args.classes) if args.classes is not None else None
+        truth = load_annotations(root, [(year, args.set)], classes)
+        found, missing = read_comp4(args.detections, args.set, truth.classes, truth.ids)
+        result = evaluate_voc(found, truth.annotations, truth.classes)
+        if args.json:
+            _write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    skipped = [
+        f"{reason}: {len(lines)}, e.g. {lines[0]}" for reason, lines in truth.skipped.items()
+    ]
+    print(f"{set_name(year, args.set)} of {root}: {len(truth.ids)} images")
+    print("\n".join([*skipped, *missing, *result["notes"], _table(result)]))
+    return 0
+
+
+def _write_json(path: Path, values: dict) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

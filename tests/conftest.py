@@ -1,0 +1,115 @@
+"""Small data sets and pictures, built from nothing."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+VOC_IMAGE_SIZE = (96, 72)  # width, height
+
+
+def write_annotation(path: Path, objects, size=VOC_IMAGE_SIZE) -> None:
+    """objects: (name, (xmin, ymin, xmax, ymax) as the XML has them) or (name, box, difficult)."""
+    lines = ["<annotation>", f"<filename>{path.stem}.jpg</filename>"]
+    if size:
+        lines.append(f"<size><width>{size[0]}</width><height>{size[1]}</height></size>")
+    for name, box, *difficult in objects:
+        tags = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+        bndbox = "".join(f"<{tag}>{value}</{tag}>" for tag, value in tags)
+        flag = f"<difficult>{int(difficult[0])}</difficult>" if difficult else ""
+        lines.append(f"<object><name>{name}</name>{flag}<bndbox>{bndbox}</bndbox></object>")
+    path.write_text("\n".join([*lines, "</annotation>"]), "utf-8")
+
+
+def write_voc(
+    folder: Path, sets: dict[str, dict[str, list]], size=VOC_IMAGE_SIZE, suffix: str = ".jpg"
+) -> Path:
+    """Write Annotations/, JPEGImages/ and ImageSets/Main/; sets: name -> {image id: objects}.
+
+    A picture is dim noise with a bright filled rectangle for every object, its colour by the name.
+    """
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for set_name, samples in sets.items():
+        (folder / "ImageSets/Main" / f"{set_name}.txt").write_text("\n".join(samples) + "\n")
+        for image_id, objects in samples.items():
+            write_annotation(folder / "Annotations" / f"{image_id}.xml", objects, size)
+            rng = np.random.default_rng(int.from_bytes(image_id.encode(), "big"))
+            image = rng.integers(0, 60, (size[1], size[0], 3), np.uint8)
+            for name, (x1, y1, x2, y2), *_ in objects:
+                colour = [120 + (sum(name.encode()) * k) % 130 for k in (7, 31, 67)]
+                image[max(int(y1) - 1, 0) : int(y2), max(int(x1) - 1, 0) : int(x2)] = colour
+            cv2.imwrite(str(folder / "JPEGImages" / f"{image_id}{suffix}"), image)
+    return folder
+
+
+def with_exif(jpeg: bytes, orientation: int = 1, thumbnail: bytes = b"") -> bytes:
+    """The JPEG with an EXIF segment: one orientation entry, then any bytes."""
+    entry = struct.pack(">HHIHH", 0x0112, 3, 1, orientation, 0)
+    tiff = b"MM\0*" + struct.pack(">IH", 8, 1) + entry + struct.pack(">I", 0)
+    body = b"Exif\0\0" + tiff + thumbnail
+    return jpeg[:2] + b"\xff\xe1" + struct.pack(">H", len(body) + 2) + body + jpeg[2:]
+
+
+@pytest.fixture
+def make_voc():
+    """`write_voc(folder, {set: {image id: [(name, box[, difficult])]}})` for a test's own data."""
+    return write_voc
+
+
+@pytest.fixture
+def voc_folder(tmp_path) -> Path:
+    """A bare folder in VOC layout, classes cell, platelet, rod: trainval 6 pictures, test 4.
+
+    One trainval picture has no object, one test object is difficult, platelet is missing in test.
+    """
+    trainval = {
+        "b1": [("cell", (5, 5, 40, 40)), ("rod", (50, 10, 90, 30))],
+        "b2": [("cell", (20, 20, 70, 60))],
+        "b3": [],
+        "b4": [("platelet", (60, 40, 80, 60)), ("cell", (1, 1, 96, 72))],
+        "b5": [("rod", (10, 40, 60, 60)), ("rod", (30, 5, 80, 25))],
+        "b6": [("cell", (40, 30, 90, 70)), ("platelet", (5, 5, 25, 25))],
+    }
+    test = {
+        "t1": [("cell", (10, 10, 50, 50))],
+        "t2": [("rod", (10, 10, 80, 30)), ("cell", (30, 35, 60, 65))],
+        "t3": [("cell", (5, 5, 15, 15), True), ("cell", (40, 20, 90, 70))],
+        "t4": [("rod", (20, 40, 90, 65))],
+    }
+    return write_voc(tmp_path / "blood", {"trainval": trainval, "test": test})
+
+
+@pytest.fixture
+def voc_devkit(tmp_path) -> Path:
+    """A devkit with VOC classes: 2007 trainval (3 pictures) and test (3), 2012 trainval (2)."""
+    root = tmp_path / "VOCdevkit"
+    write_voc(
+        root / "VOC2007",
+        {
+            "trainval": {
+                "000001": [("dog", (10, 10, 60, 60)), ("person", (50, 5, 90, 70))],
+                "000002": [("cat", (20, 10, 70, 60), True)],
+                "000003": [("person", (1, 1, 96, 72))],
+            },
+            "test": {
+                "000004": [("dog", (30, 20, 80, 65))],
+                "000005": [("person", (5, 5, 40, 70)), ("person", (8, 8, 20, 20), True)],
+                "000006": [("cat", (10, 30, 50, 60)), ("dog", (55, 10, 95, 40))],
+            },
+        },
+    )
+    write_voc(
+        root / "VOC2012",
+        {
+            "trainval": {
+                "2008_000001": [("dog", (15, 15, 70, 50))],
+                "2008_000002": [("cat", (20, 20, 60, 70)), ("person", (5, 40, 15, 70))],
+            }
+        },
+    )
+    return root

@@ -1,0 +1,503 @@
+import json
+import re
+import time
+
+import cv2
+import numpy as np
+import pytest
+from conftest import VOC_IMAGE_SIZE, with_exif, write_annotation
+
+from data.voc0712 import VOC_CLASSES, VOCDetection, list_image_sets, parse_classes, read_annotation
+from utils.errors import UserError
+
+WIDTH, HEIGHT = VOC_IMAGE_SIZE
+
+
+def dataset(make_voc, tmp_path, samples, **options):
+    """A VOCDetection over one image set of `samples`."""
+    classes = options.pop("classes", None)
+    return VOCDetection(
+        make_voc(tmp_path / "own", {"trainval": samples}, **options),
+        [(None, "trainval")],
+        classes=classes,
+    )
+
+
+def xml(tmp_path, text):
+    path = tmp_path / "a.xml"
+    path.write_text(text, "utf-8")
+    return path
+
+
+# ---- one annotation
+
+
+def test_annotation_is_read_with_boxes_counted_from_0(tmp_path):
+    path = tmp_path / "a.xml"
+    write_annotation(path, [("dog", (2, 3, 10, 20)), ("cat", (1, 1, 96, 72), True)])
+    found = read_annotation(path)
+    assert found.path == path and found.size == (96, 72) and found.names == ("dog", "cat")
+    assert found.boxes.tolist() == [[1, 2, 9, 19], [0, 0, 95, 71]]
+    assert found.difficult.tolist() == [False, True]
+
+
+def test_annotation_without_objects_has_empty_arrays(tmp_path):
+    found = read_annotation(xml(tmp_path, "<annotation/>"))
+    assert found.boxes.shape == (0, 4) and found.difficult.shape == (0,) and found.names == ()
+
+
+@pytest.mark.parametrize(
+    "size", ["", "<size/>", "<size><width>0</width><height>0</height></size>",
+             "<size><width/><height>8</height></size>"]
+)  # fmt: skip
+def test_size_that_is_missing_or_0_is_none(tmp_path, size):
+    assert read_annotation(xml(tmp_path, f"<annotation>{size}</annotation>")).size is None
+
+
+def test_float_coordinates_are_kept_and_parts_of_an_object_ignored(tmp_path):
+    text = """<annotation><object><name> person </name><difficult/>
+      <bndbox><xmax>20.5</xmax><xmin> 1.25 </xmin><ymin>2</ymin><ymax>3e1</ymax></bndbox>
+      <part><name>head</name><bndbox><xmin>x</xmin></bndbox></part></object></annotation>"""
+    found = read_annotation(xml(tmp_path, text))
+    assert found.names == ("person",) and not found.difficult[0]
+    assert found.boxes.tolist() == [[0.25, 1, 19.5, 29]]
+
+
+BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox>"
+GOOD = f"<object><name>dog</name>{BOX}</object>"
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (f"<object>{BOX}</object>", "object 2 has no <name>"),
+        (f"<object><name> </name>{BOX}</object>", "object 2 has no <name>"),
+        ("<object><name>dog</name></object>", 'object 2 ("dog") has no <bndbox>'),
+        (GOOD.replace("<ymin>1</ymin>", ""), 'object 2 ("dog"): <bndbox> has no <ymin>'),
+        (GOOD.replace("<xmax>5", "<xmax>nan"), '<xmax> is "nan", expected a number'),
+        (GOOD.replace("<xmax>5", "<xmax>inf"), '<xmax> is "inf", expected a number'),
+        (GOOD.replace("<xmax>5", "<xmax>five"), '<xmax> is "five", expected a number'),
+        (GOOD.replace("<xmax>5", "<xmax>"), '<xmax> is "", expected a number'),
+        (GOOD.replace("<bnd", "<difficult>2</difficult><bnd"), '<difficult> is "2"'),
+    ],
+)
+def test_bad_object_is_refused_by_file_and_number(tmp_path, bad, message):
+    path = xml(tmp_path, f"<annotation>{GOOD}{bad}</annotation>")
+    with pytest.raises(
+        UserError, match=re.escape(f"{path}: object 2") + ".*" + re.escape(message[8:])
+    ):
+        read_annotation(path)
+
+
+@pytest.mark.parametrize(("text", "line"), [("<annotation>\n<object>\n</annotation>", 3), ("", 1)])
+def test_malformed_xml_is_refused_by_file_and_line(tmp_path, text, line):
+    with pytest.raises(UserError, match=rf"a\.xml:{line}: malformed XML"):
+        read_annotation(xml(tmp_path, text))
+
+
+def test_unknown_encoding_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"a\.xml.*: malformed XML"):
+        read_annotation(xml(tmp_path, '<?xml version="1.0" encoding="klingon"?><annotation/>'))
+
+
+# ---- image sets and classes
+
+
+def test_devkit_sets_are_joined_in_order_with_the_published_classes(voc_devkit):
+    data = VOCDetection(voc_devkit, [("2007", "trainval"), ("2012", "trainval")])
+    assert data.ids == ["000001", "000002", "000003", "2008_000001", "2008_000002"]
+    assert data.classes == VOC_CLASSES and len(VOC_CLASSES) == 20 and len(data) == 5
+    image, target = data[0]
+    assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8
+    assert target.dtype == np.float32
+    assert target.tolist() == [[9, 9, 59, 59, 12], [49, 4, 89, 69, 15]]
+    assert data.image_path(3) == voc_devkit / "VOC2012/JPEGImages/2008_000001.jpg"
+    assert data.image_size(0) == VOC_IMAGE_SIZE
+    assert np.array_equal(data.pull_image(0), cv2.imread(str(data.image_path(0))))
+    assert data.skipped == {} and data.report() == []
+
+
+def test_difficult_objects_are_trained_on(voc_devkit):
+    data = VOCDetection(voc_devkit, [("2007", "trainval")])
+    assert data.target(1).tolist() == [[19, 9, 69, 59, 8]]
+    assert data.annotations[1].difficult.tolist() == [True]
+
+
+def test_parent_of_the_devkit_and_a_year_folder_are_found(voc_devkit):
+    for root in (voc_devkit.parent, voc_devkit / "VOC2007"):
+        assert len(VOCDetection(root, [("2007", "test")])) == 3
+
+
+@pytest.mark.parametrize("year", [None, ""])
+def test_folder_in_voc_layout_has_the_classes_of_all_its_annotations(voc_folder, year):
+    data = VOCDetection(voc_folder, [(year, "test")])
+    assert data.classes == ("cell", "platelet", "rod")  # no platelet in this set
+    assert [target[:, 4].tolist() for _, target in data] == [[1], [3, 1], [1, 1], [3]]
+
+
+def test_split_file_may_stand_in_image_sets_itself(voc_folder):
+    (voc_folder / "ImageSets/Main/test.txt").rename(voc_folder / "ImageSets/mine.txt")
+    assert len(VOCDetection(voc_folder, [(None, "mine")])) == 4
+
+
+def test_image_without_objects_is_kept_with_an_empty_target(voc_folder):
+    data = VOCDetection(voc_folder, [(None, "trainval")])
+    assert data.target(2).shape == (0, 5) and data.target(2).dtype == np.float32 and len(data) == 6
+
+
+def test_split_file_may_have_columns_blank_lines_and_a_byte_order_mark(voc_folder):
+    (voc_folder / "ImageSets/Main/cell_test.txt").write_text("\ufefft1  1\r\n\nt4 -1\n\n", "utf-8")
+    assert VOCDetection(voc_folder, [(None, "cell_test")]).ids == ["t1", "t4"]
+
+
+def test_image_listed_twice_is_taken_once_and_counted(voc_folder):
+    (voc_folder / "ImageSets/Main/twice.txt").write_text("t1\nt2\nt1\n")
+    data = VOCDetection(voc_folder, [(None, "twice"), (None, "test")])
+    assert data.ids == ["t1", "t2", "t3", "t4"]
+    assert [line.rpartition(": ")[2] for line in data.skipped["image listed twice"]] == [
+        "t1",
+        "t1",
+        "t2",
+    ]
+    assert data.report()[0].startswith("image listed twice: 3, e.g. ")
+
+
+def test_given_classes_set_the_order_of_labels(voc_folder):
+    data = VOCDetection(voc_folder, [(None, "test")], classes=["rod", "cell"])
+    assert data.classes == ("rod", "cell") and data.target(1)[:, 4].tolist() == [1, 2]
+
+
+def test_declared_classes_come_before_discovered_ones(voc_folder):
+    (voc_folder / "classes.txt").write_text("rod\n\ncell\nplatelet\n")
+    assert VOCDetection(voc_folder, [(None, "test")]).classes == ("rod", "cell", "platelet")
+
+
+def test_devkit_without_voc_names_has_the_classes_of_its_annotations(make_voc, tmp_path):
+    make_voc(tmp_path / "VOC2007", {"test": {"a": [("screw", (1, 1, 9, 9))]}})
+    assert VOCDetection(tmp_path, [("2007", "test")]).classes == ("screw",)
+
+
+def test_discovery_ignores_files_that_are_no_annotations(voc_folder):
+    (voc_folder / "Annotations/._t1.xml").write_bytes(b"\0\5\x16\7")
+    (voc_folder / "Annotations/notes.txt").write_text("none")
+    assert VOCDetection(voc_folder, [(None, "test")]).classes == ("cell", "platelet", "rod")
+
+
+def test_objects_of_unknown_classes_are_skipped_counted_and_reported(voc_folder):
+    data = VOCDetection(voc_folder, [(None, "trainval")], classes=["cell"])
+    assert [len(data.target(i)) for i in range(6)] == [1, 1, 0, 1, 0, 1]
+    assert {reason: len(found) for reason, found in data.skipped.items()} == {
+        'object of unknown class "rod" skipped': 3,
+        'object of unknown class "platelet" skipped': 2,
+    }
+    example = voc_folder / "Annotations/b1.xml"
+    assert data.report()[0] == f'object of unknown class "rod" skipped: 3, e.g. {example}: object 2'
+
+
+def test_set_without_an_object_of_the_classes_is_refused_with_the_names_found(voc_folder):
+    with pytest.raises(UserError, match=r"no object of the classes nut, bolt; .*name: cell, rod$"):
+        VOCDetection(voc_folder, [(None, "test")], classes=["nut", "bolt"])
+
+
+def test_set_without_any_object_is_refused(make_voc, tmp_path):
+    with pytest.raises(UserError, match="no object of the classes .*no object at all"):
+        dataset(make_voc, tmp_path, {"a": []})
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        (["cell", "rod", "cell"], "must be unique, repeated: cell"),
+        (["cell", " "], "a class name is empty"),
+        ([], "a class name is empty"),
+        (["background", "cell"], 'leave "background" out'),
+    ],
+)
+def test_bad_class_names_are_refused(voc_folder, classes, message):
+    with pytest.raises(UserError, match=message):
+        VOCDetection(voc_folder, [(None, "test")], classes=classes)
+
+
+def test_classes_of_the_command_line_are_names_or_a_file(tmp_path):
+    assert parse_classes("cell, rod") == ("cell", "rod")
+    (tmp_path / "names.txt").write_text("cell\nblood cell\n")
+    assert parse_classes(str(tmp_path / "names.txt")) == ("cell", "blood cell")
+    (tmp_path / "names.txt").write_text("cell\ncell\n")
+    with pytest.raises(UserError, match=r"names\.txt: class names must be unique"):
+        parse_classes(str(tmp_path / "names.txt"))
+
+
+def test_missing_root_is_refused(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such data set folder"):
+        VOCDetection(tmp_path / "nowhere", [("2007", "test")])
+
+
+def test_missing_set_is_refused_with_the_paths_tried_and_the_sets_there(voc_devkit, voc_folder):
+    (voc_devkit / "VOC2007/ImageSets/Main/dog_test.txt").touch()  # a class's file is not listed
+    with pytest.raises(UserError) as error:
+        VOCDetection(voc_devkit, [("2012", "test")])
+    text = str(error.value)
+    assert text.startswith(f'no image set "2012_test" in {voc_devkit}: looked for ')
+    for path in ("VOC2012/ImageSets/Main/test.txt", "VOC2012/ImageSets/test.txt"):
+        assert str(voc_devkit / path) in text
+    assert text.endswith("image sets there: 2007_test, 2007_trainval, 2012_trainval")
+    with pytest.raises(UserError, match='"2007_test" in .* image sets there: test, trainval$'):
+        VOCDetection(voc_folder, [("2007", "test")])
+    assert list_image_sets(voc_folder) == [(None, "test"), (None, "trainval")]
+
+
+def test_empty_set_is_refused(voc_folder):
+    (voc_folder / "ImageSets/Main/test.txt").write_text("\n")
+    with pytest.raises(UserError, match="the image set test lists no image"):
+        VOCDetection(voc_folder, [(None, "test")])
+
+
+# ---- missing files
+
+
+def test_missing_annotations_are_refused_all_at_once(voc_folder):
+    names = [f"x{i}" for i in range(12)]
+    (voc_folder / "ImageSets/Main/test.txt").write_text("\n".join(["t1", *names]))
+    with pytest.raises(
+        UserError, match=r"^12 annotation file.* missing: .*x0\.xml.*x9\.xml, \.\.\.$"
+    ):
+        VOCDetection(voc_folder, [(None, "test")])
+
+
+def test_missing_pictures_are_refused_all_at_once(voc_folder):
+    (voc_folder / "JPEGImages/t2.jpg").unlink()
+    (voc_folder / "JPEGImages/t4.jpg").rename(voc_folder / "JPEGImages/t4.txt")
+    with pytest.raises(UserError, match=r"^2 picture \(\.jpg/.*missing: .*t2, .*t4$"):
+        VOCDetection(voc_folder, [(None, "test")])
+
+
+def test_missing_picture_folder_is_refused(voc_folder):
+    (voc_folder / "JPEGImages").rename(voc_folder / "images")
+    with pytest.raises(UserError, match="JPEGImages: the folder cannot be read"):
+        VOCDetection(voc_folder, [(None, "test")])
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".jpeg", ".png", ".BMP"])
+def test_pictures_of_other_suffixes_are_found(make_voc, tmp_path, suffix):
+    data = dataset(make_voc, tmp_path, {"a.b": [("dog", (1, 1, 9, 9))]}, suffix=suffix)
+    assert data.image_path(0).name == f"a.b{suffix}" and data[0][0].shape == (HEIGHT, WIDTH, 3)
+
+
+def test_jpeg_is_preferred_to_other_pictures_of_the_same_id(voc_folder):
+    (voc_folder / "JPEGImages/t1.png").touch()
+    assert VOCDetection(voc_folder, [(None, "test")]).image_path(0).name == "t1.jpg"
+
+
+# ---- boxes as in life
+
+
+@pytest.mark.parametrize("box", [(30, 30, 30, 30), (30, 30, 50, 30), (40, 20, 30, 50)])
+def test_box_without_area_is_dropped_from_training_but_not_from_evaluation(make_voc, tmp_path, box):
+    data = dataset(make_voc, tmp_path, {"a": [("dog", (5, 5, 60, 60)), ("dog", box)]})
+    assert data.target(0).tolist() == [[4, 4, 59, 59, 1]]
+    (line,) = data.skipped["box without area dropped"]
+    values = ", ".join(map(str, box))
+    path = tmp_path / "own/Annotations/a.xml"
+    assert line == f'{path}: object 2 ("dog") ({values}) in {WIDTH} x {HEIGHT}'
+    assert data.annotations[0].boxes[1].tolist() == [value - 1 for value in box]
+
+
+@pytest.mark.parametrize(
+    ("box", "expected"),
+    [
+        ((0, 0, 50, 50), (0, 0, 49, 49)),  # written by a tool that counts from 0
+        ((10, 10, WIDTH + 30, HEIGHT + 1), (9, 9, WIDTH - 1, HEIGHT - 1)),
+        ((-20, 5, 10.5, 20), (0, 4, 9.5, 19)),
+    ],
+)
+def test_box_that_leaves_the_picture_is_clipped_and_counted(make_voc, tmp_path, box, expected):
+    data = dataset(make_voc, tmp_path, {"a": [("dog", box)]})
+    assert data.target(0)[0, :4].tolist() == list(expected)
+    assert len(data.skipped["box clipped to the picture"]) == len(data.skipped) == 1
+
+
+@pytest.mark.parametrize("box", [(WIDTH + 5, 5, WIDTH + 20, 20), (5, -20, 20, 0)])
+def test_box_outside_the_picture_is_dropped_and_counted(make_voc, tmp_path, box):
+    data = dataset(make_voc, tmp_path, {"a": [("dog", box), ("dog", (1, 1, 9, 9))]})
+    assert len(data.target(0)) == 1
+    assert len(data.skipped["box outside the picture dropped"]) == len(data.skipped) == 1
+
+
+def test_box_up_to_the_last_pixel_is_not_altered(make_voc, tmp_path):
+    data = dataset(make_voc, tmp_path, {"a": [("dog", (1, 1, WIDTH, HEIGHT))]})
+    assert data.target(0).tolist() == [[0, 0, WIDTH - 1, HEIGHT - 1, 1]] and not data.skipped
+
+
+# ---- pictures that are not what the annotation says
+
+
+def restate_size(data_root, size, objects):
+    write_annotation(data_root / "Annotations/a.xml", objects, size)
+    return VOCDetection(data_root, [(None, "trainval")])
+
+
+@pytest.mark.parametrize("size", [None, (0, 0)])
+def test_size_that_is_not_given_is_the_pictures(make_voc, tmp_path, size):
+    objects = [("dog", (5, 5, 500, 50))]
+    root = make_voc(tmp_path, {"trainval": {"a": objects}})
+    data = restate_size(root, size, objects)
+    assert data.image_size(0) == VOC_IMAGE_SIZE
+    assert data.target(0).tolist() == [[4, 4, WIDTH - 1, 49, 1]]
+
+
+@pytest.mark.parametrize("size", [(40, 30), (HEIGHT, WIDTH)])
+def test_wrong_size_does_not_cut_boxes_that_fit_the_picture(make_voc, tmp_path, size):
+    objects = [("dog", (5, 5, WIDTH, 40))]
+    root = make_voc(tmp_path, {"trainval": {"a": objects}})
+    data = restate_size(root, size, objects)
+    assert data.target(0).tolist() == [[4, 4, WIDTH - 1, 39, 1]]
+    assert data.image_size(0) == VOC_IMAGE_SIZE and not data.skipped
+    data[0]
+
+
+def test_box_that_leaves_a_picture_smaller_than_stated_is_refused(make_voc, tmp_path):
+    objects = [("dog", (5, 5, 180, 40))]
+    root = make_voc(tmp_path, {"trainval": {"a": [("dog", (5, 5, 60, 40))]}})
+    data = restate_size(root, (2 * WIDTH, 2 * HEIGHT), objects)
+    with pytest.raises(
+        UserError, match=r"a\.xml: a box leaves the picture a\.jpg, which is 96 x 72"
+    ):
+        data[0]
+
+
+def test_picture_turned_by_exif_is_refused_with_the_fix(make_voc, tmp_path):
+    root = make_voc(tmp_path, {"trainval": {"a": [("dog", (5, 5, 40, 40))]}})
+    data = VOCDetection(root, [(None, "trainval")])
+    path = data.image_path(0)
+    path.write_bytes(with_exif(path.read_bytes(), orientation=6))
+    with pytest.raises(
+        UserError, match=r"a\.jpg: an EXIF orientation tag turns .* 72 x 96.*exiftool"
+    ):
+        data[0]
+
+
+def test_picture_cut_off_is_refused_when_read(voc_folder):
+    data = VOCDetection(voc_folder, [(None, "test")])
+    path = data.image_path(0)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match=r"t1\.jpg: the picture is cut off"):
+        data[0]
+
+
+# ---- protocol
+
+
+def test_transform_gets_image_and_target(voc_folder):
+    def transform(image, target):
+        return image[::-1], target * 2
+
+    plain, data = (VOCDetection(voc_folder, [(None, "test")], t) for t in (None, transform))
+    assert np.array_equal(data[1][0], plain[1][0][::-1])
+    assert np.array_equal(data[1][1], plain[1][1] * 2)
+
+
+def test_target_can_be_changed_without_harm(voc_folder):
+    data = VOCDetection(voc_folder, [(None, "test")])
+    data.target(0)[:] = 0
+    data[0][1][:] = 0
+    assert data.target(0).any()
+
+
+def test_iteration_ends(voc_folder):
+    assert len(list(VOCDetection(voc_folder, [(None, "test")]))) == 4
+
+
+def test_nothing_is_written_under_the_root(voc_folder):
+    before = {path: path.stat().st_mtime_ns for path in voc_folder.rglob("*")}
+    data = VOCDetection(voc_folder, [(None, "test")])
+    list(data)
+    assert {path: path.stat().st_mtime_ns for path in voc_folder.rglob("*")} == before
+
+
+def test_pictures_are_not_opened_in_the_constructor(voc_folder):
+    for path in (voc_folder / "JPEGImages").iterdir():
+        path.write_bytes(b"")
+    assert len(VOCDetection(voc_folder, [(None, "test")])) == 4
+
+
+def test_thousands_of_annotations_are_read_in_seconds(make_voc, tmp_path):
+    root = make_voc(tmp_path, {"trainval": {"a": [("dog", (1, 1, 50, 50))] * 3}})
+    text = (root / "Annotations/a.xml").read_text()
+    names = [f"n{i}" for i in range(2000)]
+    for name in names:
+        (root / f"Annotations/{name}.xml").write_text(text)
+        (root / f"JPEGImages/{name}.jpg").touch()
+    (root / "ImageSets/Main/trainval.txt").write_text("\n".join(names))
+    start = time.perf_counter()
+    assert len(VOCDetection(root, [(None, "trainval")])) == 2000
+    assert time.perf_counter() - start < 10  # 0.3 s where it was written
+
+
+# ---- evaluation
+
+
+def as_detections(data, drop=()):
+    """The ground truth as detections."""
+    found = []
+    for index in range(len(data)):
+        target = data.target(index) if index not in drop else np.empty((0, 5), np.float32)
+        found.append(
+            {
+                "boxes": target[:, :4],
+                "scores": np.linspace(0.9, 0.5, len(target), dtype=np.float32),
+                "labels": target[:, 4].astype(np.int64),
+            }
+        )
+    return found
+
+
+def test_perfect_detections_score_1_and_a_class_without_objects_is_named(voc_folder, tmp_path):
+    data = VOCDetection(voc_folder, [(None, "test")])
+    result = data.evaluate(as_detections(data), tmp_path / "out")
+    assert result["metric"] == "VOC area AP@.5" and result["iou"] == 0.5
+    assert result["per_class"] == {"cell": 1, "platelet": 0, "rod": 1}
+    assert result["value"] == result["area"]["mean"] == pytest.approx(2 / 3)
+    assert result["voc07_11point"]["mean"] == pytest.approx(2 / 3)
+    assert result["ground_truths"] == {"cell": 3, "platelet": 0, "rod": 2}  # one cell is difficult
+    assert result["detections"] == {"cell": 4, "platelet": 0, "rod": 2}
+    (note,) = result["notes"]
+    assert note.startswith("0 ground truths for class platelet")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        f"comp4_det_test_{name}.txt" for name in data.classes
+    ]
+
+
+def test_result_can_be_written_as_json(voc_folder, tmp_path):
+    data = VOCDetection(voc_folder, [(None, "test")])
+    json.dumps(data.evaluate(as_detections(data, drop=[0]), tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("sets", "metric", "name"),
+    [
+        ([("2007", "test")], "VOC07 11-point AP@.5", "test"),
+        ([("2012", "trainval")], "VOC area AP@.5", "trainval"),
+        ([("2007", "test"), ("2012", "trainval")], "VOC area AP@.5", "2007_test+2012_trainval"),
+    ],
+)
+def test_metric_follows_the_year(voc_devkit, tmp_path, sets, metric, name):
+    data = VOCDetection(voc_devkit, sets)
+    result = data.evaluate(as_detections(data), tmp_path / "out")
+    assert result["metric"] == metric and result["image_set"] == name
+    assert (tmp_path / f"out/comp4_det_{name}_dog.txt").is_file()
+    assert result["per_class"]["dog"] == pytest.approx(1)
+
+
+def test_number_of_detections_must_be_that_of_images(voc_folder, tmp_path):
+    data = VOCDetection(voc_folder, [(None, "test")])
+    with pytest.raises(ValueError, match="3 detections for 4 images"):
+        data.evaluate(as_detections(data)[:3], tmp_path)
+
+
+def test_same_id_in_two_years_can_be_trained_on_but_not_scored(make_voc, tmp_path):
+    for year in ("2007", "2012"):
+        make_voc(tmp_path / f"VOC{year}", {"trainval": {"a": [("dog", (1, 1, 9, 9))]}})
+    data = VOCDetection(tmp_path, [("2007", "trainval"), ("2012", "trainval")])
+    assert len(data) == 2
+    with pytest.raises(UserError, match="have the same image id"):
+        data.evaluate(as_detections(data), tmp_path / "out")

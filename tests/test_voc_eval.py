@@ -1,0 +1,361 @@
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.voc0712 import Annotation, VOCDetection
+from data.voc_eval import (
+    METRICS,
+    ClassDetections,
+    average_precision,
+    comp4_path,
+    evaluate_voc,
+    main,
+    read_comp4,
+    write_comp4,
+)
+from utils.errors import UserError
+
+GOLDENS = Path(__file__).parent / "goldens"
+
+
+def annotation(names, boxes, difficult):
+    boxes = np.array(boxes, np.float64).reshape(-1, 4)
+    return Annotation(Path("a.xml"), None, tuple(names), boxes, np.array(difficult, bool))
+
+
+def one_class(*rows):
+    """Detections of a class from rows (image, score, x1, y1, x2, y2)."""
+    rows = np.array(rows, np.float64).reshape(-1, 6)
+    return ClassDetections(rows[:, 0].astype(int), rows[:, 1], rows[:, 2:])
+
+
+# ---- against published figures
+
+
+@pytest.mark.parametrize("name", ["BCCD", "VOC2007"])
+def test_ap_of_every_class_equals_the_published_codes(name):
+    # Equal scores are set apart in the file, in the order that they were published in: the order
+    # that a sort gives them depends on the processor.
+    golden = np.load(GOLDENS / f"voc_eval_{name}_test.npz")
+    classes, count = golden["classes"].tolist(), int(golden["images"])
+    truth, found = golden["ground_truth"], golden["detections"]
+    annotations = []
+    for image in range(count):
+        rows = truth[truth[:, 0] == image]
+        names = [classes[label - 1] for label in rows[:, 1]]
+        annotations.append(annotation(names, rows[:, 2:6] - 1.0, rows[:, 6]))
+    detections = {}
+    for label, class_name in enumerate(classes, 1):
+        rows = found[found[:, 1] == label]
+        detections[class_name] = ClassDetections(
+            rows[:, 0].astype(int), rows[:, 2], rows[:, 3:] - 1
+        )
+    result = evaluate_voc(detections, annotations, classes)
+    for metric in METRICS:
+        assert list(result[metric]["per_class"].values()) == pytest.approx(golden[metric], abs=1e-6)
+        assert result[metric]["mean"] == pytest.approx(golden[metric].mean(), abs=1e-6)
+
+
+# ---- against a slow literal reference
+
+
+def slow_average_precisions(detections, annotations, name):
+    """One class by the definitions, object by object."""
+    taken = set()
+    hits, misses = [], []
+    for k in np.argsort(-detections.scores):
+        image, box = int(detections.images[k]), detections.boxes[k]
+        best, best_object = -1.0, None
+        for index, (other, its_name) in enumerate(
+            zip(annotations[image].boxes, annotations[image].names, strict=True)
+        ):
+            if its_name != name:
+                continue
+            width = min(box[2], other[2]) - max(box[0], other[0]) + 1
+            height = min(box[3], other[3]) - max(box[1], other[1]) + 1
+            inter = max(width, 0) * max(height, 0)
+            area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
+            area += (other[2] - other[0] + 1) * (other[3] - other[1] + 1) - inter
+            if inter / area > best:
+                best, best_object = inter / area, index
+        hit = miss = 0
+        if best <= 0.5:
+            miss = 1
+        elif not annotations[image].difficult[best_object]:
+            hit = (image, best_object) not in taken
+            miss = not hit
+            taken.add((image, best_object))
+        hits.append(int(hit))
+        misses.append(int(miss))
+    total = sum(
+        n == name and not d for a in annotations for n, d in zip(a.names, a.difficult, strict=True)
+    )
+    points = []
+    for n in range(1, len(hits) + 1):
+        hit, miss = sum(hits[:n]), sum(misses[:n])
+        points.append((hit / total if total else 0, hit / (hit + miss) if hit + miss else 0))
+    eleven = 0.0
+    for t in np.arange(0.0, 1.1, 0.1):
+        eleven += max([p for r, p in points if r >= t], default=0) / 11
+    area, last = 0.0, 0.0
+    for n, (recall, _) in enumerate(points):
+        area += (recall - last) * max(p for _, p in points[n:])
+        last = recall
+    return eleven, area
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_ap_equals_a_slow_reference(seed):
+    rng = np.random.default_rng(seed)
+    classes, grid = ("a", "b", "c"), 4 if seed % 2 else 1  # a coarse grid gives equal overlaps
+    annotations, rows = [], {name: [] for name in classes}
+    for image in range(rng.integers(1, 12)):
+        count = rng.integers(0, 6)
+        corners = rng.integers(0, 60 // grid, (count, 2)) * grid
+        boxes = np.hstack([corners, corners + rng.integers(1, 40 // grid, (count, 2)) * grid])
+        names = rng.choice(classes[:2], count)  # c has no ground truth
+        annotations.append(annotation(names, boxes, rng.random(count) < 0.25))
+        for name, box in zip(names, boxes, strict=True):
+            for _ in range(rng.integers(0, 4)):  # duplicates, near misses, other classes
+                moved = box + rng.integers(-2, 3, 4) * grid * rng.integers(0, 2)
+                moved[2:] = np.maximum(moved[2:], moved[:2])
+                label = name if rng.random() < 0.9 else rng.choice(classes)
+                rows[label].append([image, rng.integers(0, 20) / 20, *moved])
+        rows[rng.choice(classes)].append([image, rng.random(), 500, 500, 510, 510])
+    detections = {name: one_class(*rows[name]) for name in classes}
+    result = evaluate_voc(detections, annotations, classes)
+    for name in classes:
+        expected = slow_average_precisions(detections[name], annotations, name)
+        got = [result[metric]["per_class"][name] for metric in METRICS]
+        assert got == pytest.approx(expected, abs=1e-12)
+
+
+# ---- single rules, by hand
+
+HALF = (0, 0, 9, 9), (0, 0, 9, 19)  # IoU exactly 0.5 in pixel convention
+
+
+@pytest.mark.parametrize(
+    ("rows", "difficult", "recall", "precision"),
+    [
+        ([(0, 0.9, *HALF[0])], False, [0], [0]),  # an overlap of 0.5 is not over 0.5
+        ([(0, 0.9, 0, 0, 9, 10)], False, [1], [1]),
+        ([(0, 0.9, *HALF[1]), (0, 0.8, *HALF[1])], False, [1, 1], [1, 0.5]),  # the second is wrong
+        ([(0, 0.8, *HALF[1]), (0, 0.9, 50, 50, 60, 60)], False, [0, 1], [0, 0.5]),
+        ([(0, 0.9, *HALF[1]), (0, 0.8, *HALF[1])], True, [0, 0], [0, 0]),  # neither way
+        ([(1, 0.9, *HALF[1])], False, [0], [0]),  # no object of the class in that picture
+    ],
+)
+def test_rule_by_hand(rows, difficult, recall, precision):
+    annotations = [annotation(["a"], [HALF[1]], [difficult]), annotation(["b"], [HALF[1]], [False])]
+    curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]
+    assert curve["recall"].tolist() == recall and curve["precision"].tolist() == precision
+
+
+def test_detection_goes_to_the_object_of_largest_overlap_though_it_is_taken():
+    annotations = [annotation(["a", "a"], [(0, 0, 9, 9), (0, 0, 9, 11)], [False, False])]
+    rows = (0, 0.9, 0, 0, 9, 9), (0, 0.8, 0, 0, 9, 9)
+    curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]
+    assert curve["recall"].tolist() == [0.5, 0.5]
+
+
+def test_object_without_area_counts_and_is_one_pixel_wide():
+    annotations = [annotation(["a", "a"], [(5, 5, 5, 5), (9, 9, 2, 2)], [False, False])]
+    result = evaluate_voc({"a": one_class((0, 0.9, 5, 5, 5, 5))}, annotations, ["a"])
+    assert result["ground_truths"] == {"a": 2} and result["area"]["per_class"]["a"] == 0.5
+
+
+def test_eleven_points_and_area_by_hand():
+    recall, precision = np.array([0.25, 0.25, 0.5]), np.array([1, 0.5, 2 / 3])
+    assert average_precision(recall, precision, "area") == pytest.approx(0.25 + 0.25 * 2 / 3)
+    eleven = (3 * 1 + 3 * 2 / 3) / 11  # recalls 0, .1, .2 and .3, .4, .5
+    assert average_precision(recall, precision, "voc07_11point") == pytest.approx(eleven)
+    with pytest.raises(ValueError, match="'coco' is not one of voc07_11point, area"):
+        average_precision(recall, precision, "coco")
+
+
+def test_class_without_detections_and_class_without_ground_truth_are_noted():
+    annotations = [annotation(["a"], [(0, 0, 9, 9)], [False])]
+    detections = {"a": one_class(), "b": one_class((0, 0.5, 0, 0, 5, 5)), "c": one_class()}
+    result = evaluate_voc(detections, annotations, ["a", "b", "c"])
+    assert [note.split(":")[0] for note in result["notes"]] == [
+        "0 detections for class a",
+        "0 ground truths for class b",
+        "0 ground truths for class c",
+    ]
+    for metric in METRICS:
+        assert result[metric] == {"mean": 0, "per_class": {"a": 0, "b": 0, "c": 0}}
+
+
+# ---- comp4 files
+
+
+def random_detections(rng, count, classes):
+    found = []
+    for n in rng.integers(0, 6, count):
+        corners = rng.uniform(-3, 500, (n, 2))
+        boxes = np.hstack([corners, corners + rng.uniform(1, 99, (n, 2))]).astype(np.float32)
+        labels = rng.integers(1, classes + 1, n)
+        found.append({"boxes": boxes, "scores": rng.random(n, np.float32), "labels": labels})
+    return found
+
+
+def test_line_is_id_score_and_corners_counted_from_1(tmp_path):
+    found = {"boxes": np.float32([[0, 9.5, 20, 30]]), "scores": np.float32([0.25]), "labels": [2]}
+    none = {"boxes": np.empty((0, 4)), "scores": [], "labels": []}
+    write_comp4(tmp_path / "new" / "er", "test", ["cat", "dog"], ["000012", "x"], [found, none])
+    text = (tmp_path / "new/er/comp4_det_test_dog.txt").read_text()
+    assert text == "000012 0.25 1.000 10.500 21.000 31.000\n"
+    assert (tmp_path / "new/er/comp4_det_test_cat.txt").read_text() == ""
+
+
+def test_reading_back_gives_the_same_scores_order_and_boxes(tmp_path):
+    rng = np.random.default_rng(0)
+    classes, ids = ("cat", "dog", "cow"), [f"{i:06}" for i in range(30)]
+    detections = random_detections(rng, len(ids), len(classes))
+    detections[3]["scores"][:] = np.nextafter(np.float32(1), np.float32(0))
+    write_comp4(tmp_path, "test", classes, ids, detections)
+    read, missing = read_comp4(tmp_path, "test", classes, ids)
+    assert missing == []
+    for label, name in enumerate(classes, 1):
+        of_class = [found["labels"] == label for found in detections]
+        pairs = list(zip(detections, of_class, strict=True))
+        scores = np.concatenate([found["scores"][mine] for found, mine in pairs])
+        boxes = np.concatenate([found["boxes"][mine] for found, mine in pairs])
+        assert np.array_equal(read[name].scores.astype(np.float32), scores)
+        assert read[name].boxes == pytest.approx(boxes.astype(np.float64), abs=5.1e-4)
+        assert (
+            read[name].images.tolist()
+            == np.repeat(np.arange(len(ids)), [mine.sum() for mine in of_class]).tolist()
+        )
+
+
+def test_class_name_that_no_file_can_have_is_escaped(tmp_path):
+    names = ["cat/dog", "a:b", "blood cell", "Zelle_ä"]
+    assert comp4_path("d", "test", names[0]).name == "comp4_det_test_cat%2Fdog.txt"
+    found = {"boxes": np.ones((4, 4)), "scores": np.ones(4), "labels": np.arange(1, 5)}
+    write_comp4(tmp_path, "test", names, ["x"], [found])
+    read, _ = read_comp4(tmp_path, "test", names, ["x"])
+    assert [len(read[name].scores) for name in names] == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": [0]}, "image x: detection with label 0 of 1"),
+        ({"labels": [2]}, "image x: detection with label 2 of 1"),
+        ({"scores": [np.nan]}, "image x: .*score nan"),
+        ({"boxes": [[0, 0, np.inf, 1]]}, "image x: .*box .*inf"),
+        ({"boxes": np.zeros((2, 4))}, "1 scores, 1 labels and 2 boxes"),
+    ],
+)
+def test_wrong_detections_are_not_written(tmp_path, change, message):
+    found = {"boxes": [[0, 0, 1, 1]], "scores": [0.5], "labels": [1]} | change
+    with pytest.raises(ValueError, match=message):
+        write_comp4(tmp_path, "test", ["cat"], ["x"], [found])
+
+
+@pytest.mark.parametrize(
+    "line", ["x 0.5 1 2 3", "x 0.5 1 2 3 4 5", "x high 1 2 3 4", "x nan 1 2 3 4", "x"]
+)
+def test_malformed_line_is_refused_by_file_and_line(tmp_path, line):
+    (tmp_path / "comp4_det_test_cat.txt").write_text(f"x 0.5 1 2 3 4\n\n{line}\n")
+    with pytest.raises(UserError, match=re.escape(f'comp4_det_test_cat.txt:3: "{line}" is not of')):
+        read_comp4(tmp_path, "test", ["cat"], ["x"])
+
+
+def test_unknown_image_id_is_refused_by_file_and_line(tmp_path):
+    (tmp_path / "comp4_det_test_cat.txt").write_text("x 0.5 1 2 3 4\ny 0.5 1 2 3 4\n")
+    with pytest.raises(UserError, match=r'_cat\.txt:2: image id "y" is not in the image set'):
+        read_comp4(tmp_path, "test", ["cat"], ["x"])
+
+
+# ---- command line
+
+
+@pytest.fixture
+def scored(voc_folder, tmp_path):
+    """(data set, folder of comp4 files, result of evaluate) with some detections wrong."""
+    data = VOCDetection(voc_folder, [(None, "test")])
+    detections = random_detections(np.random.default_rng(1), len(data), 3)
+    for index, found in enumerate(detections):
+        target = data.target(index)
+        found["boxes"] = np.vstack([found["boxes"], target[:, :4] + 2])
+        found["scores"] = np.append(found["scores"], np.full(len(target), 0.5, np.float32))
+        found["labels"] = np.append(found["labels"], target[:, 4].astype(int))
+    return data, tmp_path / "out", data.evaluate(detections, tmp_path / "out")
+
+
+def test_command_line_gives_the_numbers_of_evaluate_without_pictures(scored, tmp_path, capsys):
+    data, folder, result = scored
+    for path in (data.root / "JPEGImages").iterdir():
+        path.unlink()
+    (data.root / "JPEGImages").rmdir()
+    out = tmp_path / "new/ap.json"
+    assert main([str(folder), "--root", str(data.root), "--set", "test", "--json", str(out)]) == 0
+    written = json.loads(out.read_text())
+    assert list(written) == ["voc07_11point", "area"]
+    for metric in METRICS:
+        assert written[metric] == result[metric]["per_class"]
+    text = capsys.readouterr().out
+    assert "0 ground truths for class platelet" in text
+    assert all(metric in text for metric in METRICS.values())
+    row = next(line for line in text.splitlines() if line.startswith("rod"))
+    assert row.split()[-2:] == [f"{result[metric]['per_class']['rod']:.4f}" for metric in METRICS]
+    mean = text.splitlines()[-1]
+    assert mean.split() == ["mean", *(f"{result[metric]['mean']:.4f}" for metric in METRICS)]
+
+
+def test_missing_file_of_a_class_counts_as_no_detections(scored, tmp_path, capsys):
+    data, folder, _ = scored
+    (folder / "comp4_det_test_rod.txt").unlink()
+    out = tmp_path / "ap.json"
+    assert main([str(folder), "--root", str(data.root), "--set", "test", "--json", str(out)]) == 0
+    assert "comp4_det_test_rod.txt: no such file, rod has no detections" in capsys.readouterr().out
+    assert json.loads(out.read_text())["area"]["rod"] == 0
+
+
+def test_classes_can_be_given(scored, tmp_path, capsys):
+    data, folder, result = scored
+    out = tmp_path / "ap.json"
+    args = [str(folder), "--root", str(data.root), "--set", "test", "--json", str(out)]
+    assert main([*args, "--classes", "rod"]) == 0
+    assert json.loads(out.read_text())["area"] == {"rod": result["area"]["per_class"]["rod"]}
+    assert 'object of unknown class "cell" skipped: 4' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("year", [[], ["--year", "2007"]])
+def test_devkits_only_year_with_the_set_is_taken(voc_devkit, tmp_path, capsys, year):
+    data = VOCDetection(voc_devkit, [("2007", "test")])
+    none = {"boxes": np.empty((0, 4)), "scores": [], "labels": []}
+    data.evaluate([none] * 3, tmp_path / "out")
+    assert main([str(tmp_path / "out"), "--root", str(voc_devkit), "--set", "test", *year]) == 0
+    assert capsys.readouterr().out.startswith("2007_test of ")
+
+
+def test_bad_input_gives_one_sentence_and_exit_code_2(scored, voc_devkit, tmp_path, capsys):
+    data, folder, _ = scored
+    bare, devkit = ["--root", str(data.root)], ["--root", str(voc_devkit)]
+    blocked = tmp_path / "file"
+    blocked.touch()
+    for args, message in (
+        ([str(folder), *devkit, "--set", "trainval"], "2007 and 2012; choose with --year"),
+        ([str(folder), *bare, "--set", "val"], "image sets there: test, trainval"),
+        ([str(folder), *bare, "--set", "trainval"], "no detection file of the classes"),
+        ([str(tmp_path / "none"), *bare, "--set", "test"], "there: none"),
+        ([str(folder), "--root", str(blocked), "--set", "test"], "no such data set folder"),
+        ([str(folder), *bare, "--set", "test", "--json", str(blocked / "a")], "cannot be written"),
+    ):
+        assert main(args) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and captured.err.startswith("error: ")
+        assert captured.err.count("\n") == 1 and not captured.out
+
+
+def test_bad_usage_exits_with_2(capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["somewhere"])
+    assert error.value.code == 2 and "--root" in capsys.readouterr().err
