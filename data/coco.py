@@ -1,0 +1,374 @@
+"""COCO detection data sets: an annotation JSON and the folder of pictures it names.
+
+    root/annotations/instances_<set><year>.json    train2014 val2014 minival2014 valminusminival2014
+                                                   train2017 val2017
+    root/annotations/image_info_<set><year>.json   test2015 test-dev2015 test-dev2017
+    root/images/<split>/COCO_<split>_<id>.jpg      pictures before 2017, <id> of 12 digits
+    root/<split>/<id>.jpg                          pictures since
+
+Any other <set><year> in this layout is read alike, whatever its categories. Format:
+https://cocodataset.org/#format-data. The file's own `file_name` decides where it exists.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.image import read_image
+from utils.errors import UserError
+
+# Sets that are cut out of another split and have no picture folder of their own.
+PICTURES_OF = {"minival": "val", "valminusminival": "val", "test-dev": "test"}
+
+
+@dataclass(frozen=True)
+class Annotations:
+    """One annotation file as arrays: N pictures by id, K categories by id, M boxes by picture."""
+
+    path: Path
+    images: list[dict]  # N raw records (file_name, coco_url)
+    image_ids: np.ndarray  # int64 [N], ascending
+    sizes: np.ndarray  # int64 [N, 2], width and height
+    category_ids: np.ndarray  # int64 [K], ascending; label k is category_ids[k - 1]
+    classes: tuple[str, ...]  # K names
+    offsets: np.ndarray  # int64 [N + 1]; picture i owns the boxes offsets[i]:offsets[i + 1]
+    boxes: np.ndarray  # float64 [M, 4], x, y, w, h in pixels as annotated
+    labels: np.ndarray  # int64 [M], 1..K
+    areas: np.ndarray  # float64 [M], of the segmentation; w * h where the file has none
+    crowds: np.ndarray  # bool [M]
+    annotation_ids: list  # M ids, None where the file has none
+
+
+def read_json(path: str | Path):
+    """Parse a JSON file; UserError where it cannot be read or is no JSON."""
+    try:
+        return json.loads(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+
+
+def column(source, kind: str, records, field: str, shape: tuple[int, ...] = (), dtype=np.float64):
+    """One field of a list of JSON objects, `dtype` [n, *shape].
+
+    UserError names the first object that lacks it or has another shape, type or a non-finite number
+    there; an int64 column takes whole numbers only.
+    """
+
+    def valid(value, shape):
+        try:
+            array = np.array(value)
+        except ValueError:  # ragged
+            return False
+        kinds = "i" if dtype is np.int64 else "iuf"
+        return array.shape == shape and array.dtype.kind in kinds and np.isfinite(array).all()
+
+    if not isinstance(records, list):
+        raise UserError(f"{source}: has no list of {kind}")
+    values = [record.get(field) if isinstance(record, dict) else None for record in records]
+    if values and not valid(values, (len(values), *shape)):
+        n = next(n for n, value in enumerate(values) if not valid(value, shape))
+        wanted = "a whole number" if dtype is np.int64 else "a finite number"
+        wanted = f"{shape[0]} finite numbers" if shape else wanted
+        has_id = isinstance(records[n], dict) and "id" in records[n]
+        where = f"{kind}[{n}]" + (f" (id {records[n]['id']})" if has_id else "")
+        raise UserError(f"{source}: {where} needs {wanted} as '{field}', found {values[n]!r:.60}")
+    return np.array(values, dtype).reshape(-1, *shape)
+
+
+def positions(source, kind: str, field: str, values: np.ndarray, known: np.ndarray, path: Path):
+    """int64 [n]: where `values` stand in `known`, the ascending ids of the annotation file `path`.
+
+    UserError names the first that is not there and says how many are not.
+    """
+    index = np.searchsorted(known, values).clip(max=len(known) - 1)
+    unknown = np.flatnonzero(known[index] != values)
+    if len(unknown):
+        n = unknown[0]
+        raise UserError(
+            f"{source}: {kind}[{n}] has the {field} {values[n]}, which {path} does not list, like"
+            f" {len(unknown)} of {len(values)}; it lists {len(known)}, {known[0]} to {known[-1]}"
+        )
+    return index
+
+
+def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
+    """Read a COCO annotation file; without `boxes` an image_info file, which has none.
+
+    UserError with the file and the id: no JSON, missing or malformed fields, ids that occur twice,
+    annotations of a picture or a category that the file does not list.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict):
+        raise UserError(f"{path}: not a COCO annotation file (its top level is no object)")
+
+    def by_id(kind):
+        ids = column(path, kind, document.get(kind), "id", dtype=np.int64)
+        known, first, counts = np.unique(ids, return_index=True, return_counts=True)
+        if not len(known):
+            raise UserError(f"{path}: lists no {kind}")
+        if len(known) < len(ids):
+            raise UserError(f"{path}: {kind} id {known[counts > 1][0]} occurs twice")
+        return known, [document[kind][n] for n in first]
+
+    image_ids, images = by_id("images")
+    sizes = [column(path, "images", images, side, dtype=np.int64) for side in ("width", "height")]
+    sizes = np.stack(sizes, 1)
+    if (sizes < 1).any():
+        n = np.flatnonzero((sizes < 1).any(1))[0]
+        raise UserError(f"{path}: image id {image_ids[n]} has the size {sizes[n].tolist()}")
+
+    category_ids, categories = by_id("categories")
+    classes = tuple(str(category.get("name")) for category in categories)
+    for n, name in enumerate(classes):
+        if name in ("None", *classes[:n]):
+            raise UserError(f"{path}: category id {category_ids[n]} has no name of its own: {name}")
+
+    records = document.get("annotations") if boxes else []
+    box = column(path, "annotations", records, "bbox", (4,))
+
+    def owners(field, known):
+        ids = column(path, "annotations", records, field, dtype=np.int64)
+        return positions(path, "annotations", field, ids, known, path)
+
+    image, category = owners("image_id", image_ids), owners("category_id", category_ids)
+    area = [
+        record if "area" in record else {"area": w * h}
+        for record, (*_, w, h) in zip(records, box.tolist(), strict=True)
+    ]
+    order = np.argsort(image, kind="stable")
+    return Annotations(
+        path=Path(path),
+        images=images,
+        image_ids=image_ids,
+        sizes=sizes,
+        category_ids=category_ids,
+        classes=classes,
+        offsets=np.searchsorted(image[order], np.arange(len(image_ids) + 1)),
+        boxes=box[order],
+        labels=category[order] + 1,
+        areas=column(path, "annotations", area, "area")[order],
+        crowds=np.array([bool(record.get("iscrowd")) for record in records], bool)[order],
+        annotation_ids=[records[n].get("id") for n in order],
+    )
+
+
+def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """x, y, w, h [m,4] -> x1, y1, x2, y2 [m,4] inside pictures of width, height [m,2], in pixels.
+
+    As published: x2 = x1 + w - 1 from the x1 already clipped, so a box that starts outside the
+    picture is moved in, not cut. Without overlap x2 < x1.
+    """
+    start = np.maximum(boxes[:, :2], 0)
+    return np.hstack([start, np.minimum(sizes - 1, start + np.maximum(boxes[:, 2:] - 1, 0))])
+
+
+class COCODetection:
+    """Pictures and boxes of COCO image sets, e.g. `COCODetection(root, [("2017", "val")])`.
+
+    `ds[i]` is (BGR uint8 [H,W,3], float32 [n,5] of x1, y1, x2, y2 in pixels and the label, from 1),
+    both after `transform(image, target)` if there is one. Labels follow the categories by id:
+    label k is `classes[k - 1]` and COCO's category `category_ids[k]`; `category_labels` is the way
+    back. `ids` ascend within a set. Pictures without boxes are kept with [0,5], and those of a test
+    set have nothing else. Crowds are ordinary boxes, as published. Boxes without area are dropped;
+    `skipped` lists them by reason.
+
+    UserError: no annotation file of that name, a malformed one (see `read_annotations`), missing
+    pictures, sets of different categories, a picture in two sets.
+    """
+
+    def __init__(self, root: str | Path, image_sets: list[tuple[str, str]], transform=None):
+        if not image_sets:
+            raise ValueError("image_sets is empty, wanted e.g. [('2017', 'val')]")
+        self.root = Path(root).expanduser()
+        self.image_sets = [(str(year or ""), name) for year, name in image_sets]
+        self.transform = transform
+        self.skipped: dict[str, list[str]] = {}
+        self._paths: list[Path] = []
+        files = [self._read(year, name) for year, name in self.image_sets]
+        self.classes = files[0].classes
+        for file in files[1:]:
+            if (file.classes, *file.category_ids) != (self.classes, *files[0].category_ids):
+                raise UserError(f"{file.path}: its categories differ from {files[0].path.name}'s")
+        self.category_ids = dict(enumerate(files[0].category_ids.tolist(), 1))
+        self.category_labels = {id: label for label, id in self.category_ids.items()}
+        self.ids = np.concatenate([file.image_ids for file in files]).tolist()
+        if len(set(self.ids)) < len(self.ids):
+            known, counts = np.unique(self.ids, return_counts=True)
+            raise UserError(
+                f"{' and '.join(str(file.path) for file in files)}: image id {known[counts > 1][0]}"
+                " is in more than one of them"
+            )
+        self._sizes = np.concatenate([file.sizes for file in files])
+        # One flat array: a list of small ones would be copied into every loader process.
+        targets, counts = zip(*map(self._targets, files), strict=True)
+        self._boxes = np.concatenate(targets)
+        self._offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, i: int):
+        image, target = self.pull_image(i), self.target(i)
+        return (image, target) if self.transform is None else self.transform(image, target)
+
+    def image_path(self, i: int) -> Path:
+        return self._paths[i]
+
+    def image_size(self, i: int) -> tuple[int, int]:
+        """(width, height) in pixels, as the annotation file has it."""
+        width, height = self._sizes[i].tolist()
+        return width, height
+
+    def pull_image(self, i: int) -> np.ndarray:
+        """BGR uint8 [H,W,3]; UserError if unreadable or not of the size that the boxes assume."""
+        path, (width, height) = self._paths[i], self.image_size(i)
+        image = read_image(path)
+        if image.shape[:2] != (height, width):
+            # The boxes may belong to the picture before its EXIF orientation.
+            image = read_image(path, orient=False)
+        if image.shape[:2] != (height, width):
+            raise UserError(
+                f"{path}: the picture is {image.shape[1]} x {image.shape[0]}, but its annotation"
+                f" file says {width} x {height}; restore the annotated picture or correct the file"
+            )
+        return image
+
+    def target(self, i: int) -> np.ndarray:
+        """float32 [n,5]: x1, y1, x2, y2 in pixels, label."""
+        i = range(len(self))[i]
+        return self._boxes[self._offsets[i] : self._offsets[i + 1]].copy()
+
+    def report(self) -> list[str]:
+        """One line for each reason in `skipped`: how many, and the first."""
+        return [
+            f"{reason}: {len(found)}, first {found[0]}" for reason, found in self.skipped.items()
+        ]
+
+    def evaluate(self, detections: list[dict], directory: str | Path, name: str = "SSD") -> dict:
+        """Write the results JSON into `directory` and score that file.
+
+        `detections`: for each picture, in this order, {"boxes": float32 [n,4] of x1, y1, x2, y2 in
+        pixels, "scores": float32 [n], "labels": int64 [n] from 1}; n may be 0. As published a
+        `bbox` is x1, y1, x2 - x1 + 1, y2 - y1 + 1. The file is detections_<split>_results.json; a
+        test set's is detections_<split>_<name>_results.json, as the evaluation server wants it.
+
+        Returns {"metric", "value" (AP at [.5:.95]), "per_class" (the same of each class), "iou",
+        "max_dets", "image_set", "results" (the file), "stats" (the twelve numbers, see
+        `data.coco_eval.STATS`), "notes" (lines for the log)}; -1 is "no ground truth". A test set
+        has "value" None and neither classes nor stats.
+        """
+        from data.coco_eval import evaluate_coco, notes
+
+        if len(detections) != len(self):
+            raise ValueError(f"{len(detections)} detections for {len(self)} images")
+        if len(self.image_sets) > 1:
+            raise UserError(f"{self.root}: COCO scores one set at a time, not {self.image_sets}")
+        [(year, image_set)] = self.image_sets
+        test = image_set.startswith("test")
+        results = []
+        for image_id, found in zip(self.ids, detections, strict=True):
+            x1, y1, x2, y2 = np.asarray(found["boxes"], np.float64).reshape(-1, 4).T
+            boxes = np.stack([x1, y1, x2 - x1 + 1, y2 - y1 + 1], 1).round(4).tolist()
+            scores, labels = found["scores"].tolist(), found["labels"].tolist()
+            results += [
+                {"image_id": image_id, "category_id": self.category_ids[k], "bbox": b, "score": s}
+                for b, s, k in zip(boxes, scores, labels, strict=True)
+            ]
+        split = f"{image_set}{year}_{name}" if test else f"{image_set}{year}"
+        path = Path(directory) / f"detections_{split}_results.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(results))
+        report = {
+            "metric": "COCO AP",
+            "value": None,
+            "per_class": {},
+            "iou": "0.50:0.95",
+            "max_dets": 100,
+            "image_set": f"{year}_{image_set}".lstrip("_"),
+            "results": str(path),
+            "notes": [f"{path}: no score here, {image_set}{year} has no public ground truth"],
+        }
+        if not test:
+            scored = evaluate_coco(path, self._annotation_file(year, image_set))
+            report["value"], report["per_class"] = scored["stats"][0], scored["per_category"]
+            report["stats"], report["notes"] = scored["stats"], notes(scored)
+        return report
+
+    def _annotation_file(self, year, name):
+        kind = "image_info" if name.startswith("test") else "instances"
+        return self.root / "annotations" / f"{kind}_{name}{year}.json"
+
+    def _read(self, year, name):
+        path = self._annotation_file(year, name)
+        if not path.is_file():
+            there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "no JSON file"
+            raise UserError(f"{path}: no such annotation file; {path.parent} has {there}")
+        file = read_annotations(path, boxes=not name.startswith("test"))
+        self._paths += self._find_pictures(file, f"{PICTURES_OF.get(name, name)}{year}", year)
+        return file
+
+    def _find_pictures(self, file, split, year):
+        before_2017 = year in ("2014", "2015")
+        folder = self.root / "images" / split if before_2017 else self.root / split
+        if not folder.is_dir():
+            # A subset cut out of another split still names that in its pictures' coco_url.
+            other = folder.parent / str(file.images[0].get("coco_url")).split("/")[-2:][0]
+            if not other.is_dir():
+                raise UserError(f"{folder}: no such folder, for the pictures of {file.path.name}")
+            detail = f"{other} as in its coco_url, there is no {folder}"
+            self._skip("set whose pictures come from another split", file, detail)
+            folder = other
+        existing = set(os.listdir(folder))
+        prefix = f"COCO_{folder.name}_" if before_2017 else ""
+        paths, missing = [], []
+        for id, image in zip(file.image_ids, file.images, strict=True):
+            usual = f"{prefix}{id:012d}.jpg"
+            name = str(image.get("file_name", usual))
+            if name not in existing and usual in existing:
+                name = usual
+            paths.append(folder / name)
+            # The listing has no names with a folder in them.
+            if name not in existing and not paths[-1].is_file():
+                missing.append(name)
+        if missing:
+            raise UserError(
+                f"{folder}: {len(missing)} of the {len(paths)} pictures in {file.path.name} are"
+                f" missing: {', '.join(missing[:10])}" + (" ..." if len(missing) > 10 else "")
+            )
+        return paths
+
+    def _targets(self, file):
+        """float32 [m,5] of the boxes kept, and int64 [N] how many a picture has."""
+        picture = np.repeat(np.arange(len(file.image_ids)), np.diff(file.offsets))
+        sizes = file.sizes[picture]
+        corners = clip_boxes(file.boxes, sizes)
+        # 0.01: what COCO's two decimals leave of a box that touches the border.
+        outside = np.maximum(-file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:] - sizes)
+        # A box of one pixel has x2 = x1, and neither an IoU nor a logarithm of its width.
+        flat = (corners[:, 2:] <= corners[:, :2]).any(1)
+        empty = ~flat & (file.areas <= 0)
+        kept = ~flat & ~empty
+        for reason, rows in {
+            "box without area in the picture, dropped": flat,
+            "annotation of area 0 or less, dropped": empty,
+            "box clipped to the picture": kept & (outside > 0.01).any(1),
+        }.items():
+            for n in np.flatnonzero(rows):
+                self._skip(
+                    reason,
+                    file,
+                    f"annotation {file.annotation_ids[n]} of image {file.image_ids[picture[n]]},"
+                    f" bbox {file.boxes[n].tolist()}",
+                )
+        target = np.hstack([corners, file.labels[:, None]])[kept].astype(np.float32)
+        return target, np.bincount(picture[kept], minlength=len(file.image_ids))
+
+    def _skip(self, reason, file, detail):
+        self.skipped.setdefault(reason, []).append(f"{file.path.name}: {detail}")

@@ -1,0 +1,348 @@
+"""COCO reader, on folders written here."""
+
+import json
+
+import cv2
+import numpy as np
+import pytest
+
+from data.coco import COCODetection, clip_boxes
+from utils.errors import UserError
+
+WIDTH, HEIGHT = 60, 40
+CATEGORIES = [{"id": 7, "name": "kite"}, {"id": 3, "name": "dog"}, {"id": 90, "name": "oar"}]
+
+
+def annotation(id, image_id, bbox, category_id=3, **more):
+    area = bbox[2] * bbox[3]
+    return {"id": id, "image_id": image_id, "category_id": category_id, "bbox": bbox, "area": area,
+            "iscrowd": 0, **more}  # fmt: skip
+
+
+def write_set(root, file, folder, names, annotations=None, **document):
+    """One annotation file and its pictures; names: {image id: file name}."""
+    images = [
+        {"id": id, "file_name": name, "width": WIDTH, "height": HEIGHT}
+        for id, name in names.items()
+    ]
+    document = {"images": images, "categories": CATEGORIES, **document}
+    if annotations is not None:
+        document["annotations"] = annotations
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / "annotations" / file).write_text(json.dumps(document))
+    (root / folder).mkdir(parents=True, exist_ok=True)
+    for id, name in names.items():
+        picture = np.full((HEIGHT, WIDTH, 3), id % 256, np.uint8)
+        (root / folder / name).write_bytes(cv2.imencode(".png", picture)[1].tobytes())
+    return root
+
+
+def val2017(root, annotations, ids=(42, 9), **document):
+    names = {id: f"{id:012d}.jpg" for id in ids}
+    return write_set(root, "instances_val2017.json", "val2017", names, annotations, **document)
+
+
+def read(root):
+    return COCODetection(root, [("2017", "val")])
+
+
+def test_sample_is_a_bgr_picture_and_its_boxes_with_labels(tmp_path):
+    boxes = [annotation(1, 42, [10, 5, 20, 10], 90), annotation(2, 42, [0.5, 1.25, 8, 4], 3)]
+    dataset = read(val2017(tmp_path, boxes))
+    assert len(dataset) == 2 and dataset.ids == [9, 42]
+    image, target = dataset[1]
+    assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8 and (image == 42).all()
+    assert target.dtype == np.float32
+    np.testing.assert_array_equal(target, [[10, 5, 29, 14, 3], [0.5, 1.25, 7.5, 4.25, 1]])
+    assert dataset.image_size(1) == (WIDTH, HEIGHT)
+    assert dataset.image_path(1) == tmp_path / "val2017" / "000000000042.jpg"
+    assert dataset.skipped == {} and dataset.report() == []
+
+
+def test_labels_are_contiguous_over_category_ids_with_gaps_both_ways(tmp_path):
+    dataset = read(val2017(tmp_path, []))
+    assert dataset.classes == ("dog", "kite", "oar")
+    assert dataset.category_ids == {1: 3, 2: 7, 3: 90}
+    assert dataset.category_labels == {3: 1, 7: 2, 90: 3}
+
+
+def test_picture_without_annotations_stays_with_an_empty_target(tmp_path):
+    dataset = read(val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10])]))
+    assert dataset.target(0).shape == (0, 5) and dataset.target(0).dtype == np.float32
+    assert dataset[0][0].shape == (HEIGHT, WIDTH, 3)
+    assert dataset.target(-1).shape == (1, 5)
+    with pytest.raises(IndexError):
+        dataset.target(2)
+
+
+def test_transform_gets_picture_and_a_target_of_its_own(tmp_path):
+    def transform(image, target):
+        target *= 2
+        return image[:1], target
+
+    root = val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10])])
+    dataset = COCODetection(root, [("2017", "val")], transform)
+    for _ in range(2):
+        image, target = dataset[1]
+        assert image.shape == (1, WIDTH, 3) and target.tolist() == [[20, 10, 58, 28, 2]]
+
+
+def test_crowds_are_ordinary_boxes(tmp_path):
+    dataset = read(val2017(tmp_path, [annotation(1, 9, [10, 5, 20, 10], iscrowd=1)]))
+    assert dataset.target(0).tolist() == [[10, 5, 29, 14, 1]]
+
+
+def test_boxes_are_clipped_as_published():
+    rng = np.random.default_rng(0)
+    boxes = np.hstack([rng.uniform(-10, 50, (500, 2)), rng.uniform(-2, 40, (500, 2))])
+    expected = []
+    for x, y, w, h in boxes:
+        x1, y1 = max(0, x), max(0, y)
+        x2, y2 = min(WIDTH - 1, x1 + max(0, w - 1)), min(HEIGHT - 1, y1 + max(0, h - 1))
+        expected.append([x1, y1, x2, y2])
+    np.testing.assert_array_equal(clip_boxes(boxes, np.full((500, 2), [WIDTH, HEIGHT])), expected)
+
+
+def test_boxes_without_area_are_dropped_and_clipped_ones_kept_and_both_counted(tmp_path):
+    boxes = [
+        annotation(1, 9, [10, 5, 0, 10]),
+        annotation(2, 9, [10, 5, 20, -3]),
+        annotation(3, 9, [WIDTH + 1, 5, 20, 10]),
+        annotation(4, 9, [10, 5, 20, 10], area=0),
+        annotation(5, 9, [50, -2, 20, 10]),
+        annotation(6, 9, [50, 30, 10.004, 10]),  # touches the border but for COCO's rounding
+        annotation(7, 9, [10, 5, 1, 10]),  # x2 = x1: no width that could be encoded
+    ]
+    dataset = read(val2017(tmp_path, boxes))
+    np.testing.assert_allclose(dataset.target(0), [[50, 0, 59, 9, 1], [50, 30, 59, 39, 1]])
+    skipped = {reason: len(rows) for reason, rows in dataset.skipped.items()}
+    assert skipped == {
+        "box without area in the picture, dropped": 4,
+        "annotation of area 0 or less, dropped": 1,
+        "box clipped to the picture": 1,
+    }
+    assert dataset.report()[2] == (
+        "box clipped to the picture: 1, first instances_val2017.json: annotation 5 of image 9,"
+        " bbox [50.0, -2.0, 20.0, 10.0]"
+    )
+
+
+def test_annotations_need_neither_area_nor_iscrowd_nor_id(tmp_path):
+    box = {"image_id": 9, "category_id": 3, "bbox": [10, 5, 20, 10]}
+    assert len(read(val2017(tmp_path, [box])).target(0)) == 1
+
+
+@pytest.mark.parametrize(
+    ("year", "name", "file", "folder"),
+    [
+        ("2014", "train", "instances_train2014", "images/train2014"),
+        ("2014", "val", "instances_val2014", "images/val2014"),
+        ("2014", "minival", "instances_minival2014", "images/val2014"),
+        ("2014", "valminusminival", "instances_valminusminival2014", "images/val2014"),
+        ("2015", "test", "image_info_test2015", "images/test2015"),
+        ("2015", "test-dev", "image_info_test-dev2015", "images/test2015"),
+        ("2017", "train", "instances_train2017", "train2017"),
+        ("2017", "val", "instances_val2017", "val2017"),
+        ("2017", "test-dev", "image_info_test-dev2017", "test2017"),
+    ],
+)
+@pytest.mark.parametrize("with_file_name", [True, False])
+def test_names_of_every_published_split(tmp_path, year, name, file, folder, with_file_name):
+    picture = f"{42:012d}.jpg"
+    if year != "2017":
+        picture = f"COCO_{folder.split('/')[1]}_{picture}"
+    test = name.startswith("test")
+    boxes = None if test else [annotation(1, 42, [10, 5, 20, 10])]
+    write_set(tmp_path, f"{file}.json", folder, {42: picture}, boxes)
+    if not with_file_name:
+        path = tmp_path / "annotations" / f"{file}.json"
+        document = json.loads(path.read_text())
+        del document["images"][0]["file_name"]
+        path.write_text(json.dumps(document))
+    dataset = COCODetection(tmp_path, [(year, name)])
+    assert dataset.image_path(0) == tmp_path / folder / picture
+    image, target = dataset[0]
+    assert image.shape == (HEIGHT, WIDTH, 3) and target.shape == (0 if test else 1, 5)
+
+
+def test_picture_names_of_a_custom_set_are_the_files_own(tmp_path):
+    names = {1: "a b.png", 2: "Ünï.jpeg"}
+    write_set(tmp_path, "instances_mine2024.json", "mine2024", names, [])
+    dataset = COCODetection(tmp_path, [("2024", "mine")])
+    assert [dataset.image_path(i).name for i in range(2)] == list(names.values())
+    assert dataset[1][0].shape == (HEIGHT, WIDTH, 3)
+
+
+def test_sets_are_joined_in_order(tmp_path):
+    val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10])])
+    boxes = [annotation(1, 5, [0, 0, 4, 4])]
+    write_set(tmp_path, "instances_train2017.json", "train2017", {5: "5.jpg", 4: "4.jpg"}, boxes)
+    dataset = COCODetection(tmp_path, [("2017", "val"), ("2017", "train")])
+    assert dataset.ids == [9, 42, 4, 5]
+    assert [len(dataset.target(i)) for i in range(4)] == [0, 1, 0, 1]
+    assert dataset.image_path(2) == tmp_path / "train2017" / "4.jpg"
+    with pytest.raises(UserError, match="one set at a time"):
+        dataset.evaluate([{}] * 4, tmp_path)
+
+
+def test_subset_of_another_split_takes_its_pictures_from_there_and_says_so(tmp_path):
+    val2017(tmp_path, [])
+    images = [
+        {"id": 42, "file_name": "000000000042.jpg", "width": WIDTH, "height": HEIGHT,
+         "coco_url": "http://images.cocodataset.org/val2017/000000000042.jpg"}
+    ]  # fmt: skip
+    path = tmp_path / "annotations" / "image_info_test-dev2017.json"
+    path.write_text(json.dumps({"images": images, "categories": CATEGORIES}))
+    dataset = COCODetection(tmp_path, [("2017", "test-dev")])
+    assert dataset.image_path(0) == tmp_path / "val2017" / "000000000042.jpg"
+    [line] = dataset.report()
+    assert str(tmp_path / "val2017") in line and "there is no" in line and "test2017" in line
+
+
+def perfect(dataset):
+    return [
+        {"boxes": t[:, :4], "scores": np.ones(len(t), np.float32), "labels": t[:, 4].astype(int)}
+        for t in map(dataset.target, range(len(dataset)))
+    ]
+
+
+def test_ground_truth_as_detections_scores_one_and_is_written_back_unchanged(tmp_path):
+    boxes = [annotation(1, 42, [10, 5, 20, 10], 90), annotation(2, 9, [0.5, 1.25, 8, 4], 3)]
+    dataset = read(val2017(tmp_path, boxes))
+    report = dataset.evaluate(perfect(dataset), tmp_path / "new" / "folder")
+    path = tmp_path / "new" / "folder" / "detections_val2017_results.json"
+    assert report["results"] == str(path)
+    assert json.loads(path.read_text()) == [
+        {"image_id": 9, "category_id": 3, "bbox": [0.5, 1.25, 8, 4], "score": 1},
+        {"image_id": 42, "category_id": 90, "bbox": [10, 5, 20, 10], "score": 1},
+    ]
+    assert report["value"] == pytest.approx(1) and report["stats"][0] == report["value"]
+    assert report["per_class"] == pytest.approx({"dog": 1, "kite": -1, "oar": 1})
+    assert report["notes"] == ["no ground truth (-1) for 1 classes: kite"]
+    assert (report["metric"], report["iou"], report["image_set"]) == (
+        "COCO AP", "0.50:0.95", "2017_val")  # fmt: skip
+
+
+def test_no_detections_score_zero(tmp_path):
+    dataset = read(val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)]))
+    nothing = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
+    report = dataset.evaluate([nothing] * 2, tmp_path)
+    assert report["value"] == 0 and report["per_class"] == {"dog": -1, "kite": -1, "oar": 0}
+    assert "no detection overlaps" in report["notes"][0]
+    with pytest.raises(ValueError, match="1 detections for 2 images"):
+        dataset.evaluate([nothing], tmp_path)
+
+
+def test_test_set_is_written_for_the_server_and_not_scored(tmp_path):
+    names = {42: "000000000042.jpg"}
+    write_set(tmp_path, "image_info_test-dev2017.json", "test2017", names)
+    dataset = COCODetection(tmp_path, [("2017", "test-dev")])
+    found = {"boxes": np.float32([[1, 2, 3, 4]]), "scores": np.float32([0.5]),
+             "labels": np.array([2])}  # fmt: skip
+    report = dataset.evaluate([found], tmp_path / "out", name="net")
+    path = tmp_path / "out" / "detections_test-dev2017_net_results.json"
+    assert json.loads(path.read_text()) == [
+        {"image_id": 42, "category_id": 7, "bbox": [1, 2, 3, 3], "score": 0.5}
+    ]
+    assert report["value"] is None and report["per_class"] == {}
+    assert "no public ground truth" in report["notes"][0]
+
+
+def test_reading_writes_nothing_under_the_root(tmp_path):
+    before = sorted(val2017(tmp_path, []).rglob("*"))
+    read(tmp_path)[0]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_missing_annotation_file_names_those_that_exist(tmp_path):
+    val2017(tmp_path, [])
+    with pytest.raises(UserError, match="instances_train2017.json: no such.* instances_val"):
+        COCODetection(tmp_path, [("2017", "train")])
+    with pytest.raises(UserError, match="nowhere/annotations has no JSON file"):
+        read(tmp_path / "nowhere")
+
+
+def test_missing_pictures_are_counted_and_the_first_ten_named(tmp_path):
+    val2017(tmp_path, [], ids=range(1, 16))
+    for id in range(1, 13):
+        (tmp_path / "val2017" / f"{id:012d}.jpg").unlink()
+    with pytest.raises(UserError, match=r"12 of the 15 pictures.* 000000000001.jpg, ") as error:
+        read(tmp_path)
+    assert "000000000010.jpg ..." in str(error.value) and "011.jpg" not in str(error.value)
+
+
+def test_missing_picture_folder(tmp_path):
+    write_set(tmp_path, "image_info_test-dev2017.json", "test2017", {1: "1.jpg"})
+    (tmp_path / "test2017").rename(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match="test2017: no such folder.*image_info_test-dev2017.json"):
+        COCODetection(tmp_path, [("2017", "test-dev")])
+
+
+def test_picture_of_another_size_than_annotated(tmp_path):
+    dataset = read(val2017(tmp_path, []))
+    small = cv2.imencode(".png", np.zeros((20, 30, 3), np.uint8))[1].tobytes()
+    dataset.image_path(0).write_bytes(small)
+    with pytest.raises(UserError, match="000000000009.jpg: the picture is 30 x 20.* 60 x 40"):
+        dataset[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not a JSON file"),
+        ("[]", "not a COCO annotation file"),
+        ("{}", "has no list of images"),
+        ('{"images": [{"id": 1}]}', r"images\[0\] \(id 1\) needs a whole number as 'width'"),
+    ],
+)
+def test_malformed_file(tmp_path, text, message):
+    val2017(tmp_path, [])
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(text)
+    with pytest.raises(UserError, match=f"instances_val2017.json: {message}"):
+        read(tmp_path)
+
+
+BOX = annotation(17, 9, [10, 5, 20, 10])
+IMAGE = {"id": 9, "width": WIDTH, "height": HEIGHT}
+
+
+@pytest.mark.parametrize(
+    ("document", "message"),
+    [
+        ({"annotations": None}, "has no list of annotations"),
+        ({"annotations": [5]}, r"annotations\[0\] needs 4 finite numbers as 'bbox'"),
+        ({"annotations": [{**BOX, "bbox": [1, 2, 3]}]}, r"\(id 17\).*'bbox', found \[1, 2, 3\]"),
+        ({"annotations": [BOX, {**BOX, "bbox": [1, 2, 3, np.nan]}]}, r"annotations\[1\].*nan"),
+        ({"annotations": [{**BOX, "bbox": [1, 2, 3, "4"]}]}, "4 finite numbers"),
+        ({"annotations": [{**BOX, "area": "big"}]}, "a finite number as 'area', found 'big'"),
+        ({"annotations": [{**BOX, "image_id": "9"}]}, "a whole number as 'image_id', found '9'"),
+        ({"annotations": [{**BOX, "image_id": 10**30}]}, "a whole number as 'image_id'"),
+        ({"annotations": [BOX, {**BOX, "image_id": 8}]}, r"annotations\[1\] has the image_id 8"),
+        ({"annotations": [{**BOX, "category_id": 5}]}, "has the category_id 5, .* 3 to 90"),
+        ({"images": []}, "lists no images"),
+        ({"images": [IMAGE, IMAGE]}, "images id 9 occurs twice"),
+        ({"images": [{**IMAGE, "width": 0}]}, r"image id 9 has the size \[0, 40\]"),
+        ({"categories": []}, "lists no categories"),
+        ({"categories": [{"id": 3}]}, "category id 3 has no name of its own"),
+        ({"categories": [{"id": i, "name": "dog"} for i in (1, 2)]}, "category id 2 has no name"),
+    ],
+)
+def test_malformed_records_are_named(tmp_path, document, message):
+    path = val2017(tmp_path, []) / "annotations" / "instances_val2017.json"
+    valid = {"images": [IMAGE], "categories": CATEGORIES, "annotations": [BOX]}
+    path.write_text(json.dumps(valid | document))
+    with pytest.raises(UserError, match=f"instances_val2017.json: .*{message}"):
+        read(tmp_path)
+
+
+def test_sets_that_do_not_fit_together(tmp_path):
+    val2017(tmp_path, [])
+    names = {9: "9.jpg"}
+    write_set(tmp_path, "instances_train2017.json", "train2017", names, [])
+    sets = [("2017", "val"), ("2017", "train")]
+    with pytest.raises(UserError, match="image id 9 is in more than one"):
+        COCODetection(tmp_path, sets)
+    other = [{"id": 1, "name": "dog"}]
+    write_set(tmp_path, "instances_train2017.json", "train2017", names, [], categories=other)
+    with pytest.raises(UserError, match="train2017.json: its categories differ from instances_val"):
+        COCODetection(tmp_path, sets)
