@@ -1,0 +1,95 @@
+"""Download and unpack Pascal VOC: `python -m data.scripts.voc 2007 [--root ~/data]`.
+
+2007 gives trainval and test, 2012 gives trainval, as <root>/VOCdevkit/VOC<year>.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from utils.download import extract_tar, fetch, unpacking_mark
+from utils.errors import UserError
+
+URL_BASE = "http://host.robots.ox.ac.uk/pascal/VOC"
+# year -> (image set, archive, md5)
+ARCHIVES = {
+    "2007": (
+        ("trainval", "VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64"),
+        ("test", "VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f"),
+    ),
+    "2012": (("trainval", "VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),),
+}
+
+
+def count_complete(year_dir: Path, image_set: str) -> int:
+    """Number of pictures in an image set; 0 unless all have their picture and annotation."""
+    listing = year_dir / "ImageSets" / "Main" / f"{image_set}.txt"
+    if not listing.is_file():
+        return 0
+    ids = {line.split()[0] for line in listing.read_text().splitlines() if line.strip()}
+    for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        directory = year_dir / folder
+        if not directory.is_dir():
+            return 0
+        present = {p.stem for p in directory.iterdir() if p.suffix == suffix and p.stat().st_size}
+        if not ids <= present:
+            return 0
+    return len(ids)
+
+
+def get_voc(year: str, root: Path, url_base: str = URL_BASE) -> None:
+    """Bring the archives of a year under `root`, skipping those already unpacked in full.
+
+    Raises UserError if an archive cannot be had, or lacks what its image set lists.
+    """
+    year_dir = root / "VOCdevkit" / f"VOC{year}"
+    for image_set, name, md5 in ARCHIVES[year]:
+        archive = root / name
+        count = count_complete(year_dir, image_set)
+        if count and not unpacking_mark(archive, root).exists():
+            print(f"{year_dir}: {image_set} is already complete, {count} pictures")
+            continue
+        fetch(f"{url_base.rstrip('/')}/voc{year}/{name}", archive, f"md5:{md5}")
+        print(f"unpacking {archive}", flush=True)
+        extract_tar(archive, root)
+        if not (count := count_complete(year_dir, image_set)):
+            raise UserError(
+                f"{archive} was unpacked, yet {year_dir} lacks pictures or annotations of "
+                f"{image_set}: remove that folder and run again"
+            )
+        print(f"{year_dir}: {image_set}, {count} pictures ({archive} is no longer needed)")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m data.scripts.voc", description="Download and unpack Pascal VOC."
+    )
+    parser.add_argument("year", choices=ARCHIVES)
+    parser.add_argument(
+        "--root",
+        type=Path,
+        default=Path("~/data"),
+        help="folder that gets VOCdevkit/ (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--url-base",
+        default=URL_BASE,
+        metavar="URL",
+        help="mirror that holds voc2007/ and voc2012/ (default: %(default)s)",
+    )
+    args = parser.parse_args(argv)
+    try:
+        get_voc(args.year, args.root.expanduser(), args.url_base)
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run again to go on", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
