@@ -1,0 +1,248 @@
+import cv2
+import numpy as np
+import pytest
+
+from utils.draw import (
+    class_colour,
+    contact_sheet,
+    draw_comparison,
+    draw_detections,
+    match_detections,
+    rank_by_errors,
+)
+
+GREEN, RED, ORANGE, GREY = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
+NAMES = ("cat", "dog")
+
+
+def shows(image, colour):
+    return bool((image == colour).all(axis=2).any())
+
+
+def dets(boxes=(), scores=(), labels=()):
+    boxes = np.array(boxes, np.float32).reshape(-1, 4)
+    return {"boxes": boxes, "scores": np.float32(scores), "labels": np.int64(labels)}
+
+
+@pytest.mark.parametrize("height, width", [(16, 16), (1, 1), (3, 200), (48, 30), (300, 500)])
+@pytest.mark.parametrize("ground", [0, 128, 255])
+def test_every_size_and_ground_keeps_shape_dtype_and_input(height, width, ground):
+    image = np.full((height, width, 3), ground, np.uint8)
+    boxes = [[width * 0.2, height * 0.3, width * 0.8, height * 0.9], [-1e9, -5, 1e12, height + 40]]
+    for scores in (None, [0.3, 0.99]):
+        out = draw_detections(image, np.array(boxes), [1, 2], scores, ["a long class name", "b"])
+        assert out.shape == image.shape and out.dtype == np.uint8
+        assert (image == ground).all()
+        assert not np.shares_memory(out, image)
+        assert (out != image).any()
+
+
+def test_no_boxes_gives_an_equal_copy():
+    image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
+    out = draw_detections(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
+    assert (out == image).all() and not np.shares_memory(out, image)
+    out = draw_comparison(image, np.zeros((0, 5)), dets())
+    assert (out == image).all() and not np.shares_memory(out, image)
+
+
+def test_read_only_and_sliced_images_are_accepted():
+    image = np.full((60, 80, 3), 90, np.uint8)[:, ::-1]
+    image.flags.writeable = False
+    out = draw_detections(image, [[10, 20, 50, 50]], [1])
+    assert shows(out, class_colour(1))
+
+
+def test_outline_lies_on_the_box_and_the_inside_is_free():
+    image = np.full((200, 200, 3), 255, np.uint8)
+    out = draw_detections(image, [[60, 80, 150, 170]], [3])
+    colour = np.array(class_colour(3))
+    for x, y in ((60, 120), (150, 120), (105, 170), (120, 80)):
+        assert (out[y, x] == colour).all()
+    assert (out[90:160, 70:140] == 255).all()
+    changed = np.nonzero((out != image).any(axis=2))
+    assert changed[0].max() <= 172 and changed[1].max() <= 152 and changed[1].min() >= 58
+
+
+@pytest.mark.parametrize("box", [[0, 0, 40, 30], [170, 150, 199, 199], [-50, -50, 400, 400]])
+def test_label_stays_inside_the_picture(box):
+    image = np.full((200, 200, 3), 200, np.uint8)
+    out = draw_detections(image, [box], [1], [0.5], ["rhinoceros"])
+    filled = (out == class_colour(1)).all(axis=2).astype(np.uint8)
+    tag = cv2.morphologyEx(filled, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))  # no thin lines
+    ys, xs = np.nonzero(tag)
+    whole = draw_detections(image, [[60, 80, 150, 170]], [1], [0.5], ["rhinoceros"])
+    filled = (whole == class_colour(1)).all(axis=2).astype(np.uint8)
+    y0, x0 = np.nonzero(cv2.morphologyEx(filled, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8)))
+    assert (np.ptp(ys), np.ptp(xs)) == pytest.approx((np.ptp(y0), np.ptp(x0)), abs=2)
+
+
+def test_best_score_lies_on_top():
+    image = np.zeros((100, 100, 3), np.uint8)
+    box = [[20, 40, 80, 90]] * 2
+    a = draw_detections(image, box, [1, 2], [0.2, 0.8])
+    b = draw_detections(image, box[::-1], [2, 1], [0.8, 0.2])
+    assert (a == b).all()
+    assert (a[90, 50] == class_colour(2)).all()
+
+
+def test_label_colours_are_stable_and_distinct_and_text_contrasts():
+    colours = np.array([class_colour(k) for k in range(1, 81)], float)
+    gaps = np.linalg.norm(colours[:, None] - colours[None], axis=2)
+    assert gaps[np.triu_indices(80, 1)].min() > 8
+    assert gaps[:20, :20][np.triu_indices(20, 1)].min() > 40
+    for label in range(1, 21):
+        image = np.full((300, 300, 3), 128, np.uint8)
+        tag = draw_detections(image, [[50, 100, 290, 290]], [label], names=["WWWW"] * 20)[80:98]
+        weights = (0.114, 0.587, 0.299)
+        luminance = np.dot(class_colour(label), weights)
+        text = tag[:, 55:80].reshape(-1, 3) @ weights
+        assert np.abs(text - luminance).max() > 100
+
+
+def test_characters_beyond_ascii_are_replaced_alike():
+    image = np.zeros((120, 160, 3), np.uint8)
+
+    def drawn(name):
+        return draw_detections(image, [[20, 40, 120, 100]], [1], names=[name])
+
+    assert (drawn("café") == drawn("cafe")).all()
+    assert (drawn("猫") == drawn("?")).all()
+    assert (drawn("a") != drawn("b")).any()
+    assert (drawn("") != image).any()
+    assert (draw_detections(image, [[20, 40, 120, 100]], [7]) ==
+            draw_detections(image, [[20, 40, 120, 100]], [7], names=["7"] * 7)).all()  # fmt: skip
+
+
+def test_wrong_arguments_are_named():
+    image = np.zeros((10, 10, 3), np.uint8)
+    with pytest.raises(ValueError, match="1 boxes, 2 labels and 1 scores do not match"):
+        draw_detections(image, [[1, 1, 5, 5]], [1, 2])
+    with pytest.raises(ValueError, match="1 boxes, 1 labels and 0 scores do not match"):
+        draw_detections(image, [[1, 1, 5, 5]], [1], [])
+    with pytest.raises(ValueError, match=r"image must be uint8 \[H, W, 3\], not float32 \[10, 10"):
+        draw_detections(image.astype(np.float32), [[1, 1, 5, 5]], [1])
+    with pytest.raises(ValueError, match=r"not uint8 \[10, 10\]"):
+        draw_detections(image[..., 0], [[1, 1, 5, 5]], [1])
+    with pytest.raises(ValueError, match="holds a NaN"):
+        draw_detections(image, [[1, np.nan, 5, 5]], [1])
+
+
+def test_matching_by_hand():
+    # 10 x 10 pixel boxes; shifted by 3 columns: 70 / 130 = .54, by 4: 60 / 140 = .43
+    truth = np.array([[0, 0, 9, 9, 1], [5, 0, 14, 9, 1], [50, 50, 59, 59, 2]])
+    boxes = np.array([
+        [3, 0, 12, 9],  # 54 % of the first, 8 shared columns of the second: 80 / 120 = .67
+        [5, 0, 14, 9],  # exactly the second, best score
+        [0, 0, 9, 9],  # exactly the first
+        [50, 50, 59, 59],  # another class than the third
+        [53, 50, 62, 59],  # 54 % of the third
+        [54, 50, 63, 59],  # 43 % of it
+    ])  # fmt: skip
+    scores = [0.8, 0.9, 0.7, 0.95, 0.3, 0.99]
+    labels = [1, 1, 1, 1, 2, 2]
+    assert match_detections(boxes, labels, scores, truth).tolist() == [-1, 1, 0, -1, 2, -1]
+    # the lower score comes second
+    scores = [0.95, 0.9, 0.7, 0.95, 0.3, 0.99]
+    assert match_detections(boxes, labels, scores, truth).tolist() == [1, -1, 0, -1, 2, -1]
+    # a difficult box does not get used up
+    found = match_detections(boxes, labels, scores, truth, difficult=[False, True, False])
+    assert found.tolist() == [1, 1, 0, -1, 2, -1]
+    assert match_detections(boxes, labels, scores, truth, iou=0.4).tolist()[5] == 2
+
+
+def test_iou_of_exactly_the_threshold_counts():
+    truth = np.array([[0, 0, 9, 9, 1]])
+    boxes = np.array([[0, 0, 9, 4]])  # 50 of 100 pixels
+    assert match_detections(boxes, [1], [0.5], truth).tolist() == [0]
+    assert match_detections(boxes, [1], [0.5], truth, iou=0.51).tolist() == [-1]
+
+
+def test_matching_without_truth_or_detections():
+    box = np.array([[0, 0, 9, 9]], np.float32)
+    assert match_detections(box, [1], [0.5], np.zeros((0, 5))).tolist() == [-1]
+    none = match_detections(np.zeros((0, 4)), [], [], np.array([[0, 0, 9, 9, 1]]))
+    assert none.shape == (0,) and none.dtype == np.int64
+
+
+def test_errors_are_counted_and_ranked():
+    box, far = [10, 10, 29, 29], [50, 50, 69, 69]
+    truths = [
+        np.array([[*box, 1], [*far, 2]]),  # one found, one missed
+        np.zeros((0, 5)),  # nothing there, nothing said
+        np.array([[*box, 1], [*far, 2]]),  # both found
+        np.array([[*box, 1]]),  # wrong class: one false positive, one missed
+        np.array([[*box, 1]]),  # found twice; the low score does not count
+        np.array([[*box, 1], [*far, 2]]),  # both difficult: one found, one not
+    ]
+    detections = [
+        dets([box], [0.9], [1]),
+        dets(),
+        dets([far, box], [0.9, 0.5], [2, 1]),
+        dets([box], [0.9], [2]),
+        dets([box, box, far], [0.9, 0.8, 0.49], [1, 1, 1]),
+        dets([box, box], [0.9, 0.8], [1, 1]),
+    ]
+    difficult = [np.zeros(len(t), bool) for t in truths[:5]] + [np.ones(2, bool)]
+    order, counts = rank_by_errors(truths, detections, difficult)
+    assert counts.tolist() == [[1, 0, 1], [0, 0, 0], [2, 0, 0], [0, 1, 1], [1, 1, 0], [0, 0, 0]]
+    assert order.tolist() == [2, 1, 5, 0, 4, 3]
+    assert rank_by_errors(truths[5:], detections[5:])[1].tolist() == [[1, 1, 1]]
+    order, counts = rank_by_errors([], [])
+    assert order.shape == (0,) and counts.shape == (0, 3)
+    with pytest.raises(ValueError):
+        rank_by_errors(truths, detections[:2])
+
+
+@pytest.mark.parametrize("truth, hard, found, colours", [
+    (True, False, True, {GREEN}),
+    (True, False, False, {ORANGE}),
+    (False, False, True, {RED}),
+    (True, True, True, {GREY}),
+    (True, True, False, {GREY}),
+])  # fmt: skip
+def test_comparison_shows_the_judgement_by_colour(truth, hard, found, colours):
+    image = np.full((200, 200, 3), 250, np.uint8)
+    box = [60, 60, 140, 140]
+    target = np.array([[*box, 2]] if truth else np.zeros((0, 5)))
+    detections = dets([box, box], [0.9, 0.1], [2, 2]) if found else dets([box], [0.1], [2])
+    out = draw_comparison(image, target, detections, NAMES, np.full(len(target), hard))
+    assert {c for c in (GREEN, RED, ORANGE, GREY) if shows(out, c)} == colours
+    assert (image == 250).all()
+    side = (out[75:125, 140] == next(iter(colours))).all(axis=1)
+    assert side.all() if found else 0.2 < side.mean() < 0.8  # solid, or dashed
+
+
+def test_contact_sheet_letterboxes_in_reading_order():
+    kinds = (((50, 100, 3), 10), ((100, 50, 3), 60), ((7, 7, 3), 110))
+    images = [np.full(shape, value, np.uint8) for shape, value in kinds]
+    sheet = contact_sheet(images, 2, (80, 60))
+    assert sheet.dtype == np.uint8 and sheet.shape == (2 * 68 + 8, 2 * 88 + 8, 3)
+    for value, (width, height), corner in (
+        (10, (80, 40), (8, 8)), (60, (30, 60), (96, 8)), (110, (60, 60), (8, 76))
+    ):  # fmt: skip
+        ys, xs = np.nonzero((sheet == value).all(axis=2))
+        assert (np.ptp(xs) + 1, np.ptp(ys) + 1) == (width, height)
+        centre = ((xs.min() + xs.max() + 1) / 2, (ys.min() + ys.max() + 1) / 2)
+        assert centre == (corner[0] + 40, corner[1] + 30)
+
+
+def test_captions_are_written_below_the_cells():
+    images = [np.full((40, 40, 3), 120, np.uint8)] * 3
+    plain = contact_sheet(images, 3, (60, 40))
+    assert plain.shape == (40 + 16, 3 * 68 + 8, 3)
+    sheet = contact_sheet(images, 3, (60, 40), ["ok", "a caption far too long for its cell", ""])
+    assert sheet.shape == (40 + 26 + 16, 3 * 68 + 8, 3)
+    assert (sheet[:48] == plain[:48]).all()
+    ink = (sheet[48:] != 236).any(axis=(0, 2))
+    assert ink[8:68].any() and ink[76:136].any()
+    assert not ink[68:76].any() and not ink[136:].any()
+
+
+def test_contact_sheet_refuses_what_it_cannot_lay_out():
+    image = np.zeros((5, 5, 3), np.uint8)
+    with pytest.raises(ValueError, match="cannot lay out 0 images in 3 columns"):
+        contact_sheet([], 3)
+    with pytest.raises(ValueError, match="cannot lay out 1 images in 0 columns"):
+        contact_sheet([image], 0)
+    with pytest.raises(ValueError, match="1 images do not match 2 captions"):
+        contact_sheet([image], 1, captions=["a", "b"])

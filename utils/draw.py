@@ -1,0 +1,282 @@
+"""Pictures for people: boxes with labels, truth against detections, contact sheets.
+
+Everywhere: images are BGR uint8 [H, W, 3] and are never changed; boxes are (x1, y1, x2, y2) in
+pixels, 0-based; label k is names[k - 1], or the number itself without names. Only ASCII can be
+drawn in every OpenCV: accents are dropped (é -> e), any other character becomes "?".
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+import cv2
+import numpy as np
+
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+CORRECT, WRONG, MISSED, IGNORED = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
+
+
+def class_colour(label: int) -> tuple[int, int, int]:
+    """A class's colour, BGR: always the same one, and far in hue from its neighbours'."""
+    hue = label * 0.618034 % 1 * 360  # the golden ratio spreads any number of hues evenly
+    hsv = np.array([[[hue, (0.9, 0.55, 0.95)[label % 3], (1, 0.95, 0.65)[label % 3]]]], np.float32)
+    b, g, r = (round(float(v) * 255) for v in cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0])
+    return b, g, r
+
+
+def draw_detections(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: Sequence[int],
+    scores: Sequence[float] | None = None,
+    names: Sequence[str] | None = None,
+) -> np.ndarray:
+    """A copy of the image with every box and its label, in the class's colour.
+
+    boxes [n, 4], labels [n] >= 1, scores [n] or None; n may be 0. The best score lies on top;
+    line width and font follow the image's size, and a label never leaves it.
+    ValueError: another image dtype or shape, lengths that differ, a coordinate that is NaN.
+    """
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+    counts = [len(boxes), len(labels), len(boxes) if scores is None else len(scores)]
+    if len(set(counts)) > 1:
+        raise ValueError("{} boxes, {} labels and {} scores do not match".format(*counts))
+    order = range(len(boxes)) if scores is None else np.argsort(np.asarray(scores), kind="stable")
+    items = []
+    for k in order:
+        label = int(labels[k])
+        text = _name(label, names) if scores is None else _scored(label, scores[k], names)
+        items.append((boxes[k], class_colour(label), text, False))
+    return _draw(image, items)
+
+
+def match_detections(
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    scores: np.ndarray,
+    truth: np.ndarray,
+    difficult: np.ndarray | None = None,
+    iou: float = 0.5,
+) -> np.ndarray:
+    """Which true box each detection found: int64 [n], its row in truth, -1 for none.
+
+    boxes [n, 4], labels [n], scores [n], truth [m, 5] (box and label), difficult bool [m]. As
+    in the VOC development kit: best score first, a detection goes to the box of its class that
+    it overlaps most, and has found it with an IoU (pixel convention: a box is x2 - x1 + 1 wide)
+    of at least `iou` unless a better detection had; difficult boxes can be found repeatedly.
+    """
+    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
+    truth = np.asarray(truth, np.float64).reshape(-1, 5)
+    low = np.maximum(boxes[:, None, :2], truth[None, :, :2])
+    high = np.minimum(boxes[:, None, 2:], truth[None, :, 2:4])
+    shared = (high - low + 1).clip(0).prod(axis=2)
+    area, true_area = (np.prod(b[:, 2:4] - b[:, :2] + 1, axis=1) for b in (boxes, truth))
+    overlap = shared / (area[:, None] + true_area - shared)
+    overlap[np.asarray(labels)[:, None] != truth[:, 4]] = 0
+    repeatable = np.zeros(len(truth), bool) if difficult is None else np.asarray(difficult, bool)
+    found = np.full(len(boxes), -1, np.int64)
+    for k in np.argsort(-np.asarray(scores), kind="stable") if len(truth) else ():
+        best = overlap[k].argmax()
+        if overlap[k, best] >= iou and (repeatable[best] or best not in found):
+            found[k] = best
+    return found
+
+
+def rank_by_errors(
+    truths: Sequence[np.ndarray],
+    detections: Sequence[Mapping[str, np.ndarray]],
+    difficult: Sequence[np.ndarray | None] | None = None,
+    score_thresh: float = 0.5,
+    iou: float = 0.5,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Count every picture's errors, to choose good and bad examples: (order, counts).
+
+    A picture each: truths [m, 5] (box and label), detections {"boxes" [n, 4], "scores" [n],
+    "labels" [n]}, difficult bool [m] (default: none is). Detections with a score >= score_thresh
+    are matched as in match_detections; a difficult box is never missed, nor is finding it correct.
+    counts: int64 [pictures, 3], correct, false positive, missed. order: int64 [pictures], fewest
+    errors first, among equals most correct first.
+    """
+    if difficult is None:
+        difficult = [None] * len(truths)
+    counts = np.zeros((len(truths), 3), np.int64)
+    for row, truth, detected, hard in zip(counts, truths, detections, difficult, strict=True):
+        truth, hard, *_, found = _compare(truth, detected, hard, score_thresh, iou)
+        correct = (~hard[found[found >= 0]]).sum()
+        row[:] = correct, (found < 0).sum(), (~hard).sum() - correct
+    return np.lexsort((-counts[:, 0], counts[:, 1] + counts[:, 2])), counts
+
+
+def draw_comparison(
+    image: np.ndarray,
+    truth: np.ndarray,
+    detections: Mapping[str, np.ndarray],
+    names: Sequence[str] | None = None,
+    difficult: np.ndarray | None = None,
+    score_thresh: float = 0.5,
+    iou: float = 0.5,
+) -> np.ndarray:
+    """A copy of the image with detections judged against the truth.
+
+    Green: a correct detection. Red, "wrong": a false positive. Orange, dashed, "missed": a true
+    box nothing found. Grey: a difficult box, and what found it. Arguments, for one picture, and
+    matching are those of rank_by_errors.
+    """
+    truth, hard, boxes, labels, scores, found = _compare(
+        truth, detections, difficult, score_thresh, iou
+    )
+    items = []
+    for k in sorted(set(range(len(truth))) - set(found.tolist())):
+        colour, prefix = (IGNORED, "difficult") if hard[k] else (MISSED, "missed")
+        items.append((truth[k, :4], colour, f"{prefix} {_name(truth[k, 4], names)}", True))
+    for k in np.argsort(scores, kind="stable"):
+        text = _scored(labels[k], scores[k], names)
+        if found[k] < 0:
+            items.append((boxes[k], WRONG, f"wrong {text}", False))
+        else:
+            items.append((boxes[k], IGNORED if hard[found[k]] else CORRECT, text, False))
+    return _draw(image, items)
+
+
+def contact_sheet(
+    images: Sequence[np.ndarray],
+    columns: int,
+    cell: tuple[int, int] = (320, 320),
+    captions: Sequence[str] | None = None,
+) -> np.ndarray:
+    """Images in rows of `columns`, each letterboxed into a cell of (width, height) pixels.
+
+    captions: a line of text under each; one too long for its cell is set smaller.
+    ValueError: no images, columns below 1, or another number of captions.
+    """
+    if not images or columns < 1:
+        raise ValueError(f"cannot lay out {len(images)} images in {columns} columns")
+    if captions is not None and len(captions) != len(images):
+        raise ValueError(f"{len(images)} images do not match {len(captions)} captions")
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    width, height = cell
+    gap, strip = 8, 0 if captions is None else 26
+    step_x, step_y = width + gap, height + strip + gap
+    sheet = np.full((rows * step_y + gap, columns * step_x + gap, 3), 236, np.uint8)
+    for k, image in enumerate(images):
+        x, y = gap + k % columns * step_x, gap + k // columns * step_y
+        scale = min(width / image.shape[1], height / image.shape[0])
+        w, h = (max(1, round(side * scale)) for side in image.shape[1::-1])
+        shrunk = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if scale < 1
+                            else cv2.INTER_LINEAR)  # fmt: skip
+        sheet[y : y + height, x : x + width] = 216
+        top, left = y + (height - h) // 2, x + (width - w) // 2
+        sheet[top : top + h, left : left + w] = shrunk
+        if captions is not None:
+            _write(sheet[y + height : y + height + strip, x : x + width], captions[k])
+    return sheet
+
+
+def _compare(
+    truth: np.ndarray,
+    detections: Mapping[str, np.ndarray],
+    difficult: np.ndarray | None,
+    score_thresh: float,
+    iou: float,
+) -> tuple[np.ndarray, ...]:
+    """Arrays (truth, difficult, boxes, labels, scores, found) of the detections that count."""
+    truth = np.asarray(truth, np.float64).reshape(-1, 5)
+    hard = np.zeros(len(truth), bool) if difficult is None else np.asarray(difficult, bool)
+    kept = np.asarray(detections["scores"]) >= score_thresh
+    boxes, labels, scores = (np.asarray(detections[k])[kept] for k in ("boxes", "labels", "scores"))
+    found = match_detections(boxes, labels, scores, truth, hard, iou)
+    return truth, hard, boxes, labels, scores, found
+
+
+def _name(label: float, names: Sequence[str] | None) -> str:
+    return str(int(label)) if names is None else names[int(label) - 1]
+
+
+def _scored(label: float, score: float, names: Sequence[str] | None) -> str:
+    return f"{_name(label, names)} {score:.2f}"
+
+
+def _draw(image: np.ndarray, items: Sequence[tuple[np.ndarray, tuple, str, bool]]) -> np.ndarray:
+    """Draw (box, colour, text, dashed) on a copy, the last on top and all texts over the boxes."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ValueError(f"image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
+    canvas = image.copy(order="C")
+    size = np.array(image.shape[1::-1])
+    line = max(1, round(size.min() / 220))
+    # sides beyond the border stay out of sight, but within the range of OpenCV's integers
+    low, high = np.full(4, -4 * line), np.tile(size + 4 * line, 2)
+    corners = []
+    for box, colour, _, dashed in items:
+        if np.isnan(box).any():
+            raise ValueError(f"box {np.asarray(box).tolist()} holds a NaN")
+        x1, y1, x2, y2 = np.clip(box, low, high).round().astype(int).tolist()
+        corners.append((x1, y1, y2))
+        ring = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], np.int32)
+        paths = _dashes(ring, 5 * line) if dashed else [ring]
+        for ink, thickness in (((0, 0, 0), line + 2), (colour, line)):  # rimmed, for any ground
+            cv2.polylines(canvas, paths, not dashed, ink, thickness)
+    for (_, colour, text, dashed), (x1, y1, y2) in zip(items, corners, strict=True):
+        _draw_tag(canvas, text, (x1, y1, y2), colour, below=dashed)
+    return canvas
+
+
+def _dashes(ring: np.ndarray, length: int) -> list[np.ndarray]:
+    """Cut the sides of a closed polygon into dashes and gaps of about `length`."""
+    dashes = []
+    for start, end in zip(ring, np.roll(ring, -1, axis=0), strict=True):
+        count = max(1, round(np.abs(end - start).max() / (2 * length)))
+        for t in (np.arange(count)[:, None] + (-0.25, 0.25)) / count:
+            t = np.clip(t, 0, 1)[:, None]
+            dashes.append(np.round(start + t * (end - start)).astype(np.int32))
+    return dashes
+
+
+def _draw_tag(
+    canvas: np.ndarray,
+    text: str,
+    corner: tuple[int, int, int],
+    colour: tuple[int, int, int],
+    below: bool,
+) -> None:
+    """Text on a filled box at (left, top, bottom) of a box, moved and shrunk to stay inside.
+
+    It stands on the top, or with `below` under the bottom, where there is room: else opposite.
+    """
+    height, width = canvas.shape[:2]
+    h = min(max(round(min(height, width) / 19), 15), 60, max(1, height // 3))
+    text_width, text_height = _text_size(text, 1, 1)
+    w = max(1, min(round(h * (0.6 * text_width / text_height + 0.5)), width))
+    x, above, under = corner[0], corner[1] - h, corner[2]
+    y = (under if under + h <= height else above) if below else (above if above >= 0 else under)
+    x, y = max(0, min(x, width - w)), max(0, min(y, height - h))
+    tag = canvas[y : y + h, x : x + w]
+    tag[:] = colour
+    b, g, r = colour
+    _write(tag, text, (0, 0, 0) if 0.114 * b + 0.587 * g + 0.299 * r > 127 else (255, 255, 255))
+
+
+def _write(area: np.ndarray, text: str, ink: tuple[int, int, int] = (40, 40, 40)) -> None:
+    """Text centred in an area (a view, written in place), in the largest size that fits."""
+    height, width = area.shape[:2]
+    w, h = _text_size(text, 1, 1)
+    scale = min(0.58 * height / h, 0.94 * width / max(w, 1))
+    thickness = max(1, round(1.2 * scale))
+    w, h = _text_size(text, scale, thickness)
+    patch = np.ascontiguousarray(area)
+    start = ((width - w) // 2, (height + h) // 2)
+    cv2.putText(patch, _ascii(text), start, FONT, scale, ink, thickness, cv2.LINE_AA)
+    area[:] = patch
+
+
+def _text_size(text: str, scale: float, thickness: int) -> tuple[int, int]:
+    """Width of a text, and the height of a capital: the one size that no text's letters change."""
+    (width, _), _ = cv2.getTextSize(_ascii(text), FONT, scale, thickness)
+    (_, height), _ = cv2.getTextSize("X", FONT, scale, thickness)
+    return width, height
+
+
+def _ascii(text: str) -> str:
+    plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(plain).encode("ascii", "replace").decode()
