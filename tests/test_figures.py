@@ -1,0 +1,77 @@
+"""docs/figures.py: what is drawn is the rule, and the file is written where asked."""
+
+import cv2
+import numpy as np
+
+from docs import figures
+
+# by hand from the rule: layer l reads l - 2^i for every 2^i that divides l, nearest first
+LINKS = {1: [0], 2: [1, 0], 3: [2], 4: [3, 2, 0], 5: [4], 6: [5, 4], 7: [6], 8: [7, 6, 4, 0]}
+
+
+def test_links_and_widths_follow_the_rule():
+    assert {n: figures.links(n) for n in range(1, 9)} == LINKS
+    assert figures.links(16) == [15, 14, 12, 8, 0]
+    assert figures.widths(8, 14, 1.7) == [14, 24, 14, 40, 14, 24, 14, 68]
+    # block outputs of HarDNet68 and 85: odd layers and the last
+    for layers, growth, output in (
+        (8, 14, 124),
+        (16, 16, 262),
+        (16, 20, 328),
+        (16, 40, 654),
+        (8, 24, 214),
+        (16, 24, 392),
+        (16, 48, 784),
+    ):
+        channels = figures.widths(layers, growth, 1.7)
+        assert sum(c for n, c in enumerate(channels, 1) if figures.is_output(n, layers)) == output
+
+
+def test_arrows_drawn_are_the_links(monkeypatch):
+    arrows, boxes = [], []
+    monkeypatch.setattr(
+        figures.Canvas,
+        "arrow",
+        lambda self, points, *style: arrows.append((points[0][0], points[-1][0])),
+    )
+    monkeypatch.setattr(
+        figures.Canvas, "box", lambda self, x1, y1, x2, y2, *style, **more: boxes.append((x1, x2))
+    )
+    figures.draw_block(figures.Canvas(1600, 600), 8, 14, 1.7, 64)
+
+    def box_at(x):
+        return next((n for n, (x1, x2) in enumerate(boxes[:9]) if x1 - 3 <= x <= x2 + 3), None)
+
+    drawn = sorted((box_at(end), box_at(start)) for start, end in arrows if box_at(end) is not None)
+    assert drawn == sorted((layer, source) for layer in LINKS for source in LINKS[layer])
+
+
+def test_source_maps_and_prior_boxes_are_those_of_ssd512():
+    maps = [
+        side for side, (*_, boxes) in zip(figures.map_sizes(), figures.STEPS, strict=True) if boxes
+    ]
+    assert maps == [64, 32, 16, 8, 4, 2, 1]
+    assert figures.prior_count() == 32756
+
+
+def test_script_writes_one_picture_to_the_given_path(tmp_path, capsys):
+    path = tmp_path / "new" / "ä.png"
+    figures.main(["--out", str(path)])
+    picture = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    assert picture.shape == (figures.HEIGHT, figures.WIDTH, 3) and figures.WIDTH == 1600
+    assert path.stat().st_size < 300_000
+    border = np.concatenate(
+        [
+            picture[:12].ravel(),
+            picture[-12:].ravel(),
+            picture[:, :12].ravel(),
+            picture[:, -12:].ravel(),
+        ]
+    )
+    assert (border == 255).all()  # nothing is cut off
+    assert [p.name for p in path.parent.iterdir()] == ["ä.png"]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_picture_is_the_same_every_time():
+    assert np.array_equal(figures.architecture(), figures.architecture())
