@@ -1,0 +1,110 @@
+"""One logger, set up once by the command line; a progress line on a terminal; a log per run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+LOGGER = logging.getLogger("ssd")
+
+
+def setup_logging(file: Path | None = None) -> None:
+    """Send messages to standard output and, if given, to ``file`` (appended), with the time."""
+    close_logging()
+    LOGGER.setLevel(logging.INFO)
+    LOGGER.propagate = False
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    if file is not None:
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        LOGGER.addHandler(handler)
+
+
+def close_logging() -> None:
+    """Undo ``setup_logging``."""
+    for handler in LOGGER.handlers[:]:
+        LOGGER.removeHandler(handler)
+        handler.close()
+
+
+class Progress:
+    """How far a loop of ``total`` steps is: one line that renews itself on a terminal.
+
+    Elsewhere (a file, a pipe) it is a message every ``every`` steps; 0 means none.
+    """
+
+    def __init__(self, label: str, total: int, every: int, done: int = 0):
+        self.label = label
+        self.total = total
+        self.every = every
+        self.done = self.first = done
+        self.images = 0
+        self.start = time.monotonic()
+        self.live = sys.stdout.isatty()
+        self.shown = 0.0
+
+    def update(self, images: int, **values: float) -> None:
+        """One more step, of ``images`` pictures; ``values`` are shown as they are named."""
+        self.done += 1
+        self.images += images
+        now = time.monotonic()
+        if self.live and (now - self.shown > 0.1 or self.done == self.total):
+            self.shown = now
+            sys.stdout.write(f"\r\033[K{self._line(now, values)}")
+            sys.stdout.flush()
+        elif not self.live and self.every and self.done % self.every == 0:
+            LOGGER.info(self._line(now, values))
+
+    def close(self) -> None:
+        """Clear the line so that the next message starts clean."""
+        if self.live and self.shown:
+            sys.stdout.write("\r\033[K")
+            sys.stdout.flush()
+
+    def images_per_second(self) -> float:
+        return self.images / max(time.monotonic() - self.start, 1e-9)
+
+    def _line(self, now: float, values: Mapping[str, float]) -> str:
+        left = (self.total - self.done) * (now - self.start) / (self.done - self.first)
+        shown = "".join(f"  {name} {value:.4g}" for name, value in values.items())
+        return (
+            f"{self.label} {self.done}/{self.total}{shown}"
+            f"  {self.images_per_second():.1f} img/s  ETA {int(left) // 60}:{int(left) % 60:02d}"
+        )
+
+
+class RunLog:
+    """``log.jsonl`` of a run: one JSON object a line and epoch, and optionally TensorBoard."""
+
+    def __init__(self, directory: Path, history: list[dict], tensorboard: bool):
+        """Starts from ``history``, the lines of a run that is resumed: later ones are dropped."""
+        self.path = directory / "log.jsonl"
+        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in history))
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(directory / "tensorboard")
+
+    def add(self, record: dict) -> None:
+        with open(self.path, "a") as file:
+            file.write(f"{json.dumps(record)}\n")
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        if self.writer is not None:
+            for name, value in values.items():
+                self.writer.add_scalar(name, value, step)
+
+    def images(self, step: int, name: str, images) -> None:
+        """Pictures: uint8 [B, 3, H, W], RGB."""
+        if self.writer is not None:
+            self.writer.add_images(name, images, step)
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
