@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from pathlib import Path
 
@@ -112,4 +113,28 @@ def voc_devkit(tmp_path) -> Path:
             }
         },
     )
+    return root
+
+
+@pytest.fixture
+def coco_folder(tmp_path) -> Path:
+    """A COCO root with train2017 (3 pictures) and val2017 (2), categories 3 and 7."""
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    sizes = {"width": VOC_IMAGE_SIZE[0], "height": VOC_IMAGE_SIZE[1]}
+    for name, ids in (("train2017", (1, 2, 3)), ("val2017", (4, 5))):
+        (root / name).mkdir()
+        images, annotations = [], []
+        for i in ids:
+            image = np.random.default_rng(i).integers(0, 60, (*VOC_IMAGE_SIZE[::-1], 3), np.uint8)
+            image[10:50, 20:60] = 200
+            cv2.imwrite(str(root / name / f"{i:012d}.jpg"), image)
+            images.append({"id": i, "file_name": f"{i:012d}.jpg", **sizes})
+            annotations.append(
+                {"id": i, "image_id": i, "category_id": 3 + 4 * (i % 2), "iscrowd": 0,
+                 "bbox": [20, 10, 40, 40], "area": 1600}
+            )  # fmt: skip
+        categories = [{"id": 3, "name": "thing"}, {"id": 7, "name": "other"}]
+        document = {"images": images, "annotations": annotations, "categories": categories}
+        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(document))
     return root

@@ -1,0 +1,431 @@
+"""The command line end to end on small data sets, with a network small enough for a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY
+
+import models
+import train_test
+from data.loading import TrainingSet
+from models import build_net
+from train_test import main, parser, resolve
+from utils.checkpoint import load_checkpoint, sha256_of
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+
+
+@pytest.fixture
+def call(tmp_path, voc_folder):
+    """main() on the folder of own classes: call(*options) trains or tests the tiny network."""
+
+    def run(*options, root=voc_folder, version="tiny"):
+        common = ["--save_folder", str(tmp_path / "w"), "--device", "cpu", "--num_workers", "0"]
+        if "--test" not in options:
+            common += ["-d", "VOC", "-v", version, "-s", "300", "--root", str(root), "-b", "2"]
+        return main([*common, *map(str, options)])
+
+    run.folder = tmp_path / "w" / "tiny_300"
+    return run
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def assert_same_run(a: Path, b: Path):
+    """Two runs ended with the same weights, optimiser state and log, to the last bit."""
+    first, second = (load_checkpoint(run / "Final_tiny_VOC.pth") for run in (a, b))
+    for key, tensor in first["model"].items():
+        assert torch.equal(tensor, second["model"][key]), key
+    for key, state in first["optimizer"]["state"].items():
+        momentum = second["optimizer"]["state"][key]["momentum_buffer"]
+        assert torch.equal(state["momentum_buffer"], momentum)
+    logs = [[json.loads(line) for line in (r / "log.jsonl").read_text().splitlines()]
+            for r in (a, b)]  # fmt: skip
+    for line in (line for log in logs for line in log):
+        del line["seconds"], line["images_per_second"]
+    assert logs[0] == logs[1]
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_run_leaves_checkpoints_log_configuration_and_scores(call):
+    assert call("-max", 4, "--date", "a", "--save_frequency", 2, "--test_frequency", 2) == 0
+    run = call.folder / "a"
+    names = {p.name for p in run.iterdir()}
+    assert names >= {
+        "tiny_VOC_epoches_2.pth", "tiny_VOC_epoches_4.pth", "Final_tiny_VOC.pth", "last.pth",
+        "train.log", "log.jsonl", "config.json", "ss_predict",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith(".part")]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert ["value" in line for line in lines] == [False, True, False, True]
+    results = json.loads((run / "ss_predict" / "epoch_4" / "test" / "results.json").read_text())
+    assert results["per_class"].keys() == {"cell", "platelet", "rod"}
+    assert results["value"] == lines[-1]["value"]
+    assert results["thresholds"]["score"] == 0.01
+    saved = load_checkpoint(run / "Final_tiny_VOC.pth")
+    assert saved["classes"] == ["cell", "platelet", "rod"]
+    assert saved["config"]["weight_decay"] == 5e-4
+    assert saved["model"]["conf.0.weight"].shape[0] == 6 * 4
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4])
+def test_resumed_run_equals_a_straight_one(call, stop):
+    common = ("-max", 3, "--test_frequency", 1, "--amp", "bf16")
+    assert call(*common, "--date", "straight") == 0
+    assert call(*common, "--date", "broken", "--max_iters", stop, "--test_frequency", 1) == 0
+    assert call(*common, "--date", "broken", "--resume", "auto") == 0
+    assert_same_run(call.folder / "straight", call.folder / "broken")
+
+
+def test_resume_needs_nothing_but_the_path(call, tmp_path):
+    assert call("-max", 2, "--date", "a", "--lr", 1e-3, "--seed", 4, "--max_iters", 2) == 0
+    assert main(["--resume", str(call.folder / "a" / "last.pth"), "--device", "cpu"]) == 0
+    saved = load_checkpoint(call.folder / "a" / "Final_tiny_VOC.pth")
+    assert saved["step"] == 6
+    assert (saved["config"]["lr"], saved["config"]["seed"]) == (1e-3, 4)
+
+
+def test_resume_auto_takes_the_newest_run_of_the_data_and_else_starts_one(call, capsys):
+    assert call("--resume", "auto", "--date", "a", "-max", 2, "--max_iters", 1) == 0
+    assert "resumed" not in capsys.readouterr().out
+    assert call("--resume", "auto", "--max_iters", 2) == 0
+    assert "resumed at step 1" in capsys.readouterr().out
+    assert [p.name for p in call.folder.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_the_state_and_the_resumed_run_equals_a_straight_one(call, number, voc_folder):
+    options = ["-d", "VOC", "-v", "tiny", "-s", "300", "--root", str(voc_folder), "-b", "2",
+               "--save_folder", str(call.folder.parent), "--device", "cpu", "--num_workers", "2",
+               "-max", "16", "--test_frequency", "0", "--save_frequency", "0"]  # fmt: skip
+    program = (
+        "import sys; sys.path[:0] = ['.', 'tests']; import tiny; tiny.register();"
+        "from train_test import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", program, *options, "--date", "broken"]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    log = call.folder / "broken" / "log.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") >= 2):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in error
+    state = load_checkpoint(call.folder / "broken" / "last.pth")
+    assert 6 <= state["step"] < 48
+    assert main([*options, "--date", "broken", "--resume", "auto"]) == 0
+    assert main([*options, "--date", "straight"]) == 0
+    assert_same_run(call.folder / "straight", call.folder / "broken")
+
+
+def test_picture_that_vanishes_during_a_run_is_named_and_the_state_saved(
+    call, voc_folder, capsys, monkeypatch
+):
+    read = TrainingSet.__getitem__
+
+    def vanish(self, key):
+        if key[0] == 1:
+            self.dataset.image_path(key[1]).unlink(missing_ok=True)
+        return read(self, key)
+
+    monkeypatch.setattr(TrainingSet, "__getitem__", vanish)
+    assert call("-max", 3, "--date", "a", "--test_frequency", 0, "--num_workers", 1) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "JPEGImages" in error
+    assert error.count("\n") == 1
+    assert load_checkpoint(call.folder / "a" / "last.pth")["step"] == 3
+
+
+def test_loss_that_is_not_finite_names_the_pictures_and_keeps_the_last_good_checkpoint(
+    call, capsys
+):
+    assert call("-max", 1, "--date", "a", "--test_frequency", 0) == 0
+    good = weights(call.folder / "a" / "last.pth")
+    assert call("--resume", "auto", "--date", "a", "-max", 40, "--lr", 1e6) == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error
+    assert "lower --lr" in error
+    kept = weights(call.folder / "a" / "last.pth")
+    assert all(t.isfinite().all() for t in kept.values())
+    assert kept.keys() == good.keys()
+
+
+def test_a_data_set_smaller_than_a_batch_trains(call, make_voc, tmp_path):
+    sets = {"trainval": {"a": [("x", (5, 5, 40, 40))]}, "test": {"b": [("x", (9, 9, 50, 60))]}}
+    folder = make_voc(tmp_path / "one", sets)
+    assert call("-max", 1, "--date", "a", "-b", 32, root=folder) == 0
+
+
+def test_devkit_trains_on_both_years_and_is_scored_by_the_11_point_metric(call, voc_devkit):
+    assert call("-max", 1, "--date", "a", root=voc_devkit) == 0
+    results = call.folder / "a" / "ss_predict" / "final" / "2007_test" / "results.json"
+    assert json.loads(results.read_text())["metric"] == "VOC07 11-point AP@.5"
+    assert len(load_checkpoint(call.folder / "a" / "last.pth")["classes"]) == 20
+
+
+def test_weights_of_a_whole_detector_start_a_new_run(call):
+    assert call("-max", 1, "--date", "a", "--test_frequency", 0) == 0
+    path = call.folder / "a" / "Final_tiny_VOC.pth"
+    options = ("--resume_net", path, "--resume_epoch", 3, "-max", 3, "--date", "b")
+    assert call(*options) == 0
+    for key, tensor in weights(path).items():
+        assert torch.equal(tensor, weights(call.folder / "b" / "Final_tiny_VOC.pth")[key])
+
+
+def test_base_weights_are_counted_in_the_log(call, tmp_path, capsys):
+    base = build_net("tiny", 300, 2).base
+    torch.save({f"module.{k}": t for k, t in base.state_dict().items()}, tmp_path / "base.pth")
+    assert call("--basenet", tmp_path / "base.pth", "--max_iters", 1, "--test_frequency", 0) == 0
+    assert "9 of 9 tensors of the base network from" in capsys.readouterr().out
+
+
+def test_tensorboard_gets_scalars_and_pictures(call):
+    pytest.importorskip("tensorboard")
+    options = ("--visdom", "--send_images_to_visdom", "--max_iters", 2, "--test_frequency", 0)
+    assert call(*options, "--date", "a") == 0
+    (events,) = (call.folder / "a" / "tensorboard").iterdir()
+    assert b"training pictures" in events.read_bytes()
+
+
+# ---------------------------------------------------------------- testing
+
+
+@pytest.fixture
+def trained(call):
+    assert call("-max", 2, "--date", "a", "--test_frequency", 0) == 0
+    return call.folder / "a" / "Final_tiny_VOC.pth"
+
+
+def test_a_test_takes_all_from_the_checkpoint_and_leaves_results(call, trained):
+    assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["checkpoint"] == {"file": trained.name, "sha256": sha256_of(trained)}
+    assert results["thresholds"] == {"score": 0.03, "nms": 0.45, "per_class": 50, "per_image": 300}
+    assert results["metric"] == "VOC area AP@.5"
+    assert results["value"] == pytest.approx(np.mean(list(results["per_class"].values())))
+    assert {p.name for p in folder.iterdir()} >= {
+        "comp4_det_test_cell.txt", "comp4_det_test_rod.txt", "comp4_det_test_platelet.txt",
+        "detections.npz",
+    }  # fmt: skip
+
+
+def test_scoring_the_files_by_themselves_gives_the_same_ap(call, trained, voc_folder, tmp_path):
+    from data import voc_eval
+
+    assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    out = tmp_path / "ap.json"
+    arguments = [str(folder), "--root", str(voc_folder), "--set", "test", "--json", str(out)]
+    assert voc_eval.main(arguments) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert json.loads(out.read_text())["area"] == results["per_class"]
+
+
+def test_retest_scores_the_kept_detections_without_the_network(call, trained, monkeypatch, capsys):
+    assert call("--test", trained, "--retest") == 2
+    assert "no detections to score again" in capsys.readouterr().err
+    assert call("--test", trained) == 0
+    path = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test" / "results.json"
+    first = json.loads(path.read_text())
+    monkeypatch.setattr(train_test, "detect_all", None)
+    assert call("--test", trained, "--retest") == 0
+    assert json.loads(path.read_text()) == first
+
+
+def test_retest_refuses_detections_of_other_weights(call, trained, capsys):
+    assert call("--test", trained) == 0
+    saved = torch.load(trained, weights_only=True)
+    saved["model"]["loc.0.bias"] += 1
+    torch.save(saved, trained)
+    assert call("--test", trained, "--retest") == 2
+    assert "sha256" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("-v", "SSD_vgg"), ("SSD_vgg", "tiny")),
+        (("-s", "512"), ("512", "300")),
+        (("-d", "COCO"), ("COCO", "VOC")),
+        (("--classes", "a,b"), ("['a', 'b']", "['cell', 'platelet', 'rod']")),
+        (("--basenet", "x.pth"), ("--basenet is for training",)),
+        (("--resume", "auto"), ("--resume is for training",)),
+    ],
+)
+def test_option_that_contradicts_the_checkpoint_is_refused_with_both_values(
+    call, trained, options, words, capsys
+):
+    assert call("--test", trained, *options) == 2
+    error = capsys.readouterr().err
+    assert all(word in error for word in words), error
+
+
+def published(tmp_path, num_classes, prefix="module."):
+    net = build_net("tiny", 300, num_classes)
+    path = tmp_path / "published.pth"
+    torch.save({prefix + k: t for k, t in net.state_dict().items()}, path)
+    return path
+
+
+def test_a_published_file_with_21_classes_is_tested_as_voc(call, tmp_path, voc_devkit):
+    path = published(tmp_path, 21)
+    assert call("--test", path, "--root", voc_devkit) == 0
+    found = list((call.folder / "published").glob("ss_predict/*/2007_test/results.json"))
+    assert len(json.loads(found[0].read_text())["per_class"]) == 20
+
+
+def test_a_published_file_with_81_classes_is_coco(call, tmp_path, capsys):
+    assert call("--test", published(tmp_path, 81), "--root", tmp_path / "nothing") == 2
+    assert "instances_val2017.json" in capsys.readouterr().err
+
+
+def test_a_published_file_with_own_classes_asks_for_their_names(call, tmp_path, voc_folder, capsys):
+    path = published(tmp_path, 4)
+    assert call("--test", path, "--root", voc_folder) == 2
+    assert "3 classes and no names" in capsys.readouterr().err
+    names = ("--classes", "cell,platelet,rod")
+    assert call("--test", path, "--root", voc_folder, "-d", "VOC", *names) == 0
+    assert call("--test", path, "--root", voc_folder, "-d", "VOC", "--classes", "cell,rod") == 2
+    assert "3 classes" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- options and mistakes
+
+
+def test_options_come_from_the_line_then_the_checkpoint_then_the_defaults(tmp_path):
+    stored = {"version": "tiny", "size": 300, "dataset": "VOC", "lr": 0.5, "seed": 3, "date": "x"}
+    options = resolve({"lr": 0.1, "root": str(tmp_path)}, stored)
+    assert (options["lr"], options["seed"], options["momentum"]) == (0.1, 3, 0.9)
+    assert "date" not in options
+    assert options["max_epoch"] == 300
+    coco = resolve({"dataset": "COCO"})
+    assert (coco["max_epoch"], coco["weight_decay"]) == (150, 1e-4)
+    assert coco["root"] == str(Path.home() / "data" / "COCO")
+    assert coco["train_sets"] == [["2017", "train"]]
+
+
+def test_image_sets_follow_the_kind_of_root(tmp_path, voc_folder):
+    assert resolve({"root": str(voc_folder)})["test_sets"] == [[None, "test"]]
+    assert resolve({"root": str(tmp_path)})["train_sets"] == [
+        ["2007", "trainval"], ["2012", "trainval"],
+    ]  # fmt: skip
+    given = {"root": str(tmp_path), "train_sets": "2012_train, 2007_trainval,own_set"}
+    assert resolve(given)["train_sets"] == [
+        ["2012", "train"], ["2007", "trainval"], [None, "own_set"],
+    ]  # fmt: skip
+
+
+def test_published_spellings_are_accepted():
+    line = (
+        "-v SSD_HarDNet85 -s 512 -d COCO -b 16 --learning-rate 0.001 -max 7 -we 2 --cuda false "
+        "--ngpu 1 --visdom true --send_images_to_visdom no --log_iters true --gamma 0.2 "
+        "--save_frequency 5 --test_frequency 3 --jaccard_threshold 0.4 --retest false --date 0504"
+    )
+    options = vars(parser().parse_args(line.split()))
+    assert options == {
+        "version": "SSD_HarDNet85", "size": 512, "dataset": "COCO", "batch_size": 16, "lr": 1e-3,
+        "max_epoch": 7, "warm_epoch": 2, "cuda": False, "ngpu": 1, "visdom": True,
+        "send_images_to_visdom": False, "log_iters": 10, "gamma": 0.2, "save_frequency": 5,
+        "test_frequency": 3, "jaccard_threshold": 0.4, "retest": False, "date": "0504",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--root", "/nowhere"], ["/nowhere"]),
+        (["--test_sets", "tset"], ["tset", "test, trainval"]),
+        (["--classes", "person"], ["person", "cell, platelet, rod"]),
+        (["--device", "cuda:99"], ["cuda:99", "--device cpu"]),
+        (["--device", "tpuu"], ["tpuu", "auto, cpu, cuda"]),
+        (["--cuda", "true", "--device", "cpu"], ["--cuda True", "--device cpu"]),
+        (["--amp", "fp16"], ["fp16", "bf16"]),
+        (["--ngpu", "3"], ["--ngpu 3"]),
+        (["--basenet", "gone.pth"], ["gone.pth", "tiny.pth", "weights/README.md"]),
+        (["--resume", "gone.pth"], ["gone.pth"]),
+        (["--resume_net", "gone.pth"], ["gone.pth"]),
+        (["--resume_epoch", "3"], ["--resume_net"]),
+        (["--retest"], ["--test"]),
+        (["--train_sets", ","], ["names no image set"]),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_and_status_2(call, options, words, capsys):
+    assert call("--max_iters", 1, *options) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["-v", "SSD_resnet"], ["-s", "400"], ["-b", "0"], ["--lr", "nan"], ["--lr", "-1"],
+     ["--seed", "x"], ["--cuda", "maybe"], ["--jaccard_threshold", "1.5"], ["--unknown"]],
+)  # fmt: skip
+def test_value_that_cannot_be_is_refused_by_the_parser(options, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(options)
+    assert exit.value.code == 2
+    assert options[-1].lstrip("-") in capsys.readouterr().err
+
+
+def test_a_run_is_never_overwritten(call, capsys):
+    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
+    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_resume_refuses_what_would_change_the_order_of_the_data(call, capsys):
+    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
+    assert call("--resume", "auto", "-b", 3) == 2
+    assert "--batch_size 3" in capsys.readouterr().err
+
+
+def test_help_explains_itself(capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(["--help"])
+    assert exit.value.code == 0
+    text = capsys.readouterr().out
+    for words in ("SSD_HarDNet68", "--resume", "(default: 0.004)", "Own data in VOC layout"):
+        assert words in text
+
+
+def test_coco_trains_and_is_scored(call, coco_folder):
+    options = ["-d", "COCO", "-v", "tiny", "-s", "300", "--root", str(coco_folder), "-b", "2",
+               "--save_folder", str(call.folder.parent), "--device", "cpu", "--num_workers", "0",
+               "-max", "1", "--date", "coco"]  # fmt: skip
+    assert main(options) == 0
+    folder = call.folder / "coco" / "ss_predict" / "final" / "2017_val"
+    results = json.loads((folder / "results.json").read_text())
+    assert len(results["stats"]) == 12
+    assert main(["--test", str(call.folder / "coco" / "Final_tiny_COCO.pth"), "--device", "cpu",
+                 "--num_workers", "0", "--save_folder", str(call.folder.parent)]) == 0  # fmt: skip
