@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# Everything that waits for a GPU, in one script: what the machine is, the compiled routines, the
+# GPU tests, the speed table, and training on BCCD. benchmarks/gpu/README.md lists the results.
+#
+#   benchmarks/gpu.sh tests                       compile, and run the tests marked "gpu"
+#   benchmarks/gpu.sh speed                       forward and training step of each network
+#   benchmarks/gpu.sh bccd ROOT [train_test options]
+#                                                 train SSD300-HarDNet68 on BCCD, test, print AP
+# OUT=FOLDER keeps logs and results there (default: runs/gpu).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+out=${OUT:-runs/gpu}
+mkdir -p "$out"
+python=${PYTHON:-python3}
+"$python" - <<'PY'
+import torch
+assert torch.cuda.is_available(), "no GPU that PyTorch can use"
+print(torch.cuda.get_device_name(), "| torch", torch.__version__, "| CUDA", torch.version.cuda)
+PY
+case "${1:-}" in
+tests)
+    "$python" utils/build.py
+    "$python" -m pytest -m gpu -v
+    ;;
+speed)
+    "$python" -m benchmarks.network --device cuda --json "$out/network.json"
+    ;;
+bccd)
+    root=${2:?"give the folder of BCCD"}
+    shift 2
+    "$python" train_test.py -d VOC -v SSD_HarDNet68 -s 300 --root "$root" -b 16 --amp bf16 \
+        --train_sets trainval --test_sets test --save_folder "$out/bccd" "$@"
+    ;;
+*)
+    echo "usage: benchmarks/gpu.sh tests | speed | bccd ROOT [options]" >&2
+    exit 2
+    ;;
+esac

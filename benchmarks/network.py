@@ -1,0 +1,118 @@
+"""Forward and training-step time of each network, as ratios to SSD_vgg in the same run.
+
+    python -m benchmarks.network [--device cuda] [--size 512] [--batch 1 32] [--json OUT]
+
+The publication claims a 45 % shorter inference time than VGG16's for SSD512-HarDNet68. Networks
+take turns within every round, so that a disturbance meets all of them; times are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from data.config import INPUT_MEAN, PRIORS
+from layers import MultiBoxLoss, PriorBox
+from models import BACKBONES, build_net
+from utils.engine import autocast, to_input, train_steps
+
+
+def seconds(function: Callable[[], None], device: torch.device) -> float:
+    """Wall time of one call, from an idle device to an idle device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def forward_call(net, images, amp: str) -> Callable[[], None]:
+    def call() -> None:
+        with torch.inference_mode(), autocast(images.device, amp):
+            net(images)
+
+    return call
+
+
+def training_call(net, images, priors, amp: str) -> Callable[[], None]:
+    criterion = MultiBoxLoss(net.num_classes)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1e-6, momentum=0.9)
+    scaler = torch.amp.GradScaler(images.device.type, enabled=amp == "fp16")
+    target = torch.tensor([[0.1, 0.2, 0.5, 0.6, 1.0], [0.4, 0.4, 0.9, 0.8, 2.0]])
+    batch = (images, [target] * len(images), list(range(len(images))))
+
+    def call() -> None:
+        for _ in train_steps(
+            net, criterion, priors, [batch], optimizer, scaler, [1e-6], INPUT_MEAN, amp
+        ):
+            pass
+
+    return call
+
+
+def measure(
+    device: torch.device, size: int, batch: int, amp: str, rounds: int, training: bool
+) -> dict[str, float]:
+    """Median seconds of one call per network."""
+    calls = {}
+    priors = PriorBox(PRIORS["COCO", size]).to(device)()
+    pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
+    for version in BACKBONES:
+        net = build_net(version, size, 81).to(device, memory_format=torch.channels_last)
+        if training:
+            calls[version] = training_call(net, pixels.to(device), priors, amp)
+        else:
+            images = to_input(pixels, INPUT_MEAN, device)
+            calls[version] = forward_call(net.eval(), images, amp)
+    times: dict[str, list[float]] = {version: [] for version in calls}
+    for turn in range(rounds + 2):
+        for version, call in calls.items():
+            taken = seconds(call, device)
+            if turn >= 2:  # the first rounds warm caches and algorithm choices up
+                times[version].append(taken)
+    return {version: statistics.median(values) for version, values in times.items()}
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--size", type=int, nargs="+", default=[300, 512])
+    p.add_argument("--batch", type=int, nargs="+", default=[1, 32])
+    p.add_argument("--amp", nargs="+", default=["off", "bf16"])
+    p.add_argument("--rounds", type=int, default=20)
+    p.add_argument("--json", type=Path)
+    args = p.parse_args(argv)
+    device = torch.device(args.device)
+    torch.backends.cudnn.benchmark = True
+    rows = []
+    print("what      size batch amp   " + "".join(f"{v:>26}" for v in BACKBONES))
+    for training in (False, True):
+        for size in args.size:
+            for batch in args.batch:
+                for amp in args.amp:
+                    times = measure(device, size, batch, amp, args.rounds, training)
+                    what = "training" if training else "forward"
+                    shown = "".join(
+                        f"{batch / t:>12.1f} img/s  x{times['SSD_vgg'] / t:.2f}"
+                        for t in times.values()
+                    )
+                    print(f"{what:9} {size:4} {batch:5} {amp:5} {shown}", flush=True)
+                    rows.append(
+                        {"what": what, "size": size, "batch": batch, "amp": amp, "seconds": times}
+                    )
+    if args.json:
+        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
+        args.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
