@@ -1,0 +1,133 @@
+"""Every command of the README runs, on small data where the real ones would be downloaded."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import write_voc
+
+from data.config import LR_MILESTONES, RECIPES
+from models import build_net
+from train_test import DEFAULTS
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text("utf-8")
+BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
+SMALL = ["--max_iters", "1", "-b", "2", "--num_workers", "0", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, request):
+    """A user's home with a devkit in ~/data, a folder of their own, and pretrained base weights."""
+    home = tmp_path_factory.mktemp("home")
+    objects = [("person", (5, 5, 60, 60)), ("dog", (30, 10, 90, 70))]
+    for year, sets in (("2007", ("trainval", "test")), ("2012", ("trainval",))):
+        samples = {s: {f"{year}{s}{i}": objects for i in range(2)} for s in sets}
+        write_voc(home / "data" / "VOCdevkit" / f"VOC{year}", samples)
+    samples = {s: {f"{s}{i}": objects for i in range(2)} for s in ("trainval", "test")}
+    write_voc(home / "FOLDER", samples)
+    (home / "weights").mkdir()
+    base = build_net("SSD_HarDNet68", 300, 2).base
+    torch.save(base.state_dict(), home / "weights" / "hardnet68_base_bridge.pth")
+    return home
+
+
+def run(home: Path, command: list[str], *more: str) -> str:
+    """One command as typed in a clone, from the user's home."""
+    program = [sys.executable if command[0] == "python" else str(ROOT / command[0])]
+    words = [str(ROOT / w) if w == "train_test.py" else w for w in command[1:]]
+    done = subprocess.run(
+        [*program, *words, *more],
+        cwd=home,
+        env={**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_commands_are_known():
+    """A command that is added to the README must be added here, too."""
+    assert [c[:3] for c in COMMANDS] == [
+        ["./make.sh", "demo"],
+        ["./make.sh", "test"],
+        ["data/scripts/VOC2007.sh"],
+        ["data/scripts/VOC2012.sh"],
+        ["python", "train_test.py", "-d"],
+        ["python", "train_test.py", "-d"],
+        ["python", "train_test.py", "-d"],
+        ["python", "train_test.py", "--test"],
+        ["python", "-m", "data.voc_eval"],
+        ["python", "-m", "data.coco_eval"],
+    ]
+
+
+def test_demo_ends_with_a_score_per_class_and_a_picture(home, tmp_path):
+    small = ["--epochs", "1", "--trainval", "8", "--test", "4", "--output", str(tmp_path)]
+    output = run(home, COMMANDS[0], *small)
+    assert re.search(r"^star +\d\.\d{3} +\d\.\d{3}$", output, re.MULTILINE)
+    assert (tmp_path / "detections.png").stat().st_size > 10_000
+
+
+def test_ci_runs_the_test_command():
+    assert " ".join(COMMANDS[1]) in (ROOT / ".ci" / "run").read_text()
+
+
+def test_training_testing_and_resuming_as_written(home, coco_folder):
+    train, resume, own, test, voc_eval, coco_eval = COMMANDS[4:]
+    assert "tensors of the base network" in run(home, train, *SMALL)
+    (run_dir,) = (home / "weights" / "SSD_HarDNet68_512").iterdir()
+    more = ["--max_iters", "2", "--num_workers", "0", "--device", "cpu"]
+    assert "resumed at step 1" in run(home, resume, *more)
+
+    assert "2 classes" in run(home, own, *SMALL)
+    test = [word.replace("/RUN/", f"/{run_dir.name}/") for word in test]
+    run(home, test, "--num_workers", "0", "--device", "cpu")
+    checkpoint = Path(test[-1])
+    folder = home / checkpoint.parent / "ss_predict" / checkpoint.stem / "2007_test"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["metric"] == "VOC07 11-point AP@.5"
+
+    (made,) = (home / "weights" / "SSD_HarDNet68_300").glob("*/ss_predict/final/test")
+    shutil.copytree(made, home / "DETECTIONS_DIR")
+    assert "person" in run(home, voc_eval)
+
+    annotations = coco_folder / "annotations" / "instances_val2017.json"
+    shutil.copy(annotations, home / "ANNOTATIONS.json")
+    found = [{"image_id": 4, "category_id": 3, "bbox": [20, 10, 40, 40], "score": 0.9}]
+    (home / "RESULTS.json").write_text(json.dumps(found))
+    assert "Average Precision" in run(home, coco_eval)
+
+
+def test_hyperparameters_of_the_table_are_the_defaults():
+    rows = dict(re.findall(r"^\| `(?:-\w+`, `)?--(\w+)`[^|]*\| ([^|]+) \|", README, re.MULTILINE))
+    for option, shown in rows.items():
+        if option in ("max_epoch", "weight_decay"):
+            values = [float(part) for part in shown.split("/")]
+            field = {"max_epoch": "epochs"}.get(option, option)
+            assert values == [getattr(RECIPES[d], field) for d in ("VOC", "COCO")]
+        elif isinstance(DEFAULTS[option], str):
+            assert shown == DEFAULTS[option]
+        else:
+            assert float(shown) == DEFAULTS[option], option
+    assert len(rows) > 10
+    assert "60, 80 and 90 %" in README
+    assert LR_MILESTONES == (0.6, 0.8, 0.9)
+
+
+@pytest.mark.parametrize("page", ["README.md", "weights/README.md", "benchmarks/gpu/README.md"])
+def test_links_and_pictures_lead_to_files(page):
+    text = (ROOT / page).read_text("utf-8")
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), target
