@@ -6,7 +6,8 @@
     root/images/<split>/COCO_<split>_<id>.jpg      pictures before 2017, <id> of 12 digits
     root/<split>/<id>.jpg                          pictures since
 
-Any other <set><year> in this layout is read alike, whatever its categories. Format:
+Any other <set><year> in this layout is read alike, whatever its categories; it counts as a test
+split, without ground truth, if there is no instances_<set><year>.json. Format:
 https://cocodataset.org/#format-data. The file's own `file_name` decides where it exists.
 """
 
@@ -14,12 +15,13 @@ from __future__ import annotations
 
 import json
 import os
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.image import read_image
+from data.image import read_image, report_lines
 from utils.errors import UserError
 
 # Sets that are cut out of another split and have no picture folder of their own.
@@ -50,7 +52,7 @@ def read_json(path: str | Path):
         return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
 
 
@@ -58,7 +60,7 @@ def column(source, kind: str, records, field: str, shape: tuple[int, ...] = (), 
     """One field of a list of JSON objects, `dtype` [n, *shape].
 
     UserError names the first object that lacks it or has another shape, type or a non-finite number
-    there; an int64 column takes whole numbers only.
+    there; an int64 column takes whole numbers only, also written as 96.0.
     """
 
     def valid(value, shape):
@@ -72,14 +74,21 @@ def column(source, kind: str, records, field: str, shape: tuple[int, ...] = (), 
     if not isinstance(records, list):
         raise UserError(f"{source}: has no list of {kind}")
     values = [record.get(field) if isinstance(record, dict) else None for record in records]
+    if dtype is np.int64:
+        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     if values and not valid(values, (len(values), *shape)):
         n = next(n for n, value in enumerate(values) if not valid(value, shape))
         wanted = "a whole number" if dtype is np.int64 else "a finite number"
         wanted = f"{shape[0]} finite numbers" if shape else wanted
-        has_id = isinstance(records[n], dict) and "id" in records[n]
-        where = f"{kind}[{n}]" + (f" (id {records[n]['id']})" if has_id else "")
-        raise UserError(f"{source}: {where} needs {wanted} as '{field}', found {values[n]!r:.60}")
+        raise _unfit(source, kind, records, n, field, wanted)
     return np.array(values, dtype).reshape(-1, *shape)
+
+
+def _unfit(source, kind, records, n, field, wanted) -> UserError:
+    record = records[n] if isinstance(records[n], dict) else {}
+    where = f"{kind}[{n}]" + (f" (id {record['id']})" if "id" in record else "")
+    value = f"{record.get(field)!r:.60}"
+    return UserError(f"{source}: {where} needs {wanted} as '{field}', found {value}")
 
 
 def positions(source, kind: str, field: str, values: np.ndarray, known: np.ndarray, path: Path):
@@ -125,10 +134,12 @@ def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
         raise UserError(f"{path}: image id {image_ids[n]} has the size {sizes[n].tolist()}")
 
     category_ids, categories = by_id("categories")
-    classes = tuple(str(category.get("name")) for category in categories)
+    classes = tuple(category.get("name") for category in categories)
     for n, name in enumerate(classes):
-        if name in ("None", *classes[:n]):
-            raise UserError(f"{path}: category id {category_ids[n]} has no name of its own: {name}")
+        if not isinstance(name, str) or not name.strip() or name in classes[:n]:
+            raise UserError(
+                f"{path}: category id {category_ids[n]} has no name of its own: {name!r:.60}"
+            )
 
     records = document.get("annotations") if boxes else []
     box = column(path, "annotations", records, "bbox", (4,))
@@ -139,9 +150,13 @@ def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
 
     image, category = owners("image_id", image_ids), owners("category_id", category_ids)
     area = [
-        record if "area" in record else {"area": w * h}
+        record if record.get("area") is not None else {"area": w * h}
         for record, (*_, w, h) in zip(records, box.tolist(), strict=True)
     ]
+    crowds = [record.get("iscrowd", 0) for record in records]
+    for n, crowd in enumerate(crowds):
+        if crowd not in (0, 1):  # true and false are equal to them
+            raise _unfit(path, "annotations", records, n, "iscrowd", "0 or 1")
     order = np.argsort(image, kind="stable")
     return Annotations(
         path=Path(path),
@@ -154,7 +169,7 @@ def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
         boxes=box[order],
         labels=category[order] + 1,
         areas=column(path, "annotations", area, "area")[order],
-        crowds=np.array([bool(record.get("iscrowd")) for record in records], bool)[order],
+        crowds=np.array(crowds, bool)[order],
         annotation_ids=[records[n].get("id") for n in order],
     )
 
@@ -162,11 +177,16 @@ def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """x, y, w, h [m,4] -> x1, y1, x2, y2 [m,4] inside pictures of width, height [m,2], in pixels.
 
-    As published: x2 = x1 + w - 1 from the x1 already clipped, so a box that starts outside the
-    picture is moved in, not cut. Without overlap x2 < x1.
+    As published: x2 = x1 + w - 1 from the x1 already clipped, so a box that starts left of the
+    picture or above it is moved in, not cut. It is for boxes that overlap their picture: one wholly
+    to the left or above would be moved in, too, one to the right or below gets x2 < x1 or y2 < y1.
     """
     start = np.maximum(boxes[:, :2], 0)
     return np.hstack([start, np.minimum(sizes - 1, start + np.maximum(boxes[:, 2:] - 1, 0))])
+
+
+def _is_test_split(path: Path) -> bool:
+    return path.name.startswith("image_info")
 
 
 class COCODetection:
@@ -176,8 +196,8 @@ class COCODetection:
     both after `transform(image, target)` if there is one. Labels follow the categories by id:
     label k is `classes[k - 1]` and COCO's category `category_ids[k]`; `category_labels` is the way
     back. `ids` ascend within a set. Pictures without boxes are kept with [0,5], and those of a test
-    set have nothing else. Crowds are ordinary boxes, as published. Boxes without area are dropped;
-    `skipped` lists them by reason.
+    split have nothing else. Crowds are ordinary boxes, as published. Boxes without area or wholly
+    outside their picture are dropped; `skipped` lists them by reason.
 
     UserError: no annotation file of that name, a malformed one (see `read_annotations`), missing
     pictures, sets of different categories, a picture in two sets.
@@ -186,7 +206,7 @@ class COCODetection:
     def __init__(self, root: str | Path, image_sets: list[tuple[str, str]], transform=None):
         if not image_sets:
             raise ValueError("image_sets is empty, wanted e.g. [('2017', 'val')]")
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
         self.image_sets = [(str(year or ""), name) for year, name in image_sets]
         self.transform = transform
         self.skipped: dict[str, list[str]] = {}
@@ -246,10 +266,13 @@ class COCODetection:
         return self._boxes[self._offsets[i] : self._offsets[i + 1]].copy()
 
     def report(self) -> list[str]:
-        """One line for each reason in `skipped`: how many, and the first."""
-        return [
-            f"{reason}: {len(found)}, first {found[0]}" for reason, found in self.skipped.items()
-        ]
+        """A line for the log for every reason in `skipped`, with the count and an example."""
+        return report_lines(self.skipped)
+
+    def check_scorable(self) -> None:
+        """UserError if `evaluate` could not score these image sets: more than one."""
+        if len(self.image_sets) > 1:
+            raise UserError(f"{self.root}: COCO scores one set at a time, not {self.image_sets}")
 
     def evaluate(self, detections: list[dict], directory: str | Path, name: str = "SSD") -> dict:
         """Write the results JSON into `directory` and score that file.
@@ -257,21 +280,22 @@ class COCODetection:
         `detections`: for each picture, in this order, {"boxes": float32 [n,4] of x1, y1, x2, y2 in
         pixels, "scores": float32 [n], "labels": int64 [n] from 1}; n may be 0. As published a
         `bbox` is x1, y1, x2 - x1 + 1, y2 - y1 + 1. The file is detections_<split>_results.json; a
-        test set's is detections_<split>_<name>_results.json, as the evaluation server wants it.
+        test split's is detections_<split>_<name>_results.json, and it is packed into a .zip of the
+        same stem, which is what the evaluation server takes.
 
         Returns {"metric", "value" (AP at [.5:.95]), "per_class" (the same of each class), "iou",
         "max_dets", "image_set", "results" (the file), "stats" (the twelve numbers, see
-        `data.coco_eval.STATS`), "notes" (lines for the log)}; -1 is "no ground truth". A test set
-        has "value" None and neither classes nor stats.
+        `data.coco_eval.STATS`), "notes" (lines for the log)}; -1 is "no ground truth". A test split
+        has "value" None, neither classes nor stats, and "archive" (the .zip).
         """
         from data.coco_eval import evaluate_coco, notes
 
         if len(detections) != len(self):
             raise ValueError(f"{len(detections)} detections for {len(self)} images")
-        if len(self.image_sets) > 1:
-            raise UserError(f"{self.root}: COCO scores one set at a time, not {self.image_sets}")
+        self.check_scorable()
         [(year, image_set)] = self.image_sets
-        test = image_set.startswith("test")
+        truth = self._annotation_file(year, image_set)
+        test = _is_test_split(truth)
         results = []
         for image_id, found in zip(self.ids, detections, strict=True):
             x1, y1, x2, y2 = np.asarray(found["boxes"], np.float64).reshape(-1, 4).T
@@ -293,34 +317,46 @@ class COCODetection:
             "max_dets": 100,
             "image_set": f"{year}_{image_set}".lstrip("_"),
             "results": str(path),
-            "notes": [f"{path}: no score here, {image_set}{year} has no public ground truth"],
         }
-        if not test:
-            scored = evaluate_coco(path, self._annotation_file(year, image_set))
+        if test:
+            archive = path.with_suffix(".zip")
+            with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
+                file.write(path, path.name)
+            report["archive"] = str(archive)
+            report["notes"] = [
+                f"{archive}: no score here, {truth.name} has no ground truth; the evaluation server"
+                " takes this file"
+            ]
+        else:
+            scored = evaluate_coco(path, truth)
             report["value"], report["per_class"] = scored["stats"][0], scored["per_category"]
             report["stats"], report["notes"] = scored["stats"], notes(scored)
         return report
 
     def _annotation_file(self, year, name):
-        kind = "image_info" if name.startswith("test") else "instances"
-        return self.root / "annotations" / f"{kind}_{name}{year}.json"
+        folder = self.root / "annotations"
+        paths = [folder / f"{kind}_{name}{year}.json" for kind in ("instances", "image_info")]
+        for path in paths:
+            if os.path.isfile(path):  # False, too, for a name that no file system takes
+                return path
+        there = ", ".join(sorted(p.name for p in folder.glob("*.json"))) or "no JSON file"
+        raise UserError(
+            f"{paths[0]}: no such annotation file, nor {paths[1].name}; {folder} has {there}"
+        )
 
     def _read(self, year, name):
         path = self._annotation_file(year, name)
-        if not path.is_file():
-            there = ", ".join(sorted(p.name for p in path.parent.glob("*.json"))) or "no JSON file"
-            raise UserError(f"{path}: no such annotation file; {path.parent} has {there}")
-        file = read_annotations(path, boxes=not name.startswith("test"))
+        file = read_annotations(path, boxes=not _is_test_split(path))
         self._paths += self._find_pictures(file, f"{PICTURES_OF.get(name, name)}{year}", year)
         return file
 
     def _find_pictures(self, file, split, year):
         before_2017 = year in ("2014", "2015")
         folder = self.root / "images" / split if before_2017 else self.root / split
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             # A subset cut out of another split still names that in its pictures' coco_url.
             other = folder.parent / str(file.images[0].get("coco_url")).split("/")[-2:][0]
-            if not other.is_dir():
+            if not os.path.isdir(other):
                 raise UserError(f"{folder}: no such folder, for the pictures of {file.path.name}")
             detail = f"{other} as in its coco_url, there is no {folder}"
             self._skip("set whose pictures come from another split", file, detail)
@@ -335,7 +371,7 @@ class COCODetection:
                 name = usual
             paths.append(folder / name)
             # The listing has no names with a folder in them.
-            if name not in existing and not paths[-1].is_file():
+            if name not in existing and not os.path.isfile(paths[-1]):
                 missing.append(name)
         if missing:
             raise UserError(
@@ -351,11 +387,15 @@ class COCODetection:
         corners = clip_boxes(file.boxes, sizes)
         # 0.01: what COCO's two decimals leave of a box that touches the border.
         outside = np.maximum(-file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:] - sizes)
+        # Clipping would move some of these in.
+        absent = (file.boxes[:, :2] + file.boxes[:, 2:] <= 0) | (file.boxes[:, :2] >= sizes)
+        absent = absent.any(1)
         # A box of one pixel has x2 = x1, and neither an IoU nor a logarithm of its width.
-        flat = (corners[:, 2:] <= corners[:, :2]).any(1)
-        empty = ~flat & (file.areas <= 0)
-        kept = ~flat & ~empty
+        flat = ~absent & (corners[:, 2:] <= corners[:, :2]).any(1)
+        empty = ~absent & ~flat & (file.areas <= 0)
+        kept = ~absent & ~flat & ~empty
         for reason, rows in {
+            "box outside the picture, dropped": absent,
             "box without area in the picture, dropped": flat,
             "annotation of area 0 or less, dropped": empty,
             "box clipped to the picture": kept & (outside > 0.01).any(1),

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
-import json
 import sys
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import numpy as np
 
 from data.coco import column, positions, read_annotations, read_json
 from utils.errors import UserError
+from utils.files import check_writable, write_json
 
 # (metric, IoU, area, detections a picture), in the order of pycocotools' stats.
 STATS = (
@@ -120,12 +120,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", metavar="OUT", help="write stats and per_category to this file")
     args = parser.parse_args(argv)
     try:
+        if args.json:
+            check_writable(args.json)
         report = evaluate_coco(args.results, args.annotations)
         if args.json:
-            try:
-                Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
-            except OSError as error:
-                raise UserError(f"{args.json}: cannot be written ({error.strerror})") from error
+            write_json(args.json, report)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import UserError
+from utils.files import atomic_write
 
 
 def save_detections(
@@ -18,7 +20,7 @@ def save_detections(
 
     ``made_by`` is plain JSON data that says which checkpoint, image sets and limits they are of.
     """
-    with open(path, "wb") as file:
+    with atomic_write(path) as file:
         np.savez_compressed(
             file,
             ids=np.array([str(i) for i in ids], dtype=np.str_),
@@ -30,39 +32,45 @@ def save_detections(
         )
 
 
-def load_detections(path: Path, ids: list, made_by: dict) -> list[dict[str, np.ndarray]]:
+def load_detections(
+    path: Path, ids: list, made_by: dict
+) -> tuple[list[dict[str, np.ndarray]], dict]:
     """Read back what ``save_detections`` wrote, if it was made by the same things.
+
+    ``made_by`` may name fewer things than were saved; those named must be equal.
+
+    Returns:
+        The detections, and all that was saved of what made them.
 
     Raises:
         UserError: no such file, a damaged one, or one of another checkpoint, image set or limit.
     """
+    again = "run the test without --retest"
     if not path.exists():
-        raise UserError(
-            f"{path} does not exist: there are no detections to score again; run "
-            "the test without --retest first"
-        )
+        raise UserError(f"{path} does not exist: no detections to score again; {again} first")
     try:
         with np.load(path, allow_pickle=False) as file:
             saved = {name: file[name] for name in file.files}
         found = json.loads(str(saved["made_by"]))
-        bounds = np.cumsum(saved["counts"])[:-1]
-        columns = [np.split(saved[name], bounds) for name in ("boxes", "scores", "labels")]
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}); run the test without --retest") from error
+        counts, columns = saved["counts"], [saved[k] for k in ("boxes", "scores", "labels")]
+        total = int(counts.sum())
+        shapes = [(total, 4), (total,), (total,)]
+        if (counts < 0).any() or [c.shape for c in columns] != shapes or type(found) is not dict:
+            raise ValueError("its arrays do not fit together")
+        parts = [np.split(column, np.cumsum(counts)[:-1]) for column in columns]
+    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error,
+            zipfile.BadZipFile) as error:  # fmt: skip
+        raise UserError(f"{path} is damaged ({error}); {again}") from error
     for key, value in made_by.items():
         if found.get(key) != value:
-            raise UserError(
-                f"{path} was made with {key} {found.get(key)!r}, not {value!r}; run the test "
-                "without --retest"
-            )
+            was = found.get(key)
+            raise UserError(f"{path} was made with {key} {was!r}, not {value!r}; {again}")
     if saved["ids"].tolist() != [str(i) for i in ids]:
-        raise UserError(
-            f"{path} is of other pictures than the image set's; run the test without --retest"
-        )
+        raise UserError(f"{path} is of other pictures than the image set's; {again}")
     return [
         {"boxes": boxes, "scores": scores, "labels": labels}
-        for boxes, scores, labels in zip(*columns, strict=True)
-    ]
+        for boxes, scores, labels in zip(*parts, strict=True)
+    ], found
 
 
 def _join(detections: list[dict[str, np.ndarray]], key: str, empty: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Reading picture files."""
+"""Reading picture files, and telling what a reader left out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,9 @@ def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
     """Read a picture: BGR uint8 [H, W, 3], whatever the file holds (grey, alpha, 16 bit).
 
     `orient` applies the EXIF orientation tag: OpenCV's default and so the published behaviour.
-    Raises UserError naming the file when it is missing, empty, no picture, or cut off.
+    Raises UserError naming the file when it is missing, empty, no picture, or cut off (a JPEG or
+    PNG without its end marker). Not noticed is what has lost or damaged data before an end marker,
+    such as half a file that was closed properly: OpenCV fills the missing part, mostly with grey.
     """
     try:
         data = np.fromfile(path, np.uint8)  # cv2.imread cannot open non-ASCII paths on Windows
@@ -53,3 +55,8 @@ def _is_complete(data: bytes) -> bool:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
             position = data.find(b"\xff", position)
     return False
+
+
+def report_lines(skipped: dict[str, list[str]]) -> list[str]:
+    """A line for the log for every reason in a data set's `skipped`: the count and an example."""
+    return [f"{reason}: {len(found)}, e.g. {found[0]}" for reason, found in skipped.items()]

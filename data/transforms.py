@@ -38,9 +38,6 @@ class SSDAugmentation:
     def __init__(self, size: int, mean: tuple[float, float, float] = (104, 117, 123)):
         self.size = size
         self.mean = mean
-        # glibc hands freed pictures back to the system, so that every new one is paged in again (a
-        # fifth of the time of read + augment), until it has seen a larger block come and go.
-        np.empty(30 << 20, np.uint8)
 
     def __call__(
         self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.image import read_image
+from data.image import read_image, report_lines
 from utils.errors import UserError
 
 VOC_CLASSES = (
@@ -108,7 +109,7 @@ def list_image_sets(root: Path) -> list[tuple[str | None, str]]:
     """The (year, set) pairs of a devkit, the (None, set) pairs of a folder in VOC layout."""
     found = []
     for year, folder in _year_folders(root).items():
-        files = [*folder.glob("ImageSets/Main/*.txt"), *folder.glob("ImageSets/*.txt")]
+        files = [f for main in ("Main/", "") for f in folder.glob(f"ImageSets/{main}[!.]*.txt")]
         # the official Main/ also holds a file per class and set
         stems = {f.stem for f in files if f.stem.rpartition("_")[0] not in VOC_CLASSES}
         found += [(year, stem) for stem in sorted(stems)]
@@ -122,13 +123,13 @@ def set_name(year: str | None, image_set: str) -> str:
 
 def _find_set(root: Path, year: str | None, image_set: str) -> tuple[Path, Path]:
     """(folder that holds Annotations/, split file) of one image set, or UserError."""
-    if not root.is_dir():
+    if not os.path.isdir(root):  # False, too, for a name that no file system takes
         raise UserError(f"{root}: no such data set folder")
     folder = _year_folders(root).get(year or None, root / f"VOC{year}")
     splits = [folder / "ImageSets" / "Main", folder / "ImageSets"]
     splits = [split / f"{image_set}.txt" for split in splits]
     for split in splits:
-        if split.is_file():
+        if os.path.isfile(split):
             return folder, split
     there = ", ".join(set_name(*pair) for pair in list_image_sets(root)) or "none"
     raise UserError(
@@ -162,8 +163,10 @@ def read_classes(path: Path) -> tuple[str, ...]:
 
 def parse_classes(text: str) -> tuple[str, ...]:
     """The command line's --classes: "a,b,c", or a file with one name a line."""
-    path = Path(text).expanduser()
-    return read_classes(path) if path.is_file() else check_classes(text.split(","), "--classes")
+    path = os.path.expanduser(text)
+    if os.path.isfile(path):
+        return read_classes(Path(path))
+    return check_classes(text.split(","), "--classes")
 
 
 @dataclass(frozen=True)
@@ -187,34 +190,25 @@ def load_annotations(
     classes: Sequence[str] | None = None,
 ) -> VOCAnnotations:
     """Read the image sets' split files and annotations; arguments and errors as in VOCDetection."""
-    root = Path(root).expanduser()
+    root = Path(os.path.expanduser(root))
+    find = _finder((".xml",))
     skipped = defaultdict(list)
-    ids, folders, seen = [], [], set()
+    ids, folders, paths, missing, seen = [], [], [], [], set()
     for year, image_set in image_sets:
-        folder, split = _find_set(root, year, image_set)
-        try:
-            lines = split.read_text("utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{split}: the image set cannot be read ({error})") from error
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            image_id = line.split()[0]  # a class's split file has a flag in column two
+        for where, folder, image_id, path in _list_images(root, year, image_set, find):
             if (folder, image_id) in seen:
-                skipped["image listed twice"].append(f"{split}:{number}: {image_id}")
+                skipped["image listed twice"].append(f"{where}: {image_id}")
                 continue
             seen.add((folder, image_id))
             ids.append(image_id)
             folders.append(folder)
+            paths.append(path)
+            if path is None:
+                missing.append(folder / "Annotations" / f"{image_id}.xml")
     what = ", ".join(set_name(*pair) for pair in image_sets)
     if not ids:
         raise UserError(f"{root}: the image set {what} lists no image")
-
-    listings = {folder: set(_listdir(folder / "Annotations")) for folder in dict.fromkeys(folders)}
-    paths = [folder / "Annotations" / f"{i}.xml" for folder, i in zip(folders, ids, strict=True)]
-    _refuse_missing(
-        "annotation", [p for p, f in zip(paths, folders, strict=True) if p.name not in listings[f]]
-    )
+    _refuse_missing("annotation", missing)
     annotations = [read_annotation(path) for path in paths]
 
     names = {name for annotation in annotations for name in annotation.names}
@@ -223,14 +217,13 @@ def load_annotations(
         classes = check_classes(classes, "classes")
     elif declared.is_file():
         classes = read_classes(declared)
-    elif any(year for year, _ in image_sets) and names & set(VOC_CLASSES):
+    elif any(year for year, _ in image_sets) and names <= set(VOC_CLASSES):
         classes = VOC_CLASSES
-    else:  # of all annotations, so that every image set of a folder gets the same classes
-        done = set(paths)
-        for folder, listing in listings.items():
-            files = [folder / "Annotations" / n for n in listing if re.match(r"[^.].*\.xml$", n)]
-            names.update(*(read_annotation(f).names for f in files if f not in done))
-        classes = check_classes(sorted(names), str(root)) if names else ()
+    else:  # of all image sets, so that every one of them gets the same classes
+        listed = (_list_images(root, *pair, find) for pair in list_image_sets(root))
+        others = {path for images in listed for *_, path in images} - {None, *paths}
+        found = names.union(*(read_annotation(path).names for path in sorted(others)))
+        classes = check_classes(sorted(found), str(root)) if found else ()
     if not names & set(classes):
         raise UserError(
             f"{root}: the image set {what} has no object of the classes "
@@ -245,11 +238,49 @@ def load_annotations(
     return VOCAnnotations(ids, folders, annotations, classes, dict(skipped))
 
 
-def _listdir(folder: Path) -> list[str]:
+def _list_images(
+    root: Path, year: str | None, image_set: str, find: Callable
+) -> Iterator[tuple[str, Path, str, Path | None]]:
+    """(file and line, folder that holds Annotations/, id, annotation file) of an image set.
+
+    A line is an id, maybe with spaces or folders in it. A class's split file has a flag behind it,
+    some tools write a picture's suffix: they belong to the id only if an annotation is named so.
+    Without an annotation file the id is all that was looked for.
+    """
+    folder, split = _find_set(root, year, image_set)
     try:
-        return os.listdir(folder)
-    except OSError as error:
-        raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
+        lines = split.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{split}: the image set cannot be read ({error})") from error
+    for number, line in enumerate(lines, 1):
+        if line := line.strip():
+            plain = re.sub(r"\s+(-1|0|1)$", "", line)
+            stem, suffix = os.path.splitext(plain)
+            names = dict.fromkeys([line, plain, stem if suffix.lower() in SUFFIXES else plain])
+            found = ((name, find(folder / "Annotations", name)) for name in names)
+            nothing = (" or ".join(names), None)
+            yield f"{split}:{number}", folder, *next((f for f in found if f[1]), nothing)
+
+
+def _finder(suffixes: Sequence[str]) -> Callable[[Path, str], Path | None]:
+    """find(folder, id): the file of that id, the first suffix of those there are, in any case."""
+
+    @functools.cache  # several stat calls for each of thousands of ids are slow on network disks
+    def listing(folder: Path) -> dict[str, Path]:
+        try:
+            names = [n for n in os.listdir(folder) if Path(n).suffix.lower() in suffixes]
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            raise UserError(f"{folder}: the folder cannot be read ({error.strerror})") from error
+        names.sort(key=lambda n: (suffixes.index(Path(n).suffix.lower()), n), reverse=True)
+        return {Path(name).stem: folder / name for name in names}
+
+    def find(folder: Path, image_id: str) -> Path | None:
+        path = folder / image_id
+        return listing(path.parent).get(path.name)
+
+    return find
 
 
 def _refuse_missing(what: str, paths: list[Path]) -> None:
@@ -263,10 +294,12 @@ class VOCDetection:
 
     root: a devkit (VOC2007/, VOC2012/, ...) with image_sets such as [("2007", "trainval")], or a
     folder with Annotations/, JPEGImages/ and ImageSets/, and image_sets such as [(None, "test")].
-    A set is read from ImageSets/Main/<set>.txt, else ImageSets/<set>.txt.
+    A set is read from ImageSets/Main/<set>.txt, else ImageSets/<set>.txt: one id a line, which may
+    hold spaces and folders.
     transform: called as transform(image, target) on every sample.
     classes: names without background; label k is classes[k - 1]. None: those of root/classes.txt,
-    else VOC_CLASSES in a devkit that has one of them, else all names in the annotations, sorted.
+    else VOC_CLASSES in a devkit whose chosen sets name no other, else all names in the annotations
+    of root's image sets, sorted.
 
     Annotations are read here, pictures only where an annotation gives no size or a box leaves it.
     Boxes are the XML's values - 1, floats kept. A target is made of the objects of known classes,
@@ -284,7 +317,7 @@ class VOCDetection:
         transform: Callable | None = None,
         classes: Sequence[str] | None = None,
     ):
-        self.root = Path(root).expanduser()
+        self.root = Path(os.path.expanduser(root))
         self.image_sets = [(year or None, image_set) for year, image_set in image_sets]
         self.transform = transform
         loaded = load_annotations(self.root, self.image_sets, classes)
@@ -293,17 +326,24 @@ class VOCDetection:
         self._pictures = _find_pictures(loaded)
         self._sizes: list[tuple[int, int]] = []
         self._targets: list[np.ndarray] = []
+        self._difficult: list[np.ndarray] = []
         label_of = {name: label for label, name in enumerate(self.classes, 1)}
         for annotation, picture in zip(self.annotations, self._pictures, strict=True):
             size = annotation.size
             if size is None or (annotation.boxes[:, 2:] > np.subtract(size, 1)).any():
                 size = _checked_size(read_image(picture), picture, annotation)
+                if annotation.size and not _near(annotation.size, size):
+                    self.skipped.setdefault("<size> with width and height swapped", []).append(
+                        f"{annotation.path}: {picture.name} is {size[0]} x {size[1]}"
+                    )
+            target, difficult = self._make_target(annotation, size, label_of)
             self._sizes.append(size)
-            self._targets.append(self._make_target(annotation, size, label_of))
+            self._targets.append(target)
+            self._difficult.append(difficult)
 
     def _make_target(
         self, annotation: Annotation, size: tuple[int, int], label_of: dict[str, int]
-    ) -> np.ndarray:
+    ) -> tuple[np.ndarray, np.ndarray]:
         labels = np.array([label_of.get(name, 0) for name in annotation.names], np.int64)
         boxes = annotation.boxes
         clipped = boxes.clip(0, np.subtract((*size, *size), 1))
@@ -323,7 +363,8 @@ class VOCDetection:
                     f" in {size[0]} x {size[1]}"
                 )
         keep = known & area & inside
-        return np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32)
+        target = np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32)
+        return target, annotation.difficult[keep]
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -346,34 +387,34 @@ class VOCDetection:
     def pull_image(self, index: int) -> np.ndarray:
         """The picture, BGR uint8 [H, W, 3].
 
-        As published, the picture counts where the annotation's <size> differs. Raises UserError
-        when it differs because of an EXIF orientation tag, or when a box leaves the picture.
+        Raises UserError when <size> says otherwise, by more than a pixel of rounding, or the boxes
+        are for the picture before its EXIF orientation. A <size> with width and height swapped
+        passes if all boxes lie inside the picture.
         """
-        path, annotation, stated = (
-            self._pictures[index],
-            self.annotations[index],
-            self._sizes[index],
-        )
+        path = self._pictures[index]
         image = read_image(path)
-        size = _checked_size(image, path, annotation)
-        # one pixel too many is a rounded <size>, more is another picture
-        if size != stated and (self._targets[index][:, 2:4] > size).any():
-            raise UserError(
-                f"{annotation.path}: a box leaves the picture {path.name}, which is {size[0]} x "
-                f"{size[1]} while <size> says {stated[0]} x {stated[1]}; restore the annotated "
-                "picture or correct the boxes"
-            )
+        _checked_size(image, path, self.annotations[index])
         return image
 
     def target(self, index: int) -> np.ndarray:
         """float32 [n, 5]: x1, y1, x2, y2 in pixels counted from 0, label >= 1; n may be 0."""
         return self._targets[index].copy()
 
+    def difficult(self, index: int) -> np.ndarray:
+        """bool [n]: which rows of `target` are difficult objects."""
+        return self._difficult[index].copy()
+
     def report(self) -> list[str]:
         """A line for the log for every reason in `skipped`, with the count and an example."""
-        return [
-            f"{reason}: {len(found)}, e.g. {found[0]}" for reason, found in self.skipped.items()
-        ]
+        return report_lines(self.skipped)
+
+    def check_scorable(self) -> None:
+        """Raise UserError if `evaluate` could not score these image sets: an id in two years."""
+        if len(set(self.ids)) < len(self):
+            raise UserError(
+                f"{self.root}: pictures of different years have the same image id, and comp4 files "
+                "cannot tell them apart; evaluate the image sets one by one"
+            )
 
     def evaluate(self, detections: Sequence[dict], directory: str | Path) -> dict:
         """Write comp4 files into `directory` and score them, with both metrics.
@@ -388,11 +429,7 @@ class VOCDetection:
 
         if len(detections) != len(self):
             raise ValueError(f"{len(detections)} detections for {len(self)} images")
-        if len(set(self.ids)) < len(self):
-            raise UserError(
-                f"{self.root}: pictures of different years have the same image id, and comp4 files "
-                "cannot tell them apart; evaluate the image sets one by one"
-            )
+        self.check_scorable()
         name = "+".join(set_name(*pair) for pair in self.image_sets)
         if len(self.image_sets) == 1:
             name = self.image_sets[0][1]  # the official spelling has no year
@@ -411,28 +448,37 @@ class VOCDetection:
 
 
 def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tuple[int, int]:
-    """(width, height) of the picture; UserError when EXIF rotated it away from its annotation."""
-    height, width = image.shape[:2]
-    if annotation.size == (height, width) != (width, height):
-        if read_image(path, orient=False).shape[:2] == (width, height):
-            raise UserError(
-                f"{path}: an EXIF orientation tag turns the picture to {width} x {height}, but the "
-                f"boxes in {annotation.path} are for {height} x {width}; remove the tag "
-                "(exiftool -Orientation= FILE) or label the turned picture"
-            )
-    return width, height
+    """(width, height) of the picture; UserError when its annotation is for another one."""
+    size, stated, corners = image.shape[1::-1], annotation.size, annotation.boxes[:, 2:]
+    outside = (corners > size).any(1)  # size and not size - 1: a pixel is rounding
+    if _near(stated, size) if stated else not outside.any():
+        return size
+    raw = read_image(path, orient=False).shape[1::-1]
+    if _near(stated, raw) if stated else (outside & (corners <= raw).all(1)).any():
+        raise UserError(
+            f"{path}: an EXIF orientation tag turns the picture to {size[0]} x {size[1]}, but the "
+            f"boxes in {annotation.path} are for {raw[0]} x {raw[1]}; remove the tag "
+            "(exiftool -Orientation= FILE) or label the turned picture"
+        )
+    if stated and (outside.any() or not _near(stated[::-1], size)):
+        raise UserError(
+            f"{annotation.path}: <size> says {stated[0]} x {stated[1]}, but the picture {path.name}"
+            f" is {size[0]} x {size[1]}; restore the annotated picture, or take <size> out if the "
+            "boxes are right for this one"
+        )
+    return size
+
+
+def _near(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return abs(a[0] - b[0]) <= 1 and abs(a[1] - b[1]) <= 1
 
 
 def _find_pictures(loaded: VOCAnnotations) -> list[Path]:
-    listings = {}
-    for folder in dict.fromkeys(loaded.folders):
-        # several stat calls for each of thousands of images are slow on network disks
-        names = [n for n in _listdir(folder / "JPEGImages") if Path(n).suffix.lower() in SUFFIXES]
-        names.sort(key=lambda name: SUFFIXES.index(Path(name).suffix.lower()), reverse=True)
-        listings[folder] = {Path(name).stem: folder / "JPEGImages" / name for name in names}
-    pairs = list(zip(loaded.folders, loaded.ids, strict=True))
+    find = _finder(SUFFIXES)
+    wanted = [(f / "JPEGImages", i) for f, i in zip(loaded.folders, loaded.ids, strict=True)]
+    found = [find(*pair) for pair in wanted]
     _refuse_missing(
         f"picture ({'/'.join(SUFFIXES)})",
-        [f / "JPEGImages" / image_id for f, image_id in pairs if image_id not in listings[f]],
+        [folder / i for (folder, i), path in zip(wanted, found, strict=True) if path is None],
     )
-    return [listings[folder][image_id] for folder, image_id in pairs]
+    return found

@@ -6,8 +6,8 @@ python -m data.voc_eval DETECTIONS_DIR --root DIR --set test [--year 2007]
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -16,8 +16,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.image import report_lines
 from data.voc0712 import Annotation, list_image_sets, load_annotations, parse_classes, set_name
 from utils.errors import UserError
+from utils.files import check_writable, write_json
 
 METRICS = {"voc07_11point": "VOC07 11-point AP@.5", "area": "VOC area AP@.5"}
 
@@ -121,7 +123,7 @@ def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the detections cannot be read ({error})") from error
     for number, line in enumerate(lines, 1):
-        if not (fields := line.split()):
+        if not (fields := line.strip().rsplit(maxsplit=5)):  # an id may hold spaces
             continue
         try:
             image_id, *values = fields
@@ -296,31 +298,23 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
     try:
-        root = args.root.expanduser()
+        if args.json:
+            check_writable(args.json)
+        root = Path(os.path.expanduser(args.root))
         year = args.year or _find_year(root, args.set)
         classes = parse_classes(args.classes) if args.classes is not None else None
         truth = load_annotations(root, [(year, args.set)], classes)
         found, missing = read_comp4(args.detections, args.set, truth.classes, truth.ids)
         result = evaluate_voc(found, truth.annotations, truth.classes)
         if args.json:
-            _write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
+            write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    skipped = [
-        f"{reason}: {len(lines)}, e.g. {lines[0]}" for reason, lines in truth.skipped.items()
-    ]
+    skipped = report_lines(truth.skipped)
     print(f"{set_name(year, args.set)} of {root}: {len(truth.ids)} images")
     print("\n".join([*skipped, *missing, *result["notes"], _table(result)]))
     return 0
-
-
-def _write_json(path: Path, values: dict) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(values, indent=1, ensure_ascii=False) + "\n", "utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
 
 
 if __name__ == "__main__":

@@ -5,9 +5,15 @@ from __future__ import annotations
 import argparse
 import math
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
+import torch
+
+from data.config import PRIORS
+from models.hardnet import HARDNET_SPECS, HarDBlock
+from models.ssd import ssd_extras
 
 WIDTH, HEIGHT = 1600, 1150
 SCALE = 3  # drawn at 3x and reduced by area: cv2's own anti-aliasing leaves steps in thick curves
@@ -18,23 +24,10 @@ INK, GREY, PALE = (60, 48, 40), (140, 128, 120), (242, 238, 234)
 BLUE, TEAL, ORANGE, RED = (178, 110, 52), (140, 142, 38), (38, 134, 232), (76, 66, 206)
 WHITE = (255, 255, 255)
 HOPS = (GREY, TEAL, ORANGE, RED)  # colour of a link over 2^0, 2^1, 2^2, 2^3 layers
+KINDS = {"image": GREY, "base": BLUE, "extras": TEAL}
 
-
-def links(layer: int) -> list[int]:
-    """Layers that `layer` >= 1 of a HarD block reads: layer - 2^i for all 2^i dividing it."""
-    return [layer - 2**i for i in range(layer.bit_length()) if layer % 2**i == 0]
-
-
-def widths(layers: int, growth: int, multiplier: float) -> list[int]:
-    """Output channels of layers 1..layers of a HarD block (arXiv 1909.00948, section 3)."""
-    return [
-        int(int(growth * multiplier ** (len(links(n)) - 1) + 1) / 2) * 2
-        for n in range(1, layers + 1)
-    ]
-
-
-def is_output(layer: int, layers: int) -> bool:
-    return layer % 2 == 1 or layer == layers
+SPEC = HARDNET_SPECS[68]
+PRIOR_BOXES = PRIORS["VOC", 512]
 
 
 class Canvas:
@@ -133,8 +126,12 @@ def _bezier(start, end, lift) -> np.ndarray:
     )
 
 
-def draw_block(canvas: Canvas, layers: int, growth: int, multiplier: float, inputs: int):
-    """The HarD block: boxes as high and links as thick as the channels they carry."""
+def draw_block(canvas: Canvas):
+    """HarDNet68's first block: boxes as high and links as thick as the channels they carry."""
+    inputs, multiplier = SPEC.stem[1], SPEC.multiplier
+    layers, growth = SPEC.layers[0], SPEC.growth[0]
+    with torch.device("meta"):
+        block = HarDBlock(inputs, growth, multiplier, layers)
     canvas.text(40, 42, f"HarD block, L = {layers} layers", 26, bold=True, align="left")
     canvas.text(
         40,
@@ -145,14 +142,14 @@ def draw_block(canvas: Canvas, layers: int, growth: int, multiplier: float, inpu
         GREY,
         align="left",
     )
-    channels = [inputs, *widths(layers, growth, multiplier)]
+    channels = [inputs, *(layer.conv.out_channels for layer in block.layers)]
     row, bus, half = 364, 490, 38
     xs = [96 + 142 * n for n in range(layers + 1)]
     tops = [row - 28 - 0.5 * c for c in channels]
     thick = [1.4 + 0.07 * c for c in channels]
 
     for layer in range(layers, 0, -1):
-        for source in reversed(links(layer)):
+        for source in reversed(block.links[layer - 1]):
             hop = (layer - source).bit_length() - 1
             if hop == 0:
                 points = [(xs[source] + half, row), (xs[layer] - half - 2, row)]
@@ -165,12 +162,11 @@ def draw_block(canvas: Canvas, layers: int, growth: int, multiplier: float, inpu
                 )
             canvas.arrow(points, HOPS[hop], thick[source])
 
-    outputs = [n for n in range(1, layers + 1) if is_output(n, layers)]
-    canvas.arrow([(xs[outputs[0]], bus), (xs[-1] + 110, bus)], BLUE, 3)
-    for n in outputs:
+    canvas.arrow([(xs[block.outputs[0]], bus), (xs[-1] + 110, bus)], BLUE, 3)
+    for n in block.outputs:
         canvas.line([(xs[n], row), (xs[n], bus)], BLUE, 3)
     for n, (x, top, width) in enumerate(zip(xs, tops, channels, strict=True)):
-        solid = n in outputs
+        solid = n in block.outputs
         canvas.box(
             x - half,
             top,
@@ -185,8 +181,7 @@ def draw_block(canvas: Canvas, layers: int, growth: int, multiplier: float, inpu
 
     x = xs[-1] + 112
     canvas.box(x, bus - 38, x + 196, bus + 38, BLUE)
-    total = sum(channels[n] for n in outputs)
-    canvas.text(x + 98, bus - 13, f"output {total} ch", 18, WHITE, bold=True)
+    canvas.text(x + 98, bus - 13, f"output {block.out_channels} ch", 18, WHITE, bold=True)
     canvas.text(x + 98, bus + 14, "odd layers + last", 15, WHITE)
 
     canvas.text(x, 150, "Layer n reads layer n - 2^i", 16, bold=True, align="left", room=210)
@@ -200,33 +195,40 @@ def draw_block(canvas: Canvas, layers: int, growth: int, multiplier: float, inpu
     canvas.text(x, 374, "(drawn as thickness)", 16, GREY, align="left")
 
 
-# SSD512 over HarDNet68: (lines above the box, stride of the step, channels, kind, boxes per cell).
-# Kind: "image", "base" or "extras"; boxes per cell is 0 where no source is taken.
-STEPS = (
-    (("image", "BGR - mean"), 1, 3, "image", 0),
-    (("3x3 /2, 32", "3x3, 64"), 2, 64, "base", 0),
-    (("HarD block", "L 8, k 14"), 2, 128, "base", 0),
-    (("HarD block", "L 16, k 16"), 2, 256, "base", 0),
-    (("HarD block", "L 16, k 20"), 1, 320, "base", 6),
-    (("HarD block", "L 16, k 40"), 2, 640, "base", 0),
-    (("bridge 3x3", "dilation 4"), 1, 640, "base", 6),
-    (("1x1, 256", "3x3 /2, 512"), 2, 512, "extras", 6),
-    (("1x1, 128", "3x3 /2, 256"), 2, 256, "extras", 6),
-    (("1x1, 128", "3x3 /2, 256"), 2, 256, "extras", 6),
-    (("1x1, 128", "3x3 /2, 256"), 2, 256, "extras", 4),
-    (("1x1, 128", "4x4, 256"), 2, 256, "extras", 4),
-)
-KINDS = {"image": GREY, "base": BLUE, "extras": TEAL}
+class Step(NamedTuple):
+    """A map of the detector; `boxes` per cell is 0 where the heads do not read it."""
+
+    lines: tuple[str, str]  # above the box
+    side: int
+    channels: int
+    kind: str  # of KINDS
+    boxes: int
 
 
-def map_sizes() -> list[int]:
-    """Side of the map after every step."""
-    size = 512
-    return [size := size // stride for _, stride, *_ in STEPS]
-
-
-def prior_count() -> int:
-    return sum(boxes * side**2 for side, (*_, boxes) in zip(map_sizes(), STEPS, strict=True))
+def detector_steps() -> list[Step]:
+    """SSD512-HarDNet68 from the image to the last source map."""
+    boxes = iter(PRIOR_BOXES.boxes_per_cell)
+    side, (first, second) = PRIOR_BOXES.size // 2, SPEC.stem
+    steps = [
+        Step(("image", "BGR - mean"), PRIOR_BOXES.size, 3, "image", 0),
+        Step((f"3x3 /2, {first}", f"3x3, {second}"), side, second, "base", 0),
+    ]
+    blocks = zip(SPEC.layers, SPEC.growth, SPEC.channels, strict=True)
+    for i, (layers, growth, channels) in enumerate(blocks):
+        side //= 2 if i == 0 or i - 1 in SPEC.pool_after else 1
+        lines = ("HarD block", f"L {layers}, k {growth}")
+        steps.append(
+            Step(lines, side, channels, "base", next(boxes) if i == SPEC.stride8_block else 0)
+        )
+    steps.append(Step(("bridge 3x3", "dilation 4"), side, channels, "base", next(boxes)))
+    with torch.device("meta"):
+        extras = ssd_extras(channels, PRIOR_BOXES.size)
+    sides = PRIOR_BOXES.feature_maps[2:]
+    for narrow, shrink, side in zip(extras[::2], extras[1::2], sides, strict=True):
+        (k, _), (stride, _), channels = shrink.kernel_size, shrink.stride, shrink.out_channels
+        lines = (f"1x1, {narrow.out_channels}", f"{k}x{k}{' /2' * (stride == 2)}, {channels}")
+        steps.append(Step(lines, side, channels, "extras", next(boxes)))
+    return steps
 
 
 def draw_detector(canvas: Canvas, top: int):
@@ -238,8 +240,9 @@ def draw_detector(canvas: Canvas, top: int):
     canvas.box(1307, top + 30, 1319, top + 54, TEAL, radius=3)
     canvas.text(1331, top + 42, "source map, read by heads", 16, align="left", room=225)
     row, heads, bus, half = top + 250, top + 420, top + 550, 43
-    xs = [83 + 129.2 * n for n in range(len(STEPS))]
-    kinds = [kind for *_, kind, _ in STEPS]
+    steps = detector_steps()
+    xs = [83 + 129.2 * n for n in range(len(steps))]
+    kinds = [step.kind for step in steps]
     for kind, title in (
         ("base", "HarDNet68 base network (every HarD block ends in a 1x1 conv)"),
         ("extras", "SSD extra layers"),
@@ -255,13 +258,12 @@ def draw_detector(canvas: Canvas, top: int):
         )
         canvas.text((xs[first] + xs[last]) / 2, top + 98, title, 17, KINDS[kind], bold=True)
 
-    previous = None
-    for x, side, (lines, stride, channels, kind, boxes) in zip(xs, map_sizes(), STEPS, strict=True):
+    for n, (x, (lines, side, channels, kind, boxes)) in enumerate(zip(xs, steps, strict=True)):
         color, high = KINDS[kind], 26 + 6 * math.log2(side)
-        if previous is not None:
-            canvas.arrow([(previous + half, row), (x - half - 2, row)], INK, 2)
-            if kind == "base" and stride == 2 and previous > xs[0]:  # the stem strides by itself
-                middle = (previous + x) / 2 - 4
+        if n:
+            canvas.arrow([(xs[n - 1] + half, row), (x - half - 2, row)], INK, 2)
+            if kind == "base" and n > 1 and side < steps[n - 1].side:  # the stem strides by itself
+                middle = (xs[n - 1] + x) / 2 - 4
                 canvas.box(middle - 5, row - 30, middle + 5, row + 30, RED, radius=3)
         if boxes:
             canvas.arrow([(x, row), (x, heads - 2)], ORANGE, 3)
@@ -274,7 +276,6 @@ def draw_detector(canvas: Canvas, top: int):
         canvas.text(x, row + 13, f"{channels} ch", 15, ink)
         for y, line in zip((row - 116, row - 97), lines, strict=True):
             canvas.text(x, y, line, 15, room=2 * half + 14)
-        previous = x
         if boxes:
             canvas.box(x - half, heads, x + half, heads + 30, _light(ORANGE), ORANGE)
             canvas.text(x, heads + 15, f"loc {boxes} x 4", 15, room=2 * half - 12)
@@ -283,19 +284,17 @@ def draw_detector(canvas: Canvas, top: int):
             canvas.box(x - half, heads + 76, x + half, heads + 102, WHITE, radius=3)
             canvas.text(x, heads + 89, f"{boxes * side**2:,}", 16, bold=True)
 
-    x = xs[4]
+    x = xs[next(n for n, step in enumerate(steps) if step.boxes)]
     canvas.box(x - 38, row + 118, x + 38, row + 148, WHITE, ORANGE)
     canvas.text(x, row + 133, "L2Norm", 15)
     left, right, high = xs[0] - half, xs[3] + half, heads - 24
     canvas.arrow([(xs[-1], bus), (right + 2, bus)], ORANGE, 3)
     canvas.box(left, high, right, bus + 20, ORANGE)
     middle = (left + right) / 2
-    canvas.text(middle, high + 36, f"{prior_count():,} prior boxes", 25, WHITE, bold=True)
+    canvas.text(middle, high + 36, f"{PRIOR_BOXES.num_priors:,} prior boxes", 25, WHITE, bold=True)
     terms = []
     for boxes in (6, 4):
-        sides = [
-            f"{side}^2" for side, step in zip(map_sizes(), STEPS, strict=True) if step[-1] == boxes
-        ]
+        sides = [f"{step.side}^2" for step in steps if step.boxes == boxes]
         terms.append(f"{boxes} ({' + '.join(sides)})")
     canvas.text(middle, high + 76, f"P = {' + '.join(terms)}", 16, WHITE, room=right - left - 40)
     canvas.text(middle, high + 106, "loc [B, P, 4]      conf [B, P, C classes]", 16, WHITE)
@@ -305,7 +304,7 @@ def draw_detector(canvas: Canvas, top: int):
 def architecture() -> np.ndarray:
     """The picture, BGR uint8 [HEIGHT, WIDTH, 3]."""
     canvas = Canvas(WIDTH, HEIGHT)
-    draw_block(canvas, layers=8, growth=14, multiplier=1.7, inputs=64)
+    draw_block(canvas)
     canvas.line([(40, 550), (WIDTH - 40, 550)], PALE, 2)
     draw_detector(canvas, 550)
     return canvas.reduced()

@@ -1,12 +1,13 @@
 """COCO reader, on folders written here."""
 
 import json
+import zipfile
 
 import cv2
 import numpy as np
 import pytest
 
-from data.coco import COCODetection, clip_boxes
+from data.coco import COCODetection, clip_boxes, read_annotations
 from utils.errors import UserError
 
 WIDTH, HEIGHT = 60, 40
@@ -112,17 +113,21 @@ def test_boxes_without_area_are_dropped_and_clipped_ones_kept_and_both_counted(t
         annotation(5, 9, [50, -2, 20, 10]),
         annotation(6, 9, [50, 30, 10.004, 10]),  # touches the border but for COCO's rounding
         annotation(7, 9, [10, 5, 1, 10]),  # x2 = x1: no width that could be encoded
+        annotation(8, 9, [-20, 5, 20, 10]),  # ends where the picture begins
+        annotation(9, 9, [10, -30, 20, 10]),
+        annotation(10, 9, [10, HEIGHT, 20, 10]),
     ]
     dataset = read(val2017(tmp_path, boxes))
     np.testing.assert_allclose(dataset.target(0), [[50, 0, 59, 9, 1], [50, 30, 59, 39, 1]])
     skipped = {reason: len(rows) for reason, rows in dataset.skipped.items()}
     assert skipped == {
-        "box without area in the picture, dropped": 4,
+        "box outside the picture, dropped": 4,
+        "box without area in the picture, dropped": 3,
         "annotation of area 0 or less, dropped": 1,
         "box clipped to the picture": 1,
     }
-    assert dataset.report()[2] == (
-        "box clipped to the picture: 1, first instances_val2017.json: annotation 5 of image 9,"
+    assert dataset.report()[3] == (
+        "box clipped to the picture: 1, e.g. instances_val2017.json: annotation 5 of image 9,"
         " bbox [50.0, -2.0, 20.0, 10.0]"
     )
 
@@ -181,8 +186,10 @@ def test_sets_are_joined_in_order(tmp_path):
     assert dataset.ids == [9, 42, 4, 5]
     assert [len(dataset.target(i)) for i in range(4)] == [0, 1, 0, 1]
     assert dataset.image_path(2) == tmp_path / "train2017" / "4.jpg"
-    with pytest.raises(UserError, match="one set at a time"):
-        dataset.evaluate([{}] * 4, tmp_path)
+    for call in (dataset.check_scorable, lambda: dataset.evaluate([{}] * 4, tmp_path)):
+        with pytest.raises(UserError, match="one set at a time"):
+            call()
+    read(tmp_path).check_scorable()
 
 
 def test_subset_of_another_split_takes_its_pictures_from_there_and_says_so(tmp_path):
@@ -245,7 +252,39 @@ def test_test_set_is_written_for_the_server_and_not_scored(tmp_path):
         {"image_id": 42, "category_id": 7, "bbox": [1, 2, 3, 3], "score": 0.5}
     ]
     assert report["value"] is None and report["per_class"] == {}
-    assert "no public ground truth" in report["notes"][0]
+    assert "no ground truth" in report["notes"][0]
+    assert report["archive"] == str(path.with_suffix(".zip"))
+    with zipfile.ZipFile(report["archive"]) as archive:
+        assert archive.namelist() == [path.name]
+        assert archive.read(path.name) == path.read_bytes()
+
+
+def test_test_set_with_ground_truth_is_an_ordinary_set(tmp_path):
+    names, boxes = {42: "000000000042.jpg"}, [annotation(1, 42, [10, 5, 20, 10])]
+    write_set(tmp_path, "image_info_test2024.json", "test2024", names)
+    write_set(tmp_path, "instances_test2024.json", "test2024", names, boxes)
+    dataset = COCODetection(tmp_path, [("2024", "test")])
+    assert dataset.target(0).tolist() == [[10, 5, 29, 14, 1]]
+    report = dataset.evaluate(perfect(dataset), tmp_path / "out")
+    assert report["value"] == pytest.approx(1) and "archive" not in report
+    assert report["results"].endswith("detections_test2024_results.json")
+
+
+def test_set_with_an_image_info_file_alone_has_no_ground_truth(tmp_path):
+    write_set(tmp_path, "image_info_field2024.json", "field2024", {42: "a.png"})
+    dataset = COCODetection(tmp_path, [("2024", "field")])
+    assert dataset.target(0).shape == (0, 5)
+    assert dataset.evaluate(perfect(dataset), tmp_path / "out")["value"] is None
+
+
+def test_names_that_no_file_can_have_are_refused(tmp_path):
+    with pytest.raises(UserError, match="no such annotation file"):
+        COCODetection(tmp_path, [("2017", "v" * 300)])
+    with pytest.raises(UserError, match="~no such user.*no such annotation file"):
+        COCODetection("~no such user/coco", [("2017", "val")])
+    val2017(tmp_path, [], images=[{**IMAGE, "file_name": "n" * 300}], ids=())
+    with pytest.raises(UserError, match="1 of the 1 pictures"):
+        read(tmp_path)
 
 
 def test_reading_writes_nothing_under_the_root(tmp_path):
@@ -292,6 +331,7 @@ def test_picture_of_another_size_than_annotated(tmp_path):
         ("{", "not a JSON file"),
         ("[]", "not a COCO annotation file"),
         ("{}", "has no list of images"),
+        ("[" * 100_000, "not a JSON file"),
         ('{"images": [{"id": 1}]}', r"images\[0\] \(id 1\) needs a whole number as 'width'"),
     ],
 )
@@ -322,17 +362,35 @@ IMAGE = {"id": 9, "width": WIDTH, "height": HEIGHT}
         ({"images": []}, "lists no images"),
         ({"images": [IMAGE, IMAGE]}, "images id 9 occurs twice"),
         ({"images": [{**IMAGE, "width": 0}]}, r"image id 9 has the size \[0, 40\]"),
+        ({"images": [{**IMAGE, "width": 60.5}]}, "a whole number as 'width', found 60.5"),
+        ({"images": [{**IMAGE, "width": 1e300}]}, "a whole number as 'width'"),
+        ({"annotations": [{**BOX, "iscrowd": "0"}]}, r"annotations\[0\] \(id 17\) needs 0 or 1 as"
+         " 'iscrowd', found '0'"),
+        ({"annotations": [{**BOX, "iscrowd": 2}]}, "0 or 1 as 'iscrowd', found 2"),
+        ({"annotations": [{**BOX, "iscrowd": None}]}, "0 or 1 as 'iscrowd', found None"),
         ({"categories": []}, "lists no categories"),
         ({"categories": [{"id": 3}]}, "category id 3 has no name of its own"),
+        ({"categories": [{"id": 3, "name": 5}]}, "category id 3 has no name of its own: 5"),
+        ({"categories": [{"id": 3, "name": " "}]}, "category id 3 has no name of its own: ' '"),
         ({"categories": [{"id": i, "name": "dog"} for i in (1, 2)]}, "category id 2 has no name"),
     ],
-)
+)  # fmt: skip
 def test_malformed_records_are_named(tmp_path, document, message):
     path = val2017(tmp_path, []) / "annotations" / "instances_val2017.json"
     valid = {"images": [IMAGE], "categories": CATEGORIES, "annotations": [BOX]}
     path.write_text(json.dumps(valid | document))
     with pytest.raises(UserError, match=f"instances_val2017.json: .*{message}"):
         read(tmp_path)
+
+
+def test_whole_floats_and_an_area_of_null_and_booleans_are_accepted(tmp_path):
+    boxes = [BOX, {**BOX, "id": 18, "area": None, "iscrowd": True, "image_id": 9.0}]
+    images = [{**IMAGE, "width": float(WIDTH)}]
+    file = read_annotations(
+        val2017(tmp_path, boxes, images=images) / "annotations/instances_val2017.json"
+    )
+    assert file.sizes.tolist() == [[WIDTH, HEIGHT]] and file.sizes.dtype == np.int64
+    assert file.crowds.tolist() == [False, True] and file.areas.tolist() == [200, 200]
 
 
 def test_sets_that_do_not_fit_together(tmp_path):

@@ -211,6 +211,9 @@ def test_command_line_refuses_a_bad_call(small, tmp_path, capsys):
         main([str(small)])
     assert error.value.code == 2
     (tmp_path / "empty.json").write_text("[]")
-    target = tmp_path / "no" / "out.json"
-    assert main([str(tmp_path / "empty.json"), str(small), "--json", str(target)]) == 2
-    assert "out.json: cannot be written" in capsys.readouterr().err
+    for target in (tmp_path / "empty.json" / "out.json", tmp_path):
+        assert main(["no results", str(small), "--json", str(target)]) == 2
+        assert f"{target}: cannot be written" in capsys.readouterr().err
+    target = tmp_path / "new" / "out.json"
+    assert main([str(tmp_path / "empty.json"), str(small), "--json", str(target)]) == 0
+    assert json.loads(target.read_text()) == evaluate_coco([], small)

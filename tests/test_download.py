@@ -358,10 +358,10 @@ def mirror(server, monkeypatch):
         "test": voc_tar("2007", "test", ["000001"]),
     }
     small = []
-    for image_set, name, published in voc.ARCHIVES["2007"]:
+    for (image_set, name, published, _), count in zip(voc.ARCHIVES["2007"], (2, 1), strict=True):
         server.files[f"/voc2007/{name}"] = tars[image_set]
         server.md5[published] = hashlib.md5(tars[image_set]).hexdigest()
-        small.append((image_set, name, server.md5[published]))
+        small.append((image_set, name, server.md5[published], count))
     monkeypatch.setitem(voc.ARCHIVES, "2007", tuple(small))
     server.args = ["2007", "--url-base", server.base + "/"]
     return server
@@ -403,17 +403,37 @@ def test_voc_that_is_not_complete_is_unpacked_again(mirror, tmp_path, damage):
 
 
 def test_voc_mistakes_are_one_sentence_and_exit_code_2(mirror, tmp_path, capsys, monkeypatch):
-    image_set, name, _ = voc.ARCHIVES["2007"][0]
+    image_set, name, *_ = voc.ARCHIVES["2007"][0]
     lacking = voc_tar(
         "2007", image_set, ["000005"], without=["VOCdevkit/VOC2007/JPEGImages/000005.jpg"]
     )
     mirror.files[f"/voc2007/{name}"] = lacking
     assert voc.main([*mirror.args, "--root", str(tmp_path)]) == 2
-    assert "try again later or another mirror" in capsys.readouterr().err.splitlines()[-1]
-    monkeypatch.setitem(voc.ARCHIVES, "2007", ((image_set, name, md5(lacking)[4:]),))
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "try again later or another mirror" in error and error.startswith("error: ")
+    monkeypatch.setitem(voc.ARCHIVES, "2007", ((image_set, name, md5(lacking)[4:], 1),))
     assert voc.main([*mirror.args, "--root", str(tmp_path)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "lacks pictures or annotations of trainval" in error and name in error
+    assert "lacks pictures or annotations of trainval, which has 1" in error and name in error
+
+
+def test_voc_with_a_shortened_split_list_is_not_complete(mirror, tmp_path, capsys):
+    assert voc.main([*mirror.args, "--root", str(tmp_path)]) == 0
+    split = tmp_path / "VOCdevkit/VOC2007/ImageSets/Main/trainval.txt"
+    split.write_text("000005\n")
+    capsys.readouterr()
+    assert voc.main([*mirror.args, "--root", str(tmp_path)]) == 0
+    assert "trainval is already complete" not in capsys.readouterr().out
+    assert split.read_text() == "000005\n000007\n"
+
+
+def test_voc_counts_are_the_official_ones():
+    counts = {(y, image_set): n for y, rows in voc.ARCHIVES.items() for image_set, *_, n in rows}
+    assert counts == {
+        ("2007", "trainval"): 5011,
+        ("2007", "test"): 4952,
+        ("2012", "trainval"): 11540,
+    }
 
 
 def test_interrupted_voc_exits_130(monkeypatch, tmp_path, capsys):
@@ -435,6 +455,9 @@ def test_voc_shell_script_works_from_any_folder_and_passes_arguments_on(mirror, 
     for published, small in mirror.md5.items():
         assert published in text
         text = text.replace(published, small)
+    for official, count in ((" 5011)", " 2)"), (" 4952)", " 1)")):
+        assert official in text
+        text = text.replace(official, count)
     module.write_text(text)
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "utils").mkdir(parents=True)

@@ -150,11 +150,31 @@ def test_matching_by_hand():
     assert match_detections(boxes, labels, scores, truth, iou=0.4).tolist()[5] == 2
 
 
-def test_iou_of_exactly_the_threshold_counts():
+def test_iou_of_exactly_the_threshold_does_not_count():
     truth = np.array([[0, 0, 9, 9, 1]])
     boxes = np.array([[0, 0, 9, 4]])  # 50 of 100 pixels
-    assert match_detections(boxes, [1], [0.5], truth).tolist() == [0]
-    assert match_detections(boxes, [1], [0.5], truth, iou=0.51).tolist() == [-1]
+    assert match_detections(boxes, [1], [0.5], truth).tolist() == [-1]
+    assert match_detections(boxes, [1], [0.5], truth, iou=0.49).tolist() == [0]
+
+
+def test_difficult_flags_must_be_those_of_the_truth():
+    image, truth = np.zeros((80, 80, 3), np.uint8), np.array([[0, 0, 9, 9, 1], [20, 20, 40, 40, 1]])
+    for call in (
+        lambda: match_detections(truth[:, :4], [1, 1], [0.9, 0.8], truth, [True]),
+        lambda: rank_by_errors([truth], [dets()], [[True]]),
+        lambda: draw_comparison(image, truth, dets(), NAMES, [True]),
+    ):
+        with pytest.raises(ValueError, match="1 difficult flags do not match 2 true boxes"):
+            call()
+
+
+@pytest.mark.parametrize("label", [-1, 0, 3])
+def test_label_without_a_name_is_refused(label):
+    image, box = np.zeros((80, 80, 3), np.uint8), [10, 10, 40, 40]
+    with pytest.raises(ValueError, match=f"label {label} does not fit 2 names"):
+        draw_detections(image, [box], [label], names=NAMES)
+    with pytest.raises(ValueError, match=f"label {label} does not fit 2 names"):
+        draw_comparison(image, np.array([[*box, label]]), dets(), NAMES)
 
 
 def test_matching_without_truth_or_detections():

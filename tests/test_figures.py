@@ -9,26 +9,8 @@ from docs import figures
 LINKS = {1: [0], 2: [1, 0], 3: [2], 4: [3, 2, 0], 5: [4], 6: [5, 4], 7: [6], 8: [7, 6, 4, 0]}
 
 
-def test_links_and_widths_follow_the_rule():
-    assert {n: figures.links(n) for n in range(1, 9)} == LINKS
-    assert figures.links(16) == [15, 14, 12, 8, 0]
-    assert figures.widths(8, 14, 1.7) == [14, 24, 14, 40, 14, 24, 14, 68]
-    # block outputs of HarDNet68 and 85: odd layers and the last
-    for layers, growth, output in (
-        (8, 14, 124),
-        (16, 16, 262),
-        (16, 20, 328),
-        (16, 40, 654),
-        (8, 24, 214),
-        (16, 24, 392),
-        (16, 48, 784),
-    ):
-        channels = figures.widths(layers, growth, 1.7)
-        assert sum(c for n, c in enumerate(channels, 1) if figures.is_output(n, layers)) == output
-
-
 def test_arrows_drawn_are_the_links(monkeypatch):
-    arrows, boxes = [], []
+    arrows, boxes, texts = [], [], []
     monkeypatch.setattr(
         figures.Canvas,
         "arrow",
@@ -37,21 +19,31 @@ def test_arrows_drawn_are_the_links(monkeypatch):
     monkeypatch.setattr(
         figures.Canvas, "box", lambda self, x1, y1, x2, y2, *style, **more: boxes.append((x1, x2))
     )
-    figures.draw_block(figures.Canvas(1600, 600), 8, 14, 1.7, 64)
+    monkeypatch.setattr(
+        figures.Canvas, "text", lambda self, x, y, text, *style, **more: texts.append(text)
+    )
+    figures.draw_block(figures.Canvas(1600, 600))
 
     def box_at(x):
         return next((n for n, (x1, x2) in enumerate(boxes[:9]) if x1 - 3 <= x <= x2 + 3), None)
 
     drawn = sorted((box_at(end), box_at(start)) for start, end in arrows if box_at(end) is not None)
     assert drawn == sorted((layer, source) for layer in LINKS for source in LINKS[layer])
+    widths = (64, 14, 24, 14, 40, 14, 24, 14, 68)
+    assert [text for text in texts if text.endswith(" ch")] == [
+        *(f"{width} ch" for width in widths),
+        "output 124 ch",
+    ]
 
 
 def test_source_maps_and_prior_boxes_are_those_of_ssd512():
-    maps = [
-        side for side, (*_, boxes) in zip(figures.map_sizes(), figures.STEPS, strict=True) if boxes
-    ]
-    assert maps == [64, 32, 16, 8, 4, 2, 1]
-    assert figures.prior_count() == 32756
+    steps = figures.detector_steps()
+    assert [step.side for step in steps] == [512, 256, 128, 64, 64, 32, 32, 16, 8, 4, 2, 1]
+    assert [step.channels for step in steps] == [3, 64, 128, 256, 320, 640, 640, 512, *[256] * 4]
+    assert [step.side for step in steps if step.boxes] == [64, 32, 16, 8, 4, 2, 1]
+    assert sum(step.boxes * step.side**2 for step in steps) == 32756
+    assert [step.lines[1] for step in steps[6:8]] == ["dilation 4", "3x3 /2, 512"]
+    assert steps[-1].lines == ("1x1, 128", "4x4, 256")
 
 
 def test_script_writes_one_picture_to_the_given_path(tmp_path, capsys):

@@ -123,6 +123,19 @@ def test_difficult_objects_are_trained_on(voc_devkit):
     assert data.annotations[1].difficult.tolist() == [True]
 
 
+def test_difficult_flags_are_in_step_with_the_target(make_voc, tmp_path):
+    objects = [
+        ("dog", (1, 1, 9, 9), True),
+        ("cat", (1, 1, 9, 9), True),  # of no known class
+        ("dog", (5, 5, 5, 9), True),  # without area
+        ("dog", (20, 20, 40, 40), False),
+        ("dog", (50, 20, 70, 40), True),
+    ]
+    data = dataset(make_voc, tmp_path, {"a": objects}, classes=["dog"])
+    assert data.target(0)[:, 0].tolist() == [0, 19, 49]
+    assert data.difficult(0).tolist() == [True, False, True] and data.difficult(0).dtype == bool
+
+
 def test_parent_of_the_devkit_and_a_year_folder_are_found(voc_devkit):
     for root in (voc_devkit.parent, voc_devkit / "VOC2007"):
         assert len(VOCDetection(root, [("2007", "test")])) == 3
@@ -162,6 +175,51 @@ def test_image_listed_twice_is_taken_once_and_counted(voc_folder):
     assert data.report()[0].startswith("image listed twice: 3, e.g. ")
 
 
+def rename(voc_folder, old, new, line):
+    """The test set of one picture, its files called `new`, its split file holding `line`."""
+    for folder, suffix in (("Annotations", ".xml"), ("JPEGImages", ".jpg")):
+        path = voc_folder / folder / f"{new}{suffix}"
+        path.parent.mkdir(exist_ok=True)
+        (voc_folder / folder / f"{old}{suffix}").rename(path)
+    (voc_folder / "ImageSets/Main/test.txt").write_text(f"{line}\n")
+
+
+@pytest.mark.parametrize(
+    ("image_id", "line"),
+    [
+        ("my img", "my img"),
+        ("my img 1", " my img 1 "),  # no flag: there is an annotation of that name
+        ("my img", "my img -1"),
+        ("x/b1", "x/b1"),
+        ("x/y z", "x/y z  1"),
+        ("b1", "b1.jpg"),
+        ("b1", "b1.PNG 1"),
+        ("b.1", "b.1"),
+    ],
+)
+def test_id_is_the_line_without_flag_and_picture_suffix(voc_folder, tmp_path, image_id, line):
+    (voc_folder / "Annotations/b1.xml").unlink()
+    (voc_folder / "JPEGImages/b1.jpg").unlink()
+    (voc_folder / "ImageSets/Main/trainval.txt").unlink()
+    rename(voc_folder, "t1", image_id, line)
+    data = VOCDetection(voc_folder, [(None, "test")])
+    assert data.ids == [image_id]
+    assert data.image_path(0) == voc_folder / f"JPEGImages/{image_id}.jpg"
+    assert data.evaluate(as_detections(data), tmp_path / "out")["value"] == 1
+
+
+def test_id_without_an_annotation_is_refused_with_all_that_was_looked_for(voc_folder):
+    (voc_folder / "ImageSets/Main/test.txt").write_text("no/b9.jpg 1\n")
+    with pytest.raises(UserError, match=r"^1 annotation .*/no/b9\.jpg 1 or .* or no/b9\.xml"):
+        VOCDetection(voc_folder, [(None, "test")])
+
+
+def test_suffix_of_an_annotation_may_have_any_case(voc_folder):
+    path = voc_folder / "Annotations/t1.xml"
+    path.rename(path.with_suffix(".XML"))
+    assert len(VOCDetection(voc_folder, [(None, "test")])) == 4
+
+
 def test_given_classes_set_the_order_of_labels(voc_folder):
     data = VOCDetection(voc_folder, [(None, "test")], classes=["rod", "cell"])
     assert data.classes == ("rod", "cell") and data.target(1)[:, 4].tolist() == [1, 2]
@@ -177,9 +235,18 @@ def test_devkit_without_voc_names_has_the_classes_of_its_annotations(make_voc, t
     assert VOCDetection(tmp_path, [("2007", "test")]).classes == ("screw",)
 
 
-def test_discovery_ignores_files_that_are_no_annotations(voc_folder):
+def test_devkit_that_shares_a_name_with_voc_keeps_its_other_classes(make_voc, tmp_path):
+    objects = [("person", (1, 1, 9, 9)), ("helmet", (20, 1, 40, 9))]
+    make_voc(tmp_path / "VOC2007", {"test": {"a": objects}})
+    data = VOCDetection(tmp_path, [("2007", "test")])
+    assert data.classes == ("helmet", "person") and data.target(0)[:, 4].tolist() == [2, 1]
+
+
+def test_discovery_reads_the_annotations_of_image_sets_alone(voc_folder):
     (voc_folder / "Annotations/._t1.xml").write_bytes(b"\0\5\x16\7")
-    (voc_folder / "Annotations/notes.txt").write_text("none")
+    (voc_folder / "ImageSets/Main/._test.txt").write_bytes(b"\0\5\x16\xff")
+    (voc_folder / "Annotations/stray.xml").write_text("<annotation>")
+    (voc_folder / "ImageSets/Main/later.txt").write_text("not labelled yet\nno/folder\n")
     assert VOCDetection(voc_folder, [(None, "test")]).classes == ("cell", "platelet", "rod")
 
 
@@ -227,9 +294,17 @@ def test_classes_of_the_command_line_are_names_or_a_file(tmp_path):
         parse_classes(str(tmp_path / "names.txt"))
 
 
-def test_missing_root_is_refused(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such data set folder"):
-        VOCDetection(tmp_path / "nowhere", [("2007", "test")])
+def test_classes_that_no_path_can_be_are_names():
+    names = [f"class {i}" for i in range(80)]
+    assert parse_classes(",".join(names)) == tuple(names)
+    assert parse_classes("~no such user,bar") == ("~no such user", "bar")
+    assert parse_classes("a\0,b") == ("a\0", "b")
+
+
+@pytest.mark.parametrize("root", ["nowhere", "n" * 300, "~no such user/nowhere"])
+def test_missing_root_is_refused(tmp_path, root):
+    with pytest.raises(UserError, match=f"{root}: no such data set folder"):
+        VOCDetection(root if root[0] == "~" else tmp_path / root, [("2007", "test")])
 
 
 def test_missing_set_is_refused_with_the_paths_tried_and_the_sets_there(voc_devkit, voc_folder):
@@ -244,6 +319,8 @@ def test_missing_set_is_refused_with_the_paths_tried_and_the_sets_there(voc_devk
     with pytest.raises(UserError, match='"2007_test" in .* image sets there: test, trainval$'):
         VOCDetection(voc_folder, [("2007", "test")])
     assert list_image_sets(voc_folder) == [(None, "test"), (None, "trainval")]
+    with pytest.raises(UserError, match='no image set "sss.*there: test, trainval$'):
+        VOCDetection(voc_folder, [(None, "s" * 300)])
 
 
 def test_empty_set_is_refused(voc_folder):
@@ -273,6 +350,9 @@ def test_missing_pictures_are_refused_all_at_once(voc_folder):
 
 def test_missing_picture_folder_is_refused(voc_folder):
     (voc_folder / "JPEGImages").rename(voc_folder / "images")
+    with pytest.raises(UserError, match=r"^4 picture .*missing: .*JPEGImages/t1, "):
+        VOCDetection(voc_folder, [(None, "test")])
+    (voc_folder / "JPEGImages").touch()
     with pytest.raises(UserError, match="JPEGImages: the folder cannot be read"):
         VOCDetection(voc_folder, [(None, "test")])
 
@@ -345,24 +425,37 @@ def test_size_that_is_not_given_is_the_pictures(make_voc, tmp_path, size):
     assert data.target(0).tolist() == [[4, 4, WIDTH - 1, 49, 1]]
 
 
-@pytest.mark.parametrize("size", [(40, 30), (HEIGHT, WIDTH)])
-def test_wrong_size_does_not_cut_boxes_that_fit_the_picture(make_voc, tmp_path, size):
+def test_size_with_sides_swapped_is_accepted_if_all_boxes_fit_the_picture(make_voc, tmp_path):
     objects = [("dog", (5, 5, WIDTH, 40))]
     root = make_voc(tmp_path, {"trainval": {"a": objects}})
-    data = restate_size(root, size, objects)
+    data = restate_size(root, (HEIGHT, WIDTH), objects)
     assert data.target(0).tolist() == [[4, 4, WIDTH - 1, 39, 1]]
-    assert data.image_size(0) == VOC_IMAGE_SIZE and not data.skipped
+    assert data.image_size(0) == VOC_IMAGE_SIZE
+    assert data.report()[0].startswith("<size> with width and height swapped: 1, e.g. ")
     data[0]
-
-
-def test_box_that_leaves_a_picture_smaller_than_stated_is_refused(make_voc, tmp_path):
-    objects = [("dog", (5, 5, 180, 40))]
-    root = make_voc(tmp_path, {"trainval": {"a": [("dog", (5, 5, 60, 40))]}})
-    data = restate_size(root, (2 * WIDTH, 2 * HEIGHT), objects)
-    with pytest.raises(
-        UserError, match=r"a\.xml: a box leaves the picture a\.jpg, which is 96 x 72"
-    ):
+    restate_size(root, (HEIGHT, WIDTH), [("dog", (5, 5, 40, 40))])[0]
+    data = restate_size(root, (HEIGHT, WIDTH), [("dog", (5, 5, 40, 90))])
+    with pytest.raises(UserError, match=r"<size> says 72 x 96, but the picture a\.jpg is 96 x 72"):
         data[0]
+
+
+@pytest.mark.parametrize("size", [(2 * WIDTH, 2 * HEIGHT), (WIDTH, HEIGHT + 2), (40, 60)])
+def test_size_of_another_picture_is_refused_when_it_is_read(make_voc, tmp_path, size):
+    objects = [("dog", (5, 5, 40, 40))]
+    root = make_voc(tmp_path, {"trainval": {"a": objects}})
+    data = restate_size(root, size, objects)
+    message = f"a.xml: <size> says {size[0]} x {size[1]}, but the picture a.jpg is 96 x 72; restore"
+    with pytest.raises(UserError, match=re.escape(message)):
+        data[0]
+    with pytest.raises(UserError, match=re.escape(message.replace(*map(str, (size[0], 30)), 1))):
+        restate_size(root, (30, size[1]), objects)  # a box leaves it: the picture is read at once
+
+
+def test_size_may_be_wrong_by_one_pixel(make_voc, tmp_path):
+    objects = [("dog", (5, 5, WIDTH + 1, HEIGHT - 1))]
+    root = make_voc(tmp_path, {"trainval": {"a": objects}})
+    data = restate_size(root, (WIDTH + 1, HEIGHT - 1), objects)
+    assert data[0][0].shape == (HEIGHT, WIDTH, 3) and not data.skipped
 
 
 def test_picture_turned_by_exif_is_refused_with_the_fix(make_voc, tmp_path):
@@ -374,6 +467,17 @@ def test_picture_turned_by_exif_is_refused_with_the_fix(make_voc, tmp_path):
         UserError, match=r"a\.jpg: an EXIF orientation tag turns .* 72 x 96.*exiftool"
     ):
         data[0]
+
+
+def test_exif_is_noticed_without_a_size_where_a_box_fits_only_the_raw_picture(make_voc, tmp_path):
+    objects = [("dog", (5, 5, WIDTH, 40))]
+    root = make_voc(tmp_path, {"trainval": {"a": objects}})
+    path = root / "JPEGImages/a.jpg"
+    path.write_bytes(with_exif(path.read_bytes(), orientation=6))
+    with pytest.raises(UserError, match=r"EXIF .* 72 x 96, .* are for 96 x 72; remove the tag"):
+        restate_size(root, None, objects)
+    data = restate_size(root, None, [("dog", (5, 5, 40, 90))])
+    assert data.image_size(0) == (HEIGHT, WIDTH) and data[0][1].shape == (1, 5)
 
 
 def test_picture_cut_off_is_refused_when_read(voc_folder):
@@ -499,5 +603,7 @@ def test_same_id_in_two_years_can_be_trained_on_but_not_scored(make_voc, tmp_pat
         make_voc(tmp_path / f"VOC{year}", {"trainval": {"a": [("dog", (1, 1, 9, 9))]}})
     data = VOCDetection(tmp_path, [("2007", "trainval"), ("2012", "trainval")])
     assert len(data) == 2
-    with pytest.raises(UserError, match="have the same image id"):
-        data.evaluate(as_detections(data), tmp_path / "out")
+    for call in (data.check_scorable, lambda: data.evaluate(as_detections(data), tmp_path / "out")):
+        with pytest.raises(UserError, match="have the same image id"):
+            call()
+    VOCDetection(tmp_path, [("2007", "trainval")]).check_scorable()

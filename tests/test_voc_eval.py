@@ -258,13 +258,19 @@ def test_wrong_detections_are_not_written(tmp_path, change, message):
         write_comp4(tmp_path, "test", ["cat"], ["x"], [found])
 
 
-@pytest.mark.parametrize(
-    "line", ["x 0.5 1 2 3", "x 0.5 1 2 3 4 5", "x high 1 2 3 4", "x nan 1 2 3 4", "x"]
-)
+@pytest.mark.parametrize("line", ["x 0.5 1 2 3", "x high 1 2 3 4", "x nan 1 2 3 4", "x"])
 def test_malformed_line_is_refused_by_file_and_line(tmp_path, line):
     (tmp_path / "comp4_det_test_cat.txt").write_text(f"x 0.5 1 2 3 4\n\n{line}\n")
     with pytest.raises(UserError, match=re.escape(f'comp4_det_test_cat.txt:3: "{line}" is not of')):
         read_comp4(tmp_path, "test", ["cat"], ["x"])
+
+
+def test_ids_with_spaces_and_folders_are_read_back(tmp_path):
+    ids = ["my img 1", "x/b1", "two  spaces"]
+    found = {"boxes": np.ones((1, 4)), "scores": np.ones(1), "labels": np.array([1])}
+    write_comp4(tmp_path, "test", ["cat"], ids, [found] * 3)
+    read, _ = read_comp4(tmp_path, "test", ["cat"], ids)
+    assert read["cat"].images.tolist() == [0, 1, 2]
 
 
 def test_unknown_image_id_is_refused_by_file_and_line(tmp_path):
@@ -309,6 +315,16 @@ def test_command_line_gives_the_numbers_of_evaluate_without_pictures(scored, tmp
     assert mean.split() == ["mean", *(f"{result[metric]['mean']:.4f}" for metric in METRICS)]
 
 
+def test_output_that_cannot_be_written_is_refused_before_the_scoring(tmp_path, capsys):
+    args = [str(tmp_path), "--root", str(tmp_path / "nowhere"), "--set", "test"]
+    for path in (tmp_path, tmp_path / "file/ap.json"):
+        (tmp_path / "file").touch()
+        assert main([*args, "--json", str(path)]) == 2
+        assert "cannot be written" in capsys.readouterr().err
+    assert main([*args, "--json", str(tmp_path / "ap.json")]) == 2
+    assert "nowhere" in capsys.readouterr().err and not (tmp_path / "ap.json").exists()
+
+
 def test_missing_file_of_a_class_counts_as_no_detections(scored, tmp_path, capsys):
     data, folder, _ = scored
     (folder / "comp4_det_test_rod.txt").unlink()
@@ -347,6 +363,7 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(scored, voc_devkit, tmp_pa
         ([str(folder), *bare, "--set", "trainval"], "no detection file of the classes"),
         ([str(tmp_path / "none"), *bare, "--set", "test"], "there: none"),
         ([str(folder), "--root", str(blocked), "--set", "test"], "no such data set folder"),
+        ([str(folder), "--root", "~no such user/a", "--set", "test"], "no such data set folder"),
         ([str(folder), *bare, "--set", "test", "--json", str(blocked / "a")], "cannot be written"),
     ):
         assert main(args) == 2

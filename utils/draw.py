@@ -36,7 +36,8 @@ def draw_detections(
 
     boxes [n, 4], labels [n] >= 1, scores [n] or None; n may be 0. The best score lies on top;
     line width and font follow the image's size, and a label never leaves it.
-    ValueError: another image dtype or shape, lengths that differ, a coordinate that is NaN.
+    ValueError: another image dtype or shape, lengths that differ, a coordinate that is NaN, a label
+    without a name.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     counts = [len(boxes), len(labels), len(boxes) if scores is None else len(scores)]
@@ -64,7 +65,8 @@ def match_detections(
     boxes [n, 4], labels [n], scores [n], truth [m, 5] (box and label), difficult bool [m]. As
     in the VOC development kit: best score first, a detection goes to the box of its class that
     it overlaps most, and has found it with an IoU (pixel convention: a box is x2 - x1 + 1 wide)
-    of at least `iou` unless a better detection had; difficult boxes can be found repeatedly.
+    over `iou` unless a better detection had; difficult boxes can be found repeatedly.
+    ValueError: another number of difficult flags than of true boxes.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     truth = np.asarray(truth, np.float64).reshape(-1, 5)
@@ -74,11 +76,11 @@ def match_detections(
     area, true_area = (np.prod(b[:, 2:4] - b[:, :2] + 1, axis=1) for b in (boxes, truth))
     overlap = shared / (area[:, None] + true_area - shared)
     overlap[np.asarray(labels)[:, None] != truth[:, 4]] = 0
-    repeatable = np.zeros(len(truth), bool) if difficult is None else np.asarray(difficult, bool)
+    repeatable = _flags(difficult, truth)
     found = np.full(len(boxes), -1, np.int64)
     for k in np.argsort(-np.asarray(scores), kind="stable") if len(truth) else ():
         best = overlap[k].argmax()
-        if overlap[k, best] >= iou and (repeatable[best] or best not in found):
+        if overlap[k, best] > iou and (repeatable[best] or best not in found):
             found[k] = best
     return found
 
@@ -183,15 +185,26 @@ def _compare(
 ) -> tuple[np.ndarray, ...]:
     """Arrays (truth, difficult, boxes, labels, scores, found) of the detections that count."""
     truth = np.asarray(truth, np.float64).reshape(-1, 5)
-    hard = np.zeros(len(truth), bool) if difficult is None else np.asarray(difficult, bool)
+    hard = _flags(difficult, truth)
     kept = np.asarray(detections["scores"]) >= score_thresh
     boxes, labels, scores = (np.asarray(detections[k])[kept] for k in ("boxes", "labels", "scores"))
     found = match_detections(boxes, labels, scores, truth, hard, iou)
     return truth, hard, boxes, labels, scores, found
 
 
+def _flags(difficult: np.ndarray | None, truth: np.ndarray) -> np.ndarray:
+    flags = np.zeros(len(truth), bool) if difficult is None else np.asarray(difficult, bool)
+    if len(flags) != len(truth):
+        raise ValueError(f"{len(flags)} difficult flags do not match {len(truth)} true boxes")
+    return flags
+
+
 def _name(label: float, names: Sequence[str] | None) -> str:
-    return str(int(label)) if names is None else names[int(label) - 1]
+    if names is None:
+        return str(int(label))
+    if not 1 <= label <= len(names):
+        raise ValueError(f"label {label:g} does not fit {len(names)} names, 1 is the first")
+    return names[int(label) - 1]
 
 
 def _scored(label: float, score: float, names: Sequence[str] | None) -> str:

@@ -13,13 +13,15 @@ from utils.download import extract_tar, fetch, unpacking_mark
 from utils.errors import UserError
 
 URL_BASE = "http://host.robots.ox.ac.uk/pascal/VOC"
-# year -> (image set, archive, md5)
+# year -> (image set, archive, md5, pictures)
 ARCHIVES = {
     "2007": (
-        ("trainval", "VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64"),
-        ("test", "VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f"),
+        ("trainval", "VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64", 5011),
+        ("test", "VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f", 4952),
     ),
-    "2012": (("trainval", "VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd"),),
+    "2012": (
+        ("trainval", "VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd", 11540),
+    ),
 }
 
 
@@ -45,19 +47,19 @@ def get_voc(year: str, root: Path, url_base: str = URL_BASE) -> None:
     Raises UserError if an archive cannot be had, or lacks what its image set lists.
     """
     year_dir = root / "VOCdevkit" / f"VOC{year}"
-    for image_set, name, md5 in ARCHIVES[year]:
+    for image_set, name, md5, count in ARCHIVES[year]:
         archive = root / name
-        count = count_complete(year_dir, image_set)
-        if count and not unpacking_mark(archive, root).exists():
+        complete = count_complete(year_dir, image_set) == count
+        if complete and not unpacking_mark(archive, root).exists():
             print(f"{year_dir}: {image_set} is already complete, {count} pictures")
             continue
         fetch(f"{url_base.rstrip('/')}/voc{year}/{name}", archive, f"md5:{md5}")
         print(f"unpacking {archive}", flush=True)
         extract_tar(archive, root)
-        if not (count := count_complete(year_dir, image_set)):
+        if count_complete(year_dir, image_set) != count:
             raise UserError(
                 f"{archive} was unpacked, yet {year_dir} lacks pictures or annotations of "
-                f"{image_set}: remove that folder and run again"
+                f"{image_set}, which has {count}: remove that folder and run again"
             )
         print(f"{year_dir}: {image_set}, {count} pictures ({archive} is no longer needed)")
 
@@ -83,7 +85,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         get_voc(args.year, args.root.expanduser(), args.url_base)
     except UserError as error:
-        print(error, file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: run again to go on", file=sys.stderr)

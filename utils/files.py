@@ -1,0 +1,65 @@
+"""Files that appear whole or not at all, in places that the user chose."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from utils.errors import UserError
+
+
+@contextmanager
+def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+    """Open a binary file that takes the place of ``path`` when the block ends without an error.
+
+    Its folder is made. The file is written beside its place, flushed to the disk, and renamed: a
+    failure (disk full, the process killed) leaves an earlier file of that name as it was.
+
+    Raises:
+        UserError: the file cannot be written.
+    """
+    path = Path(path)
+    part = path.with_name(path.name + ".part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(part, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+        if hasattr(os, "O_DIRECTORY"):  # the rename itself reaches the disk with the folder
+            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                os.fsync(directory)
+            finally:
+                os.close(directory)
+    except BaseException as error:
+        with suppress(OSError):
+            part.unlink()
+        # PyTorch's writer reports a full disk as a RuntimeError.
+        if isinstance(error, OSError | RuntimeError):
+            raise UserError(
+                f"{path} could not be written ({error}); make room, or choose another folder"
+            ) from error
+        raise
+
+
+def check_writable(path: str | Path) -> None:
+    """Make the folder of a file that is to be written later; UserError where that will fail."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path}: cannot be written (a folder, or no permission)")
+
+
+def write_json(path: str | Path, value) -> None:
+    """Write a value as JSON by ``atomic_write``."""
+    with atomic_write(path) as file:
+        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
