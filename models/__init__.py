@@ -124,5 +124,5 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, int, int]:
 
 
 def _count_classes(shapes: Mapping[str, tuple[int, ...]], boxes_per_cell: int) -> int:
-    rows = shapes.get("conf.0.weight", (0,))[0]
-    return max(2, rows // boxes_per_cell)
+    rows = shapes.get("conf.0.weight", ())
+    return max(2, rows[0] // boxes_per_cell) if rows else 2

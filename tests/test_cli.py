@@ -19,8 +19,9 @@ import models
 import train_test
 from data.loading import TrainingSet
 from models import build_net
-from train_test import main, parser, resolve
+from train_test import main, resolve
 from utils.checkpoint import load_checkpoint, sha256_of
+from utils.options import parser
 
 ROOT = Path(__file__).parent.parent
 
@@ -168,14 +169,29 @@ def test_loss_that_is_not_finite_names_the_pictures_and_keeps_the_last_good_chec
     call, capsys
 ):
     assert call("-max", 1, "--date", "a", "--test_frequency", 0) == 0
-    good = weights(call.folder / "a" / "last.pth")
-    assert call("--resume", "auto", "--date", "a", "-max", 40, "--lr", 1e6) == 2
+    assert call("--resume", "auto", "--date", "a", "-max", 40, "--lr", 1e8, "-we", 0) == 2
     error = capsys.readouterr().err
     assert "not finite" in error
     assert "lower --lr" in error
-    kept = weights(call.folder / "a" / "last.pth")
-    assert all(t.isfinite().all() for t in kept.values())
-    assert kept.keys() == good.keys()
+    kept = load_checkpoint(call.folder / "a" / "last.pth")
+    assert kept["step"] >= 3
+    assert all(t.isfinite().all() for t in kept["model"].values())
+
+
+def test_picture_whose_loss_is_not_finite_is_named(call, capsys, monkeypatch):
+    read = TrainingSet.__getitem__
+
+    def poison(self, key):
+        image, target, index = read(self, key)
+        target[:, :4] = np.nan if self.dataset.ids[index] == "b2" else target[:, :4]
+        return image, target, index
+
+    monkeypatch.setattr(TrainingSet, "__getitem__", poison)
+    assert call("-max", 1, "--date", "a", "--test_frequency", 0) == 2
+    error = capsys.readouterr().err
+    assert "b2.jpg" in error
+    assert "nothing was saved yet" in error
+    assert not list((call.folder / "a").glob("*.pth"))
 
 
 def test_a_data_set_smaller_than_a_batch_trains(call, make_voc, tmp_path):
@@ -194,10 +210,14 @@ def test_devkit_trains_on_both_years_and_is_scored_by_the_11_point_metric(call, 
 def test_weights_of_a_whole_detector_start_a_new_run(call):
     assert call("-max", 1, "--date", "a", "--test_frequency", 0) == 0
     path = call.folder / "a" / "Final_tiny_VOC.pth"
-    options = ("--resume_net", path, "--resume_epoch", 3, "-max", 3, "--date", "b")
+    options = ("--resume_net", path, "--resume_epoch", 2, "-max", 3, "--date", "b", "--lr", 0)
     assert call(*options) == 0
+    new = load_checkpoint(call.folder / "b" / "Final_tiny_VOC.pth")
+    assert new["step"] == 9
+    assert "all weights from" in new["config"]["start"]
     for key, tensor in weights(path).items():
-        assert torch.equal(tensor, weights(call.folder / "b" / "Final_tiny_VOC.pth")[key])
+        if "running" not in key and "num_batches" not in key:
+            assert torch.equal(tensor, new["model"][key])
 
 
 def test_base_weights_are_counted_in_the_log(call, tmp_path, capsys):
@@ -350,7 +370,7 @@ def test_published_spellings_are_accepted():
         "--ngpu 1 --visdom true --send_images_to_visdom no --log_iters true --gamma 0.2 "
         "--save_frequency 5 --test_frequency 3 --jaccard_threshold 0.4 --retest false --date 0504"
     )
-    options = vars(parser().parse_args(line.split()))
+    options = vars(parser(models.BACKBONES, (300, 512), ("VOC", "COCO")).parse_args(line.split()))
     assert options == {
         "version": "SSD_HarDNet85", "size": 512, "dataset": "COCO", "batch_size": 16, "lr": 1e-3,
         "max_epoch": 7, "warm_epoch": 2, "cuda": False, "ngpu": 1, "visdom": True,
@@ -371,6 +391,11 @@ def test_published_spellings_are_accepted():
         (["--amp", "fp16"], ["fp16", "bf16"]),
         (["--ngpu", "3"], ["--ngpu 3"]),
         (["--basenet", "gone.pth"], ["gone.pth", "tiny.pth", "weights/README.md"]),
+        (["--basenet", "a.pth", "--resume_net", "b.pth"], ["--basenet and --resume_net"]),
+        (["--score_threshold", "0.5"], ["--test"]),
+        (["--classes", ",".join(f"name{i}" for i in range(300))], ["name299", "cell"]),
+        (["--save_folder", "/dev/null/x"], ["/dev/null"]),
+        (["--device", "cpu:1"], ["cpu:1"]),
         (["--resume", "gone.pth"], ["gone.pth"]),
         (["--resume_net", "gone.pth"], ["gone.pth"]),
         (["--resume_epoch", "3"], ["--resume_net"]),
@@ -408,6 +433,105 @@ def test_resume_refuses_what_would_change_the_order_of_the_data(call, capsys):
     assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
     assert call("--resume", "auto", "-b", 3) == 2
     assert "--batch_size 3" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_pictures(call, voc_folder, capsys):
+    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
+    split = voc_folder / "ImageSets" / "Main" / "trainval.txt"
+    split.write_text(split.read_text().replace("b3\n", ""))
+    assert call("--resume", "auto") == 2
+    error = capsys.readouterr().err
+    assert "(6)" in error
+    assert "(5)" in error
+
+
+def test_options_given_anew_on_resume_are_in_force(call):
+    assert call("-max", 2, "--date", "a", "--test_frequency", 0, "--max_iters", 1) == 0
+    assert call("--resume", "auto", "--weight_decay", 0, "--momentum", 0.5) == 0
+    (group,) = load_checkpoint(call.folder / "a" / "last.pth")["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0, 0.5)
+
+
+def test_older_checkpoint_goes_on_beside_its_run_not_over_it(call, capsys):
+    options = ("-max", 3, "--date", "a", "--test_frequency", 0, "--save_frequency", 1)
+    assert call(*options) == 0
+    older = call.folder / "a" / "tiny_VOC_epoches_1.pth"
+    assert call("--resume", older) == 2
+    assert "at step 3" in capsys.readouterr().err
+    assert call("--resume", older, "--date", "b") == 0
+    assert_same_run(call.folder / "a", call.folder / "b")
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(call, monkeypatch):
+    monkeypatch.setattr(train_test.time, "strftime", lambda _: "20260101-000000")
+    for _ in range(2):
+        assert call("--max_iters", 1, "--test_frequency", 0) == 0
+    names = sorted(p.name for p in call.folder.iterdir())
+    assert names == ["20260101-000000", "20260101-000000-2"]
+
+
+def test_evaluation_that_is_interrupted_is_made_up_for(call, monkeypatch):
+    options = ("-max", 2, "--test_frequency", 1)
+    assert call(*options, "--date", "straight") == 0
+    detect_all = train_test.detect_all
+
+    def interrupted(*_):
+        monkeypatch.setattr(train_test, "detect_all", detect_all)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return detect_all(*_)
+
+    monkeypatch.setattr(train_test, "detect_all", interrupted)
+    assert call(*options, "--date", "broken") == 130
+    assert call("--resume", "auto", "--date", "broken") == 0
+    assert_same_run(call.folder / "straight", call.folder / "broken")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config": None}, "configuration"),
+        ({"classes": "cell"}, "classes"),
+        ({"config": {"size": 400}}, "size 400"),
+        ({"config": {"lr": "fast"}}, "lr 'fast'"),
+        ({"config": {"version": "SSD_other"}}, "version 'SSD_other'"),
+        ({"step": "x"}, "resumed from"),
+        ({"rng": {}}, "resumed from"),
+        ({"optimizer": {}}, "resumed from"),
+    ],
+)
+def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, change, words, capsys):
+    saved = torch.load(trained, weights_only=True)
+    for key, value in change.items():
+        saved[key] = {**saved[key], **value} if key == "config" and value else value
+    torch.save(saved, trained.parent / "last.pth")
+    assert call("--resume", trained.parent / "last.pth", version="tiny") == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_checkpoint_of_another_program_is_refused(call, tmp_path, capsys):
+    state = {"model": build_net("tiny", 300, 4).state_dict(), "optimizer": {}, "iteration": 3}
+    torch.save(state, tmp_path / "other.pth")
+    assert call("--resume", tmp_path / "other.pth") == 2
+    assert "configuration" in capsys.readouterr().err
+
+
+def test_precision_of_the_training_machine_is_not_that_of_the_test(call, trained):
+    saved = torch.load(trained, weights_only=True)
+    saved["config"] |= {"amp": "fp16", "ngpu": 4}
+    torch.save(saved, trained)
+    assert call("--test", trained) == 0
+
+
+def test_results_lie_in_the_run_of_their_checkpoint_wherever_that_is(call, trained, tmp_path):
+    import shutil
+
+    moved = tmp_path / "elsewhere" / "run"
+    shutil.copytree(trained.parent, moved)
+    assert main(["--test", str(moved / trained.name), "--num_workers", "0"]) == 0
+    assert (moved / "ss_predict" / trained.stem / "test" / "results.json").is_file()
 
 
 def test_help_explains_itself(capsys):

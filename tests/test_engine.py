@@ -227,16 +227,20 @@ def test_detections_round_trip_and_belong_to_what_made_them(tmp_path):
     ]  # fmt: skip
     made_by = {"checkpoint": {"sha256": "ab"}, "sets": "test"}
     save_detections(path, ["a", "b", "ü"], found, made_by)
-    for a, b in zip(load_detections(path, ["a", "b", "ü"], made_by), found, strict=True):
+    loaded, saved_by = load_detections(path, ["a", "b", "ü"], {"sets": "test"})
+    assert saved_by == made_by
+    for a, b in zip(loaded, found, strict=True):
         for key in b:
             np.testing.assert_array_equal(a[key], b[key].astype(a[key].dtype))
     with pytest.raises(UserError, match=r"'sha256': 'ab'.*not \{'sha256': 'cd'\}"):
         load_detections(path, ["a", "b", "ü"], {"checkpoint": {"sha256": "cd"}})
     with pytest.raises(UserError, match="other pictures"):
         load_detections(path, ["a", "b"], made_by)
-    path.write_bytes(path.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"d\.npz is damaged"):
-        load_detections(path, ["a", "b", "ü"], made_by)
+    whole = path.read_bytes()
+    for content in (b"", whole[:100], whole[:300] + b"x" * 50 + whole[350:], b"\x93NUMPY rubbish"):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=r"d\.npz is damaged"):
+            load_detections(path, ["a", "b", "ü"], made_by)
     with pytest.raises(UserError, match="does not exist"):
         load_detections(tmp_path / "x.npz", [], made_by)
 
@@ -244,5 +248,5 @@ def test_detections_round_trip_and_belong_to_what_made_them(tmp_path):
 def test_no_detections_in_any_picture_round_trip(tmp_path):
     empty = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
     save_detections(tmp_path / "d.npz", [1, 2], [empty] * 2, {})
-    loaded = load_detections(tmp_path / "d.npz", [1, 2], {})
+    loaded, _ = load_detections(tmp_path / "d.npz", [1, 2], {})
     assert [d["boxes"].shape for d in loaded] == [(0, 4)] * 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
+from utils.files import atomic_write
 
 _FORMAT = 1
 
@@ -18,24 +18,10 @@ _FORMAT = 1
 def save_checkpoint(path: Path, state: Mapping) -> None:
     """Write ``state`` (tensors, numbers, strings, lists and dicts of them) to ``path``.
 
-    The file appears whole or not at all: it is written beside its place, flushed to the disk, and
-    renamed. A failure (disk full) leaves an earlier file of that name as it was.
+    The file appears whole or not at all; a failure leaves an earlier one of that name as it was.
     """
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            torch.save({"format": _FORMAT, **state}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except (OSError, RuntimeError) as error:
-        part.unlink(missing_ok=True)
-        raise UserError(f"{path} could not be written ({error}); is the disk full?") from error
-    directory = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    with atomic_write(path) as file:
+        torch.save({"format": _FORMAT, **state}, file)
 
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -59,21 +45,18 @@ def load_checkpoint(path: str | Path) -> dict:
     return {"model": _tensors(path, state)}
 
 
-def load_base(base: nn.Module, path: str | Path, hint: str) -> int:
+def load_base(base: nn.Module, path: str | Path) -> int:
     """Load pretrained ``base`` weights; returns how many tensors there were.
 
     Args:
         base: the base network; every one of its tensors must be in the file.
         path: a file with keys of ``base`` (``0.conv.weight``), with or without the prefixes
             ``base.`` and ``module.``.
-        hint: a sentence about where such a file comes from, for a missing one.
 
     Raises:
         UserError: as ``load_checkpoint``, or tensors missing, of another shape, or left over; the
             sentence lists them.
     """
-    if not Path(path).exists():
-        raise UserError(f"--basenet {path} does not exist; {hint}")
     state = load_checkpoint(path)["model"]
     state = {key.removeprefix("base."): tensor for key, tensor in state.items()}
     expected = base.state_dict()
@@ -97,6 +80,15 @@ def load_base(base: nn.Module, path: str | Path, hint: str) -> int:
         )
     base.load_state_dict(state, strict=False)
     return len(expected)
+
+
+def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
+    """Load a whole state dict into ``net``; UserError, naming ``path``, unless all of it fits."""
+    try:
+        net.load_state_dict(state, strict=True)
+    except RuntimeError as error:
+        reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
+        raise UserError(f"{path} does not fit the network: {reasons}") from error
 
 
 def sha256_of(path: str | Path) -> str:
@@ -139,10 +131,14 @@ def _load(path: Path) -> Mapping:
 
 
 def _tensors(path: str | Path, state: Mapping) -> dict[str, Tensor]:
-    strangers = [str(key) for key, value in state.items() if not isinstance(value, Tensor)]
+    strangers = [
+        str(key)
+        for key, value in state.items()
+        if not (isinstance(key, str) and isinstance(value, Tensor))
+    ]
     if strangers or not state:
         raise UserError(
-            f"{path} holds no state dict" + _list("entries that are no tensors", strangers)
+            f"{path} holds no state dict" + _list("entries that are no named tensors", strangers)
         )
     if all(key.startswith("module.") for key in state):
         return {key.removeprefix("module."): value for key, value in state.items()}

@@ -13,7 +13,7 @@ AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class NonFiniteLoss(Exception):
-    """The loss of a batch is not a number or infinite; the weights were not updated with it."""
+    """The loss of a batch is not a number or infinite; no optimiser step was made with it."""
 
     def __init__(self, indices: Sequence[int], loss_loc: float, loss_conf: float):
         super().__init__(f"location loss {loss_loc}, confidence loss {loss_conf}")

@@ -95,10 +95,12 @@ class RunLog:
         with open(self.path, "a") as file:
             file.write(f"{json.dumps(record)}\n")
 
-    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Named values; one that is None (a test set without ground truth) is left out."""
         if self.writer is not None:
             for name, value in values.items():
-                self.writer.add_scalar(name, value, step)
+                if value is not None:
+                    self.writer.add_scalar(name, value, step)
 
     def images(self, step: int, name: str, images) -> None:
         """Pictures: uint8 [B, 3, H, W], RGB."""

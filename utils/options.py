@@ -1,0 +1,236 @@
+"""The command line of train_test.py: its options, their values, and what they mean."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable
+
+import torch
+
+from utils.engine import AMP_TYPES
+from utils.errors import UserError
+
+DEFAULTS = {
+    "version": "SSD_HarDNet68",
+    "size": 512,
+    "dataset": "VOC",
+    "jaccard_threshold": 0.5,
+    "batch_size": 32,
+    "num_workers": 8,
+    "ngpu": 1,
+    "lr": 4e-3,
+    "momentum": 0.9,
+    "gamma": 0.1,
+    "warm_epoch": 1,
+    "log_iters": 10,
+    "save_folder": "weights/",
+    "save_frequency": 10,
+    "test_frequency": 10,
+    "visdom": False,
+    "send_images_to_visdom": False,
+    "amp": "off",
+    "seed": 0,
+}
+"""Values of what the command line leaves out, where they do not depend on the data set."""
+
+OF_ONE_CALL = frozenset(
+    ["test", "retest", "score_threshold", "resume", "resume_net", "resume_epoch", "basenet",
+     "max_iters", "date", "device", "cuda"]
+)  # fmt: skip
+"""Options that a checkpoint's configuration does not hand on to the next call."""
+
+
+def parser(
+    versions: Iterable[str], sizes: Iterable[int], datasets: Iterable[str]
+) -> argparse.ArgumentParser:
+    """The command line. Options that are not given are absent from the result, so that a
+    checkpoint's configuration can fill them in before the defaults do."""
+    p = argparse.ArgumentParser(
+        description="Train an SSD detector (the default), or evaluate one (--test).",
+        epilog="Own data in VOC layout: train_test.py -d VOC --root FOLDER -s 300. What a "
+        "checkpoint knows (network, size, data set, classes) need not be repeated with --test or "
+        "--resume.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    switch = {"type": boolean, "nargs": "?", "const": True}
+
+    def option(group, *flags: str, help: str, **keywords) -> None:
+        name = next(flag for flag in flags if flag.startswith("--")).removeprefix("--")
+        if name in DEFAULTS:
+            help += f" (default: {DEFAULTS[name]})"
+        group.add_argument(*flags, help=help, **keywords)
+
+    # fmt: off
+    g = p.add_argument_group("what")
+    option(g, "-v", "--version", choices=versions, help="network")
+    option(g, "-s", "--size", type=int, choices=sizes, help="side of the network's input")
+    option(g, "-d", "--dataset", choices=datasets, help="layout of the data, and whose recipe")
+    option(g, "--root", metavar="DIR",
+           help="where the data are (default: ~/data/VOCdevkit, ~/data/COCO)")
+    option(g, "--classes", metavar="NAMES",
+           help="a,b,c or a file with one name a line (default: what the data set declares, else "
+                "what its annotations contain)")
+    option(g, "--train_sets", metavar="SETS",
+           help="e.g. 2007_trainval,2012_trainval, or trainval for a folder that itself holds "
+                "Annotations/, JPEGImages/ and ImageSets/")
+    option(g, "--test_sets", metavar="SETS", help="e.g. 2007_test, or test")
+
+    g = p.add_argument_group("testing")
+    option(g, "--test", metavar="FILE", help="evaluate this checkpoint instead of training")
+    option(g, "--retest", **switch, help="score the detections of an earlier --test again")
+    option(g, "--score_threshold", type=fraction, metavar="X",
+           help="lowest score of a detection with --test (default: 0.03 VOC, 0.02 COCO)")
+
+    g = p.add_argument_group("where training starts")
+    option(g, "--basenet", metavar="FILE", help="pretrained weights of the base network")
+    option(g, "--resume", metavar="FILE|auto",
+           help="go on with a run from its checkpoint (auto: the newest run, or a new one)")
+    option(g, "--resume_net", metavar="FILE",
+           help="start a new run from the weights of a whole detector")
+    option(g, "--resume_epoch", type=count, metavar="N",
+           help="with --resume_net: the epoch at which the schedule starts (default: 0)")
+
+    g = p.add_argument_group("recipe")
+    option(g, "-b", "--batch_size", type=positive, metavar="N", help="pictures a step")
+    option(g, "-max", "--max_epoch", type=positive, metavar="N",
+           help="epochs (default: 300 VOC, 150 COCO)")
+    option(g, "--max_iters", type=positive, metavar="N",
+           help="stop after this many steps in all, e.g. to try things out")
+    option(g, "--lr", "--learning-rate", type=number, metavar="X", help="initial learning rate")
+    option(g, "--momentum", type=number, metavar="X", help="of SGD")
+    option(g, "--weight_decay", type=number, metavar="X", help="(default: 5e-4 VOC, 1e-4 COCO)")
+    option(g, "--gamma", type=number, metavar="X",
+           help="factor of the learning rate at 60, 80 and 90 %% of the epochs")
+    option(g, "-we", "--warm_epoch", type=count, metavar="N", help="epochs of linear warm-up")
+    option(g, "--jaccard_threshold", type=fraction, metavar="X",
+           help="least IoU of a positive prior box")
+    option(g, "--seed", type=count, metavar="N", help="of weights, order and augmentation")
+
+    g = p.add_argument_group("machine")
+    option(g, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
+    option(g, "--cuda", **switch, help="the same as --device cuda; 'false': --device cpu")
+    option(g, "--ngpu", type=positive, metavar="N", help="GPUs that share a batch")
+    option(g, "--num_workers", type=count, metavar="N", help="processes that load pictures")
+    option(g, "--amp", choices=AMP_TYPES,
+           help="precision of the network; a training step in bf16 is about three times faster on "
+                "CPUs that have it")
+
+    g = p.add_argument_group("output")
+    option(g, "--save_folder", metavar="DIR", help="where runs are kept")
+    option(g, "--date", metavar="NAME", type=folder_name,
+           help="name of the run (default: the time)")
+    option(g, "--save_frequency", type=count, metavar="N",
+           help="epochs between kept checkpoints, 0: none")
+    option(g, "--test_frequency", type=count, metavar="N",
+           help="epochs between evaluations (and one at the end), 0: none and no test set")
+    option(g, "--log_iters", type=steps_or_boolean, metavar="N",
+           help="steps between log lines where there is no terminal, 0: none")
+    option(g, "--visdom", **switch, help="live plots, written for TensorBoard")
+    option(g, "--send_images_to_visdom", **switch, help="with --visdom: training pictures, too")
+    # fmt: on
+    return p
+
+
+# ---------------------------------------------------------------- values
+
+
+def boolean(text: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def count(text: str) -> int:
+    # More digits than any count has, but within what every random generator takes as a seed.
+    if not text.isdecimal() or len(text) > 15:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if count(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too small, the least is 1")
+    return int(text)
+
+
+def steps_or_boolean(text: str) -> int:
+    """The published option was a boolean that meant every tenth iteration."""
+    words = {"true": 10, "false": 0}
+    return words[text.lower()] if text.lower() in words else count(text)
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def folder_name(text: str) -> str:
+    if not text.strip(". ") or any(c in text for c in "/\\\0"):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot name a folder")
+    return text
+
+
+# ---------------------------------------------------------------- meaning
+
+
+def image_sets(text: str) -> list[list[str | None]]:
+    """ "2007_trainval,test" -> [["2007", "trainval"], [None, "test"]]."""
+    sets = []
+    for name in filter(None, (part.strip() for part in text.split(","))):
+        year, _, rest = name.partition("_")
+        sets.append([year, rest] if year.isdecimal() and rest else [None, name])
+    if not sets:
+        raise UserError(f"{text!r} names no image set; give e.g. 2007_trainval,2012_trainval")
+    return sets
+
+
+def set_names(sets: Iterable) -> str:
+    """[["2007", "trainval"], [None, "test"]] -> "2007_trainval+test", fit for a folder's name."""
+    return "+".join(f"{year}_{name}" if year else name for year, name in sets).replace("/", "_")
+
+
+def choose_device(given: dict, amp: str) -> torch.device:
+    """The device that --device and --cuda mean; UserError where it cannot serve, or not ``amp``."""
+    name = given.get("device", "auto")
+    if "cuda" in given:
+        wanted = "cuda" if given["cuda"] else "cpu"
+        if name not in ("auto", wanted) and not name.startswith(f"{wanted}:"):
+            raise UserError(f"--cuda {given['cuda']} contradicts --device {name}; give one of them")
+        name = wanted if name == "auto" else name
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if not (name == "cpu" or (kind == "cuda" and (name == kind or index.isdecimal()))):
+        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda or cuda:N")
+    gpus = torch.cuda.device_count()
+    if kind == "cuda" and int(index or 0) >= gpus:
+        raise UserError(
+            f"--device {name} is not there: PyTorch {torch.__version__} sees {gpus} GPUs; use "
+            "--device cpu"
+        )
+    if amp == "fp16" and kind == "cpu":
+        raise UserError("--amp fp16 needs a GPU; use --amp bf16 on a CPU")
+    return torch.device(name)
+
+
+def check_gpus(ngpu: int, device: torch.device) -> None:
+    """UserError unless ``ngpu`` GPUs, counted from the first, can share a batch."""
+    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
+    if ngpu > max(gpus, 1):
+        raise UserError(f"--ngpu {ngpu} on {device}: PyTorch sees {gpus} GPUs; give fewer")
+    if ngpu > 1 and device.index:
+        raise UserError(f"--ngpu {ngpu} uses the first GPUs; leave --device {device} out")
