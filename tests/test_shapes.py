@@ -82,7 +82,7 @@ def test_layout_lists_and_annotations_agree(dataset):
             width, height = (int(root.findtext(f"size/{key}")) for key in ("width", "height"))
             assert picture.shape == (height, width, 3)
             objects = root.findall("object")
-            assert len(objects) <= 6
+            assert len(objects) <= 8
             empty += not objects
             for item in objects:
                 seen[split][item.findtext("name")] += 1
