@@ -544,6 +544,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     given = vars(parser(BACKBONES, SIZES, RECIPES).parse_args(argv))
     setup_logging()
+    # All batches have one shape, so cuDNN's search for the fastest algorithm pays.
+    torch.backends.cudnn.benchmark = True
     before = signal.signal(signal.SIGTERM, interrupt)
     try:
         test(given) if "test" in given else train(given)

@@ -12,7 +12,10 @@ from models import build_net
 from utils.checkpoint import load_checkpoint
 from utils.nms import class_nms, nms
 
-pytestmark = pytest.mark.gpu
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
 
 
 @pytest.fixture

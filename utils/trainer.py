@@ -98,6 +98,8 @@ class Trainer:
             self.step = int(saved["step"])
             self.history = list(saved["history"])
             self.totals = {key: saved["totals"][key] for key in self.totals}
+            if self.history and "metric" in self.history[-1]:
+                self.evaluated_at = self.history[-1]["step"]
         except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
             raise UserError(f"{path} cannot be resumed from: {error!r} in its state") from error
         LOGGER.info("resumed at step %d (epoch %.2f)", self.step, self.step / self.steps_per_epoch)
