@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.base import BaseNetwork, init_kaiming
+
 
 @dataclass(frozen=True)
 class HarDNetSpec:
@@ -110,12 +112,8 @@ class HarDBlock(nn.Module):
         return torch.cat([values[i] for i in self.outputs], 1)
 
 
-class HarDNetBase(nn.ModuleList):
-    """The classifier's layers up to stride 16, as a list that yields two feature maps.
-
-    ``forward``: images [B, 3, S, S] -> (stride-8 map, stride-16 map) with ``out_channels``
-    channels. ``tap`` is the list index of the layer that gives the first.
-    """
+class HarDNetBase(BaseNetwork):
+    """A variant's base network: stem, then blocks, each with the 1x1 convolution behind it."""
 
     def __init__(self, spec: HarDNetSpec):
         super().__init__()
@@ -146,13 +144,6 @@ class HarDNetBase(nn.ModuleList):
         self.out_channels = (spec.channels[spec.stride8_block], channels)
         init_kaiming(self)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        for i, layer in enumerate(self):
-            x = layer(x)
-            if i == self.tap:
-                stride8 = x
-        return stride8, x
-
 
 class Bridge(nn.Sequential):
     """HarDNet85's step from the base's end to source 2: [B, C, H, W] -> [B, C, H, W].
@@ -167,10 +158,3 @@ class Bridge(nn.Sequential):
             ConvLayer(hidden, channels, kernel=1),
         )
         init_kaiming(self)
-
-
-def init_kaiming(module: nn.Module) -> None:
-    """Kaiming-normal (fan-out) convolutions, as the family's classifiers start training."""
-    for m in module.modules():
-        if isinstance(m, nn.Conv2d):
-            nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from torch import nn
+
+from models.base import BaseNetwork, init_kaiming
 
 # Convolution widths stage by stage; "ceil" is SSD's pool3, rounded up so that 75 becomes 38.
 _LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "ceil", 512, 512, 512)
 _LAYERS_STRIDE16 = ("pool", 512, 512, 512)
 
 
-class VGGBase(nn.ModuleList):
-    """VGG16 up to fc7 as convolutions: images [B, 3, S, S] -> (stride-8 map, stride-16 map).
+class VGGBase(BaseNetwork):
+    """VGG16 up to fc7 as convolutions.
 
     Source 1 is conv4_3 after its ReLU (``tap``), source 2 fc7 after its ReLU. The list positions
     are those of the published ``vgg16_reducedfc.pth``.
@@ -30,10 +32,7 @@ class VGGBase(nn.ModuleList):
             self.append(nn.ReLU(inplace=True))
             channels = out
         # Without batch normalisation PyTorch's default weights fade out over 15 layers.
-        for m in self:
-            if isinstance(m, nn.Conv2d):
-                nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
-                nn.init.zeros_(m.bias)
+        init_kaiming(self)
 
     def _append(self, layers: tuple[int | str, ...], channels: int) -> int:
         for layer in layers:
@@ -44,10 +43,3 @@ class VGGBase(nn.ModuleList):
                 self.append(nn.ReLU(inplace=True))
                 channels = layer
         return channels
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        for i, layer in enumerate(self):
-            x = layer(x)
-            if i == self.tap:
-                stride8 = x
-        return stride8, x
