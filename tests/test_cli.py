@@ -115,8 +115,10 @@ def test_resume_auto_takes_the_newest_run_of_the_data_and_else_starts_one(call, 
     assert [p.name for p in call.folder.iterdir()] == ["a"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signal_saves_the_state_and_the_resumed_run_equals_a_straight_one(call, number, voc_folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_run_that_a_signal_ended_and_that_is_resumed_equals_a_straight_one(
+    call, number, voc_folder
+):
     options = ["-d", "VOC", "-v", "tiny", "-s", "300", "--root", str(voc_folder), "-b", "2",
                "--save_folder", str(call.folder.parent), "--device", "cpu", "--num_workers", "2",
                "-max", "16", "--test_frequency", "0", "--save_frequency", "0"]  # fmt: skip
@@ -137,10 +139,11 @@ def test_signal_saves_the_state_and_the_resumed_run_equals_a_straight_one(call, 
         time.sleep(0.02)
     os.killpg(process.pid, number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
+    # Nobody can act on SIGKILL: the run goes on from its last whole epoch.
+    assert process.returncode == (-9 if number == signal.SIGKILL else 130)
     assert "Traceback" not in error
     state = load_checkpoint(call.folder / "broken" / "last.pth")
-    assert 6 <= state["step"] < 48
+    assert 3 <= state["step"] < 48
     assert main([*options, "--date", "broken", "--resume", "auto"]) == 0
     assert main([*options, "--date", "straight"]) == 0
     assert_same_run(call.folder / "straight", call.folder / "broken")
