@@ -151,7 +151,7 @@ def check_config(saved: dict, path: Path) -> dict:
 
 
 def open_dataset(options: dict, key: str, classes: list[str] | None):
-    """The data set of options[key]; logs a line for each kind of record it had to change."""
+    """The data set of options[key], of just ``classes`` if these are given."""
     sets = [tuple(s) for s in options[key]]
     dataset = build_dataset(options["dataset"], options["root"], sets, classes)
     if classes is not None and list(dataset.classes) != list(classes):
@@ -159,12 +159,16 @@ def open_dataset(options: dict, key: str, classes: list[str] | None):
             f"{options['root']} has the classes {', '.join(dataset.classes)}, but those in use "
             f"are {', '.join(classes)}, and their order counts; give the --root of matching data"
         )
-    LOGGER.info("%s %s: %d pictures", options["root"], set_names(sets), len(dataset))
-    for line in dataset.report():
-        LOGGER.info("  %s", line)
     if key == "test_sets":
         dataset.check_scorable()
     return dataset
+
+
+def log_dataset(dataset, options: dict, key: str) -> None:
+    """How many pictures there are, and a line for each kind of record that had to be changed."""
+    LOGGER.info("%s %s: %d pictures", options["root"], set_names(options[key]), len(dataset))
+    for line in dataset.report():
+        LOGGER.info("  %s", line)
 
 
 def fingerprint(dataset) -> dict:
@@ -262,6 +266,7 @@ def test(given: dict) -> None:
     options = resolve(given, stored)
     device = choose_device(given, options["amp"])
     dataset = open_dataset(options, "test_sets", options.get("classes"))
+    log_dataset(dataset, options, "test_sets")
     options["classes"] = list(dataset.classes)
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
     directory = test_folder(given, options, path)
@@ -322,8 +327,6 @@ def train(given: dict) -> None:
                 )
     device = choose_device(given, options["amp"])
     check_gpus(options["ngpu"], device)
-    directory = run_folder(given, options, saved, path)
-    setup_logging(directory / "train.log")
     train_set = open_dataset(options, "train_sets", options.get("classes"))
     options["classes"] = list(train_set.classes)
     data = fingerprint(train_set)
@@ -334,6 +337,12 @@ def train(given: dict) -> None:
             "new one from its weights with --resume_net"
         )
     test_set = open_test_set(options) if options["test_frequency"] else None
+    # Only now that nothing speaks against it: a mistake leaves no folder behind.
+    directory = run_folder(given, options, saved, path)
+    setup_logging(directory / "train.log")
+    log_dataset(train_set, options, "train_sets")
+    if test_set is not None:
+        log_dataset(test_set, options, "test_sets")
     trainer = build_trainer(given, options, saved, directory, device, train_set, test_set)
     if saved:
         trainer.restore(saved, path)

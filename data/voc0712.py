@@ -124,7 +124,10 @@ def set_name(year: str | None, image_set: str) -> str:
 def _find_set(root: Path, year: str | None, image_set: str) -> tuple[Path, Path]:
     """(folder that holds Annotations/, split file) of one image set, or UserError."""
     if not os.path.isdir(root):  # False, too, for a name that no file system takes
-        raise UserError(f"{root}: no such data set folder")
+        raise UserError(
+            f"{root}: no such data set folder; give its place with --root (data/scripts/VOC2007.sh "
+            "downloads VOC2007)"
+        )
     folder = _year_folders(root).get(year or None, root / f"VOC{year}")
     splits = [folder / "ImageSets" / "Main", folder / "ImageSets"]
     splits = [split / f"{image_set}.txt" for split in splits]

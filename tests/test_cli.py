@@ -409,6 +409,7 @@ def test_published_spellings_are_accepted():
 def test_a_users_mistake_is_one_sentence_and_status_2(call, options, words, capsys):
     assert call("--max_iters", 1, *options) == 2
     error = capsys.readouterr().err
+    assert not call.folder.exists(), "a mistake leaves no run behind"
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
