@@ -33,6 +33,8 @@ from data.config import (
 )
 from data.detections import load_detections, save_detections
 from data.loading import EpochSampler, TestSet, TrainingSet, test_loader, training_loader
+from data.transforms import SSDAugmentation, TestTransform
+from data.voc0712 import VOC_CLASSES, parse_classes
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import BACKBONES, SIZES, build_net, identify
 from utils import nms
@@ -65,8 +67,6 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
     stored = {k: v for k, v in (stored or {}).items() if k not in OF_ONE_CALL}
     given = dict(given)
     if isinstance(given.get("classes"), str):
-        from data.voc0712 import parse_classes
-
         given["classes"] = list(parse_classes(given["classes"]))
     if "root" in given:
         given["root"] = str(Path(given["root"]).expanduser().absolute())
@@ -107,14 +107,12 @@ def describe(saved: dict, path: Path, given: dict) -> dict:
         raise UserError(f"{path}: {error}") from error
     stored = {"version": version, "size": size}
     if "classes" in given:
-        named = len(resolve({"classes": given["classes"]})["classes"])
+        named = len(parse_classes(given["classes"]))
         if named != num_classes - 1:
             raise UserError(f"{path} has {num_classes - 1} classes, but --classes names {named}")
     elif num_classes == 81:  # a published file: 81 classes are COCO's, 21 VOC's
         stored["dataset"] = "COCO"
     elif num_classes == 21:
-        from data import VOC_CLASSES
-
         stored |= {"dataset": "VOC", "classes": list(VOC_CLASSES)}
     else:
         raise UserError(
@@ -184,8 +182,6 @@ def detect(
     net: nn.Module, dataset, priors: torch.Tensor, options: dict, threshold: float, on_batch
 ) -> list[dict[str, np.ndarray]]:
     """Detections of all pictures of ``dataset``, with the published limits."""
-    from data.transforms import TestTransform
-
     limits = Detect(threshold, NMS_THRESHOLD, PER_CLASS, RECIPES[options["dataset"]].top_k)
     samples = TestSet(dataset, TestTransform(options["size"]))
     pin_memory = priors.device.type == "cuda"
@@ -299,7 +295,7 @@ def test(given: dict) -> None:
 
 def test_folder(given: dict, options: dict, path: Path) -> Path:
     """Where a test's files go: into the run that the checkpoint lies in, if it lies in one."""
-    folder = Path(options["save_folder"] if "save_folder" in given else DEFAULTS["save_folder"])
+    folder = Path(given.get("save_folder", DEFAULTS["save_folder"]))
     folder /= f"{options['version']}_{options['size']}"
     run = path.absolute().parent
     in_a_run = (run / "config.json").is_file()
@@ -343,7 +339,8 @@ def train(given: dict) -> None:
     log_dataset(train_set, options, "train_sets")
     if test_set is not None:
         log_dataset(test_set, options, "test_sets")
-    trainer = build_trainer(given, options, saved, directory, device, train_set, test_set)
+    identity = {"classes": options["classes"], "config": options, "data": data}
+    trainer = build_trainer(given, options, identity, saved, directory, device, train_set, test_set)
     if saved:
         trainer.restore(saved, path)
     write_json(directory / "config.json", options)
@@ -469,11 +466,19 @@ def open_test_set(options: dict):
 
 
 def build_trainer(
-    given: dict, options: dict, saved: dict | None, directory: Path, device, train_set, test_set
+    given: dict,
+    options: dict,
+    identity: dict,
+    saved: dict | None,
+    directory: Path,
+    device: torch.device,
+    train_set,
+    test_set,
 ) -> Trainer:
-    """Network, loss, data and optimiser of a run; its weights are the starting ones."""
-    from data.transforms import SSDAugmentation
+    """Network, loss, data and optimiser of a run; its weights are the starting ones.
 
+    ``identity`` is what every checkpoint of the run carries beside the state.
+    """
     torch.manual_seed(options["seed"])
     net = build_net(options["version"], options["size"], len(options["classes"]) + 1)
     if not saved:
@@ -515,7 +520,7 @@ def build_trainer(
         learning_rate,
         evaluate if test_set is not None else None,
         options,
-        {"classes": options["classes"], "config": options, "data": fingerprint(train_set)},
+        identity,
         INPUT_MEAN,
         directory,
         lambda index: str(train_set.image_path(index)),
