@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Sets the project up and compiles its NMS extension.
+# Sets the project up and compiles its NMS extensions.
 #
 # The packages go into the active virtual or conda environment, else into .venv here, which is
 # created. SSD_VENV=DIR names the environment to use, and to create if need be, whatever is active.
@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'USAGE'
-usage: ./make.sh              set up: install what is missing, compile the extension
+usage: ./make.sh              set up: install what is missing, compile the extensions
        ./make.sh demo [ARG]   set up, then python -m demo.run ARG...
        ./make.sh test [ARG]   set up with the test tools, then ruff and python -m pytest ARG...
 USAGE

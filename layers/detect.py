@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -9,9 +10,18 @@ from torch import Tensor, nn
 
 from layers.boxes import decode
 
+SUPPRESSION = {"hard": "hard", "soft": "linear", "soft-gaussian": "gaussian"}
+"""Values of Detect's ``nms`` -> methods of ``utils.nms.batched_nms``."""
+
+# A prior whose background score is at least this has no detections under the shortcut.
+BACKGROUND_SURE = 0.9
+
 
 class Detect(nn.Module):
     """Softmax, score threshold, decoding, non-maximum suppression, limits per class and image.
+
+    A batch takes the same steps as its images one by one, all its images and classes at once. Of
+    the priors only those are normalised and decoded that can hold a score over the threshold.
 
     Args of the constructor:
         conf_thresh: a class's score must be above it.
@@ -19,6 +29,17 @@ class Detect(nn.Module):
         per_class: most detections kept per class and image.
         top_k: most detections kept per image.
         variance: of the encoding.
+        nms: "hard"; "soft" and "soft-gaussian", Soft-NMS (arXiv 1704.04503) with linear decay above
+            ``nms_thresh``, and with Gaussian decay of sigma 0.5; what decays to less than
+            ``conf_thresh`` is dropped, and "scores" are the decayed ones.
+        class_agnostic: let boxes of different classes suppress each other; ``top_k`` is then the
+            only limit.
+        background_shortcut: drop all classes of a prior whose background score is at least 0.9, as
+            the authors' later release does. It changes the detections when ``conf_thresh`` is
+            below 0.1.
+
+    Raises:
+        ValueError: a limit below 1, an unknown ``nms``.
     """
 
     def __init__(
@@ -28,13 +49,23 @@ class Detect(nn.Module):
         per_class: int = 50,
         top_k: int = 200,
         variance: tuple[float, float] = (0.1, 0.2),
+        nms: str = "hard",
+        class_agnostic: bool = False,
+        background_shortcut: bool = False,
     ):
         super().__init__()
+        if nms not in SUPPRESSION:
+            raise ValueError(f"nms is {nms!r}, should be one of {', '.join(SUPPRESSION)}")
+        if per_class < 1 or top_k < 1:
+            raise ValueError(f"per_class {per_class} and top_k {top_k} should be at least 1")
         self.conf_thresh = conf_thresh
         self.nms_thresh = nms_thresh
         self.per_class = per_class
         self.top_k = top_k
         self.variance = variance
+        self.nms = nms
+        self.class_agnostic = class_agnostic
+        self.background_shortcut = background_shortcut
 
     @torch.no_grad()
     def forward(
@@ -50,28 +81,69 @@ class Detect(nn.Module):
 
         Returns:
             One dict an image: "boxes" float32 [n, 4] corners in pixels of the image (not clipped
-            to it), "scores" float32 [n], "labels" int64 [n] in 1..C-1; best score first. n may
-            be 0.
+            to it), "scores" float32 [n], "labels" int64 [n] in 1..C-1; best score first, of equal
+            scores the lower class first, then the earlier prior. n may be 0.
 
         Raises:
             ValueError: ``loc``, ``conf``, ``priors`` and ``sizes`` that do not fit together.
+            FloatingPointError: NaN or infinity in ``conf``, or in ``loc`` where a detection would
+                come from.
         """
+        from utils.nms import batched_nms
+
         if not len(loc) == len(conf) == len(sizes) or loc.shape[1] != priors.shape[0]:
             raise ValueError(
                 f"loc {list(loc.shape)}, conf {list(conf.shape)}, {priors.shape[0]} priors and "
                 f"{len(sizes)} image sizes do not fit together"
             )
-        scores = conf.float().softmax(2)
-        boxes = decode(loc.float(), priors, self.variance)
+        image, prior = self._candidates(conf).nonzero(as_tuple=True)
+        scores = conf[image, prior].float().softmax(1)
+        over = scores[:, 1:] > self.conf_thresh
+        if self.background_shortcut:
+            over &= scores[:, :1] < BACKGROUND_SURE
+        row, label = over.nonzero(as_tuple=True)
         scale = torch.tensor(sizes, dtype=torch.float32, device=loc.device).reshape(-1, 2)
-        boxes = boxes * torch.cat([scale, scale], 1)[:, None]
-        return [self._image(b, s) for b, s in zip(boxes, scores, strict=True)]
+        boxes = decode(loc[image, prior].float(), priors[prior], self.variance)
+        boxes = (boxes * scale.repeat(1, 2)[image])[row]
+        if not boxes.isfinite().all():
+            raise FloatingPointError("loc contains NaN or infinity")
+        image = image[row]
 
-    def _image(self, boxes: Tensor, scores: Tensor) -> dict[str, Tensor]:
-        from utils.nms import class_nms
+        classes = conf.shape[2] - 1
+        found, score = batched_nms(
+            boxes,
+            scores[row, label + 1],
+            image if self.class_agnostic else image * classes + label,
+            self.nms_thresh,
+            self.top_k if self.class_agnostic else self.per_class,
+            method=SUPPRESSION[self.nms],
+            min_score=self.conf_thresh,
+        )
+        by_image = image[found].argsort(stable=True)  # of each still the best first
+        found, score = found[by_image], score[by_image]
+        counts = torch.bincount(image[found], minlength=len(sizes)).tolist()
+        parts = (boxes[found], score, label[found] + 1)
+        return [
+            {
+                "boxes": box[: self.top_k],
+                "scores": value[: self.top_k],
+                "labels": name[: self.top_k],
+            }
+            for box, value, name in zip(*(part.split(counts) for part in parts), strict=True)
+        ]
 
-        prior, label = (scores[:, 1:] > self.conf_thresh).nonzero(as_tuple=True)
-        label = label + 1
-        score, box = scores[prior, label], boxes[prior]
-        keep = class_nms(box, score, label, self.nms_thresh, self.per_class)[: self.top_k]
-        return {"boxes": box[keep], "scores": score[keep], "labels": label[keep]}
+    def _candidates(self, conf: Tensor) -> Tensor:
+        """bool [B, P]: all priors that can have a score over the threshold, and few others.
+
+        A class's score is at most 1 / (1 + exp(background - class)) of the logits, so the largest
+        tells enough, at a fraction of what softmax takes.
+        """
+        background, best = conf[..., 0].float(), conf[..., 1:].amax(2).float()
+        if not ((best < torch.inf) & (background < torch.inf)).all():
+            raise FloatingPointError("conf contains NaN or infinity")
+        if self.conf_thresh <= 0:
+            return torch.ones_like(best, dtype=torch.bool)
+        if self.conf_thresh >= 1:
+            return torch.zeros_like(best, dtype=torch.bool)
+        margin = 0.01  # more than the scores' rounding
+        return best - background > math.log(self.conf_thresh / (1 - self.conf_thresh)) - margin

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+import utils.nms
 from data.config import VOC_300
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import build_net
 from utils.checkpoint import load_checkpoint
-from utils.nms import class_nms, nms
+from utils.nms import METHODS, backend, backend_reason, batched_nms, nms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -68,18 +69,66 @@ def test_detections_equal_the_cpu():
         torch.testing.assert_close(a["boxes"].cpu(), b["boxes"], rtol=1e-4, atol=1e-2)
 
 
-def test_nms_of_cuda_tensors_keeps_the_same_boxes():
+@pytest.fixture(params=["cuda", "torchvision", "torch"])
+def routine(request, monkeypatch):
+    """Each routine that can serve a GPU; "cuda" is there after ./make.sh with nvcc."""
+    if request.param == "cuda":
+        assert backend("cuda") == "cuda", backend_reason("cuda")
+    else:
+        monkeypatch.setattr(utils.nms, "_library", lambda: (None, "a test"))
+    if request.param == "torch":
+        monkeypatch.setattr(utils.nms, "_torchvision", lambda: (None, "a test"))
+    assert backend("cuda") == request.param
+    return request.param
+
+
+def random_boxes(count, span=300):
     rng = np.random.default_rng(0)
-    corners = rng.uniform(0, 100, (500, 2))
-    boxes = np.concatenate([corners, corners + rng.uniform(1, 60, (500, 2))], 1)
-    dets = torch.from_numpy(np.c_[boxes, rng.random(500)].astype(np.float32))
-    kept = nms(dets.cuda(), 0.45)
-    assert kept.is_cuda
-    assert torch.equal(kept.cpu(), nms(dets, 0.45))
-    labels = torch.from_numpy(rng.integers(1, 6, 500))
-    arguments = (dets[:, :4].contiguous(), dets[:, 4].contiguous(), labels)
-    expected = class_nms(*arguments, 0.45, 20)
-    assert torch.equal(class_nms(*(x.cuda() for x in arguments), 0.45, 20).cpu(), expected)
+    corners = rng.uniform(0, span, (count, 2))
+    boxes = np.concatenate([corners, corners + rng.uniform(1, 60, (count, 2))], 1)
+    scores = rng.random(count).round(3)  # with ties
+    return torch.from_numpy(boxes).float(), torch.from_numpy(scores).float()
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pixel", [True, False])
+@pytest.mark.parametrize("groups", [1, 30, 20_000])
+def test_batched_nms_keeps_the_boxes_that_the_cpu_keeps(routine, method, pixel, groups):
+    boxes, scores = random_boxes(5000)
+    labels = torch.from_numpy(np.random.default_rng(1).integers(0, groups, 5000))
+    rest = (0.45, 20, pixel, method, 0.5, 0.05)
+    expected = batched_nms(boxes, scores, labels, *rest)
+    # One number in, all others on: the same memory, not aligned to 16 bytes.
+    shifted = torch.cat([boxes.new_zeros(1), boxes.flatten()]).cuda()[1:].view(-1, 4)
+    measured = batched_nms(shifted, scores.cuda(), labels.cuda(), *rest)
+    assert measured[0].is_cuda
+    assert torch.equal(measured[0].cpu(), expected[0])
+    torch.testing.assert_close(measured[1].cpu(), expected[1], rtol=1e-6, atol=0)
+
+
+def test_nms_of_a_gpu_keeps_the_boxes_that_the_cpu_keeps(routine):
+    boxes, scores = random_boxes(30_000, span=2000)
+    for count in (0, 1, 30_000):
+        dets = torch.cat([boxes, scores[:, None]], 1)[:count]
+        assert torch.equal(nms(dets.cuda(), 0.45).cpu(), nms(dets, 0.45))
+    with pytest.raises(ValueError, match="contain NaN"):
+        nms(torch.full((2, 5), torch.nan).cuda(), 0.45)
+
+
+def test_the_kernel_neither_waits_nor_copies_before_its_end():
+    boxes, scores = (x.cuda() for x in random_boxes(5000))
+    launches = []
+    for groups in (1, 2000):
+        labels = torch.arange(5000, device="cuda") % groups
+        batched_nms(boxes, scores, labels, 0.45, 50)
+        with torch.profiler.profile() as profile:
+            batched_nms(boxes, scores, labels, 0.45, 50)
+        events = [e for e in profile.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        names = [e.name for e in sorted(events, key=lambda e: e.time_range.start)]
+        kernel = next(i for i, name in enumerate(names) if "select_kernel" in name)
+        assert not [name for name in names[:kernel] if "DtoH" in name]
+        launches.append(sum("Memcpy" not in n and "Memset" not in n for n in names))
+    assert launches[0] == launches[1]
 
 
 @pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])

@@ -1,11 +1,17 @@
 """What the project needs before its first run: packages, and extensions compiled in place.
 
-    python utils/build.py                  compile what is missing or older than its sources
-    python utils/build.py --check          tell in one line which NMS routine is in use and why
-    python utils/build.py --missing [test] print the packages to install, one requirement a line
+    python utils/build.py                   compile what is missing or older than its sources
+    python utils/build.py --check           tell which NMS routine serves CPU and GPU now, and why
+    python utils/build.py --missing [EXTRA] print the packages to install, one requirement a line
 
-Importing it needs nothing but the standard library. Without a compiler or Cython the project
-runs all the same (`utils.nms` has a PyTorch routine of equal results), so that is no error here.
+`./make.sh` and `pip install -e .` compile in the same way (pip shows what came of it with -v):
+
+- `utils/nms/_cpu_nms.pyx` by Cython and a C++ compiler, with OpenMP where there is one;
+- `utils/nms/_cuda_nms.cu` by nvcc alone, into a plain shared library that knows nothing of PyTorch,
+  for the GPUs present or the compute capabilities in TORCH_CUDA_ARCH_LIST.
+
+Each yields one line, and none an error: without them PyTorch and torchvision serve. Importing this
+module needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -14,12 +20,19 @@ import argparse
 import importlib.util
 import os
 import re
+import shutil
+import subprocess
 import sys
 import sysconfig
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+CPU_SOURCE = Path("utils/nms/_cpu_nms.pyx")
+CUDA_SOURCE = Path("utils/nms/_cuda_nms.cu")
 CORE = (
     "torch>=2.6",
     "torchvision",
@@ -29,7 +42,12 @@ CORE = (
     "cython>=3",
     "setuptools>=64",
 )
-EXTRAS = {"test": ("pytest", "hypothesis", "ruff"), "tensorboard": ("tensorboard",)}
+EVAL = ("hotcoco", "faster-coco-eval")
+EXTRAS = {
+    "test": ("pytest", "hypothesis", "ruff", *EVAL),
+    "eval": EVAL,
+    "tensorboard": ("tensorboard",),
+}
 OPENCV = (
     "opencv-python",
     "opencv-python-headless",
@@ -63,19 +81,31 @@ def missing(extra: str | None = None) -> list[str]:
 
 
 def extensions() -> list:
-    """The setuptools Extensions; a compiler that fails must not stop an installation by pip."""
+    """The setuptools Extensions, for setup.py, which compiles them by `command()`."""
     from setuptools import Extension
 
-    # -O3 for vector instructions; no fused multiply-add, whose rounding would differ from PyTorch.
-    flags = [] if sys.platform == "win32" else ["-O3", "-ffp-contract=off"]
     return [
-        Extension(
-            "utils.nms._cpu_nms",
-            ["utils/nms/_cpu_nms.pyx"],
-            extra_compile_args=flags,
-            optional=True,
-        ),
+        Extension(_name(CPU_SOURCE), [CPU_SOURCE.as_posix()], language="c++"),
+        Extension(_name(CUDA_SOURCE), [CUDA_SOURCE.as_posix()]),
     ]
+
+
+def command() -> type:
+    """The `build_ext` of setup.py: compiles in place, whatever pip asks for, and never fails."""
+    from setuptools.command.build_ext import build_ext
+
+    class BuildInPlace(build_ext):
+        def run(self) -> None:
+            for line in build():
+                print(line)
+
+        def get_outputs(self) -> list[str]:
+            return []  # nothing for a wheel
+
+        def get_output_mapping(self) -> dict[str, str]:
+            return {}
+
+    return BuildInPlace
 
 
 def build() -> list[str]:
@@ -83,50 +113,203 @@ def build() -> list[str]:
 
     The current folder must be the project's root.
     """
+    return [
+        _attempt(CPU_SOURCE, _build_cpu, "PyTorch serves instead, with equal results"),
+        _attempt(CUDA_SOURCE, _build_cuda, "torchvision serves instead"),
+    ]
+
+
+def _attempt(source: Path, compile: Callable[[], str], instead: str) -> str:
     try:
-        return [_compile(extension) for extension in extensions()]
-    except ModuleNotFoundError as error:
-        return [f"no extension compiled: {error}; PyTorch serves instead, with equal results"]
+        return f"{_name(source)}: {compile()}"
+    except Exception as error:  # whatever it is, an installation goes on without the extension
+        reason = " ".join(str(error).split()) or type(error).__name__
+        if _library(source).is_file():
+            instead = "the library compiled earlier stays"
+        return f"{_name(source)}: not compiled: {reason}; {instead}"
 
 
-def _compile(extension) -> str:
-    if _up_to_date(extension):
-        return f"{extension.name}: up to date"
+def _build_cpu() -> str:
+    if _is_current(CPU_SOURCE) and _loads_in_python(_library(CPU_SOURCE)):
+        return "up to date"
     from Cython.Build import cythonize
-    from Cython.Compiler.Errors import CompileError
-    from setuptools import Distribution
-    from setuptools.errors import BaseError, CCompilerError
 
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        raise RuntimeError("Python.h is missing (on Debian: apt install python3-dev)")
+    # -O3 for vector instructions; no fused multiply-add, whose rounding would differ from PyTorch.
+    windows = sys.platform == "win32"
+    flags = [] if windows else ["-O3", "-ffp-contract=off"]
+    openmp = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
+    with _telling_errors():
+        (extension,) = cythonize(extensions()[:1], build_dir="build", force=True, quiet=True)
+    extension.extra_compile_args = flags + openmp
+    extension.extra_link_args = [] if windows else openmp
     try:
-        if not Path(sysconfig.get_path("include"), "Python.h").is_file():
-            raise BaseError("Python.h is missing (on Debian: apt install python3-dev)")
-        extension.optional = False
-        modules = cythonize([extension], build_dir="build", force=True, quiet=True)
-        command = Distribution({"ext_modules": modules}).get_command_obj("build_ext")
+        _run_setuptools(extension)
+    except RuntimeError as error:
+        if not openmp:
+            raise
+        extension.extra_compile_args, extension.extra_link_args = flags, []
+        _run_setuptools(extension)
+        return f"compiled without OpenMP, for one thread: {error}"
+    return "compiled"
+
+
+def _run_setuptools(extension) -> None:
+    from setuptools import Distribution
+
+    with _telling_errors("a C++ compiler is needed: "):
+        command = Distribution({"ext_modules": [extension]}).get_command_obj("build_ext")
         command.inplace = command.force = True
+        command.build_lib = "build/in-place"  # not where `pip install .` takes a wheel's files from
         command.ensure_finalized()
         command.run()
-    except (BaseError, CCompilerError, CompileError, OSError) as error:
-        return (
-            f"{extension.name}: not compiled, which takes a C compiler: {error}; "
-            "PyTorch serves instead, with equal results"
+
+
+def _build_cuda() -> str:
+    wanted = _architectures()
+    present = _compiled_for(_library(CUDA_SOURCE)) if _is_current(CUDA_SOURCE) else ""
+    if present and wanted in (present, ""):
+        return f"up to date, for {present}"
+    if not wanted:
+        raise RuntimeError(
+            "no GPU here; set TORCH_CUDA_ARCH_LIST, e.g. to 9.0, to compile for another machine"
         )
-    return f"{extension.name}: compiled"
+    nvcc = _nvcc()
+    if nvcc is None:
+        raise RuntimeError(
+            "no nvcc, the compiler of the CUDA toolkit, in CUDA_HOME, on the PATH or in "
+            "/usr/local/cuda"
+        )
+    # No fused multiply-add, for IoUs rounded as on the CPU.
+    flags = ["-O3", "-fmad=false", "-shared", f'-DARCHITECTURES="{wanted}"']
+    if sys.platform != "win32":
+        flags += ["-Xcompiler", "-fPIC"]
+    for architecture in wanted.split(";"):
+        number, _, ptx = architecture.replace(".", "").partition("+")
+        code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
+        flags.append(f"-gencode=arch=compute_{number},code={code}")
+    done = subprocess.run(
+        [nvcc, *flags, "-o", _library(CUDA_SOURCE), CUDA_SOURCE],
+        capture_output=True,
+        text=True,
+        errors="replace",
+    )
+    if done.returncode:
+        output = done.stdout + done.stderr
+        raise RuntimeError(_telling_line(output) or f"{nvcc} failed: {output[-200:]}")
+    return f"compiled for {wanted}"
 
 
-def _up_to_date(extension) -> bool:
-    """Whether it is there for this Python, not older than its sources, and can be loaded."""
-    built = ROOT / f"{extension.name.replace('.', '/')}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    sources = [Path(__file__), *(ROOT / source for source in extension.sources)]
-    if not built.is_file() or built.stat().st_mtime < max(s.stat().st_mtime for s in sources):
-        return False
+def _nvcc() -> str | None:
+    homes = [os.environ[name] for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
+    folders = [os.path.join(home, "bin") for home in (*homes, "/usr/local/cuda")]
+    folders.insert(len(homes), os.environ.get("PATH", os.defpath))
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def _architectures() -> str:
+    """What to compile for, as in TORCH_CUDA_ARCH_LIST: "8.0;9.0+PTX"; "" where nothing says."""
+    value = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    listed = value.replace(";", " ").split()
+    for architecture in listed:
+        if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", architecture):
+            raise RuntimeError(
+                f"TORCH_CUDA_ARCH_LIST is {value!r}, and {architecture!r} is no compute "
+                "capability; write numbers, e.g. 8.0;9.0+PTX"
+            )
     try:
-        importlib.util.module_from_spec(
-            importlib.util.spec_from_file_location(extension.name, built)
-        )
+        import torch
+    except ModuleNotFoundError:  # as in the isolated build of pip
+        return ";".join(dict.fromkeys(listed or _capabilities_by_driver()))
+    if torch.version.cuda is None:
+        raise RuntimeError(f"PyTorch {torch.__version__} is one without CUDA")
+    gpus = range(0 if listed else torch.cuda.device_count())
+    found = sorted(torch.cuda.get_device_capability(gpu) for gpu in gpus)
+    return ";".join(dict.fromkeys(listed or ["{}.{}".format(*numbers) for numbers in found]))
+
+
+def _capabilities_by_driver() -> list[str]:
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60).stdout
+    except FileNotFoundError:
+        return []
+    return sorted(re.findall(r"^\d+\.\d$", answer, re.MULTILINE), key=float)
+
+
+def _name(source: Path) -> str:
+    return ".".join(source.with_suffix("").parts)
+
+
+def _library(source: Path) -> Path:
+    return source.with_suffix(sysconfig.get_config_var("EXT_SUFFIX"))
+
+
+def _is_current(source: Path) -> bool:
+    """Whether its library is there for this Python and older than neither it nor this file."""
+    library, sources = _library(source), (source, Path(__file__))
+    return library.is_file() and all(
+        library.stat().st_mtime >= file.stat().st_mtime for file in sources
+    )
+
+
+def _loads_in_python(library: Path) -> bool:
+    name = library.name.partition(".")[0]
+    try:
+        importlib.util.module_from_spec(importlib.util.spec_from_file_location(name, library))
     except ImportError:
         return False
     return True
+
+
+def _compiled_for(library: Path) -> str:
+    """What a CUDA library says it was compiled for, "" if it cannot be loaded.
+
+    Asked in another process: this one could not replace a library that it has loaded.
+    """
+    program = (
+        "import ctypes, sys; ask = ctypes.CDLL(sys.argv[1]).nms_architectures; "
+        "ask.restype = ctypes.c_char_p; print(ask().decode())"
+    )
+    question = [sys.executable, "-c", program, library.resolve()]
+    return subprocess.run(question, capture_output=True, text=True).stdout.strip()
+
+
+@contextmanager
+def _telling_errors(silent: str = "") -> Iterator[None]:
+    """Hides what Cython and the compilers write, and raises the line of it that tells the error.
+
+    silent: what to say before the exception where no line does.
+    """
+    originals = [(descriptor, os.dup(descriptor)) for descriptor in (1, 2)]
+    with tempfile.TemporaryFile("w+", errors="replace") as output:
+        _redirect([(descriptor, output.fileno()) for descriptor in (1, 2)])
+        try:
+            yield
+        except Exception as error:
+            sys.stderr.flush()
+            output.seek(0)
+            raise RuntimeError(_telling_line(output.read()) or f"{silent}{error}") from error
+        finally:
+            _redirect(originals)
+            for _, original in originals:
+                os.close(original)
+
+
+def _redirect(descriptors: list[tuple[int, int]]) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    for descriptor, target in descriptors:
+        os.dup2(target, descriptor)
+
+
+def _telling_line(output: str) -> str:
+    """The first error in the output of a compiler, a linker or Cython; "" if there is none."""
+    error = r"\b(error|fatal)\b[ \w]*:|: cannot find |undefined (reference|symbol)"
+    of_cython = r"^(?!warning: ).*\.pyx:\d+:\d+: "
+    found = (line for line in output.splitlines() if re.search(f"{error}|{of_cython}", line))
+    return next(found, "").strip()
 
 
 def _version(package: str) -> str | None:
@@ -150,7 +333,7 @@ def _numbers(version: str) -> list[int]:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the extensions in place.")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--check", action="store_true", help="which NMS routine is in use, and why")
+    choice.add_argument("--check", action="store_true", help="which NMS routines serve, and why")
     choice.add_argument(
         "--missing",
         nargs="?",
@@ -166,7 +349,10 @@ def main() -> int:
     elif args.check:
         from utils import nms
 
-        lines = [f"NMS: {nms.backend()} ({nms.backend_reason()})"]
+        lines = [
+            f"NMS on the {name}: {nms.backend(device)} ({nms.backend_reason(device)})"
+            for name, device in (("CPU", "cpu"), ("GPU", "cuda"))
+        ]
     else:
         lines = build()
     for line in lines:

@@ -1,30 +1,46 @@
-"""Non-maximum suppression in pixel convention: a box from x1 to x2 is x2 - x1 + 1 wide.
+"""Hard and soft non-maximum suppression, of one class or of many groups of boxes in one call.
 
-Two routines serve, with the same result to the last tie, because both take the same steps in
-float32: the Cython extension `_cpu_nms` for CPU data where it is compiled (`./make.sh`), PyTorch
-operations for everything else. `backend()` tells which.
+Two conventions of a box's size: in pixel convention, the published one, a box from x1 to x2 is
+x2 - x1 + 1 wide; in the plain one (`pixel=False`, torchvision's) it is x2 - x1 wide.
+
+Four routines serve. Data on the CPU go to the Cython extension `_cpu_nms`, else to PyTorch
+operations; data on a GPU to the CUDA library `_cuda_nms`, else to torchvision, else to PyTorch.
+All but torchvision take the same steps in float32 and so keep the same boxes to the last tie;
+torchvision, in float64, may differ where an IoU is within float32's rounding of the threshold.
+`./make.sh` or `python utils/build.py` compiles the first two; `backend()` tells which serves.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import logging
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["backend", "backend_reason", "class_nms", "nms", "soft_nms"]
+__all__ = ["METHODS", "backend", "backend_reason", "batched_nms", "nms", "soft_nms"]
+
+METHODS = ("hard", "linear", "gaussian")
+"""Suppression, and the two decays of Soft-NMS; their positions are known to the compiled code."""
+
+_TORCHVISION_MOST = 20_000
+"""Its memory grows with the square: 50 MB for this many boxes."""
 
 
-def nms(dets: np.ndarray | Tensor, thresh: float) -> np.ndarray | Tensor:
+def nms(dets: np.ndarray | Tensor, thresh: float, pixel: bool = True) -> np.ndarray | Tensor:
     """Greedy suppression of one class.
 
     Args:
         dets: [N, 5] array, or tensor on any device: x1, y1, x2, y2 in pixels and score. IoU is
             computed in float32, scores are compared as they are. N may be 0.
         thresh: IoU in 0..1 above which (not at which) a box gives way to a better one.
+        pixel: whether a box from x1 to x2 is x2 - x1 + 1 wide, as published, or x2 - x1.
 
     Returns:
         int64 indices [n] of the kept boxes, best first (of equal scores the earlier box is the
@@ -33,59 +49,8 @@ def nms(dets: np.ndarray | Tensor, thresh: float) -> np.ndarray | Tensor:
     Raises:
         ValueError: another shape, a NaN in `dets`, `thresh` outside 0..1.
     """
-    table = _table(dets)
-    same = torch.zeros(len(table), dtype=torch.int64, device=table.device)
-    kept = class_nms(table[:, :4], table[:, 4], same, thresh, max(len(table), 1))
+    kept, _ = _one_class(dets, thresh, pixel)
     return kept.numpy() if isinstance(dets, np.ndarray) else kept
-
-
-def class_nms(
-    boxes: Tensor, scores: Tensor, labels: Tensor, thresh: float, per_class: int
-) -> Tensor:
-    """The boxes of one image that `nms` keeps within each label, at most `per_class` of a label.
-
-    Args:
-        boxes: [N, 4] x1, y1, x2, y2 in pixels; IoU is computed in float32. N may be 0.
-        scores: [N]. labels: integers [N]. All three on one device.
-        thresh: IoU in 0..1 above which a box gives way to a better one of its label.
-        per_class: the most boxes kept of one label, at least 1.
-
-    Returns:
-        int64 indices [n] on the device of `boxes`, best score first over all labels, of equal
-        scores the earlier box first.
-
-    Raises:
-        ValueError: shapes that do not belong together, a NaN, `thresh` or `per_class` out of range.
-    """
-    count = len(boxes)
-    if boxes.shape != (count, 4) or scores.shape != (count,) or labels.shape != (count,):
-        raise ValueError(
-            f"boxes {list(boxes.shape)}, scores {list(scores.shape)} and labels "
-            f"{list(labels.shape)} should be [N, 4], [N] and [N]"
-        )
-    _check_thresh(thresh)
-    if per_class < 1:
-        raise ValueError(f"per_class is {per_class}, should be at least 1")
-    if count == 0:
-        return torch.zeros(0, dtype=torch.int64, device=boxes.device)
-    boxes, scores, labels = boxes.detach().float(), scores.detach(), labels.long()
-    if (boxes.isnan().any() | scores.isnan().any()).item():
-        raise ValueError(f"boxes {list(boxes.shape)} or scores contain NaN")
-
-    ranked = scores.argsort(descending=True, stable=True)
-    grouped = ranked[labels[ranked].argsort(stable=True)]
-    columns, labels = boxes[grouped].t().contiguous(), labels[grouped]
-    # The place for a CUDA kernel: one more branch on boxes.device, with the contract of the two.
-    extension, _ = _extension()
-    if extension is not None and boxes.device.type == "cpu":
-        keep = torch.ones(count, dtype=torch.uint8)
-        extension.mask(columns.numpy(), labels.numpy(), thresh, per_class, keep.numpy())
-        keep = keep.bool()
-    else:
-        keep = _torch_mask(columns, labels, thresh, per_class)
-    kept = torch.zeros_like(keep)
-    kept[grouped] = keep
-    return ranked[kept[ranked]]
 
 
 def soft_nms(
@@ -94,8 +59,9 @@ def soft_nms(
     method: str = "linear",
     sigma: float = 0.5,
     min_score: float = 0.001,
+    pixel: bool = True,
 ) -> tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]:
-    """Soft-NMS (Bodla et al., ICCV 2017, arXiv 1704.04503) of one class, in pixel convention.
+    """Soft-NMS (Bodla et al., ICCV 2017, arXiv 1704.04503) of one class.
 
     Again and again the box of the highest current score is selected and the scores of the rest
     decay with their IoU to it: "linear" multiplies by 1 - IoU where IoU > `thresh`, "gaussian" by
@@ -104,6 +70,7 @@ def soft_nms(
     Args:
         dets: [N, 5] array, or tensor on any device: x1, y1, x2, y2 in pixels and score; computed
             in float32. N may be 0.
+        pixel: as in `nms`.
 
     Returns:
         int64 indices [n] in the order of selection (of equal scores the earlier box first) and
@@ -112,49 +79,199 @@ def soft_nms(
     Raises:
         ValueError: another shape, a NaN, `thresh` outside 0..1, unknown `method`, `sigma` <= 0.
     """
-    _check_thresh(thresh)
-    if method not in ("linear", "gaussian"):
-        raise ValueError(f'method is {method!r}, should be "linear" or "gaussian"')
+    if method not in METHODS[1:]:
+        raise ValueError(f"method is {method!r}, should be one of {', '.join(METHODS[1:])}")
+    kept, scores = _one_class(dets, thresh, pixel, method, sigma, min_score)
+    if isinstance(dets, np.ndarray):
+        return kept.numpy(), scores.numpy()
+    return kept, scores
+
+
+def _one_class(dets: np.ndarray | Tensor, thresh: float, pixel: bool, *soft) -> tuple:
+    if isinstance(dets, np.ndarray):
+        dtype = np.float32 if dets.dtype == np.float32 else np.float64
+        table = torch.from_numpy(np.array(dets, dtype, order="C"))
+    else:
+        table = dets
+    if table.ndim != 2 or table.shape[1] != 5:
+        raise ValueError(f"detections have shape {list(table.shape)}, should be [N, 5]")
+    same = torch.zeros(len(table), dtype=torch.int64, device=table.device)
+    limit = max(len(table), 1)
+    return batched_nms(table[:, :4], table[:, 4], same, thresh, limit, pixel, *soft)
+
+
+def batched_nms(
+    boxes: Tensor,
+    scores: Tensor,
+    groups: Tensor,
+    thresh: float,
+    limit: int,
+    pixel: bool = True,
+    method: str = "hard",
+    sigma: float = 0.5,
+    min_score: float = 0.001,
+) -> tuple[Tensor, Tensor]:
+    """Suppression within each of many groups of boxes, such as the classes of a batch's images.
+
+    Args:
+        boxes: [N, 4] x1, y1, x2, y2 in pixels; IoU is computed in float32. Sides of 0 or less
+            (x2 < x1) are taken as the formulas take them. N may be 0.
+        scores: [N]. groups: integers [N]; boxes of different groups do not meet. All on one device.
+        thresh: IoU in 0..1 above which a box gives way to a better one of its group ("hard"), or
+            its score decays ("linear").
+        limit: the most boxes selected of one group, at least 1.
+        pixel: as in `nms`.
+        method: one of `METHODS`; "hard" is `nms`, the others are those of `soft_nms`.
+        sigma, min_score: of `soft_nms`; not used by "hard".
+
+    Returns:
+        int64 indices [n] and scores [n] (float32; of "hard" as they came) on the device of `boxes`,
+        best score first over all groups; of equal scores that of the lower group first, within a
+        group the one selected first, which is the earlier box.
+
+    Raises:
+        ValueError: shapes that do not belong together, a NaN, another argument out of range.
+    """
+    count = len(boxes)
+    if boxes.shape != (count, 4) or scores.shape != (count,) or groups.shape != (count,):
+        raise ValueError(
+            f"boxes {list(boxes.shape)}, scores {list(scores.shape)} and groups "
+            f"{list(groups.shape)} should be [N, 4], [N] and [N]"
+        )
+    if not 0 <= thresh <= 1:
+        raise ValueError(f"IoU threshold is {thresh}, should be in 0..1")
+    if limit < 1:
+        raise ValueError(f"limit is {limit}, should be at least 1")
+    if method not in METHODS:
+        raise ValueError(f"method is {method!r}, should be one of {', '.join(METHODS)}")
     if not sigma > 0:
         raise ValueError(f"sigma is {sigma}, should be positive")
-    table = _table(dets).float()
-    columns, scores = table[:, :4].t().contiguous(), table[:, 4].clone()
-    taken = torch.zeros_like(scores, dtype=torch.bool)
-    order, selected = [], []
-    for _ in range(len(table)):
-        best = int(scores.argmax())
-        score = float(scores[best])
-        if score < min_score:
-            break
-        order.append(best)
-        selected.append(score)
-        taken[best] = True
-        iou = _iou(columns[:, best, None], columns).nan_to_num(0)  # 0 / 0 of boxes without area
-        if method == "linear":
-            scores *= torch.where(iou > thresh, 1 - iou, 1.0)
-        else:
-            scores *= torch.exp(-(iou * iou) / sigma)
-        scores.masked_fill_(taken, -torch.inf)
-    indices = torch.tensor(order, dtype=torch.int64, device=table.device)
-    rescored = torch.tensor(selected, dtype=torch.float32, device=table.device)
-    if isinstance(dets, np.ndarray):
-        return indices.numpy(), rescored.numpy()
-    return indices, rescored
+    given, boxes = scores.detach(), boxes.detach().float().contiguous()
+    nan = boxes.isnan().any() | given.isnan().any()
+    if method == "hard" and given.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        # Only the order counts, and ranks keep what float32 would round away.
+        scores = torch.empty(count, device=given.device)
+        scores[given.argsort(descending=True, stable=True)] = -torch.arange(
+            count, dtype=torch.float32, device=given.device
+        )
+    else:
+        scores = given.float().contiguous()
+    if not boxes.is_cuda and nan:  # of a GPU asked at the end, to wait for it once
+        raise ValueError(_NAN)
+    rule = _Rule(thresh, limit, method, sigma, min_score, 1.0 if pixel else 0.0)
+    kept, selected = _routine(boxes.device.type, method, count)(
+        boxes, scores, _Groups.of(groups), rule
+    )
+    if boxes.is_cuda and nan:
+        raise ValueError(_NAN)
+    selected = given[kept] if method == "hard" else selected
+    best = selected.argsort(descending=True, stable=True)
+    return kept[best], selected[best]
 
 
-def backend() -> str:
-    """The routine that serves CPU data: "cython" or "torch"."""
-    return "torch" if _extension()[0] is None else "cython"
+_NAN = "boxes or scores contain NaN"
 
 
-def backend_reason() -> str:
-    """Why `backend()` is what it is: the extension's file, or what keeps it from serving."""
-    return _extension()[1]
+def backend(device: str = "cpu") -> str:
+    """The routine that serves data on "cpu" ("cython" or "torch") or on "cuda".
+
+    On "cuda": "cuda"; "torchvision", which leaves Soft-NMS and more than 20,000 boxes to PyTorch;
+    "torch"; or "none" where PyTorch has no GPU.
+    """
+    return _backend(device)[0]
+
+
+def backend_reason(device: str = "cpu") -> str:
+    """Why `backend(device)` is what it is: the compiled file, or what keeps it from serving."""
+    return _backend(device)[1]
+
+
+# ---------------------------------------------------------------- what the routines are given
+
+
+@dataclass(frozen=True)
+class _Rule:
+    thresh: float
+    limit: int
+    method: str
+    sigma: float
+    min_score: float
+    extra: float
+    """1 in pixel convention, else 0."""
+
+    def values(self) -> tuple:
+        """As the compiled routines take them."""
+        method = METHODS.index(self.method)
+        return self.thresh, self.limit, method, self.sigma, self.min_score, self.extra
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """Boxes sorted by group, found without waiting for a GPU.
+
+    order: int64 [N], of a group in its own order. starts: int64 [N + 2]; group g is
+    order[starts[g]:starts[g + 1]], behind the last one stands N. row: int64 [N], the group of each
+    entry of order, counted from 0. count: int64 [1], how many groups.
+    """
+
+    order: Tensor
+    starts: Tensor
+    row: Tensor
+    count: Tensor
+
+    @classmethod
+    def of(cls, groups: Tensor) -> _Groups:
+        sorted_groups, order = groups.sort(stable=True)
+        new = torch.ones_like(order, dtype=torch.bool)
+        new[1:] = sorted_groups[1:] != sorted_groups[:-1]
+        row = new.cumsum(0) - 1
+        places = torch.arange(len(order), device=order.device)
+        starts = torch.full((len(order) + 2,), len(order), device=order.device)
+        # Each group's first box tells its place, the others tell it to an entry nobody reads.
+        starts.scatter_(0, torch.where(new, row, len(order) + 1), places)
+        return cls(order, starts, row, new.sum().reshape(1))
+
+
+# ---------------------------------------------------------------- compiled routines
+
+
+def _cython(boxes: Tensor, scores: Tensor, groups: _Groups, rule: _Rule) -> tuple[Tensor, Tensor]:
+    kept, selected = torch.full_like(groups.order, -1), torch.empty_like(scores)
+    _extension()[0].select(
+        *(x.numpy() for x in (boxes, scores, groups.order, groups.starts)),
+        int(groups.count),
+        *rule.values(),
+        kept.numpy(),
+        selected.numpy(),
+        torch.get_num_threads(),
+    )
+    taken = kept >= 0
+    return kept[taken], selected[taken]
+
+
+def _cuda(boxes: Tensor, scores: Tensor, groups: _Groups, rule: _Rule) -> tuple[Tensor, Tensor]:
+    library = _library()[0]
+    kept, selected = torch.full_like(groups.order, -1), torch.empty_like(scores)
+    # Copies: aligned to 16 bytes, and free to be overwritten.
+    boxes, scores = boxes.clone(), scores.clone()
+    with torch.cuda.device(boxes.device):
+        error = library.nms_select(
+            *(x.data_ptr() for x in (boxes, scores, groups.order, groups.starts, groups.count)),
+            len(scores),
+            *rule.values(),
+            kept.data_ptr(),
+            selected.data_ptr(),
+            torch.cuda.current_stream().cuda_stream,
+        )
+    if error:
+        raise RuntimeError(f"NMS on {boxes.device}: {library.nms_error(error).decode()}")
+    taken = kept >= 0
+    return kept[taken], selected[taken]
 
 
 @functools.cache
 def _extension():
-    """The extension module or None, and its file or the reason; a broken one is told once."""
+    """The Cython module or None, and its file or the reason; a broken one is told once."""
     name = f"{__name__}._cpu_nms"
     try:
         module = importlib.import_module(name)
@@ -167,71 +284,187 @@ def _extension():
     return module, module.__file__
 
 
-def _torch_mask(columns: Tensor, labels: Tensor, thresh: float, per_class: int) -> Tensor:
-    """bool [N], what is kept of columns [4, N], sorted by labels [N], within a label best first.
+@functools.cache
+def _library():
+    """The CUDA library or None, and its file or the reason; a broken one is told once."""
+    path = Path(__file__).with_name("_cuda_nms" + sysconfig.get_config_var("EXT_SUFFIX"))
+    name = f"{__name__}._cuda_nms"
+    if not path.is_file():
+        return None, f"{name} is not compiled; python utils/build.py compiles it"
+    try:
+        library = _load_library(path)
+        error = library.nms_check()
+        reason = library.nms_error(error).decode() if error else ""
+    except (OSError, AttributeError) as broken:
+        error, reason = -1, str(broken)
+    if not error:
+        return library, f"{path}, compiled for {library.nms_architectures().decode()}"
+    reason = f"{name} cannot be used here ({reason}); python utils/build.py compiles it anew"
+    logging.getLogger("ssd").warning("NMS on the GPU not by our kernel: %s", reason)
+    return None, reason
 
-    In each round all labels at once settle a block of their best boxes left and drop from the
-    rest what overlaps a kept one.
-    """
-    keep = torch.zeros_like(labels, dtype=torch.bool)
-    left = torch.arange(len(labels), device=labels.device)
-    _, group, sizes = labels.unique_consecutive(return_inverse=True, return_counts=True)
-    quota = torch.full_like(sizes, per_class)
-    block = min(64, int(sizes.max()))
-    earlier = torch.ones(block, block, dtype=torch.bool, device=labels.device).triu(1)
+
+def _load_library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    library.nms_select.argtypes = (
+        *[pointer] * 5, integer, number, integer, ctypes.c_int, ctypes.c_double, number, number,
+        *[pointer] * 3,
+    )  # fmt: skip
+    library.nms_error.argtypes = (ctypes.c_int,)
+    library.nms_error.restype = library.nms_architectures.restype = ctypes.c_char_p
+    return library
+
+
+def _backend(device: str) -> tuple[str, str]:
+    if device == "cpu":
+        module, reason = _extension()
+        return ("torch" if module is None else "cython"), reason
+    if not torch.cuda.is_available():
+        return "none", f"PyTorch {torch.__version__} sees no GPU"
+    library, reason = _library()
+    if library is not None:
+        return "cuda", reason
+    vision, error = _torchvision()
+    if vision is not None:
+        return "torchvision", reason
+    return "torch", f"{reason}; {error}"
+
+
+def _routine(device: str, method: str, count: int):
+    """The function that serves `count` boxes on a device ("cpu", "cuda", ...)."""
+    if count and device in ("cpu", "cuda"):
+        name = _backend(device)[0]
+        if name in ("cython", "cuda"):
+            return _cython if name == "cython" else _cuda
+        if name == "torchvision" and method == "hard" and count <= _TORCHVISION_MOST:
+            return _by_torchvision
+    return _torch_hard if method == "hard" else _torch_soft
+
+
+# ---------------------------------------------------------------- routines of other libraries
+
+
+@functools.cache
+def _torchvision():
+    """torchvision.ops or None, and why it cannot be imported."""
+    try:
+        return importlib.import_module("torchvision.ops"), ""
+    except (ImportError, RuntimeError, AttributeError) as error:  # one that fits another PyTorch
+        return None, f"torchvision cannot be imported ({error})"
+
+
+def _by_torchvision(
+    boxes: Tensor, scores: Tensor, groups: _Groups, rule: _Rule
+) -> tuple[Tensor, Tensor]:
+    """Groups moved apart, in float64, where that rounds away nothing of a float32."""
+    row = torch.empty_like(groups.row)
+    row[groups.order] = groups.row
+    corners = boxes.double()
+    low, high = corners.aminmax()
+    corners[:, 2:] += rule.extra
+    corners += (row * (high - low + 2))[:, None]
+    ranked = scores.argsort(descending=True, stable=True)
+    falling = -torch.arange(len(ranked), dtype=torch.float64, device=ranked.device)
+    kept = ranked[_torchvision()[0].nms(corners[ranked], falling, rule.thresh)]
+    kept = kept[row[kept].argsort(stable=True)]
+    sizes = torch.bincount(row[kept], minlength=1)
+    place = torch.arange(len(kept), device=kept.device) - (sizes.cumsum(0) - sizes)[row[kept]]
+    kept = kept[place < rule.limit]
+    return kept, scores[kept]
+
+
+def _torch_hard(
+    boxes: Tensor, scores: Tensor, groups: _Groups, rule: _Rule
+) -> tuple[Tensor, Tensor]:
+    """In each round all groups at once settle a block of their best boxes left, and drop from the
+    rest what overlaps a kept one."""
+    ranked = scores.argsort(descending=True, stable=True)
+    row = torch.empty_like(groups.row)
+    row[groups.order] = groups.row
+    ranked = ranked[row[ranked].argsort(stable=True)]
+    group, columns = row[ranked], boxes[ranked].t()
+
+    keep = torch.zeros_like(group, dtype=torch.bool)
+    left = torch.arange(len(group), device=group.device)
+    quota = torch.full((int(groups.count),), rule.limit, device=group.device)
+    block = min(64, int(torch.bincount(group, minlength=1).max()))
+    earlier = torch.ones(block, block, dtype=torch.bool, device=group.device).triu(1)
     while len(left):
         sizes = torch.bincount(group, minlength=len(quota))
         rank = torch.arange(len(left), device=left.device) - (sizes.cumsum(0) - sizes)[group]
         inside = rank < block
-        row, column = group[inside], rank[inside]
+        line, column = group[inside], rank[inside]
         heads = columns.new_full((4, len(quota), block), torch.nan)  # NaN overlaps nothing
-        heads[:, row, column] = columns[:, inside]
+        heads[:, line, column] = columns[:, inside]
 
         # Greedy selection is the one fixed point of "kept = no kept earlier box overlaps it";
         # each step settles at least one box more (Cluster-NMS, arXiv 2005.03572).
-        over = (_iou(heads[:, :, :, None], heads[:, :, None, :]) > thresh) & earlier
+        over = _iou(heads[:, :, :, None], heads[:, :, None, :], rule.extra) > rule.thresh
+        over &= earlier
         kept, before = ~heads[0].isnan(), None
         while before is None or not torch.equal(kept, before):
             kept, before = ~(heads[0].isnan() | (over & kept[:, :, None]).any(1)), kept
         kept &= kept.cumsum(1) <= quota[:, None]
-        keep[left[inside]] = kept[row, column]
+        keep[left[inside]] = kept[line, column]
         quota -= kept.sum(1)
 
         rest = ~inside & (quota > 0)[group]
         columns, group, left = columns[:, rest], group[rest], left[rest]
         heads = heads.masked_fill(~kept, torch.nan)
         rivals = heads if len(quota) == 1 else heads[:, group]
-        rest = ~(_iou(rivals, columns[:, :, None]) > thresh).any(1)
+        rest = ~(_iou(rivals, columns[:, :, None], rule.extra) > rule.thresh).any(1)
         columns, group, left = columns[:, rest], group[rest], left[rest]
-    return keep
+    kept = ranked[keep]
+    return kept, scores[kept]
 
 
-def _iou(a: Tensor, b: Tensor) -> Tensor:
-    """IoU of boxes a [4, ...] and b [4, ...], in the order of operations of `_cpu_nms.pyx`."""
-    width = (torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0]) + 1).clamp(min=0)
-    height = (torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1]) + 1).clamp(min=0)
+def _torch_soft(
+    boxes: Tensor, scores: Tensor, groups: _Groups, rule: _Rule
+) -> tuple[Tensor, Tensor]:
+    """In each round all groups at once select their best box left, and the others' scores decay."""
+    lines = torch.arange(int(groups.count), device=boxes.device)
+    place = torch.arange(len(scores), device=boxes.device) - groups.starts[groups.row]
+    width = int(place.max()) + 1 if len(place) else 0
+    table = groups.order.new_zeros(len(lines), width)
+    table[groups.row, place] = groups.order
+    columns = boxes[table].permute(2, 0, 1)
+    current = scores.new_full(table.shape, -torch.inf)
+    current[groups.row, place] = scores[groups.order]
+
+    lines_of, indices, selected = [lines[:0]], [groups.order[:0]], [scores[:0]]
+    for _ in range(min(rule.limit, width)):
+        current[~(current >= rule.min_score)] = -torch.inf
+        score, best = current.max(1)  # of equal ones the first
+        going = score > -torch.inf
+        if not going.any():
+            break
+        lines, table, columns = lines[going], table[going], columns[:, going]
+        current, score, best = current[going], score[going], best[going, None]
+        lines_of.append(lines)
+        indices.append(table.gather(1, best)[:, 0])
+        selected.append(score)
+        winner = columns.gather(2, best.expand(4, -1, -1))
+        iou = _iou(winner, columns, rule.extra)
+        if rule.method == "linear":
+            decay = torch.where(iou > rule.thresh, 1 - iou, 1.0)
+        else:
+            # In double, and then rounded: the exponential functions of all libraries agree.
+            decay = (-(iou.double() ** 2) / rule.sigma).exp().float()
+            decay = torch.where(iou > 0, decay, 1.0)
+        current = torch.where(current > -torch.inf, current * decay, -torch.inf)
+        current.scatter_(1, best, -torch.inf)
+    by_group = torch.cat(lines_of).argsort(stable=True)
+    return torch.cat(indices)[by_group], torch.cat(selected)[by_group]
+
+
+def _iou(a: Tensor, b: Tensor, extra: float) -> Tensor:
+    """IoU of boxes a [4, ...] and b [4, ...], in the order of operations of the compiled code."""
+    width = (torch.minimum(a[2], b[2]) - torch.maximum(a[0], b[0]) + extra).clamp(min=0)
+    height = (torch.minimum(a[3], b[3]) - torch.maximum(a[1], b[1]) + extra).clamp(min=0)
     inter = width * height
-    return inter / (_area(a) + _area(b) - inter)
+    return inter / (_area(a, extra) + _area(b, extra) - inter)
 
 
-def _area(box: Tensor) -> Tensor:
-    return (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
-
-
-def _table(dets: np.ndarray | Tensor) -> Tensor:
-    """`dets` as a tensor without gradient, on its device."""
-    if isinstance(dets, np.ndarray):
-        dtype = np.float32 if dets.dtype == np.float32 else np.float64
-        table = torch.from_numpy(np.array(dets, dtype, order="C"))
-    else:
-        table = dets.detach()
-    if table.ndim != 2 or table.shape[1] != 5:
-        raise ValueError(f"detections have shape {list(table.shape)}, should be [N, 5]")
-    if table.isnan().any():
-        raise ValueError(f"detections {list(table.shape)} contain NaN")
-    return table
-
-
-def _check_thresh(thresh: float) -> None:
-    if not 0 <= thresh <= 1:
-        raise ValueError(f"IoU threshold is {thresh}, should be in 0..1")
+def _area(box: Tensor, extra: float) -> Tensor:
+    return (box[2] - box[0] + extra) * (box[3] - box[1] + extra)

@@ -1,5 +1,30 @@
+# distutils: language = c++
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
-"""Greedy suppression on the CPU: the result of `utils.nms._torch_mask`, float for float."""
+"""Hard and soft suppression on the CPU, a group of boxes a task, without the GIL.
+
+Float for float the result of `utils.nms._torch_hard` and `_torch_soft`: every IoU is computed in
+float32 by the same operations in the same order.
+"""
+
+from cython.parallel cimport prange
+from libc.math cimport exp
+from libc.stdint cimport int64_t, uint32_t, uint64_t
+from libc.string cimport memcpy
+from libcpp.algorithm cimport make_heap, pop_heap
+from libcpp.vector cimport vector
+
+cdef enum:
+    HARD, LINEAR, GAUSSIAN
+    BLOCK = 64  # rivals compared between two looks at the result, enough for vector instructions
+
+
+cdef struct Rule:
+    float thresh
+    int64_t limit
+    int method
+    double sigma
+    float min_score
+    float extra
 
 
 cdef inline float larger(float a, float b) noexcept nogil:
@@ -10,44 +35,140 @@ cdef inline float smaller(float a, float b) noexcept nogil:
     return a if a < b else b
 
 
-cdef inline float extent(float low, float high) noexcept nogil:
-    return high - low + <float>1  # the cast, as C would go on in double
+cdef inline float overlap(float ax1, float ay1, float ax2, float ay2, float area,
+                          float bx1, float by1, float bx2, float by2, float extra) noexcept nogil:
+    """IoU of box a, whose area is known, and box b; NaN where the union is empty."""
+    cdef float inter = (larger(smaller(ax2, bx2) - larger(ax1, bx1) + extra, 0)
+                        * larger(smaller(ay2, by2) - larger(ay1, by1) + extra, 0))
+    return inter / (area + (bx2 - bx1 + extra) * (by2 - by1 + extra) - inter)
 
 
-def mask(const float[:, ::1] columns not None, const long long[::1] labels not None,
-         float thresh, Py_ssize_t per_class, unsigned char[::1] keep not None):
-    """Clears `keep` where a box is suppressed.
+cdef inline uint64_t priority(float score, int64_t position) noexcept nogil:
+    """A number that is larger for the higher score, and of equal scores for the earlier box."""
+    cdef uint32_t bits
+    score = score + <float>0  # -0 becomes 0
+    memcpy(&bits, &score, 4)
+    bits = ~bits if bits >> 31 else bits | 0x80000000u
+    return <uint64_t>bits << 32 | <uint32_t>~position
 
-    columns: [4, N] x1, y1, x2, y2 in pixels, N > 0, sorted by label and within a label best first.
-    labels: [N]; thresh: suppress above this IoU; per_class: the most boxes kept of one label.
-    keep: [N], all 1 on entry.
-    """
-    cdef Py_ssize_t n = labels.shape[0], i, j, end = 0, kept = 0
-    if columns.shape[0] != 4 or columns.shape[1] != n or keep.shape[0] != n or n == 0:
-        raise ValueError(f"columns [{columns.shape[0]}, {columns.shape[1]}], {n} labels and keep "
-                         f"[{keep.shape[0]}] do not belong together")
-    cdef const float *x1 = &columns[0, 0]
-    cdef const float *y1 = &columns[1, 0]
-    cdef const float *x2 = &columns[2, 0]
-    cdef const float *y2 = &columns[3, 0]
-    cdef unsigned char *alive = &keep[0]
-    cdef float left, top, right, bottom, area, inter, union
-    with nogil:
-        for i in range(n):
-            if i == end:
-                kept = 0
-                while end < n and labels[end] == labels[i]:
-                    end += 1
-            if kept == per_class:
-                alive[i] = 0
-            if not alive[i]:
+
+cdef void hard(const float *boxes, const float *scores, const int64_t *order, int64_t count,
+               Rule rule, int64_t *kept, float *kept_scores) noexcept nogil:
+    # A heap, as the best few boxes usually settle a group; the others are never put in order.
+    cdef vector[uint64_t] heap
+    cdef vector[float] rivals  # x1, y1, x2, y2 and area of the kept boxes, column after column
+    cdef int64_t i, k, end, start, room = min(rule.limit, count), taken = 0
+    cdef float left, top, right, bottom, area
+    cdef float *x1
+    cdef float *y1
+    cdef float *x2
+    cdef float *y2
+    cdef float *areas
+    cdef int beaten
+    cdef const float *box
+    heap.resize(count)
+    rivals.resize(5 * room)
+    x1 = rivals.data()
+    y1, x2, y2, areas = x1 + room, x1 + 2 * room, x1 + 3 * room, x1 + 4 * room
+    for i in range(count):
+        heap[i] = priority(scores[order[i]], i)
+    make_heap(heap.begin(), heap.end())
+    while taken < room and not heap.empty():
+        i = <uint32_t>~heap.front()
+        pop_heap(heap.begin(), heap.end())
+        heap.pop_back()
+        box = boxes + 4 * order[i]
+        left, top, right, bottom = box[0], box[1], box[2], box[3]
+        area = (right - left + rule.extra) * (bottom - top + rule.extra)
+        beaten = 0
+        start = 0
+        while start < taken and not beaten:
+            end = min(start + BLOCK, taken)
+            for k in range(start, end):
+                beaten |= overlap(x1[k], y1[k], x2[k], y2[k], areas[k],
+                                  left, top, right, bottom, rule.extra) > rule.thresh
+            start = end
+        if not beaten:
+            x1[taken], y1[taken], x2[taken], y2[taken] = left, top, right, bottom
+            areas[taken] = area
+            kept[taken] = order[i]
+            kept_scores[taken] = scores[order[i]]
+            taken += 1
+
+
+cdef void soft(const float *boxes, const float *scores, const int64_t *order, int64_t count,
+               Rule rule, int64_t *kept, float *kept_scores) noexcept nogil:
+    cdef vector[int64_t] left  # the boxes still in play, in order, so that of equals the first wins
+    cdef vector[float] values  # and their current scores
+    cdef int64_t i, best, still, taken = 0
+    cdef const float *winner
+    cdef const float *box
+    cdef float area = 0, value, iou
+    left.resize(count)
+    values.resize(count)
+    still = 0
+    best = 0
+    for i in range(count):
+        if scores[order[i]] >= rule.min_score:
+            left[still], values[still] = order[i], scores[order[i]]
+            if values[still] > values[best]:
+                best = still
+            still += 1
+    while still and taken < rule.limit:
+        winner = boxes + 4 * left[best]
+        area = (winner[2] - winner[0] + rule.extra) * (winner[3] - winner[1] + rule.extra)
+        kept[taken], kept_scores[taken] = left[best], values[best]
+        taken += 1
+        count, still, i = still, 0, best
+        left[i] = -1
+        best = 0
+        for i in range(count):
+            if left[i] < 0:
                 continue
-            kept += 1
-            left, top, right, bottom = x1[i], y1[i], x2[i], y2[i]
-            area = extent(left, right) * extent(top, bottom)
-            # No branch on alive[j], so that the compiler can make vector instructions of this loop.
-            for j in range(i + 1, end):
-                inter = (larger(extent(larger(left, x1[j]), smaller(right, x2[j])), 0)
-                         * larger(extent(larger(top, y1[j]), smaller(bottom, y2[j])), 0))
-                union = area + extent(x1[j], x2[j]) * extent(y1[j], y2[j]) - inter
-                alive[j] &= not (inter / union > thresh)
+            box, value = boxes + 4 * left[i], values[i]
+            iou = overlap(winner[0], winner[1], winner[2], winner[3], area,
+                          box[0], box[1], box[2], box[3], rule.extra)
+            if rule.method == LINEAR:
+                if iou > rule.thresh:
+                    value = value * (1 - iou)
+            elif iou > 0:
+                # In double, and then rounded: the exponential functions of all libraries agree.
+                value = value * <float>exp(-(<double>iou * iou) / rule.sigma)
+            if value >= rule.min_score:
+                left[still], values[still] = left[i], value
+                if value > values[best]:
+                    best = still
+                still += 1
+
+
+def select(const float[:, ::1] boxes not None, const float[::1] scores not None,
+           const int64_t[::1] order not None, const int64_t[::1] starts not None, int64_t groups,
+           float thresh, int64_t limit, int method, double sigma, float min_score, float extra,
+           int64_t[::1] kept not None, float[::1] kept_scores not None, int threads):
+    """Suppress within each group; the contract of `utils.nms._Groups` and of `_cuda_nms.cu`.
+
+    boxes: [N, 4] x1, y1, x2, y2. scores: [N], no NaN. order: [N] boxes sorted by group, of a group
+    in their own order. starts: [groups + 1 or more]; group g is order[starts[g]:starts[g + 1]].
+    thresh .. extra: see `utils.nms`. threads: at most so many, where the compiler had OpenMP.
+    kept: [N], -1 on entry; from starts[g] on it takes group g's selected boxes in the order of
+    their selection, kept_scores [N] beside it their scores as they were then.
+    """
+    cdef Py_ssize_t n = scores.shape[0]
+    cdef int64_t g, first, count
+    cdef Rule rule = Rule(thresh, limit, method, sigma, min_score, extra)
+    if (boxes.shape[0] != n or boxes.shape[1] != 4 or order.shape[0] != n or groups < 0
+            or starts.shape[0] <= groups or kept.shape[0] != n or kept_scores.shape[0] != n):
+        raise ValueError(f"boxes [{boxes.shape[0]}, {boxes.shape[1]}], {n} scores, order "
+                         f"[{order.shape[0]}], {groups} groups, starts [{starts.shape[0]}] and "
+                         f"kept [{kept.shape[0]}] do not belong together")
+    if n == 0:
+        return
+    for g in prange(groups, nogil=True, schedule="dynamic", num_threads=threads):
+        first = starts[g]
+        count = starts[g + 1] - first
+        if method == HARD:
+            hard(&boxes[0, 0], &scores[0], &order[first], count, rule,
+                 &kept[first], &kept_scores[first])
+        else:
+            soft(&boxes[0, 0], &scores[0], &order[first], count, rule,
+                 &kept[first], &kept_scores[first])

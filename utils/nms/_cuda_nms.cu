@@ -1,0 +1,151 @@
+// Hard and soft suppression on a GPU, a group of boxes a thread block, all groups in one launch.
+//
+// A plain C interface without PyTorch's headers, loaded by utils/nms/__init__.py: it compiles in
+// seconds and serves every PyTorch. Compiled with -fmad=false, it computes each IoU in float32 by
+// the operations of _cpu_nms.pyx, so that the same boxes are kept, of ties the same.
+
+#include <cstdint>
+
+#ifndef THREADS
+#define THREADS 256  // a block; a multiple of 32
+#endif
+#ifndef MOST_BLOCKS
+#define MOST_BLOCKS 8192  // more than run at once; a block takes several groups if there are more
+#endif
+#ifndef LAUNCH
+#include <cuda_runtime.h>
+#define LAUNCH(kernel, blocks, stream, ...) kernel<<<blocks, THREADS, 0, stream>>>(__VA_ARGS__)
+#endif
+#ifdef _WIN32
+#define EXPORT extern "C" __declspec(dllexport)
+#else
+#define EXPORT extern "C"
+#endif
+
+enum Method { HARD, LINEAR, GAUSSIAN };
+
+struct Rule {
+    float thresh;
+    int64_t limit;
+    int method;
+    double sigma;
+    float min_score;
+    float extra;  // 1: a box from x1 to x2 is x2 - x1 + 1 wide; 0: x2 - x1
+};
+
+__device__ float overlap(float4 a, float4 b, float extra) {
+    float width = fmaxf(fminf(a.z, b.z) - fmaxf(a.x, b.x) + extra, 0.0f);
+    float height = fmaxf(fminf(a.w, b.w) - fmaxf(a.y, b.y) + extra, 0.0f);
+    float inter = width * height;
+    float area_a = (a.z - a.x + extra) * (a.w - a.y + extra);
+    float area_b = (b.z - b.x + extra) * (b.w - b.y + extra);
+    return inter / (area_a + area_b - inter);
+}
+
+// A number that is larger for the higher score, and of equal scores for the earlier box; never 0.
+__device__ uint64_t priority(float score, int64_t position) {
+    uint32_t bits = __float_as_uint(score + 0.0f);  // -0 becomes 0
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(~position);
+}
+
+// The largest value of the block, for all its threads.
+__device__ uint64_t block_max(uint64_t value) {
+    __shared__ uint64_t of_warp[THREADS / 32];
+    for (int step = 16; step; step /= 2) {
+        uint64_t other = __shfl_xor_sync(0xffffffffu, value, step);
+        value = other > value ? other : value;
+    }
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    for (int warp = 0; warp < THREADS / 32; ++warp)
+        value = of_warp[warp] > value ? of_warp[warp] : value;
+    __syncthreads();  // before the next call writes of_warp
+    return value;
+}
+
+// The arguments of nms_select. Each round takes the best box left in the group and, in one pass
+// over the others, lets their scores decay with their overlap (hard: to nothing) and finds the next.
+__global__ void select_kernel(const float4 *boxes, float *scores, int64_t *order,
+                              const int64_t *starts, const int64_t *groups, Rule rule,
+                              int64_t *kept, float *kept_scores) {
+    for (int64_t group = blockIdx.x; group < *groups; group += gridDim.x) {
+        int64_t first = starts[group], count = starts[group + 1] - first;
+        float4 winner = {};
+        for (int64_t taken = 0; taken < rule.limit; ++taken) {
+            uint64_t best = 0;
+            for (int64_t i = threadIdx.x; i < count; i += THREADS) {
+                int64_t box = order[first + i];
+                if (box < 0) continue;
+                float score = scores[box];
+                if (taken) {
+                    float iou = overlap(winner, boxes[box], rule.extra);
+                    if (rule.method == HARD && iou > rule.thresh) {
+                        order[first + i] = -1;
+                        continue;
+                    }
+                    if (rule.method == LINEAR && iou > rule.thresh) score *= 1 - iou;
+                    // In double, and then rounded: all libraries' exponential functions agree.
+                    if (rule.method == GAUSSIAN && iou > 0)
+                        score *= static_cast<float>(exp(-(static_cast<double>(iou) * iou) / rule.sigma));
+                }
+                if (rule.method != HARD) {
+                    if (!(score >= rule.min_score)) {
+                        order[first + i] = -1;
+                        continue;
+                    }
+                    scores[box] = score;
+                }
+                uint64_t mine = priority(score, i);
+                best = mine > best ? mine : best;
+            }
+            best = block_max(best);
+            if (best == 0) break;
+            int64_t place = first + static_cast<uint32_t>(~best);
+            int64_t box = order[place];
+            winner = boxes[box];
+            __syncthreads();  // all have read order[place]
+            if (threadIdx.x == 0) {
+                kept[first + taken] = box;
+                kept_scores[first + taken] = scores[box];
+                order[place] = -1;
+            }
+            __syncthreads();
+        }
+    }
+}
+
+// Suppress within each group, on the current device, in the stream's order; nothing is copied to
+// the host. All arrays are device memory:
+//   boxes [N, 4] x1, y1, x2, y2; scores [N], no NaN, overwritten; order [N] the boxes sorted by
+//   group, overwritten; starts [groups + 1 or more], group g being order[starts[g]:starts[g + 1]];
+//   groups [1]; kept [N], -1 on entry: from starts[g] on it takes group g's selected boxes in the
+//   order of their selection, kept_scores [N] beside it their scores as they were then.
+// most_groups is a bound of *groups that the host knows. Returns a CUDA error code, 0 for success.
+EXPORT int nms_select(const float *boxes, float *scores, int64_t *order, const int64_t *starts,
+                      const int64_t *groups, int64_t most_groups, float thresh, int64_t limit,
+                      int method, double sigma, float min_score, float extra, int64_t *kept,
+                      float *kept_scores, void *stream) {
+    if (most_groups == 0) return 0;
+    Rule rule = {thresh, limit, method, sigma, min_score, extra};
+    unsigned blocks = most_groups < MOST_BLOCKS ? most_groups : MOST_BLOCKS;
+    LAUNCH(select_kernel, blocks, static_cast<cudaStream_t>(stream),
+           reinterpret_cast<const float4 *>(boxes), scores, order, starts, groups, rule, kept,
+           kept_scores);
+    return cudaGetLastError();
+}
+
+// 0 if the kernel can run on the current device, else a CUDA error code.
+EXPORT int nms_check(void) {
+    cudaFuncAttributes attributes;
+    int code = cudaFuncGetAttributes(&attributes, select_kernel);
+    cudaGetLastError();  // what failed here is no error of a later call
+    return code;
+}
+
+EXPORT const char *nms_error(int code) {
+    return cudaGetErrorString(static_cast<cudaError_t>(code));
+}
+
+// The compute capabilities it was compiled for, as utils/build.py names them.
+EXPORT const char *nms_architectures(void) { return ARCHITECTURES; }
