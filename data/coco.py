@@ -13,6 +13,7 @@ https://cocodataset.org/#format-data. The file's own `file_name` decides where i
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import zipfile
@@ -21,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.curves import CURVES
 from data.image import read_image, report_lines
 from utils.errors import UserError
 
@@ -48,12 +50,17 @@ class Annotations:
 
 def read_json(path: str | Path):
     """Parse a JSON file; UserError where it cannot be read or is no JSON."""
+    collecting = gc.isenabled()
+    gc.disable()  # it would look in vain through the growing records: half of the time
     try:
         return json.loads(Path(path).read_bytes())
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not a JSON file ({error})") from error
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def column(source, kind: str, records, field: str, shape: tuple[int, ...] = (), dtype=np.float64):
@@ -274,21 +281,32 @@ class COCODetection:
         if len(self.image_sets) > 1:
             raise UserError(f"{self.root}: COCO scores one set at a time, not {self.image_sets}")
 
-    def evaluate(self, detections: list[dict], directory: str | Path, name: str = "SSD") -> dict:
-        """Write the results JSON into `directory` and score that file.
+    def evaluate(
+        self,
+        detections: list[dict],
+        directory: str | Path,
+        name: str = "SSD",
+        backend: str = "pycocotools",
+    ) -> dict:
+        """Write the results JSON into `directory` and score what it says.
 
         `detections`: for each picture, in this order, {"boxes": float32 [n,4] of x1, y1, x2, y2 in
         pixels, "scores": float32 [n], "labels": int64 [n] from 1}; n may be 0. As published a
         `bbox` is x1, y1, x2 - x1 + 1, y2 - y1 + 1. The file is detections_<split>_results.json; a
         test split's is detections_<split>_<name>_results.json, and it is packed into a .zip of the
-        same stem, which is what the evaluation server takes.
+        same stem, which is what the evaluation server takes. `backend`: one of
+        `data.coco_eval.BACKENDS`.
 
         Returns {"metric", "value" (AP at [.5:.95]), "per_class" (the same of each class), "iou",
         "max_dets", "image_set", "results" (the file), "stats" (the twelve numbers, see
-        `data.coco_eval.STATS`), "notes" (lines for the log)}; -1 is "no ground truth". A test split
-        has "value" None, neither classes nor stats, and "archive" (the .zip).
+        `data.coco_eval.STATS`), "per_size" and "per_class_per_size" (AP of small, medium and large
+        objects), "backend" (name and version), "curves" (a file in `directory`, see `data.curves`),
+        "notes" (lines for the log)}; -1 is "no ground truth". A test split has "value" None,
+        nothing per class or size, neither stats nor curves, and "archive" (the .zip).
+
+        ValueError: a label that there is not, a score or a box that is not finite.
         """
-        from data.coco_eval import evaluate_coco, notes
+        from data.coco_eval import COCOResults, evaluate_coco, notes
 
         if len(detections) != len(self):
             raise ValueError(f"{len(detections)} detections for {len(self)} images")
@@ -296,19 +314,31 @@ class COCODetection:
         [(year, image_set)] = self.image_sets
         truth = self._annotation_file(year, image_set)
         test = _is_test_split(truth)
-        results = []
-        for image_id, found in zip(self.ids, detections, strict=True):
-            x1, y1, x2, y2 = np.asarray(found["boxes"], np.float64).reshape(-1, 4).T
-            boxes = np.stack([x1, y1, x2 - x1 + 1, y2 - y1 + 1], 1).round(4).tolist()
-            scores, labels = found["scores"].tolist(), found["labels"].tolist()
-            results += [
-                {"image_id": image_id, "category_id": self.category_ids[k], "bbox": b, "score": s}
-                for b, s, k in zip(boxes, scores, labels, strict=True)
-            ]
+
+        def gather(key, shape):
+            return np.concatenate([np.reshape(found[key], shape) for found in detections])
+
+        scores, corners = gather("scores", -1).astype(float), gather("boxes", (-1, 4)).astype(float)
+        labels = gather("labels", -1).astype(np.int64)
+        images = np.repeat(self.ids, [len(found["scores"]) for found in detections])
+        sides = corners[:, 2:] - corners[:, :2] + 1
+        boxes = np.hstack([corners[:, :2], sides]).round(4)
+        bad = ~np.isfinite(scores) | ~np.isfinite(boxes).all(1)
+        bad |= (labels < 1) | (labels > len(self.classes))
+        if bad.any():
+            k = bad.argmax()
+            raise ValueError(
+                f"image {images[k]}: detection with label {labels[k]} of {len(self.classes)}, "
+                f"score {scores[k]}, box {corners[k]}"
+            )
+        categories = np.array(list(self.category_ids.values()))[labels - 1]
+        results = COCOResults(images, categories, boxes, scores)
+        fields = ("image_id", "category_id", "bbox", "score")
+        rows = zip(*(column.tolist() for column in results), strict=True)
         split = f"{image_set}{year}_{name}" if test else f"{image_set}{year}"
         path = Path(directory) / f"detections_{split}_results.json"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(results))
+        path.write_text(json.dumps([dict(zip(fields, row, strict=True)) for row in rows]))
         report = {
             "metric": "COCO AP",
             "value": None,
@@ -327,11 +357,18 @@ class COCODetection:
                 f"{archive}: no score here, {truth.name} has no ground truth; the evaluation server"
                 " takes this file"
             ]
-        else:
-            scored = evaluate_coco(path, truth)
-            report["value"], report["per_class"] = scored["stats"][0], scored["per_category"]
-            report["stats"], report["notes"] = scored["stats"], notes(scored)
-        return report
+            return report
+        scored = evaluate_coco(results, truth, backend, path.with_name(CURVES))
+        return report | {
+            "value": scored["stats"][0],
+            "per_class": scored["per_category"],
+            "per_size": scored["per_size"],
+            "per_class_per_size": scored["per_category_per_size"],
+            "stats": scored["stats"],
+            "backend": scored["backend"],
+            "curves": CURVES,
+            "notes": notes(scored),
+        }
 
     def _annotation_file(self, year, name):
         folder = self.root / "annotations"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.curves import CURVES
 from data.image import read_image, report_lines
 from utils.errors import UserError
 
@@ -425,8 +426,10 @@ class VOCDetection:
         detections: one {"boxes" float32 [n, 4] pixels from 0, "scores" [n], "labels" [n]} an image,
         in the data set's order. The metric is the 11-point one for the years before 2010, the area
         one else. Returns {"metric", "value" (mean over classes), "per_class", "iou", "image_set",
-        "voc07_11point" and "area" ({"mean", "per_class"}), "ground_truths" and "detections"
-        (counts per class), "notes" (lines for the log)}; the numbers come from the written files.
+        "voc07_11point" and "area" (see `data.voc_eval.evaluate_voc`), "per_size" and
+        "per_class_per_size" (of the metric), "ground_truths" and "detections" (counts per class),
+        "curves" (a file in `directory`, see `data.curves`), "notes" (lines for the log)}; the
+        numbers come from the written files.
         """
         from data import voc_eval
 
@@ -441,12 +444,14 @@ class VOCDetection:
         result = voc_eval.evaluate_voc(read, self.annotations, self.classes)
         old = all(year and year.isdigit() and int(year) < 2010 for year, _ in self.image_sets)
         main = "voc07_11point" if old else "area"
+        voc_eval.write_voc_curves(Path(directory) / CURVES, result)
         return {
             "metric": voc_eval.METRICS[main],
             "value": result[main]["mean"],
-            "per_class": result[main]["per_class"],
+            **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
             "image_set": name,
-            **{key: value for key, value in result.items() if key != "curves"},
+            **result,
+            "curves": CURVES,
         }
 
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.curves import AREAS, SIZE_RANGES, SIZES, write_curves
 from data.image import report_lines
 from data.voc0712 import Annotation, list_image_sets, load_annotations, parse_classes, set_name
 from utils.errors import UserError
@@ -74,14 +75,15 @@ def write_comp4(
     directory.mkdir(parents=True, exist_ok=True)
     for label, name in enumerate(classes, 1):
         of_class = np.flatnonzero(labels == label)
-        columns = (images[of_class], scores[of_class], boxes[of_class])
-        rows = zip(*(column.tolist() for column in columns), strict=True)
+        names = [ids[image] for image in images[of_class].tolist()]
+        columns = (scores[of_class], *boxes[of_class].T)
+        rows = zip(names, *(column.tolist() for column in columns), strict=True)
         with open(
             comp4_path(directory, image_set, name), "w", encoding="utf-8", newline="\n"
         ) as file:
             file.writelines(
-                f"{ids[image]} {score:.9g} {x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}\n"
-                for image, score, (x1, y1, x2, y2) in rows
+                f"{image_id} {score:.9g} {x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}\n"
+                for image_id, score, x1, y1, x2, y2 in rows
             )
 
 
@@ -106,7 +108,7 @@ def read_comp4(
             f"{directory}: no detection file of the classes {', '.join(classes)}, such as "
             f"{comp4_path('', image_set, classes[0])}; there: {', '.join(there[:10]) or 'none'}"
         )
-    position = {image_id: index for index, image_id in enumerate(ids)}
+    position = {image_id.encode(): index for index, image_id in enumerate(ids)}
     found = {
         name: _read_class(None if name in missing else path, position)
         for name, path in paths.items()
@@ -116,13 +118,44 @@ def read_comp4(
     ]
 
 
-def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:
-    images, numbers = [], []
+def _read_class(path: Path | None, position: dict[bytes, int]) -> ClassDetections:
     try:
-        lines = path.read_text("utf-8-sig").splitlines() if path else []
+        data = path.read_bytes() if path else b""
+        columns = _parse_plain(data, position)
+        if columns is None:
+            columns = _parse_lines(path, data.decode("utf-8-sig"), position)
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: the detections cannot be read ({error})") from error
-    for number, line in enumerate(lines, 1):
+    images, numbers = columns
+    numbers = np.array(numbers, np.float64).reshape(-1, 5)
+    return ClassDetections(np.array(images, np.int64), numbers[:, 0], numbers[:, 1:] - 1)
+
+
+def _parse_plain(data: bytes, position: dict[bytes, int]) -> tuple[list, np.ndarray] | None:
+    """(images [n], numbers [5 n]) of a file as `write_comp4` writes it, all lines at once.
+
+    None where anything is otherwise, be it an id with a space or an error: `_parse_lines` tells.
+    """
+    text = np.frombuffer(data, np.uint8)
+    gaps = text[text <= ord(" ")]
+    if len(gaps) % 6 or (gaps.reshape(-1, 6) != np.frombuffer(b"     \n", np.uint8)).any():
+        return None
+    numbers = data.split()
+    if len(numbers) != len(gaps):  # a gap of two spaces
+        return None
+    images = [*map(position.get, numbers[::6])]
+    del numbers[::6]
+    try:
+        numbers = np.fromiter(map(float, numbers), np.float64, len(numbers))
+    except ValueError:
+        return None
+    return (images, numbers) if None not in images and np.isfinite(numbers).all() else None
+
+
+def _parse_lines(path: Path, text: str, position: dict[bytes, int]) -> tuple[list, list]:
+    """`_parse_plain` for every form that is allowed; UserError with the line for any other."""
+    images, numbers = [], []
+    for number, line in enumerate(text.splitlines(), 1):
         if not (fields := line.strip().rsplit(maxsplit=5)):  # an id may hold spaces
             continue
         try:
@@ -134,12 +167,11 @@ def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:
             raise UserError(
                 f'{path}:{number}: "{line.strip()}" is not of the form `id score x1 y1 x2 y2`'
             )
-        if image_id not in position:
+        if image_id.encode() not in position:
             raise UserError(f'{path}:{number}: image id "{image_id}" is not in the image set')
-        images.append(position[image_id])
-        numbers.append(values)
-    numbers = np.array(numbers, np.float64).reshape(-1, 5)
-    return ClassDetections(np.array(images, np.int64), numbers[:, 0], numbers[:, 1:] - 1)
+        images.append(position[image_id.encode()])
+        numbers += values
+    return images, numbers
 
 
 def average_precision(recall: np.ndarray, precision: np.ndarray, metric: str) -> float:
@@ -171,10 +203,16 @@ def evaluate_voc(
     detection, wrong for later ones, and neither if the object is difficult; else it is wrong.
     Every object counts, also one without area.
 
-    Returns {"iou", "voc07_11point" and "area": {"mean", "per_class": {class: AP}}, "ground_truths"
-    (not difficult) and "detections": {class: count}, "notes": lines, "curves": {class: {"scores",
-    "recall", "precision"} float64 [n]}}. A class without ground truth has AP 0 and counts in the
-    mean, as in the published 11-point code; a note says so.
+    As in COCO an object outside a size range counts neither way there, like a difficult one, and
+    so does a detection outside it that is wrong; areas are in pixel convention. Every size uses the
+    one assignment of detections to objects.
+
+    Returns {"iou", "voc07_11point" and "area": {"mean", "per_class": {class: AP}, "per_size":
+    {size: mean AP}, "per_class_per_size": {class: {size: AP}}}, "ground_truths" (not difficult) and
+    "detections": {class: count}, "notes": lines, "curves": {class: {area: {"scores", "recall",
+    "precision"} float64 [n]}}}, the areas being `data.curves.AREAS`. A class without ground truth
+    has AP 0 and counts in the mean, as in the published 11-point code; a note says so. A class
+    without ground truth of a size has -1 there and is left out of that size's mean.
     """
     counts = [len(annotation.names) for annotation in annotations]
     names = np.array([name for annotation in annotations for name in annotation.names], object)
@@ -182,80 +220,120 @@ def evaluate_voc(
     boxes = np.concatenate([np.empty((0, 4)), *(annotation.boxes for annotation in annotations)])
     difficult = np.concatenate([np.empty(0, bool), *(a.difficult for a in annotations)])
 
-    result: dict = {"iou": iou, **{metric: {"mean": 0.0, "per_class": {}} for metric in METRICS}}
+    keys = ("per_class", "per_size", "per_class_per_size")
+    result: dict = {"iou": iou, **{m: {"mean": 0.0} | {k: {} for k in keys} for m in METRICS}}
     result |= {"ground_truths": {}, "detections": {}, "notes": [], "curves": {}}
     for name in classes:
         found, of_class = detections[name], np.flatnonzero(names == name)
         # As published: equal scores stand in the order of NumPy's default sort, which is not stable
         # and depends on the processor. Scores rounded to 3 digits feel it in the third digit of AP.
         order = np.argsort(-found.scores)
-        correct, wrong = _match(
-            found.images[order],
-            found.boxes[order],
-            images[of_class],
-            boxes[of_class],
-            difficult[of_class],
-            iou,
-        )
-        total = int((~difficult[of_class]).sum())
-        hits, misses = correct.cumsum(), wrong.cumsum()
-        recall = hits / max(total, 1)
-        precision = hits / np.maximum(hits + misses, 1)
-        for metric in METRICS:
-            result[metric]["per_class"][name] = average_precision(recall, precision, metric)
-        result["ground_truths"][name], result["detections"][name] = total, len(order)
-        result["curves"][name] = {
-            "scores": found.scores[order],
-            "recall": recall,
-            "precision": precision,
-        }
-        if not total:
+        scores, det_boxes, objects = found.scores[order], found.boxes[order], boxes[of_class]
+        counted = ~difficult[of_class]
+        starts = np.searchsorted(images[of_class], np.arange(len(annotations) + 1))
+        matched, first = _match(found.images[order], det_boxes, starts, objects, counted, iou)
+        result["ground_truths"][name], result["detections"][name] = int(counted.sum()), len(order)
+        result["curves"][name] = {}
+        det_sizes, object_sizes = _area(det_boxes), _area(objects)
+        for area in AREAS:
+            valid, correct, wrong = counted, first, ~first
+            if area in SIZE_RANGES:
+                low, high = SIZE_RANGES[area]
+                valid = counted & (low <= object_sizes) & (object_sizes <= high)
+                wrong = wrong & (low <= det_sizes) & (det_sizes <= high)
+            on_valid = np.append(valid, False)[matched]  # -1, no object, is the last
+            correct = correct & on_valid
+            wrong = wrong & (on_valid | (matched < 0))
+            total, hits, misses = int(valid.sum()), correct.cumsum(), wrong.cumsum()
+            recall = hits / max(total, 1)
+            precision = hits / np.maximum(hits + misses, 1)
+            result["curves"][name][area] = {
+                "scores": scores,
+                "recall": recall,
+                "precision": precision,
+            }
+            for metric in METRICS:
+                value = average_precision(recall, precision, metric)
+                if area == "all":
+                    result[metric]["per_class"][name] = value
+                    result[metric]["per_class_per_size"][name] = {}
+                else:
+                    result[metric]["per_class_per_size"][name][area] = value if total else -1.0
+        if not result["ground_truths"][name]:
             result["notes"].append(
                 f"0 ground truths for class {name}: its AP is set to 0 and counts in the mean"
             )
         elif not len(order):
             result["notes"].append(f"0 detections for class {name}: its AP is 0")
     for metric in METRICS:
-        result[metric]["mean"] = float(np.mean(list(result[metric]["per_class"].values())))
+        values = result[metric]
+        values["mean"] = float(np.mean(list(values["per_class"].values())))
+        for size in SIZES:
+            known = [ap[size] for ap in values["per_class_per_size"].values() if ap[size] > -1]
+            values["per_size"][size] = float(np.mean(known)) if known else -1.0
     return result
 
 
 def _match(
     det_images: np.ndarray,
     det_boxes: np.ndarray,
-    images: np.ndarray,
+    starts: np.ndarray,
     boxes: np.ndarray,
-    difficult: np.ndarray,
+    counted: np.ndarray,
     threshold: float,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(correct, wrong), bool [n] each, of detections in order of score; `images` is ascending."""
-    first = np.searchsorted(images, det_images, "left")
-    count = np.searchsorted(images, det_images, "right") - first
+    """The object of each detection, in order of score; image i has boxes[starts[i]:starts[i + 1]].
+
+    Returns int64 [n], -1 for no object, and bool [n], where it is the first of a counted object.
+    """
+    start, count = starts[det_images], np.diff(starts)[det_images]
     # every detection beside every object of its image: `det` and `obj` are the two ends of a pair
     det = np.repeat(np.arange(len(det_images)), count)
-    start = np.repeat(count.cumsum() - count, count)
-    obj = np.arange(len(det)) - start + np.repeat(first, count)
+    obj = np.arange(len(det)) + np.repeat(start - (count.cumsum() - count), count)
     overlap = _iou(det_boxes[det], boxes[obj])
 
     # for each detection the pair of the largest overlap, the earlier object if two are equal
     pairs = np.lexsort((-overlap, det))  # stable
     pairs = pairs[np.unique(det[pairs], return_index=True)[1]]
     pairs = pairs[overlap[pairs] > threshold]
-    hard = difficult[obj[pairs]]
-    wrong = np.ones(len(det_images), bool)
-    wrong[det[pairs[hard]]] = False
-    pairs = pairs[~hard]
-    pairs = pairs[np.unique(obj[pairs], return_index=True)[1]]  # an object's first detection
-    correct = np.zeros(len(det_images), bool)
-    correct[det[pairs]] = True
-    return correct, wrong & ~correct
+    matched = np.full(len(det_images), -1)
+    matched[det[pairs]] = obj[pairs]
+    pairs = pairs[counted[obj[pairs]]]
+    first = np.zeros(len(det_images), bool)
+    first[det[pairs[np.unique(obj[pairs], return_index=True)[1]]]] = True
+    return matched, first
+
+
+def write_voc_curves(path: str | Path, result: dict) -> None:
+    """Keep the curves of `evaluate_voc` for plots, see `data.curves`.
+
+    Of all points only those of correct detections: the rest of a curve falls straight below them,
+    and both average precisions follow from these.
+    """
+    rises = [
+        {key: column[np.diff(curve["recall"], prepend=0) > 0] for key, column in curve.items()}
+        for areas in result["curves"].values()
+        for curve in areas.values()
+    ]
+    write_curves(
+        path,
+        list(result["curves"]),
+        [result["iou"]],
+        counts=np.reshape([len(curve["recall"]) for curve in rises], (1, -1, len(AREAS))),
+        **{key: np.concatenate([curve[key] for curve in rises]) for key in rises[0]},
+    )
+
+
+def _area(boxes: np.ndarray) -> np.ndarray:
+    """Area [n] of boxes [n, 4] in pixel convention (width x2 - x1 + 1)."""
+    return (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
 
 
 def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """IoU [n] of the boxes a[k] and b[k], [n, 4] each, in pixel convention (width x2 - x1 + 1)."""
+    """IoU [n] of the boxes a[k] and b[k], [n, 4] each, in pixel convention."""
     sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + 1
     intersection = sides.clip(0).prod(1)
-    union = (a[:, 2:] - a[:, :2] + 1).prod(1) + (b[:, 2:] - b[:, :2] + 1).prod(1) - intersection
+    union = _area(a) + _area(b) - intersection
     # swapped corners can make the union 0 or negative, never the intersection positive
     return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
 

@@ -2,12 +2,15 @@
 
 import json
 import zipfile
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 
 from data.coco import COCODetection, clip_boxes, read_annotations
+from data.coco_eval import evaluate_coco
+from data.curves import load_curves
 from utils.errors import UserError
 
 WIDTH, HEIGHT = 60, 40
@@ -230,6 +233,47 @@ def test_ground_truth_as_detections_scores_one_and_is_written_back_unchanged(tmp
         "COCO AP", "0.50:0.95", "2017_val")  # fmt: skip
 
 
+@pytest.mark.parametrize("backend", ["pycocotools", "hotcoco", "faster-coco-eval"])
+def test_report_says_what_scoring_the_written_file_says(tmp_path, backend):
+    pytest.importorskip(backend.replace("-", "_"))
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 20, (8, 2)).tolist()
+    boxes = [
+        annotation(k, (9, 42)[k % 2], [*corner, 20, 15], (3, 7)[k % 3 // 2])
+        for k, corner in enumerate(corners, 1)
+    ]
+    dataset = read(val2017(tmp_path, boxes))
+    detections = perfect(dataset)
+    for found in detections:
+        found["boxes"] += rng.normal(0, 2, found["boxes"].shape).astype(np.float32)
+        found["scores"] = rng.random(len(found["boxes"]), np.float32)
+    report = dataset.evaluate(detections, tmp_path / "out", backend=backend)
+    written = np.array([r["bbox"] for r in json.loads(Path(report["results"]).read_text())])
+    assert np.array_equal(written, written.round(4)) and written.shape == (8, 4)
+    truth = tmp_path / "annotations" / "instances_val2017.json"
+    scored = evaluate_coco(report["results"], truth, backend, tmp_path / "again.npz")
+    assert 0 < report["value"] < 1 and report["value"] == scored["stats"][0]
+    assert report["stats"] == scored["stats"] and report["per_class"] == scored["per_category"]
+    assert report["per_size"] == scored["per_size"]
+    assert report["per_class_per_size"] == scored["per_category_per_size"]
+    assert report["backend"] == scored["backend"] and report["backend"].startswith(f"{backend} ")
+    assert report["curves"] == "curves.npz"
+    kept, again = (load_curves(tmp_path / name) for name in ("out/curves.npz", "again.npz"))
+    assert kept.classes == dataset.classes
+    assert all(np.array_equal(kept.arrays[key], again.arrays[key]) for key in again.arrays)
+    json.dumps(report)
+
+
+@pytest.mark.parametrize("change", [{"labels": [4]}, {"labels": [0]}, {"scores": [np.nan]},
+                                    {"boxes": [[0, 0, np.inf, 1]]}])  # fmt: skip
+def test_wrong_detections_are_not_written(tmp_path, change):
+    dataset = read(val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)], ids=(42,)))
+    found = {"boxes": [[0, 0, 1, 1]], "scores": [0.5], "labels": [1]} | change
+    with pytest.raises(ValueError, match="image 42: detection with label . of 3, score .*, box "):
+        dataset.evaluate([found], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_no_detections_score_zero(tmp_path):
     dataset = read(val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)]))
     nothing = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
@@ -253,6 +297,7 @@ def test_test_set_is_written_for_the_server_and_not_scored(tmp_path):
     ]
     assert report["value"] is None and report["per_class"] == {}
     assert "no ground truth" in report["notes"][0]
+    assert "curves" not in report and not (tmp_path / "out" / "curves.npz").exists()
     assert report["archive"] == str(path.with_suffix(".zip"))
     with zipfile.ZipFile(report["archive"]) as archive:
         assert archive.namelist() == [path.name]

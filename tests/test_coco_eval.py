@@ -1,12 +1,14 @@
 """COCO scores: the published numbers on real detections, and hand-computed small cases."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from data.coco_eval import evaluate_coco, main, notes
+from data.coco_eval import BACKENDS, COCOResults, evaluate_coco, main, notes
+from data.curves import SIZES, load_curves
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -47,11 +49,15 @@ def test_twelve_numbers_of_real_detections(golden):
     assert evaluate_coco(json.loads(results.read_text()), truth) == report
 
 
-def test_ap_per_category_is_that_of_the_category_alone(golden):
+def test_ap_per_category_and_size_is_that_of_the_category_alone(golden):
     truth, results, _ = golden
-    report = evaluate_coco(results, truth)["per_category"]
+    whole = evaluate_coco(results, truth)
+    report, sizes = whole["per_category"], whole["per_category_per_size"]
     assert len(report) == 80
     known = [ap for ap in report.values() if ap > -1]
+    for n, size in enumerate(SIZES, 3):
+        mean = np.mean([ap[size] for ap in sizes.values() if ap[size] > -1])
+        assert whole["per_size"][size] == whole["stats"][n] == pytest.approx(mean, abs=1e-12)
     assert np.mean(known) == pytest.approx(evaluate_coco(results, truth)["stats"][0], abs=1e-12)
     document = json.loads(truth.read_text())
     for id in (1, 62):
@@ -63,8 +69,9 @@ def test_ap_per_category_is_that_of_the_category_alone(golden):
         path = truth.with_name(f"only_{id}.json")
         path.write_text(json.dumps(alone))
         chosen = [r for r in json.loads(results.read_text()) if r["category_id"] == id]
-        alone = evaluate_coco(chosen, path)["stats"][0]
-        assert report[f"category {id}"] == pytest.approx(alone, abs=1e-12)
+        alone = evaluate_coco(chosen, path)["stats"]
+        assert report[f"category {id}"] == pytest.approx(alone[0], abs=1e-12)
+        assert list(sizes[f"category {id}"].values()) == pytest.approx(alone[3:6], abs=1e-12)
 
 
 def test_real_ground_truth_as_detections_scores_one(golden):
@@ -77,12 +84,171 @@ def test_real_ground_truth_as_detections_scores_one(golden):
     assert sum(ap == -1 for ap in report["per_category"].values()) == 2
 
 
-def test_nothing_is_printed_and_the_given_list_is_left_alone(golden, capsys):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_is_printed_and_the_given_list_is_left_alone(golden, capfd, backend):
+    require(backend)
     truth, results, _ = golden
     records = json.loads(results.read_text())
-    evaluate_coco(records, truth)
+    evaluate_coco(records, truth, backend)
     assert records == json.loads(results.read_text())
-    assert capsys.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")
+
+
+def test_curves_give_the_ap(golden, tmp_path):
+    truth, results, _ = golden
+    report = evaluate_coco(results, truth, curves=tmp_path / "new" / "curves.npz")
+    curves = load_curves(tmp_path / "new" / "curves.npz")
+    assert curves.classes == tuple(report["per_category"])
+    assert curves.ious == pytest.approx(np.arange(0.5, 1, 0.05))
+    assert curves.arrays["recall"] == pytest.approx(np.linspace(0, 1, 101))
+    for name, sizes in report["per_category_per_size"].items():
+        for area, ap in ({"all": report["per_category"][name]} | sizes).items():
+            found = [curves.curve(name, area, iou) for iou in curves.ious]
+            if ap == -1:
+                assert not any(len(c[key]) for c in found for key in c)
+                continue
+            assert np.mean([c["precision"] for c in found]) == pytest.approx(ap)
+            for c in found:
+                assert len(c["recall"]) == len(c["scores"]) == 101
+                assert (np.diff(c["precision"]) <= 0).all() and (np.diff(c["scores"]) <= 0).all()
+
+
+# ---- the fast backends against pycocotools
+
+
+def require(backend):
+    pytest.importorskip(backend.replace("-", "_"))
+
+
+def assert_equal_to_reference(results, truth, backend, folder):
+    """All numbers and arrays of a backend beside pycocotools'; returns the reference's report."""
+    files = [folder / f"{name}.npz" for name in ("reference", "curves")]
+    expected = evaluate_coco(results, truth, BACKENDS[0], files[0])
+    report = evaluate_coco(results, truth, backend, files[1])
+    theirs, ours = map(load_curves, files)
+    assert np.array_equal(ours.ious, theirs.ious)
+    theirs, ours = theirs.arrays, ours.arrays
+    assert np.array_equal(ours["scores"], theirs["scores"])
+    assert np.array_equal(ours["recall"], theirs["recall"])
+    different = ours["precision"] != theirs["precision"]
+    if backend == "hotcoco":
+        assert not different.any()
+        assert report | {"backend": 0} == expected | {"backend": 0}
+    else:  # 1 for 1 / (1 + 2**-52)
+        assert (ours["precision"][different] == 1).all()
+        assert (theirs["precision"][different] == 1 - 2.0**-52).all()
+        assert report["stats"][6:] == expected["stats"][6:]
+        assert report["stats"] == pytest.approx(expected["stats"], rel=0, abs=1e-15)
+        for key in ("per_category", "per_size"):
+            assert report[key] == pytest.approx(expected[key], rel=0, abs=1e-15)
+        for name, ap in report["per_category_per_size"].items():
+            assert ap == pytest.approx(expected["per_category_per_size"][name], rel=0, abs=1e-15)
+    return expected
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_backend_equals_the_reference_on_real_detections(golden, tmp_path, backend):
+    require(backend)
+    truth, results, expected = golden
+    report = assert_equal_to_reference(results, truth, backend, tmp_path)
+    np.testing.assert_allclose(report["stats"], expected, rtol=0, atol=1e-12)
+
+
+def random_set(rng, path):
+    """A set with what makes backends differ; writes its annotation file and returns detections.
+
+    Equal scores and overlaps, crowds, equal annotation ids and id 0, ids over 2**53, boxes without
+    area and on the limits of the sizes, categories without objects or detections, more than 100
+    detections of a category in a picture, sets of one picture, without objects, without detections.
+    """
+    count, classes = int(rng.choice([1, 2, 5, 20])), int(rng.choice([1, 3, 8]))
+    ids = np.sort(rng.choice(rng.choice([50, 2**60]), count, replace=False))
+    categories = np.sort(rng.choice(90, classes, replace=False))
+    objects = int(rng.choice([0, 1, count, 6 * count]))
+    grid = rng.choice([0.01, 1, 7])
+
+    def rounded(values):
+        return np.round(values / grid) * grid
+
+    def random_boxes(n):
+        sides = np.exp(rng.uniform(0, 5.2, (n, 2)))
+        return rounded(np.hstack([rng.random((n, 2)) * 100, sides]))
+
+    boxes = random_boxes(objects)
+    if rng.random() < 0.2:
+        boxes[:, 2:] = rng.choice([32, 96], (objects, 2))
+    image = rng.integers(0, count, objects)
+    label = rng.integers(0, max(1, classes - rng.integers(0, 2)), objects)
+    areas = boxes[:, 2:].prod(1) * rng.choice([0.5, 1])
+    equal_ids = rng.random() < 0.5
+    document = {
+        "images": [{"id": id, "width": 640, "height": 480} for id in ids.tolist()],
+        "categories": [{"id": id, "name": f"category {id}"} for id in categories.tolist()],
+        "annotations": [
+            {
+                "id": 0 if equal_ids else n,
+                "image_id": int(ids[image[n]]),
+                "category_id": int(categories[label[n]]),
+                "bbox": boxes[n].tolist(),
+                "area": areas[n],
+                "iscrowd": int(rng.random() < 0.15),
+            }
+            for n in range(objects)
+        ],
+    }
+    path.write_text(json.dumps(document))
+
+    total = int(rng.choice([0, 1, 5 * count, (250 if count < 20 else 30) * count]))
+    found = random_boxes(total)
+    found_image, found_label = rng.integers(0, count, total), rng.integers(0, classes, total)
+    if objects:
+        source, near = rng.integers(0, objects, total), rng.random(total) < 0.7
+        moves = rng.normal(0, rng.choice([0, 0.1]), (total, 4)) * np.tile(boxes[source, 2:], 2)
+        found[near] = (boxes[source] + rounded(moves))[near]
+        found[:, 2:] = found[:, 2:].clip(0)
+        found_image[near] = image[source[near]]
+        same = near & (rng.random(total) < 0.8)
+        found_label[same] = label[source[same]]
+    levels = rng.choice([2, 10, 1000])
+    scores = rng.random(total) if rng.random() < 0.4 else rng.integers(0, levels, total) / levels
+    return COCOResults(ids[found_image], categories[found_label], found, scores)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_backend_equals_the_reference_on_random_sets(tmp_path, backend):
+    require(backend)
+    values = set()
+    for seed in range(120):
+        results = random_set(np.random.default_rng(seed), tmp_path / "truth.json")
+        report = assert_equal_to_reference(results, tmp_path / "truth.json", backend, tmp_path)
+        values.update(report["stats"])
+    assert {-1, 0} < values and len(values) > 200  # the sets are neither all empty nor alike
+
+
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_backend_uses_the_hundred_best_of_a_category_in_the_order_given(small, tmp_path, backend):
+    require(backend)
+    # 100 wrong ones and a right one of the same score: it is the 101st or the first.
+    wrong, right = [result([200, 200, 9, 9])] * 100, [result([0, 0, 40, 40])]
+    last = assert_equal_to_reference(wrong + right, small, backend, tmp_path)
+    first = assert_equal_to_reference(right + wrong, small, backend, tmp_path)
+    assert last["stats"][0] == 0 and first["stats"][0] == pytest.approx(51 / 101)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backend_that_is_not_installed_is_named(small, monkeypatch, capsys, tmp_path, backend):
+    for module in ("hotcoco", "faster_coco_eval", "pycocotools.coco"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UserError, match=rf"{backend} .*\(pip install {backend}\)"):
+        evaluate_coco([], small, backend)
+    (tmp_path / "empty.json").write_text("[]")
+    assert main([str(tmp_path / "empty.json"), str(small), "--eval-backend", backend]) == 2
+    assert f"pip install {backend}" in capsys.readouterr().err
+
+
+def test_backend_of_no_name_is_refused(small):
+    with pytest.raises(ValueError, match="'fastest' is not one of pycocotools, hotcoco, faster"):
+        evaluate_coco([], small, "fastest")
 
 
 @pytest.fixture
@@ -121,23 +287,29 @@ def test_overlap_decides_at_which_iou_a_detection_counts(small):
     assert report["stats"][:3] == pytest.approx([0.6, 1, 1])
 
 
-def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, tmp_path):
-    report = evaluate_coco([], small)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, tmp_path, backend):
+    require(backend)
+    report = evaluate_coco([], small, backend)
     assert report["stats"] == [0, 0, 0, -1, 0, -1, 0, 0, 0, -1, 0, -1]
     assert report["per_category"] == {"dog": 0, "cat": -1, "oar": -1}
+    assert report["per_size"] == {"small": -1, "medium": 0, "large": -1}
+    assert report["per_category_per_size"]["cat"] == dict.fromkeys(SIZES, -1)
     assert notes(report) == [
         "no detection overlaps an object of its class by IoU 0.50 or more",
         "no ground truth (-1) for 2 classes: cat, oar",
     ]
     (tmp_path / "empty.json").write_text("[]")
-    assert evaluate_coco(tmp_path / "empty.json", small) == report
+    assert evaluate_coco(tmp_path / "empty.json", small, backend) == report
 
 
-def test_annotations_without_boxes_score_minus_one(small):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_annotations_without_boxes_score_minus_one(small, backend):
+    require(backend)
     document = json.loads(small.read_text()) | {"annotations": []}
     small.write_text(json.dumps(document))
     for results in ([], [result([0, 0, 40, 40])]):
-        assert set(evaluate_coco(results, small)["stats"]) == {-1}
+        assert set(evaluate_coco(results, small, backend)["stats"]) == {-1}
 
 
 @pytest.mark.parametrize(
@@ -192,7 +364,8 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
     assert main([str(results), str(truth), "--json", str(tmp_path / "out.json")]) == 0
     table = capsys.readouterr().out.splitlines()
     report = json.loads((tmp_path / "out.json").read_text())
-    assert report == evaluate_coco(results, truth) and list(report) == ["stats", "per_category"]
+    assert report == evaluate_coco(results, truth)
+    assert list(report)[:2] == ["stats", "per_category"]
     assert table[12:] == notes(report) and len(table) == 13
 
     reference = COCO(str(truth))
@@ -206,10 +379,25 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
     assert [float(line[-6:]) for line in table[:12]] == pytest.approx(expected, abs=5e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS[1:])
+def test_command_line_takes_a_backend(golden, tmp_path, capsys, backend):
+    require(backend)
+    truth, results, _ = golden
+    tables = []
+    for name in (BACKENDS[0], backend):
+        out = tmp_path / f"{name}.json"
+        args = [str(results), str(truth), "--eval-backend", name, "--json", str(out)]
+        assert main(args) == 0
+        tables.append(capsys.readouterr().out)
+        assert json.loads(out.read_text())["backend"].startswith(f"{name} ")
+    assert tables[0] == tables[1]
+
+
 def test_command_line_refuses_a_bad_call(small, tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        main([str(small)])
-    assert error.value.code == 2
+    for args in ([str(small)], [str(small), str(small), "--eval-backend", "fastest"]):
+        with pytest.raises(SystemExit) as error:
+            main(args)
+        assert error.value.code == 2
     (tmp_path / "empty.json").write_text("[]")
     for target in (tmp_path / "empty.json" / "out.json", tmp_path):
         assert main(["no results", str(small), "--json", str(target)]) == 2

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from conftest import VOC_IMAGE_SIZE, with_exif, write_annotation
 
+from data.curves import load_curves
 from data.voc0712 import VOC_CLASSES, VOCDetection, list_image_sets, parse_classes, read_annotation
 from utils.errors import UserError
 
@@ -567,8 +568,14 @@ def test_perfect_detections_score_1_and_a_class_without_objects_is_named(voc_fol
     (note,) = result["notes"]
     assert note.startswith("0 ground truths for class platelet")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        f"comp4_det_test_{name}.txt" for name in data.classes
+        *(f"comp4_det_test_{name}.txt" for name in data.classes),
+        "curves.npz",
     ]
+    assert result["curves"] == "curves.npz"
+    assert load_curves(tmp_path / "out/curves.npz").curve("rod")["recall"].tolist() == [0.5, 1]
+    for key in ("per_size", "per_class_per_size"):
+        assert result[key] == result["area"][key]
+    assert result["per_class_per_size"]["platelet"] == {"small": -1, "medium": -1, "large": -1}
 
 
 def test_result_can_be_written_as_json(voc_folder, tmp_path):

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.curves import load_curves
 from data.voc0712 import Annotation, VOCDetection
 from data.voc_eval import (
     METRICS,
@@ -15,6 +16,7 @@ from data.voc_eval import (
     main,
     read_comp4,
     write_comp4,
+    write_voc_curves,
 )
 from utils.errors import UserError
 
@@ -61,9 +63,15 @@ def test_ap_of_every_class_equals_the_published_codes(name):
 
 # ---- against a slow literal reference
 
+LIMITS = {"small": (0, 1024), "medium": (1024, 9216), "large": (9216, 1e10)}
 
-def slow_average_precisions(detections, annotations, name):
-    """One class by the definitions, object by object."""
+
+def box_area(box):
+    return (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
+
+
+def slow_average_precisions(detections, annotations, name, low=-np.inf, high=np.inf):
+    """One class and area range by the definitions, object by object; -1 without ground truth."""
     taken = set()
     hits, misses = [], []
     for k in np.argsort(-detections.scores):
@@ -77,26 +85,32 @@ def slow_average_precisions(detections, annotations, name):
             width = min(box[2], other[2]) - max(box[0], other[0]) + 1
             height = min(box[3], other[3]) - max(box[1], other[1]) + 1
             inter = max(width, 0) * max(height, 0)
-            area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
-            area += (other[2] - other[0] + 1) * (other[3] - other[1] + 1) - inter
-            if inter / area > best:
-                best, best_object = inter / area, index
+            union = box_area(box) + box_area(other) - inter
+            if inter / union > best:
+                best, best_object = inter / union, index
         hit = miss = 0
         if best <= 0.5:
-            miss = 1
-        elif not annotations[image].difficult[best_object]:
+            miss = low <= box_area(box) <= high
+        elif (
+            not annotations[image].difficult[best_object]
+            and low <= box_area(annotations[image].boxes[best_object]) <= high
+        ):
             hit = (image, best_object) not in taken
-            miss = not hit
+            miss = not hit and low <= box_area(box) <= high
             taken.add((image, best_object))
         hits.append(int(hit))
         misses.append(int(miss))
     total = sum(
-        n == name and not d for a in annotations for n, d in zip(a.names, a.difficult, strict=True)
+        n == name and not d and low <= box_area(box) <= high
+        for a in annotations
+        for n, d, box in zip(a.names, a.difficult, a.boxes, strict=True)
     )
     points = []
     for n in range(1, len(hits) + 1):
         hit, miss = sum(hits[:n]), sum(misses[:n])
         points.append((hit / total if total else 0, hit / (hit + miss) if hit + miss else 0))
+    if not total and high < np.inf:
+        return -1, -1
     eleven = 0.0
     for t in np.arange(0.0, 1.1, 0.1):
         eleven += max([p for r, p in points if r >= t], default=0) / 11
@@ -108,14 +122,16 @@ def slow_average_precisions(detections, annotations, name):
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_ap_equals_a_slow_reference(seed):
+def test_ap_equals_a_slow_reference(seed, tmp_path):
     rng = np.random.default_rng(seed)
     classes, grid = ("a", "b", "c"), 4 if seed % 2 else 1  # a coarse grid gives equal overlaps
     annotations, rows = [], {name: [] for name in classes}
     for image in range(rng.integers(1, 12)):
         count = rng.integers(0, 6)
         corners = rng.integers(0, 60 // grid, (count, 2)) * grid
-        boxes = np.hstack([corners, corners + rng.integers(1, 40 // grid, (count, 2)) * grid])
+        sides = rng.choice([40, 120]) // grid
+        boxes = np.hstack([corners, corners + rng.integers(1, sides, (count, 2)) * grid])
+        boxes[: rng.integers(0, 2), 2:] = corners[:1] + rng.choice([31, 95])  # a size's limit
         names = rng.choice(classes[:2], count)  # c has no ground truth
         annotations.append(annotation(names, boxes, rng.random(count) < 0.25))
         for name, box in zip(names, boxes, strict=True):
@@ -131,6 +147,29 @@ def test_ap_equals_a_slow_reference(seed):
         expected = slow_average_precisions(detections[name], annotations, name)
         got = [result[metric]["per_class"][name] for metric in METRICS]
         assert got == pytest.approx(expected, abs=1e-12)
+        for size, limits in LIMITS.items():
+            expected = slow_average_precisions(detections[name], annotations, name, *limits)
+            got = [result[metric]["per_class_per_size"][name][size] for metric in METRICS]
+            assert got == pytest.approx(expected, abs=1e-12)
+    for metric in METRICS:
+        for size in LIMITS:
+            known = [ap[size] for ap in result[metric]["per_class_per_size"].values()]
+            known = [ap for ap in known if ap != -1]
+            assert result[metric]["per_size"][size] == (np.mean(known) if known else -1)
+
+    # the curves kept are enough for either metric
+    write_voc_curves(tmp_path / "curves.npz", result)
+    curves = load_curves(tmp_path / "curves.npz")
+    assert curves.classes == classes and curves.areas == ("all", *LIMITS)
+    for metric in METRICS:
+        for name in classes:
+            sizes = result[metric]["per_class_per_size"][name]
+            for of_size, ap in ({"all": result[metric]["per_class"][name]} | sizes).items():
+                curve = curves.curve(name, of_size)
+                assert (np.diff(curve["recall"]) > 0).all()
+                assert (np.diff(curve["scores"]) <= 0).all()
+                got = average_precision(curve["recall"], curve["precision"], metric)
+                assert got == pytest.approx(max(ap, 0), abs=1e-12)
 
 
 # ---- single rules, by hand
@@ -151,14 +190,14 @@ HALF = (0, 0, 9, 9), (0, 0, 9, 19)  # IoU exactly 0.5 in pixel convention
 )
 def test_rule_by_hand(rows, difficult, recall, precision):
     annotations = [annotation(["a"], [HALF[1]], [difficult]), annotation(["b"], [HALF[1]], [False])]
-    curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]
+    curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]["all"]
     assert curve["recall"].tolist() == recall and curve["precision"].tolist() == precision
 
 
 def test_detection_goes_to_the_object_of_largest_overlap_though_it_is_taken():
     annotations = [annotation(["a", "a"], [(0, 0, 9, 9), (0, 0, 9, 11)], [False, False])]
     rows = (0, 0.9, 0, 0, 9, 9), (0, 0.8, 0, 0, 9, 9)
-    curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]
+    curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]["all"]
     assert curve["recall"].tolist() == [0.5, 0.5]
 
 
@@ -166,6 +205,22 @@ def test_object_without_area_counts_and_is_one_pixel_wide():
     annotations = [annotation(["a", "a"], [(5, 5, 5, 5), (9, 9, 2, 2)], [False, False])]
     result = evaluate_voc({"a": one_class((0, 0.9, 5, 5, 5, 5))}, annotations, ["a"])
     assert result["ground_truths"] == {"a": 2} and result["area"]["per_class"]["a"] == 0.5
+
+
+def test_objects_and_wrong_detections_of_another_size_count_neither_way():
+    large, small = (0, 0, 99, 99), (200, 200, 209, 209)
+    annotations = [annotation(["a", "a"], [large, small], [False, False])]
+    rows = [
+        (0, 0.9, 300, 300, 309, 309),  # wrong, small
+        (0, 0.8, *large),
+        (0, 0.7, *large),  # wrong, large: the object is taken
+        (0, 0.6, *small),
+    ]
+    result = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])
+    assert result["area"]["per_size"] == {"small": 0.5, "medium": -1, "large": 1}
+    large, small = (result["curves"]["a"][size] for size in ("large", "small"))
+    assert large["precision"].tolist() == [0, 1, 0.5, 0.5]
+    assert small["precision"].tolist() == [0, 0, 0, 0.5]
 
 
 def test_eleven_points_and_area_by_hand():
@@ -187,7 +242,9 @@ def test_class_without_detections_and_class_without_ground_truth_are_noted():
         "0 ground truths for class c",
     ]
     for metric in METRICS:
-        assert result[metric] == {"mean": 0, "per_class": {"a": 0, "b": 0, "c": 0}}
+        assert result[metric]["mean"] == 0
+        assert result[metric]["per_class"] == {"a": 0, "b": 0, "c": 0}
+        assert result[metric]["per_size"] == {"small": 0, "medium": -1, "large": -1}
 
 
 # ---- comp4 files
@@ -258,11 +315,48 @@ def test_wrong_detections_are_not_written(tmp_path, change, message):
         write_comp4(tmp_path, "test", ["cat"], ["x"], [found])
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x 0.5 1 2 3 4\nä 1e-3 -1 2.5 +3 4\n",
+        "x 0.5 1 2 3 4\r\nä 1e-3 -1 2.5 +3 4\r\n",
+        "\ufeffx 0.5 1 2 3 4\nä 1e-3 -1 2.5 +3 4",
+        "\n x  0.5\t1 2 3 4 \n\n\nä 1e-3 -1 2.5 +3 4\n \n",
+    ],
+)
+def test_line_ends_and_spaces_make_no_difference(tmp_path, text):
+    (tmp_path / "comp4_det_test_cat.txt").write_bytes(text.encode())
+    read, _ = read_comp4(tmp_path, "test", ["cat"], ["ä", "x"])
+    assert read["cat"].images.tolist() == [1, 0] and read["cat"].scores.tolist() == [0.5, 1e-3]
+    assert read["cat"].boxes.tolist() == [[0, 1, 2, 3], [-2, 1.5, 2, 3]]
+
+
+def test_numbers_are_read_to_the_last_bit(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.random((2000, 5)) * 10.0 ** rng.integers(-30, 30, (2000, 5))
+    lines = ["x " + " ".join(map(repr, row)) + "\n" for row in values.tolist()]
+    path = tmp_path / "comp4_det_test_cat.txt"
+    for first in ("", "\n"):  # all lines at once, and one by one
+        path.write_text(first + "".join(lines))
+        read = read_comp4(tmp_path, "test", ["cat"], ["x"])[0]["cat"]
+        assert np.array_equal(read.scores, values[:, 0])
+        assert np.array_equal(read.boxes, values[:, 1:] - 1)
+
+
+def test_lines_are_told_apart_though_ids_are_numbers(tmp_path):
+    # Of 7 and of 5 fields, they make two lines of 6.
+    (tmp_path / "comp4_det_test_cat.txt").write_text("1 2 3 4 5 6 2\n0.5 1 2 3 4\n")
+    with pytest.raises(UserError, match=r'_cat\.txt:1: image id "1 2" is not in the image set'):
+        read_comp4(tmp_path, "test", ["cat"], ["1", "2"])
+
+
 @pytest.mark.parametrize("line", ["x 0.5 1 2 3", "x high 1 2 3 4", "x nan 1 2 3 4", "x"])
 def test_malformed_line_is_refused_by_file_and_line(tmp_path, line):
-    (tmp_path / "comp4_det_test_cat.txt").write_text(f"x 0.5 1 2 3 4\n\n{line}\n")
-    with pytest.raises(UserError, match=re.escape(f'comp4_det_test_cat.txt:3: "{line}" is not of')):
-        read_comp4(tmp_path, "test", ["cat"], ["x"])
+    for number, gap in ((2, "\n"), (3, "\n\n")):
+        (tmp_path / "comp4_det_test_cat.txt").write_text(f"x 0.5 1 2 3 4{gap}{line}\n")
+        message = re.escape(f'comp4_det_test_cat.txt:{number}: "{line}" is not of the form')
+        with pytest.raises(UserError, match=message):
+            read_comp4(tmp_path, "test", ["cat"], ["x"])
 
 
 def test_ids_with_spaces_and_folders_are_read_back(tmp_path):

@@ -1,0 +1,111 @@
+"""Precision-recall curves of an evaluation, kept in one file for plots: `curves.npz`.
+
+Arrays of every file: `classes` str [K]; `areas` str [A], "all", "small", "medium" and "large";
+`ious` float64 [T]. Behind them, all float64 but the counts,
+COCO, as pycocotools accumulates them, at 100 detections a picture:
+    `recall` [R]; `precision` and `scores` [T, R, K, A], -1 without ground truth
+VOC, a point for every correct detection, best score first:
+    `counts` int64 [T, K, A]; `recall`, `precision` and `scores` [counts.sum()], curve after curve
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from utils.errors import UserError
+from utils.files import atomic_write
+
+CURVES = "curves.npz"  # beside results.json
+SIZES = ("small", "medium", "large")
+AREAS = ("all", *SIZES)
+# COCO's limits, in square pixels; an object on a limit is in both ranges.
+SIZE_RANGES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e5**2)}
+
+
+# What reading an array file raises, besides OSError, when it is something else or cut off.
+MALFORMED = (
+    ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Curves by class, area range and IoU threshold; `arrays` as in the module's description."""
+
+    classes: tuple[str, ...]
+    areas: tuple[str, ...]
+    ious: np.ndarray
+    arrays: dict[str, np.ndarray]
+
+    def curve(self, name: str, area: str = "all", iou: float = 0.5) -> dict[str, np.ndarray]:
+        """{"recall", "precision", "scores"}, float64 [n] each, recall not falling.
+
+        VOC's has a point for every correct detection, the precision as it is. COCO's has one for
+        every recall threshold, none without ground truth; the precision is the best at that recall
+        or a higher one, and 0 like the score where that recall is not reached.
+
+        ValueError: a class, area or threshold that is not there.
+        """
+        near = np.flatnonzero(np.isclose(self.ious, iou, rtol=0, atol=1e-9))
+        if name not in self.classes or area not in self.areas or not len(near):
+            raise ValueError(
+                f"no curve of {name!r}, {area!r}, IoU {iou}; there are {', '.join(self.classes)},"
+                f" {', '.join(self.areas)}, IoU {', '.join(f'{t:g}' for t in self.ious)}"
+            )
+        t, k, a = near[0], self.classes.index(name), self.areas.index(area)
+        keys = ("recall", "precision", "scores")
+        if "counts" in self.arrays:
+            ends = self.arrays["counts"].ravel().cumsum()
+            n = np.ravel_multi_index((t, k, a), self.arrays["counts"].shape)
+            start = ends[n] - self.arrays["counts"][t, k, a]
+            return {key: self.arrays[key][start : ends[n]] for key in keys}
+        known = self.arrays["precision"][t, :, k, a] > -1
+        found = (self.arrays[key] for key in keys)
+        return {
+            key: (array if array.ndim == 1 else array[t, :, k, a])[known]
+            for key, array in zip(keys, found, strict=True)
+        }
+
+
+def write_curves(
+    path: str | Path, classes: Sequence[str], ious: Sequence[float], **arrays: np.ndarray
+) -> None:
+    """Write the arrays of `Curves`, each over all of `AREAS`."""
+    with atomic_write(path) as file:
+        np.savez_compressed(
+            file,
+            classes=np.array(classes, str),
+            areas=np.array(AREAS),
+            ious=np.array(ious, np.float64),
+            **arrays,
+        )
+
+
+def load_curves(path: str | Path) -> Curves:
+    """Read what `write_curves` wrote; UserError where the file is missing or is something else."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = dict(file)
+        classes, areas = (tuple(arrays.pop(key).tolist()) for key in ("classes", "areas"))
+        curves = Curves(classes, areas, arrays.pop("ious"), arrays)
+        shape = (len(curves.ious), len(classes), len(areas))
+        if "counts" in arrays:
+            fits = arrays["counts"].shape == shape
+            sizes = {arrays[key].shape for key in ("recall", "precision", "scores")}
+            fits = fits and sizes == {(arrays["counts"].sum(),)}
+        else:
+            dense = (shape[0], len(arrays["recall"]), *shape[1:])
+            fits = arrays["precision"].shape == arrays["scores"].shape == dense
+    except OSError as error:
+        raise UserError(f"{path}: the curves cannot be read ({error})") from error
+    except MALFORMED as error:
+        raise UserError(f"{path}: not a file of curves ({error})") from error
+    if not fits:
+        raise UserError(f"{path}: not a file of curves (its arrays do not belong together)")
+    return curves
