@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from data import build_dataset
+from data.coco_eval import BACKENDS, load_backend
 from data.config import (
     INPUT_MEAN,
     LR_MILESTONES,
@@ -36,6 +37,7 @@ from data.loading import EpochSampler, TestSet, TrainingSet, test_loader, traini
 from data.transforms import SSDAugmentation, TestTransform
 from data.voc0712 import VOC_CLASSES, parse_classes
 from layers import Detect, MultiBoxLoss, PriorBox
+from layers.detect import SUPPRESSION
 from models import BACKBONES, SIZES, build_net, identify
 from utils import nms
 from utils.checkpoint import load_base, load_checkpoint, load_weights, sha256_of
@@ -45,6 +47,7 @@ from utils.files import write_json
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
 from utils.options import (
     DEFAULTS,
+    DETECTION_OPTIONS,
     OF_ONE_CALL,
     check_gpus,
     choose_device,
@@ -178,11 +181,33 @@ def fingerprint(dataset) -> dict:
 # ---------------------------------------------------------------- evaluation
 
 
+def detection_options(given: dict, options: dict, threshold: float) -> dict:
+    """Arguments of ``Detect``: the published ones, but for what is ``given``."""
+    return {
+        "conf_thresh": given.get("score_threshold", threshold),
+        "nms_thresh": NMS_THRESHOLD,
+        "per_class": PER_CLASS,
+        "top_k": given.get("max_detections", RECIPES[options["dataset"]].top_k),
+        "nms": given.get("nms", "hard"),
+        "class_agnostic": given.get("class_agnostic", False),
+        "background_shortcut": given.get("background_shortcut", False),
+    }
+
+
+def scoring_options(given: dict, options: dict) -> dict:
+    """Arguments of a data set's ``evaluate``; UserError for a backend that cannot serve."""
+    if "eval_backend" not in given:
+        return {}
+    if options["dataset"] != "COCO":
+        raise UserError("--eval-backend computes COCO's numbers; leave it out with -d VOC")
+    load_backend(given["eval_backend"])  # what is not installed is told now, not after detection
+    return {"backend": given["eval_backend"]}
+
+
 def detect(
-    net: nn.Module, dataset, priors: torch.Tensor, options: dict, threshold: float, on_batch
+    net: nn.Module, dataset, priors: torch.Tensor, options: dict, limits: dict, on_batch
 ) -> list[dict[str, np.ndarray]]:
-    """Detections of all pictures of ``dataset``, with the published limits."""
-    limits = Detect(threshold, NMS_THRESHOLD, PER_CLASS, RECIPES[options["dataset"]].top_k)
+    """Detections of all pictures of ``dataset``, by ``Detect(**limits)``."""
     samples = TestSet(dataset, TestTransform(options["size"]))
     pin_memory = priors.device.type == "cuda"
     loader = test_loader(samples, options["batch_size"], options["num_workers"], pin_memory)
@@ -193,12 +218,19 @@ def detect(
         on_batch(images)
 
     try:
-        return detect_all(net, limits, priors, loader, INPUT_MEAN, options["amp"], advance)
+        return detect_all(
+            net, Detect(**limits), priors, loader, INPUT_MEAN, options["amp"], advance
+        )
+    except FloatingPointError as error:
+        raise UserError(
+            f"the network's output is not finite ({error}); its weights have diverged, or their "
+            "file is damaged"
+        ) from error
     finally:
         progress.close()
 
 
-def made_by(options: dict, threshold: float, checkpoint: dict) -> dict:
+def made_by(options: dict, limits: dict, checkpoint: dict, device: torch.device) -> dict:
     """All that decides what the detections of a call are; kept with them."""
     return {
         "checkpoint": checkpoint,
@@ -207,25 +239,28 @@ def made_by(options: dict, threshold: float, checkpoint: dict) -> dict:
         "sets": set_names(options["test_sets"]),
         "classes": options["classes"],
         "thresholds": {
-            "score": threshold,
-            "nms": NMS_THRESHOLD,
-            "per_class": PER_CLASS,
-            "per_image": RECIPES[options["dataset"]].top_k,
+            "score": limits["conf_thresh"],
+            "nms": limits["nms_thresh"],
+            "per_class": None if limits["class_agnostic"] else limits["per_class"],
+            "per_image": limits["top_k"],
+        },
+        "suppression": {
+            key: limits[key] for key in ("nms", "class_agnostic", "background_shortcut")
         },
         "amp": options["amp"],
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "numpy": np.__version__,
-            "nms": nms.backend(),
+            "nms": nms.backend(device.type),
         },
     }
 
 
-def score(dataset, detections: list[dict], origin: dict, directory: Path) -> dict:
+def score(dataset, detections: list[dict], origin: dict, directory: Path, scoring: dict) -> dict:
     """Write the official files, score them, and leave results.json; returns its content."""
     results = {
-        **dataset.evaluate(detections, directory),
+        **dataset.evaluate(detections, directory, **scoring),
         **origin,
         "images": len(dataset),
         "detection_count": sum(len(d["scores"]) for d in detections),
@@ -261,17 +296,19 @@ def test(given: dict) -> None:
     stored = {k: v for k, v in stored.items() if k not in ("amp", "ngpu", "num_workers")}
     options = resolve(given, stored)
     device = choose_device(given, options["amp"])
+    scoring = scoring_options(given, options)
     dataset = open_dataset(options, "test_sets", options.get("classes"))
     log_dataset(dataset, options, "test_sets")
     options["classes"] = list(dataset.classes)
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
     directory = test_folder(given, options, path)
     cache = directory / "detections.npz"
-    threshold = given.get("score_threshold", RECIPES[options["dataset"]].test_threshold)
-    origin = made_by(options, threshold, checkpoint)
+    limits = detection_options(given, options, RECIPES[options["dataset"]].test_threshold)
+    origin = made_by(options, limits, checkpoint, device)
     if given.get("retest"):
         asked = ["checkpoint", "dataset", "root", "sets", "classes"]
-        asked += ["thresholds"] if "score_threshold" in given else []
+        if DETECTION_OPTIONS & given.keys():
+            asked += ["thresholds", "suppression"]
         same = {key: origin[key] for key in asked}
         detections, origin = load_detections(cache, dataset.ids, same)
     else:
@@ -286,11 +323,11 @@ def test(given: dict) -> None:
             len(dataset.classes),
             device,
             options["amp"],
-            nms.backend(),
+            nms.backend(device.type),
         )
-        detections = detect(net, dataset, priors, options, threshold, lambda images: None)
+        detections = detect(net, dataset, priors, options, limits, lambda images: None)
         save_detections(cache, dataset.ids, detections, origin)
-    score(dataset, detections, origin, directory)
+    score(dataset, detections, origin, directory, scoring)
 
 
 def test_folder(given: dict, options: dict, path: Path) -> Path:
@@ -323,6 +360,7 @@ def train(given: dict) -> None:
                 )
     device = choose_device(given, options["amp"])
     check_gpus(options["ngpu"], device)
+    scoring_options(given, options)  # for its refusals, while nothing is written
     train_set = open_dataset(options, "train_sets", options.get("classes"))
     options["classes"] = list(train_set.classes)
     data = fingerprint(train_set)
@@ -361,7 +399,7 @@ def train(given: dict) -> None:
 
 def check_training_options(given: dict) -> None:
     """Refuse, before anything is written, what cannot be meant."""
-    for option in ("retest", "score_threshold"):
+    for option in ("retest", *sorted(DETECTION_OPTIONS)):
         if given.get(option):
             raise UserError(f"--{option} goes with --test FILE")
     for one, other in (("resume", "resume_net"), ("resume", "basenet"), ("basenet", "resume_net")):
@@ -505,12 +543,15 @@ def build_trainer(
             start_lr=WARMUP_START_LR,
         )
 
+    limits = detection_options({}, options, TRAINING_THRESHOLD)
+    scoring = scoring_options(given, options)
+
     def evaluate(name: str, on_batch) -> dict:
         folder = directory / "ss_predict" / name / set_names(options["test_sets"])
-        origin = made_by(options, TRAINING_THRESHOLD, {"file": f"{directory.name}, {name}"})
-        detections = detect(net, test_set, priors, options, TRAINING_THRESHOLD, on_batch)
+        origin = made_by(options, limits, {"file": f"{directory.name}, {name}"}, device)
+        detections = detect(net, test_set, priors, options, limits, on_batch)
         save_detections(folder / "detections.npz", test_set.ids, detections, origin)
-        return score(test_set, detections, origin, folder)
+        return score(test_set, detections, origin, folder, scoring)
 
     trainer = Trainer(
         net,
@@ -556,7 +597,7 @@ def interrupt(number: int, _) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    given = vars(parser(BACKBONES, SIZES, RECIPES).parse_args(argv))
+    given = vars(parser(BACKBONES, SIZES, RECIPES, SUPPRESSION, BACKENDS).parse_args(argv))
     setup_logging()
     # All batches have one shape, so cuDNN's search for the fastest algorithm pays.
     torch.backends.cudnn.benchmark = True

@@ -21,6 +21,7 @@ from data.loading import TrainingSet
 from models import build_net
 from train_test import main, resolve
 from utils.checkpoint import load_checkpoint, sha256_of
+from utils.errors import UserError
 from utils.options import parser
 
 ROOT = Path(__file__).parent.parent
@@ -284,6 +285,48 @@ def test_retest_scores_the_kept_detections_without_the_network(call, trained, mo
     assert json.loads(path.read_text()) == first
 
 
+def test_the_options_of_detection_are_followed_and_recorded(call, trained, capsys):
+    options = ["--score_threshold", 0, "--nms", "soft", "--class_agnostic"]
+    options += ["--max_detections", 7, "--background_shortcut", "false"]
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    assert call("--test", trained, *options) == 0
+    results = json.loads((folder / "results.json").read_text())
+    assert results["thresholds"] == {"score": 0, "nms": 0.45, "per_class": None, "per_image": 7}
+    assert results["suppression"] == {
+        "nms": "soft", "class_agnostic": True, "background_shortcut": False,
+    }  # fmt: skip
+    assert results["detection_count"] == 7 * results["images"]
+    assert call("--test", trained, *options, "--retest") == 0
+    assert call("--test", trained, *options, "--retest", "--nms", "hard") == 2
+    assert "made with suppression {'nms': 'soft'" in capsys.readouterr().err
+    # Nearly every prior of a network that knows nothing is background, so none is left.
+    saved = torch.load(trained, weights_only=True)
+    for key in saved["model"]:
+        if key.startswith("conf.") and key.endswith("bias"):
+            saved["model"][key].view(-1, 4)[:, 0] += 50
+    torch.save(saved, trained)
+    assert call("--test", trained, *options[:2], "--background_shortcut") == 0
+    assert json.loads((folder / "results.json").read_text())["detection_count"] == 0
+
+
+def test_weights_that_diverged_are_told(call, trained, capsys):
+    saved = torch.load(trained, weights_only=True)
+    saved["model"]["conf.0.bias"][0] = torch.nan
+    torch.save(saved, trained)
+    assert call("--test", trained) == 2
+    assert "output is not finite (conf contains NaN or infinity)" in capsys.readouterr().err
+
+
+def test_a_backend_is_for_coco_and_installed(call, trained, capsys, monkeypatch):
+    assert call("--test", trained, "--eval-backend", "hotcoco") == 2
+    assert "--eval-backend computes COCO's numbers" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    assert call("--test", trained, "-d", "COCO", "--eval-backend", "hotcoco") == 2
+    assert "contradicts the checkpoint" in capsys.readouterr().err
+    with pytest.raises(UserError, match="pip install hotcoco"):
+        train_test.scoring_options({"eval_backend": "hotcoco"}, {"dataset": "COCO"})
+
+
 def test_retest_refuses_detections_of_other_weights(call, trained, capsys):
     assert call("--test", trained) == 0
     saved = torch.load(trained, weights_only=True)
@@ -373,7 +416,11 @@ def test_published_spellings_are_accepted():
         "--ngpu 1 --visdom true --send_images_to_visdom no --log_iters true --gamma 0.2 "
         "--save_frequency 5 --test_frequency 3 --jaccard_threshold 0.4 --retest false --date 0504"
     )
-    options = vars(parser(models.BACKBONES, (300, 512), ("VOC", "COCO")).parse_args(line.split()))
+    options = vars(
+        parser(models.BACKBONES, (300, 512), ("VOC", "COCO"), ["soft"], ["hotcoco"]).parse_args(
+            line.split()
+        )
+    )
     assert options == {
         "version": "SSD_HarDNet85", "size": 512, "dataset": "COCO", "batch_size": 16, "lr": 1e-3,
         "max_epoch": 7, "warm_epoch": 2, "cuda": False, "ngpu": 1, "visdom": True,
@@ -396,6 +443,11 @@ def test_published_spellings_are_accepted():
         (["--basenet", "gone.pth"], ["gone.pth", "tiny.pth", "weights/README.md"]),
         (["--basenet", "a.pth", "--resume_net", "b.pth"], ["--basenet and --resume_net"]),
         (["--score_threshold", "0.5"], ["--test"]),
+        (["--nms", "soft"], ["--nms", "--test"]),
+        (["--class_agnostic"], ["--class_agnostic", "--test"]),
+        (["--max_detections", "10"], ["--max_detections", "--test"]),
+        (["--background_shortcut"], ["--background_shortcut", "--test"]),
+        (["--eval-backend", "hotcoco"], ["--eval-backend", "-d VOC"]),
         (["--classes", ",".join(f"name{i}" for i in range(300))], ["name299", "cell"]),
         (["--save_folder", "/dev/null/x"], ["/dev/null"]),
         (["--device", "cpu:1"], ["cpu:1"]),

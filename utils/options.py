@@ -33,15 +33,24 @@ DEFAULTS = {
 }
 """Values of what the command line leaves out, where they do not depend on the data set."""
 
-OF_ONE_CALL = frozenset(
-    ["test", "retest", "score_threshold", "resume", "resume_net", "resume_epoch", "basenet",
-     "max_iters", "date", "device", "cuda"]
-)  # fmt: skip
+DETECTION_OPTIONS = frozenset(
+    ["score_threshold", "nms", "class_agnostic", "max_detections", "background_shortcut"]
+)
+"""Options of --test that decide which boxes are detections."""
+
+OF_ONE_CALL = DETECTION_OPTIONS | {
+    "test", "retest", "eval_backend", "resume", "resume_net", "resume_epoch", "basenet",
+    "max_iters", "date", "device", "cuda",
+}  # fmt: skip
 """Options that a checkpoint's configuration does not hand on to the next call."""
 
 
 def parser(
-    versions: Iterable[str], sizes: Iterable[int], datasets: Iterable[str]
+    versions: Iterable[str],
+    sizes: Iterable[int],
+    datasets: Iterable[str],
+    suppressions: Iterable[str],
+    backends: Iterable[str],
 ) -> argparse.ArgumentParser:
     """The command line. Options that are not given are absent from the result, so that a
     checkpoint's configuration can fill them in before the defaults do."""
@@ -81,6 +90,18 @@ def parser(
     option(g, "--retest", **switch, help="score the detections of an earlier --test again")
     option(g, "--score_threshold", type=fraction, metavar="X",
            help="lowest score of a detection with --test (default: 0.03 VOC, 0.02 COCO)")
+    option(g, "--nms", choices=suppressions,
+           help="with --test: what becomes of overlapping boxes of a class; soft ones keep them at "
+                "a lower score (default: hard)")
+    option(g, "--class_agnostic", **switch,
+           help="with --test: boxes of different classes suppress each other, too")
+    option(g, "--max_detections", type=positive, metavar="N",
+           help="with --test: most detections of a picture (default: 300 VOC, 200 COCO)")
+    option(g, "--background_shortcut", **switch,
+           help="with --test: nothing where the background's score is 0.9 or more, as in the "
+                "authors' later release")
+    option(g, "--eval-backend", "--eval_backend", choices=backends,
+           help="what computes COCO's numbers (default: pycocotools)")
 
     g = p.add_argument_group("where training starts")
     option(g, "--basenet", metavar="FILE", help="pretrained weights of the base network")
