@@ -10,28 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from benchmarks.timing import medians
 from data.config import INPUT_MEAN, PRIORS
 from layers import MultiBoxLoss, PriorBox
 from models import BACKBONES, build_net
 from utils.engine import autocast, to_input, train_steps
-
-
-def seconds(function: Callable[[], None], device: torch.device) -> float:
-    """Wall time of one call, from an idle device to an idle device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def forward_call(net, images, amp: str) -> Callable[[], None]:
@@ -72,13 +60,7 @@ def measure(
         else:
             images = to_input(pixels, INPUT_MEAN, device)
             calls[version] = forward_call(net.eval(), images, amp)
-    times: dict[str, list[float]] = {version: [] for version in calls}
-    for turn in range(rounds + 2):
-        for version, call in calls.items():
-            taken = seconds(call, device)
-            if turn >= 2:  # the first rounds warm caches and algorithm choices up
-                times[version].append(taken)
-    return {version: statistics.median(values) for version, values in times.items()}
+    return medians(calls, rounds, device)
 
 
 def main(argv: list[str] | None = None) -> int:
