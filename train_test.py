@@ -241,7 +241,7 @@ def made_by(options: dict, limits: dict, checkpoint: dict, device: torch.device)
         "thresholds": {
             "score": limits["conf_thresh"],
             "nms": limits["nms_thresh"],
-            "per_class": None if limits["class_agnostic"] else limits["per_class"],
+            "per_class": limits["per_class"],
             "per_image": limits["top_k"],
         },
         "suppression": {

@@ -32,8 +32,7 @@ class Detect(nn.Module):
         nms: "hard"; "soft" and "soft-gaussian", Soft-NMS (arXiv 1704.04503) with linear decay above
             ``nms_thresh``, and with Gaussian decay of sigma 0.5; what decays to less than
             ``conf_thresh`` is dropped, and "scores" are the decayed ones.
-        class_agnostic: let boxes of different classes suppress each other; ``top_k`` is then the
-            only limit.
+        class_agnostic: let boxes of different classes suppress each other, too.
         background_shortcut: drop all classes of a prior whose background score is at least 0.9, as
             the authors' later release does. It changes the detections when ``conf_thresh`` is
             below 0.1.
@@ -115,10 +114,13 @@ class Detect(nn.Module):
             scores[row, label + 1],
             image if self.class_agnostic else image * classes + label,
             self.nms_thresh,
-            self.top_k if self.class_agnostic else self.per_class,
+            max(len(boxes), 1) if self.class_agnostic else self.per_class,
             method=SUPPRESSION[self.nms],
             min_score=self.conf_thresh,
         )
+        if self.class_agnostic:
+            within = _rank(image[found] * classes + label[found]) < self.per_class
+            found, score = found[within], score[within]
         by_image = image[found].argsort(stable=True)  # of each still the best first
         found, score = found[by_image], score[by_image]
         counts = torch.bincount(image[found], minlength=len(sizes)).tolist()
@@ -147,3 +149,13 @@ class Detect(nn.Module):
             return torch.zeros_like(best, dtype=torch.bool)
         margin = 0.01  # more than the scores' rounding
         return best - background > math.log(self.conf_thresh / (1 - self.conf_thresh)) - margin
+
+
+def _rank(groups: Tensor) -> Tensor:
+    """int64 [n]: how many earlier entries of ``groups`` [n] are of the same group."""
+    ordered, order = groups.sort(stable=True)
+    rank = torch.empty_like(order)
+    rank[order] = torch.arange(len(order), device=order.device) - torch.searchsorted(
+        ordered, ordered
+    )
+    return rank

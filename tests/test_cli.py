@@ -291,7 +291,7 @@ def test_the_options_of_detection_are_followed_and_recorded(call, trained, capsy
     folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
     assert call("--test", trained, *options) == 0
     results = json.loads((folder / "results.json").read_text())
-    assert results["thresholds"] == {"score": 0, "nms": 0.45, "per_class": None, "per_image": 7}
+    assert results["thresholds"] == {"score": 0, "nms": 0.45, "per_class": 50, "per_image": 7}
     assert results["suppression"] == {
         "nms": "soft", "class_agnostic": True, "background_shortcut": False,
     }  # fmt: skip
