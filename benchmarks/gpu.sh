@@ -3,7 +3,8 @@
 # GPU tests, the speed table, and training on BCCD. benchmarks/gpu/README.md lists the results.
 #
 #   benchmarks/gpu.sh tests                       compile, and run the tests marked "gpu"
-#   benchmarks/gpu.sh speed                       forward and training step of each network
+#   benchmarks/gpu.sh speed                       forward and training step of each network,
+#                                                 suppression, and from outputs to detections
 #   benchmarks/gpu.sh bccd ROOT [train_test options]
 #                                                 train SSD300-HarDNet68 on BCCD, test, print AP
 # OUT=FOLDER keeps logs and results there (default: runs/gpu).
@@ -20,9 +21,15 @@ PY
 case "${1:-}" in
 tests)
     "$python" utils/build.py
+    "$python" utils/build.py --check
     "$python" -m pytest -m gpu -v
     ;;
 speed)
+    "$python" utils/build.py --check
+    "$python" -m benchmarks.nms --device cuda --boxes 1000 10000 100000 --json "$out/nms.json"
+    for batch in 1 32; do
+        "$python" -m benchmarks.detect --device cuda --batch $batch --json "$out/detect_$batch.json"
+    done
     "$python" -m benchmarks.network --device cuda --json "$out/network.json"
     ;;
 bccd)

@@ -9,6 +9,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from hypothesis import settings
+
+# For --hypothesis-profile fuzz: minutes in place of seconds.
+settings.register_profile("fuzz", max_examples=5000, deadline=None)
 
 VOC_IMAGE_SIZE = (96, 72)  # width, height
 

@@ -275,7 +275,7 @@ def results(routine, *arguments, **options):
 
 @pytest.mark.parametrize("routine", EXACT[1:])
 @pytest.mark.parametrize("method", METHODS)
-@settings(max_examples=60, deadline=None)
+@settings(deadline=None)
 @given(
     table=tables,
     thresh=thresholds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -45,7 +46,7 @@ def home(tmp_path_factory, request):
 def run(home: Path, command: list[str], *more: str) -> str:
     """One command as typed in a clone, from the user's home."""
     program = [sys.executable if command[0] == "python" else str(ROOT / command[0])]
-    words = [str(ROOT / w) if w == "train_test.py" else w for w in command[1:]]
+    words = [str(ROOT / w) if w.endswith(".py") else w for w in command[1:]]
     done = subprocess.run(
         [*program, *words, *more],
         cwd=home,
@@ -70,6 +71,9 @@ def test_the_commands_are_known():
         ["python", "train_test.py", "--test"],
         ["python", "-m", "data.voc_eval"],
         ["python", "-m", "data.coco_eval"],
+        ["python", "-m", "data.coco_eval"],
+        ["python", "utils/build.py"],
+        ["python", "utils/build.py", "--check"],
     ]
 
 
@@ -85,7 +89,7 @@ def test_ci_runs_the_test_command():
 
 
 def test_training_testing_and_resuming_as_written(home, coco_folder):
-    train, resume, own, test, voc_eval, coco_eval = COMMANDS[4:]
+    train, resume, own, test, voc_eval, coco_eval, by_hotcoco = COMMANDS[4:11]
     assert "tensors of the base network" in run(home, train, *SMALL)
     (run_dir,) = (home / "weights" / "SSD_HarDNet68_512").iterdir()
     more = ["--max_iters", "2", "--num_workers", "0", "--device", "cpu"]
@@ -107,11 +111,21 @@ def test_training_testing_and_resuming_as_written(home, coco_folder):
     shutil.copy(annotations, home / "ANNOTATIONS.json")
     found = [{"image_id": 4, "category_id": 3, "bbox": [20, 10, 40, 40], "score": 0.9}]
     (home / "RESULTS.json").write_text(json.dumps(found))
-    assert "Average Precision" in run(home, coco_eval)
+    twelve = run(home, coco_eval)
+    assert twelve.count("Average Precision") == 6
+    if importlib.util.find_spec("hotcoco"):
+        assert run(home, by_hotcoco) == twelve
+
+
+def test_building_says_what_serves(home):
+    assert "utils.nms._cpu_nms: " in run(home, COMMANDS[11])
+    checked = run(home, COMMANDS[12]).splitlines()
+    assert [line.split(":")[0] for line in checked] == ["NMS on the CPU", "NMS on the GPU"]
 
 
 def test_hyperparameters_of_the_table_are_the_defaults():
-    rows = dict(re.findall(r"^\| `(?:-\w+`, `)?--(\w+)`[^|]*\| ([^|]+) \|", README, re.MULTILINE))
+    recipe = README.partition("## The published recipe")[2]
+    rows = dict(re.findall(r"^\| `(?:-\w+`, `)?--(\w+)`[^|]*\| ([^|]+) \|", recipe, re.MULTILINE))
     for option, shown in rows.items():
         if option in ("max_epoch", "weight_decay"):
             values = [float(part) for part in shown.split("/")]
@@ -126,8 +140,17 @@ def test_hyperparameters_of_the_table_are_the_defaults():
     assert LR_MILESTONES == (0.6, 0.8, 0.9)
 
 
-@pytest.mark.parametrize("page", ["README.md", "weights/README.md", "benchmarks/gpu/README.md"])
+@pytest.mark.parametrize(
+    "page", ["README.md", "weights/README.md", "benchmarks/README.md", "benchmarks/gpu/README.md"]
+)
 def test_links_and_pictures_lead_to_files(page):
     text = (ROOT / page).read_text("utf-8")
     for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert ((ROOT / page).parent / target).exists(), target
+
+
+def test_every_benchmark_is_listed_with_a_command_that_is_there():
+    text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
+    listed = set(re.findall(r"`python -m benchmarks\.(\w+)", text))
+    there = {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - {"__init__", "timing"}
+    assert listed == there
