@@ -38,7 +38,7 @@ class Detect(nn.Module):
             below 0.1.
 
     Raises:
-        ValueError: a limit below 1, an unknown ``nms``.
+        ValueError: a limit below 1, a threshold outside 0..1, an unknown ``nms``.
     """
 
     def __init__(
@@ -57,6 +57,10 @@ class Detect(nn.Module):
             raise ValueError(f"nms is {nms!r}, should be one of {', '.join(SUPPRESSION)}")
         if per_class < 1 or top_k < 1:
             raise ValueError(f"per_class {per_class} and top_k {top_k} should be at least 1")
+        if not (0 <= conf_thresh <= 1 and 0 <= nms_thresh <= 1):
+            raise ValueError(
+                f"conf_thresh {conf_thresh} and nms_thresh {nms_thresh} should be in 0..1"
+            )
         self.conf_thresh = conf_thresh
         self.nms_thresh = nms_thresh
         self.per_class = per_class
@@ -81,18 +85,20 @@ class Detect(nn.Module):
         Returns:
             One dict an image: "boxes" float32 [n, 4] corners in pixels of the image (not clipped
             to it), "scores" float32 [n], "labels" int64 [n] in 1..C-1; best score first, of equal
-            scores the lower class first, then the earlier prior. n may be 0.
+            scores the lower class first, then the earlier prior (class-agnostic: the earlier prior
+            first, then the lower class). n may be 0.
 
         Raises:
             ValueError: ``loc``, ``conf``, ``priors`` and ``sizes`` that do not fit together.
-            FloatingPointError: NaN or infinity in ``conf``, or in ``loc`` where a detection would
-                come from.
+            FloatingPointError: NaN or +infinity in ``conf``; NaN or infinity in ``loc`` where a
+                detection would come from.
         """
         from utils.nms import batched_nms
 
-        if not len(loc) == len(conf) == len(sizes) or loc.shape[1] != priors.shape[0]:
+        fits = conf.ndim == 3 and loc.shape == (len(sizes), len(priors), 4)
+        if not fits or conf.shape[:2] != loc.shape[:2] or conf.shape[2] < 2:
             raise ValueError(
-                f"loc {list(loc.shape)}, conf {list(conf.shape)}, {priors.shape[0]} priors and "
+                f"loc {list(loc.shape)}, conf {list(conf.shape)}, {len(priors)} priors and "
                 f"{len(sizes)} image sizes do not fit together"
             )
         image, prior = self._candidates(conf).nonzero(as_tuple=True)
@@ -102,7 +108,7 @@ class Detect(nn.Module):
             over &= scores[:, :1] < BACKGROUND_SURE
         row, label = over.nonzero(as_tuple=True)
         scale = torch.tensor(sizes, dtype=torch.float32, device=loc.device).reshape(-1, 2)
-        boxes = decode(loc[image, prior].float(), priors[prior], self.variance)
+        boxes = decode(loc[image, prior].float(), priors[prior].float(), self.variance)
         boxes = (boxes * scale.repeat(1, 2)[image])[row]
         if not boxes.isfinite().all():
             raise FloatingPointError("loc contains NaN or infinity")
@@ -142,13 +148,14 @@ class Detect(nn.Module):
         """
         background, best = conf[..., 0].float(), conf[..., 1:].amax(2).float()
         if not ((best < torch.inf) & (background < torch.inf)).all():
-            raise FloatingPointError("conf contains NaN or infinity")
+            raise FloatingPointError("conf contains NaN or +infinity")
         if self.conf_thresh <= 0:
             return torch.ones_like(best, dtype=torch.bool)
         if self.conf_thresh >= 1:
             return torch.zeros_like(best, dtype=torch.bool)
-        margin = 0.01  # more than the scores' rounding
-        return best - background > math.log(self.conf_thresh / (1 - self.conf_thresh)) - margin
+        rest = 1 - self.conf_thresh
+        margin = 0.01 + 1e-6 / rest  # more than the scores' rounding, in logits
+        return best - background > math.log(self.conf_thresh / rest) - margin
 
 
 def _rank(groups: Tensor) -> Tensor:

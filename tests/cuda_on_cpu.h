@@ -19,13 +19,15 @@
 #include <random>
 #include <vector>
 
-#define THREADS 64
+#define FEW_THREADS 64
+#define MANY_THREADS 96
+#define MANY 20
 #define MOST_BLOCKS 2
 #define __global__ static
 #define __device__ static
 #define __shared__ static
-#define LAUNCH(kernel, blocks, stream, ...) \
-    fibers::launch(blocks, [&] { kernel(__VA_ARGS__); })
+#define LAUNCH(threads, blocks, stream, ...) \
+    fibers::launch(threads, blocks, [&] { select_kernel<threads>(__VA_ARGS__); })
 
 struct float4 { float x, y, z, w; };
 struct Index { unsigned x; };
@@ -35,9 +37,9 @@ namespace fibers {
 
 enum Barrier { NONE, BLOCK, BEFORE_READING, AFTER_READING, END };
 
-static ucontext_t scheduler, contexts[THREADS];
-static Barrier at[THREADS];
-static uint64_t exchanged[THREADS];
+static ucontext_t scheduler, contexts[MANY_THREADS];
+static Barrier at[MANY_THREADS];
+static uint64_t exchanged[MANY_THREADS];
 static std::function<void()> body;
 
 static void wait(Barrier barrier) {
@@ -58,16 +60,16 @@ static void same_barrier(unsigned a, unsigned b) {
     std::abort();
 }
 
-static void launch(unsigned blocks, std::function<void()> kernel) {
+static void launch(unsigned threads, unsigned blocks, std::function<void()> kernel) {
     static std::mt19937 random;
-    static std::vector<char> stacks(THREADS << 16);
-    std::vector<unsigned> warps(THREADS / 32), lanes(32);
+    static std::vector<char> stacks(MANY_THREADS << 16);
+    std::vector<unsigned> warps(threads / 32), lanes(32);
     std::iota(warps.begin(), warps.end(), 0);
     std::iota(lanes.begin(), lanes.end(), 0);
     body = kernel;
     gridDim.x = blocks;
     for (blockIdx.x = 0; blockIdx.x < blocks; ++blockIdx.x) {
-        for (unsigned i = 0; i < THREADS; ++i) {
+        for (unsigned i = 0; i < threads; ++i) {
             getcontext(&contexts[i]);
             contexts[i].uc_stack.ss_sp = &stacks[i << 16];
             contexts[i].uc_stack.ss_size = 1 << 16;

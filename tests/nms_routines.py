@@ -60,7 +60,7 @@ def using(routine):
             patch(nms_module, "_extension", lambda: (None, "a test"))
         elif routine == "cuda":
             library = kernel_on_the_cpu()
-            patch(nms_module, "_library", lambda: (library, "a test"))
+            patch(nms_module, "_library", lambda index: (library, "a test"))
             patch(nms_module, "_routine", lambda *_: nms_module._cuda)
             patch(torch.cuda, "device", nullcontext)
             patch(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=None))

@@ -158,11 +158,14 @@ def test_equals_the_literal_steps(nms, class_agnostic, background_shortcut):
     torch.testing.assert_close(found["boxes"], torch.tensor([box for _, _, box in expected]))
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.001, 0.3, 0.5, 0.9, 0.999, 1.0])
+@pytest.mark.parametrize("threshold", [0.0, 0.001, 0.3, 0.5, 0.9, 0.999, 0.999999, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_score_over_the_threshold_is_missed(threshold, dtype):
     generator = torch.Generator().manual_seed(1)
-    conf = (torch.randn(2, 1000, 3, generator=generator) * 8).to(dtype)
+    conf = torch.randn(2, 1000, 3, generator=generator) * 8
+    conf[1] = torch.tensor([0, -20, 0])
+    conf[1, :, 2] = torch.linspace(13, 15, 1000)  # scores of about 0.999999
+    conf = conf.to(dtype)
     # Priors far apart, so that suppression takes nothing away.
     priors = torch.tensor([[i * 10.0, 0.5, 1e-3, 1e-3] for i in range(1000)])
     loc = torch.zeros(2, 1000, 4)
@@ -179,7 +182,7 @@ def test_outputs_of_a_diverged_network_are_refused():
         for column in (0, 2):
             broken = conf.clone()
             broken[0, 5, column] = value
-            with pytest.raises(FloatingPointError, match="conf contains NaN or infinity"):
+            with pytest.raises(FloatingPointError, match=r"conf contains NaN or \+infinity"):
                 Detect()(loc, broken, priors, [(10, 10)])
         broken = loc.clone()
         broken[0, conf[0, :, 1].argmax(), 0] = value
@@ -192,6 +195,10 @@ def test_unknown_options_are_refused():
         Detect(nms="linear")
     with pytest.raises(ValueError, match="top_k 0"):
         Detect(top_k=0)
+    with pytest.raises(ValueError, match="nms_thresh 1.5"):
+        Detect(nms_thresh=1.5)
+    with pytest.raises(ValueError, match="conf_thresh nan"):
+        Detect(float("nan"))
 
 
 def test_one_confident_prior_becomes_one_box_in_pixels():
@@ -227,3 +234,7 @@ def test_inputs_that_do_not_fit_are_refused():
         Detect()(loc, conf, priors, [(10, 10)])
     with pytest.raises(ValueError, match="32756 priors"):
         Detect()(loc, conf, PriorBox(config.VOC_512)(), [(10, 10)] * 2)
+    with pytest.raises(ValueError, match=r"conf \[2, 100, 4\]"):
+        Detect()(loc, conf[:, :100], priors, [(10, 10)] * 2)
+    with pytest.raises(ValueError, match=r"conf \[2, 11620, 1\]"):
+        Detect()(loc, conf[..., :1], priors, [(10, 10)] * 2)

@@ -4,9 +4,12 @@ The CUDA kernel is run on the CPU, too (cuda_on_cpu.h); test_gpu.py runs it on a
 """
 
 import math
+import os
+import subprocess
 import sys
 import sysconfig
 import types
+from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
 
@@ -21,7 +24,8 @@ from nms_routines import EXACT, compiled, every, exact, kernel_on_the_cpu, needs
 import utils.nms as nms_module
 from utils.nms import METHODS, backend, backend_reason, batched_nms, nms, soft_nms
 
-GOLDENS = Path(__file__).parent / "goldens"
+ROOT = Path(__file__).parent.parent
+GOLDENS = ROOT / "tests" / "goldens"
 
 
 def literal_iou(a, b, extra=1):
@@ -168,6 +172,10 @@ def test_unusable_arguments_are_refused_with_their_values():
         batched_nms(boxes, scores[:2], groups, 0.5, 10)
     with pytest.raises(ValueError, match="limit is 0"):
         batched_nms(boxes, scores, groups, 0.5, 0)
+    with pytest.raises(TypeError):
+        batched_nms(boxes, scores, groups, 0.5, 1.5)
+    with pytest.raises(ValueError, match="min_score is -inf"):
+        batched_nms(boxes, scores, groups, 0.5, 10, method="linear", min_score=-math.inf)
     with pytest.raises(ValueError, match="method is 'soft', should be one of hard, linear, gauss"):
         batched_nms(boxes, scores, groups, 0.5, 10, method="soft")
 
@@ -223,7 +231,25 @@ def by_group(dets, groups, thresh, limit):
 
 
 @every
-@pytest.mark.parametrize("limit", [1, 7, 1000])
+@pytest.mark.parametrize("far", [1e18, 1e20, math.inf])
+def test_a_box_far_away_changes_nothing_for_the_others(routine, far):
+    near = [[0, 0, 9, 9], [0, 0, 9, 9], [50, 50, 60, 60], [50, 50, 60, 60]]
+    boxes = torch.tensor([*near, [-far, -far, far, far], [-far, 0, far, 9]])
+    groups = torch.tensor([0, 0, 1, 1, 2, 3])
+    with using(routine):
+        kept, _ = batched_nms(boxes, torch.ones(6), groups, 0.5, 10)
+    assert kept.tolist() == [0, 2, 4, 5]
+
+
+@every
+def test_zero_and_minus_zero_are_equal_scores(routine):
+    dets = np.float32([[0, 0, 9, 9, -0.0], [0, 0, 9, 9, 0.0]])
+    with using(routine):
+        assert nms(dets, 0.5).tolist() == [0]
+
+
+@every
+@pytest.mark.parametrize("limit", [1, 7, 1000, 2**70])
 def test_batched_nms_is_nms_of_each_group(routine, limit):
     dets = random_dets(400, span=100)
     dets[:, 4] = dets[:, 4].round(1)  # ties across and within groups
@@ -440,8 +466,50 @@ def test_a_broken_extension_falls_back_and_says_why_once(forget, caplog):
 def test_a_working_extension_serves_and_names_its_file(forget):
     extension = types.ModuleType("utils.nms._cpu_nms")
     extension.__file__ = "/somewhere/_cpu_nms.so"
+    extension.INTERFACE = nms_module._INTERFACE
     with mock.patch.dict(sys.modules, {"utils.nms._cpu_nms": extension}):
         assert (backend(), backend_reason()) == ("cython", "/somewhere/_cpu_nms.so")
+
+
+def test_an_extension_of_other_sources_does_not_serve(forget, caplog):
+    extension = types.ModuleType("utils.nms._cpu_nms")
+    with mock.patch.dict(sys.modules, {"utils.nms._cpu_nms": extension}):
+        assert nms(random_dets(3, span=500), 0.5).shape == (3,)
+        assert backend() == "torch"
+    assert "it was compiled from other sources" in caplog.text
+
+
+@needs_compiler
+def test_both_compiled_routines_say_which_arguments_they_take():
+    assert kernel_on_the_cpu().nms_interface() == nms_module._INTERFACE
+    if backend() == "cython":
+        assert nms_module._extension()[0].INTERFACE == nms_module._INTERFACE
+
+
+@compiled
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_process_that_is_forked_after_threads_ran_does_not_wait_for_them():
+    program = """
+import os, torch
+from utils.nms import nms
+torch.set_num_threads(2)
+corners = torch.arange(5000.0)[:, None] % 700
+dets = torch.cat([corners, corners, corners + 9, corners + 9, torch.rand(5000, 1)], 1).numpy()
+from utils.nms import batched_nms
+def run():
+    return len(batched_nms(*(torch.from_numpy(x) for x in (dets[:, :4], dets[:, 4])),
+                           torch.arange(5000) % 9, 0.5, 50)[0])
+expected = run()
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)  # of PyTorch's own operations
+    nms_threads = torch.get_num_threads
+    torch.get_num_threads = lambda: 2
+    os._exit(0 if run() == expected else 1)
+raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], timeout=60, cwd=ROOT)
+    assert done.returncode == 0
 
 
 @compiled
@@ -451,7 +519,10 @@ def test_the_extension_refuses_arrays_that_do_not_belong_together():
     boxes, scores = np.zeros((3, 4), "f4"), np.zeros(2, "f4")
     order, starts, kept = np.arange(3), np.array([0, 3]), np.full(3, -1)
     with pytest.raises(ValueError, match="2 scores"):
-        _cpu_nms.select(boxes, scores, order, starts, 1, 0.5, 3, 0, 0.5, 0.0, 1.0, kept, scores, 1)
+        _cpu_nms.select(
+            boxes, scores, order, starts, 1, 0.5, 3, 0, 0.5, 0.0, 1.0, kept, scores,
+            np.zeros(2, "u8"), np.zeros(10, "f4"), 1,
+        )  # fmt: skip
 
 
 class TestOnAGpu:
@@ -460,11 +531,20 @@ class TestOnAGpu:
     @pytest.fixture(autouse=True)
     def gpu(self, monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        self.current = []
+        monkeypatch.setattr(torch.cuda, "device", self.use)
         nms_module._library.cache_clear()
         nms_module._torchvision.cache_clear()
         yield
         nms_module._library.cache_clear()
         nms_module._torchvision.cache_clear()
+
+    @contextmanager
+    def use(self, index):
+        self.current.append(index)
+        yield
+        self.current.pop()
 
     @pytest.fixture
     def library(self, monkeypatch, tmp_path):
@@ -475,16 +555,16 @@ class TestOnAGpu:
     def test_torchvision_serves_where_the_kernel_is_not_compiled(self, library):
         assert backend("cuda") == "torchvision"
         assert "utils.nms._cuda_nms is not compiled" in backend_reason("cuda")
-        assert nms_module._routine("cuda", "hard", 10) is nms_module._by_torchvision
-        assert nms_module._routine("cuda", "hard", 20_001) is nms_module._torch_hard
-        assert nms_module._routine("cuda", "linear", 10) is nms_module._torch_soft
+        assert nms_module._routine(torch.device("cuda:0"), "hard", 10) is nms_module._by_torchvision
+        assert nms_module._routine(torch.device("cuda:0"), "hard", 20_001) is nms_module._torch_hard
+        assert nms_module._routine(torch.device("cuda:0"), "linear", 10) is nms_module._torch_soft
 
     def test_pytorch_serves_where_torchvision_fits_another_one(self, library, monkeypatch):
         error = RuntimeError("operator torchvision::nms does not exist")
         monkeypatch.setattr(nms_module.importlib, "import_module", mock.Mock(side_effect=error))
         assert backend("cuda") == "torch"
         assert "operator torchvision::nms does not exist" in backend_reason("cuda")
-        assert nms_module._routine("cuda", "hard", 10) is nms_module._torch_hard
+        assert nms_module._routine(torch.device("cuda:0"), "hard", 10) is nms_module._torch_hard
 
     def test_a_library_that_cannot_be_loaded_is_told_once(self, library, caplog):
         library.write_text("not a library")
@@ -496,11 +576,22 @@ class TestOnAGpu:
     def test_a_library_for_other_gpus_is_told(self, library, monkeypatch):
         library.touch()
         other = mock.Mock()
-        other.nms_check.return_value = 209
+        other.nms_interface.return_value = nms_module._INTERFACE
+        other.nms_architectures.return_value = b"9.0"
+        other.nms_check = lambda: 209 if self.current == [1] else 0  # the second GPU is an old one
         other.nms_error.return_value = b"no kernel image is available for execution on the device"
         monkeypatch.setattr(nms_module, "_load_library", lambda path: other)
+        assert backend("cuda:1") == "torchvision"
+        assert "no kernel image is available" in backend_reason("cuda:1")
+        assert backend("cuda:0") == backend("cuda") == "cuda"
+
+    def test_a_library_of_other_sources_is_not_called(self, library, monkeypatch):
+        library.touch()
+        other = mock.Mock()
+        other.nms_interface.return_value = nms_module._INTERFACE - 1
+        monkeypatch.setattr(nms_module, "_load_library", lambda path: other)
         assert backend("cuda") == "torchvision"
-        assert "no kernel image is available" in backend_reason("cuda")
+        assert "it was compiled from other sources" in backend_reason("cuda")
 
     @needs_compiler
     def test_the_kernel_serves_where_it_is_compiled(self, library, monkeypatch):
@@ -508,7 +599,7 @@ class TestOnAGpu:
         monkeypatch.setattr(nms_module, "_load_library", lambda path: kernel_on_the_cpu())
         assert backend("cuda") == "cuda"
         assert backend_reason("cuda") == f"{library}, compiled for a CPU"
-        assert nms_module._routine("cuda", "gaussian", 10) is nms_module._cuda
+        assert nms_module._routine(torch.device("cuda:0"), "gaussian", 10) is nms_module._cuda
 
 
 def test_without_a_gpu_nothing_serves_it(monkeypatch):

@@ -8,7 +8,8 @@
 
 - `utils/nms/_cpu_nms.pyx` by Cython and a C++ compiler, with OpenMP where there is one;
 - `utils/nms/_cuda_nms.cu` by nvcc alone, into a plain shared library that knows nothing of PyTorch,
-  for the GPUs present or the compute capabilities in TORCH_CUDA_ARCH_LIST.
+  for the GPUs present or the compute capabilities in TORCH_CUDA_ARCH_LIST, unless PyTorch is one
+  without CUDA (which pip's isolated builds cannot see).
 
 Each yields one line, and none an error: without them PyTorch and torchvision serve. Importing this
 module needs nothing but the standard library.
@@ -42,7 +43,7 @@ CORE = (
     "cython>=3",
     "setuptools>=64",
 )
-EVAL = ("hotcoco", "faster-coco-eval")
+EVAL = ("hotcoco>=1.2", "faster-coco-eval")
 EXTRAS = {
     "test": ("pytest", "hypothesis", "ruff", *EVAL),
     "eval": EVAL,
@@ -115,18 +116,20 @@ def build() -> list[str]:
     """
     return [
         _attempt(CPU_SOURCE, _build_cpu, "PyTorch serves instead, with equal results"),
-        _attempt(CUDA_SOURCE, _build_cuda, "torchvision serves instead"),
+        _attempt(CUDA_SOURCE, _build_cuda, "torchvision serves a GPU instead"),
     ]
 
 
-def _attempt(source: Path, compile: Callable[[], str], instead: str) -> str:
+def _attempt(source: Path, make: Callable[[], str], instead: str) -> str:
     try:
-        return f"{_name(source)}: {compile()}"
+        outcome = make()
     except Exception as error:  # whatever it is, an installation goes on without the extension
-        reason = " ".join(str(error).split()) or type(error).__name__
         if _library(source).is_file():
             instead = "the library compiled earlier stays"
-        return f"{_name(source)}: not compiled: {reason}; {instead}"
+        outcome = f"not compiled: {str(error) or type(error).__name__}; {instead}"
+    line = " ".join(f"{_name(source)}: {outcome}".split())
+    # A compiler quotes in characters that not every output can take.
+    return line.encode("ascii", "backslashreplace").decode()
 
 
 def _build_cpu() -> str:

@@ -5,8 +5,9 @@ x2 - x1 + 1 wide; in the plain one (`pixel=False`, torchvision's) it is x2 - x1 
 
 Four routines serve. Data on the CPU go to the Cython extension `_cpu_nms`, else to PyTorch
 operations; data on a GPU to the CUDA library `_cuda_nms`, else to torchvision, else to PyTorch.
-All but torchvision take the same steps in float32 and so keep the same boxes to the last tie;
-torchvision, in float64, may differ where an IoU is within float32's rounding of the threshold.
+All but torchvision take the same steps in float32 and so keep the same boxes to the last tie (the
+scores of a Gaussian decay may differ in the last bit); torchvision, in float64, may differ where an
+IoU is within float32's rounding of the threshold.
 `./make.sh` or `python utils/build.py` compiles the first two; `backend()` tells which serves.
 """
 
@@ -16,6 +17,9 @@ import ctypes
 import functools
 import importlib
 import logging
+import math
+import operator
+import os
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +33,16 @@ __all__ = ["METHODS", "backend", "backend_reason", "batched_nms", "nms", "soft_n
 METHODS = ("hard", "linear", "gaussian")
 """Suppression, and the two decays of Soft-NMS; their positions are known to the compiled code."""
 
+_INTERFACE = 2
+"""What both compiled files must say of themselves: others take other arguments."""
+
 _TORCHVISION_MOST = 20_000
 """Its memory grows with the square: 50 MB for this many boxes."""
+
+_WORTH_THREADS = 2000
+"""Boxes of a call, from which on threads gain more than they cost to wake."""
+
+_NAN = "boxes or scores contain NaN"
 
 
 def nms(dets: np.ndarray | Tensor, thresh: float, pixel: bool = True) -> np.ndarray | Tensor:
@@ -117,20 +129,23 @@ def batched_nms(
         boxes: [N, 4] x1, y1, x2, y2 in pixels; IoU is computed in float32. Sides of 0 or less
             (x2 < x1) are taken as the formulas take them. N may be 0.
         scores: [N]. groups: integers [N]; boxes of different groups do not meet. All on one device.
+            The PyTorch routine takes memory for as many boxes as the largest group has (hard: at
+            most 64) in every group.
         thresh: IoU in 0..1 above which a box gives way to a better one of its group ("hard"), or
             its score decays ("linear").
-        limit: the most boxes selected of one group, at least 1.
+        limit: the most boxes selected of one group, an integer of at least 1.
         pixel: as in `nms`.
         method: one of `METHODS`; "hard" is `nms`, the others are those of `soft_nms`.
         sigma, min_score: of `soft_nms`; not used by "hard".
 
     Returns:
-        int64 indices [n] and scores [n] (float32; of "hard" as they came) on the device of `boxes`,
-        best score first over all groups; of equal scores that of the lower group first, within a
-        group the one selected first, which is the earlier box.
+        int64 indices [n] and scores [n] (float32; of "hard" as they came), without gradient, on the
+        device of `boxes`, best score first over all groups; of equal scores that of the lower group
+        first, within a group the one selected first, which is the earlier box.
 
     Raises:
         ValueError: shapes that do not belong together, a NaN, another argument out of range.
+        TypeError: `limit` is no integer.
     """
     count = len(boxes)
     if boxes.shape != (count, 4) or scores.shape != (count,) or groups.shape != (count,):
@@ -140,12 +155,15 @@ def batched_nms(
         )
     if not 0 <= thresh <= 1:
         raise ValueError(f"IoU threshold is {thresh}, should be in 0..1")
-    if limit < 1:
+    if operator.index(limit) < 1:
         raise ValueError(f"limit is {limit}, should be at least 1")
+    limit = min(limit, max(count, 1))
     if method not in METHODS:
         raise ValueError(f"method is {method!r}, should be one of {', '.join(METHODS)}")
     if not sigma > 0:
         raise ValueError(f"sigma is {sigma}, should be positive")
+    if not math.isfinite(min_score):
+        raise ValueError(f"min_score is {min_score}, should be finite")
     given, boxes = scores.detach(), boxes.detach().float().contiguous()
     nan = boxes.isnan().any() | given.isnan().any()
     if method == "hard" and given.dtype not in (torch.float32, torch.float16, torch.bfloat16):
@@ -156,12 +174,10 @@ def batched_nms(
         )
     else:
         scores = given.float().contiguous()
-    if not boxes.is_cuda and nan:  # of a GPU asked at the end, to wait for it once
+    if not boxes.is_cuda and nan:  # a GPU is asked at the end, when it has to be waited for
         raise ValueError(_NAN)
     rule = _Rule(thresh, limit, method, sigma, min_score, 1.0 if pixel else 0.0)
-    kept, selected = _routine(boxes.device.type, method, count)(
-        boxes, scores, _Groups.of(groups), rule
-    )
+    kept, selected = _routine(boxes.device, method, count)(boxes, scores, _Groups.of(groups), rule)
     if boxes.is_cuda and nan:
         raise ValueError(_NAN)
     selected = given[kept] if method == "hard" else selected
@@ -169,21 +185,18 @@ def batched_nms(
     return kept[best], selected[best]
 
 
-_NAN = "boxes or scores contain NaN"
+def backend(device: str | torch.device = "cpu") -> str:
+    """The routine that serves data on "cpu" ("cython" or "torch") or on "cuda", "cuda:1", ....
 
-
-def backend(device: str = "cpu") -> str:
-    """The routine that serves data on "cpu" ("cython" or "torch") or on "cuda".
-
-    On "cuda": "cuda"; "torchvision", which leaves Soft-NMS and more than 20,000 boxes to PyTorch;
-    "torch"; or "none" where PyTorch has no GPU.
+    On a GPU: "cuda"; "torchvision", which leaves Soft-NMS, more than 20,000 boxes and coordinates
+    of more than about 10^7 to PyTorch; "torch"; or "none" where PyTorch has no GPU.
     """
-    return _backend(device)[0]
+    return _backend(torch.device(device))[0]
 
 
-def backend_reason(device: str = "cpu") -> str:
+def backend_reason(device: str | torch.device = "cpu") -> str:
     """Why `backend(device)` is what it is: the compiled file, or what keeps it from serving."""
-    return _backend(device)[1]
+    return _backend(torch.device(device))[1]
 
 
 # ---------------------------------------------------------------- what the routines are given
@@ -209,27 +222,27 @@ class _Rule:
 class _Groups:
     """Boxes sorted by group, found without waiting for a GPU.
 
-    order: int64 [N], of a group in its own order. starts: int64 [N + 2]; group g is
-    order[starts[g]:starts[g + 1]], behind the last one stands N. row: int64 [N], the group of each
-    entry of order, counted from 0. count: int64 [1], how many groups.
+    of_box: int64 [N], the group of each box, counted from 0. order: int64 [N], the boxes by group,
+    of a group in their own order. starts: int64 [N + 2]; group g is order[starts[g]:starts[g + 1]],
+    behind the last one stands N. count: int64 [1], how many groups.
     """
 
+    of_box: Tensor
     order: Tensor
     starts: Tensor
-    row: Tensor
     count: Tensor
 
     @classmethod
     def of(cls, groups: Tensor) -> _Groups:
-        sorted_groups, order = groups.sort(stable=True)
+        ordered, order = groups.sort(stable=True)
         new = torch.ones_like(order, dtype=torch.bool)
-        new[1:] = sorted_groups[1:] != sorted_groups[:-1]
+        new[1:] = ordered[1:] != ordered[:-1]
         row = new.cumsum(0) - 1
         places = torch.arange(len(order), device=order.device)
         starts = torch.full((len(order) + 2,), len(order), device=order.device)
         # Each group's first box tells its place, the others tell it to an entry nobody reads.
         starts.scatter_(0, torch.where(new, row, len(order) + 1), places)
-        return cls(order, starts, row, new.sum().reshape(1))
+        return cls(torch.empty_like(row).scatter_(0, order, row), order, starts, new.sum()[None])
 
 
 # ---------------------------------------------------------------- compiled routines
@@ -243,14 +256,29 @@ def _cython(boxes: Tensor, scores: Tensor, groups: _Groups, rule: _Rule) -> tupl
         *rule.values(),
         kept.numpy(),
         selected.numpy(),
-        torch.get_num_threads(),
+        np.empty(len(kept), np.uint64),
+        np.empty(5 * len(kept), np.float32),
+        _threads(len(kept), int(groups.count)),
     )
-    taken = kept >= 0
-    return kept[taken], selected[taken]
+    return _taken(kept, selected)
+
+
+def _threads(boxes: int, groups: int) -> int:
+    if boxes < _WORTH_THREADS:
+        return 1
+    # OpenMP's threads do not survive a fork, and the child would wait for them.
+    forked = _first_process() != os.getpid()
+    return 1 if forked else min(torch.get_num_threads(), groups)
+
+
+@functools.cache
+def _first_process() -> int:
+    """The process that used threads first; a forked one inherits the answer."""
+    return os.getpid()
 
 
 def _cuda(boxes: Tensor, scores: Tensor, groups: _Groups, rule: _Rule) -> tuple[Tensor, Tensor]:
-    library = _library()[0]
+    library, _ = _library(boxes.device.index)
     kept, selected = torch.full_like(groups.order, -1), torch.empty_like(scores)
     # Copies: aligned to 16 bytes, and free to be overwritten.
     boxes, scores = boxes.clone(), scores.clone()
@@ -265,43 +293,54 @@ def _cuda(boxes: Tensor, scores: Tensor, groups: _Groups, rule: _Rule) -> tuple[
         )
     if error:
         raise RuntimeError(f"NMS on {boxes.device}: {library.nms_error(error).decode()}")
-    taken = kept >= 0
+    return _taken(kept, selected)
+
+
+def _taken(kept: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
+    """The entries that a compiled routine has written; a GPU is waited for here."""
+    taken = (kept >= 0).nonzero()[:, 0]
     return kept[taken], selected[taken]
 
 
 @functools.cache
 def _extension():
-    """The Cython module or None, and its file or the reason; a broken one is told once."""
+    """The Cython module or None, and its file or the reason; an unusable one is told once."""
     name = f"{__name__}._cpu_nms"
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError:
         return None, f"{name} is not compiled for this Python; ./make.sh compiles it"
     except ImportError as error:
-        reason = f"{name} cannot be loaded ({error}); ./make.sh compiles it anew"
-        logging.getLogger("ssd").warning("NMS by PyTorch: %s", reason)
-        return None, reason
+        return None, _unusable(name, str(error), "PyTorch")
+    if getattr(module, "INTERFACE", None) != _INTERFACE:
+        return None, _unusable(name, "it was compiled from other sources", "PyTorch")
     return module, module.__file__
 
 
 @functools.cache
-def _library():
-    """The CUDA library or None, and its file or the reason; a broken one is told once."""
+def _library(index: int):
+    """The CUDA library or None, and its file or the reason, for the GPU of that index."""
     path = Path(__file__).with_name("_cuda_nms" + sysconfig.get_config_var("EXT_SUFFIX"))
     name = f"{__name__}._cuda_nms"
     if not path.is_file():
         return None, f"{name} is not compiled; python utils/build.py compiles it"
     try:
         library = _load_library(path)
-        error = library.nms_check()
-        reason = library.nms_error(error).decode() if error else ""
-    except (OSError, AttributeError) as broken:
-        error, reason = -1, str(broken)
-    if not error:
-        return library, f"{path}, compiled for {library.nms_architectures().decode()}"
+        if library.nms_interface() != _INTERFACE:
+            raise AttributeError("it was compiled from other sources")
+        with torch.cuda.device(index):
+            error = library.nms_check()
+    except (OSError, AttributeError) as broken:  # no library of ours, or one of before
+        return None, _unusable(name, str(broken), "torchvision")
+    if error:
+        return None, _unusable(name, library.nms_error(error).decode(), "torchvision")
+    return library, f"{path}, compiled for {library.nms_architectures().decode()}"
+
+
+def _unusable(name: str, reason: str, instead: str) -> str:
     reason = f"{name} cannot be used here ({reason}); python utils/build.py compiles it anew"
-    logging.getLogger("ssd").warning("NMS on the GPU not by our kernel: %s", reason)
-    return None, reason
+    logging.getLogger("ssd").warning("NMS by %s: %s", instead, reason)
+    return reason
 
 
 def _load_library(path: Path) -> ctypes.CDLL:
@@ -316,13 +355,14 @@ def _load_library(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _backend(device: str) -> tuple[str, str]:
-    if device == "cpu":
+def _backend(device: torch.device) -> tuple[str, str]:
+    if device.type != "cuda":
         module, reason = _extension()
         return ("torch" if module is None else "cython"), reason
     if not torch.cuda.is_available():
         return "none", f"PyTorch {torch.__version__} sees no GPU"
-    library, reason = _library()
+    index = torch.cuda.current_device() if device.index is None else device.index
+    library, reason = _library(index)
     if library is not None:
         return "cuda", reason
     vision, error = _torchvision()
@@ -331,9 +371,9 @@ def _backend(device: str) -> tuple[str, str]:
     return "torch", f"{reason}; {error}"
 
 
-def _routine(device: str, method: str, count: int):
-    """The function that serves `count` boxes on a device ("cpu", "cuda", ...)."""
-    if count and device in ("cpu", "cuda"):
+def _routine(device: torch.device, method: str, count: int):
+    """The function that serves `count` boxes on a device."""
+    if count and device.type in ("cpu", "cuda"):
         name = _backend(device)[0]
         if name in ("cython", "cuda"):
             return _cython if name == "cython" else _cuda
@@ -357,19 +397,21 @@ def _torchvision():
 def _by_torchvision(
     boxes: Tensor, scores: Tensor, groups: _Groups, rule: _Rule
 ) -> tuple[Tensor, Tensor]:
-    """Groups moved apart, in float64, where that rounds away nothing of a float32."""
-    row = torch.empty_like(groups.row)
-    row[groups.order] = groups.row
+    """Groups moved apart, in float64."""
     corners = boxes.double()
     low, high = corners.aminmax()
+    apart = high - low + 2
+    if not apart * groups.count < 2**28:  # also infinite; float64 then has a millionth pixel left
+        return _torch_hard(boxes, scores, groups, rule)
     corners[:, 2:] += rule.extra
-    corners += (row * (high - low + 2))[:, None]
+    corners += (groups.of_box * apart)[:, None]
     ranked = scores.argsort(descending=True, stable=True)
     falling = -torch.arange(len(ranked), dtype=torch.float64, device=ranked.device)
     kept = ranked[_torchvision()[0].nms(corners[ranked], falling, rule.thresh)]
-    kept = kept[row[kept].argsort(stable=True)]
-    sizes = torch.bincount(row[kept], minlength=1)
-    place = torch.arange(len(kept), device=kept.device) - (sizes.cumsum(0) - sizes)[row[kept]]
+    kept = kept[groups.of_box[kept].argsort(stable=True)]
+    group = groups.of_box[kept]
+    sizes = torch.bincount(group)
+    place = torch.arange(len(kept), device=kept.device) - (sizes.cumsum(0) - sizes)[group]
     kept = kept[place < rule.limit]
     return kept, scores[kept]
 
@@ -380,10 +422,8 @@ def _torch_hard(
     """In each round all groups at once settle a block of their best boxes left, and drop from the
     rest what overlaps a kept one."""
     ranked = scores.argsort(descending=True, stable=True)
-    row = torch.empty_like(groups.row)
-    row[groups.order] = groups.row
-    ranked = ranked[row[ranked].argsort(stable=True)]
-    group, columns = row[ranked], boxes[ranked].t()
+    ranked = ranked[groups.of_box[ranked].argsort(stable=True)]
+    group, corners = groups.of_box[ranked], boxes[ranked].t()
 
     keep = torch.zeros_like(group, dtype=torch.bool)
     left = torch.arange(len(group), device=group.device)
@@ -394,9 +434,9 @@ def _torch_hard(
         sizes = torch.bincount(group, minlength=len(quota))
         rank = torch.arange(len(left), device=left.device) - (sizes.cumsum(0) - sizes)[group]
         inside = rank < block
-        line, column = group[inside], rank[inside]
-        heads = columns.new_full((4, len(quota), block), torch.nan)  # NaN overlaps nothing
-        heads[:, line, column] = columns[:, inside]
+        row, place = group[inside], rank[inside]
+        heads = corners.new_full((4, len(quota), block), torch.nan)  # NaN overlaps nothing
+        heads[:, row, place] = corners[:, inside]
 
         # Greedy selection is the one fixed point of "kept = no kept earlier box overlaps it";
         # each step settles at least one box more (Cluster-NMS, arXiv 2005.03572).
@@ -406,15 +446,15 @@ def _torch_hard(
         while before is None or not torch.equal(kept, before):
             kept, before = ~(heads[0].isnan() | (over & kept[:, :, None]).any(1)), kept
         kept &= kept.cumsum(1) <= quota[:, None]
-        keep[left[inside]] = kept[line, column]
+        keep[left[inside]] = kept[row, place]
         quota -= kept.sum(1)
 
         rest = ~inside & (quota > 0)[group]
-        columns, group, left = columns[:, rest], group[rest], left[rest]
+        corners, group, left = corners[:, rest], group[rest], left[rest]
         heads = heads.masked_fill(~kept, torch.nan)
         rivals = heads if len(quota) == 1 else heads[:, group]
-        rest = ~(_iou(rivals, columns[:, :, None], rule.extra) > rule.thresh).any(1)
-        columns, group, left = columns[:, rest], group[rest], left[rest]
+        rest = ~(_iou(rivals, corners[:, :, None], rule.extra) > rule.thresh).any(1)
+        corners, group, left = corners[:, rest], group[rest], left[rest]
     kept = ranked[keep]
     return kept, scores[kept]
 
@@ -424,13 +464,14 @@ def _torch_soft(
 ) -> tuple[Tensor, Tensor]:
     """In each round all groups at once select their best box left, and the others' scores decay."""
     lines = torch.arange(int(groups.count), device=boxes.device)
-    place = torch.arange(len(scores), device=boxes.device) - groups.starts[groups.row]
+    row = groups.of_box[groups.order]
+    place = torch.arange(len(scores), device=boxes.device) - groups.starts[row]
     width = int(place.max()) + 1 if len(place) else 0
     table = groups.order.new_zeros(len(lines), width)
-    table[groups.row, place] = groups.order
-    columns = boxes[table].permute(2, 0, 1)
+    table[row, place] = groups.order
+    corners = boxes[table].permute(2, 0, 1)
     current = scores.new_full(table.shape, -torch.inf)
-    current[groups.row, place] = scores[groups.order]
+    current[row, place] = scores[groups.order]
 
     lines_of, indices, selected = [lines[:0]], [groups.order[:0]], [scores[:0]]
     for _ in range(min(rule.limit, width)):
@@ -439,17 +480,17 @@ def _torch_soft(
         going = score > -torch.inf
         if not going.any():
             break
-        lines, table, columns = lines[going], table[going], columns[:, going]
+        lines, table, corners = lines[going], table[going], corners[:, going]
         current, score, best = current[going], score[going], best[going, None]
         lines_of.append(lines)
         indices.append(table.gather(1, best)[:, 0])
         selected.append(score)
-        winner = columns.gather(2, best.expand(4, -1, -1))
-        iou = _iou(winner, columns, rule.extra)
+        winner = corners.gather(2, best.expand(4, -1, -1))
+        iou = _iou(winner, corners, rule.extra)
         if rule.method == "linear":
             decay = torch.where(iou > rule.thresh, 1 - iou, 1.0)
         else:
-            # In double, and then rounded: the exponential functions of all libraries agree.
+            # In double, then rounded: exponential functions differ in the last bits only.
             decay = (-(iou.double() ** 2) / rule.sigma).exp().float()
             decay = torch.where(iou > 0, decay, 1.0)
         current = torch.where(current > -torch.inf, current * decay, -torch.inf)

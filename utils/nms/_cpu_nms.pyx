@@ -1,4 +1,3 @@
-# distutils: language = c++
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Hard and soft suppression on the CPU, a group of boxes a task, without the GIL.
 
@@ -11,7 +10,8 @@ from libc.math cimport exp
 from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from libcpp.algorithm cimport make_heap, pop_heap
-from libcpp.vector cimport vector
+
+INTERFACE = 2  # what utils/nms/__init__.py expects
 
 cdef enum:
     HARD, LINEAR, GAUSSIAN
@@ -53,61 +53,53 @@ cdef inline uint64_t priority(float score, int64_t position) noexcept nogil:
 
 
 cdef void hard(const float *boxes, const float *scores, const int64_t *order, int64_t count,
-               Rule rule, int64_t *kept, float *kept_scores) noexcept nogil:
+               Rule rule, int64_t *kept, float *kept_scores, uint64_t *heap,
+               float *rivals) noexcept nogil:
     # A heap, as the best few boxes usually settle a group; the others are never put in order.
-    cdef vector[uint64_t] heap
-    cdef vector[float] rivals  # x1, y1, x2, y2 and area of the kept boxes, column after column
-    cdef int64_t i, k, end, start, room = min(rule.limit, count), taken = 0
-    cdef float left, top, right, bottom, area
-    cdef float *x1
-    cdef float *y1
-    cdef float *x2
-    cdef float *y2
-    cdef float *areas
+    cdef int64_t i, k, end, start, left = count, room = min(rule.limit, count), taken = 0
+    cdef float x1, y1, x2, y2, area
+    # The kept boxes, column after column.
+    cdef float *x1s = rivals
+    cdef float *y1s = rivals + room
+    cdef float *x2s = rivals + 2 * room
+    cdef float *y2s = rivals + 3 * room
+    cdef float *areas = rivals + 4 * room
     cdef int beaten
     cdef const float *box
-    heap.resize(count)
-    rivals.resize(5 * room)
-    x1 = rivals.data()
-    y1, x2, y2, areas = x1 + room, x1 + 2 * room, x1 + 3 * room, x1 + 4 * room
     for i in range(count):
         heap[i] = priority(scores[order[i]], i)
-    make_heap(heap.begin(), heap.end())
-    while taken < room and not heap.empty():
-        i = <uint32_t>~heap.front()
-        pop_heap(heap.begin(), heap.end())
-        heap.pop_back()
+    make_heap(heap, heap + count)
+    while taken < room and left:
+        i = <uint32_t>~heap[0]
+        pop_heap(heap, heap + left)
+        left -= 1
         box = boxes + 4 * order[i]
-        left, top, right, bottom = box[0], box[1], box[2], box[3]
-        area = (right - left + rule.extra) * (bottom - top + rule.extra)
+        x1, y1, x2, y2 = box[0], box[1], box[2], box[3]
+        area = (x2 - x1 + rule.extra) * (y2 - y1 + rule.extra)
         beaten = 0
         start = 0
         while start < taken and not beaten:
             end = min(start + BLOCK, taken)
             for k in range(start, end):
-                beaten |= overlap(x1[k], y1[k], x2[k], y2[k], areas[k],
-                                  left, top, right, bottom, rule.extra) > rule.thresh
+                beaten |= overlap(x1s[k], y1s[k], x2s[k], y2s[k], areas[k],
+                                  x1, y1, x2, y2, rule.extra) > rule.thresh
             start = end
         if not beaten:
-            x1[taken], y1[taken], x2[taken], y2[taken] = left, top, right, bottom
-            areas[taken] = area
+            x1s[taken], y1s[taken], x2s[taken], y2s[taken], areas[taken] = x1, y1, x2, y2, area
             kept[taken] = order[i]
             kept_scores[taken] = scores[order[i]]
             taken += 1
 
 
 cdef void soft(const float *boxes, const float *scores, const int64_t *order, int64_t count,
-               Rule rule, int64_t *kept, float *kept_scores) noexcept nogil:
-    cdef vector[int64_t] left  # the boxes still in play, in order, so that of equals the first wins
-    cdef vector[float] values  # and their current scores
-    cdef int64_t i, best, still, taken = 0
+               Rule rule, int64_t *kept, float *kept_scores, int64_t *left,
+               float *values) noexcept nogil:
+    # left: the boxes still in play, in order, so that of equals the first wins; values: their
+    # current scores.
+    cdef int64_t i, best = 0, still = 0, taken = 0
     cdef const float *winner
     cdef const float *box
-    cdef float area = 0, value, iou
-    left.resize(count)
-    values.resize(count)
-    still = 0
-    best = 0
+    cdef float area, value, iou
     for i in range(count):
         if scores[order[i]] >= rule.min_score:
             left[still], values[still] = order[i], scores[order[i]]
@@ -119,9 +111,8 @@ cdef void soft(const float *boxes, const float *scores, const int64_t *order, in
         area = (winner[2] - winner[0] + rule.extra) * (winner[3] - winner[1] + rule.extra)
         kept[taken], kept_scores[taken] = left[best], values[best]
         taken += 1
-        count, still, i = still, 0, best
-        left[i] = -1
-        best = 0
+        left[best] = -1
+        count, still, best = still, 0, 0
         for i in range(count):
             if left[i] < 0:
                 continue
@@ -132,7 +123,7 @@ cdef void soft(const float *boxes, const float *scores, const int64_t *order, in
                 if iou > rule.thresh:
                     value = value * (1 - iou)
             elif iou > 0:
-                # In double, and then rounded: the exponential functions of all libraries agree.
+                # In double, then rounded: exponential functions differ in the last bits only.
                 value = value * <float>exp(-(<double>iou * iou) / rule.sigma)
             if value >= rule.min_score:
                 left[still], values[still] = left[i], value
@@ -144,7 +135,8 @@ cdef void soft(const float *boxes, const float *scores, const int64_t *order, in
 def select(const float[:, ::1] boxes not None, const float[::1] scores not None,
            const int64_t[::1] order not None, const int64_t[::1] starts not None, int64_t groups,
            float thresh, int64_t limit, int method, double sigma, float min_score, float extra,
-           int64_t[::1] kept not None, float[::1] kept_scores not None, int threads):
+           int64_t[::1] kept not None, float[::1] kept_scores not None,
+           uint64_t[::1] keys not None, float[::1] columns not None, int threads):
     """Suppress within each group; the contract of `utils.nms._Groups` and of `_cuda_nms.cu`.
 
     boxes: [N, 4] x1, y1, x2, y2. scores: [N], no NaN. order: [N] boxes sorted by group, of a group
@@ -152,12 +144,14 @@ def select(const float[:, ::1] boxes not None, const float[::1] scores not None,
     thresh .. extra: see `utils.nms`. threads: at most so many, where the compiler had OpenMP.
     kept: [N], -1 on entry; from starts[g] on it takes group g's selected boxes in the order of
     their selection, kept_scores [N] beside it their scores as they were then.
+    keys: [N] and columns: [5 N], memory to work in.
     """
     cdef Py_ssize_t n = scores.shape[0]
     cdef int64_t g, first, count
     cdef Rule rule = Rule(thresh, limit, method, sigma, min_score, extra)
     if (boxes.shape[0] != n or boxes.shape[1] != 4 or order.shape[0] != n or groups < 0
-            or starts.shape[0] <= groups or kept.shape[0] != n or kept_scores.shape[0] != n):
+            or starts.shape[0] <= groups or kept.shape[0] != n or kept_scores.shape[0] != n
+            or keys.shape[0] != n or columns.shape[0] != 5 * n):
         raise ValueError(f"boxes [{boxes.shape[0]}, {boxes.shape[1]}], {n} scores, order "
                          f"[{order.shape[0]}], {groups} groups, starts [{starts.shape[0]}] and "
                          f"kept [{kept.shape[0]}] do not belong together")
@@ -168,7 +162,7 @@ def select(const float[:, ::1] boxes not None, const float[::1] scores not None,
         count = starts[g + 1] - first
         if method == HARD:
             hard(&boxes[0, 0], &scores[0], &order[first], count, rule,
-                 &kept[first], &kept_scores[first])
+                 &kept[first], &kept_scores[first], &keys[first], &columns[5 * first])
         else:
-            soft(&boxes[0, 0], &scores[0], &order[first], count, rule,
-                 &kept[first], &kept_scores[first])
+            soft(&boxes[0, 0], &scores[0], &order[first], count, rule, &kept[first],
+                 &kept_scores[first], <int64_t *>&keys[first], &columns[5 * first])

@@ -6,15 +6,18 @@
 
 #include <cstdint>
 
-#ifndef THREADS
-#define THREADS 256  // a block; a multiple of 32
+#ifndef FEW_THREADS
+#define FEW_THREADS 256    // a block where few boxes of a group are wanted, so that many blocks
+#define MANY_THREADS 1024  // run at once, and where many are; multiples of 32
+#define MANY 1000
 #endif
 #ifndef MOST_BLOCKS
 #define MOST_BLOCKS 8192  // more than run at once; a block takes several groups if there are more
 #endif
 #ifndef LAUNCH
 #include <cuda_runtime.h>
-#define LAUNCH(kernel, blocks, stream, ...) kernel<<<blocks, THREADS, 0, stream>>>(__VA_ARGS__)
+#define LAUNCH(threads, blocks, stream, ...) \
+    select_kernel<threads><<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 #endif
 #ifdef _WIN32
 #define EXPORT extern "C" __declspec(dllexport)
@@ -50,7 +53,7 @@ __device__ uint64_t priority(float score, int64_t position) {
 }
 
 // The largest value of the block, for all its threads.
-__device__ uint64_t block_max(uint64_t value) {
+template <int THREADS> __device__ uint64_t block_max(uint64_t value) {
     __shared__ uint64_t of_warp[THREADS / 32];
     for (int step = 16; step; step /= 2) {
         uint64_t other = __shfl_xor_sync(0xffffffffu, value, step);
@@ -66,6 +69,8 @@ __device__ uint64_t block_max(uint64_t value) {
 
 // The arguments of nms_select. Each round takes the best box left in the group and, in one pass
 // over the others, lets their scores decay with their overlap (hard: to nothing) and finds the next.
+// So a group takes time in proportion to its selected boxes times all its boxes.
+template <int THREADS>
 __global__ void select_kernel(const float4 *boxes, float *scores, int64_t *order,
                               const int64_t *starts, const int64_t *groups, Rule rule,
                               int64_t *kept, float *kept_scores) {
@@ -85,7 +90,7 @@ __global__ void select_kernel(const float4 *boxes, float *scores, int64_t *order
                         continue;
                     }
                     if (rule.method == LINEAR && iou > rule.thresh) score *= 1 - iou;
-                    // In double, and then rounded: all libraries' exponential functions agree.
+                    // In double, then rounded: exponential functions differ in the last bits only.
                     if (rule.method == GAUSSIAN && iou > 0)
                         score *= static_cast<float>(exp(-(static_cast<double>(iou) * iou) / rule.sigma));
                 }
@@ -99,7 +104,7 @@ __global__ void select_kernel(const float4 *boxes, float *scores, int64_t *order
                 uint64_t mine = priority(score, i);
                 best = mine > best ? mine : best;
             }
-            best = block_max(best);
+            best = block_max<THREADS>(best);
             if (best == 0) break;
             int64_t place = first + static_cast<uint32_t>(~best);
             int64_t box = order[place];
@@ -129,16 +134,24 @@ EXPORT int nms_select(const float *boxes, float *scores, int64_t *order, const i
     if (most_groups == 0) return 0;
     Rule rule = {thresh, limit, method, sigma, min_score, extra};
     unsigned blocks = most_groups < MOST_BLOCKS ? most_groups : MOST_BLOCKS;
-    LAUNCH(select_kernel, blocks, static_cast<cudaStream_t>(stream),
-           reinterpret_cast<const float4 *>(boxes), scores, order, starts, groups, rule, kept,
-           kept_scores);
+    cudaStream_t queue = static_cast<cudaStream_t>(stream);
+    const float4 *corners = reinterpret_cast<const float4 *>(boxes);
+    if (limit < MANY)
+        LAUNCH(FEW_THREADS, blocks, queue, corners, scores, order, starts, groups, rule, kept,
+               kept_scores);
+    else
+        LAUNCH(MANY_THREADS, blocks, queue, corners, scores, order, starts, groups, rule, kept,
+               kept_scores);
     return cudaGetLastError();
 }
+
+// What utils/nms/__init__.py expects; another number for other arguments.
+EXPORT int nms_interface(void) { return 2; }
 
 // 0 if the kernel can run on the current device, else a CUDA error code.
 EXPORT int nms_check(void) {
     cudaFuncAttributes attributes;
-    int code = cudaFuncGetAttributes(&attributes, select_kernel);
+    int code = cudaFuncGetAttributes(&attributes, select_kernel<FEW_THREADS>);
     cudaGetLastError();  // what failed here is no error of a later call
     return code;
 }
