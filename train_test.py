@@ -32,6 +32,7 @@ from data.config import (
     TRAINING_THRESHOLD,
     WARMUP_START_LR,
 )
+from data.curves import CURVES_FILE
 from data.detections import load_detections, save_detections
 from data.loading import EpochSampler, TestSet, TrainingSet, test_loader, training_loader
 from data.transforms import SSDAugmentation, TestTransform
@@ -205,9 +206,9 @@ def scoring_options(given: dict, options: dict) -> dict:
 
 
 def detect(
-    net: nn.Module, dataset, priors: torch.Tensor, options: dict, limits: dict, on_batch
+    net: nn.Module, dataset, priors: torch.Tensor, options: dict, chosen: dict, on_batch
 ) -> list[dict[str, np.ndarray]]:
-    """Detections of all pictures of ``dataset``, by ``Detect(**limits)``."""
+    """Detections of all pictures of ``dataset``, by ``Detect(**chosen)``."""
     samples = TestSet(dataset, TestTransform(options["size"]))
     pin_memory = priors.device.type == "cuda"
     loader = test_loader(samples, options["batch_size"], options["num_workers"], pin_memory)
@@ -219,7 +220,7 @@ def detect(
 
     try:
         return detect_all(
-            net, Detect(**limits), priors, loader, INPUT_MEAN, options["amp"], advance
+            net, Detect(**chosen), priors, loader, INPUT_MEAN, options["amp"], advance
         )
     except FloatingPointError as error:
         raise UserError(
@@ -230,7 +231,7 @@ def detect(
         progress.close()
 
 
-def made_by(options: dict, limits: dict, checkpoint: dict, device: torch.device) -> dict:
+def made_by(options: dict, chosen: dict, checkpoint: dict, device: torch.device) -> dict:
     """All that decides what the detections of a call are; kept with them."""
     return {
         "checkpoint": checkpoint,
@@ -239,13 +240,13 @@ def made_by(options: dict, limits: dict, checkpoint: dict, device: torch.device)
         "sets": set_names(options["test_sets"]),
         "classes": options["classes"],
         "thresholds": {
-            "score": limits["conf_thresh"],
-            "nms": limits["nms_thresh"],
-            "per_class": limits["per_class"],
-            "per_image": limits["top_k"],
+            "score": chosen["conf_thresh"],
+            "nms": chosen["nms_thresh"],
+            "per_class": chosen["per_class"],
+            "per_image": chosen["top_k"],
         },
         "suppression": {
-            key: limits[key] for key in ("nms", "class_agnostic", "background_shortcut")
+            key: chosen[key] for key in ("nms", "class_agnostic", "background_shortcut")
         },
         "amp": options["amp"],
         "versions": {
@@ -255,6 +256,10 @@ def made_by(options: dict, limits: dict, checkpoint: dict, device: torch.device)
             "nms": nms.backend(device.type),
         },
     }
+
+
+SCORES = ("results.json", CURVES_FILE)
+"""What a scoring leaves in its folder, beside the official files."""
 
 
 def score(dataset, detections: list[dict], origin: dict, directory: Path, scoring: dict) -> dict:
@@ -303,8 +308,8 @@ def test(given: dict) -> None:
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
     directory = test_folder(given, options, path)
     cache = directory / "detections.npz"
-    limits = detection_options(given, options, RECIPES[options["dataset"]].test_threshold)
-    origin = made_by(options, limits, checkpoint, device)
+    chosen = detection_options(given, options, RECIPES[options["dataset"]].test_threshold)
+    origin = made_by(options, chosen, checkpoint, device)
     if given.get("retest"):
         asked = ["checkpoint", "dataset", "root", "sets", "classes"]
         if DETECTION_OPTIONS & given.keys():
@@ -325,7 +330,9 @@ def test(given: dict) -> None:
             options["amp"],
             nms.backend(device.type),
         )
-        detections = detect(net, dataset, priors, options, limits, lambda images: None)
+        detections = detect(net, dataset, priors, options, chosen, lambda images: None)
+        for name in SCORES:  # of the detections that are replaced
+            (directory / name).unlink(missing_ok=True)
         save_detections(cache, dataset.ids, detections, origin)
     score(dataset, detections, origin, directory, scoring)
 
@@ -400,7 +407,7 @@ def train(given: dict) -> None:
 def check_training_options(given: dict) -> None:
     """Refuse, before anything is written, what cannot be meant."""
     for option in ("retest", *sorted(DETECTION_OPTIONS)):
-        if given.get(option):
+        if given.get(option, False) is not False:  # a switch may be off, a number 0 is none
             raise UserError(f"--{option} goes with --test FILE")
     for one, other in (("resume", "resume_net"), ("resume", "basenet"), ("basenet", "resume_net")):
         if one in given and other in given:
@@ -543,13 +550,13 @@ def build_trainer(
             start_lr=WARMUP_START_LR,
         )
 
-    limits = detection_options({}, options, TRAINING_THRESHOLD)
+    chosen = detection_options({}, options, TRAINING_THRESHOLD)
     scoring = scoring_options(given, options)
 
     def evaluate(name: str, on_batch) -> dict:
         folder = directory / "ss_predict" / name / set_names(options["test_sets"])
-        origin = made_by(options, limits, {"file": f"{directory.name}, {name}"}, device)
-        detections = detect(net, test_set, priors, options, limits, on_batch)
+        origin = made_by(options, chosen, {"file": f"{directory.name}, {name}"}, device)
+        detections = detect(net, test_set, priors, options, chosen, on_batch)
         save_detections(folder / "detections.npz", test_set.ids, detections, origin)
         return score(test_set, detections, origin, folder, scoring)
 
@@ -597,7 +604,14 @@ def interrupt(number: int, _) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    given = vars(parser(BACKBONES, SIZES, RECIPES, SUPPRESSION, BACKENDS).parse_args(argv))
+    arguments = parser(
+        versions=BACKBONES,
+        sizes=SIZES,
+        datasets=RECIPES,
+        suppressions=SUPPRESSION,
+        backends=BACKENDS,
+    )
+    given = vars(arguments.parse_args(argv))
     setup_logging()
     # All batches have one shape, so cuDNN's search for the fastest algorithm pays.
     torch.backends.cudnn.benchmark = True

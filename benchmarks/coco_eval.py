@@ -4,8 +4,9 @@
 
 The claim: for 5,000 pictures with 100 detections each, hotcoco is at least 20 times faster, and
 every digit is equal. The set is made up: 80 categories, some rare; scores of 3 digits, so that many
-are equal; crowds. Every call gets the same list of detections in memory and the annotation file,
-and has everything to do from there; --commands times `python -m data.coco_eval` on files, too.
+are equal; crowds. Every call gets the same detections as a list in memory and the annotation file,
+and has everything to do from there; --commands times `python -m data.coco_eval` on files, too, all
+of which have to print the same.
 """
 
 from __future__ import annotations
@@ -14,11 +15,9 @@ import argparse
 import contextlib
 import io
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +25,7 @@ import numpy as np
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from benchmarks.timing import CPU, machine, medians, write
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend
 from utils.errors import UserError
 
@@ -91,55 +91,55 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--commands", action="store_true", help="time the command line, too")
     p.add_argument("--json", type=Path)
     args = p.parse_args(argv)
-    calls = {REFERENCE: plain}
-    for backend in BACKENDS[1:]:
+    versions, stats, printed = {}, {}, {}
+    for backend in BACKENDS:
         try:
-            _, version = load_backend(backend)
+            _, versions[backend] = load_backend(backend)
         except UserError as error:
             print(f"left out: {error}")
-        else:
-            calls[version] = partial(by_backend, backend)
     document, records = make_set(args.images, args.detections)
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    commands: dict[str, float] = {}
-    stats: dict[str, list[float]] = {}
+    written_into = [dict(record) for record in records]  # pycocotools does that, to the same effect
     with tempfile.TemporaryDirectory() as folder:
         truth, results = Path(folder) / "truth.json", Path(folder) / "results.json"
         truth.write_text(json.dumps(document))
-        for _ in range(args.rounds):
-            for name, call in calls.items():
-                own = [dict(record) for record in records]  # pycocotools writes into them
-                start = time.perf_counter()
-                stats[name] = call(own, truth)
-                times[name].append(time.perf_counter() - start)
+        results.write_text(json.dumps(records))
+
+        def reference() -> None:
+            stats[REFERENCE] = plain(written_into, truth)
+
+        def score(backend: str) -> None:
+            stats[versions[backend]] = by_backend(backend, records, truth)
+
+        def command(backend: str) -> None:
+            line = [sys.executable, "-m", "data.coco_eval", str(results), str(truth)]
+            line += ["--eval-backend", backend]
+            done = subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True)
+            printed[f"command, {backend}"] = done.stdout
+
+        calls = {REFERENCE: reference}
+        calls |= {versions[b]: partial(score, b) for b in versions if b != BACKENDS[0]}
         if args.commands:
-            results.write_text(json.dumps(records))
-            for backend in (BACKENDS[0], *(name.split()[0] for name in list(calls)[1:])):
-                command = [sys.executable, "-m", "data.coco_eval", str(results), str(truth)]
-                start = time.perf_counter()
-                subprocess.run(
-                    [*command, "--eval-backend", backend], check=True, stdout=subprocess.DEVNULL
-                )
-                commands[backend] = time.perf_counter() - start
+            calls |= {f"command, {b}": partial(command, b) for b in versions}
+        times = medians(calls, args.rounds, CPU, warm_up=0)
 
     objects = len(document["annotations"])
+    print(machine(CPU))
     print(
         f"{args.images} pictures, {objects} objects, {len(records)} detections; the twelve numbers"
     )
-    reference = np.array(stats[REFERENCE])
-    medians = {name: statistics.median(values) for name, values in times.items()}
-    for name, seconds in medians.items():
-        gap = np.abs(reference - stats[name]).max()
+    for name in stats:
+        gap = np.abs(np.subtract(stats[name], stats[REFERENCE])).max()
         digits = "every digit equal" if gap == 0 else f"differs by {gap:.1e} at most"
-        print(f"{name:25} {seconds:8.3f} s   x{medians[REFERENCE] / seconds:<7.1f} {digits}")
-        if gap > (0 if name.startswith("hotcoco") else 1e-14):
+        ratio = f"x{times[REFERENCE] / times[name]:.1f}"
+        print(f"{name:25} {times[name]:8.3f} s   {ratio:8} {digits}")
+        if not gap <= (0 if name.startswith("hotcoco") else 1e-14):  # NaN is not, either
             raise AssertionError(f"{name}: {stats[name]}, pycocotools: {stats[REFERENCE]}")
-    for backend, seconds in commands.items():
-        ratio = commands[BACKENDS[0]] / seconds
-        print(f"command, {backend:16} {seconds:8.3f} s   x{ratio:.1f}")
-    if args.json:
-        content = {"detections": len(records), "seconds": medians, "commands": commands}
-        args.json.write_text(json.dumps(content | {"stats": stats}))
+    by_reference = f"command, {BACKENDS[0]}"
+    for name, text in printed.items():
+        print(f"{name:25} {times[name]:8.3f} s   x{times[by_reference] / times[name]:.1f}")
+        if text != printed[by_reference]:
+            raise AssertionError(f"{name} prints\n{text}and not\n{printed[by_reference]}")
+    write(args.json, CPU, detections=len(records), seconds=times, stats=stats)
     return 0
 
 

@@ -12,13 +12,12 @@ are made up, and both ways must find the same.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import machine, medians
+from benchmarks.timing import machine, medians, write
 from data.config import COCO_512
 from layers import Detect, PriorBox
 from layers.boxes import decode, iou, to_corners
@@ -130,8 +129,7 @@ def main(argv: list[str] | None = None) -> int:
                 ratio = f"Detect takes {times['Detect'] / seconds:.2%} of it"
             print(f"  {name:13} {seconds * 1e3:9.2f} ms   {ratio}", flush=True)
         rows[make.__name__] = {"scores_over": over, "seconds": times}
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(device), "rows": rows}))
+    write(args.json, device, rows=rows)
     return 0
 
 

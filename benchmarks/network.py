@@ -9,13 +9,12 @@ take turns within every round, so that a disturbance meets all of them; times ar
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from benchmarks.timing import medians
+from benchmarks.timing import machine, medians, write
 from data.config import INPUT_MEAN, PRIORS
 from layers import MultiBoxLoss, PriorBox
 from models import BACKBONES, build_net
@@ -75,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
     device = torch.device(args.device)
     torch.backends.cudnn.benchmark = True
     rows = []
+    print(machine(device))
     print("what      size batch amp   " + "".join(f"{v:>26}" for v in BACKBONES))
     for training in (False, True):
         for size in args.size:
@@ -90,9 +90,7 @@ def main(argv: list[str] | None = None) -> int:
                     rows.append(
                         {"what": what, "size": size, "batch": batch, "amp": amp, "seconds": times}
                     )
-    if args.json:
-        name = torch.cuda.get_device_name() if device.type == "cuda" else "cpu"
-        args.json.write_text(json.dumps({"device": name, "torch": torch.__version__, "rows": rows}))
+    write(args.json, device, rows=rows)
     return 0
 
 

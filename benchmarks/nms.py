@@ -10,13 +10,12 @@ anywhere in a picture of 640 x 480.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import machine, medians
+from benchmarks.timing import machine, medians, write
 from utils.nms import backend, batched_nms
 
 IOU = 0.45
@@ -77,8 +76,7 @@ def main(argv: list[str] | None = None) -> int:
                 flush=True,
             )
             rows.append({"boxes": count, "classes": classes, "kept": len(ours), "seconds": times})
-    if args.json:
-        args.json.write_text(json.dumps({"machine": machine(device), "rows": rows}))
+    write(args.json, device, rows=rows)
     return 0
 
 

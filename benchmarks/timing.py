@@ -1,12 +1,17 @@
-"""Times of several calls that take turns, so that a disturbance meets all of them."""
+"""Times of several calls that take turns, so that a disturbance meets all; and their file."""
 
 from __future__ import annotations
 
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import torch
+
+from utils.files import write_json
+
+CPU = torch.device("cpu")
 
 
 def medians(
@@ -41,3 +46,9 @@ def machine(device: torch.device) -> str:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     return f"{name}, PyTorch {torch.__version__}"
+
+
+def write(path: Path | None, device: torch.device, **content) -> None:
+    """Keep ``content`` as JSON beside what it is of; nothing without a path."""
+    if path:
+        write_json(path, {"machine": machine(device), **content})

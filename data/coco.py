@@ -22,9 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from data.curves import CURVES
+from data.curves import CURVES_FILE
+from data.detections import LARGEST, as_columns
 from data.image import read_image, report_lines
 from utils.errors import UserError
+from utils.files import atomic_write
 
 # Sets that are cut out of another split and have no picture folder of their own.
 PICTURES_OF = {"minival": "val", "valminusminival": "val", "test-dev": "test"}
@@ -91,6 +93,17 @@ def column(source, kind: str, records, field: str, shape: tuple[int, ...] = (), 
     return np.array(values, dtype).reshape(-1, *shape)
 
 
+def box_column(source, kind: str, records):
+    """The boxes x, y, w, h of a list of JSON objects, float64 [n, 4], as `column` reads them.
+
+    UserError names the first with a number beyond `LARGEST`, too: its area may be infinite.
+    """
+    boxes = column(source, kind, records, "bbox", (4,))
+    if (beyond := (np.abs(boxes) > LARGEST).any(1)).any():
+        raise _unfit(source, kind, records, beyond.argmax(), "bbox", f"4 numbers up to {LARGEST:g}")
+    return boxes
+
+
 def _unfit(source, kind, records, n, field, wanted) -> UserError:
     record = records[n] if isinstance(records[n], dict) else {}
     where = f"{kind}[{n}]" + (f" (id {record['id']})" if "id" in record else "")
@@ -149,7 +162,7 @@ def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
             )
 
     records = document.get("annotations") if boxes else []
-    box = column(path, "annotations", records, "bbox", (4,))
+    box = box_column(path, "annotations", records)
 
     def owners(field, known):
         ids = column(path, "annotations", records, field, dtype=np.int64)
@@ -298,47 +311,32 @@ class COCODetection:
         `data.coco_eval.BACKENDS`.
 
         Returns {"metric", "value" (AP at [.5:.95]), "per_class" (the same of each class), "iou",
-        "max_dets", "image_set", "results" (the file), "stats" (the twelve numbers, see
-        `data.coco_eval.STATS`), "per_size" and "per_class_per_size" (AP of small, medium and large
-        objects), "backend" (name and version), "curves" (a file in `directory`, see `data.curves`),
+        "max_dets", "image_set", "results" and "curves" (files in `directory`, see `data.curves`),
+        "stats" (the twelve numbers, see `data.coco_eval.STATS`), "per_size" and
+        "per_class_per_size" (AP of small, medium and large objects), "backend" (name and version),
         "notes" (lines for the log)}; -1 is "no ground truth". A test split has "value" None,
-        nothing per class or size, neither stats nor curves, and "archive" (the .zip).
+        nothing per class or size, neither stats nor curves, and "archive" (the .zip, beside them).
 
-        ValueError: a label that there is not, a score or a box that is not finite.
+        ValueError: as `data.detections.as_columns`. UserError: a file that cannot be written.
         """
         from data.coco_eval import COCOResults, evaluate_coco, notes
 
-        if len(detections) != len(self):
-            raise ValueError(f"{len(detections)} detections for {len(self)} images")
         self.check_scorable()
+        images, scores, labels, corners = as_columns(detections, self.ids, len(self.classes))
         [(year, image_set)] = self.image_sets
         truth = self._annotation_file(year, image_set)
         test = _is_test_split(truth)
-
-        def gather(key, shape):
-            return np.concatenate([np.reshape(found[key], shape) for found in detections])
-
-        scores, corners = gather("scores", -1).astype(float), gather("boxes", (-1, 4)).astype(float)
-        labels = gather("labels", -1).astype(np.int64)
-        images = np.repeat(self.ids, [len(found["scores"]) for found in detections])
         sides = corners[:, 2:] - corners[:, :2] + 1
         boxes = np.hstack([corners[:, :2], sides]).round(4)
-        bad = ~np.isfinite(scores) | ~np.isfinite(boxes).all(1)
-        bad |= (labels < 1) | (labels > len(self.classes))
-        if bad.any():
-            k = bad.argmax()
-            raise ValueError(
-                f"image {images[k]}: detection with label {labels[k]} of {len(self.classes)}, "
-                f"score {scores[k]}, box {corners[k]}"
-            )
         categories = np.array(list(self.category_ids.values()))[labels - 1]
-        results = COCOResults(images, categories, boxes, scores)
+        results = COCOResults(np.array(self.ids)[images], categories, boxes, scores)
         fields = ("image_id", "category_id", "bbox", "score")
         rows = zip(*(column.tolist() for column in results), strict=True)
         split = f"{image_set}{year}_{name}" if test else f"{image_set}{year}"
         path = Path(directory) / f"detections_{split}_results.json"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps([dict(zip(fields, row, strict=True)) for row in rows]))
+        with atomic_write(path) as file:
+            records = [dict(zip(fields, row, strict=True)) for row in rows]
+            file.write(json.dumps(records).encode())
         report = {
             "metric": "COCO AP",
             "value": None,
@@ -346,19 +344,22 @@ class COCODetection:
             "iou": "0.50:0.95",
             "max_dets": 100,
             "image_set": f"{year}_{image_set}".lstrip("_"),
-            "results": str(path),
+            "results": path.name,
         }
         if test:
             archive = path.with_suffix(".zip")
-            with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-                file.write(path, path.name)
-            report["archive"] = str(archive)
+            with (
+                atomic_write(archive) as file,
+                zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members,
+            ):
+                members.write(path, path.name)
+            report["archive"] = archive.name
             report["notes"] = [
                 f"{archive}: no score here, {truth.name} has no ground truth; the evaluation server"
                 " takes this file"
             ]
             return report
-        scored = evaluate_coco(results, truth, backend, path.with_name(CURVES))
+        scored = evaluate_coco(results, truth, backend, path.with_name(CURVES_FILE))
         return report | {
             "value": scored["stats"][0],
             "per_class": scored["per_category"],
@@ -366,7 +367,7 @@ class COCODetection:
             "per_class_per_size": scored["per_category_per_size"],
             "stats": scored["stats"],
             "backend": scored["backend"],
-            "curves": CURVES,
+            "curves": CURVES_FILE,
             "notes": notes(scored),
         }
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.coco import Annotations, column, positions, read_annotations, read_json
+from data.coco import Annotations, box_column, column, positions, read_annotations, read_json
 from data.curves import SIZES, write_curves
 from utils.errors import UserError
 from utils.files import check_writable, write_json
@@ -46,7 +46,8 @@ class COCOResults(NamedTuple):
     """Detections as columns: what a results JSON says, without a dict for each.
 
     image_ids, category_ids: int64 [n], of the annotation file. boxes: float64 [n, 4], x, y, w, h in
-    pixels. scores: float64 [n]. All finite; n may be 0. The order decides between equal scores.
+    pixels, up to `data.detections.LARGEST`. scores: float64 [n]. All finite; n may be 0. The order
+    decides between equal scores.
     """
 
     image_ids: np.ndarray
@@ -74,7 +75,8 @@ def evaluate_coco(
     pycocotools' 1 / (1 + 2**-52): where the two differ, by 2.2e-16, and AP by rounding (1e-15).
 
     UserError: a file that cannot be read or is malformed, results of a picture or a category that
-    the annotation file does not list, the backend not installed. ValueError: no such backend.
+    the annotation file does not list, a backend that is missing, too old or broken. ValueError: no
+    such backend.
     """
     evaluate, version = load_backend(backend)
     truth = read_annotations(annotations_path)
@@ -85,7 +87,7 @@ def evaluate_coco(
             column(source, "results", records, field, dtype=np.int64)
             for field in ("image_id", "category_id")
         )
-        boxes = column(source, "results", records, "bbox", (4,))
+        boxes = box_column(source, "results", records)
         results = COCOResults(image, category, boxes, column(source, "results", records, "score"))
     # Ids by position, from 1: exact in any number format, and in the order of the file's own.
     image = 1 + positions(
@@ -126,10 +128,12 @@ def evaluate_coco(
 def load_backend(name: str):
     """(function of truth, images, categories, boxes, scores -> evaluation, "name version").
 
-    UserError where its package is not installed; ValueError for a name not in `BACKENDS`.
+    UserError where its package is not installed, too old or broken; ValueError for a name not in
+    `BACKENDS`.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")
+    module = name.replace("-", "_")
     try:
         if name == "hotcoco":
             import hotcoco
@@ -144,9 +148,21 @@ def load_backend(name: str):
             from pycocotools.cocoeval import COCOeval
 
             evaluate = partial(_evaluate_dicts, COCO, COCOeval)
-    except ImportError as error:
-        raise UserError(f"COCO scores by {name} need it installed (pip install {name})") from error
-    return evaluate, f"{name} {importlib.metadata.version(name)}"
+    except (ImportError, ValueError) as error:  # ValueError: compiled for another NumPy
+        if isinstance(error, ModuleNotFoundError) and str(error.name).split(".")[0] == module:
+            problem = f"need it installed (pip install {name})"
+        else:
+            problem = f"cannot be had, its import fails: {error} (pip install -U {name} may help)"
+        raise UserError(f"COCO scores by {name} {problem}") from error
+    try:
+        version = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:  # a module without a package's metadata
+        version = getattr(sys.modules[module], "__version__", "of unknown version")
+    if name == "hotcoco" and not hasattr(hotcoco.COCO, "from_arrays"):
+        raise UserError(
+            f"COCO scores by hotcoco need hotcoco>=1.2, found {version} (pip install -U hotcoco)"
+        )
+    return evaluate, f"{name} {version}"
 
 
 def _evaluate_dicts(COCO, COCOeval, truth: Annotations, images, categories, boxes, scores):
@@ -208,7 +224,10 @@ def notes(report: dict) -> list[str]:
     """What zeros and -1 in a report of `evaluate_coco` stand for, as lines for the log."""
     lines = []
     if report["stats"][8] == 0:
-        lines += ["no detection overlaps an object of its class by IoU 0.50 or more"]
+        lines += [
+            "none of the 100 best detections of a class in a picture overlaps an object of that"
+            " class by IoU 0.50 or more"
+        ]
     absent = [name for name, ap in report["per_category"].items() if ap == -1]
     if absent:
         lines += [f"no ground truth (-1) for {len(absent)} classes: {', '.join(absent)}"]

@@ -10,8 +10,7 @@ VOC, a point for every correct detection, best score first:
 
 from __future__ import annotations
 
-import zipfile
-import zlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,24 +18,22 @@ from pathlib import Path
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, load_arrays
 
-CURVES = "curves.npz"  # beside results.json
-SIZES = ("small", "medium", "large")
-AREAS = ("all", *SIZES)
+CURVES_FILE = "curves.npz"  # beside results.json
 # COCO's limits, in square pixels; an object on a limit is in both ranges.
-SIZE_RANGES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, 1e5**2)}
-
-
-# What reading an array file raises, besides OSError, when it is something else or cut off.
-MALFORMED = (
-    ValueError, KeyError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error,
-)  # fmt: skip
+SIZE_RANGES = {
+    "all": (-math.inf, math.inf),
+    "small": (0, 32**2),
+    "medium": (32**2, 96**2),
+    "large": (96**2, 1e5**2),
+}
+SIZES = tuple(SIZE_RANGES)[1:]
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves by class, area range and IoU threshold; `arrays` as in the module's description."""
+    """Curves by class, size and IoU threshold; `arrays` as in the module's description."""
 
     classes: tuple[str, ...]
     areas: tuple[str, ...]
@@ -76,12 +73,12 @@ class Curves:
 def write_curves(
     path: str | Path, classes: Sequence[str], ious: Sequence[float], **arrays: np.ndarray
 ) -> None:
-    """Write the arrays of `Curves`, each over all of `AREAS`."""
+    """Write the arrays of `Curves`, each over all of `SIZE_RANGES`."""
     with atomic_write(path) as file:
         np.savez_compressed(
             file,
             classes=np.array(classes, str),
-            areas=np.array(AREAS),
+            areas=np.array([*SIZE_RANGES]),
             ious=np.array(ious, np.float64),
             **arrays,
         )
@@ -90,8 +87,7 @@ def write_curves(
 def load_curves(path: str | Path) -> Curves:
     """Read what `write_curves` wrote; UserError where the file is missing or is something else."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = dict(file)
+        arrays = load_arrays(path)
         classes, areas = (tuple(arrays.pop(key).tolist()) for key in ("classes", "areas"))
         curves = Curves(classes, areas, arrays.pop("ious"), arrays)
         shape = (len(curves.ious), len(classes), len(areas))
@@ -104,7 +100,7 @@ def load_curves(path: str | Path) -> Curves:
             fits = arrays["precision"].shape == arrays["scores"].shape == dense
     except OSError as error:
         raise UserError(f"{path}: the curves cannot be read ({error})") from error
-    except MALFORMED as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a file of curves ({error})") from error
     if not fits:
         raise UserError(f"{path}: not a file of curves (its arrays do not belong together)")

@@ -1,16 +1,57 @@
-"""The detections of a test run as one compressed file, tied to what made them."""
+"""The detections of a test run: as columns, and as one compressed file tied to what made them."""
 
 from __future__ import annotations
 
 import json
-import zipfile
-import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, load_arrays
+
+LARGEST = 1e100  # coordinate of a box: areas and sums of areas stay finite
+# What detections were made with before there was a choice; their files do not say it.
+FORMER_SUPPRESSION = {"nms": "hard", "class_agnostic": False, "background_shortcut": False}
+
+
+def as_columns(
+    detections: Sequence[dict], ids: Sequence, num_classes: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Detections (one dict an image: boxes [n, 4], scores [n], labels [n]) of all images in a row.
+
+    Returns int64 [N] positions in ``ids``, float64 [N] scores, int64 [N] labels, float64 [N, 4]
+    boxes.
+
+    Raises:
+        ValueError: not one dict an image, arrays of different lengths in one, a label outside of
+            1..num_classes, a score or a box that is not finite, or a box beyond ``LARGEST``.
+    """
+    if len(detections) != len(ids):
+        raise ValueError(f"{len(detections)} detections for {len(ids)} images")
+    shapes = {"scores": (-1,), "labels": (-1,), "boxes": (-1, 4)}
+    parts = [
+        [np.asarray(found[key], np.float64).reshape(shape) for found in detections]
+        for key, shape in shapes.items()
+    ]
+    for i, lengths in enumerate(zip(*([*map(len, part)] for part in parts), strict=True)):
+        if len(set(lengths)) > 1:
+            raise ValueError("image {}: {} scores, {} labels and {} boxes".format(ids[i], *lengths))
+    scores, labels, boxes = (
+        np.concatenate([np.empty((0, *shape[1:])), *part])
+        for part, shape in zip(parts, shapes.values(), strict=True)
+    )
+    images = np.repeat(np.arange(len(ids)), [*map(len, parts[0])])
+    good = np.isfinite(scores) & (np.abs(boxes) <= LARGEST).all(1)
+    good &= (labels >= 1) & (labels <= num_classes)
+    if not good.all():
+        k = good.argmin()
+        raise ValueError(
+            f"image {ids[images[k]]}: detection with label {labels[k]:g} of {num_classes}, "
+            f"score {scores[k]}, box {boxes[k]}"
+        )
+    return images, scores, labels.astype(np.int64), boxes
 
 
 def save_detections(
@@ -49,8 +90,7 @@ def load_detections(
     if not path.exists():
         raise UserError(f"{path} does not exist: no detections to score again; {again} first")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            saved = {name: file[name] for name in file.files}
+        saved = load_arrays(path)
         found = json.loads(str(saved["made_by"]))
         counts, columns = saved["counts"], [saved[k] for k in ("boxes", "scores", "labels")]
         total = int(counts.sum())
@@ -58,9 +98,10 @@ def load_detections(
         if (counts < 0).any() or [c.shape for c in columns] != shapes or type(found) is not dict:
             raise ValueError("its arrays do not fit together")
         parts = [np.split(column, np.cumsum(counts)[:-1]) for column in columns]
-    except (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, zlib.error,
-            zipfile.BadZipFile) as error:  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); {again}") from error
+    if "thresholds" in found:
+        found.setdefault("suppression", FORMER_SUPPRESSION)
     for key, value in made_by.items():
         if found.get(key) != value:
             was = found.get(key)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.curves import CURVES
+from data.curves import CURVES_FILE
 from data.image import read_image, report_lines
 from utils.errors import UserError
 
@@ -444,14 +444,14 @@ class VOCDetection:
         result = voc_eval.evaluate_voc(read, self.annotations, self.classes)
         old = all(year and year.isdigit() and int(year) < 2010 for year, _ in self.image_sets)
         main = "voc07_11point" if old else "area"
-        voc_eval.write_voc_curves(Path(directory) / CURVES, result)
+        voc_eval.write_voc_curves(Path(directory) / CURVES_FILE, result)
         return {
             "metric": voc_eval.METRICS[main],
             "value": result[main]["mean"],
             **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
             "image_set": name,
             **result,
-            "curves": CURVES,
+            "curves": CURVES_FILE,
         }
 
 

@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.curves import AREAS, SIZE_RANGES, SIZES, write_curves
+from data.curves import SIZE_RANGES, SIZES, write_curves
+from data.detections import as_columns
 from data.image import report_lines
 from data.voc0712 import Annotation, list_image_sets, load_annotations, parse_classes, set_name
 from utils.errors import UserError
-from utils.files import check_writable, write_json
+from utils.files import atomic_write, check_writable, write_json
 
 METRICS = {"voc07_11point": "VOC07 11-point AP@.5", "area": "VOC area AP@.5"}
 
@@ -55,41 +56,22 @@ def write_comp4(
     detections: for every id {"boxes" [n, 4] (x1, y1, x2, y2) in pixels counted from 0, "scores"
     [n], "labels" [n], label k being classes[k - 1]}. A line is `id score x1 y1 x2 y2`, in pixels
     counted from 1; scores keep all bits of a float32, and so their order, boxes 1/1000 pixel.
+
+    ValueError: as `data.detections.as_columns`. UserError: a file that cannot be written.
     """
-    if len(detections) != len(ids):
-        raise ValueError(f"{len(detections)} detections for {len(ids)} images")
-    images = np.repeat(np.arange(len(ids)), [len(found["scores"]) for found in detections])
-    scores = _gather(detections, "scores", (-1,))
-    labels = _gather(detections, "labels", (-1,))
-    boxes = _gather(detections, "boxes", (-1, 4)) + 1
-    if not len(images) == len(scores) == len(labels) == len(boxes):
-        raise ValueError(f"{len(scores)} scores, {len(labels)} labels and {len(boxes)} boxes")
-    bad = ~np.isfinite(scores) | ~np.isfinite(boxes).all(1) | (labels < 1) | (labels > len(classes))
-    if bad.any():
-        k = bad.argmax()
-        raise ValueError(
-            f"image {ids[images[k]]}: detection with label {labels[k]:g} of {len(classes)}, "
-            f"score {scores[k]}, box {boxes[k] - 1}"
-        )
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    images, scores, labels, boxes = as_columns(detections, ids, len(classes))
+    boxes = boxes + 1
     for label, name in enumerate(classes, 1):
         of_class = np.flatnonzero(labels == label)
         names = [ids[image] for image in images[of_class].tolist()]
         columns = (scores[of_class], *boxes[of_class].T)
         rows = zip(names, *(column.tolist() for column in columns), strict=True)
-        with open(
-            comp4_path(directory, image_set, name), "w", encoding="utf-8", newline="\n"
-        ) as file:
-            file.writelines(
-                f"{image_id} {score:.9g} {x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}\n"
-                for image_id, score, x1, y1, x2, y2 in rows
-            )
-
-
-def _gather(detections: Sequence[dict], key: str, shape: tuple[int, ...]) -> np.ndarray:
-    arrays = [np.asarray(found[key], np.float64).reshape(shape) for found in detections]
-    return np.concatenate(arrays) if arrays else np.empty(0).reshape(shape)
+        lines = [
+            f"{image_id} {score:.9g} {x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}\n"
+            for image_id, score, x1, y1, x2, y2 in rows
+        ]
+        with atomic_write(comp4_path(directory, image_set, name)) as file:
+            file.write("".join(lines).encode())
 
 
 def read_comp4(
@@ -141,7 +123,8 @@ def _parse_plain(data: bytes, position: dict[bytes, int]) -> tuple[list, np.ndar
     if len(gaps) % 6 or (gaps.reshape(-1, 6) != np.frombuffer(b"     \n", np.uint8)).any():
         return None
     numbers = data.split()
-    if len(numbers) != len(gaps):  # a gap of two spaces
+    # Else a gap of two spaces, one before the first word, or a word behind the last line's end.
+    if len(numbers) != len(gaps) or not data.endswith(b"\n"):
         return None
     images = [*map(position.get, numbers[::6])]
     del numbers[::6]
@@ -209,10 +192,10 @@ def evaluate_voc(
 
     Returns {"iou", "voc07_11point" and "area": {"mean", "per_class": {class: AP}, "per_size":
     {size: mean AP}, "per_class_per_size": {class: {size: AP}}}, "ground_truths" (not difficult) and
-    "detections": {class: count}, "notes": lines, "curves": {class: {area: {"scores", "recall",
-    "precision"} float64 [n]}}}, the areas being `data.curves.AREAS`. A class without ground truth
-    has AP 0 and counts in the mean, as in the published 11-point code; a note says so. A class
-    without ground truth of a size has -1 there and is left out of that size's mean.
+    "detections": {class: count}, "notes": lines, "curves": {class: {size: {"scores", "recall",
+    "precision"} float64 [n]}}}, also of the size "all". A class without ground truth has AP 0 and
+    counts in the mean, as in the published 11-point code; a note says so. A class without ground
+    truth of a size has -1 there and is left out of that size's mean.
     """
     counts = [len(annotation.names) for annotation in annotations]
     names = np.array([name for annotation in annotations for name in annotation.names], object)
@@ -228,38 +211,29 @@ def evaluate_voc(
         # As published: equal scores stand in the order of NumPy's default sort, which is not stable
         # and depends on the processor. Scores rounded to 3 digits feel it in the third digit of AP.
         order = np.argsort(-found.scores)
-        scores, det_boxes, objects = found.scores[order], found.boxes[order], boxes[of_class]
-        counted = ~difficult[of_class]
+        det_boxes, objects, counted = found.boxes[order], boxes[of_class], ~difficult[of_class]
         starts = np.searchsorted(images[of_class], np.arange(len(annotations) + 1))
         matched, first = _match(found.images[order], det_boxes, starts, objects, counted, iou)
-        result["ground_truths"][name], result["detections"][name] = int(counted.sum()), len(order)
-        result["curves"][name] = {}
-        det_sizes, object_sizes = _area(det_boxes), _area(objects)
-        for area in AREAS:
-            valid, correct, wrong = counted, first, ~first
-            if area in SIZE_RANGES:
-                low, high = SIZE_RANGES[area]
-                valid = counted & (low <= object_sizes) & (object_sizes <= high)
-                wrong = wrong & (low <= det_sizes) & (det_sizes <= high)
-            on_valid = np.append(valid, False)[matched]  # -1, no object, is the last
-            correct = correct & on_valid
-            wrong = wrong & (on_valid | (matched < 0))
-            total, hits, misses = int(valid.sum()), correct.cumsum(), wrong.cumsum()
-            recall = hits / max(total, 1)
-            precision = hits / np.maximum(hits + misses, 1)
-            result["curves"][name][area] = {
-                "scores": scores,
-                "recall": recall,
-                "precision": precision,
+        det_areas, areas, scores = _area(det_boxes), _area(objects), found.scores[order]
+        total, curves = {}, {}
+        for size, (low, high) in SIZE_RANGES.items():
+            valid = counted & (low <= areas) & (areas <= high)
+            inside = (low <= det_areas) & (det_areas <= high)
+            total[size] = int(valid.sum())
+            recall, precision = _curve(matched, first, valid, inside)
+            curves[size] = {"scores": scores, "recall": recall, "precision": precision}
+        for metric in METRICS:
+            aps = {
+                size: average_precision(curve["recall"], curve["precision"], metric)
+                for size, curve in curves.items()
             }
-            for metric in METRICS:
-                value = average_precision(recall, precision, metric)
-                if area == "all":
-                    result[metric]["per_class"][name] = value
-                    result[metric]["per_class_per_size"][name] = {}
-                else:
-                    result[metric]["per_class_per_size"][name][area] = value if total else -1.0
-        if not result["ground_truths"][name]:
+            result[metric]["per_class"][name] = aps["all"]
+            result[metric]["per_class_per_size"][name] = {
+                size: aps[size] if total[size] else -1.0 for size in SIZES
+            }
+        result["ground_truths"][name], result["detections"][name] = total["all"], len(order)
+        result["curves"][name] = curves
+        if not total["all"]:
             result["notes"].append(
                 f"0 ground truths for class {name}: its AP is set to 0 and counts in the mean"
             )
@@ -304,24 +278,34 @@ def _match(
     return matched, first
 
 
+def _curve(
+    matched: np.ndarray, first: np.ndarray, valid: np.ndarray, inside: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Recall and precision, [n] each, of what `_match` returns in a size range.
+
+    valid: the objects that count, others count neither way. inside [n]: the detections that count
+    where they are wrong.
+    """
+    on_valid = np.append(valid, False)[matched]  # -1, no object, is the last
+    hits = (first & on_valid).cumsum()
+    misses = (~first & inside & (on_valid | (matched < 0))).cumsum()
+    return hits / max(valid.sum(), 1), hits / np.maximum(hits + misses, 1)
+
+
 def write_voc_curves(path: str | Path, result: dict) -> None:
     """Keep the curves of `evaluate_voc` for plots, see `data.curves`.
 
     Of all points only those of correct detections: the rest of a curve falls straight below them,
     and both average precisions follow from these.
     """
-    rises = [
-        {key: column[np.diff(curve["recall"], prepend=0) > 0] for key, column in curve.items()}
-        for areas in result["curves"].values()
-        for curve in areas.values()
-    ]
-    write_curves(
-        path,
-        list(result["curves"]),
-        [result["iou"]],
-        counts=np.reshape([len(curve["recall"]) for curve in rises], (1, -1, len(AREAS))),
-        **{key: np.concatenate([curve[key] for curve in rises]) for key in rises[0]},
-    )
+    curves = [curve for sizes in result["curves"].values() for curve in sizes.values()]
+    rises = [np.diff(curve["recall"], prepend=0) > 0 for curve in curves]
+    counts = np.reshape([rise.sum() for rise in rises], (1, -1, len(SIZE_RANGES))).astype(np.int64)
+    columns = {
+        key: np.concatenate([[], *(c[key][rise] for c, rise in zip(curves, rises, strict=True))])
+        for key in ("recall", "precision", "scores")
+    }
+    write_curves(path, list(result["curves"]), [result["iou"]], counts=counts, **columns)
 
 
 def _area(boxes: np.ndarray) -> np.ndarray:
@@ -349,14 +333,20 @@ def _find_year(root: Path, image_set: str) -> str | None:
 
 
 def _table(result: dict) -> str:
-    width = max(map(len, (*result["ground_truths"], "class")))
+    """Counts and AP of every class, and under them the mean of all and of every size."""
+    width = max(map(len, (*result["ground_truths"], "mean, medium")))
     lines = [f"{'class':{width}}  ground truths  detections  " + "  ".join(METRICS.values())]
     for name, total in result["ground_truths"].items():
         values = [f"{result[m]['per_class'][name]:{len(title)}.4f}" for m, title in METRICS.items()]
         counts = f"{total:13}  {result['detections'][name]:10}"
         lines.append("  ".join([f"{name:{width}}", counts, *values]))
-    values = [f"{result[metric]['mean']:{len(title)}.4f}" for metric, title in METRICS.items()]
-    return "\n".join([*lines, "  ".join([f"{'mean':{width}}", " " * 25, *values])])
+    means = {"mean": [result[metric]["mean"] for metric in METRICS]}
+    for size in SIZES:  # -1: no ground truth
+        means[f"mean, {size}"] = [result[metric]["per_size"][size] for metric in METRICS]
+    for title, row in means.items():
+        values = [f"{v:{len(m)}.4f}" for v, m in zip(row, METRICS.values(), strict=True)]
+        lines.append("  ".join([f"{title:{width}}", " " * 25, *values]))
+    return "\n".join(lines)
 
 
 def build_parser() -> argparse.ArgumentParser:

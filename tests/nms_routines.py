@@ -23,6 +23,9 @@ compiled = pytest.mark.skipif(backend() != "cython", reason=f"backend is torch: 
 needs_compiler = pytest.mark.skipif(
     not shutil.which("c++") or sys.platform == "win32", reason="no C++ compiler with ucontext.h"
 )
+needs_torchvision = pytest.mark.skipif(
+    nms_module._torchvision()[0] is None, reason=nms_module._torchvision()[1]
+)
 EXACT = [
     "torch",
     pytest.param("cython", marks=compiled),
@@ -30,7 +33,8 @@ EXACT = [
 ]
 """Routines that keep the same boxes to the last tie."""
 exact = pytest.mark.parametrize("routine", EXACT)
-every = pytest.mark.parametrize("routine", [*EXACT, "torchvision"])
+EVERY = [*EXACT, pytest.param("torchvision", marks=needs_torchvision)]
+every = pytest.mark.parametrize("routine", EVERY)
 
 
 @functools.cache

@@ -2,13 +2,14 @@
 
 import json
 import re
+import subprocess
 
 import pytest
 import torch
+from nms_routines import needs_torchvision
 
-from benchmarks import coco_eval, detect, nms, timing, voc_eval
-
-CPU = torch.device("cpu")
+from benchmarks import coco_eval, detect, network, nms, timing, voc_eval
+from benchmarks.timing import CPU
 
 
 def test_medians_take_turns_and_leave_the_warm_up_out(monkeypatch):
@@ -20,6 +21,32 @@ def test_medians_take_turns_and_leave_the_warm_up_out(monkeypatch):
     assert called == ["a", "b"] * 4
 
 
+def test_file_says_the_machine_and_is_left_out_without_a_path(tmp_path):
+    timing.write(tmp_path / "new" / "out.json", CPU, rows=[1])
+    content = json.loads((tmp_path / "new" / "out.json").read_text())
+    assert content == {"machine": timing.machine(CPU), "rows": [1]}
+    assert "CPU threads, PyTorch " in content["machine"]
+    timing.write(None, CPU, rows=[1])
+
+
+def test_network_gives_ratios_to_vgg(tmp_path, capsys, monkeypatch):
+    def measure(device, size, batch, amp, rounds, training):
+        return {version: 1 + training for version in network.BACKBONES}
+
+    monkeypatch.setattr(network, "measure", measure)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    out = tmp_path / "out.json"
+    args = ["--device", "cpu", "--size", "300", "--batch", "4", "--amp", "off", "--json", str(out)]
+    assert network.main(args) == 0
+    first, _, forward, training = capsys.readouterr().out.splitlines()
+    content = json.loads(out.read_text())
+    assert first == content["machine"] == timing.machine(CPU)
+    assert re.match(r"forward +300 +4 off +4\.0 img/s  x1\.00 ", forward)
+    assert re.match(r"training +300 +4 off +2\.0 img/s  x1\.00 ", training)
+    assert [row["what"] for row in content["rows"]] == ["forward", "training"]
+
+
+@needs_torchvision
 def test_nms_gives_ratios_and_keeps_torchvisions_boxes(tmp_path, capsys):
     out = tmp_path / "out.json"
     args = ["--boxes", "300", "--classes", "1", "5", "--rounds", "1", "--json", str(out)]
@@ -31,6 +58,7 @@ def test_nms_gives_ratios_and_keeps_torchvisions_boxes(tmp_path, capsys):
     assert [row["classes"] for row in json.loads(out.read_text())["rows"]] == [1, 5]
 
 
+@needs_torchvision
 def test_nms_notices_another_box(monkeypatch):
     right = nms.batched_nms
     monkeypatch.setattr(nms, "batched_nms", lambda b, s, g, t, n, pixel: right(b, s, g, t, n, True))
@@ -38,6 +66,7 @@ def test_nms_notices_another_box(monkeypatch):
         nms.main(["--boxes", "3000", "--classes", "1", "--rounds", "1"])
 
 
+@needs_torchvision
 def test_detect_gives_ratios_to_the_plain_way_and_the_network(tmp_path, capsys):
     out = tmp_path / "out.json"
     assert detect.main(["--rounds", "1", "--amp", "off", "--json", str(out)]) == 0
@@ -63,20 +92,37 @@ def test_coco_eval_gives_ratios_and_equal_digits(tmp_path, capsys):
     args = ["--images", "20", "--detections", "30", "--rounds", "1", "--commands"]
     assert coco_eval.main([*args, "--json", str(out)]) == 0
     text = capsys.readouterr().out
-    assert text.startswith("20 pictures, 140 objects, 600 detections")
+    assert re.search(r"^20 pictures, 140 objects, 600 detections", text, re.M)
     assert re.search(r"^pycocotools itself .* x1\.0 ", text, re.M)
     assert re.search(r"^hotcoco 1\.\S+ .* s   x[\d.]+ +every digit equal$", text, re.M)
+    assert re.search(r"^command, pycocotools .* x1\.0$", text, re.M)
     assert re.search(r"^command, hotcoco .* x[\d.]+$", text, re.M)
-    stats = json.loads(out.read_text())["stats"]["pycocotools itself"]
+    content = json.loads(out.read_text())
+    stats = content["stats"]["pycocotools itself"]
     assert 0.01 < stats[0] < 0.99 and -1 not in stats
+    assert {"pycocotools itself", "command, pycocotools", "command, hotcoco"} <= set(
+        content["seconds"]
+    )
 
 
-def test_coco_eval_notices_a_wrong_digit(monkeypatch):
+@pytest.mark.parametrize("wrong", [lambda v: v + 1e-16, lambda v: float("nan")])
+def test_coco_eval_notices_a_wrong_digit(monkeypatch, wrong):
     pytest.importorskip("hotcoco")
     right = coco_eval.by_backend
-    monkeypatch.setattr(coco_eval, "by_backend", lambda *a: [v + 1e-16 for v in right(*a)])
+    monkeypatch.setattr(coco_eval, "by_backend", lambda *a: [wrong(v) for v in right(*a)])
     with pytest.raises(AssertionError, match="hotcoco"):
         coco_eval.main(["--images", "5", "--detections", "5", "--rounds", "1"])
+
+
+def test_coco_eval_notices_another_table(monkeypatch):
+    pytest.importorskip("hotcoco")
+
+    def run(line, **options):
+        return subprocess.CompletedProcess(line, 0, stdout=f"by {line[-1]}")
+
+    monkeypatch.setattr(coco_eval.subprocess, "run", run)
+    with pytest.raises(AssertionError, match="command, hotcoco prints\nby hotcoco"):
+        coco_eval.main(["--images", "5", "--detections", "5", "--rounds", "1", "--commands"])
 
 
 def test_voc_eval_gives_seconds_and_equal_curves(tmp_path, capsys):
@@ -84,7 +130,9 @@ def test_voc_eval_gives_seconds_and_equal_curves(tmp_path, capsys):
     args = ["--images", "30", "--detections", "20", "--rounds", "1", "--json", str(out)]
     assert voc_eval.main(args) == 0
     text = capsys.readouterr().out
-    assert re.match(r"30 pictures, \d+ objects, 600 detections; VOC07 .* 0\.[1-9]\d+,", text)
+    assert re.search(
+        r"^30 pictures, \d+ objects, 600 detections; VOC07 .* 0\.[1-9]\d+,", text, re.M
+    )
     assert re.search(r"^read and score them .* s   x[\d.]+$", text, re.M)
     assert "every point of every curve equal" in text
     assert set(json.loads(out.read_text())["seconds"]) == {"write", "read", "score", "loop"}

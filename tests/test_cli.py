@@ -285,28 +285,75 @@ def test_retest_scores_the_kept_detections_without_the_network(call, trained, mo
     assert json.loads(path.read_text()) == first
 
 
-def test_the_options_of_detection_are_followed_and_recorded(call, trained, capsys):
-    options = ["--score_threshold", 0, "--nms", "soft", "--class_agnostic"]
-    options += ["--max_detections", 7, "--background_shortcut", "false"]
+def test_the_options_of_detection_are_followed_and_recorded(call, trained, monkeypatch, capsys):
+    made = []
+
+    class Recording(train_test.Detect):
+        def __init__(self, **options):
+            made.append(options)
+            super().__init__(**options)
+
+    monkeypatch.setattr(train_test, "Detect", Recording)
     folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
-    assert call("--test", trained, *options) == 0
-    results = json.loads((folder / "results.json").read_text())
-    assert results["thresholds"] == {"score": 0, "nms": 0.45, "per_class": 50, "per_image": 7}
-    assert results["suppression"] == {
-        "nms": "soft", "class_agnostic": True, "background_shortcut": False,
+
+    def results(*options):
+        assert call("--test", trained, *options) == 0
+        return json.loads((folder / "results.json").read_text())
+
+    published = results()
+    assert made.pop() == {
+        "conf_thresh": 0.03, "nms_thresh": 0.45, "per_class": 50, "top_k": 300, "nms": "hard",
+        "class_agnostic": False, "background_shortcut": False,
     }  # fmt: skip
-    assert results["detection_count"] == 7 * results["images"]
-    assert call("--test", trained, *options, "--retest") == 0
-    assert call("--test", trained, *options, "--retest", "--nms", "hard") == 2
-    assert "made with suppression {'nms': 'soft'" in capsys.readouterr().err
-    # Nearly every prior of a network that knows nothing is background, so none is left.
-    saved = torch.load(trained, weights_only=True)
-    for key in saved["model"]:
-        if key.startswith("conf.") and key.endswith("bias"):
-            saved["model"][key].view(-1, 4)[:, 0] += 50
-    torch.save(saved, trained)
-    assert call("--test", trained, *options[:2], "--background_shortcut") == 0
-    assert json.loads((folder / "results.json").read_text())["detection_count"] == 0
+    options = ["--score_threshold", 0, "--nms", "soft-gaussian", "--class_agnostic"]
+    options += ["--max_detections", 7, "--background_shortcut"]
+    other = results(*options)
+    assert made.pop() == {
+        "conf_thresh": 0, "nms_thresh": 0.45, "per_class": 50, "top_k": 7, "nms": "soft-gaussian",
+        "class_agnostic": True, "background_shortcut": True,
+    }  # fmt: skip
+    assert other["thresholds"] == {"score": 0, "nms": 0.45, "per_class": 50, "per_image": 7}
+    assert other["suppression"] == {
+        "nms": "soft-gaussian", "class_agnostic": True, "background_shortcut": True,
+    }  # fmt: skip
+    assert other["detection_count"] == 7 * other["images"] != published["detection_count"]
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        ("--score_threshold", 0.4),
+        ("--max_detections", 8),
+        ("--nms", "soft"),
+        ("--class_agnostic", "true"),
+        ("--background_shortcut", "true"),
+    ],
+)
+def test_retest_refuses_detections_of_other_options(call, trained, capsys, option):
+    assert call("--test", trained, *option) == 0
+    assert call("--test", trained, *option, "--retest") == 0
+    assert call("--test", trained, "--retest") == 0
+    assert call("--test", trained) == 0
+    assert call("--test", trained, *option, "--retest") == 2
+    assert "was made with " in capsys.readouterr().err
+
+
+def test_a_test_that_ends_early_leaves_no_scores_of_other_detections(call, trained, monkeypatch):
+    assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    assert {"results.json", "curves.npz"} <= {path.name for path in folder.iterdir()}
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_test, "score", interrupted)
+    assert call("--test", trained, "--nms", "soft") == 130
+    assert not {"results.json", "curves.npz"} & {path.name for path in folder.iterdir()}
+
+
+def test_a_backend_is_for_coco(call, trained, capsys):
+    assert call("--test", trained, "--eval-backend", "hotcoco") == 2
+    assert "--eval-backend computes COCO's numbers" in capsys.readouterr().err
 
 
 def test_weights_that_diverged_are_told(call, trained, capsys):
@@ -314,7 +361,7 @@ def test_weights_that_diverged_are_told(call, trained, capsys):
     saved["model"]["conf.0.bias"][0] = torch.nan
     torch.save(saved, trained)
     assert call("--test", trained) == 2
-    assert "output is not finite (conf contains NaN or infinity)" in capsys.readouterr().err
+    assert "output is not finite (conf contains NaN or +infinity)" in capsys.readouterr().err
 
 
 def test_a_backend_is_for_coco_and_installed(call, trained, capsys, monkeypatch):
@@ -416,16 +463,21 @@ def test_published_spellings_are_accepted():
         "--ngpu 1 --visdom true --send_images_to_visdom no --log_iters true --gamma 0.2 "
         "--save_frequency 5 --test_frequency 3 --jaccard_threshold 0.4 --retest false --date 0504"
     )
-    options = vars(
-        parser(models.BACKBONES, (300, 512), ("VOC", "COCO"), ["soft"], ["hotcoco"]).parse_args(
-            line.split()
-        )
+    line += " --eval_backend hotcoco"
+    arguments = parser(
+        versions=models.BACKBONES,
+        sizes=(300, 512),
+        datasets=("VOC", "COCO"),
+        suppressions=("hard", "soft"),
+        backends=("pycocotools", "hotcoco"),
     )
+    options = vars(arguments.parse_args(line.split()))
     assert options == {
         "version": "SSD_HarDNet85", "size": 512, "dataset": "COCO", "batch_size": 16, "lr": 1e-3,
         "max_epoch": 7, "warm_epoch": 2, "cuda": False, "ngpu": 1, "visdom": True,
         "send_images_to_visdom": False, "log_iters": 10, "gamma": 0.2, "save_frequency": 5,
         "test_frequency": 3, "jaccard_threshold": 0.4, "retest": False, "date": "0504",
+        "eval_backend": "hotcoco",
     }  # fmt: skip
 
 
@@ -443,6 +495,7 @@ def test_published_spellings_are_accepted():
         (["--basenet", "gone.pth"], ["gone.pth", "tiny.pth", "weights/README.md"]),
         (["--basenet", "a.pth", "--resume_net", "b.pth"], ["--basenet and --resume_net"]),
         (["--score_threshold", "0.5"], ["--test"]),
+        (["--score_threshold", "0"], ["--test"]),
         (["--nms", "soft"], ["--nms", "--test"]),
         (["--class_agnostic"], ["--class_agnostic", "--test"]),
         (["--max_detections", "10"], ["--max_detections", "--test"]),
@@ -599,13 +652,29 @@ def test_help_explains_itself(capsys):
         assert words in text
 
 
-def test_coco_trains_and_is_scored(call, coco_folder):
+def test_coco_trains_and_is_scored(call, coco_folder, monkeypatch, capsys):
+    pytest.importorskip("hotcoco")
+    common = ["--save_folder", str(call.folder.parent), "--device", "cpu", "--num_workers", "0"]
     options = ["-d", "COCO", "-v", "tiny", "-s", "300", "--root", str(coco_folder), "-b", "2",
-               "--save_folder", str(call.folder.parent), "--device", "cpu", "--num_workers", "0",
-               "-max", "1", "--date", "coco"]  # fmt: skip
+               "-max", "1", "--date", "coco", "--eval-backend", "hotcoco", *common]  # fmt: skip
     assert main(options) == 0
-    folder = call.folder / "coco" / "ss_predict" / "final" / "2017_val"
-    results = json.loads((folder / "results.json").read_text())
+    run = call.folder / "coco"
+    results = json.loads((run / "ss_predict" / "final" / "2017_val" / "results.json").read_text())
     assert len(results["stats"]) == 12
-    assert main(["--test", str(call.folder / "coco" / "Final_tiny_COCO.pth"), "--device", "cpu",
-                 "--num_workers", "0", "--save_folder", str(call.folder.parent)]) == 0  # fmt: skip
+    assert results["backend"].startswith("hotcoco 1.")
+
+    checkpoint = run / "Final_tiny_COCO.pth"
+    path = run / "ss_predict" / checkpoint.stem / "2017_val" / "results.json"
+    found = []
+    for backend in ((), ("--eval-backend", "hotcoco"), ("--eval-backend", "faster-coco-eval")):
+        assert main(["--test", str(checkpoint), *common, *backend]) == 0
+        found.append(json.loads(path.read_text()))
+    assert [report["backend"].split()[0] for report in found] == [
+        "pycocotools", "hotcoco", "faster-coco-eval",
+    ]  # fmt: skip
+    assert found[0]["stats"] == found[1]["stats"] == pytest.approx(found[2]["stats"], abs=1e-14)
+
+    monkeypatch.setitem(sys.modules, "hotcoco", None)
+    monkeypatch.setattr(train_test, "detect", None)
+    assert main(["--test", str(checkpoint), *common, "--eval-backend", "hotcoco"]) == 2
+    assert "pip install" in capsys.readouterr().err

@@ -1,8 +1,8 @@
 """COCO reader, on folders written here."""
 
+import errno
 import json
 import zipfile
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -221,7 +221,7 @@ def test_ground_truth_as_detections_scores_one_and_is_written_back_unchanged(tmp
     dataset = read(val2017(tmp_path, boxes))
     report = dataset.evaluate(perfect(dataset), tmp_path / "new" / "folder")
     path = tmp_path / "new" / "folder" / "detections_val2017_results.json"
-    assert report["results"] == str(path)
+    assert report["results"] == path.name
     assert json.loads(path.read_text()) == [
         {"image_id": 9, "category_id": 3, "bbox": [0.5, 1.25, 8, 4], "score": 1},
         {"image_id": 42, "category_id": 90, "bbox": [10, 5, 20, 10], "score": 1},
@@ -248,10 +248,11 @@ def test_report_says_what_scoring_the_written_file_says(tmp_path, backend):
         found["boxes"] += rng.normal(0, 2, found["boxes"].shape).astype(np.float32)
         found["scores"] = rng.random(len(found["boxes"]), np.float32)
     report = dataset.evaluate(detections, tmp_path / "out", backend=backend)
-    written = np.array([r["bbox"] for r in json.loads(Path(report["results"]).read_text())])
+    path = tmp_path / "out" / report["results"]
+    written = np.array([r["bbox"] for r in json.loads(path.read_text())])
     assert np.array_equal(written, written.round(4)) and written.shape == (8, 4)
     truth = tmp_path / "annotations" / "instances_val2017.json"
-    scored = evaluate_coco(report["results"], truth, backend, tmp_path / "again.npz")
+    scored = evaluate_coco(path, truth, backend, tmp_path / "again.npz")
     assert 0 < report["value"] < 1 and report["value"] == scored["stats"][0]
     assert report["stats"] == scored["stats"] and report["per_class"] == scored["per_category"]
     assert report["per_size"] == scored["per_size"]
@@ -265,7 +266,8 @@ def test_report_says_what_scoring_the_written_file_says(tmp_path, backend):
 
 
 @pytest.mark.parametrize("change", [{"labels": [4]}, {"labels": [0]}, {"scores": [np.nan]},
-                                    {"boxes": [[0, 0, np.inf, 1]]}])  # fmt: skip
+                                    {"boxes": [[0, 0, np.inf, 1]]},
+                                    {"boxes": [[0, 0, 1e160, 1e160]]}])  # fmt: skip
 def test_wrong_detections_are_not_written(tmp_path, change):
     dataset = read(val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)], ids=(42,)))
     found = {"boxes": [[0, 0, 1, 1]], "scores": [0.5], "labels": [1]} | change
@@ -274,12 +276,44 @@ def test_wrong_detections_are_not_written(tmp_path, change):
     assert not (tmp_path / "out").exists()
 
 
+def test_detections_whose_arrays_differ_in_length_are_not_written(tmp_path):
+    dataset = read(val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)], ids=(42,)))
+    found = {"boxes": np.zeros((2, 4)), "scores": [0.5], "labels": [1]}
+    with pytest.raises(ValueError, match="image 42: 1 scores, 1 labels and 2 boxes"):
+        dataset.evaluate([found], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("test", [False, True])
+def test_disk_that_is_full_is_told_with_the_file_and_leaves_none(tmp_path, monkeypatch, test):
+    names = {42: "000000000042.jpg"}
+    if test:
+        write_set(tmp_path, "image_info_test2017.json", "test2017", names)
+    else:
+        write_set(tmp_path, "instances_val2017.json", "val2017", names, [])
+    dataset = COCODetection(tmp_path, [("2017", "test" if test else "val")])
+    nothing = {"boxes": np.zeros((0, 4)), "scores": [], "labels": []}
+    full, calls = OSError(errno.ENOSPC, "No space left on device"), []
+
+    def fsync(file):
+        calls.append(file)
+        if len(calls) > 2 * test:  # of the results, or of the archive behind them
+            raise full
+
+    monkeypatch.setattr("utils.files.os.fsync", fsync)
+    name = "test2017_SSD_results.zip" if test else "val2017_results.json"
+    with pytest.raises(UserError, match=rf"out/detections_{name} could not .* No space left"):
+        dataset.evaluate([nothing], tmp_path / "out")
+    left = [path.name for path in (tmp_path / "out").iterdir()]
+    assert left == (["detections_test2017_SSD_results.json"] if test else [])
+
+
 def test_no_detections_score_zero(tmp_path):
     dataset = read(val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)]))
     nothing = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
     report = dataset.evaluate([nothing] * 2, tmp_path)
     assert report["value"] == 0 and report["per_class"] == {"dog": -1, "kite": -1, "oar": 0}
-    assert "no detection overlaps" in report["notes"][0]
+    assert "none of the 100 best detections" in report["notes"][0]
     with pytest.raises(ValueError, match="1 detections for 2 images"):
         dataset.evaluate([nothing], tmp_path)
 
@@ -298,8 +332,10 @@ def test_test_set_is_written_for_the_server_and_not_scored(tmp_path):
     assert report["value"] is None and report["per_class"] == {}
     assert "no ground truth" in report["notes"][0]
     assert "curves" not in report and not (tmp_path / "out" / "curves.npz").exists()
-    assert report["archive"] == str(path.with_suffix(".zip"))
-    with zipfile.ZipFile(report["archive"]) as archive:
+    archive = path.with_suffix(".zip")
+    assert (report["results"], report["archive"]) == (path.name, archive.name)
+    assert str(archive) in report["notes"][0]
+    with zipfile.ZipFile(archive) as archive:
         assert archive.namelist() == [path.name]
         assert archive.read(path.name) == path.read_bytes()
 
@@ -312,7 +348,7 @@ def test_test_set_with_ground_truth_is_an_ordinary_set(tmp_path):
     assert dataset.target(0).tolist() == [[10, 5, 29, 14, 1]]
     report = dataset.evaluate(perfect(dataset), tmp_path / "out")
     assert report["value"] == pytest.approx(1) and "archive" not in report
-    assert report["results"].endswith("detections_test2024_results.json")
+    assert report["results"] == "detections_test2024_results.json"
 
 
 def test_set_with_an_image_info_file_alone_has_no_ground_truth(tmp_path):
@@ -399,6 +435,8 @@ IMAGE = {"id": 9, "width": WIDTH, "height": HEIGHT}
         ({"annotations": [{**BOX, "bbox": [1, 2, 3]}]}, r"\(id 17\).*'bbox', found \[1, 2, 3\]"),
         ({"annotations": [BOX, {**BOX, "bbox": [1, 2, 3, np.nan]}]}, r"annotations\[1\].*nan"),
         ({"annotations": [{**BOX, "bbox": [1, 2, 3, "4"]}]}, "4 finite numbers"),
+        ({"annotations": [BOX, {**BOX, "bbox": [0, 0, 1e160, 1e160]}]},
+         r"annotations\[1\] \(id 17\) needs 4 numbers up to 1e\+100 as 'bbox', found \[0, 0, 1e"),
         ({"annotations": [{**BOX, "area": "big"}]}, "a finite number as 'area', found 'big'"),
         ({"annotations": [{**BOX, "image_id": "9"}]}, "a whole number as 'image_id', found '9'"),
         ({"annotations": [{**BOX, "image_id": 10**30}]}, "a whole number as 'image_id'"),

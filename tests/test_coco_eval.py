@@ -1,13 +1,15 @@
 """COCO scores: the published numbers on real detections, and hand-computed small cases."""
 
+import importlib.metadata
 import json
 import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data.coco_eval import BACKENDS, COCOResults, evaluate_coco, main, notes
+from data.coco_eval import BACKENDS, COCOResults, evaluate_coco, load_backend, main, notes
 from data.curves import SIZES, load_curves
 from utils.errors import UserError
 
@@ -246,6 +248,55 @@ def test_backend_that_is_not_installed_is_named(small, monkeypatch, capsys, tmp_
     assert f"pip install {backend}" in capsys.readouterr().err
 
 
+def stub(monkeypatch, name, **content):
+    module = ModuleType(name)
+    vars(module).update(content)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+def version_is(monkeypatch, version):
+    def find(name):
+        if version is None:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return version
+
+    monkeypatch.setattr(importlib.metadata, "version", find)
+
+
+def test_hotcoco_without_columns_is_refused_with_the_version_wanted(small, monkeypatch):
+    version_is(monkeypatch, "1.1.0")
+    stub(monkeypatch, "hotcoco", COCO=SimpleNamespace())
+    with pytest.raises(UserError, match=r"need hotcoco>=1\.2, found 1\.1\.0 \(pip install -U hotc"):
+        evaluate_coco([], small, "hotcoco")
+    stub(monkeypatch, "hotcoco", COCO=SimpleNamespace(from_arrays=None))
+    assert load_backend("hotcoco")[1] == "hotcoco 1.1.0"
+
+
+def test_backend_without_a_packages_metadata_has_the_modules_version(monkeypatch):
+    version_is(monkeypatch, None)
+    content = {"COCO": SimpleNamespace(from_arrays=None)}
+    stub(monkeypatch, "hotcoco", **content, __version__="1.9")
+    assert load_backend("hotcoco")[1] == "hotcoco 1.9"
+    stub(monkeypatch, "hotcoco", **content)
+    assert load_backend("hotcoco")[1] == "hotcoco of unknown version"
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        ("ImportError('libgomp.so.1: cannot open')", "libgomp.so.1: cannot open"),
+        ("ModuleNotFoundError('no numpy.core', name='numpy.core')", "no numpy.core"),
+        ("ValueError('numpy.dtype size changed')", "numpy.dtype size changed"),
+    ],
+)
+def test_backend_that_is_broken_says_why(tmp_path, monkeypatch, error, said):
+    (tmp_path / "hotcoco.py").write_text(f"raise {error}")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hotcoco", raising=False)
+    with pytest.raises(UserError, match=f"hotcoco cannot be had, its import fails: {said} "):
+        load_backend("hotcoco")
+
+
 def test_backend_of_no_name_is_refused(small):
     with pytest.raises(ValueError, match="'fastest' is not one of pycocotools, hotcoco, faster"):
         evaluate_coco([], small, "fastest")
@@ -296,11 +347,25 @@ def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, tmp_
     assert report["per_size"] == {"small": -1, "medium": 0, "large": -1}
     assert report["per_category_per_size"]["cat"] == dict.fromkeys(SIZES, -1)
     assert notes(report) == [
-        "no detection overlaps an object of its class by IoU 0.50 or more",
+        "none of the 100 best detections of a class in a picture overlaps an object of that class"
+        " by IoU 0.50 or more",
         "no ground truth (-1) for 2 classes: cat, oar",
     ]
     (tmp_path / "empty.json").write_text("[]")
     assert evaluate_coco(tmp_path / "empty.json", small, backend) == report
+
+
+def test_note_on_zero_is_true_of_the_hundred_best_alone(small):
+    # The exact one is the 101st of its class in the picture, or the 100th.
+    wrong, exact = [result([200, 200, 9, 9])] * 100, [result([0, 0, 40, 40], score=0.5)]
+    report = evaluate_coco(wrong + exact, small)
+    assert report["stats"][0] == report["stats"][8] == 0
+    assert notes(report)[0].startswith("none of the 100 best detections of a class in a picture")
+    report = evaluate_coco(wrong[1:] + exact, small)
+    assert report["stats"][6] == 0 < report["stats"][8]
+    assert not any("none of" in line for line in notes(report))
+    # A recall that is not 0 rules the note out, whatever the precision.
+    assert notes({"stats": [0.0] * 8 + [0.5] * 4, "per_category": {}}) == []
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -318,6 +383,10 @@ def test_annotations_without_boxes_score_minus_one(small, backend):
         ({"a": 1}, "has no list of results"),
         ([5], r"results\[0\] needs a whole number as 'image_id', found None"),
         ([result([0, 0, 4, 4]), result([0, 0, 4])], r"results\[1\].* 4 finite numbers as 'bbox'"),
+        (
+            [result([0, 0, 1e160, 1e160])],
+            r"results\[0\] needs 4 numbers up to 1e\+100 as 'bbox', f",
+        ),
         ([result([0, 0, 4, 4], score=float("nan"))], ".*a finite number as 'score', found nan"),
         ([result([0, 0, 4, 4], score=None)], ".*a finite number as 'score', found None"),
         (

@@ -19,7 +19,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from nms_routines import EXACT, compiled, every, exact, kernel_on_the_cpu, needs_compiler, using
+from nms_routines import (
+    EXACT,
+    compiled,
+    every,
+    exact,
+    kernel_on_the_cpu,
+    needs_compiler,
+    needs_torchvision,
+    using,
+)
 
 import utils.nms as nms_module
 from utils.nms import METHODS, backend, backend_reason, batched_nms, nms, soft_nms
@@ -198,6 +207,7 @@ def test_many_boxes(routine, count):
         assert literal_iou(dets[better].T, dets[i, :, None]).max() > 0.45
 
 
+@needs_torchvision
 @every
 def test_in_the_plain_convention_the_result_is_torchvisions(routine):
     from torchvision.ops import batched_nms as torchvisions
@@ -525,6 +535,9 @@ def test_the_extension_refuses_arrays_that_do_not_belong_together():
         )  # fmt: skip
 
 
+torchvision = nms_module._torchvision
+
+
 class TestOnAGpu:
     """Which routine serves CUDA tensors, told without a GPU."""
 
@@ -534,11 +547,10 @@ class TestOnAGpu:
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
         self.current = []
         monkeypatch.setattr(torch.cuda, "device", self.use)
+        monkeypatch.setattr(nms_module, "_torchvision", lambda: (types.ModuleType("ops"), ""))
         nms_module._library.cache_clear()
-        nms_module._torchvision.cache_clear()
         yield
         nms_module._library.cache_clear()
-        nms_module._torchvision.cache_clear()
 
     @contextmanager
     def use(self, index):
@@ -561,6 +573,7 @@ class TestOnAGpu:
 
     def test_pytorch_serves_where_torchvision_fits_another_one(self, library, monkeypatch):
         error = RuntimeError("operator torchvision::nms does not exist")
+        monkeypatch.setattr(nms_module, "_torchvision", torchvision.__wrapped__)
         monkeypatch.setattr(nms_module.importlib, "import_module", mock.Mock(side_effect=error))
         assert backend("cuda") == "torch"
         assert "operator torchvision::nms does not exist" in backend_reason("cuda")

@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import write_voc
 
-from data.config import LR_MILESTONES, RECIPES
+from data.config import LR_MILESTONES, PER_CLASS, RECIPES
+from layers.detect import SUPPRESSION
 from models import build_net
 from train_test import DEFAULTS
 
@@ -138,6 +139,16 @@ def test_hyperparameters_of_the_table_are_the_defaults():
     assert len(rows) > 10
     assert "60, 80 and 90 %" in README
     assert LR_MILESTONES == (0.6, 0.8, 0.9)
+
+
+def test_options_of_detection_are_the_defaults():
+    for option, field in (("score_threshold", "test_threshold"), ("max_detections", "top_k")):
+        row = next(line for line in README.splitlines() if line.startswith(f"| `--{option} "))
+        voc, coco = (f"{getattr(RECIPES[name], field):g} ({name})" for name in ("VOC", "COCO"))
+        assert f": {voc}, {coco}" in row
+        assert option == "score_threshold" or f"at most {PER_CLASS} of a class" in row
+    row = next(line for line in README.splitlines() if line.startswith("| `--nms "))
+    assert re.findall(r"soft[-\w]*", row)[:2] == list(SUPPRESSION)[1:]
 
 
 @pytest.mark.parametrize(

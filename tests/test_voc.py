@@ -541,11 +541,11 @@ def test_thousands_of_annotations_are_read_in_seconds(make_voc, tmp_path):
 # ---- evaluation
 
 
-def as_detections(data, drop=()):
-    """The ground truth as detections."""
+def as_detections(data, drop=(), keep=slice(None)):
+    """The ground truth as detections, without the images `drop` and of each the objects `keep`."""
     found = []
     for index in range(len(data)):
-        target = data.target(index) if index not in drop else np.empty((0, 5), np.float32)
+        target = data.target(index)[keep] if index not in drop else np.empty((0, 5), np.float32)
         found.append(
             {
                 "boxes": target[:, :4],
@@ -597,6 +597,21 @@ def test_metric_follows_the_year(voc_devkit, tmp_path, sets, metric, name):
     assert result["metric"] == metric and result["image_set"] == name
     assert (tmp_path / f"out/comp4_det_{name}_dog.txt").is_file()
     assert result["per_class"]["dog"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("year", "metric"), [("2007", "voc07_11point"), ("2012", "area")])
+def test_sizes_are_scored_by_the_metric_of_the_year(make_voc, tmp_path, year, metric):
+    objects = [("dog", (1, 1, 100, 100)), ("dog", (200, 1, 300, 100)), ("cat", (1, 1, 20, 20))]
+    make_voc(tmp_path / f"VOC{year}", {"test": {"a": objects}}, size=(400, 300))
+    data = VOCDetection(tmp_path, [(year, "test")])
+    result = data.evaluate(as_detections(data, keep=[0, 2]), tmp_path / "out")
+    # One of two dogs: at 6 of 11 recalls, on half of the area.
+    ap = {"voc07_11point": 6 / 11, "area": 0.5}[metric]
+    assert result["per_size"] == pytest.approx({"small": 1, "medium": -1, "large": ap})
+    assert result["per_class_per_size"]["dog"]["large"] == pytest.approx(ap)
+    assert result["per_class"]["dog"] == pytest.approx(ap)
+    for key in ("per_class", "per_size", "per_class_per_size"):
+        assert result[key] == result[metric][key]
 
 
 def test_number_of_detections_must_be_that_of_images(voc_folder, tmp_path):

@@ -1,3 +1,4 @@
+import errno
 import json
 import re
 from pathlib import Path
@@ -172,6 +173,12 @@ def test_ap_equals_a_slow_reference(seed, tmp_path):
                 assert got == pytest.approx(max(ap, 0), abs=1e-12)
 
 
+def test_curves_of_no_class_can_be_kept(tmp_path):
+    write_voc_curves(tmp_path / "curves.npz", {"iou": 0.5, "curves": {}})
+    curves = load_curves(tmp_path / "curves.npz")
+    assert curves.classes == () and curves.arrays["counts"].shape == (1, 0, 4)
+
+
 # ---- single rules, by hand
 
 HALF = (0, 0, 9, 9), (0, 0, 9, 19)  # IoU exactly 0.5 in pixel convention
@@ -306,13 +313,29 @@ def test_class_name_that_no_file_can_have_is_escaped(tmp_path):
         ({"labels": [2]}, "image x: detection with label 2 of 1"),
         ({"scores": [np.nan]}, "image x: .*score nan"),
         ({"boxes": [[0, 0, np.inf, 1]]}, "image x: .*box .*inf"),
-        ({"boxes": np.zeros((2, 4))}, "1 scores, 1 labels and 2 boxes"),
+        ({"boxes": [[0, 0, 1e160, 1e160]]}, "image x: .*box .*e\\+160"),
+        ({"boxes": np.zeros((2, 4))}, "image x: 1 scores, 1 labels and 2 boxes"),
     ],
 )
 def test_wrong_detections_are_not_written(tmp_path, change, message):
     found = {"boxes": [[0, 0, 1, 1]], "scores": [0.5], "labels": [1]} | change
     with pytest.raises(ValueError, match=message):
         write_comp4(tmp_path, "test", ["cat"], ["x"], [found])
+    assert not any(tmp_path.iterdir())
+
+
+def test_disk_that_is_full_is_told_with_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
+    found = {"boxes": [[0, 0, 1, 1]], "scores": [0.5], "labels": [1]}
+    write_comp4(tmp_path, "test", ["cat"], ["x"], [found])
+    before = (tmp_path / "comp4_det_test_cat.txt").read_bytes()
+
+    def fsync(file):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("utils.files.os.fsync", fsync)
+    with pytest.raises(UserError, match=r"comp4_det_test_cat\.txt could not .* No space left"):
+        write_comp4(tmp_path, "test", ["cat"], ["x"], [found | {"scores": [0.25]}])
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 
 
 @pytest.mark.parametrize(
@@ -348,6 +371,16 @@ def test_lines_are_told_apart_though_ids_are_numbers(tmp_path):
     (tmp_path / "comp4_det_test_cat.txt").write_text("1 2 3 4 5 6 2\n0.5 1 2 3 4\n")
     with pytest.raises(UserError, match=r'_cat\.txt:1: image id "1 2" is not in the image set'):
         read_comp4(tmp_path, "test", ["cat"], ["1", "2"])
+
+
+@pytest.mark.parametrize(
+    "text", [" x 0.5 1 2 3\n4", "x 0.5  1 2 3\n", "x 0.5 1 2 3\n", "x 0.5  1 2 3\n" * 6]
+)
+def test_spaces_do_not_stand_in_for_a_missing_number(tmp_path, text):
+    # As many gaps as in whole lines, or as many words.
+    (tmp_path / "comp4_det_test_1.txt").write_text(text.replace("x", "1"))
+    with pytest.raises(UserError, match=r"_1\.txt:1: .* is not of the form"):
+        read_comp4(tmp_path, "test", ["1"], ["1"])
 
 
 @pytest.mark.parametrize("line", ["x 0.5 1 2 3", "x high 1 2 3 4", "x nan 1 2 3 4", "x"])
@@ -405,8 +438,11 @@ def test_command_line_gives_the_numbers_of_evaluate_without_pictures(scored, tmp
     assert all(metric in text for metric in METRICS.values())
     row = next(line for line in text.splitlines() if line.startswith("rod"))
     assert row.split()[-2:] == [f"{result[metric]['per_class']['rod']:.4f}" for metric in METRICS]
-    mean = text.splitlines()[-1]
+    mean, *sizes = text.splitlines()[-4:]
     assert mean.split() == ["mean", *(f"{result[metric]['mean']:.4f}" for metric in METRICS)]
+    for line, size in zip(sizes, LIMITS, strict=True):
+        values = [f"{result[metric]['per_size'][size]:.4f}" for metric in METRICS]
+        assert line.split() == ["mean,", size, *values]
 
 
 def test_output_that_cannot_be_written_is_refused_before_the_scoring(tmp_path, capsys):

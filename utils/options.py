@@ -46,6 +46,7 @@ OF_ONE_CALL = DETECTION_OPTIONS | {
 
 
 def parser(
+    *,
     versions: Iterable[str],
     sizes: Iterable[int],
     datasets: Iterable[str],
@@ -96,7 +97,8 @@ def parser(
     option(g, "--class_agnostic", **switch,
            help="with --test: boxes of different classes suppress each other, too")
     option(g, "--max_detections", type=positive, metavar="N",
-           help="with --test: most detections of a picture (default: 300 VOC, 200 COCO)")
+           help="with --test: most detections of a picture, of which at most 50 of a class "
+                "(default: 300 VOC, 200 COCO)")
     option(g, "--background_shortcut", **switch,
            help="with --test: nothing where the background's score is 0.9 or more, as in the "
                 "authors' later release")
