@@ -27,7 +27,6 @@ from data.config import (
     LR_MILESTONES,
     NMS_THRESHOLD,
     PER_CLASS,
-    PRIORS,
     RECIPES,
     TRAINING_THRESHOLD,
     WARMUP_START_LR,
@@ -39,7 +38,7 @@ from data.transforms import SSDAugmentation, TestTransform
 from data.voc0712 import VOC_CLASSES, parse_classes
 from layers import Detect, MultiBoxLoss, PriorBox
 from layers.detect import SUPPRESSION
-from models import BACKBONES, SIZES, build_net, identify
+from models import BACKBONES, SIZES, build_net, identify, prior_config
 from utils import nms
 from utils.checkpoint import load_base, load_checkpoint, load_weights, sha256_of
 from utils.engine import AMP_TYPES, detect_all
@@ -66,7 +65,8 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
     """All options of a call: what is ``given``, else what a checkpoint ``stored``, else defaults.
 
     Raises:
-        UserError: given and stored contradict each other in what the checkpoint was made for.
+        UserError: given and stored contradict each other in what the checkpoint was made for, or
+            the network does not exist at the size.
     """
     stored = {k: v for k, v in (stored or {}).items() if k not in OF_ONE_CALL}
     given = dict(given)
@@ -84,6 +84,10 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
                 f"{stored[key]}; leave the option out"
             )
     options = {**DEFAULTS, **stored, **given}
+    try:
+        prior_config(options["version"], options["dataset"], options["size"])
+    except ValueError as error:
+        raise UserError(f"{error} (--size)") from error
     recipe = RECIPES[options["dataset"]]
     options.setdefault("max_epoch", recipe.epochs)
     options.setdefault("weight_decay", recipe.weight_decay)
@@ -320,7 +324,8 @@ def test(given: dict) -> None:
         net = build_net(options["version"], options["size"], len(dataset.classes) + 1)
         load_weights(net, saved["model"], path)
         net.to(device, memory_format=torch.channels_last)
-        priors = PriorBox(PRIORS[options["dataset"], options["size"]]).to(device)()
+        preset = prior_config(options["version"], options["dataset"], options["size"])
+        priors = PriorBox(preset).to(device)()
         LOGGER.info(
             "%s at %d, %d classes, on %s (%s); NMS: %s",
             options["version"],
@@ -529,7 +534,7 @@ def build_trainer(
     if not saved:
         options["start"] = starting_weights(net, given)
     net.to(device, memory_format=torch.channels_last)
-    preset = PRIORS[options["dataset"], options["size"]]
+    preset = prior_config(options["version"], options["dataset"], options["size"])
     priors = PriorBox(preset).to(device)()
     loader = training_loader(
         TrainingSet(train_set, SSDAugmentation(options["size"], INPUT_MEAN), options["seed"]),
@@ -585,10 +590,10 @@ def starting_weights(net: nn.Module, given: dict) -> str:
         origin = f"all weights from {path} (sha256 {sha256_of(path)})"
     elif "basenet" in given:
         path = Path(given["basenet"])
-        loaded = load_base(net.base, path)
-        total = len(net.base.state_dict())
-        origin = f"{loaded} of {total} tensors of the base network from {path} (sha256 "
-        origin += f"{sha256_of(path)})"
+        version = given.get("version", DEFAULTS["version"])
+        match = load_base(net.base, path, BACKBONES[version].from_classifier)
+        origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
+        origin += f"{match.source} (sha256 {sha256_of(path)})"
     else:
         origin = "no --basenet: the base network is trained from scratch"
     LOGGER.info("%s", origin)

@@ -15,9 +15,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.timing import machine, medians, write
-from data.config import INPUT_MEAN, PRIORS
+from data.config import INPUT_MEAN
 from layers import MultiBoxLoss, PriorBox
-from models import BACKBONES, build_net
+from models import BACKBONES, build_net, prior_config
 from utils.engine import autocast, to_input, train_steps
 
 
@@ -48,13 +48,15 @@ def training_call(net, images, priors, amp: str) -> Callable[[], None]:
 def measure(
     device: torch.device, size: int, batch: int, amp: str, rounds: int, training: bool
 ) -> dict[str, float]:
-    """Median seconds of one call per network."""
+    """Median seconds of one call per network that exists at ``size``."""
     calls = {}
-    priors = PriorBox(PRIORS["COCO", size]).to(device)()
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
-    for version in BACKBONES:
+    for version, row in BACKBONES.items():
+        if size not in row.sizes:
+            continue
         net = build_net(version, size, 81).to(device, memory_format=torch.channels_last)
         if training:
+            priors = PriorBox(prior_config(version, "COCO", size)).to(device)()
             calls[version] = training_call(net, pixels.to(device), priors, amp)
         else:
             images = to_input(pixels, INPUT_MEAN, device)
@@ -83,8 +85,10 @@ def main(argv: list[str] | None = None) -> int:
                     times = measure(device, size, batch, amp, args.rounds, training)
                     what = "training" if training else "forward"
                     shown = "".join(
-                        f"{batch / t:>12.1f} img/s  x{times['SSD_vgg'] / t:.2f}"
-                        for t in times.values()
+                        f"{batch / times[v]:>12.1f} img/s  x{times['SSD_vgg'] / times[v]:.2f}"
+                        if v in times
+                        else f"{'-':>26}"
+                        for v in BACKBONES
                     )
                     print(f"{what:9} {size:4} {batch:5} {amp:5} {shown}", flush=True)
                     rows.append(

@@ -81,6 +81,17 @@ PRIORS = {
     ("COCO", 512): COCO_512,
 }
 
+# Published as COCO_mobile_300, for networks whose first source map has stride 16.
+MOBILE_300 = PriorConfig(
+    size=300,
+    feature_maps=(19, 10, 5, 3, 2, 1),
+    steps=(16, 32, 64, 100, 150, 300),
+    min_sizes=(45, 90, 135, 180, 225, 270),
+    max_sizes=(90, 135, 180, 225, 270, 315),
+    aspect_ratios=((2, 3),) * 4 + ((2,),) * 2,
+)
+MOBILE_PRIORS = {("VOC", 300): MOBILE_300, ("COCO", 300): MOBILE_300}
+
 
 @dataclass(frozen=True)
 class Recipe:

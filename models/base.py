@@ -5,10 +5,10 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
-class BaseNetwork(nn.ModuleList):
-    """A classifier's layers up to stride 16: images [B, 3, S, S] -> (stride-8, stride-16 map).
+class BaseNetwork(nn.Sequential):
+    """A classifier's layers: images [B, 3, S, S] -> (stride-8 map, stride-16 map).
 
-    A subclass appends its layers and says ``tap``, the list index of the layer that gives the
+    A subclass adds its layers and says ``tap``, the position of the layer that gives the
     stride-8 map, and ``out_channels`` of the two maps.
     """
 

@@ -6,7 +6,9 @@ checkpoints.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +27,17 @@ class HarDNetSpec:
     """Outputs of the 1x1 convolution that follows each block."""
     multiplier: float
     pool_after: dict[int, bool]
-    """Blocks followed by a 2x2 max pool, and whether that pool rounds its output size up."""
+    """Blocks whose output is halved, and whether a max pool there rounds its output size up."""
     stride8_block: int
     """The block whose 1x1 convolution gives the first source map."""
     dilated_bridge: bool
     """Whether the base ends with the dilated bridge (pretrained with it)."""
+    stem_kernel: int = 3
+    """Of the second convolution."""
+    depthwise: bool = False
+    """Whether a block's layers are pairs of a 1x1 and a depth-wise convolution (``CombConvLayer``),
+    and strided depth-wise convolutions take the place of max pools."""
+    activation: type[nn.Module] = nn.ReLU
 
 
 HARDNET_SPECS = {
@@ -53,20 +61,81 @@ HARDNET_SPECS = {
         stride8_block=2,
         dilated_bridge=False,
     ),
+    # The depth-wise members, without the last block of the classifiers.
+    "68ds": HarDNetSpec(
+        stem=(32, 64),
+        growth=(14, 16, 20, 40),
+        layers=(8, 16, 16, 16),
+        channels=(128, 256, 320, 640),
+        multiplier=1.7,
+        pool_after={0: False, 2: False},
+        stride8_block=2,
+        dilated_bridge=False,
+        stem_kernel=1,
+        depthwise=True,
+        activation=nn.ReLU6,
+    ),
+    "39ds": HarDNetSpec(
+        stem=(24, 48),
+        growth=(16, 20, 64),
+        layers=(4, 16, 8),
+        channels=(96, 320, 640),
+        multiplier=1.6,
+        pool_after={0: False, 1: False},
+        stride8_block=1,
+        dilated_bridge=False,
+        stem_kernel=1,
+        depthwise=True,
+        activation=nn.ReLU6,
+    ),
 }
 
 
 class ConvLayer(nn.Sequential):
-    """Convolution without bias (padding ``kernel // 2``), batch normalisation, ReLU."""
+    """Convolution without bias (padding ``kernel // 2``), batch normalisation, activation."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel: int = 3, stride: int = 1):
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: int = 3,
+        stride: int = 1,
+        activation: type[nn.Module] = nn.ReLU,
+    ):
         super().__init__()
         self.add_module(
             "conv",
             nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=False),
         )
         self.add_module("norm", nn.BatchNorm2d(out_channels))
-        self.add_module("relu", nn.ReLU(inplace=True))
+        self.add_module("relu", activation(inplace=True))
+
+
+class DWConvLayer(nn.Sequential):
+    """Depth-wise 3x3 convolution (padding ``dilation``) and batch normalisation, linear."""
+
+    def __init__(self, channels: int, stride: int = 1, dilation: int = 1):
+        super().__init__()
+        self.add_module(
+            "dwconv",
+            nn.Conv2d(channels, channels, 3, stride, dilation, dilation, channels, bias=False),
+        )
+        self.add_module("norm", nn.BatchNorm2d(channels))
+
+
+class CombConvLayer(nn.Sequential):
+    """A layer of HarDNet-DS: 1x1 convolution, then a depth-wise one on its fewer channels."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        dilation: int = 1,
+        activation: type[nn.Module] = nn.ReLU6,
+    ):
+        super().__init__()
+        self.add_module("layer1", ConvLayer(in_channels, out_channels, 1, activation=activation))
+        self.add_module("layer2", DWConvLayer(out_channels, dilation=dilation))
 
 
 def harmonic_links(layer: int) -> list[int]:
@@ -89,10 +158,17 @@ class HarDBlock(nn.Module):
     """Harmonic dense block: [B, in_channels, H, W] -> [B, out_channels, H, W].
 
     The output concatenates every odd layer and the last one, in layer order; the block's input
-    is not kept.
+    is not kept. ``layer(inputs, outputs)`` builds a layer.
     """
 
-    def __init__(self, in_channels: int, growth: int, multiplier: float, n_layers: int):
+    def __init__(
+        self,
+        in_channels: int,
+        growth: int,
+        multiplier: float,
+        n_layers: int,
+        layer: Callable[[int, int], nn.Module] = ConvLayer,
+    ):
         super().__init__()
         widths = [in_channels]
         widths += [layer_width(i, growth, multiplier) for i in range(1, n_layers + 1)]
@@ -100,7 +176,7 @@ class HarDBlock(nn.Module):
         self.outputs = [i for i in range(1, n_layers + 1) if i % 2 == 1 or i == n_layers]
         self.out_channels = sum(widths[i] for i in self.outputs)
         self.layers = nn.ModuleList(
-            ConvLayer(sum(widths[j] for j in links), widths[i])
+            layer(sum(widths[j] for j in links), widths[i])
             for i, links in enumerate(self.links, start=1)
         )
 
@@ -117,20 +193,31 @@ class HarDNetBase(BaseNetwork):
 
     def __init__(self, spec: HarDNetSpec):
         super().__init__()
-        stem1, stem2 = spec.stem
-        self.append(ConvLayer(3, stem1, stride=2))
-        self.append(ConvLayer(stem1, stem2))
-        self.append(nn.MaxPool2d(3, stride=2, padding=1))
-        channels = stem2
+        conv = partial(ConvLayer, activation=spec.activation)
+        pair = partial(CombConvLayer, activation=spec.activation)
+
+        def halve(channels: int, pool: nn.Module) -> None:
+            self.append(DWConvLayer(channels, stride=2) if spec.depthwise else pool)
+
+        stem1, channels = spec.stem
+        self.append(conv(3, stem1, stride=2))
+        self.append(conv(stem1, channels, kernel=spec.stem_kernel))
+        halve(channels, nn.MaxPool2d(3, stride=2, padding=1))
         for i, out_channels in enumerate(spec.channels):
-            block = HarDBlock(channels, spec.growth[i], spec.multiplier, spec.layers[i])
+            block = HarDBlock(
+                channels,
+                spec.growth[i],
+                spec.multiplier,
+                spec.layers[i],
+                pair if spec.depthwise else conv,
+            )
             self.append(block)
-            self.append(ConvLayer(block.out_channels, out_channels, kernel=1))
+            self.append(conv(block.out_channels, out_channels, kernel=1))
             channels = out_channels
             if i == spec.stride8_block:
                 self.tap = len(self) - 1
             if i in spec.pool_after:
-                self.append(nn.MaxPool2d(2, ceil_mode=spec.pool_after[i]))
+                halve(channels, nn.MaxPool2d(2, ceil_mode=spec.pool_after[i]))
         if spec.dilated_bridge:
             self.append(
                 nn.Sequential(
@@ -156,5 +243,23 @@ class Bridge(nn.Sequential):
             nn.MaxPool2d(3, stride=1, padding=1),
             ConvLayer(channels, hidden),
             ConvLayer(hidden, channels, kernel=1),
+        )
+        init_kaiming(self)
+
+
+class DepthwiseBridge(nn.Sequential):
+    """The depth-wise members' step from the base's end to source 2: [B, C, H, W] -> the same.
+
+    No such detector was published; this bridge is ours: HarDNet68's (max pool, 3x3 convolution of
+    dilation 4, 1x1 convolution) with its 3x3 convolution as a pair of a 1x1 and a depth-wise one,
+    as in the blocks before it. It sees as far around a cell, for a fifth of the weights. Like
+    HarDNet85's it is not pretrained, and a member of the detector (``bridge``), not of ``base``.
+    """
+
+    def __init__(self, channels: int):
+        super().__init__(
+            nn.MaxPool2d(3, stride=1, padding=1),
+            CombConvLayer(channels, channels, dilation=4),
+            ConvLayer(channels, channels, kernel=1, activation=nn.ReLU6),
         )
         init_kaiming(self)

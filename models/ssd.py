@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from layers.l2norm import L2Norm
 
 
-class SSD(nn.Module):
-    """Base network, extra layers, and a location and a confidence head on every source map.
+class Detector(nn.Module):
+    """Source maps of some network, and a location and a confidence head on each of them.
 
     ``forward``: images [B, 3, S, S] (BGR, 0..255 minus the mean) -> ``loc`` [B, P, 4], the box
     offsets encoded against the prior boxes, and ``conf`` [B, P, num_classes], logits with class
@@ -21,41 +21,22 @@ class SSD(nn.Module):
     Member names and positions are frozen by the published checkpoints.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        extras: nn.ModuleList,
-        boxes_per_cell: Sequence[int],
-        num_classes: int,
-        bridge: nn.Module | None = None,
-    ):
-        """``base`` yields (stride-8 map, stride-16 map) and says its ``out_channels``; every
-        second layer of ``extras`` is a source; ``bridge`` stands between base and source 2."""
-        super().__init__()
-        self.num_classes = num_classes
-        self.base = base
-        self.bridge = bridge if bridge is not None else nn.Identity()
-        self.extras = extras
-        self.L2Norm = L2Norm(base.out_channels[0])
-        channels = [*base.out_channels, *(layer.out_channels for layer in extras[1::2])]
+    def _add_heads(
+        self, channels: Sequence[int], boxes_per_cell: Sequence[int], num_classes: int
+    ) -> None:
+        """Heads on source maps of ``channels``; registered last, as the checkpoints have them."""
         if len(channels) != len(boxes_per_cell):
             raise ValueError(
                 f"the network has {len(channels)} source maps, the prior boxes are given for "
                 f"{len(boxes_per_cell)}"
             )
+        self.num_classes = num_classes
         self.loc = _heads(channels, [a * 4 for a in boxes_per_cell])
         self.conf = _heads(channels, [a * num_classes for a in boxes_per_cell])
 
     def sources(self, images: Tensor) -> list[Tensor]:
         """The source maps [B, C_k, H_k, W_k], largest first."""
-        stride8, x = self.base(images)
-        x = self.bridge(x)
-        sources = [self.L2Norm(stride8), x]
-        for i, layer in enumerate(self.extras):
-            x = F.relu(layer(x))
-            if i % 2 == 1:
-                sources.append(x)
-        return sources
+        raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         sources = self.sources(images)
@@ -66,12 +47,56 @@ class SSD(nn.Module):
         return torch.cat(loc, 1), torch.cat(conf, 1)
 
 
+class SSD(Detector):
+    """Base network and extra layers, every second of which is a source."""
+
+    def __init__(
+        self,
+        base: nn.Module,
+        extras: nn.ModuleList,
+        boxes_per_cell: Sequence[int],
+        num_classes: int,
+        bridge: nn.Module | None = None,
+    ):
+        """``base`` yields two maps, the sources 1 and 2, and says their ``out_channels``;
+        ``extras`` are plain convolutions; ``bridge`` stands between base and source 2."""
+        super().__init__()
+        self.base = base
+        self.bridge = bridge if bridge is not None else nn.Identity()
+        self.extras = extras
+        self.L2Norm = L2Norm(base.out_channels[0])
+        channels = [*base.out_channels, *(layer.out_channels for layer in extras[1::2])]
+        self._add_heads(channels, boxes_per_cell, num_classes)
+
+    def sources(self, images: Tensor) -> list[Tensor]:
+        first, x = self.base(images)
+        x = self.bridge(x)
+        sources = [self.L2Norm(first), x]
+        for i, layer in enumerate(self.extras):
+            x = F.relu(layer(x))
+            if i % 2 == 1:
+                sources.append(x)
+        return sources
+
+
 def ssd_extras(in_channels: int, size: int) -> nn.ModuleList:
     """The extra layers that shrink the stride-16 map to 1x1, two convolutions a step."""
     if size not in _EXTRAS:
         raise ValueError(f"size {size} is not one of {sorted(_EXTRAS)}")
+    return _extras(in_channels, _EXTRAS[size])
+
+
+def ssd_extras_stride32(in_channels: int, size: int) -> nn.ModuleList:
+    """The extra layers behind a stride-32 map, of the same widths, that only halve: 10 cells at
+    300 become 5, 3, 2 and 1."""
+    if size != 300:
+        raise ValueError(f"size {size} is not 300")
+    return _extras(in_channels, ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3))
+
+
+def _extras(in_channels: int, steps: Sequence[tuple[int, int, dict]]) -> nn.ModuleList:
     layers: list[nn.Module] = []
-    for width, out, options in _EXTRAS[size]:
+    for width, out, options in steps:
         layers += [nn.Conv2d(in_channels, width, 1), nn.Conv2d(width, out, **options)]
         in_channels = out
     _zero_biases(layers)

@@ -8,10 +8,12 @@ import os
 import pathlib
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tarfile
 import threading
+import types
 
 import pytest
 
@@ -35,6 +37,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server.log.append((self.path, asked))
         behaviour = server.behaviours.pop(0) if server.behaviours else ""
         content = server.files.get(self.path)
+        if behaviour == "web page":
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html; charset=utf-8")
+            self.end_headers()
+            return self.wfile.write(b"<html>moved</html>")
         if behaviour.isdigit():
             return self.send_error(int(behaviour))
         if content is None:
@@ -104,7 +111,7 @@ def test_existing_bad_file_is_replaced(server, tmp_path, capsys):
     path.write_bytes(b"half")
     get(server, path)
     assert path.read_bytes() == CONTENT
-    assert f"{path} has not the md5" in capsys.readouterr().err
+    assert f"{path} is not the file wanted (it has the md5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("behaviour", ["truncate", "stall"])
@@ -171,7 +178,7 @@ def test_wrong_content_is_refused_and_the_old_file_kept(server, tmp_path):
 
 def test_missing_file_is_an_error_at_once(server, tmp_path):
     server.files = {}
-    with pytest.raises(UserError, match=r"/a\.bin: HTTP Error 404: .* put it at .*a\.bin"):
+    with pytest.raises(UserError, match=r"no longer gives it out \(.* 404: .* put it at .*a\.bin"):
         get(server, tmp_path / "a.bin")
     assert len(server.log) == 1 and os.listdir(tmp_path) == []
 
@@ -207,17 +214,114 @@ def test_refused_connection_names_url_file_and_way_out(server, tmp_path):
 def test_no_url_and_unknown_hash_are_named(tmp_path):
     with pytest.raises(UserError, match="unknown url type"):
         fetch("mirror/a.bin", tmp_path / "a.bin", md5(CONTENT))
-    with pytest.raises(ValueError, match=r"'crc:1' names none of \['md5'\]"):
+    with pytest.raises(ValueError, match=r"'crc:1' names none of \['git', 'md5', 'sha256'\]"):
         fetch("http://127.0.0.1/a.bin", tmp_path / "a.bin", "crc:1")
 
 
-def test_another_hash_needs_one_entry(server, tmp_path, monkeypatch):
-    monkeypatch.setitem(download.HASHES, "git", lambda n: hashlib.sha1(b"blob %d\0" % n))
+def test_git_blob_id_verifies(server, tmp_path):
     server.files["/a.bin"] = b"test content\n"
     url, path = f"{server.base}/a.bin", tmp_path / "a.bin"
     # the example of Pro Git, chapter 10.2
     fetch(url, path, "git:d670460b4b4aece5915caf5c68d12f560a9fe3e4")
     assert path.read_bytes() == b"test content\n"
+
+
+def test_beginning_of_a_sha256_verifies(server, tmp_path):
+    digest = hashlib.sha256(CONTENT).hexdigest()
+    url, path = f"{server.base}/a.bin", tmp_path / "a.bin"
+    assert fetch(url, path, f"sha256:{digest[:8]}").read_bytes() == CONTENT
+    with pytest.raises(UserError, match=f"sha256 {digest}, not 12345678"):
+        fetch(url, tmp_path / "b.bin", "sha256:12345678")
+    assert not (tmp_path / "b.bin").exists()
+
+
+@pytest.mark.parametrize("checksum", ["sha256:", None])
+def test_nothing_to_verify_by_is_refused(tmp_path, checksum):
+    with pytest.raises(ValueError, match="nothing would verify|names none of"):
+        fetch("http://127.0.0.1/a.bin", tmp_path / "a.bin", checksum)
+
+
+def test_without_a_checksum_a_check_decides(server, tmp_path):
+    url, path = f"{server.base}/a.bin", tmp_path / "a.bin"
+    path.write_bytes(b"old")
+
+    def check(file):
+        return "" if file.read_bytes() == CONTENT[::-1] else "wrong way round"
+
+    with pytest.raises(UserError, match=rf"{len(CONTENT)} bytes .*a\.bin \(wrong way round\)"):
+        fetch(url, path, None, check=check)
+    assert path.read_bytes() == b"old" and os.listdir(tmp_path) == ["a.bin"]
+    server.files["/a.bin"] = CONTENT[::-1]
+    assert fetch(url, path, None, check=check).read_bytes() == CONTENT[::-1]
+    requests = len(server.log)
+    fetch(url, path, None, check=check)
+    assert len(server.log) == requests
+
+
+def test_web_page_in_place_of_the_file_is_refused_at_once(server, tmp_path):
+    path = tmp_path / "a.bin"
+    part_of(path).write_bytes(CONTENT[:1000])
+    server.behaviours = ["web page"]
+    with pytest.raises(UserError, match=r"a web page in place of the file; .* put it at .*a\.bin"):
+        get(server, path)
+    assert len(server.log) == 1
+    assert part_of(path).read_bytes() == CONTENT[:1000] and not path.exists()
+
+
+def test_host_that_does_not_exist_is_named_with_the_way_out(tmp_path, monkeypatch):
+    def unknown(*args, **options):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    with pytest.raises(UserError, match=r"host is not found .*put it at .*a\.bin"):
+        fetch("http://host.invalid/a", tmp_path / "a.bin", md5(b""), tries=1)
+
+
+# Google Drive
+
+DRIVE = "https://drive.google.com/file/d/1IHX-vQ_z/view"
+
+
+def fake_gdown(monkeypatch, download):
+    monkeypatch.setitem(sys.modules, "gdown", types.SimpleNamespace(download=download))
+
+
+def test_drive_files_come_by_gdown_and_are_verified(tmp_path, monkeypatch):
+    asked = []
+
+    def good(**options):
+        asked.append(options)
+        pathlib.Path(options["output"]).write_bytes(CONTENT)
+        return options["output"]
+
+    fake_gdown(monkeypatch, good)
+    path = tmp_path / "a.pth"
+    assert fetch(DRIVE, path, md5(CONTENT), timeout=7).read_bytes() == CONTENT
+    assert (asked[0]["id"], asked[0]["timeout"]) == ("1IHX-vQ_z", 7)
+    with pytest.raises(UserError, match=f"{DRIVE} gave {len(CONTENT)} bytes that are not b.pth"):
+        fetch(DRIVE, tmp_path / "b.pth", md5(b"other"))
+    assert os.listdir(tmp_path) == ["a.pth"]
+
+
+def test_without_gdown_the_link_and_the_place_are_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gdown", None)
+    with pytest.raises(UserError) as caught:
+        fetch(DRIVE, tmp_path / "a.pth", md5(CONTENT))
+    assert "pip install gdown" in str(caught.value)
+    assert f"open {DRIVE} and" in str(caught.value)
+    assert f"put it at {tmp_path / 'a.pth'}" in str(caught.value)
+
+
+def test_what_drive_refuses_is_one_sentence(tmp_path, monkeypatch):
+    def quota(**options):
+        raise RuntimeError("\n\tToo many users have viewed the file.\n\tTry later.")
+
+    for refuse in (quota, lambda **options: None):
+        fake_gdown(monkeypatch, refuse)
+        with pytest.raises(UserError, match=r"cannot download https://drive.*put it at") as caught:
+            fetch(DRIVE, tmp_path / "a.pth", md5(CONTENT))
+        assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path) == []
 
 
 def test_full_disk_keeps_what_has_arrived(server, tmp_path, monkeypatch):

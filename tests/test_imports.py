@@ -17,6 +17,9 @@ ALLOWED = {
     "layers": {"layers", "utils"},
     "models": {"models", "layers", "data.config", "utils"},
 }
+# Run as `python -m utils.NAME`: their functions may import what stands above utils, no module of
+# utils does, and importing them imports nothing of it.
+COMMANDS = ("utils/weights.py", "utils/profile.py")
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for folder in (*FOLDERS, "demo", "benchmarks", "docs")
@@ -25,9 +28,12 @@ MODULES = sorted(
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it."""
+    """Every module that a file imports, anywhere in it; of `COMMANDS`, outside functions."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+    tree = ast.parse(path.read_text("utf-8"))
+    if path.relative_to(ROOT).as_posix() in COMMANDS:
+        tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from data.config import PRIORS, VOC_300
-from models import BACKBONES, build_net, identify
+from layers import PriorBox
+from models import BACKBONES, build_net, identify, prior_config
 from models.hardnet import HARDNET_SPECS, Bridge, HarDBlock, HarDNetBase, harmonic_links
 from models.ssd import SSD, ssd_extras
 
@@ -72,14 +73,21 @@ def test_outputs_equal_the_published_network(path):
         assert float(output.double().norm()) == pytest.approx(float(golden[f"{name}_norm"]), 1e-4)
 
 
-@pytest.mark.parametrize("version", BACKBONES)
-@pytest.mark.parametrize("size", [300, 512])
-def test_outputs_have_a_row_per_prior_for_any_number_of_classes(version, size):
+@pytest.mark.parametrize("num_classes", [21, 81])
+@pytest.mark.parametrize(
+    ("version", "size"),
+    [(version, size) for version, row in BACKBONES.items() for size in row.sizes],
+)
+def test_outputs_have_a_row_per_prior_for_any_number_of_classes(version, size, num_classes):
     with torch.device("meta"):
-        net = build_net(version, size, 4)
+        net = build_net(version, size, num_classes)
         loc, conf = net(torch.empty(2, 3, size, size))
-    assert loc.shape == (2, {300: 11620, 512: 32756}[size], 4)
-    assert conf.shape == (*loc.shape[:2], 4)
+    # 2,990 = 6 x (19^2 + 10^2 + 5^2 + 3^2) + 4 x (2^2 + 1)
+    rows = 2990 if version == "SSD_mobile" else {300: 11620, 512: 32756}[size]
+    assert loc.shape == (2, rows, 4)
+    assert conf.shape == (2, rows, num_classes)
+    for dataset in ("VOC", "COCO"):
+        assert PriorBox(prior_config(version, dataset, size))().shape == (rows, 4)
 
 
 def test_head_rows_are_in_cell_then_box_order():
@@ -112,7 +120,7 @@ def test_a_batch_equals_its_images_one_by_one():
         together = net(images)
         apart = [net(image[None]) for image in images]
     for i, whole in enumerate(together):
-        torch.testing.assert_close(whole, torch.cat([a[i] for a in apart]), rtol=1e-3, atol=1e-4)
+        assert (whole - torch.cat([a[i] for a in apart])).norm() < 1e-4 * whole.norm()
 
 
 def test_harmonic_links_follow_the_paper():
@@ -159,6 +167,7 @@ def test_new_layers_start_from_zero_bias_and_the_scale_from_twenty():
     [
         (("SSD_HarDNet99", 300, 21), ("SSD_HarDNet99", "SSD_HarDNet68, SSD_HarDNet85, SSD_vgg")),
         (("SSD_HarDNet68", 400, 21), ("400", "300, 512")),
+        (("SSD_mobile", 512, 21), ("SSD_mobile does not exist at size 512", "choose from 300")),
         (("SSD_HarDNet68", 300, 1), ("num_classes is 1", "2")),
     ],
 )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,8 +13,10 @@ from torch import Tensor, nn
 
 from utils.errors import UserError
 from utils.files import atomic_write
+from utils.logger import LOGGER
 
 _FORMAT = 1
+_SAFETENSORS = ".safetensors"
 
 
 def save_checkpoint(path: Path, state: Mapping) -> None:
@@ -25,16 +29,21 @@ def save_checkpoint(path: Path, state: Mapping) -> None:
 
 
 def load_checkpoint(path: str | Path) -> dict:
-    """Read one of our checkpoints, or a bare state dict such as the published files.
+    """Read one of our checkpoints, a bare state dict such as the published files, or either of
+    them as ``.safetensors``.
 
     Returns:
         A dict that has at least "model": the state dict, without DataParallel's ``module.``
-        prefix. Ours has "config", "classes", "optimizer" and more beside it.
+        prefix. Ours has "config", "classes", "optimizer" and more beside it; of those, a
+        ``.safetensors`` file has "config" and "classes".
 
     Raises:
         UserError: no such file, not a checkpoint, a damaged one, or one that would run code.
     """
-    state = _load(Path(path))
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist or is not a file; give the path of a checkpoint")
+    state = _load_safetensors(path) if path.suffix == _SAFETENSORS else _load_torch(path)
     if isinstance(state.get("model"), Mapping):
         if state.get("format", _FORMAT) != _FORMAT:
             raise UserError(
@@ -42,44 +51,148 @@ def load_checkpoint(path: str | Path) -> dict:
                 f"{_FORMAT}; update the code"
             )
         return {**state, "model": _tensors(path, state["model"])}
+    # the name that training scripts of classifiers commonly use
+    if isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]
     return {"model": _tensors(path, state)}
 
 
-def load_base(base: nn.Module, path: str | Path) -> int:
-    """Load pretrained ``base`` weights; returns how many tensors there were.
+def save_safetensors(path: Path, model: Mapping[str, Tensor], about: Mapping) -> None:
+    """Write a state dict as ``.safetensors``, with the values of ``about`` as JSON metadata.
 
-    Args:
-        base: the base network; every one of its tensors must be in the file.
-        path: a file with keys of ``base`` (``0.conv.weight``), with or without the prefixes
-            ``base.`` and ``module.``.
+    The order of the tensors, which the format does not keep, is kept in the metadata, too.
 
     Raises:
-        UserError: as ``load_checkpoint``, or tensors missing, of another shape, or left over; the
-            sentence lists them.
+        UserError: the package safetensors is not installed, or the file cannot be written.
     """
-    state = load_checkpoint(path)["model"]
-    state = {key.removeprefix("base."): tensor for key, tensor in state.items()}
-    expected = base.state_dict()
+    _import_safetensors(path)
+    from safetensors.torch import save
+
+    # The format takes neither strides nor tensors that share memory.
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in model.items()}
+    about = {**about, "keys": list(model)}
+    data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
+    with atomic_write(path) as file:
+        file.write(data)
+
+
+@dataclass(frozen=True)
+class BaseMatch:
+    """Which tensors of a file are those of a base network, and which are not."""
+
+    source: str
+    """What the file holds, e.g. "the base of a detector"."""
+    total: int
+    tensors: dict[str, Tensor]
+    """By key of the base network; of its shapes."""
+    unused: list[str]
+    """Keys of the file."""
+    missing: list[str]
+    """Keys of the base network, without batch counters."""
+    wrong: list[str]
+    """Contradictions of shape, each "key [2] instead of [64, 3, 3, 3]"."""
+    fits: bool
+    """Whether all that the file's kind of network has of the base is there and right."""
+
+
+def match_base(
+    base: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    from_classifier: Callable[[str], str | None] | None = None,
+) -> BaseMatch:
+    """Find a base network's tensors in a file; the better of reading it as base and as classifier.
+
+    Args:
+        base: the base network's state dict.
+        state: the file's, without DataParallel's prefix: keys of the base with or without
+            ``base.``, a whole detector, or a classifier.
+        from_classifier: key of the classifier -> key of the base, None where it has no place
+            there. Layers behind all that the classifier has may be missing: they stay new.
+    """
+    prefix = "base." if any(key.startswith("base.") for key in state) else ""
+    names = {k: k.removeprefix(prefix) for k in state if k.startswith(prefix)}
+    deeper = any(name not in base for name in names.values())
+    source = "a classifier" if deeper else "a base network"
+    if len(names) < len(state):
+        source = "the base of a detector"
+    direct = _match(source, base, state, names)
+    if direct.fits or from_classifier is None:
+        return direct
+    names = {key: name for key in state if (name := from_classifier(key)) is not None}
+    classifier = _match("a classifier", base, state, names, from_classifier)
+    return classifier if len(classifier.tensors) >= len(direct.tensors) else direct
+
+
+def _match(
+    source: str,
+    base: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    from_classifier: Callable[[str], str | None] | None = None,
+) -> BaseMatch:
+    """The match by ``names``: key of the file -> key of the base."""
+    found = {name: state[key] for key, name in names.items() if name in base}
     wrong = [
-        f"{key} {list(state[key].shape)} instead of {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in state and state[key].shape != tensor.shape
+        f"{key} {list(found[key].shape)} instead of {list(tensor.shape)}"
+        for key, tensor in base.items()
+        if key in found and found[key].shape != tensor.shape
     ]
     # PyTorch before 0.4.1 did not store the batch counters, which evaluation does not need.
-    missing = [
-        key for key in expected if key not in state and not key.endswith("num_batches_tracked")
-    ]
-    extra = [key for key in state if key not in expected]
-    if wrong or missing or extra:
-        loaded = sum(key in state and state[key].shape == t.shape for key, t in expected.items())
+    missing = [k for k in base if k not in found and not k.endswith("num_batches_tracked")]
+    new = set()
+    if from_classifier is not None and found:
+        stages = list(dict.fromkeys(key.partition(".")[0] for key in base))
+        last = max(stages.index(key.partition(".")[0]) for key in found)
+        # Where the classifier has the stage, too, it is not new but cut off.
+        prefixes = {k.removesuffix(n) for k, n in names.items() if n in base and k.endswith(n)}
+        new = {
+            key
+            for key in missing
+            if stages.index(key.partition(".")[0]) > last
+            and not any(from_classifier(prefix + key) == key for prefix in prefixes)
+        }
+    return BaseMatch(
+        source=source,
+        total=len(base),
+        tensors={k: t for k, t in found.items() if t.shape == base[k].shape},
+        unused=[key for key in state if names.get(key) not in base],
+        missing=missing,
+        wrong=wrong,
+        fits=bool(found) and not wrong and new.issuperset(missing),
+    )
+
+
+def load_base(
+    base: nn.Module,
+    path: str | Path,
+    from_classifier: Callable[[str], str | None] | None = None,
+) -> BaseMatch:
+    """Load pretrained weights into ``base``; says in the log what is unused and what stays new.
+
+    Args:
+        base: the base network.
+        path: a file with keys of ``base`` (``0.conv.weight``), with or without the prefixes
+            ``base.`` and ``module.``; a whole detector on this base; or a classifier.
+        from_classifier: as in ``match_base``.
+
+    Raises:
+        UserError: as ``load_checkpoint``, or tensors missing or of another shape; the sentence
+            lists them, and nothing is loaded.
+    """
+    match = match_base(base.state_dict(), load_checkpoint(path)["model"], from_classifier)
+    if not match.fits:
         raise UserError(
-            f"{path}: only {loaded} of the base network's {len(expected)} tensors would be loaded"
-            + _list("of another shape", wrong)
-            + _list("missing", missing)
-            + _list("unexpected", extra)
+            f"{path}: only {len(match.tensors)} of the base network's {match.total} tensors would "
+            "be loaded"
+            + _list("of another shape", match.wrong)
+            + _list("missing", match.missing)
+            + _list("unused", match.unused)
         )
-    base.load_state_dict(state, strict=False)
-    return len(expected)
+    base.load_state_dict(match.tensors, strict=False)
+    for what, keys in (("not used", match.unused), ("of the base network new", match.missing)):
+        if keys:
+            LOGGER.info("%s%s", path, _list(what, keys))
+    return match
 
 
 def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
@@ -113,9 +226,7 @@ def set_rng_state(state: Mapping) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _load(path: Path) -> Mapping:
-    if not path.is_file():
-        raise UserError(f"{path} does not exist or is not a file; give the path of a checkpoint")
+def _load_torch(path: Path) -> Mapping:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes inside the reader
@@ -128,6 +239,34 @@ def _load(path: Path) -> Mapping:
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state
+
+
+def _load_safetensors(path: Path) -> dict:
+    safetensors = _import_safetensors(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            about = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged, or is not a safetensors file ({error})") from error
+    try:
+        about = {k: json.loads(about[k]) for k in ("config", "classes", "keys") if k in about}
+    except ValueError as error:
+        raise UserError(f"{path}: its metadata are none of this program ({error})") from error
+    keys = about.pop("keys", None)
+    if isinstance(keys, list) and len(keys) == len(tensors) and tensors.keys() == set(keys):
+        tensors = {key: tensors[key] for key in keys}
+    return {**about, "model": tensors}
+
+
+def _import_safetensors(path: Path):
+    try:
+        import safetensors
+    except ImportError as error:
+        raise UserError(
+            f"{path} needs the package safetensors, which is not installed; pip install safetensors"
+        ) from error
+    return safetensors
 
 
 def _tensors(path: str | Path, state: Mapping) -> dict[str, Tensor]:

@@ -6,18 +6,26 @@ import hashlib
 import http.client
 import os
 import re
+import socket
 import sys
 import tarfile
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from utils.errors import UserError
 
 CHUNK = 1 << 16
-# name -> hash object for a file of `size` bytes (a git blob id hashes the size before the bytes)
-HASHES = {"md5": lambda size: hashlib.md5(usedforsecurity=False)}
+# name -> hash object for a file of `size` bytes
+HASHES = {
+    "md5": lambda size: hashlib.md5(usedforsecurity=False),
+    "sha256": lambda size: hashlib.sha256(),
+    # the id that git gives a file: its size is hashed before its bytes
+    "git": lambda size: hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False),
+}
+_DRIVE = re.compile(r"https://drive\.google\.com/file/d/([\w-]+)")
 
 
 class _TransferError(Exception):
@@ -37,8 +45,9 @@ def file_digest(path: str | Path, name: str) -> str:
 def fetch(
     url: str,
     path: str | Path,
-    checksum: str,
+    checksum: str | None,
     *,
+    check: Callable[[Path], str] | None = None,
     timeout: float = 30.0,
     tries: int = 5,
     backoff: float = 1.0,
@@ -46,42 +55,60 @@ def fetch(
     """Download `url` to `path` and return the path; a good file already there is not fetched again.
 
     The bytes go to `<path>.part`, which a later call resumes; it takes the place of `path` only
-    after its checksum was found right, so an older file survives every failure.
+    after it was found right, so an older file survives every failure. Files of Google Drive
+    (https://drive.google.com/file/d/ID/view) are had by the package gdown.
 
     Args:
-        checksum: "name:hex", name a key of HASHES, e.g. "md5:c52e279531787c972589f7e41ab4ae64".
+        checksum: "name:hex", name a key of HASHES, hex the digest or its beginning, e.g.
+            "md5:c52e279531787c972589f7e41ab4ae64"; None where none is known.
+        check: says what else is wrong with a file, "" if nothing is.
         timeout: seconds without a byte after which a request is given up.
         tries: failed requests in a row, none of them with a new byte, before giving up.
         backoff: seconds before the first new try; doubled before every further one.
 
     Raises:
         UserError: the file cannot be had, written or verified.
-        ValueError: `checksum` names an unknown hash.
+        ValueError: `checksum` names an unknown hash, or there is neither a checksum nor a check.
     """
     path = Path(path)
-    name, _, expected = checksum.partition(":")
-    if name not in HASHES:
+    name, _, expected = (checksum or "").partition(":")
+    if checksum is None and check is None:
+        raise ValueError(f"nothing would verify {url}; give a checksum or a check")
+    if checksum is not None and (name not in HASHES or not expected):
         raise ValueError(f"checksum {checksum!r} names none of {sorted(HASHES)}")
     part = path.with_name(path.name + ".part")
     by_hand = f"download it by hand and put it at {path}"
+
+    def fault(file: Path) -> str:
+        if checksum is not None:
+            found = file_digest(file, name)
+            if not found.startswith(expected):
+                return f"it has the {name} {found}, not {expected}"
+        return check(file) if check else ""
+
+    def download() -> bool:
+        if drive := _DRIVE.match(url):
+            return _download_from_drive(drive[1], url, part, timeout, by_hand)
+        return _download(url, part, timeout, tries, backoff, by_hand)
+
     try:
         if path.is_file():
-            if file_digest(path, name) == expected:
+            if not (reason := fault(path)):
                 return path
-            _say(f"{path} has not the {name} {expected}: fetching it again")
+            _say(f"{path} is not the file wanted ({reason}): fetching it again")
         path.parent.mkdir(parents=True, exist_ok=True)
-        resumed = _download(url, part, timeout, tries, backoff, by_hand)
-        found = file_digest(part, name)
-        if found != expected and resumed:
-            _say(f"{part} was continued but has not the {name} {expected}: starting over")
+        resumed = download()
+        reason = fault(part)
+        if reason and resumed:
+            _say(f"{part} was continued but is not the file wanted ({reason}): starting over")
             part.unlink()
-            _download(url, part, timeout, tries, backoff, by_hand)
-            found = file_digest(part, name)
-        if found != expected:
+            download()
+            reason = fault(part)
+        if reason:
             size = part.stat().st_size
             part.unlink()
             raise UserError(
-                f"{url} gave {size} bytes with {name} {found}, not {expected}, for {path.name}: "
+                f"{url} gave {size} bytes that are not {path.name} ({reason}): "
                 f"try again later or another mirror, or {by_hand}"
             )
         os.replace(part, path)
@@ -93,6 +120,33 @@ def fetch(
     return path
 
 
+def _download_from_drive(file_id: str, url: str, part: Path, timeout: float, by_hand: str) -> bool:
+    """Complete `part` by gdown, which knows Google Drive's confirmation pages; as `_download`."""
+    existed = part.exists()
+    try:
+        import gdown
+    except ImportError as error:
+        raise UserError(
+            f"Google Drive has a page to confirm before a download, which the package gdown can "
+            f"do: pip install gdown and run again, or open {url} and {by_hand}"
+        ) from error
+    try:
+        # The user's browser cookies are none of our business.
+        done = gdown.download(
+            id=file_id, output=str(part), resume=True, use_cookies=False, timeout=timeout
+        )
+    except OSError as error:
+        # requests' errors are OSErrors, too, but have no errno
+        if error.errno:
+            raise
+        raise UserError(f"cannot download {url}: {_first_line(error)}; {by_hand}") from error
+    except Exception as error:  # whatever a package that follows a web page's changes raises
+        raise UserError(f"cannot download {url}: {_first_line(error)}; {by_hand}") from error
+    if done is None:  # how older releases say that Drive refused
+        raise UserError(f"cannot download {url}: Google Drive refuses it at present; {by_hand}")
+    return existed
+
+
 def _download(
     url: str, part: Path, timeout: float, tries: int, backoff: float, by_hand: str
 ) -> bool:
@@ -102,7 +156,9 @@ def _download(
         try:
             return _request(url, part, timeout)
         except (urllib.error.HTTPError, ValueError) as error:
-            raise UserError(f"cannot download {url}: {error}; {by_hand}") from error
+            gone = isinstance(error, urllib.error.HTTPError)
+            reason = f"the host no longer gives it out ({error})" if gone else str(error)
+            raise UserError(f"cannot download {url}: {reason}; {by_hand}") from error
         except _TransferError as error:
             arrived = _size(part)
             failures = 1 if arrived > furthest else failures + 1
@@ -141,6 +197,8 @@ def _request(url: str, part: Path, timeout: float) -> bool:
         raise _TransferError(_reason(error)) from error
 
     with response:
+        if response.headers.get_content_type() == "text/html":
+            raise ValueError("the host sends a web page in place of the file")
         length = response.headers.get("Content-Length")
         total = int(length) if length and length.isdigit() else None
         if response.status == 206:
@@ -253,7 +311,15 @@ def _size(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    return str(getattr(error, "reason", "") or error) or type(error).__name__
+    reason = getattr(error, "reason", "") or error
+    if isinstance(reason, socket.gaierror):
+        return f"its host is not found ({reason.strerror}); it is gone, or there is no network"
+    return str(reason) or type(error).__name__
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
 
 
 def _say(text: str) -> None:

@@ -1,0 +1,79 @@
+"""Base networks made of torchvision's classifiers, with the names of its weights.
+
+torchvision is imported where such a network is built, not before.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from types import ModuleType
+
+import torch
+from torch import Tensor, nn
+
+from models.base import BaseNetwork
+from utils.errors import UserError
+
+
+class ResNet101Base(BaseNetwork):
+    """ResNet101 (arXiv 1512.03385) up to conv5_x, whose stride is replaced by dilation.
+
+    Source 1 is the end of conv3_x (stride 8, 512 channels), source 2 that of conv5_x (stride 16,
+    2048 channels). Every weight keeps its place: keys are those of torchvision's classifier.
+    """
+
+    out_channels = (512, 2048)
+
+    def __init__(self) -> None:
+        super().__init__()
+        resnet = _torchvision_models("ResNet101").resnet101(
+            weights=None, replace_stride_with_dilation=(False, False, True)
+        )
+        for name, layer in resnet.named_children():
+            if name == "avgpool":
+                break
+            self.add_module(name, layer)
+            if name == "layer2":
+                self.tap = len(self) - 1
+
+
+class MobileNetV2Base(nn.Sequential):
+    """MobileNetV2 (arXiv 1801.04381): images [B, 3, S, S] -> (stride-16 map, stride-32 map).
+
+    Source 1 is the expansion in block 14, before the depth-wise convolution that halves the map:
+    where that paper (section 6.2) attaches SSD, and 576 channels instead of the 96 of the block's
+    input, with an activation. Source 2 is the last layer (1280 channels). Keys are those of
+    torchvision's ``features``.
+    """
+
+    out_channels = (576, 1280)
+
+    def __init__(self) -> None:
+        mobilenet = _torchvision_models("MobileNetV2").mobilenet_v2(weights=None)
+        super().__init__(*mobilenet.features)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        for i, block in enumerate(self):
+            if i == 14:  # the layers of a block that does not add its input
+                x = stride16 = block.conv[0](x)
+                x = block.conv[1:](x)
+            else:
+                x = block(x)
+        return stride16, x
+
+
+def _torchvision_models(network: str) -> ModuleType:
+    try:
+        return import_module("torchvision.models")
+    # A torchvision that was compiled for another PyTorch breaks in one of these ways.
+    except (ImportError, RuntimeError, AttributeError, OSError) as error:
+        try:
+            installed = f"torchvision {metadata.version('torchvision')}"
+        except metadata.PackageNotFoundError:
+            installed = "torchvision"
+        release = torch.__version__.partition("+")[0]
+        raise UserError(
+            f"{network} is built of torchvision's layers, but {installed} cannot be imported "
+            f"beside torch {torch.__version__} ({error}); install the one that fits: pip install "
+            f"torch=={release} torchvision"
+        ) from error
