@@ -34,6 +34,7 @@ from data.config import (
 from data.curves import CURVES_FILE
 from data.detections import load_detections, save_detections
 from data.loading import EpochSampler, TestSet, TrainingSet, test_loader, training_loader
+from data.transfer import COCO_CLASSES, parse_class_map, transfer_classes
 from data.transforms import SSDAugmentation, TestTransform
 from data.voc0712 import VOC_CLASSES, parse_classes
 from layers import Detect, MultiBoxLoss, PriorBox
@@ -84,8 +85,10 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
                 f"{stored[key]}; leave the option out"
             )
     options = {**DEFAULTS, **stored, **given}
+    # Whose prior boxes: the offsets of weights from elsewhere were learnt against others.
+    options.setdefault("priors", options["dataset"])
     try:
-        prior_config(options["version"], options["dataset"], options["size"])
+        prior_config(options["version"], options["priors"], options["size"])
     except ValueError as error:
         raise UserError(f"{error} (--size)") from error
     recipe = RECIPES[options["dataset"]]
@@ -114,7 +117,9 @@ def describe(saved: dict, path: Path, given: dict) -> dict:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     stored = {"version": version, "size": size}
-    if "classes" in given:
+    if num_classes == 81 and given.get("dataset", "COCO") != "COCO":
+        stored["dataset"] = "COCO"  # for data with other classes, see `transfer`
+    elif "classes" in given:
         named = len(parse_classes(given["classes"]))
         if named != num_classes - 1:
             raise UserError(f"{path} has {num_classes - 1} classes, but --classes names {named}")
@@ -143,6 +148,9 @@ def check_config(saved: dict, path: Path) -> dict:
     if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
         raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
     choices = {"version": BACKBONES, "size": SIZES, "dataset": RECIPES, "amp": AMP_TYPES}
+    choices["priors"] = RECIPES
+    if "priors" in config:  # not in files of before transfer
+        expected["priors"] = ""
     for key, example in expected.items():
         value = config.get(key)
         right = isinstance(value, type(example)) or (
@@ -151,6 +159,35 @@ def check_config(saved: dict, path: Path) -> dict:
         if not right or (key in choices and value not in choices[key]):
             raise UserError(f"{path}: its configuration has {key} {value!r}, which is not valid")
     return {**config, "classes": classes}
+
+
+def learnt(saved: dict, path: Path) -> tuple[list[str] | None, str]:
+    """What a checkpoint's weights were trained for: its classes, and whose prior boxes.
+
+    A published file has no names: 80 classes are COCO's and 20 VOC's, of others they are None.
+
+    Raises:
+        UserError: its tensors are no detector's.
+    """
+    if "config" in saved:
+        config = check_config(saved, path)
+        return config["classes"], config.get("priors", config["dataset"])
+    try:
+        _, _, num_classes = identify(saved["model"])
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
+    names = {80: COCO_CLASSES, 20: VOC_CLASSES}.get(num_classes - 1)
+    return names and list(names), "COCO" if names == COCO_CLASSES else "VOC"
+
+
+def transfer(saved: dict, path: Path, classes: list[str], given: dict) -> tuple[dict, list[str]]:
+    """The weights of a checkpoint for ``classes``, and those of them that it does not know."""
+    names, _ = learnt(saved, path)
+    if names is None:
+        raise UserError(f"{path} has no names of its classes to go by")
+    class_map = parse_class_map(given["class_map"]) if "class_map" in given else None
+    generator = torch.Generator().manual_seed(given.get("seed", DEFAULTS["seed"]))
+    return transfer_classes(saved["model"], names, classes, class_map, generator)
 
 
 # ---------------------------------------------------------------- data
@@ -240,6 +277,8 @@ def made_by(options: dict, chosen: dict, checkpoint: dict, device: torch.device)
     return {
         "checkpoint": checkpoint,
         "dataset": options["dataset"],
+        "priors": options["priors"],
+        "class_map": options.get("class_map"),
         "root": options["root"],
         "sets": set_names(options["test_sets"]),
         "classes": options["classes"],
@@ -303,6 +342,11 @@ def test(given: dict) -> None:
     stored = describe(saved, path, given)
     # Precision and processes were chosen for the training machine, not for this one.
     stored = {k: v for k, v in stored.items() if k not in ("amp", "ngpu", "num_workers")}
+    kind = stored.get("dataset", given.get("dataset"))
+    foreign = "class_map" in given or given.get("dataset", kind) != kind
+    if foreign:  # data of another kind: of the configuration, what the weights need
+        stored = {key: stored[key] for key in ("version", "size")}
+        stored["priors"] = learnt(saved, path)[1]
     options = resolve(given, stored)
     device = choose_device(given, options["amp"])
     scoring = scoring_options(given, options)
@@ -315,16 +359,23 @@ def test(given: dict) -> None:
     chosen = detection_options(given, options, RECIPES[options["dataset"]].test_threshold)
     origin = made_by(options, chosen, checkpoint, device)
     if given.get("retest"):
-        asked = ["checkpoint", "dataset", "root", "sets", "classes"]
+        asked = ["checkpoint", "dataset", "class_map", "root", "sets", "classes"]
         if DETECTION_OPTIONS & given.keys():
             asked += ["thresholds", "suppression"]
         same = {key: origin[key] for key in asked}
         detections, origin = load_detections(cache, dataset.ids, same)
     else:
         net = build_net(options["version"], options["size"], len(dataset.classes) + 1)
+        if foreign:
+            saved["model"], unknown = transfer(saved, path, options["classes"], given)
+            if unknown:
+                raise UserError(
+                    f"{path} has not learnt {', '.join(unknown)}; name the class of it that each "
+                    "is (--class_map own=other,...), or train from it with --resume_net"
+                )
         load_weights(net, saved["model"], path)
         net.to(device, memory_format=torch.channels_last)
-        preset = prior_config(options["version"], options["dataset"], options["size"])
+        preset = prior_config(options["version"], options["priors"], options["size"])
         priors = PriorBox(preset).to(device)()
         LOGGER.info(
             "%s at %d, %d classes, on %s (%s); NMS: %s",
@@ -362,7 +413,11 @@ def train(given: dict) -> None:
     """Train, from scratch or from where a checkpoint left off."""
     check_training_options(given)
     saved, path = find_checkpoint(given)
-    options = resolve(given, check_config(saved, path) if saved else None)
+    stored, start = check_config(saved, path) if saved else None, None
+    if "resume_net" in given:
+        start = load_checkpoint(given["resume_net"])
+        stored = {"priors": learnt(start, Path(given["resume_net"]))[1]}
+    options = resolve(given, stored)
     if saved:
         for key in ("batch_size", "seed", "train_sets"):
             if options[key] != saved["config"][key]:
@@ -390,7 +445,9 @@ def train(given: dict) -> None:
     if test_set is not None:
         log_dataset(test_set, options, "test_sets")
     identity = {"classes": options["classes"], "config": options, "data": data}
-    trainer = build_trainer(given, options, identity, saved, directory, device, train_set, test_set)
+    trainer = build_trainer(
+        given, options, identity, saved or start, directory, device, train_set, test_set
+    )
     if saved:
         trainer.restore(saved, path)
     write_json(directory / "config.json", options)
@@ -411,6 +468,8 @@ def train(given: dict) -> None:
 
 def check_training_options(given: dict) -> None:
     """Refuse, before anything is written, what cannot be meant."""
+    if "class_map" in given and "resume_net" not in given:
+        raise UserError("--class_map goes with --resume_net FILE or --test FILE")
     for option in ("retest", *sorted(DETECTION_OPTIONS)):
         if given.get(option, False) is not False:  # a switch may be off, a number 0 is none
             raise UserError(f"--{option} goes with --test FILE")
@@ -519,7 +578,7 @@ def build_trainer(
     given: dict,
     options: dict,
     identity: dict,
-    saved: dict | None,
+    start: dict | None,
     directory: Path,
     device: torch.device,
     train_set,
@@ -527,14 +586,15 @@ def build_trainer(
 ) -> Trainer:
     """Network, loss, data and optimiser of a run; its weights are the starting ones.
 
-    ``identity`` is what every checkpoint of the run carries beside the state.
+    ``identity`` is what every checkpoint of the run carries beside the state, ``start`` the
+    checkpoint of --resume or --resume_net.
     """
     torch.manual_seed(options["seed"])
     net = build_net(options["version"], options["size"], len(options["classes"]) + 1)
-    if not saved:
-        options["start"] = starting_weights(net, given)
+    if "resume" not in given or not start:
+        options["start"] = starting_weights(net, given, options, start)
     net.to(device, memory_format=torch.channels_last)
-    preset = prior_config(options["version"], options["dataset"], options["size"])
+    preset = prior_config(options["version"], options["priors"], options["size"])
     priors = PriorBox(preset).to(device)()
     loader = training_loader(
         TrainingSet(train_set, SSDAugmentation(options["size"], INPUT_MEAN), options["seed"]),
@@ -582,16 +642,19 @@ def build_trainer(
     return trainer
 
 
-def starting_weights(net: nn.Module, given: dict) -> str:
-    """Load what --resume_net or --basenet names; says where the weights are from."""
+def starting_weights(net: nn.Module, given: dict, options: dict, start: dict | None) -> str:
+    """Load what --resume_net (``start``) or --basenet names; says where the weights are from."""
     if "resume_net" in given:
-        path = Path(given["resume_net"])
-        load_weights(net, load_checkpoint(path)["model"], path)
-        origin = f"all weights from {path} (sha256 {sha256_of(path)})"
+        path, classes = Path(given["resume_net"]), options["classes"]
+        state, origin = start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
+        if "class_map" in given or learnt(start, path)[0] not in (None, classes):
+            state, new = transfer(start, path, classes, given)
+            origin += f", {len(classes) - len(new)} of {len(classes)} classes by name"
+            origin += f"; new: {', '.join(new)}" if new else ""
+        load_weights(net, state, path)
     elif "basenet" in given:
         path = Path(given["basenet"])
-        version = given.get("version", DEFAULTS["version"])
-        match = load_base(net.base, path, BACKBONES[version].from_classifier)
+        match = load_base(net.base, path, BACKBONES[options["version"]].from_classifier)
         origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
         origin += f"{match.source} (sha256 {sha256_of(path)})"
     else:

@@ -17,11 +17,12 @@ from tiny import TINY
 
 import models
 import train_test
+from data.config import COCO_300
 from data.loading import TrainingSet
+from layers import PriorBox
 from models import build_net
 from train_test import main, resolve
 from utils.checkpoint import load_checkpoint, sha256_of
-from utils.errors import UserError
 from utils.options import parser
 
 ROOT = Path(__file__).parent.parent
@@ -364,16 +365,6 @@ def test_weights_that_diverged_are_told(call, trained, capsys):
     assert "output is not finite (conf contains NaN or +infinity)" in capsys.readouterr().err
 
 
-def test_a_backend_is_for_coco_and_installed(call, trained, capsys, monkeypatch):
-    assert call("--test", trained, "--eval-backend", "hotcoco") == 2
-    assert "--eval-backend computes COCO's numbers" in capsys.readouterr().err
-    monkeypatch.setitem(sys.modules, "hotcoco", None)
-    assert call("--test", trained, "-d", "COCO", "--eval-backend", "hotcoco") == 2
-    assert "contradicts the checkpoint" in capsys.readouterr().err
-    with pytest.raises(UserError, match="pip install hotcoco"):
-        train_test.scoring_options({"eval_backend": "hotcoco"}, {"dataset": "COCO"})
-
-
 def test_retest_refuses_detections_of_other_weights(call, trained, capsys):
     assert call("--test", trained) == 0
     saved = torch.load(trained, weights_only=True)
@@ -507,6 +498,7 @@ def test_published_spellings_are_accepted():
         (["--resume", "gone.pth"], ["gone.pth"]),
         (["--resume_net", "gone.pth"], ["gone.pth"]),
         (["--resume_epoch", "3"], ["--resume_net"]),
+        (["--class_map", "a=b"], ["--class_map", "--resume_net"]),
         (["--retest"], ["--test"]),
         (["--train_sets", ","], ["names no image set"]),
     ],
@@ -678,3 +670,85 @@ def test_coco_trains_and_is_scored(call, coco_folder, monkeypatch, capsys):
     monkeypatch.setattr(train_test, "detect", None)
     assert main(["--test", str(checkpoint), *common, "--eval-backend", "hotcoco"]) == 2
     assert "pip install" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- transfer
+
+
+@pytest.fixture
+def coco_file(tmp_path):
+    """A published file of 81 classes, in which row k of a box's conf weights is filled with k."""
+    net = build_net("tiny", 300, 81)
+    for layer in net.conf:
+        rows = torch.arange(81.0).repeat(layer.out_channels // 81)
+        with torch.no_grad():
+            layer.weight[:] = rows[:, None, None, None]
+            layer.bias[:] = -rows
+    torch.save(net.state_dict(), tmp_path / "coco.pth")
+    return tmp_path / "coco.pth"
+
+
+VOC_ROWS = [0, 5, 2, 15, 9, 40, 6, 3, 16, 57, 20, 61, 17, 18, 4, 1, 59, 19, 58, 7, 63]
+
+
+@pytest.fixture
+def detecting(monkeypatch):
+    """Records networks and prior boxes that are to detect; nothing is detected."""
+    seen = []
+
+    def detect(net, dataset, priors, *_):
+        seen.append((net, priors))
+        none = {"boxes": np.zeros((0, 4)), "scores": np.zeros(0), "labels": np.zeros(0, np.int64)}
+        return [none] * len(dataset)
+
+    monkeypatch.setattr(train_test, "detect", detect)
+    return seen
+
+
+def test_a_coco_detector_is_tested_on_voc_by_its_21_rows(call, coco_file, voc_devkit, detecting):
+    assert call("--test", coco_file, "-d", "VOC", "--root", voc_devkit) == 0
+    ((net, priors),) = detecting
+    for layer in net.conf:
+        rows = torch.tensor(VOC_ROWS).repeat(layer.out_channels // 21)
+        assert torch.equal(layer.weight[:, 0, 0, 0], rows.float())
+        assert torch.equal(layer.bias, -rows.float())
+    assert torch.equal(priors, PriorBox(COCO_300)())
+
+
+def test_a_coco_detector_is_tuned_on_voc_and_keeps_its_boxes(
+    call, coco_file, voc_devkit, detecting, capsys
+):
+    options = ("--root", voc_devkit, "--resume_net", coco_file, "--lr", 0, "--date", "tuned")
+    assert call(*options, "-d", "VOC", "-max", 1, "--max_iters", 1, "--test_frequency", 0) == 0
+    assert "20 of 20 classes by name" in capsys.readouterr().out
+    checkpoint = call.folder / "tuned" / "last.pth"
+    assert load_checkpoint(checkpoint)["config"]["priors"] == "COCO"
+    assert call("--test", checkpoint) == 0
+    ((net, priors),) = detecting
+    # The warm-up's first step is of 1e-6.
+    assert net.conf[0].weight[:21, 0, 0, 0].tolist() == pytest.approx(VOC_ROWS, abs=1e-3)
+    assert torch.equal(priors, PriorBox(COCO_300)())
+
+
+def test_own_classes_start_from_coco_by_a_map_and_others_new(call, coco_file, detecting, capsys):
+    options = ("--resume_net", coco_file, "--lr", 0, "--date", "own", "--max_iters", 1)
+    assert call(*options, "--class_map", "rod=baseball bat", "--test_frequency", 0) == 0
+    assert "1 of 3 classes by name; new: cell, platelet" in capsys.readouterr().out
+    weight = weights(call.folder / "own" / "last.pth")["conf.0.weight"]
+    assert weight[[0, 3], 0, 0, 0].tolist() == pytest.approx([0, 35], abs=1e-3)
+    assert 0 < weight[1:3].abs().max() < 1
+
+
+def test_classes_that_a_checkpoint_has_not_learnt_are_named(
+    call, coco_file, voc_folder, detecting, capsys
+):
+    test = ("--test", coco_file, "-d", "VOC", "--root", voc_folder)
+    assert call(*test) == 2
+    assert "has not learnt cell, platelet, rod" in capsys.readouterr().err
+    everything = "cell=person,platelet=bicycle,rod=toothbrush"
+    assert call(*test, "--class_map", everything) == 0
+    ((net, _),) = detecting
+    assert net.conf[0].weight[:4, 0, 0, 0].tolist() == [0, 1, 2, 80]
+    assert call(*test, "--class_map", everything, "--retest") == 0
+    assert call(*test, "--class_map", everything.replace("bicycle", "cat"), "--retest") == 2
+    assert "class_map" in capsys.readouterr().err

@@ -39,8 +39,8 @@ DETECTION_OPTIONS = frozenset(
 """Options of --test that decide which boxes are detections."""
 
 OF_ONE_CALL = DETECTION_OPTIONS | {
-    "test", "retest", "eval_backend", "resume", "resume_net", "resume_epoch", "basenet",
-    "max_iters", "date", "device", "cuda",
+    "test", "retest", "eval_backend", "class_map", "resume", "resume_net", "resume_epoch",
+    "basenet", "max_iters", "date", "device", "cuda",
 }  # fmt: skip
 """Options that a checkpoint's configuration does not hand on to the next call."""
 
@@ -111,6 +111,10 @@ def parser(
            help="go on with a run from its checkpoint (auto: the newest run, or a new one)")
     option(g, "--resume_net", metavar="FILE",
            help="start a new run from the weights of a whole detector")
+    option(g, "--class_map", metavar="MAP",
+           help="own=other,... or a file with one a line: which class of the checkpoint of "
+                "--resume_net or --test an own class is (default: the one of equal name, and VOC's "
+                "name for COCO's)")
     option(g, "--resume_epoch", type=count, metavar="N",
            help="with --resume_net: the epoch at which the schedule starts (default: 0)")
 
