@@ -64,10 +64,12 @@ def test_the_commands_are_known():
     assert [c[:3] for c in COMMANDS] == [
         ["./make.sh", "demo"],
         ["./make.sh", "test"],
+        ["python", "-m", "utils.profile"],
         ["data/scripts/VOC2007.sh"],
         ["data/scripts/VOC2012.sh"],
         ["python", "train_test.py", "-d"],
         ["python", "train_test.py", "-d"],
+        *(["python", "-m", "utils.weights"] for _ in range(4)),
         ["python", "train_test.py", "-d"],
         ["python", "train_test.py", "--test"],
         ["python", "-m", "data.voc_eval"],
@@ -90,7 +92,8 @@ def test_ci_runs_the_test_command():
 
 
 def test_training_testing_and_resuming_as_written(home, coco_folder):
-    train, resume, own, test, voc_eval, coco_eval, by_hotcoco = COMMANDS[4:11]
+    train, resume = COMMANDS[5:7]
+    own, test, voc_eval, coco_eval, by_hotcoco = COMMANDS[11:16]
     assert "tensors of the base network" in run(home, train, *SMALL)
     (run_dir,) = (home / "weights" / "SSD_HarDNet68_512").iterdir()
     more = ["--max_iters", "2", "--num_workers", "0", "--device", "cpu"]
@@ -118,9 +121,27 @@ def test_training_testing_and_resuming_as_written(home, coco_folder):
         assert run(home, by_hotcoco) == twelve
 
 
+def test_the_profile_lists_every_layer(home):
+    assert "base.8.layers.3.conv" in run(home, COMMANDS[2])
+
+
+def test_weights_are_listed_inspected_and_converted(home):
+    listing, download, inspect, convert = COMMANDS[7:11]
+    assert download[4] in run(home, listing)  # tests/test_weights.py downloads
+    shutil.copy(home / "weights" / "hardnet68_base_bridge.pth", home / "FILE")
+    assert "basenet of   SSD_HarDNet68, RFB_HarDNet68" in run(home, inspect)
+    if importlib.util.find_spec("safetensors"):
+        shutil.copy(home / "FILE", home / "IN.pth")
+        convert = [{"IN": "IN.pth", "OUT": "OUT.safetensors"}.get(word, word) for word in convert]
+        run(home, convert)
+        assert "basenet of   SSD_HarDNet68, RFB_HarDNet68" in run(
+            home, [*inspect[:-1], "OUT.safetensors"]
+        )
+
+
 def test_building_says_what_serves(home):
-    assert "utils.nms._cpu_nms: " in run(home, COMMANDS[11])
-    checked = run(home, COMMANDS[12]).splitlines()
+    assert "utils.nms._cpu_nms: " in run(home, COMMANDS[16])
+    checked = run(home, COMMANDS[17]).splitlines()
     assert [line.split(":")[0] for line in checked] == ["NMS on the CPU", "NMS on the GPU"]
 
 
@@ -152,7 +173,14 @@ def test_options_of_detection_are_the_defaults():
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "weights/README.md", "benchmarks/README.md", "benchmarks/gpu/README.md"]
+    "page",
+    [
+        "README.md",
+        "weights/README.md",
+        "docs/traffic.md",
+        "benchmarks/README.md",
+        "benchmarks/gpu/README.md",
+    ],
 )
 def test_links_and_pictures_lead_to_files(page):
     text = (ROOT / page).read_text("utf-8")

@@ -45,8 +45,9 @@ CORE = (
 )
 EVAL = ("hotcoco>=1.2", "faster-coco-eval")
 EXTRAS = {
-    "test": ("pytest", "hypothesis", "ruff", *EVAL),
+    "test": ("pytest", "hypothesis", "ruff", "safetensors", *EVAL),
     "eval": EVAL,
+    "weights": ("safetensors", "gdown"),
     "tensorboard": ("tensorboard",),
 }
 OPENCV = (
