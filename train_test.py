@@ -87,6 +87,9 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
     options = {**DEFAULTS, **stored, **given}
     # Whose prior boxes: the offsets of weights from elsewhere were learnt against others.
     options.setdefault("priors", options["dataset"])
+    options.setdefault("crowds", True)
+    if "crowds" in given and options["dataset"] != "COCO":
+        raise UserError("--crowds is for -d COCO; leave it out")
     try:
         prior_config(options["version"], options["priors"], options["size"])
     except ValueError as error:
@@ -117,20 +120,17 @@ def describe(saved: dict, path: Path, given: dict) -> dict:
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
     stored = {"version": version, "size": size}
-    if num_classes == 81 and given.get("dataset", "COCO") != "COCO":
-        stored["dataset"] = "COCO"  # for data with other classes, see `transfer`
-    elif "classes" in given:
-        named = len(parse_classes(given["classes"]))
-        if named != num_classes - 1:
-            raise UserError(f"{path} has {num_classes - 1} classes, but --classes names {named}")
-    elif num_classes == 81:  # a published file: 81 classes are COCO's, 21 VOC's
+    if num_classes == 81:  # a published file: 81 classes are COCO's, 21 VOC's
         stored["dataset"] = "COCO"
     elif num_classes == 21:
         stored |= {"dataset": "VOC", "classes": list(VOC_CLASSES)}
-    else:
+    elif "classes" not in given:
         raise UserError(
             f"{path} has {num_classes - 1} classes and no names for them; give --classes"
         )
+    elif len(parse_classes(given["classes"])) != num_classes - 1:
+        named = len(parse_classes(given["classes"]))
+        raise UserError(f"{path} has {num_classes - 1} classes, but --classes names {named}")
     return stored
 
 
@@ -149,8 +149,8 @@ def check_config(saved: dict, path: Path) -> dict:
         raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
     choices = {"version": BACKBONES, "size": SIZES, "dataset": RECIPES, "amp": AMP_TYPES}
     choices["priors"] = RECIPES
-    if "priors" in config:  # not in files of before transfer
-        expected["priors"] = ""
+    later = {"priors": "", "crowds": True}  # not in the first files
+    expected |= {key: example for key, example in later.items() if key in config}
     for key, example in expected.items():
         value = config.get(key)
         right = isinstance(value, type(example)) or (
@@ -161,10 +161,11 @@ def check_config(saved: dict, path: Path) -> dict:
     return {**config, "classes": classes}
 
 
-def learnt(saved: dict, path: Path) -> tuple[list[str] | None, str]:
-    """What a checkpoint's weights were trained for: its classes, and whose prior boxes.
+def trained_for(saved: dict, path: Path, given: dict) -> tuple[list[str] | None, str | None]:
+    """The classes that a checkpoint's weights know, and whose prior boxes; None: it cannot be told.
 
-    A published file has no names: 80 classes are COCO's and 20 VOC's, of others they are None.
+    A published file has no names: --classes names its classes if they are as many, else 80 are
+    COCO's and 20 VOC's.
 
     Raises:
         UserError: its tensors are no detector's.
@@ -176,18 +177,21 @@ def learnt(saved: dict, path: Path) -> tuple[list[str] | None, str]:
         _, _, num_classes = identify(saved["model"])
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
-    names = {80: COCO_CLASSES, 20: VOC_CLASSES}.get(num_classes - 1)
-    return names and list(names), "COCO" if names == COCO_CLASSES else "VOC"
+    known = {81: (list(COCO_CLASSES), "COCO"), 21: (list(VOC_CLASSES), "VOC")}
+    names, boxes = known.get(num_classes, (None, None))
+    if "classes" in given and "class_map" not in given:
+        named = list(parse_classes(given["classes"]))
+        names = named if len(named) == num_classes - 1 else names
+    return names, boxes
 
 
-def transfer(saved: dict, path: Path, classes: list[str], given: dict) -> tuple[dict, list[str]]:
-    """The weights of a checkpoint for ``classes``, and those of them that it does not know."""
-    names, _ = learnt(saved, path)
-    if names is None:
-        raise UserError(f"{path} has no names of its classes to go by")
+def transfer(
+    state: dict, names: list[str], classes: list[str], given: dict
+) -> tuple[dict, list[str]]:
+    """Weights of a detector of ``names`` for ``classes``, and those of them that are new to it."""
     class_map = parse_class_map(given["class_map"]) if "class_map" in given else None
     generator = torch.Generator().manual_seed(given.get("seed", DEFAULTS["seed"]))
-    return transfer_classes(saved["model"], names, classes, class_map, generator)
+    return transfer_classes(state, names, classes, class_map, generator)
 
 
 # ---------------------------------------------------------------- data
@@ -196,7 +200,8 @@ def transfer(saved: dict, path: Path, classes: list[str], given: dict) -> tuple[
 def open_dataset(options: dict, key: str, classes: list[str] | None):
     """The data set of options[key], of just ``classes`` if these are given."""
     sets = [tuple(s) for s in options[key]]
-    dataset = build_dataset(options["dataset"], options["root"], sets, classes)
+    crowds = options["crowds"] or key == "test_sets"
+    dataset = build_dataset(options["dataset"], options["root"], sets, classes, crowds)
     if classes is not None and list(dataset.classes) != list(classes):
         raise UserError(
             f"{options['root']} has the classes {', '.join(dataset.classes)}, but those in use "
@@ -238,12 +243,15 @@ def detection_options(given: dict, options: dict, threshold: float) -> dict:
 
 def scoring_options(given: dict, options: dict) -> dict:
     """Arguments of a data set's ``evaluate``; UserError for a backend that cannot serve."""
-    if "eval_backend" not in given:
-        return {}
     if options["dataset"] != "COCO":
-        raise UserError("--eval-backend computes COCO's numbers; leave it out with -d VOC")
-    load_backend(given["eval_backend"])  # what is not installed is told now, not after detection
-    return {"backend": given["eval_backend"]}
+        if "eval_backend" in given:
+            raise UserError("--eval-backend computes COCO's numbers; leave it out with -d VOC")
+        return {}
+    scoring = {"name": f"{options['version']}_{options['size']}"}  # of a test split's files
+    if "eval_backend" in given:
+        load_backend(given["eval_backend"])  # what is not installed is told now
+        scoring["backend"] = given["eval_backend"]
+    return scoring
 
 
 def detect(
@@ -342,11 +350,13 @@ def test(given: dict) -> None:
     stored = describe(saved, path, given)
     # Precision and processes were chosen for the training machine, not for this one.
     stored = {k: v for k, v in stored.items() if k not in ("amp", "ngpu", "num_workers")}
-    kind = stored.get("dataset", given.get("dataset"))
-    foreign = "class_map" in given or given.get("dataset", kind) != kind
-    if foreign:  # data of another kind: of the configuration, what the weights need
-        stored = {key: stored[key] for key in ("version", "size")}
-        stored["priors"] = learnt(saved, path)[1]
+    names, boxes = trained_for(saved, path, given)
+    if given.get("dataset", stored.get("dataset")) != stored.get("dataset"):
+        stored = {key: stored[key] for key in ("version", "size")}  # what its data were is no help
+    if "class_map" in given or "classes" in given:
+        stored.pop("classes", None)
+    if boxes:
+        stored["priors"] = boxes
     options = resolve(given, stored)
     device = choose_device(given, options["amp"])
     scoring = scoring_options(given, options)
@@ -366,8 +376,9 @@ def test(given: dict) -> None:
         detections, origin = load_detections(cache, dataset.ids, same)
     else:
         net = build_net(options["version"], options["size"], len(dataset.classes) + 1)
-        if foreign:
-            saved["model"], unknown = transfer(saved, path, options["classes"], given)
+        if names not in (None, options["classes"]):
+            state, unknown = transfer(saved["model"], names, options["classes"], given)
+            saved["model"] = state
             if unknown:
                 raise UserError(
                     f"{path} has not learnt {', '.join(unknown)}; name the class of it that each "
@@ -413,10 +424,11 @@ def train(given: dict) -> None:
     """Train, from scratch or from where a checkpoint left off."""
     check_training_options(given)
     saved, path = find_checkpoint(given)
-    stored, start = check_config(saved, path) if saved else None, None
+    stored, start = check_config(saved, path) if saved else {}, saved
     if "resume_net" in given:
         start = load_checkpoint(given["resume_net"])
-        stored = {"priors": learnt(start, Path(given["resume_net"]))[1]}
+        if boxes := trained_for(start, Path(given["resume_net"]), given)[1]:
+            stored["priors"] = boxes
     options = resolve(given, stored)
     if saved:
         for key in ("batch_size", "seed", "train_sets"):
@@ -445,9 +457,7 @@ def train(given: dict) -> None:
     if test_set is not None:
         log_dataset(test_set, options, "test_sets")
     identity = {"classes": options["classes"], "config": options, "data": data}
-    trainer = build_trainer(
-        given, options, identity, saved or start, directory, device, train_set, test_set
-    )
+    trainer = build_trainer(given, options, identity, start, directory, device, train_set, test_set)
     if saved:
         trainer.restore(saved, path)
     write_json(directory / "config.json", options)
@@ -647,10 +657,15 @@ def starting_weights(net: nn.Module, given: dict, options: dict, start: dict | N
     if "resume_net" in given:
         path, classes = Path(given["resume_net"]), options["classes"]
         state, origin = start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
-        if "class_map" in given or learnt(start, path)[0] not in (None, classes):
-            state, new = transfer(start, path, classes, given)
+        names, boxes = trained_for(start, path, given)
+        if "class_map" in given and names is None:
+            raise UserError(f"{path} has no names of its classes for --class_map to go by")
+        if names not in (None, classes):
+            state, new = transfer(state, names, classes, given)
             origin += f", {len(classes) - len(new)} of {len(classes)} classes by name"
             origin += f"; new: {', '.join(new)}" if new else ""
+        if boxes not in (None, options["dataset"]):
+            origin += f"; prior boxes of {boxes}, as they were trained with"
         load_weights(net, state, path)
     elif "basenet" in given:
         path = Path(given["basenet"])

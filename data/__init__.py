@@ -21,12 +21,12 @@ def __getattr__(name: str):
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
-def build_dataset(name: str, root: str, image_sets, classes=None):
+def build_dataset(name: str, root: str, image_sets, classes=None, crowds: bool = True):
     """The data set ``name`` (VOC or COCO) under ``root``.
 
     ``image_sets`` are (year, set) pairs, year ``None`` for a folder without devkit years.
-    ``classes`` (VOC) are the names to read; ``None`` means what the data set declares or holds.
-    The classes of a COCO set are what its annotations declare.
+    ``classes`` are the names to read; ``None`` means what the data set declares or holds.
+    ``crowds`` (COCO): whether crowds are targets like other boxes.
     """
     if name == "VOC":
         from data.voc0712 import VOCDetection
@@ -35,5 +35,5 @@ def build_dataset(name: str, root: str, image_sets, classes=None):
     if name == "COCO":
         from data.coco import COCODetection
 
-        return COCODetection(root, image_sets)
+        return COCODetection(root, image_sets, classes=classes, crowds=crowds)
     raise ValueError(f"unknown data set {name!r}, choose from VOC, COCO")

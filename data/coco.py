@@ -2,22 +2,27 @@
 
     root/annotations/instances_<set><year>.json    train2014 val2014 minival2014 valminusminival2014
                                                    train2017 val2017
-    root/annotations/image_info_<set><year>.json   test2015 test-dev2015 test-dev2017
+    root/annotations/image_info_<set><year>.json   test2015 test-dev2015 test2017 test-dev2017
     root/images/<split>/COCO_<split>_<id>.jpg      pictures before 2017, <id> of 12 digits
     root/<split>/<id>.jpg                          pictures since
 
-Any other <set><year> in this layout is read alike, whatever its categories; it counts as a test
-split, without ground truth, if there is no instances_<set><year>.json. Format:
-https://cocodataset.org/#format-data. The file's own `file_name` decides where it exists.
+Own data are read alike, with or without a year: any set, categories and ids. A set counts as a test
+split, without ground truth, if it has an image_info file alone. Format:
+https://cocodataset.org/#format-data. The files may lie in root/original_annotations/, too. The
+file's own `file_name` decides where it exists; it may have folders in it and start from
+root/<split>/, root/images/<split>/, root/images/ or root/.
 """
 
 from __future__ import annotations
 
 import gc
 import json
+import logging
 import os
+import re
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,11 +30,14 @@ import numpy as np
 from data.curves import CURVES_FILE
 from data.detections import LARGEST, as_columns
 from data.image import read_image, report_lines
+from data.voc0712 import set_name
 from utils.errors import UserError
 from utils.files import atomic_write
 
 # Sets that are cut out of another split and have no picture folder of their own.
 PICTURES_OF = {"minival": "val", "valminusminival": "val", "test-dev": "test"}
+ANNOTATION_FOLDERS = ("annotations", "original_annotations")
+ANNOTATION_KINDS = ("instances_", "image_info_")
 
 
 @dataclass(frozen=True)
@@ -37,8 +45,9 @@ class Annotations:
     """One annotation file as arrays: N pictures by id, K categories by id, M boxes by picture."""
 
     path: Path
-    images: list[dict]  # N raw records (file_name, coco_url)
     image_ids: np.ndarray  # int64 [N], ascending
+    file_names: np.ndarray  # str [N], "" where the file has none
+    split: str  # folder of the first picture in its coco_url, "" where it has none
     sizes: np.ndarray  # int64 [N, 2], width and height
     category_ids: np.ndarray  # int64 [K], ascending; label k is category_ids[k - 1]
     classes: tuple[str, ...]  # K names
@@ -49,13 +58,41 @@ class Annotations:
     crowds: np.ndarray  # bool [M]
     annotation_ids: list  # M ids, None where the file has none
 
+    def of_classes(self, classes: Sequence[str]) -> Annotations:
+        """The same pictures with the boxes of these categories alone, in the order of the ids.
 
-def read_json(path: str | Path):
+        UserError for a name that is not there. ValueError for one given twice.
+        """
+        if len(set(classes)) < len(classes):
+            raise ValueError(f"classes must be unique, got {', '.join(classes)}")
+        if unknown := [name for name in classes if name not in self.classes]:
+            raise UserError(
+                f"{self.path}: has no category {', '.join(unknown)}; it has"
+                f" {', '.join(self.classes)}"
+            )
+        chosen = np.array([name in classes for name in self.classes])
+        kept = chosen[self.labels - 1]
+        columns = ("boxes", "areas", "crowds")
+        return replace(
+            self,
+            category_ids=self.category_ids[chosen],
+            classes=tuple(name for name in self.classes if name in classes),
+            offsets=np.concatenate([[0], np.cumsum(kept)])[self.offsets],
+            labels=np.cumsum(chosen)[self.labels - 1][kept],
+            annotation_ids=[self.annotation_ids[n] for n in np.flatnonzero(kept)],
+            **{column: getattr(self, column)[kept] for column in columns},
+        )
+
+
+def read_json(path: str | Path, object_hook: Callable[[dict], object] | None = None):
     """Parse a JSON file; UserError where it cannot be read or is no JSON."""
     collecting = gc.isenabled()
     gc.disable()  # it would look in vain through the growing records: half of the time
     try:
-        return json.loads(Path(path).read_bytes())
+        data = Path(path).read_bytes()
+        text = data.decode(json.detect_encoding(data), "surrogatepass")
+        del data  # the two are most of what a large file takes
+        return json.loads(text, object_hook=object_hook)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
@@ -127,13 +164,19 @@ def positions(source, kind: str, field: str, values: np.ndarray, known: np.ndarr
     return index
 
 
+def _without_outline(record: dict) -> dict:
+    """Most of an annotation's memory, and of no use for boxes."""
+    record.pop("segmentation", None)
+    return record
+
+
 def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
     """Read a COCO annotation file; without `boxes` an image_info file, which has none.
 
     UserError with the file and the id: no JSON, missing or malformed fields, ids that occur twice,
     annotations of a picture or a category that the file does not list.
     """
-    document = read_json(path)
+    document = read_json(path, _without_outline)
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a COCO annotation file (its top level is no object)")
 
@@ -178,10 +221,12 @@ def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
         if crowd not in (0, 1):  # true and false are equal to them
             raise _unfit(path, "annotations", records, n, "iscrowd", "0 or 1")
     order = np.argsort(image, kind="stable")
+    url = str(images[0].get("coco_url") or "")
     return Annotations(
         path=Path(path),
-        images=images,
         image_ids=image_ids,
+        file_names=np.array([str(image.get("file_name") or "") for image in images]),
+        split=url.split("/")[-2] if "/" in url else "",
         sizes=sizes,
         category_ids=category_ids,
         classes=classes,
@@ -209,44 +254,80 @@ def _is_test_split(path: Path) -> bool:
     return path.name.startswith("image_info")
 
 
+def _year_and_set(year: str | None, name: str) -> tuple[str, str]:
+    """ "2017", "val" of that pair and of (None, "val2017"); the year is "" for a set without."""
+    if not year and (match := re.fullmatch(r"(.+?)(20\d\d)", name)):
+        name, year = match.groups()
+    return str(year or ""), name
+
+
+def list_image_sets(root: Path) -> list[tuple[str, str]]:
+    """The (year, set) pairs under a root that have an annotation file, the year "" without one."""
+    found = [
+        _year_and_set(None, path.stem.removeprefix(kind))
+        for folder in ANNOTATION_FOLDERS
+        for kind in ANNOTATION_KINDS
+        for path in (root / folder).glob(f"{kind}?*.json")
+    ]
+    return sorted(set(found))
+
+
 class COCODetection:
     """Pictures and boxes of COCO image sets, e.g. `COCODetection(root, [("2017", "val")])`.
 
     `ds[i]` is (BGR uint8 [H,W,3], float32 [n,5] of x1, y1, x2, y2 in pixels and the label, from 1),
-    both after `transform(image, target)` if there is one. Labels follow the categories by id:
-    label k is `classes[k - 1]` and COCO's category `category_ids[k]`; `category_labels` is the way
-    back. `ids` ascend within a set. Pictures without boxes are kept with [0,5], and those of a test
-    split have nothing else. Crowds are ordinary boxes, as published. Boxes without area or wholly
-    outside their picture are dropped; `skipped` lists them by reason.
+    both after `transform(image, target)` if there is one. Labels follow the categories by id, or
+    the order of `classes`, names of categories that are to be read alone: label k is
+    `classes[k - 1]` and COCO's category `category_ids[k]` (80 labels to ids up to 90);
+    `category_labels` is the way back. `ids` ascend within a set. Pictures without boxes are kept
+    with [0,5], and those of a test split have nothing else. `crowds`: whether boxes around crowds
+    are ordinary boxes, as published, or left out of the targets (a score always counts them as
+    COCO does). Boxes without area or wholly outside their picture are dropped; `skipped` lists them
+    by reason. The year of a set in own data may be None.
 
     UserError: no annotation file of that name, a malformed one (see `read_annotations`), missing
-    pictures, sets of different categories, a picture in two sets.
+    pictures, sets of different categories, a picture in two sets, no category of a name.
     """
 
-    def __init__(self, root: str | Path, image_sets: list[tuple[str, str]], transform=None):
+    def __init__(
+        self,
+        root: str | Path,
+        image_sets: Sequence[tuple[str | None, str]],
+        transform: Callable | None = None,
+        classes: Sequence[str] | None = None,
+        crowds: bool = True,
+    ):
         if not image_sets:
             raise ValueError("image_sets is empty, wanted e.g. [('2017', 'val')]")
         self.root = Path(os.path.expanduser(root))
-        self.image_sets = [(str(year or ""), name) for year, name in image_sets]
+        self.image_sets = [_year_and_set(year, name) for year, name in image_sets]
         self.transform = transform
+        self._turned: set[Path] = set()
+        self.crowds = crowds
         self.skipped: dict[str, list[str]] = {}
-        self._paths: list[Path] = []
-        files = [self._read(year, name) for year, name in self.image_sets]
-        self.classes = files[0].classes
+        files = [self._read(year, name, classes) for year, name in self.image_sets]
+        self._files = [file.path for file in files]
+        known = dict(zip(files[0].classes, files[0].category_ids.tolist(), strict=True))
         for file in files[1:]:
-            if (file.classes, *file.category_ids) != (self.classes, *files[0].category_ids):
+            if dict(zip(file.classes, file.category_ids.tolist(), strict=True)) != known:
                 raise UserError(f"{file.path}: its categories differ from {files[0].path.name}'s")
-        self.category_ids = dict(enumerate(files[0].category_ids.tolist(), 1))
+        self.classes = tuple(known if classes is None else classes)
+        self.category_ids = {k: known[name] for k, name in enumerate(self.classes, 1)}
         self.category_labels = {id: label for label, id in self.category_ids.items()}
-        self.ids = np.concatenate([file.image_ids for file in files]).tolist()
-        if len(set(self.ids)) < len(self.ids):
-            known, counts = np.unique(self.ids, return_counts=True)
+        # What follows goes to every loader process. Arrays are shared there, or copied whole where
+        # processes are not forked; of a list each object would be copied when it is first used.
+        self._folders, names = zip(*map(self._find_pictures, files, self.image_sets), strict=True)
+        self._names = np.concatenate(names)
+        self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
+        ids = np.concatenate([file.image_ids for file in files])
+        once, counts = np.unique(ids, return_counts=True)
+        if len(once) < len(ids):
             raise UserError(
-                f"{' and '.join(str(file.path) for file in files)}: image id {known[counts > 1][0]}"
-                " is in more than one of them"
+                f"{' and '.join(map(str, self._files))}: image id {once[counts > 1][0]} is in more"
+                " than one of them"
             )
+        self.ids = ids.tolist()
         self._sizes = np.concatenate([file.sizes for file in files])
-        # One flat array: a list of small ones would be copied into every loader process.
         targets, counts = zip(*map(self._targets, files), strict=True)
         self._boxes = np.concatenate(targets)
         self._offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
@@ -259,7 +340,7 @@ class COCODetection:
         return (image, target) if self.transform is None else self.transform(image, target)
 
     def image_path(self, i: int) -> Path:
-        return self._paths[i]
+        return self._folders[self._set_of[i]] / str(self._names[i])
 
     def image_size(self, i: int) -> tuple[int, int]:
         """(width, height) in pixels, as the annotation file has it."""
@@ -267,18 +348,29 @@ class COCODetection:
         return width, height
 
     def pull_image(self, i: int) -> np.ndarray:
-        """BGR uint8 [H,W,3]; UserError if unreadable or not of the size that the boxes assume."""
-        path, (width, height) = self._paths[i], self.image_size(i)
+        """BGR uint8 [H,W,3], of the size that its boxes are for.
+
+        A picture that an EXIF tag turns, but that was annotated as it is stored, is read as stored,
+        and the log says so once. UserError if it is unreadable or of another size.
+        """
+        path, size = self.image_path(i), self.image_size(i)
         image = read_image(path)
-        if image.shape[:2] != (height, width):
-            # The boxes may belong to the picture before its EXIF orientation.
-            image = read_image(path, orient=False)
-        if image.shape[:2] != (height, width):
+        if (found := image.shape[1::-1]) == size:
+            return image
+        file = self._files[self._set_of[i]]
+        stored = read_image(path, orient=False)
+        if stored.shape[1::-1] != size:
             raise UserError(
-                f"{path}: the picture is {image.shape[1]} x {image.shape[0]}, but its annotation"
-                f" file says {width} x {height}; restore the annotated picture or correct the file"
+                f"{path}: the picture is {found[0]} x {found[1]}, but {file} says {size[0]} x"
+                f" {size[1]}; restore the annotated picture or correct the file"
             )
-        return image
+        if path not in self._turned:
+            self._turned.add(path)
+            logging.getLogger("ssd").warning(
+                "%s: an EXIF orientation tag turns the picture to %d x %d, but %s says %d x %d; it "
+                "is read as stored", path, *found, file, *size
+            )  # fmt: skip
+        return stored
 
     def target(self, i: int) -> np.ndarray:
         """float32 [n,5]: x1, y1, x2, y2 in pixels, label."""
@@ -317,25 +409,26 @@ class COCODetection:
         "notes" (lines for the log)}; -1 is "no ground truth". A test split has "value" None,
         nothing per class or size, neither stats nor curves, and "archive" (the .zip, beside them).
 
-        ValueError: as `data.detections.as_columns`. UserError: a file that cannot be written.
+        ValueError: as `data.detections.as_columns`, or a `name` that is more than letters, digits
+        and . + - _. UserError: a file that cannot be written.
         """
-        from data.coco_eval import COCOResults, evaluate_coco, notes
+        from data.coco_eval import COCO_FIELDS, COCOResults, evaluate_coco, notes
 
+        if not re.fullmatch(r"[\w.+-]+", name, re.ASCII):
+            raise ValueError(f"{name!r} cannot be in the name of a submitted file")
         self.check_scorable()
         images, scores, labels, corners = as_columns(detections, self.ids, len(self.classes))
-        [(year, image_set)] = self.image_sets
-        truth = self._annotation_file(year, image_set)
+        [(year, image_set)], [truth] = self.image_sets, self._files
         test = _is_test_split(truth)
         sides = corners[:, 2:] - corners[:, :2] + 1
         boxes = np.hstack([corners[:, :2], sides]).round(4)
         categories = np.array(list(self.category_ids.values()))[labels - 1]
         results = COCOResults(np.array(self.ids)[images], categories, boxes, scores)
-        fields = ("image_id", "category_id", "bbox", "score")
         rows = zip(*(column.tolist() for column in results), strict=True)
         split = f"{image_set}{year}_{name}" if test else f"{image_set}{year}"
         path = Path(directory) / f"detections_{split}_results.json"
         with atomic_write(path) as file:
-            records = [dict(zip(fields, row, strict=True)) for row in rows]
+            records = [dict(zip(COCO_FIELDS, row, strict=True)) for row in rows]
             file.write(json.dumps(records).encode())
         report = {
             "metric": "COCO AP",
@@ -343,7 +436,7 @@ class COCODetection:
             "per_class": {},
             "iou": "0.50:0.95",
             "max_dets": 100,
-            "image_set": f"{year}_{image_set}".lstrip("_"),
+            "image_set": set_name(year, image_set),
             "results": path.name,
         }
         if test:
@@ -359,7 +452,9 @@ class COCODetection:
                 " takes this file"
             ]
             return report
-        scored = evaluate_coco(results, truth, backend, path.with_name(CURVES_FILE))
+        scored = evaluate_coco(
+            results, truth, backend, path.with_name(CURVES_FILE), classes=self.classes
+        )
         return report | {
             "value": scored["stats"][0],
             "per_class": scored["per_category"],
@@ -371,52 +466,74 @@ class COCODetection:
             "notes": notes(scored),
         }
 
-    def _annotation_file(self, year, name):
-        folder = self.root / "annotations"
-        paths = [folder / f"{kind}_{name}{year}.json" for kind in ("instances", "image_info")]
-        for path in paths:
-            if os.path.isfile(path):  # False, too, for a name that no file system takes
-                return path
-        there = ", ".join(sorted(p.name for p in folder.glob("*.json"))) or "no JSON file"
-        raise UserError(
-            f"{paths[0]}: no such annotation file, nor {paths[1].name}; {folder} has {there}"
-        )
-
-    def _read(self, year, name):
-        path = self._annotation_file(year, name)
+    def _read(self, year, name, classes):
+        paths = [
+            self.root / folder / f"{kind}{name}{year}.json"
+            for folder in ANNOTATION_FOLDERS
+            for kind in ANNOTATION_KINDS
+        ]
+        # False, too, for a name that no file system takes
+        path = next((path for path in paths if os.path.isfile(path)), None)
+        if path is None:
+            there = ", ".join(set_name(*pair) for pair in list_image_sets(self.root))
+            if not there:
+                files = sorted(p for glob in ("*.json", "*/*.json") for p in self.root.glob(glob))
+                files = ", ".join(str(path.relative_to(self.root)) for path in files[:10])
+                there = f"none; JSON files there: {files or 'none'}"
+            raise UserError(
+                f"{paths[0]}: no such annotation file, nor {paths[1].name}, nor one of them in"
+                f" {ANNOTATION_FOLDERS[1]}/; image sets in {self.root}: {there} (--root,"
+                " --train_sets, --test_sets)"
+            )
         file = read_annotations(path, boxes=not _is_test_split(path))
-        self._paths += self._find_pictures(file, f"{PICTURES_OF.get(name, name)}{year}", year)
-        return file
+        if classes is None:
+            return file
+        part = file.of_classes(classes)
+        if len(part.classes) < len(file.classes):
+            self._skip(
+                "set of which some classes are left out",
+                file,
+                f"{len(part.classes)} of {len(file.classes)} classes, {len(part.boxes)} of"
+                f" {len(file.boxes)} boxes",
+            )
+        return part
 
-    def _find_pictures(self, file, split, year):
+    def _find_pictures(self, file, image_set):
+        """The folder that has the pictures, and their names in it as an array."""
+        year, name = image_set
+        splits = [f"{PICTURES_OF.get(name, name)}{year}", file.split]
         before_2017 = year in ("2014", "2015")
-        folder = self.root / "images" / split if before_2017 else self.root / split
-        if not os.path.isdir(folder):
-            # A subset cut out of another split still names that in its pictures' coco_url.
-            other = folder.parent / str(file.images[0].get("coco_url")).split("/")[-2:][0]
-            if not os.path.isdir(other):
-                raise UserError(f"{folder}: no such folder, for the pictures of {file.path.name}")
-            detail = f"{other} as in its coco_url, there is no {folder}"
-            self._skip("set whose pictures come from another split", file, detail)
-            folder = other
-        existing = set(os.listdir(folder))
-        prefix = f"COCO_{folder.name}_" if before_2017 else ""
-        paths, missing = [], []
-        for id, image in zip(file.image_ids, file.images, strict=True):
-            usual = f"{prefix}{id:012d}.jpg"
-            name = str(image.get("file_name", usual))
-            if name not in existing and usual in existing:
-                name = usual
-            paths.append(folder / name)
-            # The listing has no names with a folder in them.
-            if name not in existing and not os.path.isfile(paths[-1]):
-                missing.append(name)
+        folders = [
+            self.root / place / split
+            for split in filter(None, splits)
+            for place in (("images", "") if before_2017 else ("", "images"))
+        ]
+        usual, found = folders[0], []
+        for folder in dict.fromkeys([*folders, self.root / "images", self.root]):
+            if os.path.isdir(folder):
+                prefix = f"COCO_{folder.name}_" if before_2017 else ""
+                names, missing = _names_in(folder, prefix, file)
+                found.append((len(missing), folder, names, missing))
+                if not missing:
+                    break
+        count, folder, names, missing = min(
+            found, key=lambda item: item[0], default=(len(file.image_ids), usual, [], [])
+        )
+        if count == len(file.image_ids) and not os.path.isdir(usual):
+            raise UserError(
+                f"{usual}: no such folder, for the pictures of {file.path.name}, such as"
+                f" {file.file_names[0] or file.image_ids[0]}; nor are they in"
+                f" {', '.join(map(str, folders[1:]))}, {self.root / 'images'} or {self.root}"
+            )
         if missing:
             raise UserError(
-                f"{folder}: {len(missing)} of the {len(paths)} pictures in {file.path.name} are"
-                f" missing: {', '.join(missing[:10])}" + (" ..." if len(missing) > 10 else "")
+                f"{folder}: {count} of the {len(names)} pictures in {file.path.name} are missing:"
+                f" {', '.join(missing[:10])}" + (" ..." if count > 10 else "")
             )
-        return paths
+        if folder != usual:
+            detail = f"{folder}, they are not in {usual}"
+            self._skip("set whose pictures are in another folder", file, detail)
+        return folder, np.array(names)
 
     def _targets(self, file):
         """float32 [m,5] of the boxes kept, and int64 [N] how many a picture has."""
@@ -432,10 +549,13 @@ class COCODetection:
         flat = ~absent & (corners[:, 2:] <= corners[:, :2]).any(1)
         empty = ~absent & ~flat & (file.areas <= 0)
         kept = ~absent & ~flat & ~empty
+        crowd = kept & file.crowds & (not self.crowds)
+        kept &= ~crowd
         for reason, rows in {
             "box outside the picture, dropped": absent,
             "box without area in the picture, dropped": flat,
             "annotation of area 0 or less, dropped": empty,
+            "crowd, left out": crowd,
             "box clipped to the picture": kept & (outside > 0.01).any(1),
         }.items():
             for n in np.flatnonzero(rows):
@@ -445,8 +565,24 @@ class COCODetection:
                     f"annotation {file.annotation_ids[n]} of image {file.image_ids[picture[n]]},"
                     f" bbox {file.boxes[n].tolist()}",
                 )
-        target = np.hstack([corners, file.labels[:, None]])[kept].astype(np.float32)
+        label_of = np.array([self.category_labels[id] for id in file.category_ids.tolist()])
+        labels = label_of[file.labels - 1]
+        target = np.hstack([corners, labels[:, None]])[kept].astype(np.float32)
         return target, np.bincount(picture[kept], minlength=len(file.image_ids))
 
     def _skip(self, reason, file, detail):
         self.skipped.setdefault(reason, []).append(f"{file.path.name}: {detail}")
+
+
+def _names_in(folder: Path, prefix: str, file: Annotations) -> tuple[list[str], list[str]]:
+    """The names of a file's pictures in a folder, and those of them that are not there."""
+    existing = set(os.listdir(folder))
+    names, missing = [], []
+    for id, name in zip(file.image_ids.tolist(), file.file_names.tolist(), strict=True):
+        usual = f"{prefix}{id:012d}.jpg"
+        name = usual if not name or (name not in existing and usual in existing) else name
+        names.append(name)
+        # The listing has no names with a folder in them.
+        if name not in existing and not os.path.isfile(folder / name):
+            missing.append(name)
+    return names, missing

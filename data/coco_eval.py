@@ -1,7 +1,9 @@
 """The twelve COCO detection metrics of a results JSON, by pycocotools or a faster equal of it.
 
     python -m data.coco_eval RESULTS.json ANNOTATIONS.json [--eval-backend NAME] [--json OUT]
+    python -m data.coco_eval detections_test-dev2017_NAME_results.zip image_info_test-dev2017.json
 
+The second checks a file for the evaluation server, which alone can score it.
 Metrics and results format: https://cocodataset.org/#detection-eval, #format-results.
 """
 
@@ -11,7 +13,12 @@ import argparse
 import contextlib
 import importlib.metadata
 import io
+import json
+import re
 import sys
+import zipfile
+import zlib
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -20,9 +27,11 @@ import numpy as np
 
 from data.coco import Annotations, box_column, column, positions, read_annotations, read_json
 from data.curves import SIZES, write_curves
+from data.voc0712 import parse_classes
 from utils.errors import UserError
 from utils.files import check_writable, write_json
 
+COCO_FIELDS = ("image_id", "category_id", "bbox", "score")
 # The first is the reference.
 BACKENDS = ("pycocotools", "hotcoco", "faster-coco-eval")
 # (metric, IoU, area, detections a picture), in the order of pycocotools' stats.
@@ -61,6 +70,7 @@ def evaluate_coco(
     annotations_path: str | Path,
     backend: str = "pycocotools",
     curves: str | Path | None = None,
+    classes: Sequence[str] | None = None,
 ) -> dict:
     """Score detections {"image_id", "category_id", "bbox": [x, y, w, h], "score"}: file or memory.
 
@@ -68,7 +78,8 @@ def evaluate_coco(
     {"small", "medium", "large": AP, as in the stats}, "per_category_per_size": {name: {size: AP}},
     "backend": its name and version} over all pictures of the annotation file, with pycocotools'
     defaults. As there, -1 stands where there is no ground truth; no detections at all score 0.
-    curves: also write the precision-recall arrays to this file, see `data.curves`.
+    curves: also write the precision-recall arrays to this file, see `data.curves`. classes: score
+    these categories alone, as if the file had no others.
 
     hotcoco gives every number of pycocotools, the arrays included, bit by bit. faster-coco-eval
     does so for AR and the scores, but its precision of a lone correct detection is 1, and not
@@ -80,15 +91,12 @@ def evaluate_coco(
     """
     evaluate, version = load_backend(backend)
     truth = read_annotations(annotations_path)
+    if classes is not None:
+        truth = truth.of_classes(classes)
     source = results if isinstance(results, str | Path) else "results"
     if not isinstance(results, COCOResults):
         records = results if isinstance(results, list) else read_json(results)
-        image, category = (
-            column(source, "results", records, field, dtype=np.int64)
-            for field in ("image_id", "category_id")
-        )
-        boxes = box_column(source, "results", records)
-        results = COCOResults(image, category, boxes, column(source, "results", records, "score"))
+        results = _columns(source, records)
     # Ids by position, from 1: exact in any number format, and in the order of the file's own.
     image = 1 + positions(
         source, "results", "image_id", results.image_ids, truth.image_ids, truth.path
@@ -123,6 +131,57 @@ def evaluate_coco(
         },
         "backend": version,
     }
+
+
+def check_submission(archive: str | Path, annotations_path: str | Path) -> int:
+    """The number of detections in a zip that COCO's evaluation server takes.
+
+    Its rules: the zip has one file and no folder; that is detections_<split>_<name>_results.json, a
+    list of objects of exactly four fields: image_id and category_id, integers that the split's
+    image_info_<split>.json lists, bbox, four finite numbers, and score, a finite number
+    (https://cocodataset.org/#upload, #format-results). UserError with the first that is broken.
+    """
+    split = Path(annotations_path).stem.removeprefix("image_info_")
+    try:
+        with zipfile.ZipFile(archive) as members:
+            names = members.namelist()
+            pattern = rf"detections_{re.escape(split)}_[\w.+-]+_results\.json"
+            if len(names) != 1 or not re.fullmatch(pattern, names[0], re.ASCII):
+                raise UserError(
+                    f"{archive}: holds {', '.join(names) or 'nothing'}, where the server wants"
+                    f" detections_{split}_<name>_results.json alone, in no folder"
+                )
+            records = json.loads(members.read(names[0]))
+    except OSError as error:
+        raise UserError(f"{archive}: cannot be read ({error.strerror})") from error
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise UserError(f"{archive}: not a zip that can be read ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{archive}: {names[0]} is not a JSON file ({error})") from error
+    source = f"{archive}: {names[0]}"
+    truth = read_annotations(annotations_path, boxes=False)
+    results = _columns(source, records)
+    for n, record in enumerate(records):
+        if record.keys() != set(COCO_FIELDS):
+            raise UserError(
+                f"{source}: results[{n}] has the fields {', '.join(record)}, where the server wants"
+                f" {', '.join(COCO_FIELDS)}"
+            )
+        if not all(isinstance(record[field], int) for field in COCO_FIELDS[:2]):
+            raise UserError(f"{source}: results[{n}] has an id that is no integer: {record}")
+    positions(source, "results", "image_id", results.image_ids, truth.image_ids, truth.path)
+    positions(
+        source, "results", "category_id", results.category_ids, truth.category_ids, truth.path
+    )
+    return len(records)
+
+
+def _columns(source, records) -> COCOResults:
+    image, category = (
+        column(source, "results", records, field, dtype=np.int64) for field in COCO_FIELDS[:2]
+    )
+    boxes = box_column(source, "results", records)
+    return COCOResults(image, category, boxes, column(source, "results", records, "score"))
 
 
 def load_backend(name: str):
@@ -237,7 +296,10 @@ def notes(report: dict) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data.coco_eval", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("results", help="results JSON: image_id, category_id, bbox, score")
+    parser.add_argument(
+        "results",
+        help="results JSON: image_id, category_id, bbox, score; or the .zip of a test set",
+    )
     parser.add_argument("annotations", help="annotation JSON, e.g. instances_val2017.json")
     parser.add_argument(
         "--eval-backend",
@@ -245,12 +307,20 @@ def main(argv: list[str] | None = None) -> int:
         default=BACKENDS[0],
         help="what computes the numbers (%(default)s): hotcoco gives the same bits, much faster",
     )
+    parser.add_argument(
+        "--classes", metavar="NAMES", help="score these alone: a,b,c or a file with one name a line"
+    )
     parser.add_argument("--json", metavar="OUT", help="write stats, per_category, ... to this file")
     args = parser.parse_args(argv)
     try:
         if args.json:
             check_writable(args.json)
-        report = evaluate_coco(args.results, args.annotations, args.eval_backend)
+        if args.results.endswith(".zip"):
+            count = check_submission(args.results, args.annotations)
+            print(f"{args.results}: {count} detections, as the evaluation server takes them")
+            return 0
+        classes = parse_classes(args.classes) if args.classes else None
+        report = evaluate_coco(args.results, args.annotations, args.eval_backend, classes=classes)
         if args.json:
             write_json(args.json, report)
     except UserError as error:

@@ -19,6 +19,7 @@ import models
 import train_test
 from data.config import COCO_300
 from data.loading import TrainingSet
+from data.transfer import COCO_CLASSES
 from layers import PriorBox
 from models import build_net
 from train_test import main, resolve
@@ -499,6 +500,7 @@ def test_published_spellings_are_accepted():
         (["--resume_net", "gone.pth"], ["gone.pth"]),
         (["--resume_epoch", "3"], ["--resume_net"]),
         (["--class_map", "a=b"], ["--class_map", "--resume_net"]),
+        (["--crowds", "false"], ["--crowds", "-d COCO"]),
         (["--retest"], ["--test"]),
         (["--train_sets", ","], ["names no image set"]),
     ],
@@ -752,3 +754,40 @@ def test_classes_that_a_checkpoint_has_not_learnt_are_named(
     assert call(*test, "--class_map", everything, "--retest") == 0
     assert call(*test, "--class_map", everything.replace("bicycle", "cat"), "--retest") == 2
     assert "class_map" in capsys.readouterr().err
+
+
+def test_own_coco_categories_are_tested_and_tuned_from_a_published_file(
+    call, coco_file, coco_folder, detecting, capsys
+):
+    for path in (coco_folder / "annotations").iterdir():
+        text = path.read_text().replace('"thing"', '"zebra"').replace('"other"', '"person"')
+        path.write_text(text)
+    names = ["zebra", "person"]
+    rows = [0, 1 + COCO_CLASSES.index("zebra"), 1]
+    root = ("--root", coco_folder)
+    for more in ((), ("-d", "COCO"), ("--classes", ",".join(names))):
+        assert call("--test", coco_file, *root, *more) == 0
+        net, priors = detecting.pop()
+        assert net.conf[0].weight[: len(rows), 0, 0, 0].tolist() == rows
+        assert torch.equal(priors, PriorBox(COCO_300)())
+    swapped = ("--class_map", f"{names[0]}=toothbrush")
+    assert call("--test", coco_file, *root, *swapped) == 0
+    assert detecting.pop()[0].conf[0].weight[1, 0, 0, 0] == 80
+
+    start = ("-d", "COCO", *root, "--resume_net", coco_file, "--max_iters", 1, "--date", "own")
+    assert call(*start, "--crowds", "false", "--test_frequency", 0) == 0
+    assert f"{len(names)} of {len(names)} classes by name" in capsys.readouterr().out
+    checkpoint = call.folder / "own" / "last.pth"
+    assert load_checkpoint(checkpoint)["config"]["crowds"] is False
+    # The run's own data are still known beside a map.
+    assert call("--test", checkpoint, *swapped) == 2
+    assert "toothbrush is none of the classes" in capsys.readouterr().err
+
+
+def test_prior_boxes_of_a_file_without_names_are_those_of_the_data(call, tmp_path, coco_folder):
+    torch.save(build_net("tiny", 300, 4).state_dict(), tmp_path / "three.pth")
+    torch.save(build_net("tiny", 300, 3).state_dict(), tmp_path / "own.pth")
+    start = ("-d", "COCO", "--root", coco_folder, "--max_iters", 1, "--test_frequency", 0)
+    assert call(*start, "--resume_net", tmp_path / "own.pth", "--date", "a") == 0
+    assert load_checkpoint(call.folder / "a" / "last.pth")["config"]["priors"] == "COCO"
+    assert call(*start, "--resume_net", tmp_path / "three.pth", "--date", "b") == 2

@@ -1,16 +1,23 @@
 """COCO reader, on folders written here."""
 
 import errno
+import gc
 import json
+import pickle
 import zipfile
+from pathlib import Path
+from types import ModuleType
 
 import cv2
 import numpy as np
 import pytest
+from conftest import with_exif
 
-from data.coco import COCODetection, clip_boxes, read_annotations
-from data.coco_eval import evaluate_coco
+from benchmarks import coco_load
+from data.coco import COCODetection, clip_boxes, list_image_sets, read_annotations
+from data.coco_eval import check_submission, evaluate_coco
 from data.curves import load_curves
+from data.transfer import COCO_CLASSES
 from utils.errors import UserError
 
 WIDTH, HEIGHT = 60, 40
@@ -70,6 +77,53 @@ def test_labels_are_contiguous_over_category_ids_with_gaps_both_ways(tmp_path):
     assert dataset.category_labels == {3: 1, 7: 2, 90: 3}
 
 
+def test_published_80_labels_and_ids_up_to_90_map_both_ways(tmp_path):
+    # The ids of https://cocodataset.org's 80 categories: 1 to 90 without these ten.
+    ids = sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})
+    known = np.load(Path(__file__).parent / "goldens" / "coco_eval_val2017.npz")["category_id"]
+    assert ids == sorted(known.tolist())
+    categories = [{"id": i, "name": n} for i, n in zip(ids, COCO_CLASSES, strict=True)]
+    dataset = read(val2017(tmp_path, [], categories=categories[::-1]))
+    assert dataset.classes == COCO_CLASSES
+    assert list(dataset.category_ids) == list(range(1, 81))
+    assert list(dataset.category_ids.values()) == ids
+    assert dataset.category_ids[12] == 13 and dataset.category_ids[80] == 90
+    assert all(dataset.category_labels[dataset.category_ids[k]] == k for k in range(1, 81))
+    assert all(dataset.category_ids[dataset.category_labels[i]] == i for i in ids)
+
+
+def test_chosen_classes_are_labelled_in_their_order_and_scored_alone(tmp_path):
+    boxes = [
+        annotation(1, 9, [10, 5, 20, 10], 90),
+        annotation(2, 42, [1, 2, 8, 8], 3),
+        annotation(3, 42, [2, 3, 9, 9], 7),
+        annotation(4, 42, [20, 3, 9, 9], 90),
+    ]
+    val2017(tmp_path, boxes)
+    dataset = COCODetection(tmp_path, [("2017", "val")], classes=["oar", "dog"])
+    assert dataset.classes == ("oar", "dog") and dataset.category_ids == {1: 90, 2: 3}
+    assert dataset.target(0).tolist() == [[10, 5, 29, 14, 1]]
+    assert dataset.target(1).tolist() == [[1, 2, 8, 9, 2], [20, 3, 28, 11, 1]]
+    assert dataset.report() == [
+        "set of which some classes are left out: 1, e.g. instances_val2017.json: 2 of 3 classes,"
+        " 3 of 4 boxes"
+    ]
+    report = dataset.evaluate(perfect(dataset), tmp_path / "out")
+    assert report["per_class"] == pytest.approx({"dog": 1, "oar": 1})
+    assert report["value"] == pytest.approx(1) and report["notes"] == []
+    written = json.loads((tmp_path / "out" / report["results"]).read_text())
+    assert [record["category_id"] for record in written] == [90, 3, 90]
+    truth = tmp_path / "annotations" / "instances_val2017.json"
+    scored = evaluate_coco(tmp_path / "out" / report["results"], truth, classes=["dog", "oar"])
+    assert scored["stats"] == report["stats"]
+    whole = COCODetection(tmp_path, [("2017", "val")], classes=["dog", "kite", "oar"])
+    assert whole.report() == []
+    with pytest.raises(UserError, match="val2017.json: has no category cat; it has dog, kite, oar"):
+        COCODetection(tmp_path, [("2017", "val")], classes=["dog", "cat"])
+    with pytest.raises(ValueError, match="classes must be unique, got dog, dog"):
+        COCODetection(tmp_path, [("2017", "val")], classes=["dog", "dog"])
+
+
 def test_picture_without_annotations_stays_with_an_empty_target(tmp_path):
     dataset = read(val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10])]))
     assert dataset.target(0).shape == (0, 5) and dataset.target(0).dtype == np.float32
@@ -91,9 +145,19 @@ def test_transform_gets_picture_and_a_target_of_its_own(tmp_path):
         assert image.shape == (1, WIDTH, 3) and target.tolist() == [[20, 10, 58, 28, 2]]
 
 
-def test_crowds_are_ordinary_boxes(tmp_path):
-    dataset = read(val2017(tmp_path, [annotation(1, 9, [10, 5, 20, 10], iscrowd=1)]))
-    assert dataset.target(0).tolist() == [[10, 5, 29, 14, 1]]
+def test_crowds_are_ordinary_boxes_or_left_out_and_counted(tmp_path):
+    boxes = [annotation(1, 9, [10, 5, 20, 10], iscrowd=1), annotation(2, 9, [0, 0, 9, 9])]
+    dataset = read(val2017(tmp_path, boxes))
+    assert dataset.target(0).tolist() == [[10, 5, 29, 14, 1], [0, 0, 8, 8, 1]]
+    assert dataset.skipped == {}
+    scores = dataset.evaluate(perfect(dataset), tmp_path / "a")["stats"]
+    dataset = COCODetection(tmp_path, [("2017", "val")], crowds=False)
+    assert dataset.target(0).tolist() == [[0, 0, 8, 8, 1]]
+    [line] = dataset.report()
+    assert line.startswith("crowd, left out: 1, e.g. instances_val2017.json: annotation 1 of image")
+    # They count as ever in a score: a detection of a crowd is neither right nor wrong.
+    again = dataset.evaluate(perfect(dataset), tmp_path / "b")["stats"]
+    assert again[:6] == scores[:6] and again[0] == pytest.approx(1)
 
 
 def test_boxes_are_clipped_as_published():
@@ -147,10 +211,12 @@ def test_annotations_need_neither_area_nor_iscrowd_nor_id(tmp_path):
         ("2014", "val", "instances_val2014", "images/val2014"),
         ("2014", "minival", "instances_minival2014", "images/val2014"),
         ("2014", "valminusminival", "instances_valminusminival2014", "images/val2014"),
+        ("2014", "test", "image_info_test2014", "images/test2014"),
         ("2015", "test", "image_info_test2015", "images/test2015"),
         ("2015", "test-dev", "image_info_test-dev2015", "images/test2015"),
         ("2017", "train", "instances_train2017", "train2017"),
         ("2017", "val", "instances_val2017", "val2017"),
+        ("2017", "test", "image_info_test2017", "test2017"),
         ("2017", "test-dev", "image_info_test-dev2017", "test2017"),
     ],
 )
@@ -167,10 +233,80 @@ def test_names_of_every_published_split(tmp_path, year, name, file, folder, with
         document = json.loads(path.read_text())
         del document["images"][0]["file_name"]
         path.write_text(json.dumps(document))
-    dataset = COCODetection(tmp_path, [(year, name)])
-    assert dataset.image_path(0) == tmp_path / folder / picture
+    for image_set in ((year, name), (None, f"{name}{year}")):
+        dataset = COCODetection(tmp_path, [image_set])
+        assert dataset.image_sets == [(year, name)] and dataset.report() == []
+        assert dataset.image_path(0) == tmp_path / folder / picture
+        image, target = dataset[0]
+        assert image.shape == (HEIGHT, WIDTH, 3) and target.shape == (0 if test else 1, 5)
+    # Where the published code looked, which counts if there is none in annotations/.
+    (tmp_path / "annotations").rename(tmp_path / "original_annotations")
+    (tmp_path / "annotations").mkdir()
+    assert COCODetection(tmp_path, [(year, name)]).ids == [42]
+    write_set(tmp_path, f"{file}.json", folder, {43: picture}, boxes and [])
+    assert COCODetection(tmp_path, [(year, name)]).ids == [43]
+
+
+@pytest.mark.parametrize("year", ["2014", "2017"])
+def test_either_place_of_a_split_serves_every_year(tmp_path, year):
+    usual, other = (f"images/val{year}", f"val{year}")[:: 1 if year == "2014" else -1]
+    names = {42: f"COCO_val{year}_{42:012d}.jpg" if year == "2014" else f"{42:012d}.jpg"}
+    write_set(tmp_path, f"instances_val{year}.json", other, names, [])
+    dataset = COCODetection(tmp_path, [(year, "val")])
+    assert dataset.image_path(0) == tmp_path / other / names[42]
+    assert "pictures are in another folder" in dataset.report()[0]
+    write_set(tmp_path, f"instances_val{year}.json", usual, names, [])
+    dataset = COCODetection(tmp_path, [(year, "val")])
+    assert dataset.image_path(0) == tmp_path / usual / names[42] and dataset.report() == []
+
+
+@pytest.mark.parametrize(
+    ("folder", "name"),
+    [
+        ("train", "a b.png"),
+        ("train", "cam 1/x/0001.JPG"),
+        ("images/train", "0001.png"),
+        ("images", "Ünï/0001.png"),
+        (".", "train/0001.png"),
+        (".", "images/train/0001.png"),
+        (".", "pictures/0001.png"),
+    ],
+)
+def test_own_data_need_no_year_and_name_their_pictures(tmp_path, folder, name):
+    big = 7_000_000_000_000
+    categories = [{"id": big, "name": "Löwe"}, {"id": 0, "name": "a, b"}, {"id": -5, "name": "z"}]
+    picture = tmp_path / folder / name
+    picture.parent.mkdir(parents=True)
+    boxes = [annotation(1, big, [10, 5, 20, 10], big), annotation(2, big, [1, 1, 9, 9], 0)]
+    write_set(tmp_path, "instances_train.json", folder, {big: name}, boxes, categories=categories)
+    dataset = COCODetection(tmp_path, [(None, "train")])
+    assert dataset.ids == [big] and dataset.image_sets == [("", "train")]
+    assert dataset.classes == ("z", "a, b", "Löwe")
+    assert dataset.category_ids == {1: -5, 2: 0, 3: big}
+    assert dataset.image_path(0).samefile(picture) and dataset.image_path(-1).samefile(picture)
     image, target = dataset[0]
-    assert image.shape == (HEIGHT, WIDTH, 3) and target.shape == (0 if test else 1, 5)
+    assert image.shape == (HEIGHT, WIDTH, 3) and target[:, 4].tolist() == [3, 2]
+    report = dataset.evaluate(perfect(dataset), tmp_path / "out")
+    assert report["image_set"] == "train" and report["value"] == pytest.approx(1)
+    assert report["results"] == "detections_train_results.json"
+
+
+def test_loader_processes_get_arrays_and_no_records(tmp_path):
+    outline = [[float(n) for n in range(1000)]]
+    boxes = [annotation(n, 42, [10, 5, 20, 10], segmentation=outline) for n in range(100)]
+    dataset = read(val2017(tmp_path, boxes, ids=range(1, 401)))
+    packed = pickle.dumps(dataset)
+    assert len(packed) < 50_000
+    again = pickle.loads(packed)
+    assert again.image_path(41) == dataset.image_path(41)
+    np.testing.assert_array_equal(again[41][1], dataset[41][1])
+    found, seen = [dataset], set()
+    while found:
+        for item in gc.get_referents(found.pop()):
+            if id(item) not in seen and not isinstance(item, type | ModuleType):
+                seen.add(id(item))
+                found.append(item)
+                assert not (isinstance(item, dict) and "bbox" in item)
 
 
 def test_picture_names_of_a_custom_set_are_the_files_own(tmp_path):
@@ -206,7 +342,7 @@ def test_subset_of_another_split_takes_its_pictures_from_there_and_says_so(tmp_p
     dataset = COCODetection(tmp_path, [("2017", "test-dev")])
     assert dataset.image_path(0) == tmp_path / "val2017" / "000000000042.jpg"
     [line] = dataset.report()
-    assert str(tmp_path / "val2017") in line and "there is no" in line and "test2017" in line
+    assert f"{tmp_path / 'val2017'}, they are not in {tmp_path / 'test2017'}" in line
 
 
 def perfect(dataset):
@@ -335,9 +471,14 @@ def test_test_set_is_written_for_the_server_and_not_scored(tmp_path):
     archive = path.with_suffix(".zip")
     assert (report["results"], report["archive"]) == (path.name, archive.name)
     assert str(archive) in report["notes"][0]
+    truth = tmp_path / "annotations" / "image_info_test-dev2017.json"
+    assert check_submission(path.with_name(archive.name), truth) == 1
     with zipfile.ZipFile(archive) as archive:
         assert archive.namelist() == [path.name]
         assert archive.read(path.name) == path.read_bytes()
+    for name in ("", "a/b", "../net", "a net", "Ünet"):
+        with pytest.raises(ValueError, match="cannot be in the name of a submitted file"):
+            dataset.evaluate([found], tmp_path / "out", name=name)
 
 
 def test_test_set_with_ground_truth_is_an_ordinary_set(tmp_path):
@@ -374,12 +515,26 @@ def test_reading_writes_nothing_under_the_root(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_missing_annotation_file_names_those_that_exist(tmp_path):
+def test_missing_annotation_file_names_the_sets_that_exist(tmp_path):
     val2017(tmp_path, [])
-    with pytest.raises(UserError, match="instances_train2017.json: no such.* instances_val"):
+    write_set(tmp_path, "image_info_test-dev2017.json", "test2017", {})
+    write_set(tmp_path, "instances_mine.json", "mine", {})
+    write_set(tmp_path, "captions_train2017.json", "train2017", {})
+    (tmp_path / "original_annotations").mkdir()
+    (tmp_path / "original_annotations" / "instances_minival2014.json").touch()
+    assert list_image_sets(tmp_path) == [
+        ("", "mine"), ("2014", "minival"), ("2017", "test-dev"), ("2017", "val")]  # fmt: skip
+    there = "mine, 2014_minival, 2017_test-dev, 2017_val"
+    with pytest.raises(UserError, match=f"instances_train2017.json: no such.*: {there} "):
         COCODetection(tmp_path, [("2017", "train")])
-    with pytest.raises(UserError, match="nowhere/annotations has no JSON file"):
+    with pytest.raises(UserError, match="image sets in .*nowhere: none; .* none .--root"):
         read(tmp_path / "nowhere")
+    for name in ("annotations/train.json", "val/_annotations.coco.json"):
+        (tmp_path / "other" / name).parent.mkdir(parents=True)
+        (tmp_path / "other" / name).touch()
+    there = "none; JSON files there: annotations/train.json, val/_annotations.coco.json"
+    with pytest.raises(UserError, match=f"image sets in .*other: {there} .--root"):
+        read(tmp_path / "other")
 
 
 def test_missing_pictures_are_counted_and_the_first_ten_named(tmp_path):
@@ -394,7 +549,10 @@ def test_missing_pictures_are_counted_and_the_first_ten_named(tmp_path):
 def test_missing_picture_folder(tmp_path):
     write_set(tmp_path, "image_info_test-dev2017.json", "test2017", {1: "1.jpg"})
     (tmp_path / "test2017").rename(tmp_path / "elsewhere")
-    with pytest.raises(UserError, match="test2017: no such folder.*image_info_test-dev2017.json"):
+    with pytest.raises(
+        UserError,
+        match="test2017: no such folder.*image_info_test-dev2017.json, such as 1.jpg; nor",
+    ):
         COCODetection(tmp_path, [("2017", "test-dev")])
 
 
@@ -402,8 +560,40 @@ def test_picture_of_another_size_than_annotated(tmp_path):
     dataset = read(val2017(tmp_path, []))
     small = cv2.imencode(".png", np.zeros((20, 30, 3), np.uint8))[1].tobytes()
     dataset.image_path(0).write_bytes(small)
-    with pytest.raises(UserError, match="000000000009.jpg: the picture is 30 x 20.* 60 x 40"):
+    with pytest.raises(
+        UserError,
+        match="0009.jpg: the picture is 30 x 20, but .*instances_val2017.json says 60 x 40",
+    ):
         dataset[0]
+
+
+def test_picture_turned_by_exif_is_read_as_annotated_and_told_once(tmp_path, caplog):
+    dataset = read(val2017(tmp_path, []))
+    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    pixels[:, WIDTH // 2 :] = 255  # white on the right
+    picture = cv2.imencode(".jpg", pixels)[1].tobytes()
+    dataset.image_path(0).write_bytes(with_exif(picture, orientation=6))
+    for _ in range(2):
+        image = dataset[0][0]
+        assert image.shape == (HEIGHT, WIDTH, 3)
+        assert image[5, 5].max() < 9 < 246 < image[5, -5].min()
+    (record,) = caplog.records
+    assert "09.jpg: an EXIF orientation tag turns the picture to 40 x 60" in record.getMessage()
+    assert "instances_val2017.json says 60 x 40; it is read as stored" in record.getMessage()
+    # A turned picture that is annotated as such is right, and so is a tag that turns nothing.
+    turned = cv2.imencode(".jpg", np.zeros((WIDTH, HEIGHT, 3), np.uint8))[1].tobytes()
+    dataset.image_path(0).write_bytes(with_exif(turned, orientation=6))
+    dataset.image_path(1).write_bytes(with_exif(picture))
+    assert dataset[0][0].shape == dataset[1][0].shape == (HEIGHT, WIDTH, 3)
+
+
+def test_damaged_picture_is_named_when_it_is_read(tmp_path):
+    dataset = read(val2017(tmp_path, []))
+    dataset.image_path(0).write_bytes(b"")
+    dataset.image_path(1).write_bytes(b"no picture")
+    for i, said in enumerate(("0009.jpg: the picture file is empty", "0042.jpg: not a picture")):
+        with pytest.raises(UserError, match=said):
+            dataset[i]
 
 
 @pytest.mark.parametrize(
@@ -487,3 +677,18 @@ def test_sets_that_do_not_fit_together(tmp_path):
     write_set(tmp_path, "instances_train2017.json", "train2017", names, [], categories=other)
     with pytest.raises(UserError, match="train2017.json: its categories differ from instances_val"):
         COCODetection(tmp_path, sets)
+
+
+def test_benchmark_of_loading_says_seconds_and_memory(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    args = ["--images", "300", "--boxes", "2000", "--rounds", "1", "--json", str(out)]
+    assert coco_load.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("300 pictures, 2000 boxes, a file of 1 MB")
+    assert [line.split()[0] for line in lines[2:]] == ["json.load", "pycocotools", "reader"]
+    found = json.loads(out.read_text())["medians"]
+    assert found["reader"]["worker"] < found["pycocotools"]["worker"]
+    assert found["reader"]["pickled"] < 0.2
+    coco_load.make_root(tmp_path, 300, 2000)
+    dataset = COCODetection(tmp_path, [("2017", "train")])
+    assert len(dataset) == 300 and sum(len(dataset.target(i)) for i in range(300)) == 2000

@@ -3,13 +3,22 @@
 import importlib.metadata
 import json
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data.coco_eval import BACKENDS, COCOResults, evaluate_coco, load_backend, main, notes
+from data.coco_eval import (
+    BACKENDS,
+    COCOResults,
+    check_submission,
+    evaluate_coco,
+    load_backend,
+    main,
+    notes,
+)
 from data.curves import SIZES, load_curves
 from utils.errors import UserError
 
@@ -415,6 +424,103 @@ def test_files_that_cannot_be_read_are_named(small, tmp_path):
     (tmp_path / "half.json").write_text('[{"image_id":')
     with pytest.raises(UserError, match="half.json: not a JSON file"):
         evaluate_coco(tmp_path / "half.json", small)
+
+
+FIT = {"image_id": 1, "category_id": 3, "bbox": [1, 2.5, 3, 4], "score": 0.5}
+NAME = "detections_test-dev2017_SSD512-HarDNet68_results.json"
+
+
+def submission(folder, records, *names):
+    """(zip with the records under these names, image_info file of 2 pictures and 2 categories)"""
+    truth = folder / "image_info_test-dev2017.json"
+    images = [{"id": id, "width": 100, "height": 100} for id in (1, 2)]
+    categories = [{"id": id, "name": name} for id, name in ((3, "dog"), (7, "cat"))]
+    truth.write_text(json.dumps({"images": images, "categories": categories}))
+    archive = folder / "submission.zip"
+    with zipfile.ZipFile(archive, "w") as members:
+        for name in names:
+            members.writestr(name, records if isinstance(records, str) else json.dumps(records))
+    return archive, truth
+
+
+def test_submission_that_the_server_takes(tmp_path, capsys):
+    more = [FIT | {"image_id": 2, "category_id": 7, "score": 1}, FIT | {"score": -2.5}]
+    archive, truth = submission(tmp_path, [FIT, *more], NAME)
+    assert check_submission(archive, truth) == 3
+    assert main([str(archive), str(truth)]) == 0
+    assert (
+        capsys.readouterr().out == f"{archive}: 3 detections, as the evaluation server takes them\n"
+    )
+    assert check_submission(*submission(tmp_path, [], NAME)) == 0
+
+
+@pytest.mark.parametrize(
+    ("records", "names", "message"),
+    [
+        ([FIT], [], "holds nothing, where the server wants detections_test-dev2017_<name>_results"),
+        ([FIT], [f"out/{NAME}"], "holds out/detections_.* in no folder"),
+        ([FIT], [NAME, "more.txt"], f"holds {NAME}, more.txt, where the server wants .* alone"),
+        ([FIT], ["bbox.json"], "holds bbox.json, where"),
+        (
+            [FIT],
+            ["detections_val2017_net_results.json"],
+            "holds detections_val2017_net_re.*, where",
+        ),
+        ([FIT], ["detections_test-dev2017_results.json"], "holds .*, where the server wants"),
+        ("[", [NAME], f"{NAME} is not a JSON file"),
+        ({"a": FIT}, [NAME], f"{NAME}: has no list of results"),
+        ([FIT, 5], [NAME], r"results\[1\] needs a whole number as 'image_id'"),
+        (
+            [FIT | {"id": 5}],
+            [NAME],
+            r"results\[0\] has the fields .*, id, where the server wants im",
+        ),
+        ([FIT | {"image_id": 1.0}], [NAME], r"results\[0\] has an id that is no integer"),
+        ([FIT | {"image_id": 5}], [NAME], r"results\[0\] has the image_id 5, which"),
+        ([FIT | {"category_id": 4}], [NAME], r"results\[0\] has the category_id 4, which"),
+        (
+            [FIT, FIT | {"bbox": [1, 2, 3]}],
+            [NAME],
+            r"results\[1\] needs 4 finite numbers as 'bbox'",
+        ),
+        ([FIT | {"score": float("nan")}], [NAME], "a finite number as 'score', found nan"),
+        ([{k: FIT[k] for k in ("image_id", "category_id", "bbox")}], [NAME], "as 'score', found N"),
+    ],
+)
+def test_submission_that_the_server_would_refuse(tmp_path, records, names, message, capsys):
+    archive, truth = submission(tmp_path, records, *names)
+    with pytest.raises(UserError, match=f"submission.zip: .*{message}"):
+        check_submission(archive, truth)
+    assert main([str(archive), str(truth)]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(f"error: {archive}") and err.count("\n") == 1
+
+
+def test_submission_that_is_no_zip(tmp_path):
+    archive, truth = submission(tmp_path, [FIT], NAME)
+    data = archive.read_bytes()
+    for damaged in (b"", b"[]", data[:50], data.replace(b'"score"', b'"scare"')):
+        archive.write_bytes(damaged)
+        with pytest.raises(UserError, match="submission.zip: not a zip that can be read"):
+            check_submission(archive, truth)
+    with pytest.raises(UserError, match="none.zip: cannot be read"):
+        check_submission(tmp_path / "none.zip", truth)
+
+
+def test_command_line_scores_the_classes_asked_for(small, tmp_path, capsys):
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps([result([0, 0, 40, 40])]))
+    out = tmp_path / "out.json"
+    assert main([str(path), str(small), "--classes", "dog,oar", "--json", str(out)]) == 0
+    report = json.loads(out.read_text())
+    assert report["per_category"] == {"dog": pytest.approx(51 / 101), "oar": -1}
+    assert report == evaluate_coco(path, small, classes=("oar", "dog"))
+    assert report["stats"] == evaluate_coco(path, small)["stats"]
+    assert main([str(path), str(small), "--classes", "cow"]) == 2
+    assert "has no category cow; it has dog, cat, oar" in capsys.readouterr().err
+    path.write_text(json.dumps([result([0, 0, 40, 40], image_id=2, category_id=7)]))
+    assert main([str(path), str(small), "--classes", "dog"]) == 2
+    assert "results[0] has the category_id 7" in capsys.readouterr().err
 
 
 def test_test_set_has_nothing_to_score_against(small):

@@ -75,6 +75,7 @@ def test_the_commands_are_known():
         ["python", "-m", "data.voc_eval"],
         ["python", "-m", "data.coco_eval"],
         ["python", "-m", "data.coco_eval"],
+        ["python", "train_test.py", "-d"],
         ["python", "utils/build.py"],
         ["python", "utils/build.py", "--check"],
     ]
@@ -93,7 +94,7 @@ def test_ci_runs_the_test_command():
 
 def test_training_testing_and_resuming_as_written(home, coco_folder):
     train, resume = COMMANDS[5:7]
-    own, test, voc_eval, coco_eval, by_hotcoco = COMMANDS[11:16]
+    own, test, voc_eval, coco_eval, by_hotcoco, own_coco = COMMANDS[11:17]
     assert "tensors of the base network" in run(home, train, *SMALL)
     (run_dir,) = (home / "weights" / "SSD_HarDNet68_512").iterdir()
     more = ["--max_iters", "2", "--num_workers", "0", "--device", "cpu"]
@@ -120,6 +121,14 @@ def test_training_testing_and_resuming_as_written(home, coco_folder):
     if importlib.util.find_spec("hotcoco"):
         assert run(home, by_hotcoco) == twelve
 
+    shutil.rmtree(home / "FOLDER")
+    shutil.copytree(coco_folder, home / "FOLDER")
+    for name in ("train", "val"):
+        (home / "FOLDER" / f"{name}2017").rename(home / "FOLDER" / name)
+        path = home / "FOLDER" / "annotations" / f"instances_{name}2017.json"
+        path.rename(path.with_name(f"instances_{name}.json"))
+    assert "COCO AP" in run(home, own_coco, *SMALL)
+
 
 def test_the_profile_lists_every_layer(home):
     assert "base.8.layers.3.conv" in run(home, COMMANDS[2])
@@ -140,8 +149,8 @@ def test_weights_are_listed_inspected_and_converted(home):
 
 
 def test_building_says_what_serves(home):
-    assert "utils.nms._cpu_nms: " in run(home, COMMANDS[16])
-    checked = run(home, COMMANDS[17]).splitlines()
+    assert "utils.nms._cpu_nms: " in run(home, COMMANDS[17])
+    checked = run(home, COMMANDS[18]).splitlines()
     assert [line.split(":")[0] for line in checked] == ["NMS on the CPU", "NMS on the GPU"]
 
 

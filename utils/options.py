@@ -84,6 +84,9 @@ def parser(
     option(g, "--train_sets", metavar="SETS",
            help="e.g. 2007_trainval,2012_trainval, or trainval for a folder that itself holds "
                 "Annotations/, JPEGImages/ and ImageSets/")
+    option(g, "--crowds", **switch,
+           help="COCO: train on crowds as on other boxes, as published; 'false' leaves them out "
+                "(default: true)")
     option(g, "--test_sets", metavar="SETS", help="e.g. 2007_test, or test")
 
     g = p.add_argument_group("testing")
