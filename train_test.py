@@ -34,7 +34,7 @@ from data.config import (
 from data.curves import CURVES_FILE
 from data.detections import load_detections, save_detections
 from data.loading import EpochSampler, TestSet, TrainingSet, test_loader, training_loader
-from data.transfer import COCO_CLASSES, parse_class_map, transfer_classes
+from data.transfer import COCO_CLASSES, match_classes, parse_class_map, transfer_classes
 from data.transforms import SSDAugmentation, TestTransform
 from data.voc0712 import VOC_CLASSES, parse_classes
 from layers import Detect, MultiBoxLoss, PriorBox
@@ -189,9 +189,23 @@ def transfer(
     state: dict, names: list[str], classes: list[str], given: dict
 ) -> tuple[dict, list[str]]:
     """Weights of a detector of ``names`` for ``classes``, and those of them that are new to it."""
-    class_map = parse_class_map(given["class_map"]) if "class_map" in given else None
     generator = torch.Generator().manual_seed(given.get("seed", DEFAULTS["seed"]))
-    return transfer_classes(state, names, classes, class_map, generator)
+    return transfer_classes(state, names, classes, class_map(given), generator)
+
+
+def class_map(given: dict) -> dict[str, str] | None:
+    return parse_class_map(given["class_map"]) if "class_map" in given else None
+
+
+def check_known(path: Path, names: list[str], classes: list[str], given: dict) -> None:
+    """UserError unless a detector of ``names`` knows all ``classes``, by name or --class_map."""
+    rows = match_classes(names, classes, class_map(given))
+    unknown = [name for name, row in zip(classes, rows, strict=True) if row is None]
+    if unknown:
+        raise UserError(
+            f"{path} has not learnt {', '.join(unknown)}; its classes are {', '.join(names)}; say "
+            "which of them each is (--class_map own=other,...), or train from it with --resume_net"
+        )
 
 
 # ---------------------------------------------------------------- data
@@ -355,6 +369,8 @@ def test(given: dict) -> None:
         stored = {key: stored[key] for key in ("version", "size")}  # what its data were is no help
     if "class_map" in given or "classes" in given:
         stored.pop("classes", None)
+    if "classes" in given and names:  # before the data are looked for
+        check_known(path, names, list(parse_classes(given["classes"])), given)
     if boxes:
         stored["priors"] = boxes
     options = resolve(given, stored)
@@ -376,14 +392,9 @@ def test(given: dict) -> None:
         detections, origin = load_detections(cache, dataset.ids, same)
     else:
         net = build_net(options["version"], options["size"], len(dataset.classes) + 1)
-        if names not in (None, options["classes"]):
-            state, unknown = transfer(saved["model"], names, options["classes"], given)
-            saved["model"] = state
-            if unknown:
-                raise UserError(
-                    f"{path} has not learnt {', '.join(unknown)}; name the class of it that each "
-                    "is (--class_map own=other,...), or train from it with --resume_net"
-                )
+        if names and ("class_map" in given or names != options["classes"]):
+            check_known(path, names, options["classes"], given)
+            saved["model"], _ = transfer(saved["model"], names, options["classes"], given)
         load_weights(net, saved["model"], path)
         net.to(device, memory_format=torch.channels_last)
         preset = prior_config(options["version"], options["priors"], options["size"])
@@ -660,7 +671,7 @@ def starting_weights(net: nn.Module, given: dict, options: dict, start: dict | N
         names, boxes = trained_for(start, path, given)
         if "class_map" in given and names is None:
             raise UserError(f"{path} has no names of its classes for --class_map to go by")
-        if names not in (None, classes):
+        if names and ("class_map" in given or names != classes):
             state, new = transfer(state, names, classes, given)
             origin += f", {len(classes) - len(new)} of {len(classes)} classes by name"
             origin += f"; new: {', '.join(new)}" if new else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -47,7 +48,8 @@ def parse_class_map(text: str) -> dict[str, str]:
         UserError: an entry that is not of this form, or two for one name.
     """
     entries = re.split(r"[,\n]", text)
-    if "=" not in text:
+    # The path of a file can have an equals sign, too: runs/lr=1/map.txt.
+    if "=" not in text or os.path.isfile(text):
         try:
             entries = Path(text).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:

@@ -18,7 +18,7 @@ from models.ssd import SSD, Detector, ssd_extras, ssd_extras_stride32
 from models.vgg import VGGBase
 from utils.errors import UserError
 
-__all__ = ["BACKBONES", "SIZES", "SSD", "build_net", "identify", "prior_config"]
+__all__ = ["BACKBONES", "SIZES", "SSD", "build_net", "closest", "identify", "prior_config"]
 
 
 @dataclass(frozen=True)
@@ -170,8 +170,10 @@ def build_net(version: str, size: int, num_classes: int) -> Detector:
     return net
 
 
-def _assemble(row: Backbone, priors: PriorConfig, num_classes: int) -> Detector:
-    base = row.base()
+def _assemble(
+    row: Backbone, priors: PriorConfig, num_classes: int, base: nn.Module | None = None
+) -> Detector:
+    base = row.base() if base is None else base
     channels = base.out_channels[1]
     extras = row.extras(channels, priors.size)
     bridge = [row.bridge(channels)] if row.bridge else []
@@ -187,44 +189,96 @@ def _source_sides(net: Detector, size: int) -> tuple[int, ...]:
     return tuple(source.shape[-1] for source in sources)
 
 
+@dataclass(frozen=True)
+class Difference:
+    """How a state dict differs from that of a detector; the lists are empty where it does not."""
+
+    version: str
+    size: int
+    num_classes: int
+    missing: list[str]
+    """Keys of the detector, without batch counters, which PyTorch before 0.4.1 did not store."""
+    unused: list[str]
+    """Keys that the detector does not have."""
+    wrong: list[str]
+    """Contradictions of shape, each "key [2] instead of [64, 3, 3, 3]"."""
+    not_compared: list[str]
+    """A sentence for every version that cannot be built here."""
+
+    def __len__(self) -> int:
+        return len(self.missing) + len(self.unused) + len(self.wrong)
+
+
+def closest(state_dict: Mapping[str, Tensor]) -> Difference:
+    """The detector, of any version, size and number of classes, that has the fewest differences."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
+    in_base = {key: shape for key, shape in shapes.items() if key.startswith("base.")}
+    bases, not_compared = [], []
+    for version, row in BACKBONES.items():
+        try:
+            with torch.device("meta"):
+                base = row.base()
+        except UserError as error:
+            not_compared.append(f"{version} was not compared: {error}")
+            continue
+        expected = {f"base.{key}": tensor for key, tensor in base.state_dict().items()}
+        bases.append((sum(map(len, _compare(expected, in_base))), version, base))
+    found = None
+    # What differs in the base alone rules most detectors out before the rest of them is built.
+    for least, version, base in sorted(bases, key=lambda entry: entry[0]):
+        for size in BACKBONES[version].sizes:
+            if found is not None and least >= len(found):
+                return found
+            priors = prior_config(version, "VOC", size)
+            num_classes = _count_classes(shapes, priors.boxes_per_cell[0])
+            with torch.device("meta"):
+                net = _assemble(BACKBONES[version], priors, num_classes, base)
+            differences = _compare(net.state_dict(), shapes)
+            if found is None or sum(map(len, differences)) < len(found):
+                found = Difference(version, size, num_classes, *differences, not_compared)
+    return found
+
+
+def _compare(
+    expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[list[str], list[str], list[str]]:
+    """Missing and unused keys, and contradictions of shape, as ``Difference`` has them."""
+    counter = "num_batches_tracked"
+    missing = [key for key in expected if key not in shapes and not key.endswith(counter)]
+    unused = [key for key in shapes if key not in expected]
+    wrong = [
+        f"{key} {list(shapes[key])} instead of {list(tensor.shape)}"
+        for key, tensor in expected.items()
+        if key in shapes and shapes[key] != tuple(tensor.shape)
+    ]
+    return missing, unused, wrong
+
+
 def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, int, int]:
     """Which detector a state dict belongs to: (version, size, num_classes), by names and shapes.
+
+    Batch counters may be missing.
 
     Raises:
         ValueError: no known detector has exactly these tensors; the sentence names the first
             difference to the closest one, and those that cannot be built here to compare.
     """
-    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-    closest: tuple[int, str] | None = None
-    unknown = ""
-    for version, row in BACKBONES.items():
-        for size in row.sizes:
-            priors = prior_config(version, "VOC", size)
-            num_classes = _count_classes(shapes, priors.boxes_per_cell[0])
-            try:
-                with torch.device("meta"):
-                    expected = _assemble(row, priors, num_classes).state_dict()
-            except UserError as error:
-                unknown += f"; {version} was not compared: {error}"
-                break
-            wrong = [
-                f"{key} {list(shapes[key])} where {list(tensor.shape)} is expected"
-                if key in shapes
-                else f"{key} is missing"
-                for key, tensor in expected.items()
-                if shapes.get(key) != tuple(tensor.shape)
-            ]
-            wrong += [f"{key} is not expected" for key in shapes if key not in expected]
-            if not wrong:
-                return version, size, num_classes
-            if closest is None or len(wrong) < closest[0]:
-                closest = len(wrong), f"{version} at {size}: {wrong[0]}"
+    found = closest(state_dict)
+    if not found:
+        return found.version, found.size, found.num_classes
+    first = [
+        *found.wrong,
+        *(f"{key} is missing" for key in found.missing),
+        *(f"{key} is not expected" for key in found.unused),
+    ][0]
     raise ValueError(
-        f"these tensors belong to no known detector; the closest differs in {closest[0]} of them "
-        f"({closest[1]}){unknown}"
+        f"these tensors belong to no known detector; the closest differs in {len(found)} of them "
+        f"({'; '.join([f'{found.version} at {found.size}: {first})', *found.not_compared])}"
     )
 
 
 def _count_classes(shapes: Mapping[str, tuple[int, ...]], boxes_per_cell: int) -> int:
     rows = shapes.get("conf.0.weight", ())
-    return max(2, rows[0] // boxes_per_cell) if rows else 2
+    count = rows[0] // boxes_per_cell if rows else 0
+    # A made-up tensor can claim more rows than can be compared to.
+    return count if 2 <= count < 1 << 20 else 2

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
 from collections import OrderedDict
 
 import pytest
 import torch
+from torch import nn
 
 from models import BACKBONES
 from models.hardnet import HARDNET_SPECS, HarDNetBase
@@ -16,6 +18,7 @@ from models.vgg import VGGBase
 from utils.checkpoint import (
     load_base,
     load_checkpoint,
+    load_weights,
     save_checkpoint,
     save_safetensors,
     sha256_of,
@@ -98,6 +101,104 @@ def test_a_checkpoint_of_a_later_format_is_refused(tmp_path):
     torch.save({"format": 99, "model": {"w": torch.ones(1)}}, tmp_path / "c.pth")
     with pytest.raises(UserError, match="format 99"):
         load_checkpoint(tmp_path / "c.pth")
+
+
+def nested(depth):
+    value = {}
+    for _ in range(depth):
+        value = {"x": value}
+    return value
+
+
+@pytest.mark.parametrize(
+    ("entries", "words"),
+    [
+        ({"format": torch.zeros(2)}, "format a Tensor"),
+        ({"format": "1\n"}, r"format '1\\n'"),
+        ({"classes": [1, 2]}, "not a list of names"),
+        ({"classes": torch.zeros(2)}, "not a list of names"),
+        ({"classes": "person"}, "not a list of names"),
+        ({"classes": ["a", "\ud800"]}, "not a list of names"),
+        ({"config": [1]}, "it is a list"),
+        ({"config": {"lr": torch.zeros(1)}}, "Tensor is not JSON serializable"),
+        ({"config": {(1, 2): 1}}, "keys must be str"),
+        ({"model": {"a\ud800": torch.zeros(1)}}, r"named tensors: 'a\\ud800'"),
+        ({"model": {(1, 2): torch.zeros(1)}}, "named tensors: a tuple"),
+        (
+            {"model": {"w": torch.zeros(2, dtype=torch.complex64)}},
+            "1 tensors that are complex.*: w",
+        ),
+        ({"model": {"w": torch.eye(2).to_sparse()}}, "sparse.*: w"),
+        ({"model": {"w": torch.empty(2, device="meta")}}, "without data: w"),
+    ],
+)
+def test_entries_that_no_checkpoint_has_are_refused_in_one_sentence(tmp_path, entries, words):
+    torch.save({"model": {"w": torch.ones(1)}, **entries}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=rf"c\.pth .*{words}") as error:
+        load_checkpoint(tmp_path / "c.pth")
+    assert "\n" not in str(error.value)
+    str(error.value).encode()
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation", "ignore:TypedStorage")
+def test_quantised_tensors_are_refused_in_one_sentence(tmp_path):
+    pytest.importorskip("safetensors")
+    model = {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}
+    with pytest.raises(UserError, match=r"c\.safetensors cannot be written: "):
+        save_safetensors(tmp_path / "c.safetensors", model, {})
+    torch.save(model, tmp_path / "c.pth")
+    with pytest.raises(UserError, match=r"c\.pth holds no state dict .*quantised.*: w"):
+        load_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("depth", [300, 100_000])
+def test_a_deep_configuration_is_no_traceback(tmp_path, depth):
+    safetensors = pytest.importorskip("safetensors.torch")
+    text = '{"x":' * depth + "1" + "}" * depth
+    safetensors.save_file({"a": torch.ones(1)}, tmp_path / "c.safetensors", {"config": text})
+    if depth == 300:
+        torch.save({"model": {"a": torch.ones(1)}, "config": nested(200)}, tmp_path / "c.pth")
+        assert load_checkpoint(tmp_path / "c.pth")["config"] == nested(200)
+        assert load_checkpoint(tmp_path / "c.safetensors")["config"] == json.loads(text)
+    else:
+        with pytest.raises(UserError, match=r"c\.safetensors.*RecursionError"):
+            load_checkpoint(tmp_path / "c.safetensors")
+
+
+@pytest.mark.parametrize("keys", ["[[1]]", "[{}]", "{}", "1", '["b"]', "null"])
+def test_an_order_of_other_tensors_is_not_followed(tmp_path, keys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    safetensors.save_file({"a": torch.ones(1)}, tmp_path / "c.safetensors", {"keys": keys})
+    assert list(load_checkpoint(tmp_path / "c.safetensors")["model"]) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("model", "about"),
+    [
+        ({"w": torch.eye(2).to_sparse()}, {}),
+        ({"w": torch.empty(2, device="meta")}, {}),
+        ({"a\ud800": torch.ones(1)}, {}),
+        ({"w": torch.ones(1)}, {"config": nested(100_000)}),
+        ({"w": torch.ones(1)}, {"config": {"x": torch.ones(1)}}),
+    ],
+)
+def test_what_safetensors_cannot_hold_is_one_sentence_and_no_file(tmp_path, model, about):
+    pytest.importorskip("safetensors")
+    with pytest.raises(UserError, match=r"c\.safetensors cannot be written: .*keep it as \.pth"):
+        save_safetensors(tmp_path / "c.safetensors", model, about)
+    assert os.listdir(tmp_path) == []
+
+
+def test_weights_of_a_pytorch_without_batch_counters_load():
+    net, other = (nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2)) for _ in range(2))
+    state = other.state_dict()
+    del state["1.num_batches_tracked"]  # but with the version that PyTorch notes beside it
+    load_weights(net, state, "c.pth")
+    assert all(torch.equal(tensor, net.state_dict()[key]) for key, tensor in state.items())
+    assert net[1].num_batches_tracked == 0
+    del state["1.running_mean"]
+    with pytest.raises(UserError, match=r"c\.pth does not fit the network: .*1\.running_mean"):
+        load_weights(net, state, "c.pth")
 
 
 def test_a_failed_write_leaves_the_earlier_file_and_no_rest(tmp_path, monkeypatch):
@@ -228,6 +329,18 @@ def test_a_classifier_of_another_size_is_refused_by_its_shapes(tmp_path, bases, 
         load_base(bases(version), tmp_path / "c.pth", BACKBONES[version].from_classifier)
 
 
+@pytest.mark.parametrize("drop", ["base.13.", "base.12.", "base."])
+def test_a_detector_without_a_part_of_its_base_is_no_classifier(tmp_path, bases, drop):
+    base = bases("SSD_HarDNet68")
+    state = full_of(2, base.state_dict(), "base.") | {"conf.0.bias": torch.zeros(126)}
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(drop)}
+    torch.save(state, tmp_path / "d.pth")
+    base.load_state_dict(full_of(7, base.state_dict()))
+    with pytest.raises(UserError, match=rf"only \d+ of .*missing: .*{drop[5:]}"):
+        load_base(base, tmp_path / "d.pth", BACKBONES["SSD_HarDNet68"].from_classifier)
+    assert all((tensor == 7).all() for tensor in base.state_dict().values())
+
+
 @pytest.mark.parametrize(
     ("version", "name", "head"),
     [("SSD_resnet101", "resnet101", "fc."), ("SSD_mobile", "mobilenet_v2", "classifier.")],
@@ -274,8 +387,11 @@ def test_the_lists_in_the_log_are_cut(tmp_path, bases, caplog):
 
 
 def test_a_state_dict_beside_the_state_of_a_classifiers_training_loads(tmp_path):
-    torch.save({"epoch": 9, "state_dict": {"module.a": torch.ones(2)}}, tmp_path / "c.pth")
-    assert list(load_checkpoint(tmp_path / "c.pth")["model"]) == ["a"]
+    beside = {"epoch": 9, "classes": 1000, "optimizer": {}, 5: 1}
+    torch.save({**beside, "state_dict": {"module.a": torch.ones(2)}}, tmp_path / "c.pth")
+    loaded = load_checkpoint(tmp_path / "c.pth")
+    assert list(loaded) == ["model", "beside"] and list(loaded["model"]) == ["a"]
+    assert loaded["beside"] == ["epoch", "classes", "optimizer"]
 
 
 def test_safetensors_keep_tensors_order_classes_and_configuration(tmp_path):

@@ -380,8 +380,11 @@ def test_retest_refuses_detections_of_other_weights(call, trained, capsys):
     [
         (("-v", "SSD_vgg"), ("SSD_vgg", "tiny")),
         (("-s", "512"), ("512", "300")),
-        (("-d", "COCO"), ("COCO", "VOC")),
-        (("--classes", "a,b"), ("['a', 'b']", "['cell', 'platelet', 'rod']")),
+        (
+            ("-d", "COCO"),
+            ("COCO", "instances_val2017.json"),
+        ),  # data to test on, which are not there
+        (("--classes", "a,b"), ("not learnt a, b", "cell, platelet, rod")),
         (("--basenet", "x.pth"), ("--basenet is for training",)),
         (("--resume", "auto"), ("--resume is for training",)),
     ],

@@ -282,11 +282,27 @@ def test_host_that_does_not_exist_is_named_with_the_way_out(tmp_path, monkeypatc
 DRIVE = "https://drive.google.com/file/d/1IHX-vQ_z/view"
 
 
-def fake_gdown(monkeypatch, download):
+def fake_gdown(monkeypatch, answer, timeout=True):
+    """gdown whose download hands what it is asked to ``answer``; its parameters are the real ones
+    of release 6.3, or of 5.2, which has no timeout."""
+
+    def new(url=None, output=None, quiet=False, proxy=None, speed=None, use_cookies=True,
+            verify=True, id=None, resume=False, format=None, user_agent=None, log_messages=None,
+            progress=None, skip_download=False, cookies_file=None, hasher=None, timeout=None,
+            retries=0):  # fmt: skip
+        return answer(id=id, output=output, resume=resume, cookies=use_cookies, timeout=timeout)
+
+    def old(url=None, output=None, quiet=False, proxy=None, speed=None, use_cookies=True,
+            verify=True, id=None, fuzzy=False, resume=False, format=None, user_agent=None,
+            log_messages=None):  # fmt: skip
+        return answer(id=id, output=output, resume=resume, cookies=use_cookies, timeout=None)
+
+    download = new if timeout else old
     monkeypatch.setitem(sys.modules, "gdown", types.SimpleNamespace(download=download))
 
 
-def test_drive_files_come_by_gdown_and_are_verified(tmp_path, monkeypatch):
+@pytest.mark.parametrize("timeout", [7, None])
+def test_drive_files_come_by_gdown_and_are_verified(tmp_path, monkeypatch, timeout):
     asked = []
 
     def good(**options):
@@ -294,10 +310,11 @@ def test_drive_files_come_by_gdown_and_are_verified(tmp_path, monkeypatch):
         pathlib.Path(options["output"]).write_bytes(CONTENT)
         return options["output"]
 
-    fake_gdown(monkeypatch, good)
+    fake_gdown(monkeypatch, good, timeout is not None)
     path = tmp_path / "a.pth"
     assert fetch(DRIVE, path, md5(CONTENT), timeout=7).read_bytes() == CONTENT
-    assert (asked[0]["id"], asked[0]["timeout"]) == ("1IHX-vQ_z", 7)
+    assert asked == [{"id": "1IHX-vQ_z", "output": f"{path}.part", "resume": True,
+                      "cookies": False, "timeout": timeout}]  # fmt: skip
     with pytest.raises(UserError, match=f"{DRIVE} gave {len(CONTENT)} bytes that are not b.pth"):
         fetch(DRIVE, tmp_path / "b.pth", md5(b"other"))
     assert os.listdir(tmp_path) == ["a.pth"]
@@ -322,6 +339,32 @@ def test_what_drive_refuses_is_one_sentence(tmp_path, monkeypatch):
             fetch(DRIVE, tmp_path / "a.pth", md5(CONTENT))
         assert "\n" not in str(caught.value)
     assert os.listdir(tmp_path) == []
+
+
+def test_more_than_one_leftover_of_gdown_is_named_and_not_blamed_on_drive(tmp_path, monkeypatch):
+    fake_gdown(monkeypatch, lambda **options: None, timeout=False)
+    for name in ("a.pth.part1.part", "a.pth.part2.part"):
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(UserError) as caught:
+        fetch(DRIVE, tmp_path / "a.pth", md5(CONTENT))
+    for text in ("2 parts of it are there", "a.pth.part1.part", "a.pth.part2.part", "delete them"):
+        assert text in str(caught.value)
+    assert "refuses" not in str(caught.value) and len(os.listdir(tmp_path)) == 2
+
+
+def test_a_bad_leftover_of_gdown_is_given_up_for_a_new_download(tmp_path, monkeypatch):
+    def download(output, **options):
+        kept = [p for p in tmp_path.iterdir() if p.name.startswith("a.pth.part")]
+        content = b"".join(p.read_bytes() for p in kept) + CONTENT
+        for p in kept:
+            p.unlink()
+        pathlib.Path(output).write_bytes(content)
+        return output
+
+    fake_gdown(monkeypatch, download)
+    (tmp_path / "a.pth.partxyz.part").write_bytes(b"old")
+    assert fetch(DRIVE, tmp_path / "a.pth", md5(CONTENT)).read_bytes() == CONTENT
+    assert os.listdir(tmp_path) == ["a.pth"]
 
 
 def test_full_disk_keeps_what_has_arrived(server, tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 import utils.nms
 from data.config import VOC_300
 from layers import Detect, MultiBoxLoss, PriorBox
-from models import build_net
+from models import BACKBONES, build_net
 from utils.checkpoint import load_checkpoint
 from utils.nms import METHODS, backend, backend_reason, batched_nms, nms
 
@@ -35,7 +35,7 @@ def random_batch(batch=3, classes=5, seed=0):
     return loc, conf, priors, [target, torch.zeros(0, 5), target[:2]]
 
 
-@pytest.mark.parametrize("version", ["SSD_HarDNet68", "SSD_HarDNet85", "SSD_vgg"])
+@pytest.mark.parametrize("version", BACKBONES)
 def test_network_gives_the_same_outputs_as_on_the_cpu(version, exact_float32):
     net = build_net(version, 300, 5).eval()
     images = torch.randn(2, 3, 300, 300) * 50

@@ -12,7 +12,7 @@ import torch
 
 from data.config import PRIORS, VOC_300
 from layers import PriorBox
-from models import BACKBONES, build_net, identify, prior_config
+from models import BACKBONES, build_net, closest, identify, prior_config
 from models.hardnet import HARDNET_SPECS, Bridge, HarDBlock, HarDNetBase, harmonic_links
 from models.ssd import SSD, ssd_extras
 
@@ -197,6 +197,50 @@ def test_identify_refuses_foreign_tensors_and_names_the_first_difference():
         identify(state)
     with pytest.raises(ValueError, match="no known detector"):
         identify({"weight": torch.zeros(3)})
+
+
+def test_a_state_dict_without_batch_counters_is_identified():
+    with torch.device("meta"):
+        state = build_net("RFB_HarDNet85", 512, 81).state_dict()
+    old = {key: tensor for key, tensor in state.items() if "num_batches_tracked" not in key}
+    assert len(old) < len(state) and identify(old) == ("RFB_HarDNet85", 512, 81)
+
+
+def test_the_closest_detector_is_that_of_a_comparison_with_all():
+    """Whatever is missing: a part of the base, of the heads, or what tells SSD from RFB."""
+    whole = {}
+    for version, row in BACKBONES.items():
+        for size in row.sizes:
+            with torch.device("meta"):
+                whole[version, size] = build_net(version, size, 21).state_dict()
+    state = whole["SSD_HarDNet85", 300]
+    for cut in ("base.1", "base.", "conf.", "bridge.", "extras.", "loc.3"):
+        part = {key: tensor for key, tensor in state.items() if not key.startswith(cut)}
+        part["more"] = torch.zeros(1)
+        found = closest(part)
+        shapes = {key: tensor.shape for key, tensor in part.items()}
+
+        def differences(row, shapes=shapes):
+            both = [key for key in row.keys() | shapes if "num_batches" not in key]
+            wrong = sum(row[k].shape != shapes[k] if k in row and k in shapes else 1 for k in both)
+            return wrong + sum("num_batches" in k for k in shapes if k not in row)
+
+        if cut != "conf.":  # without it the number of classes is taken to be 2
+            assert len(found) == min(map(differences, whole.values())), cut
+            assert found.num_classes == 21
+        assert found.unused[-1] == "more" or cut == "base."
+        if cut != "base.":
+            missing = [k for k in state if k.startswith(cut) and "num_batches" not in k]
+            assert (found.version, found.size, found.missing) == ("SSD_HarDNet85", 300, missing)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (1 << 50, 0)])
+def test_a_class_head_without_a_number_of_classes_belongs_to_nothing(shape):
+    with torch.device("meta"):
+        state = build_net("SSD_vgg", 300, 21).state_dict()
+        state["conf.0.weight"] = torch.empty(shape)
+    with pytest.raises(ValueError, match=r"SSD_vgg at 300: conf\.0\.weight \["):
+        identify(state)
 
 
 def test_building_a_net_prints_nothing_and_reads_no_file(capsys, monkeypatch):

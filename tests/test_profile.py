@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import BACKBONES, build_net
-from utils.profile import main, profile, table
+from utils.profile import layer_table, main, profile, table
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "traffic.md").read_text("utf-8")
@@ -140,6 +140,28 @@ def test_functions_groups_and_transposed_convolutions_count():
     assert 2 * sum(x.macs for x in layers) == flops.get_total_flops()
 
 
+class Pair(nn.Module):
+    """A parameter, a module and a root that return more than one tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, 1, 1))
+        self.lstm = nn.LSTM(6, 5, batch_first=True)
+
+    def forward(self, x):
+        rows, state = self.lstm((x * self.scale).flatten(1).unflatten(1, (-1, 6)))
+        return rows, {"state": state}
+
+
+def test_modules_that_return_several_tensors_show_the_first():
+    result = profile(Pair(), 4)
+    lstm, root = result.layers
+    assert (lstm.kind, lstm.inputs, lstm.output) == ("LSTM", ((1, 8, 6),), (1, 8, 5))
+    assert lstm.parameters == 4 * 5 * (6 + 5 + 2)
+    assert (root.kind, root.output, root.parameters) == ("Pair", (1, 8, 5), 3)
+    assert "| LSTM | 8x6" in layer_table(result) and result.macs == 0
+
+
 def test_the_network_stays_as_it_was():
     net = Toy().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
@@ -180,6 +202,26 @@ def test_wrong_arguments_give_one_sentence(arguments, words, capsys):
     assert main(arguments) == 2
     output = capsys.readouterr()
     assert output.out == "" and output.err.startswith(words) and output.err.count("\n") == 1
+
+
+def test_a_size_without_a_network_means_those_that_have_it(capsys):
+    assert main(["-s", "512"]) == 0
+    printed = capsys.readouterr().out
+    assert "SSD_mobile" not in printed
+    assert all(v in printed for v, row in BACKBONES.items() if 512 in row.sizes)
+    assert main(["-s", "400"]) == 2
+    assert "does not exist at size 400, choose from 300, 512" in capsys.readouterr().err
+    assert main(["-v", "SSD_mobile", "-s", "512"]) == 2
+    assert "SSD_mobile does not exist at size 512" in capsys.readouterr().err
+
+
+def test_an_interrupt_has_its_exit_status(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("utils.profile.profile", interrupt)
+    assert main(["-v", "SSD_vgg"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_unknown_network_names_the_known_ones(capsys):

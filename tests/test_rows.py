@@ -477,12 +477,15 @@ def test_parameters_of_the_rfb_networks_are_those_of_the_listings(
         assert count(build_net(version, size, num_classes)) == listed == pinned
 
 
-@pytest.mark.parametrize("version", ROWS)
-def test_every_row_is_found_by_its_tensors(version):
-    for size, num_classes in zip(BACKBONES[version].sizes, (21, 81), strict=False):
-        with torch.device("meta"):
-            state = build_net(version, size, num_classes).state_dict()
-        assert identify(state) == (version, size, num_classes)
+@pytest.mark.parametrize("num_classes", [21, 81])
+@pytest.mark.parametrize(
+    ("version", "size"),
+    [(version, size) for version, row in BACKBONES.items() for size in row.sizes],
+)
+def test_every_row_is_found_by_its_tensors(version, size, num_classes):
+    with torch.device("meta"):
+        state = build_net(version, size, num_classes).state_dict()
+    assert identify(state) == (version, size, num_classes)
 
 
 @pytest.mark.parametrize("version", ROWS)

@@ -127,6 +127,10 @@ def test_class_maps_are_read_from_the_option_or_a_file(tmp_path):
     assert parse_class_map("lorry=truck, TV set = tv") == wanted
     (tmp_path / "map.txt").write_text("lorry=truck\n\nTV set=tv\n", "utf-8")
     assert parse_class_map(str(tmp_path / "map.txt")) == wanted
+    (tmp_path / "lr=1").mkdir()
+    (tmp_path / "map.txt").rename(tmp_path / "lr=1" / "map.txt")
+    assert parse_class_map(str(tmp_path / "lr=1" / "map.txt")) == wanted
+    assert len(parse_class_map(",".join(f"{i}=x" for i in range(2000)))) == 2000
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +42,9 @@ def files(tmp_path_factory):
         "parallel": {f"module.{key}": tensor for key, tensor in state.items()},
         "base": net.base.state_dict(),
         "classifier": classifier | {"base.16.3.bias": torch.zeros(1000)},
+        "old": {k: t for k, t in state.items() if "num_batches_tracked" not in k},
+        "damaged": {k: t for k, t in state.items() if not k.startswith("base.13.")},
+        "odd": {**state, "conf.0.weight": torch.tensor(1.0)},
         "other": {k: t for k, t in state.items() if k != "conf.1.bias"} | {"x": torch.zeros(1)},
     }
     for name, tensors in kinds.items():
@@ -201,6 +205,90 @@ def test_google_drive_without_gdown_is_refused_with_link_and_place(tmp_path, mon
 
 
 # ---------------------------------------------------------------- inspect
+
+
+@pytest.mark.parametrize("kind", ["old", "detector"])
+def test_a_detector_of_drive_is_judged_by_its_tensors_but_counters(
+    offer, files, tmp_path, monkeypatch, kind
+):
+    def download(url=None, output=None, quiet=False, use_cookies=True, id=None, resume=False):
+        Path(output).write_bytes(files[kind].read_bytes())
+        return output
+
+    monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download=download))
+    name = "ssd512-hardnet68-coco"
+    with pytest.raises(UserError, match="its tensors are not those of SSD_HarDNet68 at 512, 81"):
+        weights.download(name, tmp_path)
+    row = replace(published(name), size=300, num_classes=21)
+    monkeypatch.setattr(weights, "PUBLISHED", (row,))
+    assert weights.download(name, tmp_path).read_bytes() == files[kind].read_bytes()
+
+
+def test_a_detector_of_a_pytorch_without_batch_counters_is_named(files):
+    found = examine(files["old"])
+    assert (found["version"], found["size"], found["num_classes"]) == ("SSD_HarDNet68", 300, 21)
+    assert found["missing"] == [] and found["basenet"] == ["SSD_HarDNet68", "RFB_HarDNet68"]
+
+
+def test_a_detector_without_a_part_of_its_base_is_compared_to_the_whole(files):
+    found = examine(files["damaged"])
+    assert found["closest"].startswith("SSD_HarDNet68 at 300") and found["basenet"] == []
+    assert found["missing"] and all(key.startswith("base.13.") for key in found["missing"])
+    assert (found["version"], found["unused"], found["wrong"]) == (None, [], [])
+
+
+def test_a_head_that_is_a_number_is_of_another_shape(files, capsys):
+    assert main(["inspect", str(files["odd"])]) == 0
+    assert "conf.0.weight [] instead of [" in capsys.readouterr().out
+
+
+def test_what_cannot_be_compared_is_said(files, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "torchvision.models", None)
+    assert main(["inspect", str(files["other"])]) == 0
+    assert "SSD_resnet101 was not compared: " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["inspect", "convert"])
+def test_odd_files_are_one_sentence(tmp_path, capsys, command):
+    tensors = {"a\ud800": torch.ones(1)}, {"w": torch.zeros(1, dtype=torch.complex64)}
+    for i, model in enumerate(tensors):
+        torch.save(model, tmp_path / "c.pth")
+        more = [str(tmp_path / f"{i}.safetensors")] if command == "convert" else []
+        assert main([command, str(tmp_path / "c.pth"), *more]) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith("error: ") and output.err.count("\n") == 1
+    assert os.listdir(tmp_path) == ["c.pth"]
+
+
+def test_configurations_of_any_depth_convert_or_are_refused(tmp_path, capsys):
+    safetensors = pytest.importorskip("safetensors.torch")
+    source = tmp_path / "c.safetensors"
+    for depth in (100, 400, 700, 950, 2000, 9000, 100_000):
+        text = '{"x":' * depth + "1" + "}" * depth
+        safetensors.save_file({"a": torch.ones(1)}, source, {"config": text})
+        target = tmp_path / f"{depth}.pth"
+        status = main(["convert", str(source), str(target)])
+        error = capsys.readouterr().err
+        assert (status, error.count("\n"), target.exists()) in [(0, 0, True), (2, 1, False)], depth
+        assert depth != 100 or status == 0
+    assert status == 2 and not list(tmp_path.glob("*.tmp"))
+
+
+def test_what_a_foreign_checkpoint_holds_is_listed_and_left_out_with_a_notice(tmp_path, capsys):
+    pytest.importorskip("safetensors")
+    source, target = tmp_path / "c.pth", tmp_path / "c.safetensors"
+    torch.save({"state_dict": {"w": torch.ones(1)}, "optimizer": {}, "classes": 9}, source)
+    assert examine(source)["holds"] == ["model", "classes", "optimizer"]
+    assert main(["convert", str(source), str(target)]) == 0
+    assert capsys.readouterr().out == f"{target} (left out: classes, optimizer)\n"
+
+
+def test_a_file_is_read_once_for_each_hash(files, monkeypatch):
+    asked = []
+    digest = weights.file_digest
+    monkeypatch.setattr(weights, "file_digest", lambda p, n: asked.append(n) or digest(p, n))
+    examine(files["base"])
+    assert sorted(asked) == ["git", "sha256"]
 
 
 @pytest.mark.parametrize("kind", ["detector", "parallel"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from utils.download import file_digest
 from utils.errors import UserError
 from utils.files import atomic_write
 from utils.logger import LOGGER
@@ -35,25 +35,28 @@ def load_checkpoint(path: str | Path) -> dict:
     Returns:
         A dict that has at least "model": the state dict, without DataParallel's ``module.``
         prefix. Ours has "config", "classes", "optimizer" and more beside it; of those, a
-        ``.safetensors`` file has "config" and "classes".
+        ``.safetensors`` file has "config" and "classes". A file of another program that has its
+        tensors in "state_dict" gives the names of what it holds beside them as "beside".
 
     Raises:
-        UserError: no such file, not a checkpoint, a damaged one, or one that would run code.
+        UserError: no such file, not a checkpoint, a damaged one, one that would run code, or one
+            whose entries are not what a checkpoint has under their names.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file; give the path of a checkpoint")
     state = _load_safetensors(path) if path.suffix == _SAFETENSORS else _load_torch(path)
     if isinstance(state.get("model"), Mapping):
-        if state.get("format", _FORMAT) != _FORMAT:
-            raise UserError(
-                f"{path} has checkpoint format {state['format']}, this code reads "
-                f"{_FORMAT}; update the code"
-            )
-        return {**state, "model": _tensors(path, state["model"])}
+        _check_entries(path, state)
+        named = {key: value for key, value in state.items() if _is_text(key)}
+        return {**named, "model": _tensors(path, state["model"])}
     # the name that training scripts of classifiers commonly use
     if isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
+        beside = [key for key in state if _is_text(key) and key != "state_dict"]
+        return {
+            "model": _tensors(path, state["state_dict"]),
+            **({"beside": beside} if beside else {}),
+        }
     return {"model": _tensors(path, state)}
 
 
@@ -63,15 +66,22 @@ def save_safetensors(path: Path, model: Mapping[str, Tensor], about: Mapping) ->
     The order of the tensors, which the format does not keep, is kept in the metadata, too.
 
     Raises:
-        UserError: the package safetensors is not installed, or the file cannot be written.
+        UserError: the package safetensors is not installed, the file cannot be written, or the
+            format has no place for a tensor or for ``about``.
     """
     _import_safetensors(path)
     from safetensors.torch import save
 
-    # The format takes neither strides nor tensors that share memory.
-    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in model.items()}
     about = {**about, "keys": list(model)}
-    data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
+    try:
+        # The format takes neither strides nor tensors that share memory.
+        tensors = {k: tensor.detach().cpu().contiguous().clone() for k, tensor in model.items()}
+        data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
+    except Exception as error:  # whatever the package says of a type that it does not know
+        raise UserError(
+            f"{path} cannot be written: safetensors cannot hold this ({_reason(error)}); keep it "
+            "as .pth"
+        ) from error
     with atomic_write(path) as file:
         file.write(data)
 
@@ -109,14 +119,17 @@ def match_base(
         from_classifier: key of the classifier -> key of the base, None where it has no place
             there. Layers behind all that the classifier has may be missing: they stay new.
     """
+    heads = ("loc.", "conf.", "extras.", "L2Norm.")
+    detector = any(key.startswith(heads) for key in state)
     prefix = "base." if any(key.startswith("base.") for key in state) else ""
     names = {k: k.removeprefix(prefix) for k in state if k.startswith(prefix)}
     deeper = any(name not in base for name in names.values())
     source = "a classifier" if deeper else "a base network"
-    if len(names) < len(state):
+    if detector or len(names) < len(state):
         source = "the base of a detector"
     direct = _match(source, base, state, names)
-    if direct.fits or from_classifier is None:
+    # A detector without a part of its base is a damaged one, not a classifier.
+    if direct.fits or detector or from_classifier is None:
         return direct
     names = {key: name for key in state if (name := from_classifier(key)) is not None}
     classifier = _match("a classifier", base, state, names, from_classifier)
@@ -196,9 +209,13 @@ def load_base(
 
 
 def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
-    """Load a whole state dict into ``net``; UserError, naming ``path``, unless all of it fits."""
+    """Load a whole state dict into ``net``; UserError, naming ``path``, unless all of it fits.
+
+    Batch counters, which PyTorch before 0.4.1 did not store, may be missing.
+    """
     try:
-        net.load_state_dict(state, strict=True)
+        # Without the version that a state dict of PyTorch carries, it fills in the counters.
+        net.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
         raise UserError(f"{path} does not fit the network: {reasons}") from error
@@ -206,11 +223,7 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) 
 
 def sha256_of(path: str | Path) -> str:
     """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
+    return file_digest(path, "sha256")
 
 
 def rng_state() -> dict[str, Tensor | list[Tensor]]:
@@ -230,11 +243,9 @@ def _load_torch(path: Path) -> Mapping:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file provokes inside the reader
-        reason = str(error).strip().splitlines()
         raise UserError(
             f"{path} is damaged, is not a PyTorch file, or holds more than tensors and plain data "
-            f"({type(error).__name__}: {reason[0] if reason else 'no reason given'}); files that "
-            "would run code are not opened"
+            f"({_reason(error)}); files that would run code are not opened"
         ) from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
@@ -247,14 +258,18 @@ def _load_safetensors(path: Path) -> dict:
         with safetensors.safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
-    except (safetensors.SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged, or is not a safetensors file ({error})") from error
+    except Exception as error:  # as above; types that PyTorch does not have are among them
+        raise UserError(
+            f"{path} is damaged, or is not a safetensors file that can be read ({_reason(error)})"
+        ) from error
     try:
         about = {k: json.loads(about[k]) for k in ("config", "classes", "keys") if k in about}
-    except ValueError as error:
-        raise UserError(f"{path}: its metadata are none of this program ({error})") from error
+    except (ValueError, RecursionError) as error:
+        reason = _reason(error)
+        raise UserError(f"{path}: its metadata are none of this program ({reason})") from error
     keys = about.pop("keys", None)
-    if isinstance(keys, list) and len(keys) == len(tensors) and tensors.keys() == set(keys):
+    named = isinstance(keys, list) and all(isinstance(key, str) for key in keys)
+    if named and len(keys) == len(tensors) and tensors.keys() == set(keys):
         tensors = {key: tensors[key] for key in keys}
     return {**about, "model": tensors}
 
@@ -269,15 +284,68 @@ def _import_safetensors(path: Path):
     return safetensors
 
 
+def _check_entries(path: Path, state: Mapping) -> None:
+    """UserError unless what names and describes a checkpoint's classes is of the right kinds."""
+    found = state.get("format", _FORMAT)
+    if not (isinstance(found, int) and found == _FORMAT):
+        kind = repr(found) if isinstance(found, (int, str)) else f"a {type(found).__name__}"
+        raise UserError(
+            f"{path} has checkpoint format {kind}, this code reads {_FORMAT}; update the code"
+        )
+    classes = state.get("classes", [])
+    if not (isinstance(classes, (list, tuple)) and all(map(_is_text, classes))):
+        raise UserError(f'{path} has "classes" that are not a list of names; it is no checkpoint')
+    try:
+        if not isinstance(state.get("config", {}), Mapping):
+            raise ValueError(f"it is a {type(state['config']).__name__}")
+        json.dumps(state.get("config"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} has a configuration that is not plain data by name ({_reason(error)}); it is "
+            "no checkpoint"
+        ) from error
+
+
+def _is_text(value) -> bool:
+    """Whether it is a string that can be written: one without lone surrogates."""
+    return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
+
+
+def _name(key) -> str:
+    if isinstance(key, str):
+        return key if _is_text(key) else ascii(key)
+    return str(key) if isinstance(key, int) else f"a {type(key).__name__}"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return (
+        tensor.layout == torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.is_nested or tensor.is_quantized or tensor.is_complex())
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Type and first line of an error."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+
+
 def _tensors(path: str | Path, state: Mapping) -> dict[str, Tensor]:
     strangers = [
-        str(key)
+        _name(key)
         for key, value in state.items()
-        if not (isinstance(key, str) and isinstance(value, Tensor))
+        if not (_is_text(key) and isinstance(value, Tensor))
     ]
     if strangers or not state:
         raise UserError(
             f"{path} holds no state dict" + _list("entries that are no named tensors", strangers)
+        )
+    odd = [key for key, tensor in state.items() if not _is_plain(tensor)]
+    if odd:
+        raise UserError(
+            f"{path} holds no state dict of a network here"
+            + _list("tensors that are complex, quantised, sparse or without data", odd)
         )
     if all(key.startswith("module.") for key in state):
         return {key.removeprefix("module."): value for key, value in state.items()}

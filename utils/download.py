@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import inspect
 import os
 import re
 import socket
@@ -122,7 +123,6 @@ def fetch(
 
 def _download_from_drive(file_id: str, url: str, part: Path, timeout: float, by_hand: str) -> bool:
     """Complete `part` by gdown, which knows Google Drive's confirmation pages; as `_download`."""
-    existed = part.exists()
     try:
         import gdown
     except ImportError as error:
@@ -130,10 +130,25 @@ def _download_from_drive(file_id: str, url: str, part: Path, timeout: float, by_
             f"Google Drive has a page to confirm before a download, which the package gdown can "
             f"do: pip install gdown and run again, or open {url} and {by_hand}"
         ) from error
+    # gdown keeps what has arrived under names of its own, and goes on from it if it is one file.
+    kept = [
+        file
+        for file in sorted(part.parent.iterdir())
+        if file != part and file.name.startswith(part.name) and file.suffix == ".part"
+    ]
+    if len(kept) > 1 and not part.exists():
+        raise UserError(
+            f"cannot go on downloading {url}: {len(kept)} parts of it are there "
+            f"({', '.join(map(str, kept))}); delete them, or all but one, and run again"
+        )
+    resumed = part.exists() or bool(kept)
+    # Releases before 6.3 do not have it.
+    has_timeout = "timeout" in inspect.signature(gdown.download).parameters
+    options = {"timeout": timeout} if has_timeout else {}
     try:
         # The user's browser cookies are none of our business.
         done = gdown.download(
-            id=file_id, output=str(part), resume=True, use_cookies=False, timeout=timeout
+            id=file_id, output=str(part), resume=True, use_cookies=False, **options
         )
     except OSError as error:
         # requests' errors are OSErrors, too, but have no errno
@@ -144,7 +159,7 @@ def _download_from_drive(file_id: str, url: str, part: Path, timeout: float, by_
         raise UserError(f"cannot download {url}: {_first_line(error)}; {by_hand}") from error
     if done is None:  # how older releases say that Drive refused
         raise UserError(f"cannot download {url}: Google Drive refuses it at present; {by_hand}")
-    return existed
+    return resumed
 
 
 def _download(

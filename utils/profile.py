@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -33,8 +33,9 @@ class Layer:
     """Dotted path of the module that ran it; empty for the network itself."""
     kind: str
     inputs: tuple[tuple[int, ...], ...]
-    """Shapes, with the batch's 1 in front; more than one for a concatenation only."""
+    """Shapes, with the batch's 1 in front."""
     output: tuple[int, ...]
+    """Shape; of a module that returns several tensors that of the first, of one without ()."""
     parameters: int = 0
     macs: int = 0
     """Multiply-accumulates of a convolution; its bias is not counted."""
@@ -108,8 +109,9 @@ class _Recorder(TorchDispatchMode):
         name = self.path.pop()
         own = self._parameters(module.parameters(recurse=False))
         if own:
-            kind, shapes = type(module).__name__, tuple(tuple(x.shape) for x in inputs)
-            self.layers.append(Layer(name, kind, shapes, tuple(output.shape), own))
+            kind, shapes = type(module).__name__, tuple(tuple(x.shape) for x in _tensors(inputs))
+            first = next((tuple(x.shape) for x in _tensors(output)), ())
+            self.layers.append(Layer(name, kind, shapes, first, own))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         output = func(*args, **(kwargs or {}))
@@ -136,6 +138,15 @@ class _Recorder(TorchDispatchMode):
     def _add(self, kind: str, inputs: Sequence[Tensor], output: Tensor, **counts: int) -> None:
         shapes = tuple(tuple(x.shape) for x in inputs)
         self.layers.append(Layer(self.path[-1], kind, shapes, tuple(output.shape), **counts))
+
+
+def _tensors(value) -> Iterator[Tensor]:
+    """The tensors of a module's inputs or outputs, however nested."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list, Mapping)):
+        for part in value.values() if isinstance(value, Mapping) else value:
+            yield from _tensors(part)
 
 
 def _numel(tensors: Iterable[Tensor]) -> int:
@@ -179,6 +190,8 @@ def layer_table(result: Profile) -> str:
 
 
 def _input(layer: Layer) -> str:
+    if layer.kind != "concat":
+        return "x".join(str(n) for n in layer.inputs[0][1:]) if layer.inputs else ""
     sides = list(zip(zip(*layer.inputs, strict=True), layer.output, strict=True))[1:]
     # Only on the axis of a concatenation do the inputs' sizes add up to the output's.
     return "x".join("+".join(map(str, n)) if sum(n) == out else str(n[0]) for n, out in sides)
@@ -220,8 +233,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     p = argparse.ArgumentParser(prog="python -m utils.profile", description=__doc__.splitlines()[0])
     p.add_argument(
-        "-v", "--version", nargs="+", choices=BACKBONES, default=list(BACKBONES),
-        metavar="VERSION", help=f"networks (all): {', '.join(BACKBONES)}",
+        "-v", "--version", nargs="+", choices=BACKBONES, metavar="VERSION",
+        help=f"networks (all that have the size): {', '.join(BACKBONES)}",
     )  # fmt: skip
     p.add_argument("-s", "--size", type=int, nargs="+", help="sides of the input (all there are)")
     p.add_argument(
@@ -231,11 +244,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     p.add_argument("--json", metavar="OUT", help="write totals and layers to this file")
     args = p.parse_args(argv)
     results = []
+    existing = {size for row in BACKBONES.values() for size in row.sizes}
     try:
         if args.json:
             check_writable(args.json)
-        for version in args.version:
-            for size in args.size or BACKBONES[version].sizes:
+        for version in args.version or BACKBONES:
+            sizes = BACKBONES[version].sizes
+            for size in args.size or sizes:
+                if args.version is None and size in existing and size not in sizes:
+                    continue
                 try:
                     with torch.device("meta"):
                         net = build_net(version, size, args.classes)
@@ -247,6 +264,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
     if args.layers:
         for version, size, result in results:
             print(f"{version} at {size}\n\n{layer_table(result)}\n")

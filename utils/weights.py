@@ -14,7 +14,7 @@ import argparse
 import json
 import sys
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -131,12 +131,11 @@ def published(name: str) -> PublishedFile:
     raise UserError(f"{name} is no published file; choose from {names}")
 
 
-def origin(path: str | Path) -> PublishedFile | None:
-    """The published file that has the same hash as the one at ``path``."""
-    digests = {name: file_digest(path, name) for name in ("git", "sha256")}
+def origin(digests: Mapping[str, str]) -> PublishedFile | None:
+    """The published file that has one of these digests, by the name of their hash."""
     for row in PUBLISHED:
         name, _, expected = (row.checksum or "").partition(":")
-        if expected and digests[name].startswith(expected):
+        if expected and digests.get(name, "").startswith(expected):
             return row
     return None
 
@@ -172,22 +171,26 @@ def examine(path: str | Path) -> dict:
 
     Of a detector "version", "size" and "num_classes" are set, else None. "basenet" are the
     versions whose base it can start; "closest" names what "missing", "unused" and "wrong" (of
-    another shape) refer to: the closest detector, else the base.
+    another shape) refer to: the closest detector, else the base. "not_compared" has a sentence for
+    every version that cannot be built here.
 
     Raises:
         UserError: as ``load_checkpoint``.
     """
+    from models import closest
+
     saved = load_checkpoint(path)
     state = saved["model"]
     buffers = ("running_mean", "running_var", "num_batches_tracked")
-    row = origin(path)
+    digests = {name: file_digest(path, name) for name in ("sha256", "git")}
+    row = origin(digests)
     result = {
         "file": str(path),
         "bytes": Path(path).stat().st_size,
-        "sha256": file_digest(path, "sha256"),
-        "git_blob": file_digest(path, "git"),
+        "sha256": digests["sha256"],
+        "git_blob": digests["git"],
         "origin": row.name if row else None,
-        "holds": sorted({"model", *saved}),
+        "holds": ["model", *_beside(saved)],
         "tensors": len(state),
         "parameters": sum(t.numel() for k, t in state.items() if not k.endswith(buffers)),
         "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in state.values())),
@@ -200,16 +203,22 @@ def examine(path: str | Path) -> dict:
     result["basenet"] = list(bases)
     whole = {n: m for n, m in bases.items() if m.source != "the base of a detector"}
     if whole:
-        name, match = next(iter(whole.items()))
-        found = (name, None, None), match.missing, match.unused, match.wrong
-        result["closest"] = f"{match.source} for {name}"
+        name, found = next(iter(whole.items()))
+        result["closest"] = f"{found.source} for {name}"
+        result["not_compared"] = []
     else:
-        found = _closest_detector(state, list(bases))
-        result["closest"] = "{} at {}, {} classes with background".format(*found[0])
-        if not any(found[1:]):
-            result["version"], result["size"], result["num_classes"] = found[0]
-    result["missing"], result["unused"], result["wrong"] = found[1:]
-    return result
+        found = closest(state)
+        row = found.version, found.size, found.num_classes
+        result["closest"] = "{} at {}, {} classes with background".format(*row)
+        result["not_compared"] = found.not_compared
+        if not found:
+            result["version"], result["size"], result["num_classes"] = row
+    return result | {what: getattr(found, what) for what in ("missing", "unused", "wrong")}
+
+
+def _beside(saved: Mapping) -> list[str]:
+    """Names of what a file holds beside its tensors."""
+    return sorted({*saved, *saved.get("beside", ())} - {"model", "beside"})
 
 
 def _bases(state: Mapping[str, Tensor]) -> dict[str, BaseMatch]:
@@ -225,37 +234,6 @@ def _bases(state: Mapping[str, Tensor]) -> dict[str, BaseMatch]:
             continue
         matches[version] = match_base(base, state, row.from_classifier)
     return matches
-
-
-def _closest_detector(state: Mapping[str, Tensor], versions: Sequence[str]):
-    """(version, size, num_classes) with the fewest differences, and these: missing, unused, wrong.
-
-    Of ``versions`` alone, if there are any: those that share the base.
-    """
-    from models import BACKBONES, build_net, prior_config
-
-    rows = state["conf.0.weight"].shape[0] if "conf.0.weight" in state else 0
-    closest = None
-    for version in versions or BACKBONES:
-        for size in BACKBONES[version].sizes:
-            boxes = prior_config(version, "VOC", size).boxes_per_cell[0]
-            num_classes = max(2, rows // boxes)
-            try:
-                with torch.device("meta"):
-                    expected = build_net(version, size, num_classes).state_dict()
-            except UserError:
-                continue
-            missing = [key for key in expected if key not in state]
-            unused = [key for key in state if key not in expected]
-            wrong = [
-                f"{key} {list(state[key].shape)} instead of {list(tensor.shape)}"
-                for key, tensor in expected.items()
-                if key in state and state[key].shape != tensor.shape
-            ]
-            found = (version, size, num_classes), missing, unused, wrong
-            if closest is None or sum(map(len, found[1:])) < sum(map(len, closest[1:])):
-                closest = found
-    return closest
 
 
 def describe(found: dict) -> str:
@@ -284,6 +262,8 @@ def describe(found: dict) -> str:
                 more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
                 title = {"wrong": "other shape"}.get(what, what)
                 lines[title] = f"{len(keys)}: {', '.join(keys[:20])}{more}"
+        if found["not_compared"]:
+            lines["but"] = "; ".join(found["not_compared"])
     return "\n".join(f"{title:<12} {text}" for title, text in lines.items())
 
 
@@ -301,8 +281,8 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
         The entries of the checkpoint that are left out: what only ``--resume`` needs.
 
     Raises:
-        UserError: ``source`` cannot be read, ``target`` exists or cannot be written, or their
-            names do not end in ``.safetensors`` and something else.
+        UserError: ``source`` cannot be read, ``target`` exists, cannot be written or cannot hold
+            it, or their names do not end in ``.safetensors`` and something else.
     """
     source, target = Path(source), Path(target)
     if (source.suffix == ".safetensors") == (target.suffix == ".safetensors"):
@@ -316,11 +296,16 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
     if target.suffix == ".safetensors":
         save_safetensors(target, saved["model"], {**_identity(saved), **kept})
     elif kept:
-        save_checkpoint(target, {"model": saved["model"], **kept})
+        try:
+            save_checkpoint(target, {"model": saved["model"], **kept})
+        except RecursionError as error:
+            raise UserError(
+                f"{target} cannot be written: the configuration in {source} is too deeply nested"
+            ) from error
     else:
         with atomic_write(target) as file:
             torch.save(saved["model"], file)
-    return sorted(saved.keys() - kept.keys() - {"model", "format"})
+    return [name for name in _beside(saved) if name not in {*kept, "format"}]
 
 
 def _identity(saved: Mapping) -> dict:
