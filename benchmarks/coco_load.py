@@ -18,12 +18,12 @@ import contextlib
 import io
 import json
 import multiprocessing
-import pickle
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
@@ -153,7 +153,7 @@ def measure(name: str, path: Path) -> dict[str, float]:
         )
         report["worker"] = next(iter(loader)) / 1024
     if name == "reader":
-        report["pickled"] = len(pickle.dumps(walk)) / MIB
+        report["sent"] = len(ForkingPickler.dumps(walk)) / MIB  # to a spawned worker
     return report
 
 
@@ -184,8 +184,8 @@ def main(argv: list[str] | None = None) -> int:
         line += f"   peak {found['peak']:6.0f}   left {found['left']:6.0f}"
         if "worker" in found:
             line += f"   a forked worker {found['worker']:6.1f}"
-        if "pickled" in found:
-            line += f", another one {found['pickled']:.1f}"
+        if "sent" in found:
+            line += f", another one {found['sent']:.1f}"
         print(line)
     write(args.json, CPU, images=args.images, boxes=args.boxes, megabytes=size, medians=medians)
     return 0
