@@ -50,13 +50,14 @@ from utils.options import (
     DEFAULTS,
     DETECTION_OPTIONS,
     OF_ONE_CALL,
+    TRAINING_RECIPES,
     check_gpus,
     choose_device,
     image_sets,
     parser,
     set_names,
 )
-from utils.schedule import lr_at
+from utils.schedule import SCHEDULES, lr_at
 from utils.trainer import Interrupted, Trainer
 
 # ---------------------------------------------------------------- options
@@ -87,6 +88,8 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
     options = {**DEFAULTS, **stored, **given}
     # Whose prior boxes: the offsets of weights from elsewhere were learnt against others.
     options.setdefault("priors", options["dataset"])
+    for key, value in TRAINING_RECIPES[options["recipe"]].items():
+        options.setdefault(key, value)
     options.setdefault("crowds", True)
     if "crowds" in given and options["dataset"] != "COCO":
         raise UserError("--crowds is for -d COCO; leave it out")
@@ -149,7 +152,12 @@ def check_config(saved: dict, path: Path) -> dict:
         raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
     choices = {"version": BACKBONES, "size": SIZES, "dataset": RECIPES, "amp": AMP_TYPES}
     choices["priors"] = RECIPES
-    later = {"priors": "", "crowds": True}  # not in the first files
+    expected |= TRAINING_RECIPES["published"]
+    choices |= {"recipe": TRAINING_RECIPES, "schedule": SCHEDULES}
+    later = {"priors": "", "crowds": True, "recipe": "", **TRAINING_RECIPES["published"]}
+    later.pop("warm_epoch")
+    expected = {key: example for key, example in expected.items() if key not in later}
+    # not in the first files, whose recipe was the published one
     expected |= {key: example for key, example in later.items() if key in config}
     for key, example in expected.items():
         value = config.get(key)
@@ -442,11 +450,12 @@ def train(given: dict) -> None:
             stored["priors"] = boxes
     options = resolve(given, stored)
     if saved:
-        for key in ("batch_size", "seed", "train_sets"):
-            if options[key] != saved["config"][key]:
+        for key in ("batch_size", "seed", "train_sets", "recipe", "norm_decay", "ema"):
+            before = stored.get(key, options[key])
+            if options[key] != before:
                 raise UserError(
                     f"--{key} {options[key]} contradicts the run that is resumed, which has "
-                    f"{saved['config'][key]}; leave the option out"
+                    f"{before}; leave the option out"
                 )
     device = choose_device(given, options["amp"])
     check_gpus(options["ngpu"], device)
@@ -630,6 +639,7 @@ def build_trainer(
             steps_per_epoch=len(loader.batch_sampler),
             epochs=options["max_epoch"],
             base_lr=options["lr"],
+            schedule=options["schedule"],
             gamma=options["gamma"],
             milestones=LR_MILESTONES,
             warm_epochs=options["warm_epoch"],
@@ -639,7 +649,7 @@ def build_trainer(
     chosen = detection_options({}, options, TRAINING_THRESHOLD)
     scoring = scoring_options(given, options)
 
-    def evaluate(name: str, on_batch) -> dict:
+    def evaluate(net: nn.Module, name: str, on_batch) -> dict:
         folder = directory / "ss_predict" / name / set_names(options["test_sets"])
         origin = made_by(options, chosen, {"file": f"{directory.name}, {name}"}, device)
         detections = detect(net, test_set, priors, options, chosen, on_batch)

@@ -1,4 +1,4 @@
-"""Schedule, loading order, and the two loops."""
+"""Loading order, and the two loops."""
 
 from __future__ import annotations
 
@@ -17,37 +17,6 @@ from layers import Detect, MultiBoxLoss, PriorBox
 from models import build_net
 from utils.engine import NonFiniteLoss, detect_all, to_input, train_steps
 from utils.errors import UserError
-from utils.schedule import lr_at
-
-# ---------------------------------------------------------------- schedule
-
-
-def rate(step, epochs=150, warm_epochs=1):
-    return lr_at(
-        step,
-        steps_per_epoch=100,
-        epochs=epochs,
-        base_lr=4e-3,
-        gamma=0.1,
-        milestones=(0.6, 0.8, 0.9),
-        warm_epochs=warm_epochs,
-        start_lr=1e-6,
-    )
-
-
-def test_warm_up_is_linear_from_the_start_rate():
-    assert rate(0) == 1e-6
-    assert rate(50) == pytest.approx((1e-6 + 4e-3) / 2)
-    assert rate(100) == 4e-3
-    assert rate(0, warm_epochs=0) == 4e-3
-
-
-def test_rate_falls_tenfold_at_60_80_and_90_percent_of_the_epochs():
-    for epoch, factor in ((90, 0.1), (120, 0.01), (135, 0.001)):
-        assert rate(epoch * 100 - 1) == pytest.approx(4e-3 * factor * 10)
-        assert rate(epoch * 100) == pytest.approx(4e-3 * factor)
-    assert rate(149 * 100 + 99) == pytest.approx(4e-6)
-
 
 # ---------------------------------------------------------------- loading
 

@@ -54,6 +54,7 @@ def train_steps(
     learning_rates: Iterable[float],
     mean: Sequence[float],
     amp: str,
+    clip_norm: float = 0.0,
 ) -> Iterator[Step]:
     """Train on ``batches``, one optimiser step each; yields after every step.
 
@@ -65,6 +66,7 @@ def train_steps(
         scaler: enabled for fp16 only.
         learning_rates: one a step, drawn as the steps are made.
         amp: a key of ``AMP_TYPES``.
+        clip_norm: largest L2 norm of the gradient of all parameters, 0: any.
 
     Raises:
         NonFiniteLoss: before the step that would spoil the weights.
@@ -83,6 +85,9 @@ def train_steps(
             raise NonFiniteLoss(indices, *values)
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        if clip_norm:
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
         scaler.step(optimizer)
         scaler.update()
         yield Step(lr, *values, images)

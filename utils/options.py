@@ -9,8 +9,28 @@ import torch
 
 from utils.engine import AMP_TYPES
 from utils.errors import UserError
+from utils.schedule import SCHEDULES
+
+TRAINING_RECIPES = {
+    "published": {
+        "schedule": "steps",
+        "warm_epoch": 1,
+        "norm_decay": True,
+        "ema": 0.0,
+        "clip_norm": 0.0,
+    },
+    "modern": {
+        "schedule": "cosine",
+        "warm_epoch": 3,
+        "norm_decay": False,
+        "ema": 0.9998,
+        "clip_norm": 10.0,
+    },
+}
+"""Options that a recipe sets, unless they are given."""
 
 DEFAULTS = {
+    "recipe": "published",
     "version": "SSD_HarDNet68",
     "size": 512,
     "dataset": "VOC",
@@ -21,7 +41,6 @@ DEFAULTS = {
     "lr": 4e-3,
     "momentum": 0.9,
     "gamma": 0.1,
-    "warm_epoch": 1,
     "log_iters": 10,
     "save_folder": "weights/",
     "save_frequency": 10,
@@ -122,6 +141,8 @@ def parser(
            help="with --resume_net: the epoch at which the schedule starts (default: 0)")
 
     g = p.add_argument_group("recipe")
+    option(g, "--recipe", choices=TRAINING_RECIPES,
+           help="what the options below default to; docs/recipes.md compares them")
     option(g, "-b", "--batch_size", type=positive, metavar="N", help="pictures a step")
     option(g, "-max", "--max_epoch", type=positive, metavar="N",
            help="epochs (default: 300 VOC, 150 COCO)")
@@ -131,8 +152,19 @@ def parser(
     option(g, "--momentum", type=number, metavar="X", help="of SGD")
     option(g, "--weight_decay", type=number, metavar="X", help="(default: 5e-4 VOC, 1e-4 COCO)")
     option(g, "--gamma", type=number, metavar="X",
-           help="factor of the learning rate at 60, 80 and 90 %% of the epochs")
-    option(g, "-we", "--warm_epoch", type=count, metavar="N", help="epochs of linear warm-up")
+           help="factor of the learning rate at 60, 80 and 90 %% of the epochs (--schedule steps)")
+    option(g, "-we", "--warm_epoch", type=count, metavar="N",
+           help="epochs of linear warm-up (default: 1; modern: 3)")
+    option(g, "--schedule", choices=SCHEDULES,
+           help="of the learning rate after the warm-up (default: steps; modern: cosine)")
+    option(g, "--norm_decay", **switch,
+           help="weight decay also on biases and on the weights of norms (default: true; modern: "
+                "false)")
+    option(g, "--ema", type=fraction, metavar="X",
+           help="test and keep a moving average of the weights that keeps this share of itself a "
+                "step, 0: none (default: 0; modern: 0.9998)")
+    option(g, "--clip_norm", type=number, metavar="X",
+           help="largest norm of a step's gradient, 0: any (default: 0; modern: 10)")
     option(g, "--jaccard_threshold", type=fraction, metavar="X",
            help="least IoU of a positive prior box")
     option(g, "--seed", type=count, metavar="N", help="of weights, order and augmentation")

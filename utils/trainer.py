@@ -15,6 +15,7 @@ from utils.checkpoint import load_weights, rng_state, save_checkpoint, set_rng_s
 from utils.engine import NonFiniteLoss, train_steps
 from utils.errors import UserError
 from utils.logger import LOGGER, Progress, RunLog
+from utils.optimization import MovingAverage, parameter_groups
 
 
 class Interrupted(Exception):
@@ -31,8 +32,8 @@ class Trainer:
         loader: its batches (images, targets, indices) of an epoch follow
             ``loader.batch_sampler.set_epoch(epoch, start)``.
         learning_rate: of a step, 0-based and counted over the whole run.
-        evaluate: called as evaluate(name, on_batch) when an evaluation is due; returns results with
-            "metric", "value" and "per_class". None: there is nothing to test on.
+        evaluate: called as evaluate(net, name, on_batch) when an evaluation is due; returns
+            results with "metric", "value" and "per_class". None: there is nothing to test on.
         options: the configuration: amp, lr, momentum, weight_decay, max_epoch, ngpu,
             save_frequency, test_frequency, log_iters, visdom, send_images_to_visdom, version,
             dataset.
@@ -49,7 +50,7 @@ class Trainer:
         priors: Tensor,
         loader,
         learning_rate: Callable[[int], float],
-        evaluate: Callable[[str, Callable[[int], None]], dict] | None,
+        evaluate: Callable[[nn.Module, str, Callable[[int], None]], dict] | None,
         options: dict,
         identity: dict,
         mean: Sequence[float],
@@ -68,11 +69,11 @@ class Trainer:
         self.directory = directory
         self.image_name = image_name
         self.optimizer = torch.optim.SGD(
-            net.parameters(),
+            parameter_groups(net, options["weight_decay"], options["norm_decay"]),
             lr=options["lr"],
             momentum=options["momentum"],
-            weight_decay=options["weight_decay"],
         )
+        self.average = MovingAverage(net, options["ema"]) if options["ema"] else None
         self.scaler = torch.amp.GradScaler(priors.device.type, enabled=options["amp"] == "fp16")
         self.steps_per_epoch = len(loader.batch_sampler)
         self.step = 0
@@ -85,13 +86,16 @@ class Trainer:
 
     def restore(self, saved: dict, path: Path) -> None:
         """Go on exactly where the checkpoint ``saved``, read from ``path``, was made."""
-        load_weights(self.net, saved["model"], path)
+        load_weights(self.net, saved.get("raw_model", saved["model"]), path)
         try:
+            if self.average:
+                load_weights(self.average.net, saved["model"], path)
+                self.average.updates = int(saved["average_updates"])
             self.optimizer.load_state_dict(saved["optimizer"])
             # The configuration in force decides: an option may have been given anew.
-            for group in self.optimizer.param_groups:
+            for number, group in enumerate(self.optimizer.param_groups):
                 group["momentum"] = self.options["momentum"]
-                group["weight_decay"] = self.options["weight_decay"]
+                group["weight_decay"] = 0.0 if number else self.options["weight_decay"]
             if saved["scaler"]:
                 self.scaler.load_state_dict(saved["scaler"])
             set_rng_state(saved["rng"])
@@ -178,10 +182,13 @@ class Trainer:
             map(self.learning_rate, itertools.count(self.step)),
             self.mean,
             self.options["amp"],
+            self.options["clip_norm"],
         )
         try:
             for done in steps:
                 self.step += 1
+                if self.average:
+                    self.average.update(self.net)
                 losses = {"loss_loc": done.loss_loc, "loss_conf": done.loss_conf}
                 for key, value in losses.items():
                     self.totals[key] += value
@@ -243,7 +250,7 @@ class Trainer:
 
     def _evaluate(self, name: str) -> dict:
         """Score the present weights; returns what of it belongs into the run's log."""
-        results = self.evaluate(name, lambda images: self._check_signal())
+        results = self.evaluate(self._best_known(), name, lambda images: self._check_signal())
         self.evaluated_at = self.step
         self.log.scalars(self.step, {results["metric"]: results["value"]})
         return {key: results[key] for key in ("metric", "value", "per_class")}
@@ -257,7 +264,7 @@ class Trainer:
 
     def _save(self, *names: str) -> None:
         state = {
-            "model": self.net.state_dict(),
+            "model": self._best_known().state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "step": self.step,
@@ -266,6 +273,9 @@ class Trainer:
             "rng": rng_state(),
             **self.identity,
         }
+        if self.average:
+            state["raw_model"] = self.net.state_dict()
+            state["average_updates"] = self.average.updates
         broken = [key for key, tensor in state["model"].items() if not tensor.isfinite().all()]
         if broken:
             self.consistent = False
@@ -275,6 +285,10 @@ class Trainer:
             )
         for name in names:
             save_checkpoint(self._path(name), state)
+
+    def _best_known(self) -> nn.Module:
+        """The network that is tested and handed on: the average, where there is one."""
+        return self.average.net if self.average else self.net
 
     def _kept(self) -> str:
         last = self._path("last.pth")
