@@ -30,7 +30,7 @@ import numpy as np
 from data.curves import CURVES_FILE
 from data.detections import LARGEST, as_columns
 from data.image import read_image, report_lines
-from data.voc0712 import set_name
+from data.voc0712 import first_with_objects, set_name
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -71,16 +71,36 @@ class Annotations:
                 f" {', '.join(self.classes)}"
             )
         chosen = np.array([name in classes for name in self.classes])
-        kept = chosen[self.labels - 1]
-        columns = ("boxes", "areas", "crowds")
+        part = self._of_boxes(chosen[self.labels - 1])
         return replace(
-            self,
+            part,
             category_ids=self.category_ids[chosen],
             classes=tuple(name for name in self.classes if name in classes),
-            offsets=np.concatenate([[0], np.cumsum(kept)])[self.offsets],
-            labels=np.cumsum(chosen)[self.labels - 1][kept],
+            labels=np.cumsum(chosen)[part.labels - 1],
+        )
+
+    def of_images(self, ids: Sequence[int]) -> Annotations:
+        """The same categories with these pictures alone, in the order of their ids.
+
+        UserError for an id that is not there.
+        """
+        ids = np.asarray(ids, np.int64)
+        chosen = np.zeros(len(self.image_ids), bool)
+        chosen[positions(self.path, "chosen", "image_id", ids, self.image_ids, self.path)] = True
+        part = self._of_boxes(np.repeat(chosen, np.diff(self.offsets)))
+        return replace(
+            part,
+            offsets=np.append(0, part.offsets[1:][chosen]),  # the others own no boxes now
+            **{name: getattr(self, name)[chosen] for name in ("image_ids", "file_names", "sizes")},
+        )
+
+    def _of_boxes(self, kept: np.ndarray) -> Annotations:
+        """The same pictures and categories with these boxes alone, `kept` bool [M]."""
+        return replace(
+            self,
+            offsets=np.append(0, np.cumsum(kept))[self.offsets],
             annotation_ids=[self.annotation_ids[n] for n in np.flatnonzero(kept)],
-            **{column: getattr(self, column)[kept] for column in columns},
+            **{name: getattr(self, name)[kept] for name in ("boxes", "labels", "areas", "crowds")},
         )
 
 
@@ -381,6 +401,25 @@ class COCODetection:
         """A line for the log for every reason in `skipped`, with the count and an example."""
         return report_lines(self.skipped)
 
+    def keep_first(self, n: int) -> None:
+        """Restrict the data set, in place, to the first n pictures with an object in their target.
+
+        `evaluate` then scores these pictures alone, and image sets without one of them are gone
+        from `image_sets`; `skipped` is left as it is. UserError if there are fewer such pictures,
+        as in a test split, ValueError for n below 1.
+        """
+        counts = np.diff(self._offsets)
+        sets = "+".join(set_name(*pair) for pair in self.image_sets)
+        kept = first_with_objects(counts, n, f"{self.root}: {sets}")
+        self._boxes = np.concatenate([self.target(i) for i in kept])
+        self.ids = [self.ids[i] for i in kept]
+        self._names, self._sizes = self._names[kept], self._sizes[kept]
+        self._offsets = np.append(0, np.cumsum(counts[kept]))
+        used, self._set_of = np.unique(self._set_of[kept], return_inverse=True)
+        self.image_sets, self._files, self._folders = (
+            [items[s] for s in used] for items in (self.image_sets, self._files, self._folders)
+        )
+
     def check_scorable(self) -> None:
         """UserError if `evaluate` could not score these image sets: more than one."""
         if len(self.image_sets) > 1:
@@ -452,9 +491,8 @@ class COCODetection:
                 " takes this file"
             ]
             return report
-        scored = evaluate_coco(
-            results, truth, backend, path.with_name(CURVES_FILE), classes=self.classes
-        )
+        curves = path.with_name(CURVES_FILE)
+        scored = evaluate_coco(results, truth, backend, curves, self.classes, self.ids)
         return report | {
             "value": scored["stats"][0],
             "per_class": scored["per_category"],

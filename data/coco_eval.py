@@ -71,6 +71,7 @@ def evaluate_coco(
     backend: str = "pycocotools",
     curves: str | Path | None = None,
     classes: Sequence[str] | None = None,
+    images: Sequence[int] | None = None,
 ) -> dict:
     """Score detections {"image_id", "category_id", "bbox": [x, y, w, h], "score"}: file or memory.
 
@@ -78,8 +79,9 @@ def evaluate_coco(
     {"small", "medium", "large": AP, as in the stats}, "per_category_per_size": {name: {size: AP}},
     "backend": its name and version} over all pictures of the annotation file, with pycocotools'
     defaults. As there, -1 stands where there is no ground truth; no detections at all score 0.
-    curves: also write the precision-recall arrays to this file, see `data.curves`. classes: score
-    these categories alone, as if the file had no others.
+    curves: also write the precision-recall arrays to this file, see `data.curves`. classes,
+    images: score these categories, or the pictures of these ids, alone, as if the file had no
+    others.
 
     hotcoco gives every number of pycocotools, the arrays included, bit by bit. faster-coco-eval
     does so for AR and the scores, but its precision of a lone correct detection is 1, and not
@@ -93,6 +95,8 @@ def evaluate_coco(
     truth = read_annotations(annotations_path)
     if classes is not None:
         truth = truth.of_classes(classes)
+    if images is not None:
+        truth = truth.of_images(images)
     source = results if isinstance(results, str | Path) else "results"
     if not isinstance(results, COCOResults):
         records = results if isinstance(results, list) else read_json(results)

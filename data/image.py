@@ -19,16 +19,16 @@ def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
     such as half a file that was closed properly: OpenCV fills the missing part, mostly with grey.
     """
     try:
-        data = np.fromfile(path, np.uint8)  # cv2.imread cannot open non-ASCII paths on Windows
+        data = Path(path).read_bytes()  # cv2.imread cannot open non-ASCII paths on Windows
     except OSError as error:
         raise UserError(f"{path}: the picture cannot be read ({error.strerror})") from error
-    if not data.size:
+    if not data:
         raise UserError(f"{path}: the picture file is empty; copy or download it again")
-    if not _is_complete(data.tobytes()):  # OpenCV may fill the missing part and go on
+    if not _is_complete(data):  # OpenCV may fill the missing part and go on
         raise UserError(f"{path}: the picture is cut off before its end; copy or download it again")
     flags = cv2.IMREAD_COLOR if orient else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(data, flags)
+        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
     except cv2.error as error:  # such as more pixels than OpenCV accepts
         raise UserError(f"{path}: OpenCV cannot decode the picture ({error.err})") from error
     if image is None:
@@ -38,8 +38,9 @@ def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
 
 def _is_complete(data: bytes) -> bool:
     """Whether a JPEG or PNG reaches its end marker; other formats count as complete."""
+    # Searched from the end, where it is: from the start takes a tenth of the time to decode.
     if data.startswith(b"\x89PNG"):
-        return b"IEND" in data
+        return data.rfind(b"IEND") >= 0
     if not data.startswith(b"\xff\xd8"):
         return True
     # Skip the header segments: an EXIF thumbnail is a JPEG with an end marker of its own.
@@ -48,7 +49,7 @@ def _is_complete(data: bytes) -> bool:
     while 0 <= position < len(data) - 3:
         marker = data[position + 1]
         if marker == 0xDA:
-            return data.find(b"\xff\xd9", position) >= 0
+            return data.rfind(b"\xff\xd9", position) >= 0
         if marker == 0xFF:  # fill byte
             position += 1
         else:

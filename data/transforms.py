@@ -60,6 +60,20 @@ class SSDAugmentation:
         return resize(picture, boxes, canvas, self.size, interpolation, self.mean)
 
 
+class ResizeOnly:
+    """`SSDAugmentation` without randomness: the picture as evaluation sees it, and all boxes."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(
+        self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return uint8 [size,size,3] and float32 [n,5], relative corners in 0..1 and the label."""
+        canvas = (image.shape[1], image.shape[0], 0, 0)
+        return resize(image, target, canvas, self.size, cv2.INTER_LINEAR, (0, 0, 0))
+
+
 class TestTransform:
     """Bilinear resize to `size` x `size`, aspect ratio not kept: the input of evaluation."""
 
@@ -85,11 +99,15 @@ def random_crop(
         return image, target
     extent = np.array((image.shape[1], image.shape[0]))
     low, high = target[:, :2], target[:, 2:4]
-    centres = (low + high) / 2
+    centres, areas = (low + high) / 2, (high - low).prod(1)
     while True:  # a choice without a valid crop is drawn again; "no crop" ends it in the end
         min_iou = CROP_MIN_IOUS[rng.integers(len(CROP_MIN_IOUS))]
         if min_iou is None:
             return image, target
+        # An IoU is at most the smaller area by the larger, so for the limit m no crop is larger
+        # than the least box / m, nor smaller than the greatest * m: no try of these would be valid.
+        if areas.max() * min_iou**2 > areas.min():
+            continue
         # All tries at once; the first valid one counts, as if they had been drawn one by one.
         scale = rng.uniform(0.3, 1, (CROP_TRIES, 1))
         aspect = np.sqrt(rng.uniform(np.maximum(0.5, scale**2), np.minimum(2, scale**-2)))
@@ -98,7 +116,7 @@ def random_crop(
         first, last = starts[:, None], (starts + sides)[:, None]
         inside = ((first < centres) & (centres < last)).all(2)
         overlap = (np.minimum(last, high) - np.maximum(first, low)).clip(0).prod(2)
-        union = sides.prod(1)[:, None] + (high - low).prod(1) - overlap
+        union = sides.prod(1)[:, None] + areas - overlap
         valid = inside.any(1) & (overlap >= min_iou * union).all(1)
         if valid.any():
             break

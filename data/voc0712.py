@@ -142,6 +142,22 @@ def _find_set(root: Path, year: str | None, image_set: str) -> tuple[Path, Path]
     )
 
 
+def first_with_objects(counts: Sequence[int], n: int, source: str) -> list[int]:
+    """Positions of the first n pictures that have objects; counts: how many each one has.
+
+    UserError if there are fewer, `source` says of what. ValueError for n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"cannot keep {n} pictures, wanted 1 or more")
+    found = np.flatnonzero(counts)
+    if len(found) < n:
+        raise UserError(
+            f"{source}: {len(found)} of {len(counts)} pictures have objects, too few to keep {n};"
+            " ask for fewer (--overfit) or take another image set (--train_sets)"
+        )
+    return found[:n].tolist()
+
+
 def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
     """The class names as a tuple; UserError when one is empty, repeated or the background."""
     names = tuple(name.strip() for name in classes)
@@ -327,6 +343,7 @@ class VOCDetection:
         loaded = load_annotations(self.root, self.image_sets, classes)
         self.ids, self.annotations, self.classes = loaded.ids, loaded.annotations, loaded.classes
         self.skipped: dict[str, list[str]] = loaded.skipped
+        self._scored = self.classes
         self._pictures = _find_pictures(loaded)
         self._sizes: list[tuple[int, int]] = []
         self._targets: list[np.ndarray] = []
@@ -412,6 +429,29 @@ class VOCDetection:
         """A line for the log for every reason in `skipped`, with the count and an example."""
         return report_lines(self.skipped)
 
+    def keep_first(self, n: int) -> None:
+        """Restrict the data set, in place, to the first n pictures with an object in their target.
+
+        What `evaluate` returns is then about these pictures, and about the classes that have ground
+        truth there, so that perfect detections score 1. `skipped` is left as it is. UserError if
+        there are fewer such pictures, ValueError for n below 1.
+        """
+        counts = [len(target) for target in self._targets]
+        kept = first_with_objects(counts, n, f"{self.root}: {self._sets_name()}")
+        for name in ("ids", "annotations", "_pictures", "_sizes", "_targets", "_difficult"):
+            setattr(self, name, [getattr(self, name)[i] for i in kept])
+        counted = {
+            name
+            for annotation in self.annotations
+            for name, difficult in zip(annotation.names, annotation.difficult, strict=True)
+            if not difficult
+        }
+        # Where all are difficult there is nothing to score; the notes of a score say so.
+        self._scored = tuple(c for c in self.classes if c in counted) or self.classes
+
+    def _sets_name(self) -> str:
+        return "+".join(set_name(*pair) for pair in self.image_sets)
+
     def check_scorable(self) -> None:
         """Raise UserError if `evaluate` could not score these image sets: an id in two years."""
         if len(set(self.ids)) < len(self):
@@ -436,12 +476,16 @@ class VOCDetection:
         if len(detections) != len(self):
             raise ValueError(f"{len(detections)} detections for {len(self)} images")
         self.check_scorable()
-        name = "+".join(set_name(*pair) for pair in self.image_sets)
-        if len(self.image_sets) == 1:
-            name = self.image_sets[0][1]  # the official spelling has no year
+        # The official spelling of a single set has no year.
+        name = self._sets_name() if len(self.image_sets) > 1 else self.image_sets[0][1]
         voc_eval.write_comp4(directory, name, self.classes, self.ids, detections)
-        read, _ = voc_eval.read_comp4(directory, name, self.classes, self.ids)
-        result = voc_eval.evaluate_voc(read, self.annotations, self.classes)
+        read, _ = voc_eval.read_comp4(directory, name, self._scored, self.ids)
+        result = voc_eval.evaluate_voc(read, self.annotations, self._scored)
+        if left_out := [c for c in self.classes if c not in self._scored]:
+            result["notes"].append(
+                f"no ground truth in the {len(self)} pictures kept, so not scored, for"
+                f" {len(left_out)} classes: {', '.join(left_out)}"
+            )
         old = all(year and year.isdigit() and int(year) < 2010 for year, _ in self.image_sets)
         main = "voc07_11point" if old else "area"
         voc_eval.write_voc_curves(Path(directory) / CURVES_FILE, result)

@@ -694,3 +694,97 @@ def test_benchmark_of_loading_says_seconds_and_memory(tmp_path, capsys):
     coco_load.make_root(tmp_path, 300, 2000)
     dataset = COCODetection(tmp_path, [("2017", "train")])
     assert len(dataset) == 300 and sum(len(dataset.target(i)) for i in range(300)) == 2000
+
+
+def some_boxes():
+    """Objects of four of the pictures 1 to 6; 2 has none, and that of 4 has no area."""
+    return [
+        annotation(1, 5, [3, 3, 20, 20], 7),
+        annotation(2, 1, [10, 5, 20, 10], 90),
+        annotation(3, 4, [10, 5, 1, 10], 3),
+        annotation(4, 3, [0.5, 1.25, 8, 4], 3),
+        annotation(5, 1, [30, 5, 20, 12], 3),
+        annotation(6, 6, [1, 1, 9, 9], 7),
+    ]
+
+
+def test_first_pictures_with_objects_are_kept_as_they_are(tmp_path):
+    whole = read(val2017(tmp_path, some_boxes(), ids=(6, 5, 4, 3, 2, 1)))
+    dataset = read(tmp_path)
+    dataset.keep_first(3)
+    assert len(dataset) == 3 and dataset.ids == [1, 3, 5] and dataset.classes == whole.classes
+    for i, before in enumerate([0, 2, 4]):
+        image, target = dataset[i]
+        assert np.array_equal(image, whole[before][0])
+        assert target.tolist() == dataset.target(i).tolist() == whole.target(before).tolist()
+        assert dataset.image_path(i) == whole.image_path(before)
+        assert dataset.image_size(i) == whole.image_size(before)
+        assert np.array_equal(dataset.pull_image(i), whole.pull_image(before))
+    assert dataset.target(-1).tolist() == [[3, 3, 22, 22, 2]] and dataset.report()
+    with pytest.raises(IndexError):
+        dataset.target(3)
+    dataset.keep_first(1)
+    assert dataset.ids == [1] and len(dataset.target(0)) == 2
+
+
+@pytest.mark.parametrize("backend", ["pycocotools", "hotcoco", "faster-coco-eval"])
+def test_first_pictures_are_scored_as_a_set_of_only_them(tmp_path, backend):
+    pytest.importorskip(backend.replace("-", "_"))
+    boxes = some_boxes()
+    dataset = read(val2017(tmp_path / "all", boxes, ids=range(1, 7)))
+    dataset.keep_first(2)
+    of_them = [box for box in boxes if box["image_id"] in (1, 3)]
+    only = read(val2017(tmp_path / "only", of_them, ids=(1, 3)))
+    detections = perfect(dataset)
+    report = dataset.evaluate(detections, tmp_path / "out", backend=backend)
+    assert report["value"] == pytest.approx(1)
+    assert report["per_class"] == pytest.approx({"dog": 1, "kite": -1, "oar": 1})
+    assert report == only.evaluate(perfect(only), tmp_path / "out", backend=backend)
+    detections[0]["boxes"] += np.float32(2)
+    report = dataset.evaluate(detections, tmp_path / "out", backend=backend)
+    assert 0 < report["value"] < 1
+    assert report == only.evaluate(detections, tmp_path / "out", backend=backend)
+
+
+def test_loader_processes_get_the_first_pictures_alone(tmp_path):
+    boxes = [annotation(n, n, [10, 5, 20, 10]) for n in range(1, 401)]
+    dataset = read(val2017(tmp_path, boxes, ids=range(1, 401)))
+    before = len(ForkingPickler.dumps(dataset))
+    dataset.keep_first(4)
+    assert len(ForkingPickler.dumps(dataset)) < before / 10
+    assert dataset._offsets.tolist() == [0, 1, 2, 3, 4] and dataset._boxes.base is None
+
+
+def test_image_sets_without_a_picture_kept_are_gone(tmp_path):
+    val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)])
+    boxes = [annotation(1, 5, [0, 0, 4, 4]), annotation(2, 4, [3, 0, 4, 4])]
+    write_set(tmp_path, "instances_train2017.json", "train2017", {5: "5.jpg", 4: "4.jpg"}, boxes)
+    write_set(tmp_path, "instances_own.json", "own", {1: "1.jpg"}, [])
+    sets = [("2017", "val"), (None, "own"), ("2017", "train")]
+    dataset = COCODetection(tmp_path, sets)
+    dataset.keep_first(2)
+    assert dataset.ids == [42, 4] and dataset.image_sets == [("2017", "val"), ("2017", "train")]
+    assert dataset.image_path(1) == tmp_path / "train2017" / "4.jpg"
+    assert (dataset[1][0] == 4).all() and dataset.target(1).tolist() == [[3, 0, 6, 3, 1]]
+    for call in (dataset.check_scorable, lambda: dataset.evaluate(perfect(dataset), tmp_path)):
+        with pytest.raises(UserError, match="one set at a time"):
+            call()
+    dataset = COCODetection(tmp_path, sets[::-1])
+    dataset.keep_first(2)
+    dataset.check_scorable()
+    report = dataset.evaluate(perfect(dataset), tmp_path / "out")
+    assert report["image_set"] == "2017_train" and report["value"] == pytest.approx(1)
+
+
+def test_more_pictures_than_have_objects_cannot_be_kept(tmp_path):
+    dataset = read(val2017(tmp_path, some_boxes(), ids=range(1, 7)))
+    message = "2017_val: 4 of 6 pictures have objects, too few to keep 5; ask for fewer"
+    with pytest.raises(UserError, match=f"^{tmp_path}: {message}"):
+        dataset.keep_first(5)
+    with pytest.raises(ValueError, match="cannot keep -1 pictures"):
+        dataset.keep_first(-1)
+    assert len(dataset) == 6
+    write_set(tmp_path, "image_info_test2017.json", "test2017", {42: f"{42:012d}.jpg"})
+    dataset = COCODetection(tmp_path, [("2017", "test")])
+    with pytest.raises(UserError, match=r"2017_test: 0 of 1 pictures .* or take another image set"):
+        dataset.keep_first(1)

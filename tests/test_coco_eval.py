@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from data.coco import read_annotations
 from data.coco_eval import (
     BACKENDS,
     COCOResults,
@@ -521,6 +522,29 @@ def test_command_line_scores_the_classes_asked_for(small, tmp_path, capsys):
     path.write_text(json.dumps([result([0, 0, 40, 40], image_id=2, category_id=7)]))
     assert main([str(path), str(small), "--classes", "dog"]) == 2
     assert "results[0] has the category_id 7" in capsys.readouterr().err
+
+
+def test_pictures_asked_for_are_scored_as_if_there_were_no_others(golden, tmp_path):
+    truth, results, _ = golden
+    document, records = json.loads(truth.read_text()), json.loads(results.read_text())
+    ids = [image["id"] for image in document["images"][1::3]]
+    for key, field in (("images", "id"), ("annotations", "image_id")):
+        document[key] = [item for item in document[key] if item[field] in ids]
+    (tmp_path / "part.json").write_text(json.dumps(document))
+    of_them = [record for record in records if record["image_id"] in ids]
+    report = evaluate_coco(of_them, truth, images=ids[::-1])
+    assert report == evaluate_coco(of_them, tmp_path / "part.json") and report["stats"][0] > 0
+    part, expected = (
+        read_annotations(truth).of_images(ids),
+        read_annotations(tmp_path / "part.json"),
+    )
+    for name in ("image_ids", "file_names", "sizes", "offsets", "boxes", "labels", "areas",
+                 "crowds", "annotation_ids", "category_ids", "classes"):  # fmt: skip
+        np.testing.assert_array_equal(getattr(part, name), getattr(expected, name))
+    with pytest.raises(UserError, match="has the image_id .*, which .* does not list"):
+        evaluate_coco(records, truth, images=ids)
+    with pytest.raises(UserError, match=r"truth.json: chosen\[1\] has the image_id -5, which"):
+        evaluate_coco([], truth, images=[ids[0], -5])
 
 
 def test_test_set_has_nothing_to_score_against(small):

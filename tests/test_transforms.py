@@ -12,6 +12,7 @@ import pytest
 from data import transforms
 from data.transforms import (
     INTERPOLATIONS,
+    ResizeOnly,
     SSDAugmentation,
     TestTransform,
     adjust_colours,
@@ -23,7 +24,7 @@ from data.transforms import (
 )
 
 MEAN = (104, 117, 123)
-SAMPLES = 3000
+SAMPLES = 10_000
 
 
 def picture_of(width, height, seed=0):
@@ -158,8 +159,9 @@ def literal_canvas(image, canvas, size, interpolation):
         [(60, 40, 140, 130)],
         [(10, 10, 60, 60), (100, 90, 180, 150)],
         [(5, 5, 8, 9)],
+        [(20, 20, 180, 150), (40, 30, 150, 140)],
     ],
-    ids=["the whole picture", "one box", "two boxes", "a tiny box"],
+    ids=["the whole picture", "one box", "two boxes", "a tiny box", "a box in a box"],
 )
 def test_crops_are_distributed_as_in_the_literal_version(boxes):
     image, draw, rng = coordinates(), random.Random(1), np.random.default_rng(1)
@@ -455,6 +457,21 @@ def test_the_transform_of_evaluation_is_bilinear(size):
     assert ours.flags.c_contiguous
 
 
+@pytest.mark.parametrize("size", [300, 512])
+def test_resize_only_is_the_picture_of_evaluation_with_all_boxes(size):
+    image = picture_of(123, 77)
+    target = target_of((0, 0, 123, 77, 2), (12.3, 7.7, 12.4, 7.8, 5))
+    before = image.copy(), target.copy()
+    picture, boxes = ResizeOnly(size)(image, target, np.random.default_rng(0))
+    np.testing.assert_array_equal(picture, TestTransform(size)(image))
+    np.testing.assert_allclose(boxes[0], (0, 0, 1, 1, 2))
+    np.testing.assert_allclose(boxes[1], (0.1, 0.1, 12.4 / 123, 7.8 / 77, 5), rtol=1e-5)
+    assert boxes.dtype == np.float32
+    np.testing.assert_array_equal(image, before[0])
+    np.testing.assert_array_equal(target, before[1])
+    assert ResizeOnly(size)(image, target_of(), None)[1].shape == (0, 5)
+
+
 # ---------------------------------------------------------------- the whole augmentation
 
 
@@ -507,7 +524,10 @@ def literal_sample(width, height, boxes, draw):
     ]
 
 
-def test_whole_samples_are_distributed_as_in_the_literal_version():
+def test_whole_samples_are_distributed_as_in_the_literal_version(monkeypatch):
+    # The places of boxes are compared, colours and interpolations above; these cost the time.
+    monkeypatch.setattr(transforms, "adjust_colours", lambda image, **change: image)
+    monkeypatch.setattr(transforms, "INTERPOLATIONS", (cv2.INTER_NEAREST,) * 5)
     # Some boxes are near the 1 % limit, so that dropping and the fall-back both happen.
     boxes, image = [(50, 30, 57, 38), (60, 20, 180, 150), (90, 100, 94, 104)], coordinates()
     target = target_of(*[(*box, 1 + i) for i, box in enumerate(boxes)])

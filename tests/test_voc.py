@@ -629,3 +629,88 @@ def test_same_id_in_two_years_can_be_trained_on_but_not_scored(make_voc, tmp_pat
         with pytest.raises(UserError, match="have the same image id"):
             call()
     VOCDetection(tmp_path, [("2007", "trainval")]).check_scorable()
+
+
+# ---- the first pictures alone
+
+
+def test_first_pictures_with_objects_are_kept_as_they_are(voc_folder):
+    whole, data = (VOCDetection(voc_folder, [(None, "trainval")]) for _ in range(2))
+    data.keep_first(3)
+    assert len(data) == 3 and data.ids == ["b1", "b2", "b4"] and data.classes == whole.classes
+    for index, before in enumerate([0, 1, 3]):
+        assert np.array_equal(data[index][0], whole[before][0])
+        assert data[index][1].tolist() == data.target(index).tolist() == whole[before][1].tolist()
+        assert data.difficult(index).tolist() == whole.difficult(before).tolist()
+        assert data.image_path(index) == whole.image_path(before)
+        assert data.image_size(index) == whole.image_size(before)
+        assert np.array_equal(data.pull_image(index), whole.pull_image(before))
+        assert data.annotations[index].path == whole.annotations[before].path
+    assert len(list(data)) == 3 and data.report() == whole.report() == []
+    data.keep_first(1)
+    assert data.ids == ["b1"]
+
+
+def test_first_pictures_are_scored_as_a_set_of_only_them(voc_folder, make_voc, tmp_path):
+    data = VOCDetection(voc_folder, [(None, "trainval")])
+    data.keep_first(2)
+    samples = {
+        "b1": [("cell", (5, 5, 40, 40)), ("rod", (50, 10, 90, 30))],
+        "b2": [("cell", (20, 20, 70, 60))],
+    }
+    only = dataset(make_voc, tmp_path, samples)
+    assert data.ids == only.ids and data.classes == ("cell", "platelet", "rod")
+    for drop, value in (((), 1), ((1,), 0.75)):
+        result, expected = (d.evaluate(as_detections(d, drop), tmp_path / "out")
+                            for d in (data, only))  # fmt: skip
+        (note,) = result.pop("notes")
+        assert note.endswith("2 pictures kept, so not scored, for 1 classes: platelet")
+        assert expected.pop("notes") == [] and result == expected
+        assert result["value"] == result["area"]["mean"] == pytest.approx(value)
+        assert list(result["per_class"]) == ["cell", "rod"]
+
+
+def test_detection_of_a_class_without_ground_truth_kept_is_written_but_not_scored(
+    voc_folder, tmp_path
+):
+    data = VOCDetection(voc_folder, [(None, "trainval")])
+    data.keep_first(2)
+    found = as_detections(data)
+    found[1] = {"boxes": np.ones((1, 4), np.float32), "scores": [0.5], "labels": [2]}
+    assert data.evaluate(found, tmp_path / "out")["per_class"] == {"cell": 0.5, "rod": 1}
+    assert (tmp_path / "out/comp4_det_trainval_platelet.txt").read_text().startswith("b2 0.5")
+
+
+def test_picture_of_difficult_objects_alone_is_kept(voc_devkit, tmp_path):
+    data = VOCDetection(voc_devkit, [("2007", "trainval")])
+    data.keep_first(2)
+    assert data.ids == ["000001", "000002"] and data.difficult(1).tolist() == [True]
+    result = data.evaluate(as_detections(data), tmp_path / "out")
+    assert result["per_class"] == pytest.approx({"dog": 1, "person": 1})
+    assert result["value"] == pytest.approx(1)
+
+
+def test_difficult_objects_alone_score_0_and_say_why(make_voc, tmp_path):
+    data = dataset(make_voc, tmp_path, {"a": [("dog", (1, 1, 9, 9), True)], "b": []})
+    data.keep_first(1)
+    result = data.evaluate(as_detections(data), tmp_path / "out")
+    assert result["value"] == 0 and result["notes"][0].startswith("0 ground truths for class dog")
+
+
+def test_same_id_in_two_years_can_be_scored_once_one_of_them_is_kept(make_voc, tmp_path):
+    for year in ("2007", "2012"):
+        make_voc(tmp_path / f"VOC{year}", {"trainval": {"a": [("dog", (1, 1, 9, 9))]}})
+    data = VOCDetection(tmp_path, [("2007", "trainval"), ("2012", "trainval")])
+    data.keep_first(1)
+    data.check_scorable()
+    assert data.evaluate(as_detections(data), tmp_path / "out")["area"]["mean"] == pytest.approx(1)
+
+
+def test_more_pictures_than_have_objects_cannot_be_kept(voc_folder):
+    data = VOCDetection(voc_folder, [(None, "trainval")])
+    message = f"{voc_folder}: trainval: 5 of 6 pictures have objects, too few to keep 6; ask for"
+    with pytest.raises(UserError, match="^" + re.escape(message)):
+        data.keep_first(6)
+    with pytest.raises(ValueError, match="cannot keep 0 pictures, wanted 1 or more"):
+        data.keep_first(0)
+    assert len(data) == 6

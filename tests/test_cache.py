@@ -1,0 +1,233 @@
+"""Caches of decoded pictures: the same samples, without decoding twice, and never too large."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from data import cache as cache_module
+from data.cache import DiskCache, MemoryCache, free_memory, open_cache
+from data.loading import EpochSampler, TrainingSet, training_loader
+from data.transforms import SSDAugmentation
+from data.voc0712 import VOCDetection
+from utils.errors import UserError
+
+
+@pytest.fixture
+def dataset(voc_folder):
+    return VOCDetection(voc_folder, [(None, "trainval")])
+
+
+@pytest.fixture(params=["memory", "folder"])
+def where(request, tmp_path):
+    return "memory" if request.param == "memory" else str(tmp_path / "new" / "cache")
+
+
+@pytest.fixture
+def start_method():
+    before = multiprocessing.get_start_method()
+    yield lambda name: multiprocessing.set_start_method(name, force=True)
+    multiprocessing.set_start_method(before, force=True)
+
+
+def two_epochs(dataset, pull, workers=0, between=lambda: None):
+    samples = TrainingSet(dataset, SSDAugmentation(300), 3, pull)
+    loader = training_loader(samples, EpochSampler(len(dataset), 2, 3), workers, False)
+    first = list(loader)
+    between()
+    loader.batch_sampler.set_epoch(1, 0)
+    return first + list(loader)
+
+
+def assert_same(ours, theirs):
+    for (a, ta, ia), (b, tb, ib) in zip(ours, theirs, strict=True):
+        assert ia == ib
+        assert torch.equal(a, b)
+        assert all(torch.equal(x, y) for x, y in zip(ta, tb, strict=True))
+
+
+# ---------------------------------------------------------------- the same samples
+
+
+@pytest.mark.parametrize(("workers", "method"), [(0, None), (2, "fork"), (2, "spawn")])
+def test_samples_are_the_same_and_no_picture_is_decoded_twice(
+    dataset, where, workers, method, start_method
+):
+    if method not in (None, *multiprocessing.get_all_start_methods()):
+        pytest.skip(f"no {method} here")
+    expected = two_epochs(dataset, None)
+
+    def remove():
+        for index in range(len(dataset)):
+            dataset.image_path(index).unlink()
+
+    if method:
+        start_method(method)
+    assert_same(two_epochs(dataset, open_cache(where, dataset), workers, remove), expected)
+
+
+def test_off_is_no_cache(dataset):
+    assert open_cache("off", dataset) is None
+
+
+def test_cached_picture_equals_the_decoded_one_and_cannot_be_written_to(dataset, where):
+    pull = open_cache(where, dataset)
+    for _ in range(2):
+        for index in (3, 0):
+            np.testing.assert_array_equal(pull(index), dataset.pull_image(index))
+    assert pull(3).dtype == np.uint8
+    with pytest.raises(ValueError, match="read-only"):
+        pull(3)[0] = 0
+
+
+def test_picture_of_another_size_than_annotated_is_not_kept(dataset, where, tmp_path):
+    path = dataset.image_path(1)
+    image = cv2.copyMakeBorder(dataset.pull_image(1), 0, 1, 0, 1, cv2.BORDER_REPLICATE)
+    cv2.imwrite(str(path), image)  # a pixel more passes as rounding
+    pull = open_cache(where, dataset)
+    for _ in range(2):
+        np.testing.assert_array_equal(pull(1), dataset.pull_image(1))
+    assert pull(1).shape == (73, 97, 3)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        pull(1)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def test_pictures_that_do_not_fit_into_memory_are_refused(dataset, monkeypatch):
+    need = 6 * 96 * 72 * 3  # 124,416 bytes are 80 % of 155,520
+    monkeypatch.setattr(cache_module, "free_memory", lambda: need / 0.8 + 1)
+    MemoryCache(dataset)
+    monkeypatch.setattr(cache_module, "free_memory", lambda: need / 0.8 - 1)
+    with pytest.raises(UserError) as error:
+        MemoryCache(dataset)
+    assert str(error.value) == (
+        "--cache memory needs 0.000124 GB for 6 decoded pictures, and of the 0.000156 GB that are "
+        "free it takes 80% at most; give a folder (--cache DIR), or --cache off"
+    )
+
+
+def test_memory_that_goes_to_another_process_meanwhile_is_told(dataset, monkeypatch):
+    def share_memory(tensor):
+        raise RuntimeError("unable to resize file: No space left on device (28)")
+
+    monkeypatch.setattr(torch.Tensor, "share_memory_", share_memory)
+    with pytest.raises(UserError, match="--cache memory needs"):
+        MemoryCache(dataset)
+
+
+def test_free_memory_is_the_least_of_the_systems_the_shared_and_the_containers(monkeypatch):
+    files = {"/proc/meminfo": ["MemTotal:  900 kB", "MemAvailable:  500 kB"]}
+    monkeypatch.setattr(cache_module, "_lines", lambda path: files.get(str(path), []))
+    monkeypatch.setattr(cache_module.os.path, "isdir", lambda path: True)
+    usage = type("Usage", (), {"free": 600 * 1024})
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage)
+    assert free_memory() == 500 * 1024
+    usage.free = 400 * 1024
+    assert free_memory() == 400 * 1024
+    group = "/sys/fs/cgroup/memory"
+    files |= {f"{group}.max": ["max"], f"{group}.current": ["300000"]}
+    assert free_memory() == 400 * 1024
+    # File pages that nobody used lately count as used, but are given up first.
+    files |= {f"{group}.max": ["500000"], f"{group}.stat": ["anon 1", "inactive_file 70000"]}
+    assert free_memory() == 270000
+
+
+# ---------------------------------------------------------------- disk
+
+
+def test_folder_serves_the_next_run_and_follows_a_changed_picture(dataset, tmp_path, monkeypatch):
+    first = DiskCache(dataset, tmp_path / "cache")
+    before = [first(i) for i in range(6)]
+    path = dataset.image_path(2)
+    cv2.imwrite(str(path), 255 - before[2])
+    decoded = []
+    pull_image = dataset.pull_image
+    monkeypatch.setattr(dataset, "pull_image", lambda i: decoded.append(i) or pull_image(i))
+    again = DiskCache(dataset, tmp_path / "cache")
+    for index in range(6):
+        assert np.array_equal(again(index), before[index]) == (index != 2)
+    assert decoded == [2]
+    assert len(list((tmp_path / "cache").iterdir())) == 7
+
+
+def test_file_is_numpys_own(dataset, tmp_path):
+    DiskCache(dataset, tmp_path / "cache")(0)
+    (path,) = (tmp_path / "cache").iterdir()
+    image = np.load(path, allow_pickle=False)
+    np.testing.assert_array_equal(image, dataset.pull_image(0))
+    np.save(tmp_path / "own.npy", image)
+    assert path.read_bytes() == (tmp_path / "own.npy").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: whole[:40],
+        lambda whole: whole[:-1],
+        lambda whole: whole + b"\0",
+        lambda whole: whole[:8] + b"xxxxx" + whole[13:],
+        lambda whole: whole.replace(b"(72, 96, 3)", b"(96, 72, 3)"),
+        lambda whole: b"PK\3\4" + whole[4:],
+    ],
+    ids=["empty", "cut header", "cut", "too long", "header", "other shape", "another format"],
+)
+def test_damaged_file_is_written_anew(dataset, tmp_path, damage):
+    pull = DiskCache(dataset, tmp_path / "cache")
+    pull(0)
+    (path,) = (tmp_path / "cache").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    np.testing.assert_array_equal(pull(0), dataset.pull_image(0))
+    assert path.read_bytes() == whole
+
+
+def test_pictures_that_do_not_fit_on_the_disk_are_refused(dataset, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    pull = DiskCache(dataset, folder)
+    pull(0), pull(1)
+    size = next(folder.iterdir()).stat().st_size
+    usage = type("Usage", (), {"free": 4 * size})
+    monkeypatch.setattr(cache_module.shutil, "disk_usage", lambda path: usage)
+    DiskCache(dataset, folder)  # two of six are there
+    usage.free -= 1
+    with pytest.raises(UserError) as error:
+        DiskCache(dataset, folder)
+    assert str(error.value) == (
+        f"--cache {folder} needs 8.35e-05 GB for 4 decoded pictures, and its disk has 8.35e-05 GB "
+        "free; make room, give another folder, or --cache off"
+    )
+
+
+def test_folder_that_cannot_be_made_is_refused(dataset, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"--cache .*file/cache: Not a directory; give another"):
+        DiskCache(dataset, tmp_path / "file" / "cache")
+
+
+def test_missing_picture_is_told_at_the_start(dataset, tmp_path):
+    path = dataset.image_path(5)
+    path.unlink()
+    with pytest.raises(UserError, match=rf"{path}: the picture cannot be read \(No such file"):
+        DiskCache(dataset, tmp_path / "cache")
+
+
+def test_full_disk_ends_in_a_sentence_and_leaves_no_half_file(dataset, tmp_path):
+    resource = pytest.importorskip("resource")
+    pull = DiskCache(dataset, tmp_path / "cache")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"\.npy: the decoded picture cannot be kept \(.*room"):
+            pull(0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert not list((tmp_path / "cache").iterdir())
+    np.testing.assert_array_equal(pull(0), dataset.pull_image(0))
