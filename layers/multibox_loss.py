@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -16,7 +18,11 @@ class MultiBoxLoss(nn.Module):
 
     Both are sums divided by the number of positive priors in the batch. Hard negatives: per
     image, three times as many non-positive priors as there are positives, those with the highest
-    confidence loss.
+    confidence loss, of equal losses the earlier prior.
+
+    A call matches and computes the losses. Where a batch comes in parts (micro-batches,
+    processes), ``match`` every part, count the positives of all, and give that to ``loss``. Neither
+    waits for a GPU, forward or backward.
     """
 
     def __init__(
@@ -39,9 +45,9 @@ class MultiBoxLoss(nn.Module):
 
         Args:
             predictions: ``loc`` [B, P, 4] and ``conf`` [B, P, num_classes] logits, any float type;
-                the loss is computed in float32.
+                the loss is computed in float32, or in float64 for float64.
             priors: [P, 4], centre-size, relative.
-            targets: B tensors [n, 5], corners relative to the image and a label in
+            targets: B tensors [n, 5] on the CPU, corners relative to the image and a label in
                 1..num_classes-1. n may be 0.
 
         Returns:
@@ -51,36 +57,25 @@ class MultiBoxLoss(nn.Module):
         Raises:
             ValueError: shapes that do not belong together, or a label out of range.
         """
-        loc, conf = (p.float() for p in predictions)
-        self._check(loc, conf, priors, targets)
-        boxes, mask = pad_targets(targets, loc.device)
-        with torch.no_grad():
-            labels, offsets = match(boxes, mask, priors, self.threshold, self.variance)
-            positive = labels > 0
-            chosen = positive | self._hard_negatives(conf, labels)
-            # max() keeps a batch without positives at 0 / 1 = 0.
-            count = positive.sum().clamp(min=1)
-        loss_loc = F.smooth_l1_loss(loc[positive], offsets[positive], reduction="sum")
-        loss_conf = F.cross_entropy(conf[chosen], labels[chosen], reduction="sum")
-        return loss_loc / count, loss_conf / count
+        self._check(predictions, len(targets), len(priors))
+        labels, offsets = self.match(targets, priors)
+        return self.loss(predictions, labels, offsets, (labels > 0).sum())
 
-    def _hard_negatives(self, conf: Tensor, labels: Tensor) -> Tensor:
-        """Bool [B, P]: the non-positive priors with the highest loss, a given number an image."""
-        loss = conf.logsumexp(2) - conf.gather(2, labels[..., None]).squeeze(2)
-        positive = labels > 0
-        loss = loss.masked_fill(positive, -torch.inf)
-        wanted = (self.negatives_per_positive * positive.sum(1)).clamp(max=labels.shape[1] - 1)
-        order = loss.argsort(dim=1, descending=True, stable=True)
-        ranked = torch.arange(labels.shape[1], device=labels.device) < wanted[:, None]
-        return torch.zeros_like(positive).scatter(1, order, ranked) & ~positive
+    @torch.no_grad()
+    def match(self, targets: Sequence[Tensor], priors: Tensor) -> tuple[Tensor, Tensor]:
+        """What every prior shall predict.
 
-    def _check(self, loc: Tensor, conf: Tensor, priors: Tensor, targets: Sequence[Tensor]) -> None:
-        batch, expected = len(targets), priors.shape[0]
-        if loc.shape != (batch, expected, 4) or conf.shape != (batch, expected, self.num_classes):
-            raise ValueError(
-                f"loc {list(loc.shape)} and conf {list(conf.shape)} do not fit {batch} targets, "
-                f"{expected} priors and {self.num_classes} classes"
-            )
+        Args:
+            targets: B tensors [n, 5] as for a call.
+            priors: [P, 4] as for a call.
+
+        Returns:
+            ``labels`` int64 [B, P], 0 = background, and ``offsets`` float32 [B, P, 4], without
+            meaning where the label is 0; both on the device of ``priors``.
+
+        Raises:
+            ValueError: a target of another shape, or a label out of range.
+        """
         for i, target in enumerate(targets):
             if target.ndim != 2 or target.shape[1] != 5:
                 raise ValueError(f"target {i} has shape {list(target.shape)}, expected [n, 5]")
@@ -89,3 +84,138 @@ class MultiBoxLoss(nn.Module):
                     f"target {i} has a label outside 1..{self.num_classes - 1}: "
                     f"{target[:, 4].tolist()}"
                 )
+        boxes = pad_targets(targets, priors.device)
+        return match(boxes, priors, self.threshold, self.variance, index=priors.is_cpu)
+
+    def loss(
+        self,
+        predictions: tuple[Tensor, Tensor],
+        labels: Tensor,
+        offsets: Tensor,
+        positives: Tensor | int,
+    ) -> tuple[Tensor, Tensor]:
+        """The two losses of predictions for what ``match`` has found.
+
+        Args:
+            predictions: ``loc`` and ``conf`` as for a call.
+            labels: int64 [B, P].
+            offsets: float32 [B, P, 4].
+            positives: what the sums are divided by (1 for 0): the number of positive priors in the
+                batch, of which these predictions may be a part. A 0-d tensor on their device, or a
+                number.
+
+        Returns:
+            (loss_loc, loss_conf) as a call does.
+
+        Raises:
+            ValueError: shapes that do not belong together.
+        """
+        loc, conf = predictions
+        self._check(predictions, *labels.shape)
+        loss_loc = _location_loss(loc, labels, offsets, conf.is_cpu)
+        loss_conf = _ConfidenceLoss.apply(conf, labels, self.negatives_per_positive, conf.is_cpu)
+        count = torch.as_tensor(positives).clamp(min=1)
+        return loss_loc / count, loss_conf / count
+
+    def _check(self, predictions: tuple[Tensor, Tensor], batch: int, priors: int) -> None:
+        loc, conf = predictions
+        if loc.shape != (batch, priors, 4) or conf.shape != (batch, priors, self.num_classes):
+            raise ValueError(
+                f"loc {list(loc.shape)} and conf {list(conf.shape)} do not fit {batch} targets, "
+                f"{priors} priors and {self.num_classes} classes"
+            )
+
+
+# Both sums below have two ways to the same numbers: `index` picks the rows that count, which are
+# few, and is for the CPU, as a GPU would have to wait for their number; the other masks the rest.
+
+
+def _location_loss(loc: Tensor, labels: Tensor, offsets: Tensor, index: bool) -> Tensor:
+    """Sum of smooth-L1 over the positive priors."""
+    positive = labels > 0
+    if index:
+        loc, offsets = loc[positive], offsets[positive]
+    else:
+        loc = torch.where(positive[..., None], loc, offsets)
+    return F.smooth_l1_loss(loc.to(_precision(loc)), offsets, reduction="sum")
+
+
+class _ConfidenceLoss(torch.autograd.Function):
+    """Sum of the cross-entropy over positive priors and hard negatives.
+
+    One pass over ``conf`` serves mining and loss, and nothing of its size is kept for the backward
+    pass, which writes the gradient of the rows that count.
+    """
+
+    @staticmethod
+    def forward(ctx, conf: Tensor, labels: Tensor, ratio: int, index: bool) -> Tensor:
+        losses = torch.empty(labels.shape, dtype=_precision(conf), device=conf.device)
+        for part in _parts(conf):
+            likelihood = conf[part].log_softmax(-1, dtype=losses.dtype)
+            losses[part] = likelihood.gather(-1, labels[part][..., None]).squeeze(-1).neg_()
+        chosen = (labels > 0) | _hard_negatives(losses, labels, ratio, index)
+        ctx.index = index
+        rows = chosen.flatten().nonzero().squeeze(1) if index else chosen
+        ctx.save_for_backward(conf, labels, rows)
+        return losses.flatten()[rows].sum() if index else torch.where(chosen, losses, 0).sum()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        if torch.is_grad_enabled():
+            raise NotImplementedError("MultiBoxLoss has no second derivative: no create_graph=True")
+        conf, labels, chosen = ctx.saved_tensors
+        if ctx.index:
+            result = _lazy_zeros(conf)
+            rows = _gradient(conf.flatten(0, 1)[chosen], labels.flatten()[chosen], grad)
+            result.flatten(0, 1)[chosen] = rows.to(conf.dtype)
+            return result, None, None, None
+        result = torch.empty_like(conf)
+        for part in _parts(conf):
+            rows = _gradient(conf[part], labels[part], grad)
+            result[part] = torch.where(chosen[part][..., None], rows, 0)
+        return result, None, None, None
+
+
+def _precision(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _lazy_zeros(like: Tensor) -> Tensor:
+    """Zeros on the CPU that take memory, and time, page by page where they are written:
+    ``torch.zeros`` writes all, and NumPy's large pages can be slow to come by."""
+    if not hasattr(mmap, "MAP_ANONYMOUS"):
+        return torch.zeros(like.shape, dtype=like.dtype)
+    pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
+
+
+def _parts(conf: Tensor) -> list[slice]:
+    """Slices of a batch: of one image on the CPU, whose copy stays in the cache, else of so many
+    that a float32 copy takes 256 MB."""
+    size = 1 if conf.is_cpu else max(1, 2**26 // conf[0].numel())
+    return [slice(start, start + size) for start in range(0, len(conf), size)]
+
+
+def _gradient(conf: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of each row's cross-entropy: (softmax - one-hot) x ``grad``, [..., C]."""
+    rows = conf.softmax(-1, dtype=_precision(conf))
+    label = labels[..., None]
+    return rows.scatter_(-1, label, rows.gather(-1, label) - 1).mul_(grad)
+
+
+def _hard_negatives(losses: Tensor, labels: Tensor, ratio: int, index: bool) -> Tensor:
+    """Bool [B, P]: the non-positive priors with the highest loss, ``ratio`` for a positive."""
+    positive = labels > 0
+    wanted = (ratio * positive.sum(1, keepdim=True)).clamp(max=labels.shape[1] - 1)
+    # What is not a number is a high loss: it must not go unnoticed.
+    losses = losses.nan_to_num(torch.inf, torch.inf, -torch.inf).masked_fill(positive, -torch.inf)
+    # The loss behind the last that is wanted: those over it are in, of those equal to it the first.
+    if index:
+        at = labels.shape[1] - 1 - wanted.squeeze(1)
+        rows = zip(losses.numpy(), at.tolist(), strict=True)
+        border = losses.new_tensor([np.partition(row, k)[k] for row, k in rows])[:, None]
+    else:
+        border = losses.sort(1, descending=True).values.gather(1, wanted)
+    over, equal = losses > border, losses == border
+    room = wanted - over.sum(1, keepdim=True)
+    return (over | (equal & (equal.cumsum(1, dtype=torch.int32) <= room))) & ~positive

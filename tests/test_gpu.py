@@ -58,6 +58,23 @@ def test_loss_and_gradients_equal_the_cpu():
         torch.testing.assert_close(a, b.cpu())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loss_of_a_batch_does_not_wait_for_the_gpu(dtype):
+    loc, conf, priors, targets = random_batch()
+    inputs = [x.to("cuda", dtype).requires_grad_() for x in (loc, conf)]
+    priors, criterion = priors.cuda(), MultiBoxLoss(5)
+    sum(criterion(inputs, priors, targets)).backward()  # libraries load, memory is taken
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        labels, offsets = criterion.match(targets, priors)
+        losses = criterion.loss(inputs, labels, offsets, (labels > 0).sum())
+        gradients = torch.autograd.grad(sum(losses), inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+    assert all(g.isfinite().all() and g.any() for g in gradients)
+
+
 def test_detections_equal_the_cpu():
     loc, conf, priors, _ = random_batch()
     sizes = [(640, 480), (300, 300), (33, 900)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from math import sqrt
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import data.config as config
 from layers import L2Norm, MultiBoxLoss, PriorBox
 from layers.boxes import decode, encode, iou, to_centre_size, to_corners
 from layers.matching import match, pad_targets
+from layers.multibox_loss import _ConfidenceLoss, _hard_negatives, _location_loss
 
 GOLDENS = Path(__file__).parent / "goldens"
 VARIANCE = (0.1, 0.2)
+CPU = torch.device("cpu")
 
 
 def match_one(target, priors, threshold=0.5):
-    boxes, mask = pad_targets([target], torch.device("cpu"))
-    labels, offsets = match(boxes, mask, priors, threshold, VARIANCE)
+    labels, offsets = match(pad_targets([target], CPU), priors, threshold, VARIANCE)
     return labels[0], offsets[0]
 
 
@@ -128,12 +130,13 @@ def random_targets(generator, count, classes=5):
     return torch.cat([corners, labels], 1)
 
 
-def test_batched_matching_equals_the_literal_rule():
+@pytest.mark.parametrize("index", [False, True])
+def test_batched_matching_equals_the_literal_rule(index):
     generator = torch.Generator().manual_seed(1)
     priors = PriorBox(config.VOC_300)()
     targets = [random_targets(generator, n) for n in (3, 0, 1, 17, 60)]
-    boxes, mask = pad_targets(targets, torch.device("cpu"))
-    labels, offsets = match(boxes, mask, priors, 0.5, VARIANCE)
+    labels, offsets = match(pad_targets(targets, CPU), priors, 0.5, VARIANCE, index)
+    assert offsets.isfinite().all()
     for i, target in enumerate(targets):
         if not len(target):
             assert not labels[i].any()
@@ -143,6 +146,14 @@ def test_batched_matching_equals_the_literal_rule():
         torch.testing.assert_close(
             offsets[i][expected > 0], encode(owner, priors, VARIANCE)[expected > 0]
         )
+
+
+def test_targets_are_padded_with_rows_that_have_no_label():
+    targets = [torch.full((2, 5), 0.5), torch.zeros(0, 5), torch.ones(1, 5).double()]
+    padded = pad_targets(targets, CPU)
+    assert padded.dtype == torch.float32
+    assert padded[..., 4].tolist() == [[0.5, 0.5], [0, 0], [1, 0]]
+    assert pad_targets([torch.zeros(0, 5)], CPU).shape == (1, 1, 5)
 
 
 def test_every_box_owns_a_prior_even_where_none_overlaps_enough():
@@ -208,8 +219,7 @@ def test_loss_equals_the_published_one(name):
     rows = torch.from_numpy(golden["targets"]).float()
     targets = [rows[rows[:, 0] == i, 1:] for i in range(batch)]
 
-    boxes, mask = pad_targets(targets, torch.device("cpu"))
-    labels, offsets = match(boxes, mask, priors, 0.5, VARIANCE)
+    labels, offsets = MultiBoxLoss(classes).match(targets, priors)
     np.testing.assert_array_equal(labels, golden["matched_label"])
     index = torch.from_numpy(golden["positive_index"]).long()
     np.testing.assert_allclose(
@@ -263,6 +273,134 @@ def test_loss_of_half_precision_outputs_is_computed_in_float32():
     assert float(losses[1]) == pytest.approx(4 * np.log(3), rel=1e-6)
 
 
+def random_batch(counts, classes, dtype=torch.float32, config=config.VOC_300):
+    """Predictions that want a gradient, priors and targets."""
+    generator = torch.Generator().manual_seed(sum(counts))
+    priors = PriorBox(config)()
+    targets = [random_targets(generator, n, classes) for n in counts]
+    outputs = (
+        torch.randn(len(counts), len(priors), width, generator=generator).to(dtype)
+        for width in (4, classes)
+    )
+    return [x.requires_grad_() for x in outputs], priors, targets
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loss_and_gradient_of_every_prior_masked_equal_those_of_the_chosen_ones(dtype):
+    (loc, conf), priors, targets = random_batch((4, 0, 9), 5, dtype)
+    labels, offsets = MultiBoxLoss(5).match(targets, priors)
+    results = []
+    for index in (False, True):
+        losses = (
+            _location_loss(loc, labels, offsets, index),
+            _ConfidenceLoss.apply(conf, labels, 3, index),
+        )
+        gradients = torch.autograd.grad(sum(losses), (loc, conf))
+        assert [g.dtype for g in gradients] == [dtype] * 2
+        results.append([*losses, *gradients])
+    for masked, indexed in zip(*results, strict=True):
+        torch.testing.assert_close(masked, indexed)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_gradient_of_half_precision_outputs_is_that_of_float32_rounded_once(dtype):
+    outputs, priors, targets = random_batch((4, 9), 5, dtype)
+    wide = [x.detach().float().requires_grad_() for x in outputs]
+    gradients, losses = [], []
+    for predictions in (outputs, wide):
+        losses.append(MultiBoxLoss(5)(predictions, priors, targets))
+        gradients.append(torch.autograd.grad(sum(losses[-1]), predictions))
+    torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
+    assert torch.equal(gradients[0][1], gradients[1][1].to(dtype))
+    torch.testing.assert_close(gradients[0][0], gradients[1][0].to(dtype))
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_gradient_equals_finite_differences(index):
+    generator = torch.Generator().manual_seed(0)
+    loc, conf, offsets = (
+        torch.randn(2, 9, n, generator=generator, dtype=torch.float64) for n in (4, 3, 4)
+    )
+    labels = torch.tensor([[0, 2, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
+    assert torch.autograd.gradcheck(
+        lambda x: _ConfidenceLoss.apply(x, labels, 2, index), conf.requires_grad_()
+    )
+    assert torch.autograd.gradcheck(
+        lambda x: _location_loss(x, labels, offsets, index), loc.requires_grad_()
+    )
+
+
+def test_gradient_is_the_same_where_memory_cannot_be_had_page_by_page(monkeypatch):
+    outputs, priors, targets = random_batch((4, 9), 5)
+    gradients = []
+    for _ in range(2):
+        losses = MultiBoxLoss(5)(outputs, priors, targets)
+        gradients.append(torch.autograd.grad(sum(losses), outputs)[1])
+        monkeypatch.delattr(mmap, "MAP_ANONYMOUS", raising=False)
+    assert torch.equal(*gradients)
+
+
+def test_second_derivative_is_refused():
+    conf = torch.randn(1, 4, 3, requires_grad=True)
+    loss = _ConfidenceLoss.apply(conf, torch.tensor([[1, 0, 0, 0]]), 3, True)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(loss, conf, create_graph=True)
+
+
+@pytest.mark.parametrize("index", [False, True])
+def test_of_equal_losses_the_earlier_priors_are_negatives(index):
+    generator = torch.Generator().manual_seed(3)
+    # Few different losses, so that nearly every border lies among equal ones.
+    losses = torch.randint(0, 4, (40, 30), generator=generator).float()
+    labels = torch.randint(-12, 3, (40, 30), generator=generator).clamp(min=0)
+    labels[0], labels[1] = 0, 1
+    chosen = _hard_negatives(losses, labels, 3, index)
+    for row, label, found in zip(losses.tolist(), labels.tolist(), chosen, strict=True):
+        order = sorted((i for i in range(30) if not label[i]), key=lambda i: (-row[i], i))
+        wanted = order[: 3 * (30 - len(order))]
+        assert found.nonzero().squeeze(1).tolist() == sorted(wanted)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("index", [False, True])
+def test_negative_that_is_no_number_is_noticed(index, value):
+    conf = torch.zeros(1, 50, 3)
+    conf[0, 7, 1] = value
+    labels = torch.zeros(1, 50, dtype=torch.long)
+    labels[0, 3] = 1
+    assert not _ConfidenceLoss.apply(conf, labels, 3, index).isfinite()
+
+
+def test_parts_of_a_batch_with_one_count_add_up_to_the_whole():
+    outputs, priors, targets = random_batch((4, 0, 9), 5)
+    criterion = MultiBoxLoss(5)
+    whole = criterion(outputs, priors, targets)
+    expected = torch.autograd.grad(sum(whole), outputs)
+    labels, offsets = criterion.match(targets, priors)
+    count = (labels > 0).sum()
+    for positives in (count, int(count)):
+        parts = [
+            criterion.loss([x[part] for x in outputs], labels[part], offsets[part], positives)
+            for part in (slice(1), slice(1, 3))
+        ]
+        summed = [sum(losses) for losses in zip(*parts, strict=True)]
+        torch.testing.assert_close(summed, list(whole))
+        measured = torch.autograd.grad(sum(summed), outputs)
+        torch.testing.assert_close(measured, expected)
+
+
+def test_loss_off_the_cpu_needs_no_value_of_the_data():
+    """What would make a GPU's host wait cannot even run on tensors without data."""
+    outputs, priors, targets = random_batch((4, 0, 9), 5)
+    outputs = [x.detach().to("meta").requires_grad_() for x in outputs]
+    losses = MultiBoxLoss(5)(outputs, priors.to("meta"), targets)
+    sum(losses).backward()
+    assert [loss.dtype for loss in losses] == [torch.float32] * 2
+    assert all(x.grad.shape == x.shape for x in outputs)
+    with pytest.raises(RuntimeError, match="meta"):
+        outputs[0][outputs[0] > 0]
+
+
 @pytest.mark.parametrize(
     ("target", "words"),
     [
@@ -284,3 +422,10 @@ def test_outputs_that_do_not_fit_the_priors_are_refused_with_both_numbers():
         MultiBoxLoss(3)((torch.zeros(1, 32756, 4), torch.zeros(1, 32756, 3)), priors, [
             torch.zeros(0, 5)
         ])  # fmt: skip
+    with pytest.raises(ValueError, match="2 targets.*11620 priors"):
+        MultiBoxLoss(3).loss(
+            (torch.zeros(1, 11620, 4), torch.zeros(1, 11620, 3)),
+            torch.zeros(2, 11620, dtype=torch.long),
+            torch.zeros(2, 11620, 4),
+            1,
+        )
