@@ -1,8 +1,19 @@
-"""What every base network is: layers in a row that yield two feature maps."""
+"""What every base network is: layers in a row that yield two feature maps; concatenations whose
+memory training can save."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.weak import WeakTensorKeyDictionary
+
+_PARTS: ContextVar[WeakTensorKeyDictionary | None] = ContextVar("_PARTS", default=None)
+"""The concatenations that are still referred to -> what they are made of."""
 
 
 class BaseNetwork(nn.Sequential):
@@ -30,3 +41,33 @@ def init_kaiming(module: nn.Module) -> None:
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
+
+
+def concatenate(parts: Sequence[Tensor]) -> Tensor:
+    """Tensors [B, C_k, H, W] side by side: [B, sum of C_k, H, W]."""
+    whole = torch.cat(parts, 1)
+    made_of = _PARTS.get()
+    if made_of is not None:
+        made_of[whole] = [part.detach() for part in parts]
+    return whole
+
+
+@contextmanager
+def recompute_concatenations() -> Iterator[None]:
+    """What autograd saves inside of a result of ``concatenate`` is its parts (arXiv 1707.06990).
+
+    A dense network's parts are saved anyway, so that the copies side by side cost no memory; they
+    are made again in the backward pass, bit by bit the same. No convolution is repeated.
+    """
+    made_of = WeakTensorKeyDictionary()
+    token = _PARTS.set(made_of)
+    try:
+        # Detached, as an operation that keeps its own result would never be freed.
+        with saved_tensors_hooks(lambda saved: made_of.get(saved) or saved.detach(), _whole):
+            yield
+    finally:
+        _PARTS.reset(token)
+
+
+def _whole(saved: Tensor | list[Tensor]) -> Tensor:
+    return torch.cat(saved, 1) if isinstance(saved, list) else saved

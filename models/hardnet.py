@@ -10,10 +10,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
-from models.base import BaseNetwork, init_kaiming
+from models.base import BaseNetwork, concatenate, init_kaiming
 
 
 @dataclass(frozen=True)
@@ -184,8 +183,8 @@ class HarDBlock(nn.Module):
         values = [x]
         for links, layer in zip(self.links, self.layers, strict=True):
             inputs = [values[i] for i in links]
-            values.append(layer(inputs[0] if len(inputs) == 1 else torch.cat(inputs, 1)))
-        return torch.cat([values[i] for i in self.outputs], 1)
+            values.append(layer(inputs[0] if len(inputs) == 1 else concatenate(inputs)))
+        return concatenate([values[i] for i in self.outputs])
 
 
 class HarDNetBase(BaseNetwork):

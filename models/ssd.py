@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layers.l2norm import L2Norm
+from models.base import recompute_concatenations
 
 
 class Detector(nn.Module):
@@ -20,6 +22,11 @@ class Detector(nn.Module):
 
     Member names and positions are frozen by the published checkpoints.
     """
+
+    recompute = False
+    """Whether training keeps the concatenations of HarD blocks as their parts: less memory for a
+    little time, the same gradients bit by bit. Other bases have none, so nothing changes; nor does
+    it under torch.compile, which decides itself what to keep."""
 
     def _add_heads(
         self, channels: Sequence[int], boxes_per_cell: Sequence[int], num_classes: int
@@ -39,7 +46,9 @@ class Detector(nn.Module):
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        sources = self.sources(images)
+        recompute = self.recompute and not torch.compiler.is_compiling()
+        with recompute_concatenations() if recompute else nullcontext():
+            sources = self.sources(images)
         loc = [_rows(head(x), 4) for head, x in zip(self.loc, sources, strict=True)]
         conf = [
             _rows(head(x), self.num_classes) for head, x in zip(self.conf, sources, strict=True)
