@@ -8,19 +8,25 @@ Exit status: 0 done, 1 unexpected failure, 2 bad usage or bad input, 130 interru
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import platform
 import signal
 import sys
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.data import Subset
 
 from data import build_dataset
+from data.cache import open_cache
 from data.coco_eval import BACKENDS, load_backend
 from data.config import (
     INPUT_MEAN,
@@ -33,23 +39,47 @@ from data.config import (
 )
 from data.curves import CURVES_FILE
 from data.detections import load_detections, save_detections
-from data.loading import EpochSampler, TestSet, TrainingSet, test_loader, training_loader
+from data.loading import (
+    EpochSampler,
+    TestSet,
+    TrainingSet,
+    check_shared_memory,
+    test_loader,
+    training_loader,
+)
 from data.transfer import COCO_CLASSES, match_classes, parse_class_map, transfer_classes
-from data.transforms import SSDAugmentation, TestTransform
+from data.transforms import ResizeOnly, SSDAugmentation, TestTransform
 from data.voc0712 import VOC_CLASSES, parse_classes
 from layers import Detect, MultiBoxLoss, PriorBox
 from layers.detect import SUPPRESSION
 from models import BACKBONES, SIZES, build_net, identify, prior_config
 from utils import nms
 from utils.checkpoint import load_base, load_checkpoint, load_weights, sha256_of
+from utils.distributed import (
+    ALONE,
+    Elsewhere,
+    World,
+    check_shares,
+    is_lost_connection,
+    join,
+    launch,
+    launched,
+    leave,
+    synchronise_batch_norm,
+)
+from utils.draw import contact_sheet, draw_batch, draw_comparison
 from utils.engine import AMP_TYPES, detect_all
 from utils.errors import UserError
-from utils.files import write_json
+from utils.files import locked, write_json
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
+from utils.optimization import OPTIMIZERS
 from utils.options import (
     DEFAULTS,
     DETECTION_OPTIONS,
+    FIXED_IN_A_RUN,
+    LATER,
     OF_ONE_CALL,
+    OF_THE_MACHINE,
     TRAINING_RECIPES,
     check_gpus,
     choose_device,
@@ -144,7 +174,8 @@ def check_config(saved: dict, path: Path) -> dict:
         UserError: a field is missing, or not of the kind that this program writes.
     """
     config, classes = saved.get("config"), saved.get("classes")
-    expected = {**DEFAULTS, "root": "", "max_epoch": 1, "weight_decay": 0.0}
+    expected = {**DEFAULTS, **TRAINING_RECIPES["published"], "root": "", "priors": ""}
+    expected |= {"max_epoch": 1, "weight_decay": 0.0, "crowds": True}
     expected |= {"train_sets": [], "test_sets": []}
     if not isinstance(config, dict):
         raise UserError(f"{path}: its configuration is no dict; is it a file of this program?")
@@ -152,14 +183,10 @@ def check_config(saved: dict, path: Path) -> dict:
         raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
     choices = {"version": BACKBONES, "size": SIZES, "dataset": RECIPES, "amp": AMP_TYPES}
     choices["priors"] = RECIPES
-    expected |= TRAINING_RECIPES["published"]
-    choices |= {"recipe": TRAINING_RECIPES, "schedule": SCHEDULES}
-    later = {"priors": "", "crowds": True, "recipe": "", **TRAINING_RECIPES["published"]}
-    later.pop("warm_epoch")
-    expected = {key: example for key, example in expected.items() if key not in later}
-    # not in the first files, whose recipe was the published one
-    expected |= {key: example for key, example in later.items() if key in config}
+    choices |= {"recipe": TRAINING_RECIPES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS}
     for key, example in expected.items():
+        if key in LATER and key not in config:
+            continue
         value = config.get(key)
         right = isinstance(value, type(example)) or (
             isinstance(example, float) and isinstance(value, int)
@@ -222,8 +249,10 @@ def check_known(path: Path, names: list[str], classes: list[str], given: dict) -
 def open_dataset(options: dict, key: str, classes: list[str] | None):
     """The data set of options[key], of just ``classes`` if these are given."""
     sets = [tuple(s) for s in options[key]]
-    crowds = options["crowds"] or key == "test_sets"
+    crowds = options["crowds"] or (key == "test_sets" and not options["overfit"])
     dataset = build_dataset(options["dataset"], options["root"], sets, classes, crowds)
+    if options["overfit"]:
+        dataset.keep_first(options["overfit"])
     if classes is not None and list(dataset.classes) != list(classes):
         raise UserError(
             f"{options['root']} has the classes {', '.join(dataset.classes)}, but those in use "
@@ -277,12 +306,23 @@ def scoring_options(given: dict, options: dict) -> dict:
 
 
 def detect(
-    net: nn.Module, dataset, priors: torch.Tensor, options: dict, chosen: dict, on_batch
-) -> list[dict[str, np.ndarray]]:
-    """Detections of all pictures of ``dataset``, by ``Detect(**chosen)``."""
-    samples = TestSet(dataset, TestTransform(options["size"]))
+    net: nn.Module,
+    dataset,
+    priors: torch.Tensor,
+    options: dict,
+    chosen: dict,
+    on_batch: Callable[[int], None],
+    world: World,
+) -> list[dict[str, np.ndarray]] | None:
+    """Detections of all pictures of ``dataset``, by ``Detect(**chosen)``.
+
+    Each process detects on its share of them; None on all processes but the first.
+    """
+    share = list(world.share_of(len(dataset)))
+    samples = Subset(TestSet(dataset, TestTransform(options["size"])), share)
     pin_memory = priors.device.type == "cuda"
-    loader = test_loader(samples, options["batch_size"], options["num_workers"], pin_memory)
+    size = -(-options["batch_size"] // world.size)
+    loader = test_loader(samples, size, options["num_workers"], pin_memory)
     progress = Progress("test", len(loader), options["log_iters"])
 
     def advance(images: int) -> None:
@@ -290,7 +330,7 @@ def detect(
         on_batch(images)
 
     try:
-        return detect_all(
+        found = detect_all(
             net, Detect(**chosen), priors, loader, INPUT_MEAN, options["amp"], advance
         )
     except FloatingPointError as error:
@@ -300,6 +340,7 @@ def detect(
         ) from error
     finally:
         progress.close()
+    return world.collect(found, len(dataset))
 
 
 def made_by(options: dict, chosen: dict, checkpoint: dict, device: torch.device) -> dict:
@@ -311,6 +352,7 @@ def made_by(options: dict, chosen: dict, checkpoint: dict, device: torch.device)
         "class_map": options.get("class_map"),
         "root": options["root"],
         "sets": set_names(options["test_sets"]),
+        "overfit": options["overfit"],
         "classes": options["classes"],
         "thresholds": {
             "score": chosen["conf_thresh"],
@@ -362,16 +404,34 @@ def score(dataset, detections: list[dict], origin: dict, directory: Path, scorin
     return results
 
 
-def test(given: dict) -> None:
-    """Evaluate the checkpoint given["test"], or score its kept detections again."""
-    for option in ("resume", "resume_net", "resume_epoch", "basenet"):
-        if option in given:
+@dataclass(frozen=True)
+class Testing:
+    """All that a test needs, read and found to fit together."""
+
+    options: dict
+    device: torch.device
+    dataset: object
+    model: dict[str, torch.Tensor]
+    """The state dict, of the data set's classes."""
+    checkpoint: dict
+    """Its file's name and sha256."""
+    directory: Path
+    scoring: dict
+
+    __test__ = False  # for pytest
+
+
+def open_test(given: dict, world: World) -> Testing:
+    """Read the checkpoint given["test"] and the data that it is tested on; writes nothing."""
+    for option in ("resume", "resume_net", "resume_epoch", "basenet", "overfit"):
+        if given.get(option):
             raise UserError(f"--{option} is for training, --test evaluates; give one of them")
     path = Path(given["test"])
     saved = load_checkpoint(path)
     stored = describe(saved, path, given)
-    # Precision and processes were chosen for the training machine, not for this one.
-    stored = {k: v for k, v in stored.items() if k not in ("amp", "ngpu", "num_workers")}
+    if stored.get("overfit"):  # it was tested on what it was trained on
+        stored = {k: v for k, v in stored.items() if k not in ("overfit", "test_sets")}
+    stored = {k: v for k, v in stored.items() if k not in OF_THE_MACHINE}
     names, boxes = trained_for(saved, path, given)
     if given.get("dataset", stored.get("dataset")) != stored.get("dataset"):
         stored = {key: stored[key] for key in ("version", "size")}  # what its data were is no help
@@ -382,45 +442,57 @@ def test(given: dict) -> None:
     if boxes:
         stored["priors"] = boxes
     options = resolve(given, stored)
-    device = choose_device(given, options["amp"])
+    device = choose_device(given, options["amp"], world)
     scoring = scoring_options(given, options)
     dataset = open_dataset(options, "test_sets", options.get("classes"))
-    log_dataset(dataset, options, "test_sets")
     options["classes"] = list(dataset.classes)
+    model = saved["model"]
+    if names and ("class_map" in given or names != options["classes"]):
+        check_known(path, names, options["classes"], given)
+        model, _ = transfer(model, names, options["classes"], given)
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
     directory = test_folder(given, options, path)
+    return Testing(options, device, dataset, model, checkpoint, directory, scoring)
+
+
+def test(given: dict, world: World = ALONE) -> None:
+    """Evaluate the checkpoint given["test"], or score its kept detections again."""
+    job = world.in_turn(lambda: open_test(given, world))
+    options, dataset, directory = job.options, job.dataset, job.directory
+    log_dataset(dataset, options, "test_sets")
     cache = directory / "detections.npz"
     chosen = detection_options(given, options, RECIPES[options["dataset"]].test_threshold)
-    origin = made_by(options, chosen, checkpoint, device)
+    origin = made_by(options, chosen, job.checkpoint, job.device)
     if given.get("retest"):
         asked = ["checkpoint", "dataset", "class_map", "root", "sets", "classes"]
         if DETECTION_OPTIONS & given.keys():
             asked += ["thresholds", "suppression"]
         same = {key: origin[key] for key in asked}
+        if not world.main:
+            return
         detections, origin = load_detections(cache, dataset.ids, same)
     else:
         net = build_net(options["version"], options["size"], len(dataset.classes) + 1)
-        if names and ("class_map" in given or names != options["classes"]):
-            check_known(path, names, options["classes"], given)
-            saved["model"], _ = transfer(saved["model"], names, options["classes"], given)
-        load_weights(net, saved["model"], path)
-        net.to(device, memory_format=torch.channels_last)
+        load_weights(net, job.model, given["test"])
+        net.to(job.device, memory_format=torch.channels_last)
         preset = prior_config(options["version"], options["priors"], options["size"])
-        priors = PriorBox(preset).to(device)()
+        priors = PriorBox(preset).to(job.device)()
         LOGGER.info(
             "%s at %d, %d classes, on %s (%s); NMS: %s",
             options["version"],
             options["size"],
             len(dataset.classes),
-            device,
+            job.device,
             options["amp"],
-            nms.backend(device.type),
+            nms.backend(job.device.type),
         )
-        detections = detect(net, dataset, priors, options, chosen, lambda images: None)
+        detections = detect(net, dataset, priors, options, chosen, lambda images: None, world)
+        if detections is None:
+            return
         for name in SCORES:  # of the detections that are replaced
             (directory / name).unlink(missing_ok=True)
         save_detections(cache, dataset.ids, detections, origin)
-    score(dataset, detections, origin, directory, scoring)
+    score(dataset, detections, origin, directory, job.scoring)
 
 
 def test_folder(given: dict, options: dict, path: Path) -> Path:
@@ -439,29 +511,63 @@ def test_folder(given: dict, options: dict, path: Path) -> Path:
 # ---------------------------------------------------------------- training
 
 
-def train(given: dict) -> None:
-    """Train, from scratch or from where a checkpoint left off."""
+@dataclass(frozen=True)
+class Run:
+    """All that a training run is made of but its network, read and found to fit together."""
+
+    options: dict
+    device: torch.device
+    train_set: object
+    pull: Callable[[int], np.ndarray] | None
+    """The cache of its pictures."""
+    test_set: object | None
+    saved: dict | None
+    """The checkpoint that is resumed, and where it lies."""
+    path: Path | None
+    start: dict | None
+    """The checkpoint of --resume_net."""
+    directory: Path
+    data: dict
+    """The fingerprint of the training pictures."""
+
+
+def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
+    """Read what a run starts from and trains on.
+
+    ``directory``: its folder, where another process has made it. Else it is made here, as the last
+    thing: a mistake leaves no folder behind.
+    """
     check_training_options(given)
     saved, path = find_checkpoint(given)
-    stored, start = check_config(saved, path) if saved else {}, saved
+    stored, start = check_config(saved, path) if saved else {}, None
     if "resume_net" in given:
         start = load_checkpoint(given["resume_net"])
         if boxes := trained_for(start, Path(given["resume_net"]), given)[1]:
             stored["priors"] = boxes
     options = resolve(given, stored)
     if saved:
-        for key in ("batch_size", "seed", "train_sets", "recipe", "norm_decay", "ema"):
-            before = stored.get(key, options[key])
+        for key in FIXED_IN_A_RUN:
+            before = stored.get(key, resolve({}, stored)[key])
             if options[key] != before:
                 raise UserError(
                     f"--{key} {options[key]} contradicts the run that is resumed, which has "
                     f"{before}; leave the option out"
                 )
-    device = choose_device(given, options["amp"])
-    check_gpus(options["ngpu"], device)
+    if options["overfit"]:
+        options["test_sets"] = options["train_sets"]
+    if options["recompute"] and options["compile"]:
+        raise UserError("--recompute changes nothing under --compile; give one of them")
+    device = choose_device(given, options["amp"], world)
+    check_shares(options["batch_size"], world.size, options["accumulate"])
     scoring_options(given, options)  # for its refusals, while nothing is written
     train_set = open_dataset(options, "train_sets", options.get("classes"))
     options["classes"] = list(train_set.classes)
+    parts = world.size * options["accumulate"]
+    if len(train_set) < parts:
+        raise UserError(
+            f"{len(train_set)} pictures cannot be cut into {parts} parts, {world.size} processes "
+            f"with {options['accumulate']} accumulation steps each; use fewer"
+        )
     data = fingerprint(train_set)
     if saved and saved.get("data") != data:
         raise UserError(
@@ -470,28 +576,71 @@ def train(given: dict) -> None:
             "new one from its weights with --resume_net"
         )
     test_set = open_test_set(options) if options["test_frequency"] else None
-    # Only now that nothing speaks against it: a mistake leaves no folder behind.
-    directory = run_folder(given, options, saved, path)
-    setup_logging(directory / "train.log")
-    log_dataset(train_set, options, "train_sets")
-    if test_set is not None:
-        log_dataset(test_set, options, "test_sets")
-    identity = {"classes": options["classes"], "config": options, "data": data}
-    trainer = build_trainer(given, options, identity, start, directory, device, train_set, test_set)
-    if saved:
-        trainer.restore(saved, path)
-    write_json(directory / "config.json", options)
+    pull = open_cache(options["cache"], train_set)
+    # Testing does not cut a process's share of a batch into accumulation steps.
+    batch = min(options["batch_size"], len(train_set))
+    share = -(-batch // (world.size if test_set is not None else parts))
+    check_shared_memory(options["num_workers"], share, options["size"], world.local_size)
+    directory = directory or run_folder(given, options, saved, path)
+    return Run(options, device, train_set, pull, test_set, saved, path, start, directory, data)
+
+
+def train(given: dict, world: World = ALONE) -> None:
+    """Train, from scratch or from where a checkpoint left off."""
+    run = None
+
+    def first() -> list[str | None]:
+        nonlocal run
+        run = open_run(given, world)
+        return [str(run.directory), str(run.path) if run.path else None]
+
+    directory, path = world.decide(first)
+    if run is None:
+        # The same checkpoint, whatever this process would take for the newest.
+        given = {
+            **{k: v for k, v in given.items() if k != "resume"},
+            **({"resume": path} if path else {}),
+        }
+        run = open_run(given, world, Path(directory))
+    with locked(run.directory / ".lock") if world.main else nullcontext():
+        train_run(given, run, world)
+
+
+def train_run(given: dict, run: Run, world: World) -> None:
+    """The training itself, in its folder."""
+    options = run.options
+    if world.main:
+        setup_logging(run.directory / "train.log")
+    log_dataset(run.train_set, options, "train_sets")
+    if run.test_set is not None:
+        log_dataset(run.test_set, options, "test_sets")
+    trainer = build_trainer(given, run, world)
+    if run.saved:
+        trainer.restore(run.saved, run.path)
+    if world.main:
+        write_json(run.directory / "config.json", options)
     LOGGER.info(
         "%s at %d, %d classes, %d pictures, %d steps an epoch, %d epochs, on %s (%s); run %s",
         options["version"],
         options["size"],
         len(options["classes"]),
-        len(train_set),
+        len(run.train_set),
         trainer.steps_per_epoch,
         options["max_epoch"],
-        device,
+        run.device,
         options["amp"],
-        directory,
+        run.directory,
+    )
+    sampler = trainer.loader.batch_sampler
+    LOGGER.info(
+        "a step: %d pictures in all (%d processes x %d accumulation steps x %d), learning rate %g "
+        "(%s recipe)",
+        sampler.batch_size,
+        world.size,
+        options["accumulate"],
+        sampler.batch_size // (world.size * options["accumulate"]),
+        options["lr"],
+        options["recipe"],
     )
     trainer.run(given.get("max_iters"))
 
@@ -519,6 +668,15 @@ def check_training_options(given: dict) -> None:
             f"--basenet {given['basenet']} does not exist; the published file for {version} is "
             f"{BACKBONES[version].weights}, and weights/README.md says where it can be had"
         )
+    recipe = TRAINING_RECIPES[given.get("recipe", DEFAULTS["recipe"])]
+    if "resume" not in given and given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
+        if not {"lr", "weight_decay"} <= given.keys():
+            raise UserError(
+                f"--optimizer {given['optimizer']} is not that of the recipe, whose learning rate "
+                "and weight decay do not suit it; give --lr and --weight_decay, too"
+            )
+    if given.get("send_images_to_visdom") and not given.get("visdom"):
+        raise UserError("--send_images_to_visdom goes with --visdom")
     if given.get("visdom"):
         try:
             import torch.utils.tensorboard  # noqa: F401
@@ -529,34 +687,49 @@ def check_training_options(given: dict) -> None:
 
 
 def find_checkpoint(given: dict) -> tuple[dict | None, Path | None]:
-    """The checkpoint that --resume means, and its path; (None, None) for a new run."""
+    """The checkpoint that --resume means, and its path; (None, None) for a new run.
+
+    "auto" takes the one before, should the newest of a run be damaged; the log says so.
+    """
     if "resume" not in given:
         return None, None
-    path = Path(given["resume"])
-    if given["resume"] == "auto":
+    if given["resume"] != "auto":
+        saved, path = load_checkpoint(given["resume"]), Path(given["resume"])
+    else:
         folder = Path(given.get("save_folder", DEFAULTS["save_folder"]))
         version, size = (given.get(key, DEFAULTS[key]) for key in ("version", "size"))
-        runs = (folder / f"{version}_{size}").glob(given.get("date", "*"))
-        found = [run / "last.pth" for run in runs if _resumable(run, given)]
-        if not found:
+        runs = (folder / f"{version}_{size}").glob(
+            glob.escape(given["date"]) if "date" in given else "*"
+        )
+        kept = [[run / name for name in ("last.pth", "previous.pth") if (run / name).is_file()]
+                for run in runs if _resumable(run, given)]  # fmt: skip
+        kept = [paths for paths in kept if paths]
+        if not kept:
             return None, None
-        path = max(found, key=lambda p: p.stat().st_mtime)
-    saved = load_checkpoint(path)
+        path, *others = max(kept, key=lambda paths: paths[0].stat().st_mtime)
+        try:
+            saved = load_checkpoint(path)
+        except UserError as error:
+            if not others:
+                raise
+            saved = load_checkpoint(others[0])
+            damaged = path.rename(path.with_name(path.name + ".damaged"))
+            LOGGER.warning("%s; it is %s now, and %s is taken", error, damaged.name, others[0])
+            path = others[0]
     if "optimizer" not in saved:
         raise UserError(f"{path} holds weights only; start a run from them with --resume_net")
     return saved, path
 
 
 def _resumable(run: Path, given: dict) -> bool:
-    """Whether a run is of the data set and root that are asked for, and has a checkpoint."""
+    """Whether a run is of the data set and root that are asked for."""
     try:
         config = json.loads((run / "config.json").read_text())
         dataset, root = config["dataset"], config["root"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
     wanted = str(Path(given["root"]).expanduser().absolute()) if "root" in given else root
-    same = (dataset, root) == (given.get("dataset", DEFAULTS["dataset"]), wanted)
-    return same and (run / "last.pth").is_file()
+    return (dataset, root) == (given.get("dataset", DEFAULTS["dataset"]), wanted)
 
 
 def run_folder(given: dict, options: dict, saved: dict | None, path: Path | None) -> Path:
@@ -604,39 +777,37 @@ def open_test_set(options: dict):
         raise UserError(f"{error} (--test_frequency 0 trains without a test set)") from error
 
 
-def build_trainer(
-    given: dict,
-    options: dict,
-    identity: dict,
-    start: dict | None,
-    directory: Path,
-    device: torch.device,
-    train_set,
-    test_set,
-) -> Trainer:
-    """Network, loss, data and optimiser of a run; its weights are the starting ones.
-
-    ``identity`` is what every checkpoint of the run carries beside the state, ``start`` the
-    checkpoint of --resume or --resume_net.
-    """
+def build_trainer(given: dict, run: Run, world: World) -> Trainer:
+    """Network, loss, data and optimiser of a run; its weights are the starting ones."""
+    options, device, train_set, test_set = run.options, run.device, run.train_set, run.test_set
     torch.manual_seed(options["seed"])
     net = build_net(options["version"], options["size"], len(options["classes"]) + 1)
-    if "resume" not in given or not start:
-        options["start"] = starting_weights(net, given, options, start)
+    if not run.saved:
+        options["start"] = starting_weights(net, given, options, run.start)
+    net.recompute = options["recompute"]
+    if options["sync_bn"] and world.size > 1:
+        net = synchronise_batch_norm(net, device)
     net.to(device, memory_format=torch.channels_last)
+    forward = world.replicate(torch.compile(net) if options["compile"] else net, device)
     preset = prior_config(options["version"], options["priors"], options["size"])
     priors = PriorBox(preset).to(device)()
-    loader = training_loader(
-        TrainingSet(train_set, SSDAugmentation(options["size"], INPUT_MEAN), options["seed"]),
-        EpochSampler(len(train_set), options["batch_size"], options["seed"]),
-        options["num_workers"],
-        device.type == "cuda",
+    size = options["size"]
+    augment = ResizeOnly(size) if options["overfit"] else SSDAugmentation(size, INPUT_MEAN)
+    samples = TrainingSet(train_set, augment, options["seed"], run.pull)
+    sampler = EpochSampler(
+        len(train_set),
+        options["batch_size"],
+        options["seed"],
+        world.rank,
+        world.size,
+        options["accumulate"],
     )
+    loader = training_loader(samples, sampler, options["num_workers"], device.type == "cuda")
 
     def learning_rate(step: int) -> float:
         return lr_at(
             step,
-            steps_per_epoch=len(loader.batch_sampler),
+            steps_per_epoch=sampler.steps,
             epochs=options["max_epoch"],
             base_lr=options["lr"],
             schedule=options["schedule"],
@@ -649,28 +820,50 @@ def build_trainer(
     chosen = detection_options({}, options, TRAINING_THRESHOLD)
     scoring = scoring_options(given, options)
 
-    def evaluate(net: nn.Module, name: str, on_batch) -> dict:
-        folder = directory / "ss_predict" / name / set_names(options["test_sets"])
-        origin = made_by(options, chosen, {"file": f"{directory.name}, {name}"}, device)
-        detections = detect(net, test_set, priors, options, chosen, on_batch)
+    def evaluate(net: nn.Module, name: str, on_batch: Callable[[int], None]) -> dict | None:
+        folder = run.directory / "ss_predict" / name / set_names(options["test_sets"])
+        origin = made_by(options, chosen, {"file": f"{run.directory.name}, {name}"}, device)
+        detections = detect(net, test_set, priors, options, chosen, on_batch, world)
+        if detections is None:
+            return None
         save_detections(folder / "detections.npz", test_set.ids, detections, origin)
-        return score(test_set, detections, origin, folder, scoring)
+        results = score(test_set, detections, origin, folder, scoring)
+        return {**results, "draw": lambda: draw_examples(test_set, detections)}
 
     trainer = Trainer(
-        net,
-        MultiBoxLoss(net.num_classes, options["jaccard_threshold"], variance=preset.variance),
-        priors,
-        loader,
-        learning_rate,
-        evaluate if test_set is not None else None,
-        options,
-        identity,
-        INPUT_MEAN,
-        directory,
-        lambda index: str(train_set.image_path(index)),
+        net=net,
+        forward=forward,
+        criterion=MultiBoxLoss(
+            net.num_classes, options["jaccard_threshold"], variance=preset.variance
+        ),
+        priors=priors,
+        loader=loader,
+        learning_rate=learning_rate,
+        evaluate=evaluate if test_set is not None else None,
+        options=options,
+        identity={"classes": options["classes"], "config": options, "data": run.data},
+        mean=INPUT_MEAN,
+        directory=run.directory,
+        image_name=lambda index: str(train_set.image_path(index)),
+        draw_batch=lambda images, targets: draw_batch(images, targets, options["classes"]),
+        world=world,
     )
     trainer.step = given.get("resume_epoch", 0) * trainer.steps_per_epoch
     return trainer
+
+
+def draw_examples(dataset, detections: list[dict], most: int = 8) -> np.ndarray:
+    """Some pictures, spread over the data set, with truth and detections: BGR uint8 [H, W, 3]."""
+    chosen = np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int)
+    return contact_sheet(
+        [
+            draw_comparison(
+                dataset.pull_image(i), dataset.target(i), detections[i], dataset.classes
+            )
+            for i in chosen
+        ],
+        4,
+    )
 
 
 def starting_weights(net: nn.Module, given: dict, options: dict, start: dict | None) -> str:
@@ -708,6 +901,7 @@ def interrupt(number: int, _) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
     arguments = parser(
         versions=BACKBONES,
         sizes=SIZES,
@@ -717,26 +911,58 @@ def main(argv: list[str] | None = None) -> int:
     )
     given = vars(arguments.parse_args(argv))
     setup_logging()
-    # All batches have one shape, so cuDNN's search for the fastest algorithm pays.
+    # Nearly all batches have one shape, so cuDNN's search for the fastest algorithm pays.
     torch.backends.cudnn.benchmark = True
     before = signal.signal(signal.SIGTERM, interrupt)
+    world = ALONE
     try:
-        test(given) if "test" in given else train(given)
+        if "ngpu" in given:
+            check_gpus(given["ngpu"], choose_device(given, given.get("amp", DEFAULTS["amp"])))
+            if given["ngpu"] > 1 and not launched():
+                return launch(given["ngpu"], [__file__, *argv])
+        world = join()
+        if not world.main:
+            setup_logging(quiet=True)
+        test(given, world) if "test" in given else train(given, world)
+        leave()
         return 0
     except UserError as error:
-        # An error of a loading process arrives with that process's traceback before it.
-        sentence = str(error).strip().rpartition("UserError: ")[2]
-        print(f"error: {sentence}", file=sys.stderr)
+        print(f"{_speaker(world)}error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"error: {error.filename or ''}: {error.strerror or error}", file=sys.stderr)
+        problem = f"{error.filename or ''}: {error.strerror or error}"
+        print(f"{_speaker(world)}error: {problem}", file=sys.stderr)
         return 2
+    except Elsewhere:
+        return 2
+    except torch.OutOfMemoryError as error:
+        reason = str(error).splitlines()[0]
+        print(
+            f"{_speaker(world)}error: the GPU's memory is full ({reason}); give a smaller "
+            "--batch_size, or with the same one --accumulate, --recompute or --amp bf16",
+            file=sys.stderr,
+        )
+        return 1
+    except RuntimeError as error:
+        if world.size == 1 or not is_lost_connection(error):
+            raise
+        advice = "" if "test" in given else "; start it again with --resume auto"
+        print(
+            f"{_speaker(world)}error: another process of the job has ended{advice}", file=sys.stderr
+        )
+        return 1
     except (Interrupted, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
+        if world.main:
+            print("interrupted", file=sys.stderr)
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
         close_logging()
+
+
+def _speaker(world: World) -> str:
+    """Which of several processes a message is from."""
+    return "" if world.main else f"[process {world.rank}] "
 
 
 if __name__ == "__main__":

@@ -1,15 +1,20 @@
 """The benchmarks, tiny: they run, compare what they say, and notice a wrong result."""
 
 import json
+import os
 import re
 import subprocess
 
+import cv2
 import pytest
 import torch
 from nms_routines import needs_torchvision
+from tiny import TINY
 
-from benchmarks import coco_eval, detect, network, nms, timing, voc_eval
+import models
+from benchmarks import coco_eval, detect, loader, loss, memory, network, nms, step, timing, voc_eval
 from benchmarks.timing import CPU
+from demo import shapes
 
 
 def test_medians_take_turns_and_leave_the_warm_up_out(monkeypatch):
@@ -143,3 +148,124 @@ def test_voc_eval_notices_a_wrong_curve(monkeypatch):
     monkeypatch.setattr(voc_eval, "loop", lambda *a: [v * (1 - 1e-15) for v in right(*a)])
     with pytest.raises(AssertionError, match="the recalls differ"):
         voc_eval.main(["--images", "5", "--detections", "5", "--rounds", "1"])
+
+
+def test_loader_gives_the_ratio_to_imread_of_the_same_files(voc_folder, capsys):
+    cores, threads = affinity(), (torch.get_num_threads(), cv2.getNumThreads())
+    args = ["--root", str(voc_folder), "--size", "300", "512", "--batch", "2", "--pictures", "7"]
+    args += ["--rounds", "1", "--workers", "1", "--cache", "memory", "--json", "-"]
+    assert loader.main(args) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^6 pictures \(trainval\), 8 a round; \d+ a second decoded$", text, re.M)
+    assert re.search(r"^ 512 1 processes  .* samples/s   x[\d.]+ of cv2.imread$", text, re.M)
+    content = json.loads(text.splitlines()[-1])
+    assert content["size"] == 300
+    assert content["pictures"] == 6
+    assert content["machine"] == timing.machine(CPU)
+    rates = content["samples_per_second_one_core"], content["cv2_imread_per_second"]
+    assert content["ratio"] == pytest.approx(rates[0] / rates[1])
+    assert [(row["size"], row["what"]) for row in content["rows"]] == [
+        (size, what)
+        for size in (300, 512)
+        for what in ("one core", "one core, --cache memory", "1 processes")
+    ]
+    assert (cores, threads) == (affinity(), (torch.get_num_threads(), cv2.getNumThreads()))
+
+
+def affinity():
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
+
+
+def test_loader_reads_the_files_of_its_batches(voc_folder):
+    dataset = loader.open_sets(voc_folder, None)
+    sampler = loader.EpochSampler(len(dataset), 2, loader.SEED)
+    expected = []
+    for epoch, start in ((0, 0), (1, 2)):
+        sampler.set_epoch(epoch, start)
+        expected += [str(dataset.image_path(i)) for batch in sampler for _, i in batch]
+    assert loader.files(dataset, sampler, steps=4) == expected
+
+
+def test_loader_takes_all_trainval_sets_of_a_devkit_and_those_that_are_named(voc_devkit):
+    assert len(loader.open_sets(voc_devkit, None)) == 5
+    assert len(loader.open_sets(voc_devkit, "2007_trainval,2007_test")) == 6
+
+
+def test_loader_refuses_a_folder_without_sets(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        loader.main(["--root", str(tmp_path)])
+    assert error.value.code == 2
+    assert f"{tmp_path}: no image set trainval; name others with --sets" in capsys.readouterr().err
+
+
+def test_loader_notices_other_samples(voc_folder, monkeypatch):
+    monkeypatch.setattr(
+        loader, "open_cache", lambda where, dataset: lambda i: dataset.pull_image(5 - i)
+    )
+    with pytest.raises(AssertionError, match="other samples"):
+        loader.main(["--root", str(voc_folder), "--cache", "memory", "--rounds", "1"])
+
+
+def test_loss_gives_the_ratio_to_the_published_routine(capsys):
+    args = ["--device", "cpu", "--batch", "2", "--size", "300", "--classes", "5", "--rounds", "1"]
+    assert loss.main([*args, "--json", "-"]) == 0
+    *_, text, last = capsys.readouterr().out.splitlines()
+    assert re.search(
+        r"^bf16 ours +[\d.]+ ms, published +[\d.]+ ms, ratio [\d.]+ \(x[\d.]+\)$", text
+    )
+    content = json.loads(last)
+    assert [row["amp"] for row in content["rows"]] == ["off", "bf16"]
+    for row in content["rows"]:
+        assert row["ratio"] == row["seconds"]["ours"] / row["seconds"]["published"]
+
+
+def test_loss_notices_another_value(monkeypatch):
+    right = loss.published
+    monkeypatch.setattr(loss, "published", lambda *a: [1.001 * value for value in right(*a)])
+    with pytest.raises(AssertionError, match="not close"):
+        loss.main(["--batch", "1", "--size", "300", "--classes", "5", "--device", "cpu"])
+
+
+def test_memory_gives_what_recomputation_saves(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    args = ["--device", "cpu", "--size", "300", "--versions", "SSD_HarDNet68", "--amp", "off"]
+    assert memory.main([*args, "--rounds", "1", "--json", str(out)]) == 0
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert re.match(
+        r"SSD_HarDNet68   off   kept +[\d.]+ -> +[\d.]+ \(x0\.6\d\),  "
+        r"peak +[\d.]+ -> .*,  step .* s x[\d.]+$",
+        line,
+    )
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["kept"]["plain"] > 100 * 2**20
+    assert set(row["seconds"]) == {"plain", "recomputed"}
+
+
+def test_memory_notices_another_gradient(monkeypatch):
+    def step_call(net, images, priors, amp, recompute):
+        return lambda: (torch.tensor(recompute),)
+
+    monkeypatch.setattr(memory, "step_call", step_call)
+    with pytest.raises(AssertionError, match="SSD_HarDNet68 off: .* other gradients"):
+        memory.main(["--device", "cpu", "--size", "300", "--amp", "off"])
+
+
+def test_step_gives_the_ratio_and_both_loss_curves(voc_folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+    out = tmp_path / "out.json"
+    args = ["--root", str(voc_folder), "--version", "tiny", "--batch", "2", "--steps", "12"]
+    assert step.main([*args, "--lr", "1e-4", "--amp", "off", "--json", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"^loss of steps +1- 10:  plain +[\d.]+  ours +[\d.]+  rounding ", text, re.M)
+    content = json.loads(out.read_text())
+    assert content["ratio"] == content["seconds"]["plain"] / content["seconds"]["ours"]
+    plain, ours = (content["losses"][lane] for lane in ("plain", "ours"))
+    assert len(plain) == 12
+    assert ours == pytest.approx(plain, rel=1e-3)  # float32 both: the same losses by two routines
+
+
+def test_step_draws_pictures_where_none_are_given(monkeypatch):
+    monkeypatch.setattr(step, "make_dataset", lambda root, *counts: shapes.make_dataset(root, 4, 1))
+    batches, num_classes = step.batches_of(None, 300, 2, 3)
+    assert [len(images) for images, *_ in batches] == [2, 2, 2]
+    assert num_classes == 1 + len(shapes.CLASSES)

@@ -1,6 +1,8 @@
-"""Loading order, and the two loops."""
+"""The two loops, and kept detections."""
 
 from __future__ import annotations
+
+import copy
 
 import numpy as np
 import pytest
@@ -10,90 +12,10 @@ from tiny import TINY
 import models
 from data.config import INPUT_MEAN, VOC_300
 from data.detections import load_detections, save_detections
-from data.loading import EpochSampler, TestSet, TrainingSet, detection_collate, training_loader
-from data.transforms import SSDAugmentation, TestTransform
-from data.voc0712 import VOCDetection
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import build_net
-from utils.engine import NonFiniteLoss, detect_all, to_input, train_steps
+from utils.engine import detect_all, to_input, train_steps
 from utils.errors import UserError
-
-# ---------------------------------------------------------------- loading
-
-
-def test_collate_keeps_an_image_without_boxes():
-    images = [np.full((4, 4, 3), i, np.uint8) for i in range(2)]
-    targets = [np.zeros((0, 5), np.float32), np.ones((2, 5), np.float32)]
-    stacked, boxes = detection_collate(list(zip(images, targets, strict=True)))
-    assert stacked.shape == (2, 3, 4, 4)
-    assert stacked.dtype == torch.uint8
-    assert (stacked[1] == 1).all()
-    assert [b.shape for b in boxes] == [(0, 5), (2, 5)]
-
-
-def test_every_epoch_shuffles_anew_and_leaves_the_small_rest_out():
-    sampler = EpochSampler(10, 3, seed=5)
-    first, again = list(sampler), list(sampler)
-    assert first == again
-    assert [len(batch) for batch in first] == [3, 3, 3]
-    used = [index for batch in first for _, index in batch]
-    assert len(set(used)) == 9
-    sampler.set_epoch(1, 0)
-    second = list(sampler)
-    assert [i for b in second for _, i in b] != used
-    assert {epoch for batch in second for epoch, _ in batch} == {1}
-
-
-def test_sampler_starts_where_an_interrupted_epoch_stopped():
-    sampler = EpochSampler(10, 3, seed=5)
-    sampler.set_epoch(4, 0)
-    whole = list(sampler)
-    sampler.set_epoch(4, 2)
-    assert list(sampler) == whole[2:]
-
-
-def test_data_set_smaller_than_a_batch_is_one_batch():
-    sampler = EpochSampler(2, 32, seed=0)
-    assert len(sampler) == 1
-    assert [len(batch) for batch in sampler] == [2]
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_number_of_workers_changes_no_sample(voc_folder, workers):
-    dataset = VOCDetection(voc_folder, [(None, "trainval")])
-
-    def batches(workers):
-        sampler = EpochSampler(len(dataset), 2, seed=3)
-        samples = TrainingSet(dataset, SSDAugmentation(300), seed=3)
-        loader = training_loader(samples, sampler, workers, pin_memory=False)
-        found = []
-        for epoch in range(2):
-            sampler.set_epoch(epoch, 0)
-            found += list(loader)
-        return found
-
-    for (a, ta, ia), (b, tb, ib) in zip(batches(0), batches(workers), strict=True):
-        assert ia == ib
-        assert torch.equal(a, b)
-        assert all(torch.equal(x, y) for x, y in zip(ta, tb, strict=True))
-
-
-def test_samples_differ_between_epochs_and_seeds(voc_folder):
-    dataset = VOCDetection(voc_folder, [(None, "trainval")])
-    pictures = [
-        TrainingSet(dataset, SSDAugmentation(300), seed)[epoch, 0][0]
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    assert not np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(pictures[0], pictures[2])
-
-
-def test_test_sample_knows_the_size_of_its_picture(voc_folder):
-    dataset = VOCDetection(voc_folder, [(None, "test")])
-    image, size = TestSet(dataset, TestTransform(300))[0]
-    assert image.shape == (300, 300, 3)
-    assert size.tolist() == [96, 72]
-
 
 # ---------------------------------------------------------------- loops
 
@@ -112,7 +34,7 @@ def batch(count=2, seed=0):
     return images, [target] * count, list(range(count))
 
 
-def run(net, batches, lr=1e-3, amp="off"):
+def run(net, batches, lr=1e-3, amp="off", **options):
     optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     priors = PriorBox(VOC_300)()
@@ -127,6 +49,7 @@ def run(net, batches, lr=1e-3, amp="off"):
             [lr] * len(batches),
             INPUT_MEAN,
             amp,
+            **options,
         )  # fmt: skip
     )
 
@@ -140,7 +63,7 @@ def test_input_is_bgr_minus_the_mean():
 @pytest.mark.parametrize("amp", ["off", "bf16"])
 def test_loss_falls_on_a_repeated_batch(tiny_net, amp):
     steps = run(tiny_net, [batch()] * 12, amp=amp)
-    losses = [step.loss_loc + step.loss_conf for step in steps]
+    losses = [sum(step.results()[:2]) for step in steps]
     assert min(losses[-3:]) < 0.7 * losses[0]
     assert steps[0].lr == 1e-3
 
@@ -155,15 +78,51 @@ def test_one_step_is_sgd_on_the_sum_of_both_losses(tiny_net):
     torch.testing.assert_close(tiny_net.loc[0].bias, before - 0.01 * gradient, rtol=1e-4, atol=1e-6)
 
 
-def test_loss_that_is_not_finite_stops_before_the_weights_change(tiny_net):
+def without_batch_norm(net):
+    """Its statistics are of a part alone, whatever becomes of the gradients."""
+    net.base[1] = torch.nn.Identity()
+    return net
+
+
+@pytest.mark.parametrize("accumulate", [2, 4])
+def test_a_batch_in_parts_takes_the_step_of_the_whole(tiny_net, accumulate):
+    net = without_batch_norm(tiny_net)
+    images, targets, indices = batch(4)
+    # The parts have different numbers of boxes, and one has none at all.
+    targets = [targets[0], torch.zeros(0, 5), targets[0][:1], targets[0][1:]]
+    other = copy.deepcopy(net)
+    (whole,) = run(net, [(images, targets, indices)], lr=1e-4)
+    size = 4 // accumulate
+    parts = [
+        (images[i : i + size], targets[i : i + size], indices[i : i + size])
+        for i in range(0, 4, size)
+    ]
+    (cut,) = run(other, parts, lr=1e-4, accumulate=accumulate)
+    assert cut.results()[:2] == pytest.approx(whole.results()[:2], rel=1e-5)
+    for (name, a), b in zip(net.named_parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_parts_that_are_left_over_make_no_step(tiny_net):
+    assert len(run(tiny_net, [batch()] * 5, accumulate=2)) == 2
+
+
+def test_the_gradient_is_clipped_to_its_norm(tiny_net):
+    lr, before = 0.01, [p.detach().clone() for p in tiny_net.parameters()]
+    run(tiny_net, [batch()], lr=lr, clip_norm=0.5)
+    moved = [(p - old).flatten() for p, old in zip(tiny_net.parameters(), before, strict=True)]
+    # The first step of SGD is the gradient times the rate.
+    assert torch.cat(moved).norm().item() == pytest.approx(lr * 0.5, rel=1e-3)
+
+
+def test_a_step_tells_whether_to_stop_and_a_loss_that_is_not_finite(tiny_net):
+    stopping = iter([False, True])
+    first, second = run(tiny_net, [batch()] * 2, stopping=lambda: next(stopping))
+    assert (first.results()[2], second.results()[2]) == (False, True)
     with torch.no_grad():
         tiny_net.conf[0].bias[0] = float("nan")
-    before = [p.detach().clone() for p in tiny_net.parameters()]
-    with pytest.raises(NonFiniteLoss) as error:
-        run(tiny_net, [(*batch()[:2], [7, 9])])
-    assert error.value.indices == [7, 9]
-    for p, old in zip(tiny_net.parameters(), before, strict=True):
-        assert torch.equal(p.nan_to_num(), old.nan_to_num())
+    (third,) = run(tiny_net, [batch()])
+    assert np.isnan(third.results()[1])
 
 
 def test_detection_restores_the_mode_and_equals_the_net_by_hand(tiny_net):

@@ -156,7 +156,7 @@ def test_building_says_what_serves(home):
 
 
 def test_hyperparameters_of_the_table_are_the_defaults():
-    recipe = README.partition("## The published recipe")[2]
+    recipe = README.partition("## Recipes")[2]
     rows = dict(re.findall(r"^\| `(?:-\w+`, `)?--(\w+)`[^|]*\| ([^|]+) \|", recipe, re.MULTILINE))
     for option, shown in rows.items():
         if option in ("max_epoch", "weight_decay"):
@@ -165,6 +165,8 @@ def test_hyperparameters_of_the_table_are_the_defaults():
             assert values == [getattr(RECIPES[d], field) for d in ("VOC", "COCO")]
         elif isinstance(PUBLISHED[option], str):
             assert shown == PUBLISHED[option]
+        elif isinstance(PUBLISHED[option], bool):
+            assert shown == str(PUBLISHED[option]).lower()
         else:
             assert float(shown) == PUBLISHED[option], option
     assert len(rows) > 10

@@ -19,12 +19,13 @@ _FORMAT = 1
 _SAFETENSORS = ".safetensors"
 
 
-def save_checkpoint(path: Path, state: Mapping) -> None:
+def save_checkpoint(path: Path, state: Mapping, previous: Path | None = None) -> None:
     """Write ``state`` (tensors, numbers, strings, lists and dicts of them) to ``path``.
 
     The file appears whole or not at all; a failure leaves an earlier one of that name as it was.
+    ``previous``: where the earlier one is kept, as in ``atomic_write``.
     """
-    with atomic_write(path) as file:
+    with atomic_write(path, previous) as file:
         torch.save({"format": _FORMAT, **state}, file)
 
 

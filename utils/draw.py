@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 import cv2
 import numpy as np
+from torch import Tensor
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 CORRECT, WRONG, MISSED, IGNORED = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
@@ -139,6 +140,22 @@ def draw_comparison(
         else:
             items.append((boxes[k], IGNORED if hard[found[k]] else CORRECT, text, False))
     return _draw(image, items)
+
+
+def draw_batch(
+    images: Tensor, targets: Sequence[Tensor], names: Sequence[str], most: int = 16
+) -> np.ndarray:
+    """The first pictures of a training batch with their boxes, as a contact sheet.
+
+    images: uint8 [B, 3, S, S] BGR; targets: [n, 5] each, relative corners and the label. Returns
+    uint8 [H, W, 3] BGR.
+    """
+    drawn = []
+    for image, target in zip(images[:most], targets, strict=False):
+        boxes = target[:, :4].numpy() * image.shape[-1]
+        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
+        drawn.append(draw_detections(pixels, boxes, target[:, 4].int().tolist(), names=names))
+    return contact_sheet(drawn, 4)
 
 
 def contact_sheet(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,32 +11,40 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from utils.distributed import ALONE, World, no_sync
+
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class NonFiniteLoss(Exception):
-    """The loss of a batch is not a number or infinite; no optimiser step was made with it."""
-
-    def __init__(self, indices: Sequence[int], loss_loc: float, loss_conf: float):
-        super().__init__(f"location loss {loss_loc}, confidence loss {loss_conf}")
-        self.indices = indices
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one training iteration did."""
+    """What one training step did. Its values may still be on their way from a GPU."""
 
     lr: float
-    loss_loc: float
-    loss_conf: float
     images: Tensor
-    """The batch as it was fed, uint8 [B, 3, S, S]."""
+    """The last batch as it was fed, uint8 [B, 3, S, S]."""
+    targets: list[Tensor]
+    """Of those images, [n, 5] each."""
+    values: Tensor
+    arrived: torch.cuda.Event | None
+
+    def results(self) -> tuple[float, float, bool]:
+        """(location loss, confidence loss, whether any process was asked to stop).
+
+        Of the batch of all processes; waits for a GPU to have finished the step.
+        """
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        loss_loc, loss_conf, stop = self.values.tolist()
+        return loss_loc, loss_conf, stop > 0
 
 
 def to_input(images: Tensor, mean: Sequence[float], device: torch.device) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 on the device, minus the per-channel mean, channels last."""
     images = images.to(device, non_blocking=True).float()
-    images -= torch.tensor(mean, device=device).view(3, 1, 1)
+    # Filled on the device: a copy from the host would wait for it.
+    for channel, value in zip(images.unbind(1), mean, strict=True):
+        channel -= value
     return images.contiguous(memory_format=torch.channels_last)
 
 
@@ -54,43 +64,66 @@ def train_steps(
     learning_rates: Iterable[float],
     mean: Sequence[float],
     amp: str,
+    *,
+    accumulate: int = 1,
     clip_norm: float = 0.0,
+    world: World = ALONE,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
-    """Train on ``batches``, one optimiser step each; yields after every step.
+    """Train on ``batches``, an optimiser step from every ``accumulate`` of them.
+
+    The losses of a step are divided by the positive priors of all its batches and processes: cut
+    into parts, a batch gives the gradient of the whole, up to batch normalisation and rounding.
+    Nothing here waits for a GPU, but for the scaler of fp16 and synchronised batch norms.
 
     Args:
-        net: maps images to (loc, conf); put into training mode here.
-        criterion: maps ((loc, conf), priors, targets) to two losses, whose sum is minimised.
+        net: maps images to (loc, conf), over several processes as ``world.replicate`` gives it;
+            put into training mode here.
+        criterion: a ``layers.MultiBoxLoss``; the sum of its two losses is minimised.
         priors: on the device that does the work.
         batches: (uint8 images [B, 3, S, S], targets, data-set indices of the images).
         scaler: enabled for fp16 only.
         learning_rates: one a step, drawn as the steps are made.
         amp: a key of ``AMP_TYPES``.
         clip_norm: largest L2 norm of the gradient of all parameters, 0: any.
+        stopping: asked once a step; ``Step.results`` tells what any process answered.
 
-    Raises:
-        NonFiniteLoss: before the step that would spoil the weights.
+    Yields:
+        After every step. A loss that is not finite has spoilt the weights by then.
     """
     net.train()
-    for (images, targets, indices), lr in zip(batches, learning_rates, strict=False):
+    device = priors.device
+    batches = iter(batches)
+    rates = iter(learning_rates)
+    while len(parts := list(itertools.islice(batches, accumulate))) == accumulate:
+        lr = next(rates)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        with autocast(priors.device, amp):
-            outputs = net(to_input(images, mean, priors.device))
-        loss_loc, loss_conf = criterion(outputs, priors, targets)
-        loss = loss_loc + loss_conf
-        # One transfer for both numbers; the check must come before the weights change.
-        values = torch.stack([loss_loc, loss_conf]).tolist()
-        if not np.isfinite(values).all():
-            raise NonFiniteLoss(indices, *values)
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        matched = [criterion.match(targets, priors) for _, targets, _ in parts]
+        positives = world.sum(sum((labels > 0).sum() for labels, _ in matched))
+        total = torch.zeros(3, device=device)
+        for k, ((images, _, _), (labels, offsets)) in enumerate(zip(parts, matched, strict=True)):
+            with no_sync(net) if k < accumulate - 1 else contextlib.nullcontext():
+                with autocast(device, amp):
+                    outputs = net(to_input(images, mean, device))
+                losses = criterion.loss(outputs, labels, offsets, positives)
+                # Over the processes gradients are averaged, but these losses are to be summed.
+                scaler.scale(sum(losses) * world.size).backward()
+            total[:2] += torch.stack(losses).detach()
+        total[2] = float(stopping())
+        world.sum(total)
         if clip_norm:
             scaler.unscale_(optimizer)
             nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
         scaler.step(optimizer)
         scaler.update()
-        yield Step(lr, *values, images)
+        values, arrived = total.to("cpu", non_blocking=True), None
+        if device.type == "cuda":
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(device))
+        images, targets, _ = parts[-1]
+        yield Step(lr, images, targets, values, arrived)
 
 
 @torch.no_grad()

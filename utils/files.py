@@ -12,14 +12,17 @@ from typing import BinaryIO
 import numpy as np
 
 from utils.errors import UserError
+from utils.logger import LOGGER
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterator[BinaryIO]:
     """Open a binary file that takes the place of ``path`` when the block ends without an error.
 
     Its folder is made. The file is written beside its place, flushed to the disk, and renamed: a
-    failure (disk full, the process killed) leaves an earlier file of that name as it was.
+    failure (disk full, the process killed) leaves an earlier file of that name as it was. With
+    ``previous``, a path in the same folder, the earlier file is kept under that name; whatever
+    happens, one of the two names is a whole file.
 
     Raises:
         UserError: the file cannot be written.
@@ -32,6 +35,8 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and path.exists():
+            os.replace(path, previous)
         os.replace(part, path)
         if hasattr(os, "O_DIRECTORY"):  # the rename itself reaches the disk with the folder
             directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
@@ -48,6 +53,35 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
                 f"{path} could not be written ({error}); make room, or choose another folder"
             ) from error
         raise
+
+
+@contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Hold the file ``path``, which is made, against other processes that would hold it.
+
+    It is free again when this process ends, however that comes. Systems without POSIX record locks
+    (Windows) lock nothing.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with open(path, "a") as file:
+        try:
+            # Unlike flock's, these are not inherited by loading processes, which live on a little.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            raise UserError(
+                f"{Path(path).parent} is in use by another process; wait for its end, or give "
+                "another --date"
+            ) from error
+        except OSError as error:  # a network file system without locks
+            LOGGER.warning("%s cannot be locked (%s): do not train twice into it", path, error)
+        yield
 
 
 def check_writable(path: str | Path) -> None:

@@ -6,16 +6,21 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+import numpy as np
 
 LOGGER = logging.getLogger("ssd")
 
 
-def setup_logging(file: Path | None = None) -> None:
-    """Send messages to standard output and, if given, to ``file`` (appended), with the time."""
+def setup_logging(file: Path | None = None, quiet: bool = False) -> None:
+    """Send messages to standard output and, if given, to ``file`` (appended), with the time.
+
+    ``quiet``: drop them, as another process of the job says the same.
+    """
     close_logging()
-    LOGGER.setLevel(logging.INFO)
+    LOGGER.setLevel(logging.CRITICAL if quiet else logging.INFO)
     LOGGER.propagate = False
     handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if file is not None:
@@ -45,7 +50,7 @@ class Progress:
         self.done = self.first = done
         self.images = 0
         self.start = time.monotonic()
-        self.live = sys.stdout.isatty()
+        self.live = sys.stdout.isatty() and LOGGER.isEnabledFor(logging.INFO)
         self.shown = 0.0
 
     def update(self, images: int, **values: float) -> None:
@@ -81,19 +86,24 @@ class Progress:
 class RunLog:
     """``log.jsonl`` of a run: one JSON object a line and epoch, and optionally TensorBoard."""
 
-    def __init__(self, directory: Path, history: list[dict], tensorboard: bool):
-        """Starts from ``history``, the lines of a run that is resumed: later ones are dropped."""
-        self.path = directory / "log.jsonl"
-        self.path.write_text("".join(f"{json.dumps(line)}\n" for line in history))
+    def __init__(self, directory: Path, history: list[dict], tensorboard: bool, write: bool = True):
+        """Starts from ``history``, the lines of a run that is resumed: later ones are dropped.
+
+        ``write``: False for a process that leaves it to another one.
+        """
+        self.path = directory / "log.jsonl" if write else None
         self.writer = None
-        if tensorboard:
+        if self.path:
+            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in history))
+        if self.path and tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(directory / "tensorboard")
 
     def add(self, record: dict) -> None:
-        with open(self.path, "a") as file:
-            file.write(f"{json.dumps(record)}\n")
+        if self.path:
+            with open(self.path, "a") as file:
+                file.write(f"{json.dumps(record)}\n")
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Named values; one that is None (a test set without ground truth) is left out."""
@@ -102,10 +112,10 @@ class RunLog:
                 if value is not None:
                     self.writer.add_scalar(name, value, step)
 
-    def images(self, step: int, name: str, images) -> None:
-        """Pictures: uint8 [B, 3, H, W], RGB."""
+    def picture(self, step: int, name: str, draw: Callable[[], np.ndarray]) -> None:
+        """What ``draw()`` returns, uint8 [H, W, 3] BGR; it is not called where nobody looks."""
         if self.writer is not None:
-            self.writer.add_images(name, images, step)
+            self.writer.add_image(name, draw()[:, :, ::-1], step, dataformats="HWC")
 
     def close(self) -> None:
         if self.writer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -22,6 +23,17 @@ def parameter_groups(net: nn.Module, weight_decay: float, norm_decay: bool) -> l
         {"params": [p for p in everything if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0},
     ]
+
+
+OPTIMIZERS = ("sgd", "adamw")
+
+
+def build_optimizer(net: nn.Module, options: Mapping) -> torch.optim.Optimizer:
+    """The optimiser of ``options``: optimizer, lr, momentum, weight_decay, norm_decay."""
+    groups = parameter_groups(net, options["weight_decay"], options["norm_decay"])
+    if options["optimizer"] == "sgd":
+        return torch.optim.SGD(groups, lr=options["lr"], momentum=options["momentum"])
+    return torch.optim.AdamW(groups, lr=options["lr"], betas=(options["momentum"], 0.999))
 
 
 class MovingAverage:

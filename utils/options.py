@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable
 
 import torch
 
+from utils.distributed import ALONE, World, launched
 from utils.engine import AMP_TYPES
 from utils.errors import UserError
+from utils.optimization import OPTIMIZERS
 from utils.schedule import SCHEDULES
 
 TRAINING_RECIPES = {
     "published": {
+        "optimizer": "sgd",
+        "lr": 4e-3,
         "schedule": "steps",
         "warm_epoch": 1,
         "norm_decay": True,
@@ -20,11 +25,14 @@ TRAINING_RECIPES = {
         "clip_norm": 0.0,
     },
     "modern": {
+        "optimizer": "adamw",
+        "lr": 1e-3,
+        "weight_decay": 0.05,
         "schedule": "cosine",
         "warm_epoch": 3,
         "norm_decay": False,
         "ema": 0.9998,
-        "clip_norm": 10.0,
+        "clip_norm": 0.0,
     },
 }
 """Options that a recipe sets, unless they are given."""
@@ -38,12 +46,18 @@ DEFAULTS = {
     "batch_size": 32,
     "num_workers": 8,
     "ngpu": 1,
-    "lr": 4e-3,
     "momentum": 0.9,
     "gamma": 0.1,
+    "accumulate": 1,
+    "sync_bn": False,
+    "compile": False,
+    "recompute": False,
+    "cache": "off",
+    "overfit": 0,
     "log_iters": 10,
     "save_folder": "weights/",
     "save_frequency": 10,
+    "save_minutes": 10,
     "test_frequency": 10,
     "visdom": False,
     "send_images_to_visdom": False,
@@ -52,6 +66,22 @@ DEFAULTS = {
 }
 """Values of what the command line leaves out, where they do not depend on the data set."""
 
+LATER = frozenset(
+    ["priors", "crowds", "recipe", "optimizer", "schedule", "norm_decay", "ema", "clip_norm"]
+    + ["accumulate", "sync_bn", "compile", "recompute", "cache", "overfit", "save_minutes"]
+)
+"""Options that the first checkpoints do not have: they were made with the defaults."""
+
+FIXED_IN_A_RUN = (
+    "batch_size", "seed", "train_sets", "overfit", "recipe", "optimizer", "norm_decay", "ema",
+)  # fmt: skip
+"""Options that a resumed run cannot change: the order of the pictures, and what its state is of."""
+
+OF_THE_MACHINE = frozenset(
+    ["amp", "num_workers", "accumulate", "sync_bn", "compile", "recompute", "cache"]
+)
+"""Options that suit the machine that trains, and say nothing to one that tests."""
+
 DETECTION_OPTIONS = frozenset(
     ["score_threshold", "nms", "class_agnostic", "max_detections", "background_shortcut"]
 )
@@ -59,7 +89,7 @@ DETECTION_OPTIONS = frozenset(
 
 OF_ONE_CALL = DETECTION_OPTIONS | {
     "test", "retest", "eval_backend", "class_map", "resume", "resume_net", "resume_epoch",
-    "basenet", "max_iters", "date", "device", "cuda",
+    "basenet", "max_iters", "date", "device", "cuda", "ngpu",
 }  # fmt: skip
 """Options that a checkpoint's configuration does not hand on to the next call."""
 
@@ -143,14 +173,20 @@ def parser(
     g = p.add_argument_group("recipe")
     option(g, "--recipe", choices=TRAINING_RECIPES,
            help="what the options below default to; docs/recipes.md compares them")
-    option(g, "-b", "--batch_size", type=positive, metavar="N", help="pictures a step")
+    option(g, "-b", "--batch_size", type=positive, metavar="N",
+           help="pictures a step, of all GPUs and accumulation steps together")
+    option(g, "--accumulate", type=positive, metavar="N",
+           help="parts that a step's pictures are cut into, for less memory")
     option(g, "-max", "--max_epoch", type=positive, metavar="N",
            help="epochs (default: 300 VOC, 150 COCO)")
     option(g, "--max_iters", type=positive, metavar="N",
            help="stop after this many steps in all, e.g. to try things out")
-    option(g, "--lr", "--learning-rate", type=number, metavar="X", help="initial learning rate")
-    option(g, "--momentum", type=number, metavar="X", help="of SGD")
-    option(g, "--weight_decay", type=number, metavar="X", help="(default: 5e-4 VOC, 1e-4 COCO)")
+    option(g, "--optimizer", choices=OPTIMIZERS, help="(default: sgd; modern: adamw)")
+    option(g, "--lr", "--learning-rate", type=number, metavar="X",
+           help="initial learning rate (default: 4e-3; modern: 1e-3)")
+    option(g, "--momentum", type=fraction, metavar="X", help="of SGD; of AdamW its first beta")
+    option(g, "--weight_decay", type=number, metavar="X",
+           help="(default: 5e-4 VOC, 1e-4 COCO; modern: 0.05)")
     option(g, "--gamma", type=number, metavar="X",
            help="factor of the learning rate at 60, 80 and 90 %% of the epochs (--schedule steps)")
     option(g, "-we", "--warm_epoch", type=count, metavar="N",
@@ -164,19 +200,33 @@ def parser(
            help="test and keep a moving average of the weights that keeps this share of itself a "
                 "step, 0: none (default: 0; modern: 0.9998)")
     option(g, "--clip_norm", type=number, metavar="X",
-           help="largest norm of a step's gradient, 0: any (default: 0; modern: 10)")
+           help="largest norm of a step's gradient, 0: any (default: 0)")
     option(g, "--jaccard_threshold", type=fraction, metavar="X",
            help="least IoU of a positive prior box")
     option(g, "--seed", type=count, metavar="N", help="of weights, order and augmentation")
+    option(g, "--overfit", type=count, metavar="N",
+           help="train and test on the first N training pictures, without augmentation: a set-up "
+                "that is right learns them by heart; 0: train as usual")
 
     g = p.add_argument_group("machine")
     option(g, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
     option(g, "--cuda", **switch, help="the same as --device cuda; 'false': --device cpu")
-    option(g, "--ngpu", type=positive, metavar="N", help="GPUs that share a batch")
+    option(g, "--ngpu", type=positive, metavar="N",
+           help="GPUs of this machine that share a batch, a process each (torchrun starts the "
+                "processes of several machines: docs/many_gpus.md)")
+    option(g, "--sync_bn", **switch,
+           help="batch normalisation over the pictures of all processes")
     option(g, "--num_workers", type=count, metavar="N", help="processes that load pictures")
     option(g, "--amp", choices=AMP_TYPES,
            help="precision of the network; a training step in bf16 is about three times faster on "
                 "CPUs that have it")
+
+    option(g, "--compile", **switch, help="train through torch.compile")
+    option(g, "--recompute", **switch,
+           help="make concatenations anew in the backward pass instead of keeping them: less "
+                "memory, more time, the same numbers (not with --compile)")
+    option(g, "--cache", metavar="off|memory|DIR",
+           help="keep the decoded training pictures, if they fit, in shared memory or in a folder")
 
     g = p.add_argument_group("output")
     option(g, "--save_folder", metavar="DIR", help="where runs are kept")
@@ -184,12 +234,15 @@ def parser(
            help="name of the run (default: the time)")
     option(g, "--save_frequency", type=count, metavar="N",
            help="epochs between kept checkpoints, 0: none")
+    option(g, "--save_minutes", type=count, metavar="N",
+           help="minutes between savings of last.pth inside an epoch, 0: none")
     option(g, "--test_frequency", type=count, metavar="N",
            help="epochs between evaluations (and one at the end), 0: none and no test set")
     option(g, "--log_iters", type=steps_or_boolean, metavar="N",
            help="steps between log lines where there is no terminal, 0: none")
     option(g, "--visdom", **switch, help="live plots, written for TensorBoard")
-    option(g, "--send_images_to_visdom", **switch, help="with --visdom: training pictures, too")
+    option(g, "--send_images_to_visdom", **switch,
+           help="with --visdom: training pictures with their boxes, and detections, too")
     # fmt: on
     return p
 
@@ -265,8 +318,11 @@ def set_names(sets: Iterable) -> str:
     return "+".join(f"{year}_{name}" if year else name for year, name in sets).replace("/", "_")
 
 
-def choose_device(given: dict, amp: str) -> torch.device:
-    """The device that --device and --cuda mean; UserError where it cannot serve, or not ``amp``."""
+def choose_device(given: dict, amp: str, world: World = ALONE) -> torch.device:
+    """The device that --device and --cuda mean; UserError where it cannot serve, or not ``amp``.
+
+    Of several processes on GPUs each has its own, by its number on the machine.
+    """
     name = given.get("device", "auto")
     if "cuda" in given:
         wanted = "cuda" if given["cuda"] else "cpu"
@@ -279,6 +335,11 @@ def choose_device(given: dict, amp: str) -> torch.device:
     if not (name == "cpu" or (kind == "cuda" and (name == kind or index.isdecimal()))):
         raise UserError(f"--device {name} is unknown; give auto, cpu, cuda or cuda:N")
     gpus = torch.cuda.device_count()
+    if kind == "cuda" and world.size > 1:
+        if index:
+            raise UserError(f"--device {name} is one GPU for {world.size} processes; leave it out")
+        index = str(world.local_rank)
+        name = f"cuda:{index}"
     if kind == "cuda" and int(index or 0) >= gpus:
         raise UserError(
             f"--device {name} is not there: PyTorch {torch.__version__} sees {gpus} GPUs; use "
@@ -286,11 +347,19 @@ def choose_device(given: dict, amp: str) -> torch.device:
         )
     if amp == "fp16" and kind == "cpu":
         raise UserError("--amp fp16 needs a GPU; use --amp bf16 on a CPU")
+    if kind == "cuda":
+        # Streams, events and pinned memory are those of the current device.
+        torch.cuda.set_device(torch.device("cuda", int(index or 0)))
     return torch.device(name)
 
 
 def check_gpus(ngpu: int, device: torch.device) -> None:
     """UserError unless ``ngpu`` GPUs, counted from the first, can share a batch."""
+    if launched() and ngpu != int(os.environ["LOCAL_WORLD_SIZE"]):
+        raise UserError(
+            f"--ngpu {ngpu} contradicts torchrun, which has started "
+            f"{os.environ['LOCAL_WORLD_SIZE']} processes here; leave the option out"
+        )
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if ngpu > max(gpus, 1):
         raise UserError(f"--ngpu {ngpu} on {device}: PyTorch sees {gpus} GPUs; give fewer")
