@@ -5,6 +5,8 @@
 #   benchmarks/gpu.sh tests                       compile, and run the tests marked "gpu"
 #   benchmarks/gpu.sh speed                       forward and training step of each network,
 #                                                 suppression, and from outputs to detections
+#   benchmarks/gpu.sh training [ROOT]             loss, step (eager and compiled), activation memory,
+#                                                 loading; ROOT: data in VOC layout
 #   benchmarks/gpu.sh bccd ROOT [train_test options]
 #                                                 train SSD300-HarDNet68 on BCCD, test, print AP
 # OUT=FOLDER keeps logs and results there (default: runs/gpu).
@@ -32,6 +34,20 @@ speed)
     done
     "$python" -m benchmarks.network --device cuda --json "$out/network.json"
     ;;
+training)
+    data=()
+    [[ -z ${2:-} ]] || data=(--root "$2")
+    "$python" -m benchmarks.loss --device cuda --json "$out/loss.json"
+    "$python" -m benchmarks.memory --device cuda --json "$out/memory.json"
+    for amp in bf16 fp16; do
+        "$python" -m benchmarks.step --device cuda --size 512 --batch 32 --amp $amp "${data[@]}" \
+            --json "$out/step_$amp.json"
+        "$python" -m benchmarks.step --device cuda --size 512 --batch 32 --amp $amp --compile \
+            "${data[@]}" --json "$out/step_${amp}_compiled.json"
+    done
+    [[ -z ${2:-} ]] || "$python" -m benchmarks.loader "${data[@]}" --workers 8 16 \
+        --json "$out/loader.json"
+    ;;
 bccd)
     root=${2:?"give the folder of BCCD"}
     shift 2
@@ -39,7 +55,7 @@ bccd)
         --train_sets trainval --test_sets test --save_folder "$out/bccd" "$@"
     ;;
 *)
-    echo "usage: benchmarks/gpu.sh tests | speed | bccd ROOT [options]" >&2
+    echo "usage: benchmarks/gpu.sh tests | speed | training [ROOT] | bccd ROOT [options]" >&2
     exit 2
     ;;
 esac

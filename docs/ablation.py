@@ -1,0 +1,103 @@
+"""The recipes beside each other, part by part: every variant with several seeds, and a table.
+
+    python -m docs.ablation --root BCCD [--runs runs/ablation] [--version SSD_HarDNet39ds]
+                            [--epochs 20] [--seeds 3] [--amp bf16]
+
+Runs that are there already are not repeated, and what was interrupted goes on. All runs keep a
+moving average of their weights, which changes nothing in how they train: a run is scored with it
+and without.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import train_test
+from utils.checkpoint import load_checkpoint, save_checkpoint
+
+COSINE = ("--warm_epoch", "3", "--schedule", "cosine")
+VARIANTS = {
+    "published": (),
+    "cosine": COSINE,
+    "cosine, no decay of norms": (*COSINE, "--norm_decay", "false"),
+    "cosine, clipped at 100": (*COSINE, "--clip_norm", "100"),
+}
+SIZE = 300
+
+
+def folder_name(variant: str, seed: int) -> str:
+    return f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
+
+
+def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
+    """Train a variant, unless that is done; returns the run's folder."""
+    name = folder_name(variant, seed)
+    run = args.runs / f"{args.version}_{SIZE}" / name
+    if not (run / f"Final_{args.version}_VOC.pth").is_file():
+        status = train_test.main(
+            ["-d", "VOC", "-v", args.version, "-s", str(SIZE), "--root", str(args.root),
+             "-b", "8", "--lr", "2e-3", "-max", str(args.epochs), "--seed", str(seed),
+             "--ema", "0.9998", *VARIANTS[variant], "--amp", args.amp, "--date", name,
+             "--save_folder", str(args.runs), "--num_workers", str(args.num_workers),
+             "--test_frequency", "1000", "--save_frequency", "0", "--resume", "auto"]
+        )  # fmt: skip
+        if status:
+            raise SystemExit(status)
+    return run
+
+
+def scores(args: argparse.Namespace, run: Path) -> dict[str, tuple[float, dict[str, float]]]:
+    """AP (area metric) of a run, its mean and per class: of the average and of the raw weights."""
+    raw = run / "raw.pth"
+    found = run / "ss_predict" / raw.stem / "test" / "results.json"
+    if not found.is_file():
+        saved = load_checkpoint(run / f"Final_{args.version}_VOC.pth")
+        saved["model"] = saved.pop("raw_model")
+        save_checkpoint(raw, saved)
+        status = train_test.main(
+            ["--test", str(raw), "--score_threshold", "0.01", "--amp", args.amp,
+             "--num_workers", str(args.num_workers)]
+        )  # fmt: skip
+        if status:
+            raise SystemExit(status)
+    paths = {"average": run / "ss_predict" / "final" / "test" / "results.json", "raw": found}
+    results = {key: json.loads(path.read_text())["area"] for key, path in paths.items()}
+    return {key: (result["mean"], result["per_class"]) for key, result in results.items()}
+
+
+def shown(values: list[float]) -> str:
+    spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
+    return f"{statistics.mean(values):.3f}{spread}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--root", type=Path, required=True, help="BCCD, or any folder in VOC layout")
+    p.add_argument("--runs", type=Path, default=Path("runs/ablation"))
+    p.add_argument("--version", default="SSD_HarDNet39ds")
+    p.add_argument("--epochs", type=int, default=20)
+    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--amp", default="bf16")
+    p.add_argument("--num_workers", type=int, default=2)
+    args = p.parse_args(argv)
+    found: dict[str, list] = {variant: [] for variant in VARIANTS}
+    for seed in range(args.seeds):
+        for variant in VARIANTS:
+            found[variant].append(scores(args, train(args, variant, seed)))
+    classes = list(found["published"][0]["raw"][1])
+    print(f"| recipe | weights | {' | '.join(classes)} | mean | seeds |")
+    print("|---" * (len(classes) + 4) + "|")
+    for variant, runs in found.items():
+        for weights in ("raw", "average"):
+            means = [run[weights][0] for run in runs]
+            cells = [shown([run[weights][1][name] for run in runs]) for name in classes]
+            each = " ".join(f"{value:.3f}" for value in means)
+            print(f"| {variant} | {weights} | {' | '.join(cells)} | {shown(means)} | {each} |")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
