@@ -218,7 +218,7 @@ def parser(
            help="batch normalisation over the pictures of all processes")
     option(g, "--num_workers", type=count, metavar="N", help="processes that load pictures")
     option(g, "--amp", choices=AMP_TYPES,
-           help="precision of the network; a training step in bf16 is about three times faster on "
+           help="precision of the network; a training step in bf16 is two to three times faster on "
                 "CPUs that have it")
 
     option(g, "--compile", **switch, help="train through torch.compile")
