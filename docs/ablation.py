@@ -18,12 +18,14 @@ from pathlib import Path
 import train_test
 from utils.checkpoint import load_checkpoint, save_checkpoint
 
-COSINE = ("--warm_epoch", "3", "--schedule", "cosine")
+SGD = ("--lr", "2e-3")
+COSINE = (*SGD, "--warm_epoch", "3", "--schedule", "cosine")
 VARIANTS = {
-    "published": (),
+    "published": SGD,
     "cosine": COSINE,
     "cosine, no decay of norms": (*COSINE, "--norm_decay", "false"),
     "cosine, clipped at 100": (*COSINE, "--clip_norm", "100"),
+    "modern": ("--recipe", "modern"),
 }
 SIZE = 300
 
@@ -39,7 +41,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
     if not (run / f"Final_{args.version}_VOC.pth").is_file():
         status = train_test.main(
             ["-d", "VOC", "-v", args.version, "-s", str(SIZE), "--root", str(args.root),
-             "-b", "8", "--lr", "2e-3", "-max", str(args.epochs), "--seed", str(seed),
+             "-b", "8", "-max", str(args.epochs), "--seed", str(seed),
              "--ema", "0.9998", *VARIANTS[variant], "--amp", args.amp, "--date", name,
              "--save_folder", str(args.runs), "--num_workers", str(args.num_workers),
              "--test_frequency", "1000", "--save_frequency", "0", "--resume", "auto"]
