@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 from collections.abc import Iterator
@@ -172,10 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             "opencv": cv2.__version__,
         },
     }
-    if args.json == Path("-"):
-        print(json.dumps({"machine": machine(CPU), **content}))
-    else:
-        write(args.json, CPU, **content)
+    write(args.json, CPU, **content)
     return 0
 
 

@@ -12,7 +12,6 @@ positive as random boxes get; predictions are random.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -124,10 +123,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         rows.append({"amp": amp, "ratio": ratio, "seconds": times})
     content = {"batch": args.batch, "size": args.size, "classes": args.classes, "rows": rows}
-    if args.json == Path("-"):
-        print(json.dumps({"machine": machine(device), **content}))
-    else:
-        write(args.json, device, **content)
+    write(args.json, device, **content)
     return 0
 
 

@@ -13,7 +13,6 @@ gradients must be equal, bit by bit.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -175,10 +174,7 @@ def main(argv: list[str] | None = None) -> int:
             )
             rows.append({"version": version, "amp": amp, **found})
     content = {"size": args.size, "batch": args.batch, "rows": rows}
-    if args.json == Path("-"):
-        print(json.dumps({"machine": machine(device), **content}))
-    else:
-        write(args.json, device, **content)
+    write(args.json, device, **content)
     return 0
 
 

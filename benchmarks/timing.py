@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -49,6 +50,10 @@ def machine(device: torch.device) -> str:
 
 
 def write(path: Path | None, device: torch.device, **content) -> None:
-    """Keep ``content`` as JSON beside what it is of; nothing without a path."""
-    if path:
-        write_json(path, {"machine": machine(device), **content})
+    """Keep ``content`` as JSON beside what it is of, or print it in one line where ``path`` is
+    "-"; nothing without a path."""
+    content = {"machine": machine(device), **content}
+    if path == Path("-"):
+        print(json.dumps(content))
+    elif path:
+        write_json(path, content)
