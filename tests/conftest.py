@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 from pathlib import Path
 
@@ -15,6 +16,15 @@ from hypothesis import settings
 settings.register_profile("fuzz", max_examples=5000, deadline=None)
 
 VOC_IMAGE_SIZE = (96, 72)  # width, height
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True, scope="session")
+def importable():
+    """Programs that tests start import the project, and the tests' own modules, as tests do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        yield
 
 
 def write_annotation(path: Path, objects, size=VOC_IMAGE_SIZE) -> None:

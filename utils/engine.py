@@ -94,9 +94,11 @@ def train_steps(
     net.train()
     device = priors.device
     batches = iter(batches)
-    rates = iter(learning_rates)
-    while len(parts := list(itertools.islice(batches, accumulate))) == accumulate:
-        lr = next(rates)
+    steps = iter(lambda: list(itertools.islice(batches, accumulate)), [])
+    # The batches first: a rate is asked for only if there is a step to make with it.
+    for parts, lr in zip(steps, learning_rates, strict=False):
+        if len(parts) < accumulate:
+            return
         for group in optimizer.param_groups:
             group["lr"] = lr
         optimizer.zero_grad(set_to_none=True)
