@@ -60,6 +60,7 @@ from utils.distributed import (
     Elsewhere,
     World,
     check_shares,
+    end,
     is_lost_connection,
     join,
     launch,
@@ -966,4 +967,4 @@ def _speaker(world: World) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end(main())

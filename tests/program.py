@@ -17,6 +17,7 @@ import torch
 
 from train_test import main
 from utils.checkpoint import load_checkpoint
+from utils.distributed import end
 
 ROOT = Path(__file__).parent.parent
 # The machine may be busy; what hangs is noticed all the same.
@@ -102,4 +103,4 @@ def assert_same(a, b, where: str) -> None:
 
 if __name__ == "__main__":
     tiny.register()
-    sys.exit(main())
+    end(main())

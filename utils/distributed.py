@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -211,6 +211,19 @@ def leave() -> None:
     """Undo ``join``."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end(status: int) -> NoReturn:
+    """End this process with an exit status.
+
+    One that fails in the midst of a job ends at once: while it is taken down, gloo's threads, still
+    connected, may abort it, and the status would be lost.
+    """
+    if not dist.is_initialized():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def is_lost_connection(error: BaseException) -> bool:
