@@ -263,6 +263,10 @@ def launch(processes: int, program: Sequence[str]) -> int:
     names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")  # the launcher's handlers stay otherwise
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     handlers = {number: signal.getsignal(number) for number in numbers}
+    # As torchrun: without it every process would take all cores.
+    threads_unset = processes > 1 and "OMP_NUM_THREADS" not in os.environ
+    if threads_unset:
+        os.environ["OMP_NUM_THREADS"] = "1"
     try:
         elastic_launch(config, sys.executable)(*program)
         return 0
@@ -273,6 +277,8 @@ def launch(processes: int, program: Sequence[str]) -> int:
     except SignalException:
         return 130
     finally:
+        if threads_unset:
+            del os.environ["OMP_NUM_THREADS"]
         for number, handler in handlers.items():
             signal.signal(number, handler)
 
