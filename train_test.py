@@ -547,12 +547,12 @@ def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
             stored["priors"] = boxes
     options = resolve(given, stored)
     if saved:
+        before = resolve({}, stored)
         for key in FIXED_IN_A_RUN:
-            before = stored.get(key, resolve({}, stored)[key])
-            if options[key] != before:
+            if options[key] != before[key]:
                 raise UserError(
                     f"--{key} {options[key]} contradicts the run that is resumed, which has "
-                    f"{before}; leave the option out"
+                    f"{before[key]}; leave the option out"
                 )
     if options["overfit"]:
         options["test_sets"] = options["train_sets"]

@@ -263,7 +263,7 @@ class Trainer:
             losses = {"loss_loc": loss_loc, "loss_conf": loss_conf}
             for key, value in losses.items():
                 self.totals[key] += value
-            pictures = len(self.loader.batch_sampler.batch(step % self.steps_per_epoch))
+            pictures = self.loader.batch_sampler.batch_size
             self.totals["steps"] += 1
             self.totals["images"] += pictures
             shown = {"loss": loss_loc + loss_conf, **losses, "lr": done.lr}
