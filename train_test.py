@@ -47,12 +47,13 @@ from data.loading import (
     test_loader,
     training_loader,
 )
-from data.transfer import COCO_CLASSES, match_classes, parse_class_map, transfer_classes
+from data.transfer import match_classes, parse_class_map, transfer_classes
 from data.transforms import ResizeOnly, SSDAugmentation, TestTransform
-from data.voc0712 import VOC_CLASSES, parse_classes
+from data.voc0712 import parse_classes
 from layers import Detect, MultiBoxLoss, PriorBox
 from layers.detect import SUPPRESSION
-from models import BACKBONES, SIZES, build_net, identify, prior_config
+from models import BACKBONES, SIZES, build_net, prior_config
+from models.stored import check_config, describe, trained_for
 from utils import nms
 from utils.checkpoint import load_base, load_checkpoint, load_weights, sha256_of
 from utils.distributed import (
@@ -69,16 +70,14 @@ from utils.distributed import (
     synchronise_batch_norm,
 )
 from utils.draw import contact_sheet, draw_batch, draw_comparison
-from utils.engine import AMP_TYPES, detect_all
+from utils.engine import detect_all
 from utils.errors import UserError
 from utils.files import locked, write_json
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
-from utils.optimization import OPTIMIZERS
 from utils.options import (
     DEFAULTS,
     DETECTION_OPTIONS,
     FIXED_IN_A_RUN,
-    LATER,
     OF_ONE_CALL,
     OF_THE_MACHINE,
     TRAINING_RECIPES,
@@ -88,7 +87,7 @@ from utils.options import (
     parser,
     set_names,
 )
-from utils.schedule import SCHEDULES, lr_at
+from utils.schedule import lr_at
 from utils.trainer import Interrupted, Trainer
 
 # ---------------------------------------------------------------- options
@@ -141,92 +140,21 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
     return options
 
 
-def describe(saved: dict, path: Path, given: dict) -> dict:
-    """What a checkpoint says of itself: its configuration, else what its tensors tell.
-
-    Raises:
-        UserError: neither says enough, or the configuration is none that this program writes.
-    """
-    if "config" in saved:
-        return check_config(saved, path)
-    try:
-        version, size, num_classes = identify(saved["model"])
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    stored = {"version": version, "size": size}
-    if num_classes == 81:  # a published file: 81 classes are COCO's, 21 VOC's
-        stored["dataset"] = "COCO"
-    elif num_classes == 21:
-        stored |= {"dataset": "VOC", "classes": list(VOC_CLASSES)}
-    elif "classes" not in given:
-        raise UserError(
-            f"{path} has {num_classes - 1} classes and no names for them; give --classes"
-        )
-    elif len(parse_classes(given["classes"])) != num_classes - 1:
-        named = len(parse_classes(given["classes"]))
-        raise UserError(f"{path} has {num_classes - 1} classes, but --classes names {named}")
-    return stored
-
-
-def check_config(saved: dict, path: Path) -> dict:
-    """The configuration of one of our checkpoints, with its classes.
-
-    Raises:
-        UserError: a field is missing, or not of the kind that this program writes.
-    """
-    config, classes = saved.get("config"), saved.get("classes")
-    expected = {**DEFAULTS, **TRAINING_RECIPES["published"], "root": "", "priors": ""}
-    expected |= {"max_epoch": 1, "weight_decay": 0.0, "crowds": True}
-    expected |= {"train_sets": [], "test_sets": []}
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: its configuration is no dict; is it a file of this program?")
-    if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
-        raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
-    choices = {"version": BACKBONES, "size": SIZES, "dataset": RECIPES, "amp": AMP_TYPES}
-    choices["priors"] = RECIPES
-    choices |= {"recipe": TRAINING_RECIPES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS}
-    for key, example in expected.items():
-        if key in LATER and key not in config:
-            continue
-        value = config.get(key)
-        right = isinstance(value, type(example)) or (
-            isinstance(example, float) and isinstance(value, int)
-        )
-        if not right or (key in choices and value not in choices[key]):
-            raise UserError(f"{path}: its configuration has {key} {value!r}, which is not valid")
-    return {**config, "classes": classes}
-
-
-def trained_for(saved: dict, path: Path, given: dict) -> tuple[list[str] | None, str | None]:
-    """The classes that a checkpoint's weights know, and whose prior boxes; None: it cannot be told.
-
-    A published file has no names: --classes names its classes if they are as many, else 80 are
-    COCO's and 20 VOC's.
-
-    Raises:
-        UserError: its tensors are no detector's.
-    """
-    if "config" in saved:
-        config = check_config(saved, path)
-        return config["classes"], config.get("priors", config["dataset"])
-    try:
-        _, _, num_classes = identify(saved["model"])
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    known = {81: (list(COCO_CLASSES), "COCO"), 21: (list(VOC_CLASSES), "VOC")}
-    names, boxes = known.get(num_classes, (None, None))
-    if "classes" in given and "class_map" not in given:
-        named = list(parse_classes(given["classes"]))
-        names = named if len(named) == num_classes - 1 else names
-    return names, boxes
-
-
 def transfer(
     state: dict, names: list[str], classes: list[str], given: dict
 ) -> tuple[dict, list[str]]:
     """Weights of a detector of ``names`` for ``classes``, and those of them that are new to it."""
     generator = torch.Generator().manual_seed(given.get("seed", DEFAULTS["seed"]))
     return transfer_classes(state, names, classes, class_map(given), generator)
+
+
+def given_classes(given: dict) -> list[str] | None:
+    return list(parse_classes(given["classes"])) if "classes" in given else None
+
+
+def own_names(given: dict) -> list[str] | None:
+    """What --classes says of a file without names; with --class_map it names the data's classes."""
+    return None if "class_map" in given else given_classes(given)
 
 
 def class_map(given: dict) -> dict[str, str] | None:
@@ -429,17 +357,17 @@ def open_test(given: dict, world: World) -> Testing:
             raise UserError(f"--{option} is for training, --test evaluates; give one of them")
     path = Path(given["test"])
     saved = load_checkpoint(path)
-    stored = describe(saved, path, given)
+    stored = describe(saved, path, given_classes(given))
     if stored.get("overfit"):  # it was tested on what it was trained on
         stored = {k: v for k, v in stored.items() if k not in ("overfit", "test_sets")}
     stored = {k: v for k, v in stored.items() if k not in OF_THE_MACHINE}
-    names, boxes = trained_for(saved, path, given)
+    names, boxes = trained_for(saved, path, own_names(given))
     if given.get("dataset", stored.get("dataset")) != stored.get("dataset"):
         stored = {key: stored[key] for key in ("version", "size")}  # what its data were is no help
     if "class_map" in given or "classes" in given:
         stored.pop("classes", None)
     if "classes" in given and names:  # before the data are looked for
-        check_known(path, names, list(parse_classes(given["classes"])), given)
+        check_known(path, names, given_classes(given), given)
     if boxes:
         stored["priors"] = boxes
     options = resolve(given, stored)
@@ -543,7 +471,7 @@ def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
     stored, start = check_config(saved, path) if saved else {}, None
     if "resume_net" in given:
         start = load_checkpoint(given["resume_net"])
-        if boxes := trained_for(start, Path(given["resume_net"]), given)[1]:
+        if boxes := trained_for(start, Path(given["resume_net"]))[1]:
             stored["priors"] = boxes
     options = resolve(given, stored)
     if saved:
@@ -872,7 +800,7 @@ def starting_weights(net: nn.Module, given: dict, options: dict, start: dict | N
     if "resume_net" in given:
         path, classes = Path(given["resume_net"]), options["classes"]
         state, origin = start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
-        names, boxes = trained_for(start, path, given)
+        names, boxes = trained_for(start, path, own_names(given))
         if "class_map" in given and names is None:
             raise UserError(f"{path} has no names of its classes for --class_map to go by")
         if names and ("class_map" in given or names != classes):

@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.timing import CPU, machine, medians, write
-from data.voc0712 import VOC_CLASSES, Annotation
+from data.config import VOC_CLASSES
+from data.voc0712 import Annotation
 from data.voc_eval import METRICS, comp4_path, evaluate_voc, read_comp4, write_comp4
 
 

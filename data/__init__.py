@@ -8,7 +8,7 @@ import importlib
 _EXPORTS = {
     "COCODetection": "data.coco",
     "VOCDetection": "data.voc0712",
-    "VOC_CLASSES": "data.voc0712",
+    "VOC_CLASSES": "data.config",
     "detection_collate": "data.loading",
 }
 

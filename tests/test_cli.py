@@ -17,9 +17,8 @@ from tiny import TINY
 
 import models
 import train_test
-from data.config import COCO_300
+from data.config import COCO_300, COCO_CLASSES
 from data.loading import TrainingSet
-from data.transfer import COCO_CLASSES
 from layers import PriorBox
 from models import build_net
 from train_test import main, resolve

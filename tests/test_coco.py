@@ -18,8 +18,8 @@ from conftest import with_exif
 from benchmarks import coco_load
 from data.coco import COCODetection, clip_boxes, list_image_sets, read_annotations
 from data.coco_eval import check_submission, evaluate_coco
+from data.config import COCO_CLASSES
 from data.curves import load_curves
-from data.transfer import COCO_CLASSES
 from utils.errors import UserError
 
 WIDTH, HEIGHT = 60, 40

@@ -5,14 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from data.config import COCO_CLASSES, VOC_CLASSES
 from data.transfer import (
-    COCO_CLASSES,
     VOC_TO_COCO,
     match_classes,
     parse_class_map,
     transfer_classes,
 )
-from data.voc0712 import VOC_CLASSES
 from models import build_net
 from utils.errors import UserError
 

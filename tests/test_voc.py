@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from conftest import VOC_IMAGE_SIZE, with_exif, write_annotation
 
+from data.config import VOC_CLASSES
 from data.curves import load_curves
-from data.voc0712 import VOC_CLASSES, VOCDetection, list_image_sets, parse_classes, read_annotation
+from data.voc0712 import VOCDetection, list_image_sets, parse_classes, read_annotation
 from utils.errors import UserError
 
 WIDTH, HEIGHT = VOC_IMAGE_SIZE
