@@ -303,7 +303,8 @@ class COCODetection:
     with [0,5], and those of a test split have nothing else. `crowds`: whether boxes around crowds
     are ordinary boxes, as published, or left out of the targets (a score always counts them as
     COCO does). Boxes without area or wholly outside their picture are dropped; `skipped` lists them
-    by reason. The year of a set in own data may be None.
+    by reason. The year of a set in own data may be None. With `missing_pictures` a picture that is
+    missing is told when it is read, for `data.check`.
 
     UserError: no annotation file of that name, a malformed one (see `read_annotations`), missing
     pictures, sets of different categories, a picture in two sets, no category of a name.
@@ -316,6 +317,7 @@ class COCODetection:
         transform: Callable | None = None,
         classes: Sequence[str] | None = None,
         crowds: bool = True,
+        missing_pictures: bool = False,
     ):
         if not image_sets:
             raise ValueError("image_sets is empty, wanted e.g. [('2017', 'val')]")
@@ -324,6 +326,7 @@ class COCODetection:
         self.transform = transform
         self._turned: set[Path] = set()
         self.crowds = crowds
+        self._missing_pictures = missing_pictures
         self.skipped: dict[str, list[str]] = {}
         files = [self._read(year, name, classes) for year, name in self.image_sets]
         self._files = [file.path for file in files]
@@ -563,7 +566,7 @@ class COCODetection:
                 f" {file.file_names[0] or file.image_ids[0]}; nor are they in"
                 f" {', '.join(map(str, folders[1:]))}, {self.root / 'images'} or {self.root}"
             )
-        if missing:
+        if missing and not self._missing_pictures:
             raise UserError(
                 f"{folder}: {count} of the {len(names)} pictures in {file.path.name} are missing:"
                 f" {', '.join(missing[:10])}" + (" ..." if count > 10 else "")

@@ -14,15 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
+from data.config import VOC_CLASSES
 from data.curves import CURVES_FILE
 from data.image import read_image, report_lines
 from utils.errors import UserError
 
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-    "train", "tvmonitor",
-)  # fmt: skip
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # in order of preference, any case
 
 
@@ -208,6 +204,7 @@ def load_annotations(
     root: str | Path,
     image_sets: Sequence[tuple[str | None, str]],
     classes: Sequence[str] | None = None,
+    faults: list[str] | None = None,
 ) -> VOCAnnotations:
     """Read the image sets' split files and annotations; arguments and errors as in VOCDetection."""
     root = Path(os.path.expanduser(root))
@@ -224,12 +221,14 @@ def load_annotations(
             folders.append(folder)
             paths.append(path)
             if path is None:
-                missing.append(folder / "Annotations" / f"{image_id}.xml")
+                paths[-1] = folder / "Annotations" / f"{image_id}.xml"
+                missing.append(paths[-1])
     what = ", ".join(set_name(*pair) for pair in image_sets)
     if not ids:
         raise UserError(f"{root}: the image set {what} lists no image")
-    _refuse_missing("annotation", missing)
-    annotations = [read_annotation(path) for path in paths]
+    if faults is None:
+        _refuse_missing("annotation", missing)
+    annotations = [_read_or_note(path, faults) for path in paths]
 
     names = {name for annotation in annotations for name in annotation.names}
     declared = root / "classes.txt"
@@ -242,20 +241,38 @@ def load_annotations(
     else:  # of all image sets, so that every one of them gets the same classes
         listed = (_list_images(root, *pair, find) for pair in list_image_sets(root))
         others = {path for images in listed for *_, path in images} - {None, *paths}
-        found = names.union(*(read_annotation(path).names for path in sorted(others)))
+        found = names.union(*(_read_or_note(path, faults).names for path in sorted(others)))
         classes = check_classes(sorted(found), str(root)) if found else ()
     if not names & set(classes):
-        raise UserError(
+        fault = (
             f"{root}: the image set {what} has no object of the classes "
             f"{', '.join(classes) or '(none)'}; "
             f"its annotations name: {', '.join(sorted(names)) or 'no object at all'}"
         )
+        if faults is None:
+            raise UserError(fault)
+        faults.append(fault)
     for annotation in annotations:
         for index, name in enumerate(annotation.names, 1):
             if name not in classes:
                 reason = f'object of unknown class "{name}" skipped'
                 skipped[reason].append(f"{annotation.path}: object {index}")
     return VOCAnnotations(ids, folders, annotations, classes, dict(skipped))
+
+
+def _without_objects(path: Path) -> Annotation:
+    return Annotation(path, None, (), np.zeros((0, 4)), np.zeros(0, bool))
+
+
+def _read_or_note(path: Path, faults: list[str] | None) -> Annotation:
+    """`read_annotation`; given a list, an error is added to it, and the picture has no objects."""
+    try:
+        return read_annotation(path)
+    except UserError as error:
+        if faults is None:
+            raise
+        faults.append(str(error))
+        return _without_objects(path)
 
 
 def _list_images(
@@ -320,6 +337,9 @@ class VOCDetection:
     classes: names without background; label k is classes[k - 1]. None: those of root/classes.txt,
     else VOC_CLASSES in a devkit whose chosen sets name no other, else all names in the annotations
     of root's image sets, sorted.
+    faults: given a list, what is wrong with single annotations and pictures, or with the classes,
+    is added to it instead of raised, for `data.check`: such a picture has no objects here, and one
+    that is missing is told when it is read.
 
     Annotations are read here, pictures only where an annotation gives no size or a box leaves it.
     Boxes are the XML's values - 1, floats kept. A target is made of the objects of known classes,
@@ -336,15 +356,16 @@ class VOCDetection:
         image_sets: Sequence[tuple[str | None, str]],
         transform: Callable | None = None,
         classes: Sequence[str] | None = None,
+        faults: list[str] | None = None,
     ):
         self.root = Path(os.path.expanduser(root))
         self.image_sets = [(year or None, image_set) for year, image_set in image_sets]
         self.transform = transform
-        loaded = load_annotations(self.root, self.image_sets, classes)
+        loaded = load_annotations(self.root, self.image_sets, classes, faults)
         self.ids, self.annotations, self.classes = loaded.ids, loaded.annotations, loaded.classes
         self.skipped: dict[str, list[str]] = loaded.skipped
         self._scored = self.classes
-        self._pictures = _find_pictures(loaded)
+        self._pictures = _find_pictures(loaded, faults)
         self._sizes: list[tuple[int, int]] = []
         self._targets: list[np.ndarray] = []
         self._difficult: list[np.ndarray] = []
@@ -352,7 +373,13 @@ class VOCDetection:
         for annotation, picture in zip(self.annotations, self._pictures, strict=True):
             size = annotation.size
             if size is None or (annotation.boxes[:, 2:] > np.subtract(size, 1)).any():
-                size = _checked_size(read_image(picture), picture, annotation)
+                try:
+                    size = _checked_size(read_image(picture), picture, annotation)
+                except UserError as error:
+                    if faults is None:
+                        raise
+                    faults.append(str(error))
+                    annotation, size = _without_objects(annotation.path), (1, 1)
                 if annotation.size and not _near(annotation.size, size):
                     self.skipped.setdefault("<size> with width and height swapped", []).append(
                         f"{annotation.path}: {picture.name} is {size[0]} x {size[1]}"
@@ -525,12 +552,14 @@ def _near(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return abs(a[0] - b[0]) <= 1 and abs(a[1] - b[1]) <= 1
 
 
-def _find_pictures(loaded: VOCAnnotations) -> list[Path]:
+def _find_pictures(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
     find = _finder(SUFFIXES)
     wanted = [(f / "JPEGImages", i) for f, i in zip(loaded.folders, loaded.ids, strict=True)]
     found = [find(*pair) for pair in wanted]
-    _refuse_missing(
-        f"picture ({'/'.join(SUFFIXES)})",
-        [folder / i for (folder, i), path in zip(wanted, found, strict=True) if path is None],
-    )
-    return found
+    if faults is None:
+        _refuse_missing(
+            f"picture ({'/'.join(SUFFIXES)})",
+            [folder / i for (folder, i), path in zip(wanted, found, strict=True) if path is None],
+        )
+    usual = [folder / f"{i}{SUFFIXES[0]}" for folder, i in wanted]
+    return [path or other for path, other in zip(found, usual, strict=True)]

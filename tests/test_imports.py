@@ -15,11 +15,11 @@ ALLOWED = {
     "utils": {"utils"},
     "data": {"data", "utils"},
     "layers": {"layers", "utils"},
-    "models": {"models", "layers", "data.config", "utils"},
+    "models": {"models", "layers", "data.config", "data.image", "data.transforms", "utils"},
 }
-# Run as `python -m utils.NAME`: their functions may import what stands above utils, no module of
-# utils does, and importing them imports nothing of it.
-COMMANDS = ("utils/weights.py", "utils/profile.py")
+# Commands (`python -m utils.NAME`) and what is made of whole networks: their functions may import
+# what stands above their folder, no other module does, and importing them imports nothing of it.
+OPEN = ("utils/weights.py", "utils/profile.py", "utils/deploy.py", "data/check.py")
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for folder in (*FOLDERS, "demo", "benchmarks", "docs")
@@ -28,11 +28,13 @@ MODULES = sorted(
 
 
 def imported(path: Path) -> set[str]:
-    """Every module that a file imports, anywhere in it; of `COMMANDS`, outside functions."""
+    """Every module that a file imports, anywhere in it; of `OPEN`, outside functions."""
     names = set()
     tree = ast.parse(path.read_text("utf-8"))
-    if path.relative_to(ROOT).as_posix() in COMMANDS:
-        tree.body = [node for node in tree.body if not isinstance(node, ast.FunctionDef)]
+    if path.relative_to(ROOT).as_posix() in OPEN:
+        for node in ast.walk(tree):
+            if hasattr(node, "body") and isinstance(node.body, list):
+                node.body = [x for x in node.body if not isinstance(x, ast.FunctionDef)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
