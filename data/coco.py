@@ -423,6 +423,10 @@ class COCODetection:
             [items[s] for s in used] for items in (self.image_sets, self._files, self._folders)
         )
 
+    def annotation_files(self) -> list[Path]:
+        """The annotation file of each image set."""
+        return list(self._files)
+
     def check_scorable(self) -> None:
         """UserError if `evaluate` could not score these image sets: more than one."""
         if len(self.image_sets) > 1:

@@ -1,0 +1,370 @@
+"""data/analysis.py against hand-made cases, literal loops, the project's scores and hotcoco."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from data.analysis import (
+    CORRECT,
+    ERRORS,
+    IGNORED,
+    KINDS,
+    Found,
+    Judged,
+    Truth,
+    best_f1,
+    calibration,
+    confusion_matrix,
+    error_counts,
+    found_of,
+    gains,
+    judge,
+    missed_objects,
+    overlaps,
+    truth_of,
+)
+from data.coco import COCODetection
+from data.curves import load_curves
+from data.voc0712 import VOCDetection
+
+SQUARE = (0, 0, 100, 100)
+
+
+def truth(rows, rule="coco"):
+    """rows: (image, (x1, y1, x2, y2), label[, ignored])."""
+    images, boxes, labels, ignored = zip(*((*row, 0)[:4] for row in rows), strict=True)
+    return Truth(np.array(images), np.array(boxes, float), np.array(labels),
+                 np.array(ignored, bool), rule)  # fmt: skip
+
+
+def found(rows):
+    """rows: (image, (x1, y1, x2, y2), label, score)."""
+    images, boxes, labels, scores = zip(*rows, strict=True)
+    return Found(np.array(images), np.array(boxes, float), np.array(labels), np.array(scores))
+
+
+def high(height, left=0):
+    """A box of the square's width; its IoU with the square is height / 100."""
+    return (left, 0, left + 100, height)
+
+
+def random_case(seed, rule, images=30, classes=3, ignored=0.1):
+    """Objects, and detections of which most lie near one, with odd classes and distances."""
+    rng = np.random.default_rng(seed)
+    objects, detections = [], []
+    for i in range(images):
+        for _ in range(rng.integers(0, 6)):
+            start, side = rng.integers(0, 100, 2), rng.integers(10, 80, 2)
+            label = rng.integers(1, classes + 1)
+            objects.append((i, (*start, *(start + side)), label, rng.random() < ignored))
+            for _ in range(rng.integers(0, 5)):
+                corners = np.array((*start, *(start + side))) + rng.normal(0, side.mean() / 6, 4)
+                corners[2:] = np.maximum(corners[2:], corners[:2] + 2)
+                claimed = label if rng.random() < 0.7 else rng.integers(1, classes + 1)
+                detections.append((i, tuple(corners), claimed, rng.random()))
+        start = rng.integers(0, 150, 2)
+        detections.append((i, (*start, *(start + 20)), rng.integers(1, classes + 1), rng.random()))
+    return truth(objects, rule), found(detections)
+
+
+CASES = {
+    "correct": ([(0, SQUARE, 1)], [(0, high(51), 1, 0.9)], ["correct"], 0),
+    "localisation": ([(0, SQUARE, 1)], [(0, high(49), 1, 0.9)], ["localisation"], 0),
+    "least localisation": ([(0, SQUARE, 1)], [(0, high(10), 1, 0.9)], ["localisation"], 0),
+    "class": ([(0, SQUARE, 2)], [(0, high(80), 1, 0.9)], ["class"], 0),
+    "duplicate": (
+        [(0, SQUARE, 1)],
+        [(0, high(80), 1, 0.8), (0, high(70), 1, 0.9)],
+        ["duplicate", "correct"],
+        0,
+    ),
+    "both": ([(0, SQUARE, 2)], [(0, high(30), 1, 0.9)], ["both"], 1),
+    "background": ([(0, SQUARE, 1)], [(0, high(9), 1, 0.9)], ["background"], 1),
+    "other image": ([(0, SQUARE, 1)], [(1, SQUARE, 1, 0.9)], ["background"], 1),
+    "localisation before class": (
+        [(0, high(30), 1), (0, high(60), 2)],
+        [(0, SQUARE, 1, 0.9)],
+        ["localisation"],
+        1,
+    ),
+    "class before duplicate": (
+        [(0, high(90), 1), (0, high(60), 2)],
+        [(0, high(90), 1, 0.95), (0, SQUARE, 1, 0.9)],
+        ["correct", "class"],
+        0,
+    ),
+    "ignored": (
+        [(0, SQUARE, 1, True)],
+        [(0, SQUARE, 1, 0.9), (0, SQUARE, 1, 0.8), (0, SQUARE, 2, 0.8)],
+        ["ignored", "ignored", "background"],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", ["voc", "coco"])
+@pytest.mark.parametrize("case", CASES)
+def test_each_kind_of_error_by_hand(case, rule):
+    objects, detections, kinds, missed = CASES[case]
+    objects, detections = truth(objects, rule), found(detections)
+    judged = judge(objects, detections)
+    assert [KINDS[k] for k in judged.kind] == kinds
+    assert missed_objects(objects, detections, judged, 0)[1].sum() == missed
+    counts = error_counts(objects, detections, judged, 2, 0)
+    assert counts.sum() == missed + sum(kind not in ("correct", "ignored") for kind in kinds)
+    assert counts[:, ERRORS.index("missed")].sum() == missed
+
+
+def test_the_two_rules_differ_where_the_nearest_object_is_taken():
+    objects = [(0, SQUARE, 1), (0, (0, 0, 100, 75), 1)]
+    detections = found([(0, SQUARE, 1, 0.9), (0, high(95), 1, 0.8)])
+    assert judge(truth(objects, "coco"), detections).objects.tolist() == [0, 1]
+    judged = judge(truth(objects, "voc"), detections)
+    assert [KINDS[k] for k in judged.kind] == ["correct", "duplicate"]
+    edge = found([(0, high(50), 1, 0.9)])  # exactly 0.5
+    assert judge(truth([(0, SQUARE, 1)], "coco"), edge).kind.tolist() == [CORRECT]
+    assert judge(truth([(0, SQUARE, 1)], "voc"), edge).kind.tolist() == [KINDS.index("duplicate")]
+
+
+def test_scores_decide_who_counts_and_who_is_missed():
+    objects = truth([(0, SQUARE, 1), (1, SQUARE, 2)])
+    detections = found([(0, SQUARE, 1, 0.3), (1, high(30), 2, 0.6)])
+    judged = judge(objects, detections)
+    lost, missed = missed_objects(objects, detections, judged, 0.5)
+    assert lost.tolist() == [True, True] and missed.tolist() == [True, False]
+    counts = error_counts(objects, detections, judged, 2, 0.5)
+    assert dict(zip(ERRORS, counts.sum(0), strict=True)) == {
+        "localisation": 1, "class": 0, "duplicate": 0, "both": 0, "background": 0, "missed": 1
+    }  # fmt: skip
+
+
+def test_overlap_is_that_of_a_literal_loop():
+    rng = np.random.default_rng(0)
+    a, b = (np.sort(rng.integers(0, 30, (20, 2, 2)), 1).reshape(-1, 4) for _ in range(2))
+    pixels = [{(x, y) for x in range(x1, x2) for y in range(y1, y2)} for x1, y1, x2, y2 in
+              (*a.tolist(), *b.tolist())]  # fmt: skip
+    for n, one in enumerate(pixels[:20]):
+        for m, other in enumerate(pixels[20:]):
+            wanted = len(one & other) / max(len(one | other), 1)
+            assert overlaps(a[n : n + 1], b[m : m + 1])[0, 0] == pytest.approx(wanted)
+            wanted = len(one & other) / max(len(one), 1)
+            crowd = np.array([True])
+            assert overlaps(a[n : n + 1], b[m : m + 1], crowd)[0, 0] == pytest.approx(wanted)
+
+
+def literal_confusion(objects, detections, judged, classes, score):
+    table = [[0] * (classes + 1) for _ in range(classes + 1)]
+    left = {n for n in range(len(objects.images)) if not objects.ignored[n]}
+    rest = []
+    for n in sorted(range(len(detections.images)), key=lambda n: -detections.scores[n]):
+        if detections.scores[n] < score or judged.kind[n] == IGNORED:
+            continue
+        if judged.kind[n] == CORRECT:
+            table[detections.labels[n] - 1][detections.labels[n] - 1] += 1
+            left.remove(judged.objects[n])
+        else:
+            rest.append(n)
+    for n in rest:
+        best, taken = 0, None
+        for m in sorted(left):
+            if objects.images[m] != detections.images[n]:
+                continue
+            if objects.labels[m] == detections.labels[n]:
+                continue
+            iou = overlaps(detections.boxes[n : n + 1], objects.boxes[m : m + 1])[0, 0]
+            if iou >= 0.5 and iou > best:
+                best, taken = iou, m
+        column = detections.labels[n] - 1
+        if taken is None:
+            table[classes][column] += 1
+        else:
+            table[objects.labels[taken] - 1][column] += 1
+            left.remove(taken)
+    for m in left:
+        table[objects.labels[m] - 1][classes] += 1
+    return table
+
+
+@pytest.mark.parametrize("rule", ["voc", "coco"])
+@pytest.mark.parametrize("score", [0, 0.4])
+def test_confusion_matrix_is_that_of_a_literal_loop(rule, score):
+    objects, detections = random_case(3, rule)
+    judged = judge(objects, detections)
+    matrix = confusion_matrix(objects, detections, judged, 3, score)
+    assert matrix.tolist() == literal_confusion(objects, detections, judged, 3, score)
+    assert matrix[:-1].sum() == (~objects.ignored).sum()  # every object once
+    counted = (detections.scores >= score) & (judged.kind != IGNORED)
+    assert matrix[:, :-1].sum() == counted.sum()  # every detection once
+    assert (matrix[:-1, :-1] - np.diag(np.diag(matrix)[:-1])).sum() > 2
+
+
+def test_calibration_by_hand():
+    scores = np.array([0.05, 0.15, 0.1, 0.95, 1.0, 0.95, 0.91])
+    correct = np.array([0, 1, 0, 1, 1, 1, 0], bool)
+    result = calibration(scores, correct)
+    assert result.counts.tolist() == [1, 2, 0, 0, 0, 0, 0, 0, 0, 4]
+    assert result.precision[[0, 1, 9]].tolist() == [0, 0.5, 0.75]
+    assert result.confidence[[0, 1, 9]] == pytest.approx([0.05, 0.125, 0.9525])
+    assert np.isnan(result.precision[5])
+    wanted = (1 * 0.05 + 2 * (0.5 - 0.125) + 4 * (0.9525 - 0.75)) / 7
+    assert result.error == pytest.approx(wanted)
+    assert np.isnan(calibration(np.zeros(0), np.zeros(0, bool)).error)
+
+
+def test_best_f1_by_hand():
+    # at 0.9: 1 right of 1, 4 objects: 2/5; at 0.8: 2 of 2: 4/6; at 0.7: 2 of 4: 4/8; at 0.1: 6/9
+    scores = np.array([0.7, 0.9, 0.7, 0.1, 0.8])
+    correct = np.array([0, 1, 0, 1, 1], bool)
+    assert best_f1(scores, correct, 4) == (pytest.approx(2 / 3), 0.8)
+    assert best_f1(np.array([0.5, 0.5]), np.array([1, 0], bool), 1) == (pytest.approx(2 / 3), 0.5)
+    for nothing in ((scores, correct & False, 4), (scores[:0], correct[:0], 4)):
+        value, score = best_f1(*nothing)
+        assert value == 0 and np.isnan(score)
+
+
+def test_nothing_at_all_is_no_error():
+    objects = Truth(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool), "coco")
+    detections = Found(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
+    judged = judge(objects, detections)
+    assert judged == Judged(*judged) and len(judged.kind) == 0
+    assert not error_counts(objects, detections, judged, 2, 0).any()
+    assert not confusion_matrix(objects, detections, judged, 2, 0).any()
+    assert gains(objects, detections, judged, 2, "coco") == (0, dict.fromkeys(ERRORS, 0))
+
+
+# ---------------------------------------------------------------- against the data sets' scores
+
+
+def as_detections(detections, count):
+    """What a data set's `evaluate` takes."""
+    rows = [detections.images == i for i in range(count)]
+    boxes = detections.boxes - (0, 0, 1, 1)
+    return [
+        {"boxes": boxes[r], "scores": detections.scores[r], "labels": detections.labels[r]}
+        for r in rows
+    ]
+
+
+def test_voc_correct_detections_are_those_of_the_score(tmp_path, make_voc):
+    objects, detections = random_case(5, "voc")
+    names = ("a", "b", "c")
+    samples = {f"i{i:02}": [] for i in range(30)}
+    for i, box, label, ignored in zip(*objects[:4], strict=True):
+        corners = box + (1, 1, 0, 0)  # the XML counts from 1, and its corners are inside
+        samples[f"i{i:02}"].append((names[label - 1], tuple(corners), ignored))
+    root = make_voc(tmp_path / "data", {"test": samples}, size=(300, 300))
+    dataset = VOCDetection(root, [(None, "test")], classes=names)
+    read = truth_of(dataset)
+    for one, other in zip(read[:4], objects[:4], strict=True):
+        assert np.array_equal(one, other)
+    # Boxes as the official files have them, to 1/1000 pixel.
+    detections = detections._replace(boxes=detections.boxes.round(3))
+    each = as_detections(detections, 30)
+    again = found_of(each, dataset.ids, 3)
+    assert np.allclose(again.boxes, detections.boxes)
+    judged = judge(read, detections)
+    result = dataset.evaluate(each, tmp_path / "out")
+    curves = load_curves(tmp_path / "out" / "curves.npz")
+    for label, name in enumerate(names, 1):
+        hits = (judged.kind == CORRECT) & (detections.labels == label)
+        points = curves.curve(name)["scores"]
+        assert points == pytest.approx(np.sort(detections.scores[hits])[::-1], abs=1e-8)
+    for metric in ("area", "voc07_11point"):
+        base, rises = gains(read, detections, judged, 3, metric)
+        assert base == pytest.approx(result[metric]["mean"], abs=1e-12)
+        assert all(rise > -1e-12 for rise in rises.values()) and sum(rises.values()) > 0.05
+
+
+@pytest.fixture
+def coco_case(tmp_path):
+    """(data set, truth as made, detections): 30 pictures, crowds among the objects."""
+    objects, detections = random_case(7, "coco")
+    root = tmp_path / "coco"
+    (root / "annotations").mkdir(parents=True)
+    (root / "val").mkdir()
+    annotations = []
+    for n, (i, (x1, y1, x2, y2), label, crowd) in enumerate(zip(*objects[:4], strict=True), 1):
+        box = [float(v) for v in (x1, y1, x2 - x1, y2 - y1)]
+        owner = {"id": n, "image_id": 10 + int(i), "category_id": int(4 * label)}
+        annotations.append(
+            {**owner, "bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
+        )
+    images = [{"id": 10 + i, "file_name": f"{i}.jpg", "width": 300, "height": 300}
+              for i in range(30)]  # fmt: skip
+    for image in images:
+        (root / "val" / image["file_name"]).write_bytes(b"")
+    categories = [{"id": 4 * k, "name": f"class {k}"} for k in (1, 2, 3)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations" / "instances_val.json").write_text(json.dumps(document))
+    detections = detections._replace(boxes=detections.boxes.round(3))
+    return COCODetection(root, [(None, "val")]), objects, detections
+
+
+def test_coco_truth_is_the_annotation_file(coco_case):
+    dataset, objects, _ = coco_case
+    read = truth_of(dataset)
+    for one, other in zip(read, objects, strict=True):
+        assert np.array_equal(one, other)
+    turned = COCODetection(dataset.root, [(None, "val")], classes=["class 3", "class 1"])
+    labels = truth_of(turned).labels
+    assert (labels == 1).sum() == (objects.labels == 3).sum()
+    assert (labels == 2).sum() == (objects.labels == 1).sum()
+
+
+def test_coco_ap_is_the_score_of_the_data_set(coco_case, tmp_path):
+    dataset, objects, detections = coco_case
+    judged = judge(objects, detections)
+    assert (judged.kind == IGNORED).sum() > 2
+    result = dataset.evaluate(as_detections(detections, 30), tmp_path / "out")
+    base, _ = gains(objects, detections, judged, 3, "coco")
+    assert base == pytest.approx(result["stats"][1], abs=1e-12)
+
+
+@pytest.mark.parametrize("seed", [4, 5, 8])
+def test_coco_errors_gains_and_calibration_are_hotcocos(seed, capsys):
+    hotcoco = pytest.importorskip("hotcoco")
+    objects, detections = random_case(seed, "coco", ignored=0)
+    # hotcoco lets the localisation and class errors of an object compete for being made right,
+    # where the publication makes right the errors of one type: so here no object has both.
+    kind, about, _ = judge(objects, detections)
+    mislocated = about[kind == KINDS.index("localisation")]
+    alone = ~((kind == KINDS.index("class")) & np.isin(about, mislocated))
+    assert 0 < (~alone).sum() < 30
+    detections = Found(*(column[alone] for column in detections))
+    sides = np.hstack([objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]])
+    reference = hotcoco.COCO.from_arrays(
+        [{"id": i + 1, "width": 300, "height": 300} for i in range(30)],
+        [{"id": k, "name": str(k)} for k in (1, 2, 3)],
+        objects.images + 1,
+        objects.labels,
+        sides,
+        area=sides[:, 2:].prod(1),
+        iscrowd=objects.ignored,
+    )
+    columns = [detections.images + 1, detections.boxes[:, :2],
+               detections.boxes[:, 2:] - detections.boxes[:, :2], detections.scores,
+               detections.labels]  # fmt: skip
+    results = reference.load_res(np.column_stack(columns))
+    evaluation = hotcoco.COCOeval(reference, results, "bbox")
+    evaluation.run()
+    capsys.readouterr()
+    judged = judge(objects, detections)
+    wanted = evaluation.tide_errors()
+    short = {"localisation": "Loc", "class": "Cls", "duplicate": "Dupe", "both": "Both",
+             "background": "Bkg", "missed": "Miss"}  # fmt: skip
+    counts = error_counts(objects, detections, judged, 3, 0).sum(0).tolist()
+    assert dict(zip(ERRORS, counts, strict=True)) == {
+        name: wanted["counts"][key] for name, key in short.items()
+    }
+    assert all(counts)
+    base, rises = gains(objects, detections, judged, 3, "coco")
+    assert base == pytest.approx(wanted["ap_base"], abs=1e-12)
+    assert rises == pytest.approx({n: wanted["delta_ap"][key] for n, key in short.items()})
+    counted = judged.kind != IGNORED
+    ours = calibration(detections.scores[counted], judged.kind[counted] == CORRECT)
+    theirs = evaluation.calibration()
+    assert ours.counts.tolist() == [b["count"] for b in theirs["bins"]]
+    assert ours.error == pytest.approx(theirs["ece"])

@@ -1,0 +1,541 @@
+"""The report of a test: its numbers against other sources, its page in a parser and in Chromium."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote
+
+import browser
+import cv2
+import numpy as np
+import pytest
+
+from data.coco import COCODetection
+from data.detections import save_detections
+from data.voc0712 import VOCDetection
+from data.voc_eval import METRICS, evaluate_voc, read_comp4
+from demo import report
+from demo.chart import Chart, colour
+from utils.draw import match_detections
+
+ROOT = Path(__file__).parent.parent
+NASTY = '<script>alert("x")</script>&'
+VOID = {"meta", "img", "br", "link", "input", "rect", "polyline"}
+needs_chromium = pytest.mark.skipif(
+    not (browser.DRIVER and browser.CHROMIUM), reason=browser.MISSING
+)
+
+
+class Page(HTMLParser):
+    """Elements as (tag, attributes, text); refuses tags that do not close each other."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.elements, self.stack = [], []
+        self.feed(path.read_text("utf-8"))
+        self.close()
+        assert not self.stack
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append([tag, dict(attributes), ""])
+        if tag not in VOID:
+            self.stack.append(self.elements[-1])
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.stack.pop()[0] == tag
+
+    def handle_data(self, data):
+        for element in self.stack:
+            element[2] += data
+
+    def all(self, tag):
+        return [(attributes, text) for name, attributes, text in self.elements if name == tag]
+
+
+def write_results(folder, dataset, detections, kind, sets):
+    """What a test leaves, without a network."""
+    origin = {"checkpoint": {"file": "net.pth", "sha256": "0"}, "dataset": kind,
+              "root": str(dataset.root), "sets": sets, "overfit": 0,
+              "classes": list(dataset.classes), "thresholds": {"score": 0.01}}  # fmt: skip
+    save_detections(folder / "detections.npz", dataset.ids, detections, origin)
+    results = {**dataset.evaluate(detections, folder), **origin, "images": len(dataset)}
+    (folder / "results.json").write_text(json.dumps(results))
+    return folder
+
+
+def scatter(dataset, seed=0):
+    """Detections near the truth, some of them far off, of another class or of nothing."""
+    rng, detections = np.random.default_rng(seed), []
+    for i in range(len(dataset)):
+        target = np.repeat(dataset.target(i), 3, axis=0)
+        sides = target[:, 2:4] - target[:, :2]
+        boxes = target[:, :4] + rng.normal(0, 0.12, (len(target), 4)) * np.tile(sides, 2)
+        boxes = np.vstack([boxes, [(1, 1, 12, 12)]])
+        boxes[:, 2:] = np.maximum(boxes[:, 2:], boxes[:, :2] + 2)
+        other = rng.integers(1, len(dataset.classes) + 1, len(boxes))
+        labels = np.where(rng.random(len(boxes)) < 0.8, [*target[:, 4], 1], other)
+        detections.append({"boxes": boxes.astype(np.float32), "labels": labels.astype(np.int64),
+                           "scores": rng.random(len(boxes)).astype(np.float32)})  # fmt: skip
+    return detections
+
+
+@pytest.fixture
+def nasty_voc(tmp_path, make_voc):
+    """A data set in VOC layout: three classes, one of an unpleasant name, difficult objects."""
+    rng, samples = np.random.default_rng(1), {}
+    names = ["Zelle é", "&lt;script>alert(\"x\")&lt;/script>&amp;", "bolt"]  # as in XML
+    for i in range(12):
+        starts = rng.integers(1, (60, 36), (3, 2))
+        sides = rng.integers(15, 35, (3, 2))
+        samples[f"p{i:02}"] = [
+            (names[k], (*map(int, start), *map(int, start + side)), bool(rng.random() < 0.15))
+            for k, (start, side) in enumerate(zip(starts, sides, strict=True))
+        ]
+    root = make_voc(tmp_path / "data", {"test": samples})
+    return VOCDetection(root, [(None, "test")])
+
+
+@pytest.fixture
+def results(nasty_voc, tmp_path):
+    """A run with a log and two tests, of which the newer is bad."""
+    run = tmp_path / "run"
+    names = nasty_voc.classes
+    records = [{"epoch": e, "step": 5 * e, "lr": 0.1, "loss_loc": 1.0, "loss_conf": 3 / e}
+               for e in (1, 2, 3)]  # fmt: skip
+    records[1] |= {"value": 0.25, "per_class": dict.fromkeys(names, 0.25)}
+    records[2] |= {"value": 0.5, "per_class": dict.fromkeys(names, 0.5)}
+    run.mkdir()
+    (run / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    for age, name in enumerate(("Final", "epoch_1")):
+        folder = run / "ss_predict" / name / "test"
+        write_results(folder, nasty_voc, scatter(nasty_voc, age), "VOC", "test")
+        os.utime(folder / "results.json", (1e9 - age, 1e9 - age))
+    return run / "ss_predict" / "Final" / "test"
+
+
+def table(folder, name):
+    with open(folder / f"{name}.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_page_is_whole_and_needs_nothing_from_outside(results, nasty_voc):
+    assert NASTY in nasty_voc.classes
+    path, notes = report.write_report(results)
+    assert path == results / "report.html" and notes == []
+    page = Page(path)
+    assert len(page.all("script")) == 1  # the class name is text
+    assert [text for _, text in page.all("option")][1:4] == list(nasty_voc.classes)
+    links = [attributes["href"] for attributes, _ in page.all("a")]
+    outside = [link for link in links if link.startswith("http")]
+    assert outside == ["https://arxiv.org/abs/2008.08115"]
+    files = {unquote(link) for link in links} - set(outside)
+    written = {str(p.relative_to(results)) for p in (results / "report").iterdir()}
+    assert files == written
+    sources = [attributes["src"] for attributes, _ in page.all("img")]
+    assert sources and all(source.startswith("data:image/jpeg;base64,") for source in sources)
+    assert not page.all("link") and "url(" not in path.read_text()
+    (policy,) = [a["content"] for a, _ in page.all("meta") if "http-equiv" in a]
+    assert policy.startswith("default-src 'none'")
+    assert all(attributes["alt"] for attributes, _ in page.all("img"))
+    assert all(attributes["aria-label"] for attributes, _ in page.all("svg"))
+
+
+def test_every_figure_is_also_a_table_and_a_picture(results):
+    report.write_report(results)
+    names = {p.name for p in (results / "report").iterdir()}
+    figures = {"ap_by_iou", "ap_by_size", "calibration", "confusion", "errors", "precision_recall",
+               "training_loss", "training_score"}  # fmt: skip
+    assert {f"{figure}.{kind}" for figure in figures for kind in ("csv", "png")} <= names
+    assert {"classes.csv", "errors_by_class.csv", "mistakes.csv"} <= names
+    for path in (results / "report").iterdir():
+        if path.suffix == ".png":
+            image = cv2.imread(str(path))
+            assert min(image.shape[:2]) > 60 and image.std() > 5, path
+    loss = table(results / "report", "training_loss")
+    assert [float(row["loss"]) for row in loss] == [4, 2.5, 2]
+    assert [row["value"] for row in table(results / "report", "training_score")] == ["0.25", "0.5"]
+
+
+def test_ap_is_that_of_the_evaluator(results, nasty_voc):
+    report.write_report(results)
+    folder, names = results / "report", nasty_voc.classes
+    said = json.loads((results / "results.json").read_text())
+    by_iou = {row.pop("class"): row for row in table(folder, "ap_by_iou")}
+    assert list(by_iou) == [*names, "mean"]
+    read, _ = read_comp4(results, "test", names, nasty_voc.ids)
+    for iou in ("0.50", "0.75", "0.95"):
+        result = evaluate_voc(read, nasty_voc.annotations, names, float(iou))["area"]
+        for name in names:
+            assert float(by_iou[name][iou]) == pytest.approx(result["per_class"][name], rel=1e-5)
+        assert float(by_iou["mean"][iou]) == pytest.approx(result["mean"], rel=1e-5)
+    rows = {row["class"]: row for row in table(folder, "classes")}
+    title = METRICS["area"]
+    assert float(rows["mean"][title]) == pytest.approx(said["value"], rel=1e-5)
+    for name in names:
+        assert float(rows[name][title]) == pytest.approx(said["per_class"][name], rel=1e-5)
+        for size, ap in said["per_class_per_size"][name].items():
+            shown = rows[name][f"AP {size}"]
+            assert shown == "" if ap < 0 else float(shown) == pytest.approx(ap, rel=1e-5)
+
+
+def test_counts_are_those_of_the_pictures(results, nasty_voc):
+    """Against the matching that draws pictures, which shares no code with the report's."""
+    report.write_report(results, least=0.3)
+    rows = {row["class"]: row for row in table(results / "report", "classes")}
+    saved = np.load(results / "detections.npz")
+    parts = np.cumsum(saved["counts"])[:-1]
+    right, wrong, objects = (dict.fromkeys(nasty_voc.classes, 0) for _ in range(3))
+    columns = [np.split(saved[k], parts) for k in ("boxes", "labels", "scores")]
+    for i, (boxes, labels, scores) in enumerate(zip(*columns, strict=True)):
+        kept = scores >= 0.3
+        truth, hard = nasty_voc.target(i), nasty_voc.difficult(i)
+        found = match_detections(boxes[kept], labels[kept], scores[kept], truth, hard)
+        for label, k in zip(labels[kept], found, strict=True):
+            name = nasty_voc.classes[label - 1]
+            if k < 0:
+                wrong[name] += 1
+            elif not hard[k]:
+                right[name] += 1
+        for label in truth[~hard, 4].astype(int):
+            objects[nasty_voc.classes[label - 1]] += 1
+    for name in nasty_voc.classes:
+        row = [int(rows[name][key]) for key in ("objects", "correct", "wrong", "not found")]
+        assert row == [objects[name], right[name], wrong[name], objects[name] - right[name]]
+        assert row[1] and row[2]
+    matrix = list(csv.reader(open(results / "report" / "confusion.csv")))
+    diagonal = [int(matrix[n + 1][n + 1]) for n in range(3)]
+    assert diagonal == [right[name] for name in nasty_voc.classes]
+    errors = {row["type"]: int(row["errors"]) for row in table(results / "report", "errors")}
+    each = table(results / "report", "errors_by_class")
+    assert errors == {kind: sum(int(row[kind]) for row in each) for kind in errors}
+    assert sum(errors.values()) - errors["missed"] == sum(wrong.values())
+
+
+def test_mistakes_are_listed_and_shown(tmp_path, make_voc):
+    root = make_voc(tmp_path / "data", {"test": {
+        "one": [("a", (11, 11, 40, 40)), ("b", (60, 20, 90, 60))],
+        "two": [("a", (1, 1, 80, 60))],
+    }})  # fmt: skip
+    dataset = VOCDetection(root, [(None, "test")])
+
+    def found(*rows):
+        boxes, labels, scores = zip(*rows, strict=True)
+        return {"boxes": np.array(boxes, np.float32), "labels": np.array(labels),
+                "scores": np.array(scores, np.float32)}  # fmt: skip
+
+    detections = [
+        found(((10, 10, 39, 39), 1, 0.9), ((10, 10, 38, 38), 1, 0.8), ((59, 19, 89, 59), 1, 0.7),
+              ((59, 19, 89, 59), 2, 0.3)),
+        found(((60, 50, 79, 70), 2, 0.6), ((0, 66, 9, 71), 2, 0.5)),
+    ]  # fmt: skip
+    folder = write_results(tmp_path / "out", dataset, detections, "VOC", "test")
+    path, _ = report.write_report(folder)
+    rows = table(folder / "report", "mistakes")
+    seen = [(row["type"], row["class"], row["picture"], row["object"]) for row in rows]
+    assert seen == [
+        ("duplicate", "a", "one", "a"),
+        ("class", "a", "one", "b"),  # the object is missed, too, but this tells of it
+        ("background", "b", "two", ""),  # 0.6: IoU 0.04 with the object
+        ("background", "b", "two", ""),
+        ("missed", "a", "two", "a"),
+    ]
+    assert [float(row["iou"] or 0) for row in rows[:2]] == pytest.approx([29**2 / 30**2, 1])
+    page = Page(path)
+    captions = [text for _, text in page.all("figcaption")]
+    assert "a 0.80, IoU 0.93 with aone" in captions and "a, missedtwo" in captions
+    assert len(captions) == 5
+    kinds = [attributes["data-kind"] for attributes, _ in page.all("section")]
+    assert kinds == ["class", "duplicate", "background", "missed"]
+
+
+def test_a_mistake_is_drawn_around_its_boxes():
+    image = np.full((300, 400, 3), 128, np.uint8)
+    truth, box = np.array([(100, 100, 160, 160), (120, 90, 170, 150)], float)
+    drawn = report.draw_mistake(image, truth, box)
+    assert max(drawn.shape) == report.SIDE
+    assert (drawn == report.GREEN).all(2).any() and (drawn == report.RED).all(2).any()
+    # 70 pixels wide and 28 around: 126 pixels in all
+    scale = report.SIDE / 126
+    green = np.argwhere((drawn == report.GREEN).all(2))[:, 1]
+    assert green.min() == pytest.approx(28 * scale, abs=4)
+    for box in ((0, 0, 400, 300), (390, 290, 400, 300), (-20, -20, 3, 3)):
+        drawn = report.draw_mistake(image, None, np.array(box, float))
+        assert max(drawn.shape) == report.SIDE and (drawn == report.RED).all(2).any()
+    assert (image == 128).all()
+
+
+def test_a_run_means_its_newest_test(results, capsys):
+    run = results.parents[2]
+    assert report.main([str(run)]) == 0
+    out = capsys.readouterr().out
+    newest = os.path.join("ss_predict", "Final", "test")
+    assert f"the newest test of the run, {newest}" in out and "epoch_1" in out
+    assert (results / "report.html").is_file()
+    assert "Training loss" in (results / "report.html").read_text()
+
+
+def test_without_the_data_set_the_scores_are_left(results, capsys, tmp_path):
+    data = tmp_path / "data"
+    data.rename(tmp_path / "moved")
+    assert report.main([str(results)]) == 0
+    out = capsys.readouterr().out
+    assert "No analysis of errors, no galleries" in out and "--root" in out
+    text = (results / "report.html").read_text()
+    assert "no galleries" in text and "Precision over recall" in text
+    assert not Page(results / "report.html").all("img")
+    rows = table(results / "report", "classes")
+    said = json.loads((results / "results.json").read_text())
+    assert float(rows[-1][METRICS["area"]]) == pytest.approx(said["value"], rel=1e-5)
+    assert report.main([str(results), "--root", str(tmp_path / "moved")]) == 0
+    assert Page(results / "report.html").all("img")
+
+
+def test_changed_data_are_told_of(results, capsys, tmp_path):
+    (annotation, *_) = sorted((tmp_path / "data" / "Annotations").iterdir())
+    shutil.copy(annotation.with_name("p05.xml"), annotation)
+    assert report.main([str(results)]) == 0
+    assert "on the data as they are now" in capsys.readouterr().out
+
+
+def test_damaged_picture_is_told_of(results, capsys, tmp_path):
+    for path in (tmp_path / "data" / "JPEGImages").iterdir():
+        path.write_bytes(path.read_bytes()[:-20] if path.stem == "p03" else path.read_bytes())
+    assert report.main([str(results), "--score", "0"]) == 0
+    assert "p03.jpg: the picture is cut off" in capsys.readouterr().out
+
+
+def test_damaged_log_is_told_of(results, capsys):
+    (results.parents[2] / "log.jsonl").write_text('{"epoch": 1}\n{"epo')
+    assert report.main([str(results)]) == 0
+    assert "No training curves" in capsys.readouterr().out
+
+
+def test_galleries_are_bounded(results, monkeypatch):
+    path, _ = report.write_report(results, least=0)
+    whole = len(Page(path).all("img"))
+    monkeypatch.setattr(report, "PICTURES", 10_000)
+    path, notes = report.write_report(results, least=0)
+    shown = len(Page(path).all("img"))
+    assert 0 < shown < whole
+    assert f"{whole - shown} pictures of mistakes are left out" in notes[-1]
+    path, _ = report.write_report(results, examples=0)
+    assert not Page(path).all("img") and table(results / "report", "mistakes")
+
+
+def test_the_page_goes_where_asked(results, tmp_path, capsys):
+    page = tmp_path / "new folder" / "mine#1.html"
+    assert report.main([str(results), "--output", str(page)]) == 0
+    assert str(page) in capsys.readouterr().out
+    assert not (results / "report.html").exists()
+    links = [a["href"] for a, _ in Page(page).all("a") if not a["href"].startswith("http")]
+    assert all((page.parent / unquote(link)).is_file() for link in links)
+    assert links[0].startswith("mine%231/")
+
+
+def test_coco_numbers_are_those_of_its_score(tmp_path, coco_folder):
+    dataset = COCODetection(coco_folder, [("2017", "val")])
+    folder = write_results(tmp_path / "out", dataset, scatter(dataset, 3), "COCO", "2017_val")
+    said = json.loads((folder / "results.json").read_text())
+    for kept in (True, False):  # the curves of the test, or made anew
+        if not kept:
+            (folder / "curves.npz").unlink()
+        path, notes = report.write_report(folder, least=0.1)
+        assert notes == [] and Page(path).all("img")
+        rows = {row["class"]: row for row in table(folder / "report", "classes")}
+        assert float(rows["mean"]["COCO AP"]) == pytest.approx(said["value"], rel=1e-5)
+        for key, stat in (("AP at 0.5", 1), ("AP at 0.75", 2), ("AP medium", 4)):
+            assert float(rows["mean"][key]) == pytest.approx(said["stats"][stat], rel=1e-5)
+        assert rows["mean"]["AP large"] == "" and said["stats"][5] == -1
+        for name, ap in said["per_class"].items():
+            assert float(rows[name]["COCO AP"]) == pytest.approx(ap, rel=1e-5)
+
+
+def test_test_split_has_nothing_to_compare(tmp_path, coco_folder, capsys):
+    names = coco_folder / "annotations"
+    document = json.loads((names / "instances_val2017.json").read_text())
+    (names / "image_info_test2017.json").write_text(json.dumps({**document, "annotations": []}))
+    (coco_folder / "val2017").rename(coco_folder / "test2017")
+    dataset = COCODetection(coco_folder, [("2017", "test")])
+    nothing = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
+    folder = write_results(tmp_path / "out", dataset, [nothing] * 2, "COCO", "2017_test")
+    assert report.main([str(folder)]) == 0
+    assert "have no ground truth" in capsys.readouterr().out
+    Page(folder / "report.html")
+
+
+def test_no_detections_at_all_make_a_page(nasty_voc, tmp_path):
+    nothing = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
+    folder = write_results(tmp_path / "out", nasty_voc, [nothing] * 12, "VOC", "test")
+    path, notes = report.write_report(folder)
+    assert notes == [] and "no detections" in path.read_text()
+    kinds = [attributes["data-kind"] for attributes, _ in Page(path).all("section")]
+    assert kinds == ["missed"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "holds no results.json, nor a test under ss_predict/"),
+        ("{", "is not a test's results"),
+        ("[]", "is not a test's results"),
+        ('{"dataset": "VOC"}', "is not a test's results"),
+        ('{"dataset": "X", "sets": "a", "classes": [], "per_class": {}, "metric": "m", "value": 0,'
+         ' "root": "r"}', "data set 'X'"),
+    ],
+)  # fmt: skip
+def test_folder_without_a_test_is_refused(tmp_path, capsys, content, message):
+    if content is not None:
+        (tmp_path / "results.json").write_text(content)
+    assert report.main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+    assert [p.name for p in tmp_path.iterdir()] == ["results.json"] * (content is not None)
+
+
+def test_wrong_root_and_options_are_refused(results, tmp_path, capsys, make_voc):
+    assert report.main([str(results), "--root", str(tmp_path / "none")]) == 2
+    assert "no such data set folder" in capsys.readouterr().err
+    names = ("Zelle é", "&lt;script>alert(\"x\")&lt;/script>&amp;", "bolt")
+    other = make_voc(tmp_path / "other", {"test": {"z": [(n, (1, 1, 9, 9)) for n in names]}})
+    assert report.main([str(results), "--root", str(other)]) == 2
+    assert "other pictures than the image set's" in capsys.readouterr().err
+    for option in (["--score", "nan"], ["--examples", "-1"], ["--output", "page.pdf"]):
+        with pytest.raises(SystemExit) as stopped:
+            report.main([str(results), *option])
+        assert stopped.value.code == 2
+    assert not (results / "report.html").exists()
+
+
+def test_chart_places_points_where_they_belong():
+    chart = Chart("A & B", (0, 10), (0, 1), ("x", "y"), size=(500, 300))
+    chart.line([(0, 0), (10, 1), (20, 2)], 0, "<line>", 'data-class="0"')
+    svg = chart.svg()
+    assert 'aria-label="A &amp; B"' in svg and "<title>&lt;line&gt;</title>" in svg
+    assert 'points="58.0,252.0 484.0,56.0 484.0,56.0"' in svg and 'data-class="0"' in svg
+    image = cv2.imdecode(np.frombuffer(chart.png(), np.uint8), cv2.IMREAD_COLOR)
+    assert image.shape == (300, 500, 3)
+    assert np.abs(image[154, 271].astype(int) - colour(0)[::-1]).max() < 30  # its middle
+    assert len({colour(n) for n in range(80)}) == 80
+
+
+def test_page_of_the_documentation_names_every_option():
+    text = (ROOT / "docs" / "reading_a_report.md").read_text("utf-8")
+    done = subprocess.run([sys.executable, "-m", "demo.report", "--help"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
+    options = {word for word in done.stdout.split() if word.startswith("--")} - {"--help"}
+    assert len(options) == 4 and all(f"`{option}" in text for option in options)
+    for kind in report.ERRORS:
+        assert f"| {kind} |" in text
+
+
+# ---------------------------------------------------------------- in a browser
+
+
+@pytest.fixture(scope="module")
+def window():
+    if not (browser.DRIVER and browser.CHROMIUM):
+        pytest.skip(browser.MISSING)
+    with browser.chromium() as window:
+        yield window
+
+
+def choose(window, menu, value):
+    window.run(
+        "const menu = document.getElementById(arguments[0]); menu.value = arguments[1];"
+        "menu.dispatchEvent(new Event('change'))", menu, value,
+    )  # fmt: skip
+
+
+def shown(window, selector):
+    """Texts of the elements that take room on the page."""
+    return window.run(
+        "return [...document.querySelectorAll(arguments[0])]"
+        ".filter(e => e.getClientRects().length).map(e => e.textContent)", selector,
+    )  # fmt: skip
+
+
+@needs_chromium
+def test_chromium_renders_sorts_and_filters(window, results, nasty_voc, tmp_path):
+    path, _ = report.write_report(results, least=0.2)
+    window.open(path)
+    assert window.errors() == []  # no script failed, no request was refused
+    assert window.run("return performance.getEntriesByType('resource')"
+                      ".filter(e => !e.name.startsWith('data:')).length") == 0  # fmt: skip
+    sizes = window.run("return [...document.querySelectorAll('svg')].map(e => "
+                       "e.getBoundingClientRect().width)")  # fmt: skip
+    assert sum(width > 300 for width in sizes) == 7 and len(sizes) == 7 + 3  # 3 wait for a class
+    widths = window.run("return Promise.all([...document.images].map(i => i.decode().then("
+                        "() => i.naturalWidth)))")  # fmt: skip
+    assert widths and min(widths) > 20
+
+    names = list(nasty_voc.classes)
+    first, ap = "table.sortable tbody td:first-child", [
+        float(row[METRICS["area"]]) for row in table(results / "report", "classes")
+    ]
+    assert shown(window, first)[:3] == names
+    window.click("table.sortable th:nth-child(2) button")
+    order = [names[n] for n in np.argsort(ap[:3])]
+    assert shown(window, first)[:3] == order[::-1]
+    window.click("table.sortable th:nth-child(2) button")
+    assert shown(window, first)[:3] == order
+    assert shown(window, "tfoot td")[0] == "mean"
+    window.click("table.sortable th:first-child button")
+    assert shown(window, first)[:3] == sorted(names, key=str.casefold)
+
+    pictures = len(shown(window, ".gallery figure"))
+    choose(window, "class", "1")
+    assert shown(window, first)[0] == names[1] and names[0] not in shown(window, first)
+    assert any(names[1] in text for text in shown(window, "svg text"))  # its calibration
+    assert 0 < len(shown(window, ".gallery figure")) < pictures
+    dimmed = window.run("return [...document.querySelectorAll('.dim')].every("
+                        "e => getComputedStyle(e).opacity < 0.2) &&"
+                        "document.querySelectorAll('.dim').length")  # fmt: skip
+    assert dimmed
+    choose(window, "class", "")
+    choose(window, "kind", "missed")
+    assert shown(window, "section h3") == ["missed"]
+    choose(window, "kind", "")
+    assert len(shown(window, ".gallery figure")) == pictures
+
+    grounds = []
+    for dark in (False, True):
+        window.set_dark(dark)
+        window.screenshot(tmp_path / "page.png")
+        image = cv2.imread(str(tmp_path / "page.png"))
+        assert image.shape[1] > 1000 and image.std() > 10
+        grounds.append(np.median(image))
+    window.set_dark(False)
+    assert grounds[0] > 240 and grounds[1] < 60
+
+
+@needs_chromium
+def test_chromium_shows_everything_without_scripts(window, results):
+    path, _ = report.write_report(results)
+    window.devtools("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        window.open(path)
+        assert window.errors() == []
+        window.devtools("Emulation.setScriptExecutionDisabled", value=False)
+        assert shown(window, "table.sortable tbody td:first-child")
+        assert len(shown(window, ".charts svg")) == 7 and shown(window, ".gallery figure")
+        assert not shown(window, "#filters select") and not shown(window, "th button")
+    finally:
+        window.devtools("Emulation.setScriptExecutionDisabled", value=False)
+
+
+@needs_chromium
+def test_chromium_fits_a_narrow_window(window, results):
+    path, _ = report.write_report(results)
+    window.call("POST", "/window/rect", width=500, height=800)
+    window.open(path)
+    inner, page = window.run("return [innerWidth, document.documentElement.scrollWidth]")
+    window.call("POST", "/window/rect", width=1200, height=900)
+    assert page <= inner  # tables scroll by themselves
