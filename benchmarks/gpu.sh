@@ -5,6 +5,7 @@
 #   benchmarks/gpu.sh tests                       compile, and run the tests marked "gpu"
 #   benchmarks/gpu.sh speed                       forward and training step of each network,
 #                                                 suppression, and from outputs to detections
+#   benchmarks/gpu.sh blocks [VERSION]            HarD blocks: concatenated, sliced, split, gathered
 #   benchmarks/gpu.sh training [ROOT]             loss, step (eager and compiled), activation memory,
 #                                                 loading; ROOT: data in VOC layout
 #   benchmarks/gpu.sh bccd ROOT [train_test options]
@@ -34,6 +35,15 @@ speed)
     done
     "$python" -m benchmarks.network --device cuda --json "$out/network.json"
     ;;
+blocks)
+    version=${2:-SSD_HarDNet68}
+    common=(--device cuda --version "$version" --amp bf16)
+    "$python" -m benchmarks.blocks "${common[@]}" --routes concatenate slices split --compile \
+        --json "$out/blocks_$version.json"
+    # The gathering kernel is compiled for every layer and a few tiles: minutes the first time.
+    "$python" -m benchmarks.blocks "${common[@]}" --routes gather --pad 1 8 \
+        --json "$out/blocks_${version}_gather.json"
+    ;;
 training)
     data=()
     [[ -z ${2:-} ]] || data=(--root "$2")
@@ -55,7 +65,8 @@ bccd)
         --train_sets trainval --test_sets test --save_folder "$out/bccd" "$@"
     ;;
 *)
-    echo "usage: benchmarks/gpu.sh tests | speed | training [ROOT] | bccd ROOT [options]" >&2
+    echo "usage: benchmarks/gpu.sh tests | speed | blocks [VERSION] | training [ROOT] |" \
+        "bccd ROOT [options]" >&2
     exit 2
     ;;
 esac

@@ -55,22 +55,30 @@ def test_state_dict_has_the_published_names_order_and_shapes(path):
     assert identify(state) == parse_name(path)
 
 
-@pytest.mark.parametrize("path", FORWARDS, ids=lambda p: p.stem)
-def test_outputs_equal_the_published_network(path):
-    version, size, num_classes = parse_name(path)
-    golden = np.load(path)
-    net = build_net(version, size, num_classes).eval()
+def published_net(path: Path) -> torch.nn.Module:
+    """The network of a golden of ``FORWARDS``, with its weights."""
+    net = build_net(*parse_name(path)).eval()
     net.load_state_dict({k: golden_weight(k, tuple(t.shape)) for k, t in net.state_dict().items()})
+    return net
+
+
+@torch.no_grad()
+def assert_published_outputs(net: torch.nn.Module, path: Path) -> None:
+    golden, size = np.load(path), parse_name(path)[1]
     noise = np.random.RandomState(int(golden["image_seed"]))
     images = noise.standard_normal((int(golden["batch"]), 3, size, size)) * 50
-    with torch.no_grad():
-        outputs = net(torch.from_numpy(images.astype(np.float32)))
+    outputs = net(torch.from_numpy(images.astype(np.float32)))
     for name, output in zip(("loc", "conf"), outputs, strict=True):
         assert list(output.shape) == list(golden[f"{name}_shape"])
         expected = golden[f"{name}_value"]
         error = output.flatten()[golden[f"{name}_index"]].numpy() - expected
         assert np.linalg.norm(error) < 1e-4 * np.linalg.norm(expected)
         assert float(output.double().norm()) == pytest.approx(float(golden[f"{name}_norm"]), 1e-4)
+
+
+@pytest.mark.parametrize("path", FORWARDS, ids=lambda p: p.stem)
+def test_outputs_equal_the_published_network(path):
+    assert_published_outputs(published_net(path), path)
 
 
 @pytest.mark.parametrize("num_classes", [21, 81])

@@ -42,7 +42,7 @@ class Layer:
     cio: int = 0
     """Elements of a convolution's input and of its output."""
     concat: int = 0
-    """Elements that a concatenation reads and writes."""
+    """Elements that a concatenation, or a copy in its stead, reads and writes."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Profile:
 
     layers: tuple[Layer, ...]
     parameters: int
+    sums: int
+    """Elements read and written by additions of two tensors, which are no part of the traffic."""
 
     @property
     def macs(self) -> int:
@@ -76,8 +78,8 @@ def profile(net: nn.Module, size: int) -> Profile:
     """What a forward pass of ``net`` on one image [1, 3, size, size] computes and moves.
 
     The network may lie on any device; a copy without data runs, in evaluation mode. Counted are
-    convolutions (transposed ones, too) and ``torch.cat`` of two or more tensors, whichever module
-    or function calls them; other matrix products are not.
+    convolutions (transposed ones, too), ``torch.cat`` of two or more tensors, ``copy_`` and
+    additions, whichever module or function calls them; other matrix products are not.
     """
     tensors = [*net.parameters(), *net.buffers()]
     shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors}).eval()
@@ -87,7 +89,7 @@ def profile(net: nn.Module, size: int) -> Profile:
         module.register_forward_hook(recorder.leave)
     with torch.no_grad(), recorder:
         shadow(torch.empty(1, 3, size, size, device="meta"))
-    return Profile(tuple(recorder.layers), _numel(net.parameters()))
+    return Profile(tuple(recorder.layers), _numel(net.parameters()), recorder.sums)
 
 
 class _Recorder(TorchDispatchMode):
@@ -96,6 +98,7 @@ class _Recorder(TorchDispatchMode):
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
         self.layers: list[Layer] = []
+        self.sums = 0
         self.path = [""]
         self.unseen = {id(p): p.numel() for p in net.parameters()}
 
@@ -129,6 +132,10 @@ class _Recorder(TorchDispatchMode):
             )
         elif func is torch.ops.aten.cat.default and len(args[0]) > 1:
             self._add("concat", args[0], output, concat=_numel((*args[0], output)))
+        elif func is torch.ops.aten.copy_.default:
+            self._add("copy", [args[1]], output, concat=_numel((args[1], output)))
+        elif func in _ADDITIONS and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
+            self.sums += _numel((*args[:2], output))
         return output
 
     def _parameters(self, tensors: Iterable[Tensor | None]) -> int:
@@ -224,7 +231,8 @@ def report(version: str, size: int, num_classes: int, result: Profile) -> dict:
     }
 
 
-_TOTALS = ("parameters", "macs", "cio", "concat", "traffic")
+_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
+_TOTALS = ("parameters", "macs", "cio", "concat", "sums", "traffic")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,0 +1,348 @@
+"""A convolution that reads its input from several tensors, without a concatenation (Triton).
+
+    weight = pack(conv.weight, conv.bias, widths=[14, 24, 64], activation="relu")
+    y = gathered_conv2d([a, b, x], weight)  # relu(conv2d(cat([a, b, x], 1))), to rounding
+
+For inference on a GPU: there are no gradients. Triton comes with PyTorch's CUDA builds; it is
+imported with the first call, and its interpreter (``TRITON_INTERPRET=1`` in the environment)
+computes on the CPU, slowly.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+ACTIVATIONS = ("linear", "relu", "relu6")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_PARTS = 9
+TILES = ((64, 16), (128, 16), (64, 32), (128, 32), (64, 64), (128, 64), (128, 128))
+"""Pixels x outputs that a program may make; the fastest is taken."""
+MULTIPLE = 16
+"""Rows of a packed weight are as long as the next multiple of so many outputs, for the alignment
+that wide loads need."""
+
+
+class GatheredWeight(nn.Module):
+    """A convolution's weights as the kernel reads them; made by ``pack``.
+
+    ``weight`` [k * k * sum of widths, outputs up to a multiple of 16] has a row for every part, tap
+    and channel, in this order; ``bias`` [outputs]. Both are buffers, so that ``to`` moves them.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, widths: Sequence[int], kernel: int, activation: str
+    ) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", bias)
+        self.widths = tuple(widths)
+        self.kernel = kernel
+        self.activation = activation
+
+    def extra_repr(self) -> str:
+        inputs = "+".join(map(str, self.widths))
+        return f"{inputs}, {len(self.bias)}, {self.kernel}x{self.kernel}, {self.activation}"
+
+
+def pack(weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str) -> GatheredWeight:
+    """Lay a convolution's weights out for ``gathered_conv2d``.
+
+    Args:
+        weight: [O, sum of widths, k, k] with k 1 or 3; the convolution has stride 1, padding
+            k // 2, dilation 1 and one group.
+        bias: [O].
+        widths: channels of the 1 to 9 tensors that the input lies in, in order.
+        activation: what follows, "linear", "relu" or "relu6".
+
+    Raises:
+        ValueError: other shapes, widths that do not add up, an unknown activation or type.
+    """
+    outputs, inputs, *kernel = weight.shape
+    if kernel not in ([1, 1], [3, 3]):
+        raise ValueError(f"the kernel is {'x'.join(map(str, kernel))}, should be 1x1 or 3x3")
+    if tuple(bias.shape) != (outputs,):
+        raise ValueError(f"the bias is {list(bias.shape)}, should be [{outputs}]")
+    if not 1 <= len(widths) <= MAX_PARTS:
+        raise ValueError(f"{len(widths)} parts, should be 1 to {MAX_PARTS}")
+    if min(widths) < 1 or sum(widths) != inputs:
+        raise ValueError(f"the widths {list(widths)} do not add up to {inputs} input channels")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"the activation is {activation!r}, should be {_one_of(ACTIVATIONS)}")
+    if weight.dtype not in DTYPES:
+        raise ValueError(f"the weights are {weight.dtype}, should be {_one_of(DTYPES)}")
+    parts = weight.detach().split(list(widths), 1)
+    rows = torch.cat([part.permute(2, 3, 1, 0).reshape(-1, outputs) for part in parts])
+    rows = F.pad(rows, (0, -outputs % MULTIPLE))
+    return GatheredWeight(rows, bias.detach().clone(), widths, kernel[0], activation)
+
+
+def gathered_conv2d(
+    parts: Sequence[Tensor], weight: GatheredWeight, out: Tensor | None = None
+) -> Tensor:
+    """Convolution of the concatenation of ``parts``, bias and activation, in one kernel.
+
+    Sums are made in float32; float32 itself is multiplied exactly, or as TF32 where
+    ``torch.backends.cuda.matmul.allow_tf32`` says so. The first call with a shape tries a few
+    tiles on the GPU, and keeps what it finds in Triton's cache; a CUDA graph can be captured after
+    it. On the meta device only shapes are propagated, as of one convolution.
+
+    Args:
+        parts: [B, C_k, H, W] of the weights' widths, type and device, channels last; each may be a
+            slice of the channels of a wider channels-last tensor.
+        weight: from ``pack``.
+        out: [B, O, H, W], where the result is written: channels last, maybe a slice of the channels
+            of a wider tensor, but of other channels than the parts. None: a new tensor.
+
+    Returns:
+        ``out``, [B, O, H, W].
+
+    Raises:
+        ValueError: other widths, shapes, memory layout, type or device, or gradients are wanted.
+        RuntimeError: Triton cannot be imported, or is too old.
+    """
+    x = _check(parts, weight)
+    batch, _, height, width = x.shape
+    shape = (batch, len(weight.bias), height, width)
+    if out is None:
+        out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    _check_tensor("out", out, shape, weight)
+    if x.device.type == "meta":
+        inputs = x.new_empty(batch, sum(weight.widths), height, width)
+        filters = x.new_empty(shape[1], inputs.shape[1], weight.kernel, weight.kernel)
+        F.conv2d(inputs, filters, padding=weight.kernel // 2)
+        return out
+    rows = tuple(_row(part, f"part {i}") for i, part in enumerate(parts))
+    out_row = _row(out, "out")
+    pixels = batch * height * width
+    if not pixels:
+        return out
+    kernel = _kernel(out.device.type)
+    exact = not torch.backends.cuda.matmul.allow_tf32
+    with torch.cuda.device_of(out):  # Triton launches on the current device
+        kernel[lambda meta: (-(-pixels // meta["BLOCK_M"]) * -(-shape[1] // meta["BLOCK_N"]),)](
+            tuple(parts),
+            weight.weight,
+            weight.bias,
+            out,
+            height,
+            width,
+            pixels,
+            WIDTHS=weight.widths,
+            ROWS=rows,
+            VECTORS=tuple(_vector(x, row) for x, row in zip(parts, rows, strict=True)),
+            CHUNKS=tuple(_chunk(weight.kernel**2 * w, out.itemsize) for w in weight.widths),
+            OUTPUTS=shape[1],
+            OUT_ROW=out_row,
+            OUT_VECTOR=_vector(out, out_row),
+            COLUMNS=weight.weight.shape[1],
+            KERNEL=weight.kernel,
+            ACTIVATION=weight.activation,
+            PRECISION="ieee" if exact or out.dtype != torch.float32 else "tf32",
+            # The interpreter multiplies bfloat16's bits as integers.
+            WIDEN=out.device.type == "cpu",
+            enable_fp_fusion=True,
+        )
+    return out
+
+
+# ---------------------------------------------------------------- checks and geometry
+
+
+def _check(parts: Sequence[Tensor], weight: GatheredWeight) -> Tensor:
+    """The first of the parts, which must be what the weights are for."""
+    if len(parts) != len(weight.widths):
+        raise ValueError(f"{len(parts)} parts, the weights are for {len(weight.widths)}")
+    if parts[0].ndim != 4:
+        raise ValueError(f"part 0 has {parts[0].ndim} dimensions, should have 4")
+    batch, _, *sides = parts[0].shape
+    for i, (part, width) in enumerate(zip(parts, weight.widths, strict=True)):
+        _check_tensor(f"part {i}", part, (batch, width, *sides), weight)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        raise ValueError("gathered_conv2d has no gradient; call it under torch.no_grad()")
+    return parts[0]
+
+
+def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], weight: GatheredWeight) -> None:
+    if x.shape != shape:
+        raise ValueError(f"{name} is {list(x.shape)}, should be {list(shape)}")
+    if x.dtype != weight.weight.dtype:
+        raise ValueError(f"{name} is {x.dtype}, the weights are {weight.weight.dtype}")
+    if x.device != weight.weight.device:
+        raise ValueError(f"{name} is on {x.device}, the weights are on {weight.weight.device}")
+
+
+def _row(x: Tensor, name: str) -> int:
+    """Elements between neighbouring pixels; those of all images are equally far apart."""
+    batch, channels, height, width = x.shape
+    steps = (1, width, height * width)
+    strides = (x.stride(3), x.stride(2), x.stride(0))
+    sizes = (width, height, batch)
+    # The stride of a side of one element has no meaning.
+    used = [(step, s) for step, s, n in zip(steps, strides, sizes, strict=True) if n > 1]
+    row = used[0][1] // used[0][0] if used else channels
+    dense = all(stride == step * row for step, stride in used)
+    if row < channels or not dense or (channels > 1 and x.stride(1) != 1):
+        raise ValueError(
+            f"{name} of shape {list(x.shape)} has strides {list(x.stride())}, should lie channels "
+            "last, or be a slice of the channels of a tensor that does"
+        )
+    return row
+
+
+def _vector(x: Tensor, row: int) -> int:
+    """Channels that one load may take: they are neighbours, and aligned at every pixel."""
+    most = 16 // x.itemsize
+    return math.gcd(most, x.shape[1], row, x.data_ptr() // x.itemsize)
+
+
+def _chunk(terms: int, itemsize: int) -> int:
+    """Terms of a part's sum that a matrix product takes at once.
+
+    Taps and channels of a part count as one axis, as widths such as 14, 24 or 70 would waste
+    much of each tap: 9 x 14 terms fill two chunks of 64 to 98 %, tap by tap they would fill 22 %.
+    The longest chunk is taken (a row of the cache, 128 bytes, at most) that wastes at most a tenth
+    more than the shortest.
+    """
+    padded = {chunk: -(-terms // chunk) * chunk for chunk in (16, 32, 64)}
+    fit = [c for c, n in padded.items() if c * itemsize <= 128 and n <= 1.1 * padded[16]]
+    return max(fit)
+
+
+def _one_of(names: Sequence[object]) -> str:
+    return f"one of {', '.join(map(str, names))}"
+
+
+# ---------------------------------------------------------------- kernel
+
+
+@cache
+def _kernel(device: str):
+    """The kernel compiled at its first call, or interpreted."""
+    global tl  # Triton looks names up in the module that a kernel is written in.
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if device != "cuda" and not interpreted:
+        raise ValueError(f"gathered_conv2d needs a CUDA GPU, the tensors are on {device}")
+    try:
+        import triton
+        import triton.language as tl
+    except ImportError as error:
+        raise RuntimeError(
+            f"gathered_conv2d needs Triton, which cannot be imported ({error}); it comes with "
+            "PyTorch's CUDA builds: pip install triton"
+        ) from error
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+        raise RuntimeError(
+            f"gathered_conv2d needs Triton 3.4 or later (PyTorch 2.8), this is {triton.__version__}"
+        )
+    jit = triton.jit(_convolve)
+    tiles = ((32, 128),) if interpreted else TILES  # there, few steps are what counts
+    configs = [
+        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=8 if m * n > 8192 else 4)
+        for m, n in tiles
+    ]
+    geometry = ["height", "width", "pixels", "WIDTHS", "ROWS", "VECTORS", "OUTPUTS", "OUT_ROW"]
+    tune = triton.autotune(
+        configs,
+        key=[*geometry, "OUT_VECTOR", "KERNEL", "PRECISION"],
+        prune_configs_by={"early_config_prune": _fitting},
+        cache_results=True,
+    )
+    return tune(jit)
+
+
+def _fitting(configs, arguments, **constants):
+    """Tiles at most as wide as the outputs, and wide enough to read an input few times."""
+    outputs = constants["OUTPUTS"]
+    widest = min(128, max(16, 1 << (outputs - 1).bit_length()))
+    return [c for c in configs if widest // 4 <= c.kwargs["BLOCK_N"] <= widest]
+
+
+def _convolve(
+    parts,
+    weight,
+    bias,
+    out,
+    height,
+    width,
+    pixels,
+    WIDTHS: tl.constexpr,
+    ROWS: tl.constexpr,
+    VECTORS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    OUT_ROW: tl.constexpr,
+    OUT_VECTOR: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    KERNEL: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Triton: an implicit matrix product, [pixels, terms] x [terms, outputs] -> [pixels, outputs].
+
+    A program makes BLOCK_M pixels x BLOCK_N outputs, part after part in chunks of its terms.
+    """
+    TAPS: tl.constexpr = KERNEL * KERNEL
+    BYTES: tl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
+    TILES_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
+    # Neighbours in time share their pixels.
+    first = tl.program_id(0) // TILES_N * BLOCK_M
+    m = tl.arange(0, BLOCK_M)
+    n = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
+    pixel = first + m
+    x = pixel % width
+    y = pixel // width % height
+    # Bit t of a pixel: whether tap t lies in the map.
+    inside = tl.zeros((BLOCK_M,), tl.int32)
+    for tap in tl.static_range(TAPS):
+        y_tap = y + tap // KERNEL - KERNEL // 2
+        x_tap = x + tap % KERNEL - KERNEL // 2
+        in_map = (y_tap >= 0) & (y_tap < height) & (x_tap >= 0) & (x_tap < width)
+        inside |= (in_map & (pixel < pixels)).to(tl.int32) << tap
+    total = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for i in tl.static_range(len(WIDTHS)):
+        # Offsets from a tile's first pixel fit 32 bits, those from a large tensor's start may not.
+        source = parts[i] + first.to(tl.int64) * ROWS[i]
+        for start in range(0, TAPS * WIDTHS[i], CHUNKS[i]):
+            k = start + tl.arange(0, CHUNKS[i])
+            taps = tl.minimum(k // WIDTHS[i], TAPS)  # behind the last term: a bit that is not set
+            shift = (taps // KERNEL - KERNEL // 2) * width + taps % KERNEL - KERNEL // 2
+            offset = shift * ROWS[i] + k - taps * WIDTHS[i]
+            pointers = source + (m[:, None] * ROWS[i] + offset[None, :])
+            # Offsets that division and remainder make do not show this by themselves.
+            pointers = tl.multiple_of(pointers, (1, VECTORS[i] * BYTES))
+            pointers = tl.max_contiguous(pointers, (1, tl.constexpr(VECTORS[i])))
+            valid = ((inside[:, None] >> taps[None, :]) & 1) != 0
+            valid = tl.max_constancy(valid, (1, tl.constexpr(VECTORS[i])))
+            a = tl.load(pointers, valid, other=0.0)
+            b = tl.load(
+                weight + (k[:, None] * COLUMNS + n[None, :]),
+                (k < TAPS * WIDTHS[i])[:, None] & (n < COLUMNS)[None, :],
+                other=0.0,
+            )
+            if WIDEN:
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, b, total, input_precision=PRECISION)
+        weight += TAPS * WIDTHS[i] * COLUMNS
+    total += tl.load(bias + n, n < OUTPUTS, other=0.0).to(tl.float32)[None, :]
+    if ACTIVATION != "linear":
+        total = tl.maximum(total, 0.0)
+    if ACTIVATION == "relu6":
+        total = tl.minimum(total, 6.0)
+    target = out + first.to(tl.int64) * OUT_ROW
+    pointers = target + (m[:, None] * OUT_ROW + n[None, :])
+    pointers = tl.multiple_of(pointers, (1, OUT_VECTOR * BYTES))
+    valid = (pixel < pixels)[:, None] & (n < OUTPUTS)[None, :]
+    tl.store(pointers, total.to(out.dtype.element_ty), valid)

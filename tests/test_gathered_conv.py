@@ -1,0 +1,471 @@
+"""Convolutions over several tensors equal those over their concatenation: in Triton's interpreter
+on the CPU, and on a GPU. What the compiler makes of them for GPUs is looked at without one."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import re
+import sys
+from concurrent.futures import ProcessPoolExecutor
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from layers import gathered_conv
+from layers.gathered_conv import DTYPES, GatheredWeight, gathered_conv2d, pack
+from models import BACKBONES
+from models.hardnet import HarDBlock
+from utils.profile import profile
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+DIGITS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+"""Rounding errors, relative."""
+
+
+def layers_of(version: str) -> dict[tuple, int]:
+    """Every distinct (widths, outputs, kernel, activation) of the HarD blocks and the convolutions
+    behind them -> the largest side of its maps at 512."""
+    found: dict[tuple, int] = {}
+    with torch.device("meta"):
+        base = BACKBONES[version].base()
+        sides = {}
+        for module in base:
+            module.register_forward_pre_hook(
+                lambda module, inputs: sides.__setitem__(module, inputs[0].shape[-1])
+            )
+        base(torch.empty(1, 3, 512, 512))
+    for block, behind in pairwise(base):
+        if not isinstance(block, HarDBlock):
+            continue
+        links = [*block.links, block.outputs]
+        layers = [next(m for m in x.modules() if hasattr(m, "conv")) for x in block.layers]
+        widths = [layers[0].conv.in_channels, *(x.conv.out_channels for x in layers)]
+        for parts, layer in zip(links, [*layers, behind], strict=True):
+            key = (
+                tuple(widths[i] for i in parts),
+                layer.conv.out_channels,
+                layer.conv.kernel_size[0],
+                type(layer.relu).__name__.lower(),
+            )
+            assert sum(key[0]) == layer.conv.in_channels
+            found[key] = max(found.get(key, 0), sides[block])
+    return found
+
+
+VERSIONS = [name for name in BACKBONES if name.startswith("SSD_HarDNet")]
+
+
+def made_up(
+    widths, outputs, kernel, dtype, size=(2, 5, 7), device="cpu"
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Parts, weight and bias of about 1, with outputs of about 2: some of them over 6."""
+    generator = torch.Generator().manual_seed(sum(widths) + outputs)
+    batch, *sides = size
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device, dtype)
+
+    parts = [random(batch, width, *sides).to(memory_format=torch.channels_last) for width in widths]
+    weight = random(outputs, sum(widths), kernel, kernel)
+    return parts, weight * (2 / math.sqrt(weight[0].numel())), random(outputs)
+
+
+def reference(parts, weight, bias, activation) -> Tensor:
+    """In float64, of the inputs as they are."""
+    x = torch.cat(parts, 1).double()
+    y = F.conv2d(x, weight.double(), bias.double(), padding=weight.shape[-1] // 2)
+    return {"linear": lambda y: y, "relu": F.relu, "relu6": F.relu6}[activation](y)
+
+
+def check(result: Tensor, expected: Tensor) -> None:
+    """To a rounding of the result, and sums of about 1 in float32."""
+    # The interpreter cuts bfloat16 off where it should round.
+    digits = 2 * DIGITS[result.dtype]
+    torch.testing.assert_close(result.double(), expected, rtol=digits, atol=1e-5)
+
+
+# ---------------------------------------------------------------- in the interpreter
+
+
+def _interpret() -> None:
+    """Before triton's import, in a process of its own."""
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def triton():
+    return pytest.importorskip("triton", minversion="3.4")
+
+
+@pytest.fixture(scope="module")
+def interpreted(triton):
+    """interpreted(function, *arguments) -> its result, of a process with Triton's interpreter."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, _interpret) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result(timeout=600)
+
+
+def compare(widths, outputs, kernel, activation, dtype=torch.float32, size=(2, 5, 7)) -> None:
+    parts, weight, bias = made_up(widths, outputs, kernel, dtype, size)
+    result = gathered_conv2d(parts, pack(weight, bias, widths, activation))
+    assert result.is_contiguous(memory_format=torch.channels_last)
+    check(result, reference(parts, weight, bias, activation))
+
+
+def compare_all(version: str) -> int:
+    layers = layers_of(version)
+    for layer in layers:
+        compare(*layer, size=(2, 3, 4))
+    return len(layers)
+
+
+@pytest.mark.parametrize(
+    ("version", "count"),
+    [
+        ("SSD_HarDNet68", 44),
+        ("SSD_HarDNet39ds", 25),
+        pytest.param("SSD_HarDNet85", 53, marks=pytest.mark.slow),
+        pytest.param("SSD_HarDNet68ds", 44, marks=pytest.mark.slow),
+    ],
+)
+def test_every_layer_equals_convolution_of_the_concatenation(interpreted, version, count):
+    assert interpreted(compare_all, version) == count
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("activation", ["linear", "relu", "relu6"])
+def test_each_type_kernel_and_activation(interpreted, dtype, kernel, activation):
+    interpreted(compare, (14, 24, 64), 40, kernel, activation, dtype)
+
+
+@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 9), (2, 9, 1), (1, 2, 2), (2, 13, 11)])
+def test_maps_of_any_size(interpreted, size):
+    """The last takes three programs' pixels, and ends inside of one's."""
+    interpreted(compare, (6, 3), 5, 3, "relu", torch.float32, size)
+
+
+@pytest.mark.parametrize("widths", [(1,), (70,), (1, 2), (1, 2, 3, 4, 5, 6, 7, 8, 9)])
+def test_one_to_nine_parts_of_any_width(interpreted, widths):
+    interpreted(compare, widths, 3, 3, "relu")
+
+
+def test_outputs_that_take_several_programs(interpreted):
+    interpreted(compare, (20, 7), 300, 1, "linear", torch.float16)
+
+
+def use_slices() -> None:
+    """Parts and result are channels of one tensor, whose others are NaN and stay so."""
+    widths, outputs, (batch, height, width) = (14, 24, 5), 10, (2, 4, 6)
+    parts, weight, bias = made_up(widths, outputs, 3, torch.bfloat16, (batch, height, width))
+    whole = torch.full((batch, 70, height, width), torch.nan, dtype=torch.bfloat16)
+    whole = whole.to(memory_format=torch.channels_last)
+    first = (3, 17, 60)
+    for part, width, at in zip(parts, widths, first, strict=True):
+        whole[:, at : at + width] = part
+    before = whole.clone()
+    out = whole[:, 45:55]
+    slices = [whole[:, at : at + width] for width, at in zip(widths, first, strict=True)]
+    assert gathered_conv2d(slices, pack(weight, bias, widths, "relu"), out) is out
+    check(out, reference(parts, weight, bias, "relu"))
+    before[:, 45:55] = out
+    torch.testing.assert_close(whole, before, rtol=0, atol=0, equal_nan=True)
+
+
+def test_parts_and_result_may_be_slices_of_wider_tensors(interpreted):
+    interpreted(use_slices)
+
+
+def propagate_nan() -> None:
+    parts, weight, bias = made_up((3, 4), 2, 3, torch.float32)
+    parts[1][0, 2, 0, 0] = torch.nan
+    result = gathered_conv2d(parts, pack(weight, bias, (3, 4), "linear"))
+    expected = reference(parts, weight, bias, "linear")
+    assert torch.equal(result.isnan(), expected.isnan()) and result.isnan().sum() == 8
+
+
+def test_what_is_not_a_number_reaches_its_neighbours_only(interpreted):
+    interpreted(propagate_nan)
+
+
+def test_weights_move_and_change_their_type_as_a_module():
+    weight = pack(torch.randn(5, 3, 1, 1), torch.randn(5), [1, 2], "relu")
+    assert [x.dtype for x in weight.bfloat16().state_dict().values()] == [torch.bfloat16] * 2
+    assert weight.to("meta").weight.is_meta and weight.bias.is_meta
+    assert list(weight.parameters()) == []
+    assert repr(weight) == "GatheredWeight(1+2, 5, 1x1, relu)"
+
+
+def test_weights_are_a_copy():
+    original, bias = torch.ones(16, 3, 1, 1), torch.ones(16)
+    weight = pack(original, bias, [3], "relu")
+    original.zero_(), bias.zero_()
+    assert weight.weight.all() and weight.bias.all()
+
+
+def test_chunks_waste_at_most_a_tenth_more_than_the_shortest():
+    chunk = gathered_conv._chunk
+    assert [chunk(9 * width, 2) for width in (14, 16, 24, 40, 70)] == [64, 16, 32, 64, 64]
+    assert [chunk(width, 2) for width in (14, 24, 40, 64)] == [16, 32, 16, 64]
+    assert chunk(9 * 64, 4) == 32  # 128 bytes
+
+
+@pytest.mark.parametrize(
+    ("first", "width", "row", "vector"),
+    [(0, 64, 64, 8), (0, 14, 14, 2), (0, 24, 24, 8), (8, 24, 70, 2), (4, 16, 64, 4), (3, 8, 64, 1)],
+)
+def test_loads_take_as_many_channels_as_are_aligned_at_every_pixel(first, width, row, vector):
+    whole = channels_last(1, row, 2, 2).bfloat16()  # at a multiple of 64 bytes
+    assert gathered_conv._vector(whole[:, first : first + width], row) == vector
+
+
+# ---------------------------------------------------------------- without computing
+
+
+class Counted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = pack(torch.randn(7, 3, 3, 3), torch.randn(7), [1, 2], "relu")
+
+    def forward(self, images: Tensor) -> Tensor:
+        return gathered_conv2d([images[:, :1], images[:, 1:]], self.weight)
+
+
+def test_meta_device_propagates_shapes_which_profile_counts_as_one_convolution():
+    result = profile(Counted(), 8)
+    (layer,) = result.layers
+    assert (layer.kind, layer.output) == ("conv 3x3", (1, 7, 8, 8))
+    assert (result.macs, result.cio, result.concat) == (27 * 7 * 64, 10 * 64, 0)
+
+
+def call(change=None, widths=(2, 3), outputs=4, out=None) -> Tensor:
+    parts, weight, bias = made_up(widths, outputs, 3, torch.float32)
+    return gathered_conv2d((change or list)(parts), pack(weight, bias, (2, 3), "relu"), out)
+
+
+def channels_last(*shape: int) -> Tensor:
+    return torch.empty(shape).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (lambda p: p[:1], "1 parts, the weights are for 2"),
+        (lambda p: [p[0][0], p[1]], "part 0 has 3 dimensions, should have 4"),
+        (lambda p: [p[1], p[0]], r"part 0 is \[2, 3, 5, 7\], should be \[2, 2, 5, 7\]"),
+        (lambda p: [p[0], p[1][:, :, :4]], r"part 1 is \[2, 3, 4, 7\], should be \[2, 3, 5, 7\]"),
+        (lambda p: [p[0], p[1].half()], "part 1 is torch.float16, the weights are torch.float32"),
+        (lambda p: [p[0], p[1].to("meta")], "part 1 is on meta, the weights are on cpu"),
+        (
+            lambda p: [p[0], p[1].contiguous()],
+            r"part 1 of shape \[2, 3, 5, 7\] has strides \[105, 35, 7, 1\], should lie channels",
+        ),
+        (lambda p: [p[0], channels_last(2, 3, 5, 14)[..., :7]], r"strides \[210, 1, 42, 3\]"),
+        (lambda p: [p[0], p[1][:, :, :1].expand(-1, -1, 5, -1)], r"strides \[105, 1, 0, 3\]"),
+        (lambda p: [x.requires_grad_() for x in p], "has no gradient; call it under torch.no_grad"),
+    ],
+)  # fmt: skip
+def test_wrong_parts_are_refused(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(change)
+
+
+@pytest.mark.parametrize(
+    ("out", "sentence"),
+    [
+        (channels_last(2, 5, 5, 7), r"out is \[2, 5, 5, 7\], should be \[2, 4, 5, 7\]"),
+        (channels_last(2, 4, 5, 7).half(), "out is torch.float16, the weights are torch.float32"),
+        (torch.empty(2, 4, 5, 7), r"out of shape \[2, 4, 5, 7\] has strides \[140, 35, 7, 1\]"),
+    ],
+)
+def test_wrong_results_are_refused(out, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        call(out=out)
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"weight": torch.ones(4, 5, 5, 5)}, "the kernel is 5x5, should be 1x1 or 3x3"),
+        ({"weight": torch.ones(4, 5, 1, 3)}, "the kernel is 1x3, should be 1x1 or 3x3"),
+        ({"bias": torch.ones(3)}, r"the bias is \[3\], should be \[4\]"),
+        ({"widths": []}, "0 parts, should be 1 to 9"),
+        ({"widths": [1] * 10}, "10 parts, should be 1 to 9"),
+        ({"widths": [2, 2]}, r"the widths \[2, 2\] do not add up to 5 input channels"),
+        ({"widths": [6, -1]}, r"the widths \[6, -1\] do not add up to 5"),
+        ({"activation": "gelu"}, "the activation is 'gelu', should be one of linear, relu, relu6"),
+        ({"weight": torch.ones(4, 5, 1, 1).double()}, "the weights are torch.float64, should be"),
+    ],
+)
+def test_wrong_weights_are_refused(change, sentence):
+    right = {"weight": torch.ones(4, 5, 3, 3), "bias": torch.ones(4), "widths": [2, 3]}
+    with pytest.raises(ValueError, match=sentence):
+        pack(**{**right, "activation": "relu", **change})
+
+
+def test_the_cpu_is_refused(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a CUDA GPU, the tensors are on cpu"):
+        call()
+
+
+def test_nothing_is_computed_without_pixels():
+    assert call(lambda parts: [part[:0] for part in parts]).shape == (0, 4, 5, 7)
+
+
+def test_missing_triton_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match="needs Triton, which cannot be imported .*pip install"):
+        gathered_conv._kernel.__wrapped__("cuda")
+
+
+def test_old_triton_is_said(triton, monkeypatch):
+    monkeypatch.setattr(triton, "__version__", "3.3.1")
+    with pytest.raises(RuntimeError, match=r"needs Triton 3.4 or later \(PyTorch 2.8\), this is"):
+        gathered_conv._kernel.__wrapped__("cuda")
+
+
+# ---------------------------------------------------------------- compiled for a GPU
+
+
+def compiled(weight: GatheredWeight, capability: int, tile: tuple[int, int], row: int):
+    """What Triton makes of a layer whose parts lie in a tensor ``row`` channels wide, at any
+    place; no GPU is needed."""
+    from triton import compile
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = gathered_conv._kernel.__wrapped__("cuda").fn
+    dtype = weight.weight.dtype
+    size, outputs = dtype.itemsize, len(weight.bias)
+    constants = {
+        "WIDTHS": weight.widths,
+        "ROWS": (row,) * len(weight.widths),
+        "VECTORS": tuple(math.gcd(16 // size, width, row) for width in weight.widths),
+        "CHUNKS": tuple(gathered_conv._chunk(weight.kernel**2 * w, size) for w in weight.widths),
+        "OUTPUTS": outputs,
+        "OUT_ROW": row,
+        "OUT_VECTOR": math.gcd(16 // size, outputs, row),
+        "COLUMNS": weight.weight.shape[1],
+        "KERNEL": weight.kernel,
+        "ACTIVATION": weight.activation,
+        "PRECISION": "ieee",
+        "WIDEN": False,
+        "BLOCK_M": tile[0],
+        "BLOCK_N": tile[1],
+    }
+    pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    types = dict.fromkeys(("weight", "bias", "out"), pointer)
+    types |= {"parts": (pointer,) * len(weight.widths)}
+    types |= dict.fromkeys(("height", "width", "pixels"), "i32")
+    types |= dict.fromkeys(constants, "constexpr")
+    names = function.arg_names
+    aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("weight", "bias")}
+    source = ASTSource(
+        function,
+        {name: types[name] for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        aligned,
+    )
+    options = {"num_warps": 4, "enable_fp_fusion": True}
+    return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("capability", [80, 90])
+def test_compiles_for_a_gpu_with_matrix_units_and_wide_loads(
+    triton, dtype, capability, tmp_path, monkeypatch
+):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    weight = pack(torch.randn(40, 102, 3, 3), torch.randn(40), (14, 24, 64), "relu").to(dtype)
+    asm = compiled(weight, capability, (64, 32), row=102 + 2)
+    assert asm["cubin"].startswith(b"\x7fELF")
+    if dtype != torch.float32:
+        unit = r"wgmma\.mma_async\S+m64n32k16" if capability == 90 else r"mma\.sync\S+m16n8k16"
+        assert re.search(unit, asm["ptx"])
+    # Loads and stores of single channels would be 2 bytes; 14 channels allow 4, 24 and 64 allow 16.
+    assert not re.search(r"(ld|st)\.global\S*\.b16", asm["ptx"])
+    widths = re.findall(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[.*?\], (\w+)", asm["ptx"])
+    assert set(widths) == ({"0x8", "0x10"} if dtype == torch.float32 else {"0x4", "0x10"})
+
+
+# ---------------------------------------------------------------- on a GPU
+
+
+@pytest.fixture
+def one_tile(request, monkeypatch):
+    """No trials, which would compile several times."""
+    monkeypatch.setattr(gathered_conv, "TILES", (request.param,))
+    monkeypatch.setattr(gathered_conv, "_fitting", lambda configs, *args, **kwargs: configs)
+    gathered_conv._kernel.cache_clear()
+    yield
+    gathered_conv._kernel.cache_clear()
+
+
+def compare_on_gpu(widths, outputs, kernel, activation, side, dtype=torch.bfloat16) -> None:
+    size = (2, side, side)
+    parts, weight, bias = made_up(widths, outputs, kernel, dtype, size, "cuda")
+    result = gathered_conv2d(parts, pack(weight, bias, widths, activation))
+    check(result, reference(parts, weight, bias, activation))
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("one_tile", [(64, 32)], indirect=True)
+@pytest.mark.parametrize("version", VERSIONS)
+def test_gpu_every_layer_at_the_size_of_its_maps(version, one_tile):
+    for layer, side in layers_of(version).items():
+        compare_on_gpu(*layer, side)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("one_tile", gathered_conv.TILES, indirect=True)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gpu_every_tile_and_type(one_tile, dtype):
+    compare_on_gpu((14, 24, 64), 40, 3, "relu", 63, dtype)
+    compare_on_gpu((16, 16, 16, 134), 256, 1, "relu6", 33, dtype)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.usefixtures("triton")
+def test_gpu_slices_the_fastest_tile_and_a_captured_graph():
+    widths, outputs = (14, 24, 64), 40
+    parts, weight, bias = made_up(widths, outputs, 3, torch.float16, (2, 37, 41), "cuda")
+    whole = torch.cat([torch.full_like(parts[0][:, :1], torch.nan), *parts], 1)
+    whole = whole.to(memory_format=torch.channels_last)
+    slices = whole[:, 1:].split(widths, 1)
+    packed = pack(weight, bias, widths, "relu")
+    out = torch.empty_like(whole)[:, 3 : 3 + outputs]
+    expected = reference(parts, weight, bias, "relu")
+    check(gathered_conv2d(slices, packed, out), expected)
+    out.zero_()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        gathered_conv2d(slices, packed, out)
+    graph.replay()
+    check(out, expected)
+
+
+@pytest.mark.gpu
+@on_gpu
+@pytest.mark.usefixtures("triton")
+def test_gpu_tf32_is_a_choice(monkeypatch):
+    parts, weight, bias = made_up((14, 24), 20, 3, torch.float32, (1, 9, 9), "cuda")
+    packed = pack(weight, bias, (14, 24), "linear")
+    exact = reference(parts, weight, bias, "linear")
+    errors = []
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        errors.append((gathered_conv2d(parts, packed) - exact).abs().max().item())
+    assert errors[0] < 1e-5 < 1e-4 < errors[1] < 0.05
