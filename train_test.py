@@ -53,6 +53,7 @@ from data.voc0712 import parse_classes
 from layers import Detect, MultiBoxLoss, PriorBox
 from layers.detect import SUPPRESSION
 from models import BACKBONES, SIZES, build_net, prior_config
+from models.predictor import Predictor
 from models.stored import check_config, describe, trained_for
 from utils import nms
 from utils.checkpoint import load_base, load_checkpoint, load_weights, sha256_of
@@ -87,6 +88,8 @@ from utils.options import (
     parser,
     set_names,
 )
+from utils.runtime import SUFFIXES as EXPORTED
+from utils.runtime import identity
 from utils.schedule import lr_at
 from utils.trainer import Interrupted, Trainer
 
@@ -340,8 +343,8 @@ class Testing:
     options: dict
     device: torch.device
     dataset: object
-    model: dict[str, torch.Tensor]
-    """The state dict, of the data set's classes."""
+    model: dict[str, torch.Tensor] | Predictor
+    """The state dict, of the data set's classes; or an exported file, ready to run."""
     checkpoint: dict
     """Its file's name and sha256."""
     directory: Path
@@ -356,6 +359,8 @@ def open_test(given: dict, world: World) -> Testing:
         if given.get(option):
             raise UserError(f"--{option} is for training, --test evaluates; give one of them")
     path = Path(given["test"])
+    if path.suffix in EXPORTED:
+        return open_exported(given, path, world)
     saved = load_checkpoint(path)
     stored = describe(saved, path, given_classes(given))
     if stored.get("overfit"):  # it was tested on what it was trained on
@@ -384,13 +389,56 @@ def open_test(given: dict, world: World) -> Testing:
     return Testing(options, device, dataset, model, checkpoint, directory, scoring)
 
 
+def open_exported(given: dict, path: Path, world: World) -> Testing:
+    """``open_test`` of what ``python -m utils.export`` has written."""
+    for option in ("class_map", "amp"):
+        if option in given:
+            raise UserError(f"--{option} cannot change {path}, which is exported; leave it out")
+    if given.get("cuda") or given.get("device", "cpu") not in ("auto", "cpu") or world.size > 1:
+        raise UserError(f"{path} is exported and runs on the CPU, in one process; use --device cpu")
+    predictor = Predictor(path, **{key: given[key] for key in DETECTION_OPTIONS & given.keys()})
+    keys = ("version", "size", "dataset", "priors")
+    stored = {key: getattr(predictor.info, key) for key in keys}
+    options = resolve(given, {**stored, "classes": list(predictor.info.classes)})
+    scoring = scoring_options(given, options)
+    dataset = open_dataset(options, "test_sets", options["classes"])
+    exported = predictor.exported
+    checkpoint = {
+        **identity(path),
+        "precision": exported.info["precision"],
+        "made_of": exported.info["checkpoint"],
+        "runtime": " ".join(exported.runtime),
+    }
+    directory = test_folder(given, options, path)
+    return Testing(options, predictor.device, dataset, predictor, checkpoint, directory, scoring)
+
+
+def detect_exported(predictor: Predictor, dataset, options: dict) -> list[dict[str, np.ndarray]]:
+    """``detect`` by an exported file."""
+    found, step = [], options["batch_size"]
+    progress = Progress("test", -(-len(dataset) // step), options["log_iters"])
+    try:
+        for start in range(0, len(dataset), step):
+            batch = range(start, min(start + step, len(dataset)))
+            found += predictor([dataset.pull_image(i) for i in batch])
+            progress.update(len(batch))
+    except FloatingPointError as error:
+        raise UserError(f"the output of the exported file is not finite ({error})") from error
+    finally:
+        progress.close()
+    return [{key: d[key].numpy() for key in ("boxes", "scores", "labels")} for d in found]
+
+
 def test(given: dict, world: World = ALONE) -> None:
     """Evaluate the checkpoint given["test"], or score its kept detections again."""
     job = world.in_turn(lambda: open_test(given, world))
     options, dataset, directory = job.options, job.dataset, job.directory
     log_dataset(dataset, options, "test_sets")
     cache = directory / "detections.npz"
+    exported = isinstance(job.model, Predictor)
     chosen = detection_options(given, options, RECIPES[options["dataset"]].test_threshold)
+    if exported:  # it knows its own
+        chosen = {key: getattr(job.model.detect, key) for key in chosen}
     origin = made_by(options, chosen, job.checkpoint, job.device)
     if given.get("retest"):
         asked = ["checkpoint", "dataset", "class_map", "root", "sets", "classes"]
@@ -400,6 +448,9 @@ def test(given: dict, world: World = ALONE) -> None:
         if not world.main:
             return
         detections, origin = load_detections(cache, dataset.ids, same)
+    elif exported:
+        LOGGER.info("%s by %s", given["test"], job.checkpoint["runtime"])
+        detections = detect_exported(job.model, dataset, options)
     else:
         net = build_net(options["version"], options["size"], len(dataset.classes) + 1)
         load_weights(net, job.model, given["test"])
@@ -418,6 +469,7 @@ def test(given: dict, world: World = ALONE) -> None:
         detections = detect(net, dataset, priors, options, chosen, lambda images: None, world)
         if detections is None:
             return
+    if not given.get("retest"):
         for name in SCORES:  # of the detections that are replaced
             (directory / name).unlink(missing_ok=True)
         save_detections(cache, dataset.ids, detections, origin)
@@ -434,7 +486,9 @@ def test_folder(given: dict, options: dict, path: Path) -> Path:
         run = folder / given["date"]
     elif not in_a_run or ("save_folder" in given and run.parent != folder.absolute()):
         run = folder / path.stem
-    return run / "ss_predict" / path.stem / set_names(options["test_sets"])
+    # An exported file lies beside the checkpoint that it is made of.
+    name = path.name if path.suffix in EXPORTED else path.stem
+    return run / "ss_predict" / name / set_names(options["test_sets"])
 
 
 # ---------------------------------------------------------------- training

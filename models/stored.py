@@ -68,6 +68,8 @@ def check_config(saved: Mapping, path: Path) -> dict:
         )
         if not right or (key in choices and value not in choices[key]):
             raise UserError(f"{path}: its configuration has {key} {value!r}, which is not valid")
+    if config["size"] not in BACKBONES[config["version"]].sizes:
+        raise UserError(f"{path}: {config['version']} does not exist at size {config['size']}")
     return {**config, "classes": classes}
 
 

@@ -282,8 +282,9 @@ def test_setup_takes_extensions_and_requirements_from_the_build(monkeypatch):
     assert names == ["utils.nms._cpu_nms", "utils.nms._cuda_nms"]
     assert all((ROOT / source).is_file() for e in passed["ext_modules"] for source in e.sources)
     assert passed["install_requires"] == build.requirements()
-    assert set(passed["extras_require"]) == {"test", "eval", "weights", "tensorboard"}
-    assert set(passed["extras_require"]["eval"]) < set(passed["extras_require"]["test"])
+    extras = {name: set(packages) for name, packages in passed["extras_require"].items()}
+    assert set(extras) == {"test", "eval", "onnx", "openvino", "weights", "tensorboard"}
+    assert extras["eval"] | extras["onnx"] | extras["openvino"] < extras["test"]
 
 
 def installed(monkeypatch, **versions):

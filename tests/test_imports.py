@@ -19,7 +19,9 @@ ALLOWED = {
 }
 # Commands (`python -m utils.NAME`) and what is made of whole networks: their functions may import
 # what stands above their folder, no other module does, and importing them imports nothing of it.
-OPEN = ("utils/weights.py", "utils/profile.py", "utils/deploy.py", "data/check.py")
+OPEN = (
+    "utils/weights.py", "utils/profile.py", "utils/deploy.py", "utils/export.py", "data/check.py",
+)  # fmt: skip
 MODULES = sorted(
     path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
     for folder in (*FOLDERS, "demo", "benchmarks", "docs")

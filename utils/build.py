@@ -44,9 +44,13 @@ CORE = (
     "setuptools>=64",
 )
 EVAL = ("hotcoco>=1.2", "faster-coco-eval")
+ONNX = ("onnx", "onnxscript")
+OPENVINO = ("openvino", "nncf")
 EXTRAS = {
-    "test": ("pytest", "hypothesis", "ruff", "safetensors", *EVAL),
+    "test": ("pytest", "hypothesis", "ruff", "safetensors", *EVAL, *ONNX, "onnxruntime", *OPENVINO),
     "eval": EVAL,
+    "onnx": (*ONNX, "onnxruntime"),
+    "openvino": (*OPENVINO, *ONNX),
     "weights": ("safetensors", "gdown"),
     "tensorboard": ("tensorboard",),
 }

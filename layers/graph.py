@@ -1,0 +1,241 @@
+"""What stands before and behind a network in an exported graph, as ``torch.export`` and as ONNX.
+
+Unlike ``Detect`` these are fixed sequences of operations without a choice of routine, and a batch's
+detections are one list of rows, each with the number of its image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from layers.boxes import decode
+
+
+class Preprocess(nn.Module):
+    """Pictures uint8 [B, H, W, 3] (BGR) -> images float32 [B, 3, S, S], minus the mean.
+
+    With ``resize`` bilinear by the fixed-point arithmetic of ``cv2.INTER_LINEAR``, to the last bit
+    of what OpenCV computes without a vendor's routine (one value of a thousand may be another by 1
+    where a runtime divides by multiplying, as OpenVINO does); else the pictures are S x S.
+    """
+
+    def __init__(self, size: int, mean: Sequence[float], resize: bool):
+        super().__init__()
+        self.size = size
+        self.resize = resize
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("places", 2 * torch.arange(size) + 1, persistent=False)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        if self.resize:
+            before, after, share = self._taps(pictures.shape[2], clamp=True)
+            share = share[:, None]
+            left, right = (pictures.index_select(2, taps).float() for taps in (before, after))
+            rows = ((left * (2048 - share) + right * share) / 16).floor()
+            before, after, share = self._taps(pictures.shape[1], clamp=False)
+            share = share[:, None, None]
+            above, below = (rows.index_select(1, taps) for taps in (before, after))
+            pictures = _product(above, 2048 - share) + _product(below, share)
+            pictures = ((pictures + 2) / 4).floor()
+        return (pictures.float() - self.mean).permute(0, 3, 1, 2)
+
+    def _taps(self, length: int, clamp: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """For each of S places on a side of ``length`` the two pixels it lies between, and the
+        second's weight in 1/2048; OpenCV has beyond the ends a full weight on one (``clamp``) or
+        both weights on the same pixel, which is rounded otherwise."""
+        place = (self.places * length - self.size).float() / (2 * self.size)
+        first = place.floor()
+        weight = place - first
+        if clamp:
+            weight = torch.where((first < 0) | (first >= length - 1), 0.0, weight)
+        first = first.long()
+        after = (first + 1).clamp(max=length - 1)
+        return first.clamp(min=0), after, (weight * 2048).round()
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """floor(a b / 2^16) of whole numbers a < 2^15 and b <= 2^11, whose product float32 cannot
+    hold."""
+    high = (a / 128).floor()
+    low = ((a - high * 128) * b / 128).floor()
+    return ((high * b + low) / 512).floor()
+
+
+class DetectGraph(nn.Module):
+    """What ``Detect`` computes with hard suppression of each class, by torchvision's routine.
+
+    ``loc`` [B, P, 4], ``conf`` [B, P, C] and ``sizes`` float32 [B, 2], (width, height) in pixels ->
+    "boxes" float32 [n, 4] corners in pixels, "scores" float32 [n], "labels" int64 [n] in 1..C-1 and
+    "image" int64 [n], ascending; of an image the best score first. n may be 0. Values that are not
+    finite are not noticed.
+    """
+
+    def __init__(
+        self,
+        priors: Tensor,
+        variance: tuple[float, float],
+        conf_thresh: float,
+        nms_thresh: float,
+        per_class: int,
+        top_k: int,
+    ):
+        super().__init__()
+        self.register_buffer("priors", priors, persistent=False)
+        self.register_buffer("pixel", torch.tensor([0.0, 0, 1, 1]).double(), persistent=False)
+        self.register_buffer("alone", torch.tensor([-1, -2]), persistent=False)
+        self.variance = variance
+        self.conf_thresh = conf_thresh
+        self.nms_thresh = nms_thresh
+        self.per_class = per_class
+        self.top_k = top_k
+
+    def forward(
+        self, loc: Tensor, conf: Tensor, sizes: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        from torchvision.ops import nms
+
+        probability = conf.softmax(2)[..., 1:]
+        corners = decode(loc, self.priors, self.variance) * sizes.repeat(1, 2)[:, None]
+        over = (probability > self.conf_thresh).transpose(1, 2)
+        image, label, prior = over.nonzero().unbind(1)
+        boxes, scores = corners[image, prior], probability[image, prior, label]
+        group = image * probability.shape[2] + label
+
+        # Groups are moved apart, in double precision; the routine's boxes have x2 - x1 for a width.
+        # Two that stand alone come last and go again: exported, it must not find fewer.
+        wide = torch.cat([boxes, boxes.new_zeros(2, 4)]).double() + self.pixel
+        apart = torch.cat([group, self.alone]) * (wide.abs().amax() * 2 + 1)
+        quality = torch.cat([scores, scores.new_full((2,), -1)]).double()
+        kept = nms(wide + apart[:, None], quality, self.nms_thresh)
+        kept = kept[quality[kept] >= 0]
+        kept = kept[_rank(group[kept]) < self.per_class]
+        kept = kept[image[kept].argsort(stable=True)]  # of each still the best first
+        kept = kept[_rank(image[kept]) < self.top_k]
+        return boxes[kept], scores[kept], label[kept] + 1, image[kept]
+
+
+def _rank(groups: Tensor) -> Tensor:
+    """int64 [n]: how many earlier entries of ``groups`` [n] are of the same group."""
+    ordered, order = groups.sort(stable=True)
+    position = torch.arange(groups.shape[0], device=groups.device)
+    return (position - torch.searchsorted(ordered, ordered))[order.argsort()]
+
+
+def detect_onnx(
+    priors: Tensor,
+    num_classes: int,
+    variance: tuple[float, float],
+    conf_thresh: float,
+    nms_thresh: float,
+    per_class: int,
+    top_k: int,
+    *,
+    opset: int,
+    ir_version: int,
+):
+    """``DetectGraph`` as an ``onnx.ModelProto``, by the operator NonMaxSuppression.
+
+    Of equal scores the lower class comes first, then the earlier prior, as in ``Detect``, if the
+    runtime's TopK keeps the order of equals (ONNX Runtime's does, OpenVINO's does not).
+
+    Raises:
+        ValueError: an ``opset`` below 18.
+    """
+    import numpy as np
+    from onnx import numpy_helper, parser
+
+    if opset < 18:
+        raise ValueError(f"opset is {opset}, should be at least 18")
+    p = priors.numpy().astype(np.float32)[None]
+    constants = {
+        "prior_centre": p[..., :2],
+        "centre_scale": p[..., 2:] * np.float32(variance[0]),
+        "prior_half": p[..., 2:] / 2,
+        "size_scale": np.float32(variance[1]),
+        "most_growth": np.float32(10),
+        "pixel": np.array([0, 0, 1, 1], np.float32),
+        "score_threshold": np.array([conf_thresh], np.float32),
+        "nms_threshold": np.array([nms_thresh], np.float32),
+        "per_class": np.array([per_class]),
+        "top_k": np.array(top_k),
+        "zero": np.array(0),
+        "one": np.array(1),
+        "axis_0": np.array([0]),
+        "axis_1": np.array([1]),
+        "end": np.array([num_classes]),
+    }
+    model = parser.parse_model(
+        _DETECT % {"opset": opset, "ir": ir_version, "P": p.shape[1], "C": num_classes}
+    )
+    model.graph.initializer.extend(
+        numpy_helper.from_array(np.array(value, order="C"), name)
+        for name, value in constants.items()
+    )
+    return model
+
+
+_DETECT = """
+<ir_version: %(ir)d, opset_import: ["": %(opset)d]>
+detect (float[batch, %(P)d, 4] loc, float[batch, %(P)d, %(C)d] conf, float[batch, 2] sizes)
+  => (float[found, 4] boxes, float[found] scores, int64[found] labels, int64[found] image)
+{
+  probability = Softmax <axis = 2> (conf)
+  by_class = Transpose <perm = [0, 2, 1]> (probability)
+  score = Slice (by_class, axis_1, end, axis_1)
+
+  centre_offset, size_offset = Split <axis = 2, num_outputs = 2> (loc)
+  shift = Mul (centre_offset, centre_scale)
+  centre = Add (prior_centre, shift)
+  logarithm = Mul (size_offset, size_scale)
+  limited = Min (logarithm, most_growth)
+  growth = Exp (limited)
+  half = Mul (prior_half, growth)
+  low = Sub (centre, half)
+  high = Add (centre, half)
+  corners = Concat <axis = 2> (low, high)
+  twice = Concat <axis = 1> (sizes, sizes)
+  scale = Unsqueeze (twice, axis_1)
+  box = Mul (corners, scale)
+
+  wide = Add (box, pixel)
+  selected = NonMaxSuppression (wide, score, per_class, nms_threshold, score_threshold)
+  of_image, of_class, of_prior = Split <axis = 1, num_outputs = 3> (selected)
+  place = Concat <axis = 1> (of_image, of_prior)
+  selected_box = GatherND (box, place)
+  selected_score = GatherND (score, selected)
+  selected_image = Squeeze (of_image, axis_1)
+  selected_class = Squeeze (of_class, axis_1)
+  selected_label = Add (selected_class, one)
+
+  shape = Shape (selected_score)
+  count = Squeeze (shape, axis_0)
+  position = Range (zero, count, one)
+  best_score, by_score = TopK <axis = 0> (selected_score, shape)
+  its_image = Gather (selected_image, by_score)
+  first_key = Mul (its_image, count)
+  key = Add (first_key, position)
+  best_key, by_key = TopK <axis = 0, largest = 0> (key, shape)
+  order = Gather (by_score, by_key)
+  sorted_image = Gather (selected_image, order)
+
+  batch = Shape <start = 0, end = 1> (sizes)
+  batch_size = Squeeze (batch, axis_0)
+  each = Range (zero, batch_size, one)
+  column = Unsqueeze (sorted_image, axis_1)
+  same = Equal (column, each)
+  member = Cast <to = 7> (same)
+  members = ReduceSum <keepdims = 0> (member, axis_0)
+  start = CumSum <exclusive = 1> (members, zero)
+  own_start = Gather (start, sorted_image)
+  rank = Sub (position, own_start)
+  within = Less (rank, top_k)
+  kept = Compress <axis = 0> (order, within)
+  boxes = Gather (selected_box, kept)
+  scores = Gather (selected_score, kept)
+  labels = Gather (selected_label, kept)
+  image = Gather (selected_image, kept)
+}
+"""

@@ -1,0 +1,45 @@
+"""Exported files of the tiny network for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from models import build_net
+from train_test import resolve
+from utils.checkpoint import save_checkpoint
+from utils.export import main
+
+CLASSES = ["cell", "platelet", "rod"]
+
+
+def spread_scores(net: nn.Module) -> nn.Module:
+    """Make a network of random weights find some boxes with its first heads, of any score."""
+    images = torch.rand(1, 3, 300, 300, generator=torch.Generator().manual_seed(0)) * 60 - 110
+    with torch.no_grad():
+        (first, *_) = net.eval().sources(images)
+        for heads, spread in ((net.loc, 0.5), (net.conf, 2)):
+            heads[0].weight *= spread / heads[0](first).std()
+        for head in net.conf:
+            head.bias.view(-1, net.num_classes)[:, 0] = 8
+    return net
+
+
+def write_checkpoint(path: Path, root: Path, version: str = "tiny") -> Path:
+    """A checkpoint of random weights that names ``root`` as its data."""
+    torch.manual_seed(1)
+    net = spread_scores(build_net(version, 300, len(CLASSES) + 1))
+    config = resolve({"version": version, "size": 300, "root": str(root), "classes": CLASSES})
+    save_checkpoint(path, {"model": net.state_dict(), "config": config, "classes": CLASSES})
+    return path
+
+
+def exported(checkpoint: Path, form: str, *options: object) -> Path:
+    """What the command writes beside the checkpoint."""
+    suffix = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}[form]
+    output = checkpoint.with_name("-".join([form, *map(str, options)]) + suffix)
+    arguments = [checkpoint, "--format", form, "--output", output, *options]
+    assert main(list(map(str, arguments))) == 0
+    return output

@@ -1,0 +1,144 @@
+"""One object from pictures to detections, beside the loop that evaluates."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from data.config import COCO_300, COCO_CLASSES, INPUT_MEAN, VOC_300, VOC_CLASSES
+from data.transforms import TestTransform
+from layers import Detect, PriorBox
+from models import build_net
+from models.predictor import Predictor
+from utils.engine import detect_all
+from utils.errors import UserError
+
+VERSION = "SSD_HarDNet39ds"
+
+
+@pytest.fixture(scope="module")
+def net() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return build_net(VERSION, 300, 21).eval()
+
+
+@pytest.fixture(scope="module")
+def file(net, tmp_path_factory):
+    """A checkpoint like the published ones: a bare state dict of VOC's classes."""
+    path = tmp_path_factory.mktemp("weights") / "voc.pth"
+    torch.save(net.state_dict(), path)
+    return path
+
+
+def pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
+    rng = np.random.default_rng(0)
+    return [
+        cv2.resize(rng.integers(0, 256, (9, 9, 3), np.uint8), size, interpolation=cv2.INTER_CUBIC)
+        for size in sizes
+    ]
+
+
+def evaluated(net, images, priors, **chosen) -> list[dict]:
+    """What ``train_test.py --test`` finds: the trained network, and the loop over batches."""
+    transform = TestTransform(300)
+    batches = [
+        (
+            torch.from_numpy(transform(image)).permute(2, 0, 1)[None],
+            torch.tensor([[image.shape[1], image.shape[0]]]),
+        )
+        for image in images
+    ]
+    return detect_all(net, Detect(**chosen), PriorBox(priors)(), batches, INPUT_MEAN, "off")
+
+
+def assert_same(found: list[dict], wanted: list[dict]) -> None:
+    assert len(found) == len(wanted)
+    for a, b in zip(found, wanted, strict=True):
+        assert len(a["scores"]) == len(b["scores"]) > 0
+        torch.testing.assert_close(a["scores"], torch.from_numpy(b["scores"]))
+        # Boxes of the same score can change places.
+        for key in ("labels", "boxes"):
+            close = np.isclose(a[key].numpy(), b[key], rtol=1e-3, atol=1e-2)
+            assert close.reshape(len(close), -1).all(1).mean() > 0.98, key
+
+
+def test_finds_what_the_evaluation_finds(net, file, tmp_path):
+    predictor = Predictor(file)
+    assert (predictor.info.version, predictor.info.size) == (VERSION, 300)
+    assert predictor.info.classes == VOC_CLASSES
+    images = pictures((64, 48), (30, 100))
+    found = predictor(images)
+    chosen = {"conf_thresh": 0.03, "top_k": 300}
+    assert_same(found, evaluated(net, images, VOC_300, **chosen))
+    assert [d.keys() for d in found] == [{"boxes", "scores", "labels", "names"}] * 2
+    assert found[0]["names"] == [VOC_CLASSES[k - 1] for k in found[0]["labels"].tolist()]
+    types = {key: value.dtype for key, value in found[0].items() if key != "names"}
+    assert types == {"boxes": torch.float32, "scores": torch.float32, "labels": torch.int64}
+    # A picture by itself, as an array and as a file.
+    cv2.imwrite(str(tmp_path / "picture.png"), images[0])
+    for picture in (images[0], tmp_path / "picture.png", str(tmp_path / "picture.png")):
+        one = predictor(picture)
+        assert one["names"] == found[0]["names"]
+        torch.testing.assert_close(one["boxes"], found[0]["boxes"])
+
+
+def test_options_mean_what_those_of_the_evaluation_mean(net, file):
+    images = pictures((64, 48))
+    predictor = Predictor(file, score_threshold=0.04, max_detections=7, nms="soft")
+    chosen = {"conf_thresh": 0.04, "top_k": 7, "nms": "soft"}
+    assert_same(predictor(images), evaluated(net, images, VOC_300, **chosen))
+
+
+def test_prior_boxes_and_thresholds_are_those_of_the_weights(tmp_path):
+    torch.manual_seed(1)
+    coco = build_net(VERSION, 300, 81).eval()
+    for head in coco.conf:
+        head.bias.data[7::81] += 4  # a class over the threshold
+    torch.save(coco.state_dict(), tmp_path / "coco.pth")
+    images = pictures((64, 48))
+    predictor = Predictor(tmp_path / "coco.pth")
+    assert predictor.info.classes == COCO_CLASSES
+    found = predictor(images)
+    assert_same(found, evaluated(coco, images, COCO_300))
+    assert found[0]["names"][0] == COCO_CLASSES[6]
+
+
+def test_the_stages_one_by_one_are_the_whole(file):
+    predictor = Predictor(file, amp="bf16")
+    images = pictures((64, 48), (50, 50))
+    outputs = predictor.forward(predictor.preprocess(images))
+    assert outputs["loc"].shape == (2, 11620, 4) and outputs["conf"].shape == (2, 11620, 21)
+    found = predictor.postprocess(outputs, [(64, 48), (50, 50)])
+    for part, whole in zip(found, predictor(images), strict=True):
+        assert all(torch.equal(part[key], whole[key]) for key in part)
+
+
+def test_no_pictures_and_no_detections(file):
+    predictor = Predictor(file, score_threshold=1)
+    assert predictor([]) == []
+    (found,) = predictor(pictures((20, 20)))
+    assert found["boxes"].shape == (0, 4) and found["names"] == [] and len(found["labels"]) == 0
+
+
+def test_mistakes_are_told(file, tmp_path):
+    predictor = Predictor(file)
+    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
+        with pytest.raises(UserError, match=r"a picture is \w+ \[.*\], should be uint8"):
+            predictor(wrong)
+    with pytest.raises(UserError, match=r"none\.jpg"):
+        predictor(tmp_path / "none.jpg")
+    torch.save(build_net(VERSION, 300, 4).state_dict(), tmp_path / "own.pth")
+    with pytest.raises(UserError, match="3 classes and no names"):
+        Predictor(tmp_path / "own.pth")
+    assert Predictor(tmp_path / "own.pth", classes=["a", "b", "c"]).info.classes == ("a", "b", "c")
+    for options, message in (
+        ({"amp": "half"}, "amp is 'half', should be one of off, bf16, fp16"),
+        ({"threads": 2}, "threads is for exported files"),
+        ({"classes": ["a", "b"]}, "has the 20 classes aeroplane, .*, not a, b"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Predictor(file, **options)
+    with pytest.raises(UserError, match="--device gpu is unknown"):
+        Predictor(file, device="gpu")
