@@ -2,7 +2,8 @@
 
 Everywhere: images are BGR uint8 [H, W, 3] and are never changed; boxes are (x1, y1, x2, y2) in
 pixels, 0-based; label k is names[k - 1], or the number itself without names. Only ASCII can be
-drawn in every OpenCV: accents are dropped (é -> e), any other character becomes "?".
+drawn in every OpenCV: accents are dropped (é -> e), any other character becomes "?", unless
+`letters` (utils.fonts) are given that have it.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ import cv2
 import numpy as np
 from torch import Tensor
 
+from utils.fonts import Lettering
+
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 CORRECT, WRONG, MISSED, IGNORED = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
+LEGIBLE = 256
+"""Pixels of the shorter side from which on labels can be read beside what they name."""
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -32,6 +37,7 @@ def draw_detections(
     labels: Sequence[int],
     scores: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
+    letters: Lettering | None = None,
 ) -> np.ndarray:
     """A copy of the image with every box and its label, in the class's colour.
 
@@ -50,7 +56,27 @@ def draw_detections(
         label = int(labels[k])
         text = _name(label, names) if scores is None else _scored(label, scores[k], names)
         items.append((boxes[k], class_colour(label), text, False))
-    return _draw(image, items)
+    return _draw(image, items, letters)
+
+
+def enlarge(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A small picture and its boxes [n, 4] so much larger that labels can be read in it.
+
+    By a whole factor, for a shorter side of at least `LEGIBLE` and a longer one of at most 2048;
+    without one, what was given.
+    """
+    height, width = image.shape[:2]
+    factor = min(-(-LEGIBLE // min(height, width)), 2048 // max(height, width))
+    if factor <= 1:
+        return image, boxes
+    larger = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    # A box ends with its last pixel.
+    return larger, np.asarray(boxes).reshape(-1, 4) * factor + (0, 0, factor - 1, factor - 1)
+
+
+def draw_caption(image: np.ndarray, text: str) -> None:
+    """Write a line of text, white on black, into the image's upper left corner."""
+    _draw_tag(image, text, (0, 0, 0), (0, 0, 0), below=False, letters=None)
 
 
 def match_detections(
@@ -228,7 +254,11 @@ def _scored(label: float, score: float, names: Sequence[str] | None) -> str:
     return f"{_name(label, names)} {score:.2f}"
 
 
-def _draw(image: np.ndarray, items: Sequence[tuple[np.ndarray, tuple, str, bool]]) -> np.ndarray:
+def _draw(
+    image: np.ndarray,
+    items: Sequence[tuple[np.ndarray, tuple, str, bool]],
+    letters: Lettering | None = None,
+) -> np.ndarray:
     """Draw (box, colour, text, dashed) on a copy, the last on top and all texts over the boxes."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
@@ -248,7 +278,7 @@ def _draw(image: np.ndarray, items: Sequence[tuple[np.ndarray, tuple, str, bool]
         for ink, thickness in (((0, 0, 0), line + 2), (colour, line)):  # rimmed, for any ground
             cv2.polylines(canvas, paths, not dashed, ink, thickness)
     for (_, colour, text, dashed), (x1, y1, y2) in zip(items, corners, strict=True):
-        _draw_tag(canvas, text, (x1, y1, y2), colour, below=dashed)
+        _draw_tag(canvas, text, (x1, y1, y2), colour, dashed, letters)
     return canvas
 
 
@@ -269,6 +299,7 @@ def _draw_tag(
     corner: tuple[int, int, int],
     colour: tuple[int, int, int],
     below: bool,
+    letters: Lettering | None,
 ) -> None:
     """Text on a filled box at (left, top, bottom) of a box, moved and shrunk to stay inside.
 
@@ -276,20 +307,40 @@ def _draw_tag(
     """
     height, width = canvas.shape[:2]
     h = min(max(round(min(height, width) / 19), 15), 60, max(1, height // 3))
-    text_width, text_height = _text_size(text, 1, 1)
-    w = max(1, min(round(h * (0.6 * text_width / text_height + 0.5)), width))
+    letters = None if text.isascii() else letters
+    if letters is None:
+        text_width, text_height = _text_size(text, 1, 1)
+        w = round(h * (0.6 * text_width / text_height + 0.5))
+    else:
+        w = round(letters.mask(text, h).shape[1] + 0.5 * h)
+    w = max(1, min(w, width))
     x, above, under = corner[0], corner[1] - h, corner[2]
     y = (under if under + h <= height else above) if below else (above if above >= 0 else under)
     x, y = max(0, min(x, width - w)), max(0, min(y, height - h))
     tag = canvas[y : y + h, x : x + w]
     tag[:] = colour
     b, g, r = colour
-    _write(tag, text, (0, 0, 0) if 0.114 * b + 0.587 * g + 0.299 * r > 127 else (255, 255, 255))
+    ink = (0, 0, 0) if 0.114 * b + 0.587 * g + 0.299 * r > 127 else (255, 255, 255)
+    _write(tag, text, ink, letters)
 
 
-def _write(area: np.ndarray, text: str, ink: tuple[int, int, int] = (40, 40, 40)) -> None:
+def _write(
+    area: np.ndarray,
+    text: str,
+    ink: tuple[int, int, int] = (40, 40, 40),
+    letters: Lettering | None = None,
+) -> None:
     """Text centred in an area (a view, written in place), in the largest size that fits."""
     height, width = area.shape[:2]
+    if letters is not None:
+        mask = letters.mask(text, height)
+        if mask.shape[1] > width:
+            mask = letters.mask(text, height * width // mask.shape[1])[:, :width]
+        y, x = ((a - b) // 2 for a, b in zip((height, width), mask.shape, strict=True))
+        under = area[y : y + mask.shape[0], x : x + mask.shape[1]]
+        share = mask[..., None] / 255
+        under[:] = (under * (1 - share) + np.multiply(ink, share)).round()
+        return
     w, h = _text_size(text, 1, 1)
     scale = min(0.58 * height / h, 0.94 * width / max(w, 1))
     thickness = max(1, round(1.2 * scale))
