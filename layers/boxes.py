@@ -24,8 +24,8 @@ def to_centre_size(boxes: Tensor) -> Tensor:
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Intersection over union of corner boxes: [..., N, 4] x [..., M, 4] -> [..., N, M].
 
-    A pair without any area has an IoU of 0, not NaN. Fastest where the coordinates of ``b`` lie in
-    memory one after another, as of a transposed [4, M].
+    Boxes are floating-point numbers. A pair without any area has an IoU of 0, not NaN. Fastest
+    where the coordinates of ``b`` lie in memory one after another, as of a transposed [4, M].
     """
     x1, y1, x2, y2 = a.unsqueeze(-2).unbind(-1)
     left, top, right, bottom = b.unsqueeze(-3).unbind(-1)

@@ -127,7 +127,6 @@ def gathered_conv2d(
     if not pixels:
         return out
     kernel = _kernel(out.device.type)
-    exact = not torch.backends.cuda.matmul.allow_tf32
     with torch.cuda.device_of(out):  # Triton launches on the current device
         kernel[lambda meta: (-(-pixels // meta["BLOCK_M"]) * -(-shape[1] // meta["BLOCK_N"]),)](
             tuple(parts),
@@ -147,7 +146,7 @@ def gathered_conv2d(
             COLUMNS=weight.weight.shape[1],
             KERNEL=weight.kernel,
             ACTIVATION=weight.activation,
-            PRECISION="ieee" if exact or out.dtype != torch.float32 else "tf32",
+            PRECISION="tf32" if out.dtype == torch.float32 and _allow_tf32() else "ieee",
             # The interpreter multiplies bfloat16's bits as integers.
             WIDEN=out.device.type == "cpu",
             enable_fp_fusion=True,
@@ -156,6 +155,13 @@ def gathered_conv2d(
 
 
 # ---------------------------------------------------------------- checks and geometry
+
+
+def _allow_tf32() -> bool:
+    """What the caller has set, in PyTorch's newer way (2.9) or the older one."""
+    matmul = torch.backends.cuda.matmul
+    newer = getattr(matmul, "fp32_precision", None)
+    return matmul.allow_tf32 if newer is None else newer == "tf32"
 
 
 def _check(parts: Sequence[Tensor], weight: GatheredWeight) -> Tensor:
@@ -338,9 +344,9 @@ def _convolve(
         weight += TAPS * WIDTHS[i] * COLUMNS
     total += tl.load(bias + n, n < OUTPUTS, other=0.0).to(tl.float32)[None, :]
     if ACTIVATION != "linear":
-        total = tl.maximum(total, 0.0)
+        total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "relu6":
-        total = tl.minimum(total, 6.0)
+        total = tl.minimum(total, 6.0, propagate_nan=tl.PropagateNan.ALL)
     target = out + first.to(tl.int64) * OUT_ROW
     pointers = target + (m[:, None] * OUT_ROW + n[None, :])
     pointers = tl.multiple_of(pointers, (1, OUT_VECTOR * BYTES))

@@ -48,7 +48,7 @@ def test_deployed_network_equals_the_trained_one(version):
     net = trained(version)
     before = copy.deepcopy(net.state_dict())
     deployed = deploy(net)
-    assert error(deployed, net) < 1e-12
+    assert error(deployed, net) < 1e-11
     assert not {nn.BatchNorm2d, HarDBlock} & {type(m) for m in deployed.modules()}
     assert deployed.num_classes == 4 and not any(p.requires_grad for p in deployed.parameters())
     # The network itself is as it was.
@@ -65,8 +65,8 @@ def test_deployed_network_equals_the_trained_one(version):
 def test_every_route_through_a_block_gives_the_same(version, blocks, pad):
     net = trained(version)
     deployed = deploy(net, blocks, pad)
-    assert error(deployed, net) < 1e-12
-    assert error(deployed, net) < 1e-12  # again: no state is left behind
+    assert error(deployed, net) < 1e-11
+    assert error(deployed, net) < 1e-11  # again: no state is left behind
     widths = [block.widths for block in deployed.modules() if hasattr(block, "widths")]
     assert len(widths) == sum(isinstance(m, HarDBlock) for m in net.modules())
     assert all(width % pad == 0 for block in widths for width in block[1:-1])
@@ -126,6 +126,13 @@ def test_what_each_route_moves():
     assert (gathered.cio, gathered.macs) == (moved["concatenate"].cio, plain.macs)
 
 
+def test_a_network_may_be_deployed_in_inference_mode():
+    net = trained("SSD_HarDNet39ds")
+    with torch.inference_mode():
+        deployed = deploy(net)
+    assert error(deployed, net) < 1e-11
+
+
 def test_half_precision_takes_images_as_they_come():
     net = trained("SSD_HarDNet39ds").float()
     half = deploy(net).to(torch.bfloat16)
@@ -135,6 +142,33 @@ def test_half_precision_takes_images_as_they_come():
         for output, whole in zip(outputs, net(pictures().float()), strict=True):
             assert output.dtype == torch.bfloat16
             assert (output - whole).norm() < 0.05 * whole.norm()
+
+
+@pytest.mark.parametrize("order", ["norm, activation, convolution", "activation between"])
+def test_a_batch_norm_that_is_not_behind_its_convolution_is_refused(order):
+    class Odd(nn.Module):
+        """Registered as if it were foldable."""
+
+        out_channels = (4, 4)
+
+        def __init__(self):
+            super().__init__()
+            self.start = nn.Conv2d(3, 4, 3, 8, 1)
+            self.conv = nn.Conv2d(4, 4, 3, padding=1)
+            self.norm = nn.BatchNorm2d(4)
+            self.down = nn.Conv2d(4, 4, 3, 2, 1)
+
+        def forward(self, x):
+            x = self.start(x)
+            if order == "activation between":
+                x = self.norm(torch.relu_(self.conv(x)))
+            else:
+                x = self.conv(torch.relu(self.norm(x.relu())))
+            return x, self.down(x)
+
+    net = SSD(Odd(), ssd_extras(4, 300), VOC_300.boxes_per_cell, 3)
+    with pytest.raises(ValueError, match=r"batch norm base\.norm does not follow a convolution"):
+        deploy(net)
 
 
 def test_bad_arguments():

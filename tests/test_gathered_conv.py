@@ -7,6 +7,7 @@ import math
 import multiprocessing
 import os
 import re
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
@@ -182,16 +183,32 @@ def test_parts_and_result_may_be_slices_of_wider_tensors(interpreted):
     interpreted(use_slices)
 
 
-def propagate_nan() -> None:
+def propagate_nan(activation: str) -> None:
     parts, weight, bias = made_up((3, 4), 2, 3, torch.float32)
     parts[1][0, 2, 0, 0] = torch.nan
-    result = gathered_conv2d(parts, pack(weight, bias, (3, 4), "linear"))
-    expected = reference(parts, weight, bias, "linear")
+    result = gathered_conv2d(parts, pack(weight, bias, (3, 4), activation))
+    expected = reference(parts, weight, bias, activation)
     assert torch.equal(result.isnan(), expected.isnan()) and result.isnan().sum() == 8
 
 
-def test_what_is_not_a_number_reaches_its_neighbours_only(interpreted):
-    interpreted(propagate_nan)
+@pytest.mark.parametrize("activation", gathered_conv.ACTIVATIONS)
+def test_what_is_not_a_number_reaches_its_neighbours_only(interpreted, activation):
+    interpreted(propagate_nan, activation)
+
+
+@pytest.mark.skipif(
+    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch"
+)
+def test_tf32_is_what_either_interface_says(monkeypatch):
+    program = (
+        "import torch; from layers.gathered_conv import _allow_tf32 as allowed;"
+        "before = allowed(); torch.backends.cuda.matmul.{} ; print(before, allowed())"
+    )
+    for setting in ("allow_tf32 = True", "fp32_precision = 'tf32'"):
+        done = subprocess.run(
+            [sys.executable, "-c", program.format(setting)], capture_output=True, text=True
+        )
+        assert done.stdout == "False True\n", done.stderr
 
 
 def test_weights_move_and_change_their_type_as_a_module():

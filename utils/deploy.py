@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
+@torch.inference_mode(False)
 def deploy(net: nn.Module, blocks: str = "concatenate", pad: int = 1) -> Deployed:
     """An inference network that computes what ``net`` does in evaluation mode.
 
@@ -78,8 +79,8 @@ class Deployed(nn.Module):
         sources = self.net.sources(images.to(self.heads[0].weight.dtype))
         for head, x, a in zip(self.heads, sources, self.boxes_per_cell, strict=True):
             rows = head(x).permute(0, 2, 3, 1).flatten(1, 2)  # [B, cells, outputs]
-            loc.append(rows[..., : a * 4].reshape(len(x), -1, 4))
-            conf.append(rows[..., a * 4 :].reshape(len(x), -1, self.num_classes))
+            loc.append(rows[..., : a * 4].reshape(x.shape[0], -1, 4))
+            conf.append(rows[..., a * 4 :].reshape(x.shape[0], -1, self.num_classes))
         return torch.cat(loc, 1), torch.cat(conf, 1)
 
     def train(self, mode: bool = True) -> Deployed:
@@ -98,23 +99,46 @@ class _Normalise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
-        return (x / (norm + self.eps)).to(x.dtype)
+        # Not their sum: exporters to ONNX drop so small a term, and 0 / 0 is left.
+        return (x / norm.clamp(min=self.eps)).to(x.dtype)
 
 
 def _fold_batch_norms(net: nn.Module) -> None:
-    """Every batch norm into the convolution that is registered, and runs, before it."""
+    """Every batch norm into the convolution whose output it takes, as a run without data shows."""
     dtype = next(net.parameters()).dtype
-    for module in net.modules():
-        before = None
+    tensors = [*net.parameters(), *net.buffers()]
+    shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors})
+    made: dict[int, tuple[nn.Module, Tensor, int]] = {}
+    before: dict[nn.Module, nn.Module] = {}
+
+    def note(conv: nn.Module, _, output: Tensor) -> None:
+        made[id(output)] = (conv, output, output._version)
+
+    def find(norm: nn.Module, inputs: tuple[Tensor]) -> None:
+        conv, output, version = made.get(id(inputs[0]), (None, None, 0))
+        if conv is not None and output._version == version:  # nothing has changed it in place
+            before[norm] = conv
+
+    for module in shadow.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(note)
+        elif isinstance(module, nn.BatchNorm2d):
+            module.register_forward_pre_hook(find)
+    with torch.no_grad():
+        shadow.sources(torch.empty(1, 3, 512, 512, dtype=dtype, device="meta"))
+    real = dict(zip(shadow.modules(), net.modules(), strict=True))
+    convs = {real[norm]: real[conv] for norm, conv in before.items()}
+    for path, module in list(net.named_modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
-                if not isinstance(before, nn.Conv2d):
-                    raise ValueError(f"the batch norm {name} does not follow a convolution")
+                if child not in convs:
+                    where = f"{path}.{name}".lstrip(".")
+                    raise ValueError(f"the batch norm {where} does not follow a convolution")
+                conv = convs[child]
                 # In double precision, so that folding rounds once.
-                fused = fuse_conv_bn_eval(before.double(), child.double()).to(dtype)
-                before.weight, before.bias = fused.weight, fused.bias
+                fused = fuse_conv_bn_eval(conv.double(), child.double()).to(dtype)
+                conv.weight, conv.bias = fused.weight, fused.bias
                 setattr(module, name, nn.Identity())
-            before = child
     net.requires_grad_(False)
 
 
