@@ -17,10 +17,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.speed import plain_detections
 from benchmarks.timing import machine, medians, write
 from data.config import COCO_512
 from layers import Detect, PriorBox
-from layers.boxes import decode, iou, to_corners
+from layers.boxes import iou, to_corners
 from models import build_net
 from utils.engine import AMP_TYPES, autocast
 from utils.nms import backend
@@ -54,25 +55,7 @@ def trained(priors: Tensor, batch: int, generator: torch.Generator) -> tuple[Ten
 
 
 def plain(detect: Detect, loc: Tensor, conf: Tensor, priors: Tensor) -> list[dict[str, Tensor]]:
-    """Softmax and decoding of everything, then image by image and class by class."""
-    from torchvision.ops import nms
-
-    scores = conf.softmax(2)
-    scale = torch.tensor([*SIZE, *SIZE], device=loc.device)
-    boxes = decode(loc, priors, detect.variance) * scale
-    wider = boxes + torch.tensor([0, 0, 1, 1], device=loc.device)  # pixel convention
-    found = []
-    for image in range(len(loc)):
-        parts = []
-        for label in range(1, CLASSES):
-            over = scores[image, :, label] > detect.conf_thresh
-            score = scores[image, over, label]
-            kept = nms(wider[image, over], score, detect.nms_thresh)[: detect.per_class]
-            parts.append((boxes[image, over][kept], score[kept], torch.full_like(kept, label)))
-        box, score, label = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        best = score.argsort(descending=True, stable=True)[: detect.top_k]
-        found.append({"boxes": box[best], "scores": score[best], "labels": label[best]})
-    return found
+    return plain_detections(detect, loc, conf, priors, [SIZE] * len(loc))
 
 
 def check(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> None:

@@ -3,8 +3,9 @@
 # GPU tests, the speed table, and training on BCCD. benchmarks/gpu/README.md lists the results.
 #
 #   benchmarks/gpu.sh tests                       compile, and run the tests marked "gpu"
-#   benchmarks/gpu.sh speed                       forward and training step of each network,
-#                                                 suppression, and from outputs to detections
+#   benchmarks/gpu.sh speed                       each stage from picture to boxes by each route,
+#                                                 training step of each network, suppression, and
+#                                                 from outputs to detections
 #   benchmarks/gpu.sh blocks [VERSION]            HarD blocks: concatenated, sliced, split, gathered
 #   benchmarks/gpu.sh training [ROOT]             loss, step (eager and compiled), activation memory,
 #                                                 loading; ROOT: data in VOC layout
@@ -33,6 +34,14 @@ speed)
     for batch in 1 32; do
         "$python" -m benchmarks.detect --device cuda --batch $batch --json "$out/detect_$batch.json"
     done
+    nets=(SSD_HarDNet68 SSD_vgg SSD_HarDNet85 SSD_resnet101)
+    "$python" -m benchmarks.speed --device cuda --roofline --rounds 30 --amp off tf32 bf16 fp16 \
+        --routes plain deployed graph gather gather_graph --json "$out/speed.json"
+    "$python" -m benchmarks.speed --device cuda --version "${nets[@]}" --rounds 30 \
+        --amp off tf32 bf16 fp16 --routes plain deployed compiled --json "$out/speed_compiled.json"
+    "$python" -m benchmarks.speed --device cuda --roofline --version "${nets[@]}" --rounds 10 \
+        --batch 8 32 64 128 --amp off tf32 bf16 fp16 --routes plain deployed graph \
+        --json "$out/speed_batches.json"
     "$python" -m benchmarks.network --device cuda --json "$out/network.json"
     ;;
 blocks)

@@ -1,9 +1,9 @@
-"""Forward and training-step time of each network, as ratios to SSD_vgg in the same run.
+"""Training-step time of each network, as ratios to SSD_vgg in the same run.
 
     python -m benchmarks.network [--device cuda] [--size 512] [--batch 1 32] [--json OUT]
 
-The publication claims a 45 % shorter inference time than VGG16's for SSD512-HarDNet68. Networks
-take turns within every round, so that a disturbance meets all of them; times are medians.
+Networks take turns within every round, so that a disturbance meets all of them; times are medians.
+That of a forward pass is ``benchmarks.speed``'s.
 """
 
 from __future__ import annotations
@@ -18,15 +18,7 @@ from benchmarks.timing import machine, medians, write
 from data.config import INPUT_MEAN
 from layers import MultiBoxLoss, PriorBox
 from models import BACKBONES, build_net, prior_config
-from utils.engine import autocast, to_input, train_steps
-
-
-def forward_call(net, images, amp: str) -> Callable[[], None]:
-    def call() -> None:
-        with torch.inference_mode(), autocast(images.device, amp):
-            net(images)
-
-    return call
+from utils.engine import train_steps
 
 
 def training_call(net, images, priors, amp: str) -> Callable[[], None]:
@@ -46,21 +38,17 @@ def training_call(net, images, priors, amp: str) -> Callable[[], None]:
 
 
 def measure(
-    device: torch.device, size: int, batch: int, amp: str, rounds: int, training: bool
+    device: torch.device, size: int, batch: int, amp: str, rounds: int
 ) -> dict[str, float]:
-    """Median seconds of one call per network that exists at ``size``."""
+    """Median seconds of one step of each network that exists at ``size``."""
     calls = {}
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)
     for version, row in BACKBONES.items():
         if size not in row.sizes:
             continue
         net = build_net(version, size, 81).to(device, memory_format=torch.channels_last)
-        if training:
-            priors = PriorBox(prior_config(version, "COCO", size)).to(device)()
-            calls[version] = training_call(net, pixels.to(device), priors, amp)
-        else:
-            images = to_input(pixels, INPUT_MEAN, device)
-            calls[version] = forward_call(net.eval(), images, amp)
+        priors = PriorBox(prior_config(version, "COCO", size)).to(device)()
+        calls[version] = training_call(net, pixels.to(device), priors, amp)
     return medians(calls, rounds, device)
 
 
@@ -77,23 +65,19 @@ def main(argv: list[str] | None = None) -> int:
     torch.backends.cudnn.benchmark = True
     rows = []
     print(machine(device))
-    print("what      size batch amp   " + "".join(f"{v:>26}" for v in BACKBONES))
-    for training in (False, True):
-        for size in args.size:
-            for batch in args.batch:
-                for amp in args.amp:
-                    times = measure(device, size, batch, amp, args.rounds, training)
-                    what = "training" if training else "forward"
-                    shown = "".join(
-                        f"{batch / times[v]:>12.1f} img/s  x{times['SSD_vgg'] / times[v]:.2f}"
-                        if v in times
-                        else f"{'-':>26}"
-                        for v in BACKBONES
-                    )
-                    print(f"{what:9} {size:4} {batch:5} {amp:5} {shown}", flush=True)
-                    rows.append(
-                        {"what": what, "size": size, "batch": batch, "amp": amp, "seconds": times}
-                    )
+    print("size batch amp   " + "".join(f"{v:>26}" for v in BACKBONES))
+    for size in args.size:
+        for batch in args.batch:
+            for amp in args.amp:
+                times = measure(device, size, batch, amp, args.rounds)
+                shown = "".join(
+                    f"{batch / times[v]:>12.1f} img/s  x{times['SSD_vgg'] / times[v]:.2f}"
+                    if v in times
+                    else f"{'-':>26}"
+                    for v in BACKBONES
+                )
+                print(f"{size:4} {batch:5} {amp:5} {shown}", flush=True)
+                rows.append({"size": size, "batch": batch, "amp": amp, "seconds": times})
     write(args.json, device, rows=rows)
     return 0
 
