@@ -1,0 +1,156 @@
+"""The pages of docs/: links lead somewhere, code runs, and commands are known to the programs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import build_dataset
+from models import BACKBONES, build_net
+from utils.weights import published
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), ROOT / "weights" / "README.md"])
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (ROOT / page).read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_links_and_pictures_lead_to_files(page):
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text("utf-8")):
+        assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
+def test_modules_and_scripts_that_are_named_are_there(page):
+    text = page.read_text("utf-8")
+    for name in re.findall(r"python -m ((?:utils|data|demo|docs|benchmarks)\.\w+)", text):
+        assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
+    for name in re.findall(r"`((?:utils|data|models|layers|demo|tests)/\w+\.py)`", text):
+        assert (ROOT / name).is_file(), name
+
+
+def test_a_backbone_is_added_as_described(monkeypatch):
+    monkeypatch.setattr("models.BACKBONES", dict(BACKBONES))
+    before = set(BACKBONES)
+    names: dict = {"__name__": "example"}
+    try:
+        exec(blocks("docs/extending.md", "python")[0], names)
+        net = names["net"].eval()
+        with torch.inference_mode():
+            loc, conf = net(torch.zeros(1, 3, 300, 300))
+        assert loc.shape == (1, 11620, 4) and conf.shape == (1, 11620, 21)
+        assert build_net("SSD_small", 512, 3).num_classes == 3
+    finally:
+        for name in set(BACKBONES) - before:
+            del BACKBONES[name]
+
+
+def test_a_data_set_is_converted_as_described(coco_folder, tmp_path):
+    import cv2
+    import numpy as np
+
+    names: dict = {}
+    exec(blocks("docs/extending.md", "python")[1], names)
+    for folder in ("annotations", "val"):
+        (tmp_path / folder).mkdir()
+    for name in ("one.png", "two.png"):
+        cv2.imwrite(str(tmp_path / "val" / name), np.zeros((40, 60, 3), np.uint8))
+    records = {"one.png": [("dog", 5, 6, 25, 36), ("cat", 0, 0, 10, 10)], "two.png": []}
+    path = tmp_path / "annotations" / "instances_val.json"
+    names["to_coco"](records, {"one.png": (60, 40), "two.png": (60, 40)}, path)
+    assert json.loads(path.read_text())["categories"] == [
+        {"id": 1, "name": "cat"},
+        {"id": 2, "name": "dog"},
+    ]
+    dataset = build_dataset("COCO", str(tmp_path), [(None, "val")])
+    assert dataset.classes == ("cat", "dog") and len(dataset) == 2 and not dataset.skipped
+    # x2 = x + w - 1, as published
+    assert dataset.target(0).tolist() == [[5, 6, 24, 35, 2], [0, 0, 9, 9, 1]]
+    assert dataset.target(1).shape == (0, 5)
+
+
+def test_members_of_a_reader_that_are_listed_are_there(voc_folder):
+    dataset = build_dataset("VOC", str(voc_folder), [(None, "test")])
+    text = (ROOT / "docs" / "extending.md").read_text("utf-8")
+    members = set(re.findall(r"`ds\.(\w+)", text))
+    assert len(members) >= 10
+    assert all(hasattr(dataset, member) for member in members)
+
+
+def test_commands_that_reproduce_name_what_there_is():
+    """tests/test_readme.py and tests/test_weights.py run the same commands on small data."""
+    from data.coco_eval import BACKENDS
+    from data.config import RECIPES
+    from layers.detect import SUPPRESSION
+    from models import SIZES
+    from utils.options import parser
+
+    parse = parser(versions=BACKBONES, sizes=SIZES, datasets=RECIPES,
+                   suppressions=SUPPRESSION, backends=BACKENDS).parse_args  # fmt: skip
+    commands = [shlex.split(line) for block in blocks("docs/reproducing.md", "")
+                for line in block.splitlines()]  # fmt: skip
+    assert len(commands) == 5
+    for command in commands:
+        if "utils.weights" in command:
+            assert command[:4] == ["python", "-m", "utils.weights", "download"]
+            row = published(command[4])
+        else:
+            assert command[:2] == ["python", "train_test.py"]
+            given = parse(command[2:])
+            file = Path(getattr(given, "test", None) or given.basenet)
+            assert file.name == row.file and given.version in row.versions
+
+
+def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
+    """Every command of docs/exporting.md but pip's, on the tiny network."""
+    for package in ("onnxscript", "onnxruntime", "openvino", "nncf"):
+        pytest.importorskip(package)
+    from exports import write_checkpoint
+    from tiny import TINY
+
+    import train_test
+    from demo import detect
+    from utils import export
+
+    monkeypatch.setitem(BACKBONES, "tiny", TINY)
+    # Random weights have no AP to lose, and boxes at every threshold.
+    for precision in ("bf16", "int8"):
+        loose = replace(export.TOLERANCE[precision], matched=0.5, ap=100)
+        monkeypatch.setitem(export.TOLERANCE, precision, loose)
+    checkpoint = write_checkpoint(tmp_path / "best.pth", voc_folder)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "FOLDER").symlink_to(voc_folder)
+    (tmp_path / "PICTURES").symlink_to(voc_folder / "JPEGImages")
+    programs = {"train_test.py": train_test, "demo.detect": detect, "utils.export": export}
+    commands = [line.split() for block in blocks("docs/exporting.md", "")
+                for line in block.splitlines() if line.startswith("python")]  # fmt: skip
+    assert len(commands) == 6
+    for _, *words in commands:
+        program = programs[words[1] if words[0] == "-m" else words[0]]
+        arguments = words[2:] if words[0] == "-m" else words[1:]
+        arguments = [str(checkpoint) if word == "CHECKPOINT" else word for word in arguments]
+        assert program.main(arguments) == 0, (words, capsys.readouterr().err)
+    assert (tmp_path / "detector.onnx.json").exists()
+
+
+def test_cards_have_the_figures_of_the_readme():
+    readme, cards = ((ROOT / p).read_text("utf-8") for p in ("README.md", "docs/model_cards.md"))
+    for name in ("SSD512-HarDNet68", "SSD512-HarDNet85"):
+        row = re.search(rf"^\| \*\*{name}\*\* \|(.+)\|$", readme, re.MULTILINE)[1]
+        figures = [cell.strip(" *") for cell in row.split("|")]
+        card = cards.partition(f"## {name}\n")[2]
+        line = re.search(r"^\| published \|(.+)\|$", card, re.MULTILINE)[1]
+        assert [cell.strip() for cell in line.split("|")] == figures
+    for name in ("RFBNet512-HarDNet68", "RFBNet512-HarDNet85", "SSD512-VGG16", "SSD513-ResNet101"):
+        value = re.search(rf"^\| {name} \| ([\d.]+) \|", readme, re.MULTILINE)[1]
+        assert value in cards
