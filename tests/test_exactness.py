@@ -109,7 +109,7 @@ class Interruptions:
         process = start(self.arguments("straight"))
         wait_until(lambda: self._begun(self.straight / "train.log"), process)
         self.start_up = time.monotonic() - before
-        _, error = process.communicate(timeout=PATIENCE)
+        _, error = process.communicate(timeout=4 * PATIENCE)
         assert process.returncode == 0, error
         self.training = time.monotonic() - before - self.start_up
 
