@@ -133,7 +133,7 @@ def judge(truth: Truth, found: Found) -> Judged:
     An error is the first of these that fits; `own` and `other` are its largest IoU with an object
     of its class, and of another, ignored ones left out:
     localisation, 0.1 <= own < 0.5; class, other >= 0.5; duplicate, own >= 0.5; both,
-    0.1 <= other; background.
+    0.1 <= other; background. By the rule "voc" an IoU of exactly 0.5 is below it.
     """
     kind = np.full(len(found.images), NOTHING)
     objects = np.full(len(found.images), -1)
@@ -153,8 +153,8 @@ def judge(truth: Truth, found: Found) -> Judged:
         own, other = own.max(1), other.max(1)
         hit = matched >= 0
         of_kind = np.select(
-            [hit & ignored[matched], hit, (own >= BACKGROUND) & (own < FOREGROUND),
-             other >= FOREGROUND, own >= FOREGROUND, other >= BACKGROUND],
+            [hit & ignored[matched], hit, (own >= BACKGROUND) & ~_enough(own, truth.rule),
+             _enough(other, truth.rule), _enough(own, truth.rule), other >= BACKGROUND],
             [IGNORED, CORRECT, LOCALISATION, CLASS, DUPLICATE, BOTH],
             NOTHING,
         )  # fmt: skip
@@ -208,7 +208,8 @@ def gains(
     The mean over the classes that have objects; all detections count. metric: "coco" (101 recalls),
     or one of `data.voc_eval.METRICS`. As in TIDE (section 2.3) a localisation or class error is
     made right if its object has not been found, by the best such detection, and else is removed
-    like every other; missed objects are no longer asked for.
+    like every other; missed objects are no longer asked for. The AP of a class of which nothing is
+    asked for any more is then 1, or 0 if it has detections that are wrong.
     """
     kind, objects, _ = judged
     counted = kind != IGNORED
@@ -243,7 +244,8 @@ def confusion_matrix(
 
     Of detections of at least `score`. The diagonal are the correct ones. Then each other one, best
     first, takes of the objects of other classes that are left the one that it overlaps most, by
-    IoU >= 0.5. The last column are objects that nothing found, the last row detections of nothing.
+    IoU >= 0.5 ("voc": over 0.5). The last column are objects that nothing found, the last row
+    detections of nothing.
     """
     matrix = np.zeros((num_classes + 1,) * 2, np.int64)
     counted = found.scores >= score
@@ -258,7 +260,7 @@ def confusion_matrix(
         iou[found.labels[rows, None] == truth.labels[there]] = 0
         for row, line in zip(rows, iou, strict=True):
             taken = line.argmax() if len(there) else 0
-            if len(there) and line[taken] >= FOREGROUND:
+            if len(there) and _enough(line[taken], truth.rule):
                 matrix[truth.labels[there[taken]] - 1, found.labels[row] - 1] += 1
                 free[there[taken]], iou[:, taken] = False, 0
             else:
@@ -307,11 +309,16 @@ def _by_image(truth: Truth, found: Found):
         yield np.arange(start, start + count), np.arange(first, last)
 
 
+def _enough(iou: np.ndarray, rule: str) -> np.ndarray:
+    """Whether it finds an object."""
+    return iou > FOREGROUND if rule == "voc" else iou >= FOREGROUND
+
+
 def _assign(iou: np.ndarray, ignored: np.ndarray, rule: str) -> np.ndarray:
     """The object of each detection of an image, best first: int64 [n], -1 for none; see `judge`."""
     matched = np.full(len(iou), -1)
     taken = np.zeros(len(ignored), bool)
-    least = iou >= FOREGROUND if rule == "coco" else iou > FOREGROUND
+    least = _enough(iou, rule)
     for n in np.flatnonzero(least.any(1)):
         if rule == "voc":
             k = iou[n].argmax()
@@ -332,14 +339,17 @@ def _per_class(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def _mean_ap(found, correct, kept, labels, totals, metric, asked=None) -> float:
-    """Mean AP over the classes with `asked` objects, of detections that are `kept`."""
+    """Mean AP over the classes with `asked` objects, of detections that are `kept`; see `gains`."""
     rows = np.flatnonzero(kept)
     rows = rows[np.lexsort((-found.scores[rows], labels[rows]))]
     starts = np.searchsorted(labels[rows], np.arange(1, len(totals) + 2))
     values = []
     for k in np.flatnonzero(totals if asked is None else asked):
         hits = correct[rows[starts[k] : starts[k + 1]]].cumsum()
-        recall, precision = hits / max(totals[k], 1), hits / np.arange(1, len(hits) + 1)
+        if not totals[k]:
+            values.append(float(not len(hits)))
+            continue
+        recall, precision = hits / totals[k], hits / np.arange(1, len(hits) + 1)
         if metric == "coco":
             best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)
             recalls = np.linspace(0, 1, 101)

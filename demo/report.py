@@ -51,7 +51,7 @@ from data.analysis import (
     missed_objects,
     truth_of,
 )
-from data.curves import CURVES_FILE, SIZES, Curves, load_curves
+from data.curves import CURVES_FILE, SIZE_RANGES, SIZES, Curves, load_curves
 from data.detections import load_detections
 from data.voc_eval import METRICS, evaluate_voc, read_comp4, write_comp4, write_voc_curves
 from demo.chart import Chart, draw_matrix, encode_png
@@ -86,6 +86,7 @@ class Test:
     run: Path | None
     dataset: object | None = None
     detections: list[dict] = field(default_factory=list)
+    found: Found | None = None
     notes: list[str] = field(default_factory=list)
 
     __test__ = False  # for pytest
@@ -169,18 +170,13 @@ def find_test(directory: Path) -> tuple[Path, Path | None, list[Path]]:
 def open_test(directory: Path, root: str | None) -> Test:
     """Read a test and, where it can be had, its data set; what could not is in the notes.
 
-    UserError: no test there, or no results of one.
+    UserError: no test there, no results of one, or, with ``root``, no analysis by it.
     """
     folder, run, others = find_test(directory)
     path = folder / "results.json"
     try:
         results = json.loads(path.read_text("utf-8"))
-        kind, sets, classes = (results[key] for key in ("dataset", "sets", "classes"))
-        float(results["value"] or 0), results["root"]
-        if kind not in ("VOC", "COCO") or not set(results["per_class"]) <= set(classes):
-            raise ValueError(f"data set {kind!r}, classes {classes!r:.60}")
-        if kind == "VOC" and results["metric"] not in METRICS.values():
-            raise ValueError(f"metric {results['metric']!r}")
+        _check_results(results)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a test's results ({error!r}); run the test again") from None
     test = Test(folder, results, run)
@@ -192,20 +188,64 @@ def open_test(directory: Path, root: str | None) -> Test:
         test.notes.append("These image sets have no ground truth: there is nothing to compare the "
                           "detections with")  # fmt: skip
         return test
+    advice = ". --root says where the data set is"
     try:
-        pairs = [tuple(pair) for name in sets.split("+") for pair in image_sets(name)]
-        dataset = build_dataset(kind, root or results["root"], pairs, classes)
+        names = results["sets"].split("+")
+        pairs = [tuple(pair) for name in names for pair in image_sets(name)]
+        dataset = build_dataset(results["dataset"], root or results["root"], pairs, test.classes)
+        dataset.check_scorable()
         if results.get("overfit"):
             dataset.keep_first(results["overfit"])
-        detections, _ = load_detections(folder / "detections.npz", dataset.ids, {})
+        advice = ""
+        test.detections, test.found = _read_detections(test, dataset)
     except UserError as error:
         if root:
             raise
-        test.notes.append(f"No analysis of errors, no galleries: {error}. --root says where the "
-                          "data set is")  # fmt: skip
+        test.notes.append(f"No analysis of errors, no galleries: {error}{advice}")
         return test
-    test.dataset, test.detections = dataset, detections
+    test.dataset = dataset
     return test
+
+
+def _check_results(results: dict) -> None:
+    """Raise what reading a results.json that is not a test's raises, ValueError for a value."""
+    kind, classes, value, main = (results[k] for k in ("dataset", "classes", "value", "per_class"))
+    sizes, overfit = results.get("per_class_per_size", {}), results.get("overfit", 0)
+    metrics = [*METRICS.values()] if kind == "VOC" else ["COCO AP"]
+
+    def are_scores(values) -> bool:
+        return all(type(v) in (int, float) and -1 <= v < 1.01 for v in values)  # 1 is rounded
+
+    fits = {
+        "dataset": kind in ("VOC", "COCO"),
+        "sets": isinstance(results["sets"], str),
+        "root": isinstance(results["root"], str),
+        "metric": results["metric"] in metrics,
+        "classes": isinstance(classes, list)
+        and all(isinstance(name, str) for name in classes)
+        and len(set(classes)) == len(classes),
+        "value": value is None or (are_scores([value]) and main),
+        "per_class": set(main) <= set(classes) and are_scores(main.values()),
+        "per_class_per_size": set(sizes) <= set(classes)
+        and are_scores(aps[size] for aps in sizes.values() for size in SIZES),
+        "overfit": type(overfit) is int and overfit >= 0,
+    }
+    for key, fit in fits.items():
+        if not fit:
+            raise ValueError(f"{key} {results[key]!r:.60}")
+
+
+def _read_detections(test: Test, dataset) -> tuple[list[dict], Found]:
+    path = test.directory / "detections.npz"
+    try:
+        detections, _ = load_detections(path, dataset.ids, {})
+        return detections, found_of(detections, dataset.ids, len(test.classes))
+    except UserError as error:  # its advice is for a test's --retest
+        raise UserError(f"{str(error).rpartition(';')[0]}; run the test again") from error
+    except ValueError as error:
+        raise UserError(
+            f"{path} does not fit results.json beside it ({error}); run the test again"
+        ) from error
 
 
 def score(test: Test) -> Scores:
@@ -217,43 +257,66 @@ def score(test: Test) -> Scores:
         for name, aps in results.get("per_class_per_size", {}).items()
     }
     plain = Scores(results["value"], main, sizes, np.zeros(0), np.zeros((0, len(names))), None)
-    kept = test.directory / CURVES_FILE
-    if results["dataset"] == "VOC" and test.dataset is not None:
-        return _score_voc(test, names)
-    if kept.is_file():
-        curves = load_curves(kept)
-    elif test.dataset is not None:
-        with tempfile.TemporaryDirectory() as folder:
-            test.dataset.evaluate(test.detections, folder)
-            curves = load_curves(Path(folder) / CURVES_FILE)
-    else:
-        return plain
-    if results["dataset"] == "VOC":
+    if test.dataset is not None:
+        return _score_voc(test, names) if results["dataset"] == "VOC" else _score_coco(test)
+    curves = _kept_curves(test)
+    if curves is None or results["dataset"] == "VOC":
         return replace(plain, curves=curves)
+    return _with_coco_curves(plain, curves)
+
+
+def _kept_curves(test: Test) -> Curves | None:
+    path = test.directory / CURVES_FILE
+    if not path.is_file():
+        return None
+    try:
+        curves = load_curves(path)
+        names = set(curves.classes)
+        fits = (
+            set(test.results["per_class"]) <= names <= set(test.classes)
+            and curves.areas == tuple(SIZE_RANGES)
+            and np.isclose(curves.ious, FOREGROUND).any()
+            and ("counts" in curves.arrays) == (test.results["dataset"] == "VOC")
+        )
+        if not fits:
+            raise UserError(f"{path} is not of results.json beside it")
+    except UserError as error:
+        test.notes.append(f"No curves: {error}; run the test again")
+        return None
+    return curves
+
+
+def _with_coco_curves(scores: Scores, curves: Curves) -> Scores:
     means = curves.arrays["precision"].mean(1)  # [IoU, class, size]
     means = np.where(means < 0, np.nan, means)
     sizes = {
         name: dict(zip(SIZES, row[1:].tolist(), strict=True))
         for name, row in zip(curves.classes, means.mean(0), strict=True)
     }
-    columns = [curves.classes.index(name) for name in names]
-    return Scores(results["value"], main, sizes, curves.ious, means[:, columns, 0], curves)
+    columns = [curves.classes.index(name) for name in scores.main]
+    by_iou = means[:, columns, 0]
+    return replace(scores, sizes=sizes, ious=curves.ious, by_iou=by_iou, curves=curves)
+
+
+def _score_coco(test: Test) -> Scores:
+    with tempfile.TemporaryDirectory() as folder:
+        now = test.dataset.evaluate(test.detections, folder)
+        curves = load_curves(Path(folder) / CURVES_FILE)
+    _compare(test, now["value"])
+    main = {name: _known(ap) for name, ap in now["per_class"].items()}
+    plain = Scores(now["value"], main, {}, np.zeros(0), np.zeros((0, len(main))), None)
+    return _with_coco_curves(plain, curves)
 
 
 def _score_voc(test: Test, names: list[str]) -> Scores:
-    dataset, results = test.dataset, test.results
-    metric = _voc_metric(test)
+    dataset, metric = test.dataset, _voc_metric(test)
     with tempfile.TemporaryDirectory() as folder:
         write_comp4(folder, "test", dataset.classes, dataset.ids, test.detections)
         read, _ = read_comp4(folder, "test", names, dataset.ids)
         each = [evaluate_voc(read, dataset.annotations, names, iou) for iou in IOUS]
         write_voc_curves(Path(folder) / CURVES_FILE, each[0])
         curves = load_curves(Path(folder) / CURVES_FILE)
-    if not math.isclose(each[0][metric]["mean"], results["value"], abs_tol=1e-6):
-        test.notes.append(
-            f"results.json says {results['value']:.4f}, but its detections score "
-            f"{each[0][metric]['mean']:.4f} on the data as they are now; what follows is of now"
-        )
+    _compare(test, each[0][metric]["mean"])
     rows = [[result[metric]["per_class"][name] for name in names] for result in each]
     sizes = each[0][metric]["per_class_per_size"]
     return Scores(
@@ -266,14 +329,22 @@ def _score_voc(test: Test, names: list[str]) -> Scores:
     )
 
 
+def _compare(test: Test, value: float) -> None:
+    said = test.results["value"]
+    if not math.isclose(value, said, abs_tol=1e-6):
+        test.notes.append(
+            f"results.json says {said:.4f}, but its detections score {value:.4f} on the data as "
+            "they are now; what follows is of now"
+        )
+
+
 def _known(ap: float) -> float:
     return math.nan if ap < 0 else ap
 
 
 def analyse(test: Test, least: float) -> Analysis:
     """Judge the detections of a test whose data set is there."""
-    truth = truth_of(test.dataset)
-    found = found_of(test.detections, test.dataset.ids, len(test.classes))
+    truth, found = truth_of(test.dataset), test.found
     judged = judge(truth, found)
     return Analysis(truth, found, judged, least, *missed_objects(truth, found, judged, least))
 
@@ -430,7 +501,7 @@ def errors_figure(figures: Figures, test: Test, analysis: Analysis) -> str:
     each = _table(("class", *ERRORS), [(row, f'data-class="{n}"')
                                        for n, row in enumerate(per_class)])  # fmt: skip
     return f"""<h2>Types of errors</h2>
-<p>A detection is correct from IoU {FOREGROUND} on. The others are sorted by
+<p>A detection is correct from IoU {FOREGROUND} on, in VOC layout over it. The others are sorted by
 <a href="https://arxiv.org/abs/2008.08115">TIDE's definitions</a>; if two fit, the first of
 localisation, class, duplicate, both. The counts are of detections with a score of
 {analysis.score:g} or more, for the class that they claim. The rise of AP at IoU {FOREGROUND}
@@ -762,7 +833,7 @@ def write_report(
     where it was. least: score of the detections that are counted and shown as mistakes. examples:
     pictures of mistakes of each type and class.
 
-    UserError: no test there, ``root`` is not its data set, or a file that cannot be written.
+    UserError: no test there, no analysis by ``root``, or a file that cannot be written.
     """
     test = open_test(directory, root)
     path = path or test.directory / "report.html"

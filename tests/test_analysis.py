@@ -126,7 +126,17 @@ def test_the_two_rules_differ_where_the_nearest_object_is_taken():
     assert [KINDS[k] for k in judged.kind] == ["correct", "duplicate"]
     edge = found([(0, high(50), 1, 0.9)])  # exactly 0.5
     assert judge(truth([(0, SQUARE, 1)], "coco"), edge).kind.tolist() == [CORRECT]
-    assert judge(truth([(0, SQUARE, 1)], "voc"), edge).kind.tolist() == [KINDS.index("duplicate")]
+    judged = judge(truth([(0, SQUARE, 1)], "voc"), edge)
+    assert KINDS[judged.kind[0]] == "localisation" and judged.overlaps.tolist() == [0.5]
+
+
+def test_an_edge_of_another_class_counts_as_the_rule_says():
+    other = found([(0, high(50), 2, 0.9)])
+    for rule, kind, row in (("coco", "class", [0, 1, 0]), ("voc", "both", [0, 0, 1])):
+        objects = truth([(0, SQUARE, 1)], rule)
+        judged = judge(objects, other)
+        assert KINDS[judged.kind[0]] == kind
+        assert confusion_matrix(objects, other, judged, 2, 0)[0].tolist() == row
 
 
 def test_scores_decide_who_counts_and_who_is_missed():
@@ -233,6 +243,17 @@ def test_nothing_at_all_is_no_error():
     assert not error_counts(objects, detections, judged, 2, 0).any()
     assert not confusion_matrix(objects, detections, judged, 2, 0).any()
     assert gains(objects, detections, judged, 2, "coco") == (0, dict.fromkeys(ERRORS, 0))
+
+
+@pytest.mark.parametrize("metric", ["coco", "area", "voc07_11point"])
+def test_a_class_that_is_not_asked_for_any_more_is_right_unless_something_false_is_left(metric):
+    objects = truth([(0, SQUARE, 1), (1, SQUARE, 2)], "coco" if metric == "coco" else "voc")
+    one, nothing = (0, SQUARE, 1, 0.9), (2, SQUARE, 2, 0.8)  # of the second class none is found
+    for rows, missed in (([one], 0.5), ([one, nothing], 0)):
+        detections = found(rows)
+        base, rises = gains(objects, detections, judge(objects, detections), 2, metric)
+        assert base == pytest.approx(0.5)
+        assert rises == pytest.approx({**dict.fromkeys(ERRORS, 0), "missed": missed})
 
 
 # ---------------------------------------------------------------- against the data sets' scores
@@ -352,6 +373,7 @@ def test_coco_errors_gains_and_calibration_are_hotcocos(seed, capsys):
     evaluation.run()
     capsys.readouterr()
     judged = judge(objects, detections)
+    assert set(detections.labels[judged.kind == CORRECT]) == {1, 2, 3}  # each is asked for
     wanted = evaluation.tide_errors()
     short = {"localisation": "Loc", "class": "Cls", "duplicate": "Dupe", "both": "Both",
              "background": "Bkg", "missed": "Miss"}  # fmt: skip

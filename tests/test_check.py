@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import html.parser
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import cv2
@@ -293,6 +296,12 @@ def test_a_box_is_tiny_if_augmentation_would_drop_it(make_voc, tmp_path):
     assert text.endswith("a.jpg: dog, 2.95 x 49 in 300 x 300")
 
 
+def test_tiny_boxes_of_a_test_are_not_dropped_and_no_fault(make_voc, tmp_path):
+    parts = {"trainval": {"a": DOG}, "test": {"c": [("dog", (1, 1, 2, 50))]}}
+    report = report_of(make_voc(tmp_path / "own", parts, size=(300, 300)))
+    assert not [what for _, what in found(report) if "tiny" in what]
+
+
 def test_odd_boxes_of_coco_are_told_with_their_place(coco_folder):
     add_coco(
         coco_folder,
@@ -405,7 +414,7 @@ def test_plain_pictures_are_not_compared(make_voc, tmp_path):
 
 
 def literal_near_pairs(queries, keys, same):
-    """For every query the nearest key at 16 x 16, if both measures are small at it."""
+    """For every query with keys at which all measures are small, that of the least at 16 x 16."""
 
     def normalised(picture):
         picture = picture - picture.mean()
@@ -416,14 +425,16 @@ def literal_near_pairs(queries, keys, same):
 
     pairs = []
     for i, query in enumerate(queries):
-        distances = [
-            np.inf if same and i == j else np.sqrt(((coarse(query) - coarse(key)) ** 2).mean())
-            for j, key in enumerate(keys)
-        ]
-        j = int(np.argmin(distances))
-        fine = np.abs(normalised(query.astype(float)) - normalised(keys[j].astype(float)))
-        if distances[j] <= 0.2 and np.sqrt((fine**2).mean()) <= 0.25 and fine.max() <= 1.5:
-            pairs.append((i, j))
+        near = []
+        for j, key in enumerate(keys):
+            if same and i == j:
+                continue
+            distance = np.sqrt(((coarse(query) - coarse(key)) ** 2).mean())
+            fine = np.abs(normalised(query.astype(float)) - normalised(key.astype(float)))
+            if distance <= 0.2 and np.sqrt((fine**2).mean()) <= 0.25 and fine.max() <= 1.5:
+                near.append((distance, j))
+        if near:
+            pairs.append((i, min(near)[1]))
     return pairs
 
 
@@ -438,6 +449,19 @@ def test_near_pairs_are_those_of_a_literal_search():
     assert sorted(near_pairs(queries, keys)) == wanted
     both = np.concatenate([keys, queries])
     assert sorted(near_pairs(both, both, same=True)) == literal_near_pairs(both, both, True)
+
+
+def test_a_key_that_is_near_at_16_x_16_alone_hides_none_behind_it():
+    rng = np.random.default_rng(0)
+    x, y = np.meshgrid(np.arange(32), np.arange(32))
+    query = (127 + 60 * np.sin(x / 5) * np.cos(y / 7)).astype(np.uint8)
+    fine = np.where((x + y) % 2, 30, -30)  # a mean of 0 over 2 x 2
+    other = (query + fine).astype(np.uint8)
+    copy = np.clip(query + rng.normal(0, 3, query.shape), 0, 255).astype(np.uint8)
+    keys = np.stack([*[other] * 70, copy])  # more than are compared at once
+    assert list(near_pairs(query[None], keys[:70])) == []
+    assert list(near_pairs(query[None], keys)) == [(0, 70)]
+    assert list(near_pairs(query[None], keys[-2:])) == [(0, 1)]
 
 
 @pytest.mark.parametrize("turn", [-0.21, -0.19, -0.1, 0, 0.1, 0.19, 0.21])
@@ -662,6 +686,34 @@ def test_an_interrupt_ends_with_130(voc_folder, monkeypatch, capsys):
     monkeypatch.setattr(module, "_look_at", interrupt)
     assert main(["--root", str(voc_folder)]) == 130
     assert capsys.readouterr().err == "interrupted\n"
+
+
+def run_apart(root, *more, encoding="ascii"):
+    words = [sys.executable, "-m", "data.check", "--root", root, "--size", "300", *more]
+    env = {**os.environ, "PYTHONIOENCODING": encoding}
+    return subprocess.run(words, cwd=ROOT, env=env, capture_output=True)
+
+
+def test_names_beyond_the_encoding_of_the_output_are_told(make_voc, tmp_path):
+    root = make_voc(tmp_path / "own", {"trainval": {"é漢": DOG}, "test": {"c": DOG}})
+    (root / "JPEGImages/é漢.jpg").write_bytes(b"no picture")
+    done = run_apart(root)
+    assert done.returncode == 1 and done.stderr == b""
+    assert rb"\xe9\u6f22.jpg" in done.stdout and b"\n1 error, " in done.stdout
+    assert "é漢.jpg" in run_apart(root, encoding="utf-8").stdout.decode("utf-8")
+
+
+def test_a_folder_whose_name_is_no_text_is_checked(make_voc, tmp_path):
+    name = os.fsdecode(bytes(tmp_path) + b"/own\xff")
+    root = make_voc(tmp_path / "plain", {"trainval": {"a": DOG}, "test": {"c": DOG}})
+    try:
+        root = root.rename(name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    out, page = tmp_path / "out.json", tmp_path / "out.html"
+    done = run_apart(root, "--json", out, "--html", page, encoding="utf-8")
+    assert done.returncode == 0 and done.stderr == b"" and rb"own\udcff" in done.stdout
+    assert json.loads(out.read_text("utf-8"))["root"] == name and page.stat().st_size
 
 
 def test_options_are_spelt_as_those_of_training():

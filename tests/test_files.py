@@ -1,12 +1,15 @@
 """Array files, and what is made of damaged ones."""
 
+import json
+import os
+
 import numpy as np
 import pytest
 
 from data.curves import load_curves, write_curves
 from data.detections import load_detections, save_detections
 from utils.errors import UserError
-from utils.files import load_arrays
+from utils.files import load_arrays, write_json
 
 
 def test_arrays_are_read_and_nothing_else_is(tmp_path):
@@ -25,6 +28,16 @@ def test_arrays_are_read_and_nothing_else_is(tmp_path):
     path.write_bytes(b"")
     with pytest.raises(ValueError, match="No data left"):
         load_arrays(path)
+
+
+def test_json_holds_every_name_and_text_as_it_is(tmp_path):
+    path, value = tmp_path / "a.json", {"é漢😀": ["\n", 1.5, None]}
+    write_json(path, value)
+    assert path.read_bytes() == '{\n "é漢😀": [\n  "\\n",\n  1.5,\n  null\n ]\n}\n'.encode()
+    value = {os.fsdecode(b"a\xff"): "\ud800é"}  # a name that is not UTF-8, and half a character
+    write_json(path, value)
+    assert json.loads(path.read_bytes().decode("utf-8")) == value
+    assert "\\ud800é" in path.read_text("utf-8")
 
 
 def keep_curves(path):

@@ -305,6 +305,106 @@ def test_changed_data_are_told_of(results, capsys, tmp_path):
     assert "on the data as they are now" in capsys.readouterr().out
 
 
+def test_changed_coco_data_are_told_of_and_all_is_of_now(tmp_path, coco_folder):
+    dataset = COCODetection(coco_folder, [("2017", "val")])
+    folder = write_results(tmp_path / "out", dataset, scatter(dataset, 3), "COCO", "2017_val")
+    said = json.loads((folder / "results.json").read_text())
+    path = coco_folder / "annotations" / "instances_val2017.json"
+    document = json.loads(path.read_text())
+    document["annotations"][0] |= {"bbox": [60, 30, 20, 20], "area": 400}
+    path.write_text(json.dumps(document))
+    changed = COCODetection(coco_folder, [("2017", "val")])
+    now = changed.evaluate(scatter(dataset, 3), tmp_path / "now")
+    assert abs(now["value"] - said["value"]) > 0.01
+    _, notes = report.write_report(folder)
+    assert notes == [f"results.json says {said['value']:.4f}, but its detections score "
+                     f"{now['value']:.4f} on the data as they are now; what follows is of now"]
+    rows = {row["class"]: row for row in table(folder / "report", "classes")}
+    assert float(rows["mean"]["COCO AP"]) == pytest.approx(now["value"], rel=1e-5)
+    assert float(rows["mean"]["AP at 0.5"]) == pytest.approx(now["stats"][1], rel=1e-5)
+    for name, ap in now["per_class"].items():
+        assert float(rows[name]["COCO AP"]) == pytest.approx(ap, rel=1e-5)
+
+
+def test_detections_that_cannot_be_had_are_told_without_blaming_the_data(results, capsys):
+    path = results / "detections.npz"
+    whole = path.read_bytes()
+    for content, message in ((None, "does not exist"), (whole[:-40], "is damaged")):
+        path.unlink()
+        if content is not None:
+            path.write_bytes(content)
+        assert report.main([str(results)]) == 0
+        note = capsys.readouterr().out.splitlines()[0]
+        assert f"{path} {message}" in note and note.endswith("; run the test again")
+        assert "--" not in note
+        assert "Precision over recall" in (results / "report.html").read_text()
+        path.write_bytes(b"")
+    rows = json.loads((results / "results.json").read_text())
+    rows["classes"] = rows["classes"][:2]
+    for key in ("per_class", "per_class_per_size"):
+        rows[key] = {name: rows[key][name] for name in rows["classes"]}
+    (results / "results.json").write_text(json.dumps(rows))
+    path.write_bytes(whole)
+    assert report.main([str(results)]) == 0
+    out = capsys.readouterr().out
+    assert f"{path} does not fit results.json beside it (image p" in out and "of 2" in out
+    assert f"No curves: {results / 'curves.npz'} is not of results.json beside it" in out
+
+
+def test_damaged_curves_are_told_of_where_they_are_needed(results, capsys, tmp_path, coco_folder):
+    dataset = COCODetection(coco_folder, [("2017", "val")])
+    coco = write_results(tmp_path / "out", dataset, scatter(dataset, 3), "COCO", "2017_val")
+    of_voc, of_coco = ((folder / "curves.npz").read_bytes() for folder in (results, coco))
+    cases = (results, tmp_path / "data", of_coco), (coco, coco_folder, of_voc)
+    for folder, data, wrong in cases:
+        value = json.loads((folder / "results.json").read_text())["value"]
+        for content, message in ((b"PK damaged", "not a file of curves"), (wrong, "is not of")):
+            (folder / "curves.npz").write_bytes(content)
+            assert report.main([str(folder)]) == 0
+            assert "No curves" not in capsys.readouterr().out  # they are made anew
+            data.rename(tmp_path / "away")
+            assert report.main([str(folder)]) == 0
+            (note,) = [s for s in capsys.readouterr().out.splitlines() if "No curves: " in s]
+            assert message in note and note.endswith("; run the test again")
+            text = (folder / "report.html").read_text()
+            assert f"{value:.4f}" in text and "Precision over recall" not in text
+            (tmp_path / "away").rename(data)
+
+
+WRONG_VALUES = {
+    "per_class": [None, [], {"bolt": None}, {"bolt": "0.5"}, {"bolt": 2}, {"nut": 0.5}, {}],
+    "per_class_per_size": [None, {"bolt": None}, {"bolt": {"small": 0.5}}, {"nut": {}}],
+    "value": ["0.5", True, [], float("nan"), 1e400],
+    "sets": [["test"], None, 1],
+    "root": [None, 1, ["a"]],
+    "overfit": ["x", -1, 1.5, None, True],
+    "classes": [None, "bolt", [1], [["bolt"]], {}, ["bolt", "bolt"]],
+    "metric": [None, "mAP", ["a"]],
+    "dataset": [None, "voc", ["VOC"]],
+}
+
+
+@pytest.mark.parametrize("key", WRONG_VALUES)
+def test_results_with_a_wrong_value_are_refused_in_one_line(results, capsys, key):
+    path = results / "results.json"
+    whole = json.loads(path.read_text())
+    for value in WRONG_VALUES[key]:
+        path.write_text(json.dumps({**whole, key: value}))
+        assert report.main([str(results)]) == 2, value
+        error = capsys.readouterr().err
+        assert "is not a test's results" in error and error.count("\n") == 1, value
+    assert not (results / "report.html").exists()
+
+
+def test_a_perfect_score_may_be_rounded_up(results, nasty_voc):
+    path = results / "results.json"
+    said = json.loads(path.read_text())
+    said["per_class"] = dict.fromkeys(nasty_voc.classes, 1 + 2**-52)
+    path.write_text(json.dumps({**said, "value": 1 + 2**-52}))
+    _, notes = report.write_report(results)
+    assert len(notes) == 1 and "results.json says 1.0000" in notes[0]
+
+
 def test_damaged_picture_is_told_of(results, capsys, tmp_path):
     for path in (tmp_path / "data" / "JPEGImages").iterdir():
         path.write_bytes(path.read_bytes()[:-20] if path.stem == "p03" else path.read_bytes())
@@ -388,7 +488,7 @@ def test_no_detections_at_all_make_a_page(nasty_voc, tmp_path):
         ("[]", "is not a test's results"),
         ('{"dataset": "VOC"}', "is not a test's results"),
         ('{"dataset": "X", "sets": "a", "classes": [], "per_class": {}, "metric": "m", "value": 0,'
-         ' "root": "r"}', "data set 'X'"),
+         ' "root": "r"}', "dataset 'X'"),
     ],
 )  # fmt: skip
 def test_folder_without_a_test_is_refused(tmp_path, capsys, content, message):

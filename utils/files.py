@@ -96,9 +96,13 @@ def check_writable(path: str | Path) -> None:
 
 
 def write_json(path: str | Path, value) -> None:
-    """Write a value as JSON by ``atomic_write``."""
+    """Write a value as JSON by ``atomic_write``.
+
+    Only the lone surrogates of file names that are not UTF-8 are escaped, as JSON has it.
+    """
+    text = json.dumps(value, indent=1, ensure_ascii=False)
     with atomic_write(path) as file:
-        file.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+        file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
