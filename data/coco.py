@@ -528,7 +528,7 @@ class COCODetection:
             raise UserError(
                 f"{paths[0]}: no such annotation file, nor {paths[1].name}, nor one of them in"
                 f" {ANNOTATION_FOLDERS[1]}/; image sets in {self.root}: {there} (--root,"
-                " --train_sets, --test_sets)"
+                " --train_sets, --test_sets; docs/own_data.md)"
             )
         file = read_annotations(path, boxes=not _is_test_split(path))
         if classes is None:

@@ -123,7 +123,7 @@ def _find_set(root: Path, year: str | None, image_set: str) -> tuple[Path, Path]
     if not os.path.isdir(root):  # False, too, for a name that no file system takes
         raise UserError(
             f"{root}: no such data set folder; give its place with --root (data/scripts/VOC2007.sh "
-            "downloads VOC2007)"
+            "downloads VOC2007, docs/own_data.md is about own pictures)"
         )
     folder = _year_folders(root).get(year or None, root / f"VOC{year}")
     splits = [folder / "ImageSets" / "Main", folder / "ImageSets"]

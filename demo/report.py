@@ -161,7 +161,7 @@ def find_test(directory: Path) -> tuple[Path, Path | None, list[Path]]:
     if not found:
         raise UserError(
             f"{directory} holds no results.json, nor a test under ss_predict/; give the folder of "
-            "a run or of a test's results"
+            "a run or of a test's results (docs/reading_a_report.md)"
         )
     newest, *others = (path.parent for path in found)
     return newest, directory, others

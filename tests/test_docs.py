@@ -39,6 +39,17 @@ def test_modules_and_scripts_that_are_named_are_there(page):
         assert (ROOT / name).is_file(), name
 
 
+def test_pages_that_messages_name_are_there():
+    named = {
+        name
+        for path in ROOT.rglob("*.py")
+        if not any(part.startswith(".") for part in path.relative_to(ROOT).parts)
+        for name in re.findall(r"\bdocs/\w+\.md\b", path.read_text("utf-8"))
+    }
+    assert {"docs/own_data.md", "docs/exporting.md", "docs/many_gpus.md"} <= named
+    assert all((ROOT / name).is_file() for name in named)
+
+
 def test_a_backbone_is_added_as_described(monkeypatch):
     monkeypatch.setattr("models.BACKBONES", dict(BACKBONES))
     before = set(BACKBONES)

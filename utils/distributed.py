@@ -202,7 +202,7 @@ def join() -> World:
         raise UserError(
             f"the processes of the job cannot reach each other ({str(error).splitlines()[0]}); if "
             "torchrun has restarted them on several machines, give it "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment"
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (docs/many_gpus.md)"
         ) from error
     return world
 
@@ -342,5 +342,5 @@ def check_shares(batch_size: int, size: int, accumulate: int) -> None:
     if batch_size % (size * accumulate):
         raise UserError(
             f"--batch_size {batch_size} is the batch of all {size} processes with {accumulate} "
-            f"accumulation steps; give a multiple of {size * accumulate}"
+            f"accumulation steps; give a multiple of {size * accumulate} (docs/many_gpus.md)"
         )

@@ -658,7 +658,7 @@ def export(args: argparse.Namespace) -> list[str]:
             f"there are no pictures to prove the file with: {checkpoint} "
             + (f"was tested on {stored['root']}, which is not there" if "root" in stored else
                "does not know any")
-            + "; give --pictures FOLDER"
+            + "; give --pictures FOLDER (docs/exporting.md)"
         )  # fmt: skip
     calibration = None
     if args.precision == "int8":
