@@ -34,7 +34,7 @@ import torch
 from data.image import read_image
 from data.voc0712 import parse_classes
 from demo.outputs import Found, voc_xml, write_csv, write_json, yolo_txt
-from demo.sources import Source, find_sources, image_ids, label_names
+from demo.sources import Source, find_sources, image_ids, label_names, real_path
 from layers.detect import SUPPRESSION
 from models.predictor import Predictor
 from utils.draw import draw_caption, draw_detections, enlarge
@@ -139,8 +139,8 @@ def open_video(source: Source) -> cv2.VideoCapture:
     if not capture.isOpened():
         if source.kind == "camera":
             raise UserError(
-                f"camera {source.path} cannot be opened; is it connected, in use by another "
-                "program, or has it another number?"
+                f"{source.name} cannot be opened; is the camera connected, in use by another "
+                "program, or has it another number or address?"
             )
         raise UserError(f"{source.path}: not a video that OpenCV can read")
     if source.kind == "camera":
@@ -190,7 +190,8 @@ def batches(frames: Iterator[Frame], size: int, stop: Stop) -> Iterator[list[Fra
 class VideoFile:
     """A video that takes the place of ``path`` when it is closed; opened with the first frame.
 
-    ``steady``: frames have times of their own, and are repeated or left out to keep to them.
+    ``steady``: every frame is written once, whatever its time; else frames are repeated or left
+    out to keep to their times, as a camera's must be: they come as fast as the network works.
     """
 
     def __init__(self, path: Path, rate: float, steady: bool) -> None:
@@ -261,9 +262,11 @@ class Output:
 
     def _check_sources(self, sources: Sequence[Source]) -> None:
         """UserError where a drawn picture would take the place of one that is looked at."""
-        paths = {source.path for source in sources}
+        if not self.draws:
+            return
+        paths = {real_path(source.path) for source in sources if source.kind != "camera"}
         for source in sources:
-            if self.draws and os.path.abspath(self._drawn(source)) in paths:
+            if real_path(self._drawn(source)) in paths:
                 raise UserError(f"{self._drawn(source)} would be overwritten; give another --out")
 
     def _drawn(self, source: Source) -> Path:
@@ -564,7 +567,7 @@ def on_video(
     seen = counts.frames - before
     if not seen and not stop.asked:
         counts.broken += 1
-        print(f"skipped: {source.path}: no frame of it can be read", file=sys.stderr)
+        print(f"skipped: {source.name}: no frame of it can be read", file=sys.stderr)
         return
     counts.videos += 1
     if seen < total and not (stop.asked or closed):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ from utils.files import atomic_write
 # COCO's categories have numbers up to 90, of which these are not in use.
 _UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
 COCO_IDS = tuple(k for k in range(1, 91) if k not in _UNUSED)
+_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 CSV_HEADER = ("file", "frame", "time", "class", "score", "x1", "y1", "x2", "y2")
 
 
@@ -137,12 +139,14 @@ def write_csv(folder: Path, classes: Sequence[str]) -> Iterator[Callable[[Found]
 
 
 def voc_xml(found: Found, classes: Sequence[str]) -> bytes:
-    """An annotation of VOC, with a <score> an object. Its pixels count from 1 and are whole."""
+    """An annotation of VOC, with a <score> an object. Its pixels count from 1 and are whole; a box
+    has two or more a side, as readers take one of one pixel for a box without area. Characters
+    that XML lacks become U+FFFD."""
     root = ElementTree.Element("annotation")
 
     def put(parent: ElementTree.Element, **texts: object) -> None:
         for tag, text in texts.items():
-            ElementTree.SubElement(parent, tag).text = str(text)
+            ElementTree.SubElement(parent, tag).text = _NOT_IN_XML.sub("\ufffd", str(text))
 
     folder, _, name = found.name.rpartition("/")
     put(root, folder=folder, filename=name)
@@ -150,8 +154,11 @@ def voc_xml(found: Found, classes: Sequence[str]) -> bytes:
     put(ElementTree.SubElement(root, "size"), width=width, height=height, depth=3)
     put(root, segmented=0)
     boxes, inside = _cut(found)
+    low = np.minimum(boxes[:, :2].round(), np.array(found.size) - 2)
+    high = np.maximum(boxes[:, 2:].round(), low + 1)
+    boxes = np.hstack([low, high]).astype(int) + 1
     scores, labels = found.scores[inside], found.labels[inside]
-    for box, score, label in zip(boxes.round().astype(int) + 1, scores, labels, strict=True):
+    for box, score, label in zip(boxes, scores, labels, strict=True):
         element = ElementTree.SubElement(root, "object")
         put(element, name=classes[label - 1], pose="Unspecified", truncated=0, difficult=0,
             score=f"{score:.5f}")  # fmt: skip

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 import cv2
@@ -30,7 +31,7 @@ class Source:
     path: str | int
     """A file, the address of a stream, or a camera's number."""
     name: str
-    """Of its results: relative, with /, no other source's."""
+    """Of its results and in messages: relative, with /, no other source's, no password."""
     kind: str
     """picture, video or camera (which also is a stream: it ends when somebody ends it)."""
 
@@ -81,19 +82,23 @@ def find_sources(words: Sequence[str], out: Path) -> tuple[list[Source], int]:
     once = {os.path.abspath(path): kind for path, kind in found}
     base = _common({os.path.abspath(root) for root in roots})
     sources = [Source(path, _readable(Path(path).relative_to(base)), k) for path, k in once.items()]
-    for word in dict.fromkeys(cameras):
-        number = 0 if word == "camera" else int(word) if word.isdecimal() else word
-        name = f"camera_{number}" if isinstance(number, int) else re.sub(r"\W+", "_", word)
-        sources.append(Source(number, name, "camera"))
+    taken = {source.name.casefold() for source in sources}
+    for path in dict.fromkeys(map(_camera, cameras)):
+        name = _stream_name(path) if isinstance(path, str) else f"camera_{path}"
+        tries = chain([name], (f"{name}_{k}" for k in count(2)))
+        name = next(each for each in tries if each.casefold() not in taken)
+        taken.add(name.casefold())
+        sources.append(Source(path, name, "camera"))
     return sources, len(found) - len(once)
 
 
 def label_names(sources: Sequence[Source]) -> dict[str, str]:
     """A picture's name -> that of its annotation without a suffix, which readers expect to be the
-    picture's own; of pictures that differ in the suffix alone, it keeps it, as a video does."""
+    picture's own. Where it would be another's, too (of ``a.jpg`` beside ``a.png``, or of
+    ``a.jpg.png`` beside ``a.jpg``), the suffix is kept, as is a video's."""
     stems = [os.path.splitext(source.name)[0] for source in sources]
     keys = [stem.casefold() for stem in stems]  # some file systems do not tell the case
-    times = Counter(keys)
+    times = Counter(keys + [source.name.casefold() for source in sources])
     return {
         source.name: stem if source.kind == "picture" and times[key] == 1 else source.name
         for source, stem, key in zip(sources, stems, keys, strict=True)
@@ -140,12 +145,17 @@ def _kind_by_content(path: str) -> str:
     return "video"
 
 
+def real_path(path: str | Path) -> str:
+    """The same of all paths that lead to a file or a folder, there or not, through links, too."""
+    return os.path.normcase(os.path.realpath(path))
+
+
 def _inside(folder: str, out: Path) -> Iterator[str]:
-    results = os.path.abspath(out)
+    results = real_path(out)
     for place, folders, names in os.walk(folder):
         folders[:] = sorted(
             name for name in folders
-            if not name.startswith(".") and os.path.abspath(os.path.join(place, name)) != results
+            if not name.startswith(".") and real_path(os.path.join(place, name)) != results
         )  # fmt: skip
         yield from (os.path.join(place, n) for n in sorted(names) if not n.startswith("."))
 
@@ -163,6 +173,16 @@ def _common(folders: set[str]) -> str:
         raise UserError("the pictures lie on different drives; detect on one at a time") from error
 
 
+def _camera(word: str) -> str | int:
+    return 0 if word == "camera" else int(word) if word.isdecimal() else word
+
+
+def _stream_name(address: str) -> str:
+    """Without user, password and query, which are secret: names go into files and messages."""
+    scheme, rest = re.match(r"(.*?)://(?:[^/?#]*@)?([^?#]*)", address, re.DOTALL).groups()
+    return re.sub(r"\W+", "_", f"{scheme}_{rest}")
+
+
 def _readable(path: Path) -> str:
-    """With /, and without bytes that are no text in a name."""
-    return path.as_posix().encode("utf-8", "replace").decode()
+    """With /, and with escapes for bytes that are no text in a name."""
+    return path.as_posix().encode("utf-8", "backslashreplace").decode()

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import cv2
@@ -22,7 +23,7 @@ from exports import CLASSES, exported, write_checkpoint
 from tiny import TINY
 
 import models
-from data.voc0712 import read_annotation
+from data.voc0712 import VOCDetection, read_annotation
 from demo import detect, outputs
 from demo.outputs import COCO_IDS, Found, category_ids, voc_xml, yolo_txt
 from demo.sources import PICTURES, find_sources, image_ids, label_names
@@ -193,6 +194,31 @@ def test_annotations_of_voc_and_yolo():
     ]
     scored = yolo_txt(found, names, scored=True).decode().splitlines()
     assert [line.split()[5] for line in scored] == ["0.900000", "0.800000"]
+
+
+def test_a_thin_box_of_voc_is_kept_by_the_reader():
+    boxes = np.array([[10.2, 10.2, 10.4, 20], [98.6, 30, 140, 40], [5, 48.7, 9, 49],
+                      [-3, 2, 0.3, 8], [0.4, 0.4, 1.6, 2.6]])  # fmt: skip
+    found = Found("a.jpg", 1, (100, 50), boxes, np.full(5, 0.9), np.ones(5, int))
+    for folder in ("Annotations", "ImageSets/Main"):
+        Path("voc", folder).mkdir(parents=True)
+    picture("voc/JPEGImages/a.jpg", (100, 50))
+    Path("voc/Annotations/a.xml").write_bytes(voc_xml(found, ("cat",)))
+    Path("voc/ImageSets/Main/all.txt").write_text("a\n")
+    dataset = VOCDetection("voc", [(None, "all")], classes=("cat",))
+    assert dataset.target(0)[:, :4].tolist() == [
+        [10, 10, 11, 20], [98, 30, 99, 40], [5, 48, 9, 49], [0, 2, 1, 8], [0, 0, 2, 3],
+    ]  # fmt: skip
+    assert not any(dataset.skipped.values())
+
+
+def test_characters_that_xml_lacks_are_replaced():
+    name, box = "in\x01/a\x1f\x7f\ufffe猫\U0001f600.jpg", np.array([[1, 2, 30, 40]])
+    found = Found(name, 1, (100, 50), box, np.array([0.9]), np.array([1]))
+    root = ElementTree.fromstring(voc_xml(found, ("c\0at",)))
+    assert root.findtext("folder") == "in\ufffd"
+    assert root.findtext("filename") == "a\ufffd\x7f\ufffd猫\U0001f600.jpg"
+    assert root.findtext("object/name") == "c\ufffdat"
 
 
 def test_a_file_for_every_picture_also_without_objects():
@@ -392,6 +418,51 @@ def test_equal_names_do_not_overwrite_each_other():
     assert image_ids(sources) == {"x/a.jpg": 1, "y/a.jpg": 2, "y/a.png": 3}
 
 
+def test_annotations_do_not_meet_where_a_stem_is_anothers_name():
+    for name in ("a.jpg", "a.png", "a.jpg.png", "b", "b.png", "c.jpg.png"):
+        picture(f"x/{name if '.' in name else name + '.jpg'}")
+    os.rename("x/b.jpg", "x/b")
+    sources, _ = find_sources(["x", "x/b"], Path("runs"))
+    found = label_names(sources)
+    assert found == {"a.jpg": "a.jpg", "a.png": "a.png", "a.jpg.png": "a.jpg.png", "b": "b",
+                     "b.png": "b.png", "c.jpg.png": "c.jpg"}  # fmt: skip
+    assert call("best.pth", "x", "x/b", "--save", "voc", "--no-draw", "--out", "o") == 0
+    assert files("o/voc/Annotations") == {f"{name}.xml" for name in found.values()}
+
+
+def test_results_that_a_link_leads_to_are_results():
+    picture("real/drawn/a.jpg")
+    picture("real/b.jpg")
+    picture("c.jpg")
+    try:
+        os.symlink("real", "link", target_is_directory=True)
+    except OSError:
+        pytest.skip("links are not allowed here")
+    assert names(find_sources(["."], Path("link"))[0]) == ["c.jpg"]
+    assert names(find_sources(["link"], Path("real/drawn"))[0]) == ["b.jpg"]
+
+
+def test_a_picture_is_never_overwritten_through_a_link(capsys):
+    picture("real/a.jpg")
+    original = picture("real/drawn/a.jpg", seed=1)
+    try:
+        os.symlink("real", "link", target_is_directory=True)
+        os.symlink(Path("real/drawn/a.jpg").absolute(), "real/b.jpg")
+    except OSError:
+        pytest.skip("links are not allowed here")
+    for words, out in (
+        (["real/a.jpg", "real/drawn/a.jpg"], "link"),
+        (["link/a.jpg", "link/drawn/a.jpg"], "real"),
+        (["real/a.jpg", "real/b.jpg"], "real"),  # b.jpg is a link to what would be drawn
+    ):
+        assert call("best.pth", *words, "--out", out) == 2
+        assert re.search(r"drawn.a\.jpg would be overwritten; give another --out",
+                         capsys.readouterr().err)  # fmt: skip
+        assert np.array_equal(cv2.imread("real/drawn/a.jpg"), original)
+        assert call("best.pth", *words, "--out", out, "--no-draw") == 0
+        capsys.readouterr()
+
+
 def test_a_picture_is_never_overwritten(capsys):
     picture("photos/a.jpg")
     original = picture("photos/drawn/a.jpg", seed=1)
@@ -588,6 +659,15 @@ def test_a_video_with_wrong_words_about_itself_is_done(said, monkeypatch, capsys
     )
 
 
+@pytest.mark.parametrize("steady, frames", [(True, 3), (False, 21)])
+def test_frames_are_drawn_once_or_to_their_times(steady, frames):
+    video = detect.VideoFile(Path("v.mp4"), 10.0, steady)
+    for when in range(3):
+        video.write(np.full((48, 64, 3), 100 * when, np.uint8), float(when))
+    video.close()
+    assert cv2.VideoCapture("v.mp4").get(cv2.CAP_PROP_FRAME_COUNT) == frames
+
+
 def test_broken_videos_are_named_and_the_rest_is_done(capsys):
     Path("a.mp4").write_bytes(b"no video")
     film("b.mp4", 3)
@@ -651,11 +731,42 @@ def test_cameras_are_named_by_number_or_address(capsys, monkeypatch):
     sources, _ = find_sources(["camera", "2", "rtsp://host:55/stream?a=1"], Path("runs"))
     assert [(s.path, s.name) for s in sources] == [
         (0, "camera_0"), (2, "camera_2"),
-        ("rtsp://host:55/stream?a=1", "rtsp_host_55_stream_a_1"),
+        ("rtsp://host:55/stream?a=1", "rtsp_host_55_stream"),
     ]  # fmt: skip
     monkeypatch.setattr(cv2, "VideoCapture", Capture(opened=False))
     assert call("best.pth", 3) == 2
-    assert "camera 3 cannot be opened; is it connected" in capsys.readouterr().err
+    assert "camera_3 cannot be opened; is the camera connected" in capsys.readouterr().err
+
+
+def test_streams_have_names_of_their_own_without_what_is_secret():
+    addresses = ["rtsp://h/a-b", "rtsp://h/a_b", "rtsp://admin:secret@H/a/b?key=secret#secret",
+                 "rtsp://secret@h/x@y", "://"]  # fmt: skip
+    Path("rtsp_h_x_y").touch()
+    film("v.mp4")
+    shutil.move("v.mp4", "rtsp_h_x_y")
+    sources, _ = find_sources(["rtsp_h_x_y", *addresses, addresses[0], "0", "camera"], Path("runs"))
+    assert [(s.path, s.name) for s in sources[1:]] == [
+        *zip(addresses, ["rtsp_h_a_b", "rtsp_h_a_b_2", "rtsp_H_a_b_3", "rtsp_h_x_y_2", "_"],
+             strict=True),
+        (0, "camera_0"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("said", [{"opened": False}, {"frames": 0}, {"frames": 2}])
+def test_the_password_of_a_stream_is_told_nowhere(said, monkeypatch, capfd):
+    capture = Capture(**said)
+    monkeypatch.setattr(cv2, "VideoCapture", capture)
+    status = call("best.pth", "rtsp://admin:secret@10.0.0.1/live", "--save", "csv", "json", "voc")
+    assert capture.path == "rtsp://admin:secret@10.0.0.1/live"
+    assert status == {"opened": 2, "frames": int(said.get("frames") == 0)}[next(iter(said))]
+    captured = capfd.readouterr()
+    printed = captured.out + captured.err
+    assert "rtsp_10_0_0_1_live" in captured.err or status == 0
+    written = "".join(
+        f"{path} {path.read_bytes()!r}" for path in Path("runs").rglob("*") if path.is_file()
+    )
+    assert "rtsp_10_0_0_1_live" in written or status
+    assert "secret" not in printed + written and "admin" not in printed + written
 
 
 @pytest.fixture
@@ -854,9 +965,16 @@ def test_a_name_of_bytes_that_are_no_text(monkeypatch):
     if sys.platform != "linux":
         pytest.skip("names are text there")
     picture("photos/a.jpg")
+    picture("photos/b.jpg", seed=1)
     os.rename(b"photos/a.jpg", b"photos/\xff.jpg")
+    os.rename(b"photos/b.jpg", b"photos/\xfe.jpg")
     assert call("best.pth", "photos") == 0
-    assert {row["file"] for row in rows()} == {"?.jpg"}
+    expected = {r"\udcff.jpg", r"\udcfe.jpg"}
+    assert {row["file"] for row in rows()} == expected
+    assert files("runs/detect/best/drawn") == expected
+    images = read("runs/detect/best/images.json")["images"]
+    assert {image["file_name"] for image in images} == expected
+    assert sorted(image["id"] for image in images) == [1, 2]
 
 
 def test_drives_that_share_no_folder_are_told(monkeypatch):
