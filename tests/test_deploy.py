@@ -144,8 +144,17 @@ def test_half_precision_takes_images_as_they_come():
             assert (output - whole).norm() < 0.05 * whole.norm()
 
 
-@pytest.mark.parametrize("order", ["norm, activation, convolution", "activation between"])
-def test_a_batch_norm_that_is_not_behind_its_convolution_is_refused(order):
+ODD = {
+    "norm first": lambda m, x: m.conv(torch.relu(m.norm(x.relu()))),
+    "activation between": lambda m, x: m.norm(torch.relu_(m.conv(x))),
+    "another reader": lambda m, x: (y := m.conv(x)) + m.norm(y),
+    "convolution twice": lambda m, x: m.norm(m.conv(torch.relu(m.conv(x)))),
+    "norm twice": lambda m, x: m.norm(m.conv(m.norm(m.other(x)))),
+}
+
+
+@pytest.mark.parametrize("order", ODD)
+def test_a_batch_norm_without_a_convolution_of_its_own_is_refused(order):
     class Odd(nn.Module):
         """Registered as if it were foldable."""
 
@@ -154,20 +163,17 @@ def test_a_batch_norm_that_is_not_behind_its_convolution_is_refused(order):
         def __init__(self):
             super().__init__()
             self.start = nn.Conv2d(3, 4, 3, 8, 1)
+            self.other = nn.Conv2d(4, 4, 3, padding=1)
             self.conv = nn.Conv2d(4, 4, 3, padding=1)
             self.norm = nn.BatchNorm2d(4)
             self.down = nn.Conv2d(4, 4, 3, 2, 1)
 
         def forward(self, x):
-            x = self.start(x)
-            if order == "activation between":
-                x = self.norm(torch.relu_(self.conv(x)))
-            else:
-                x = self.conv(torch.relu(self.norm(x.relu())))
+            x = ODD[order](self, self.start(x))
             return x, self.down(x)
 
     net = SSD(Odd(), ssd_extras(4, 300), VOC_300.boxes_per_cell, 3)
-    with pytest.raises(ValueError, match=r"batch norm base\.norm does not follow a convolution"):
+    with pytest.raises(ValueError, match=r"batch norm base\.norm does not follow a convolution of"):
         deploy(net)
 
 

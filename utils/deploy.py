@@ -7,12 +7,15 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 
 @torch.inference_mode(False)
@@ -41,7 +44,7 @@ def deploy(net: nn.Module, blocks: str = "concatenate", pad: int = 1) -> Deploye
 
     Raises:
         ValueError: an unknown ``blocks``, a ``pad`` below 1, or a network with a batch norm that
-            does not follow a convolution.
+            does not follow a convolution of its own.
     """
     if blocks not in BLOCKS:
         raise ValueError(f"blocks is {blocks!r}, should be one of {', '.join(BLOCKS)}")
@@ -103,37 +106,61 @@ class _Normalise(nn.Module):
         return (x / norm.clamp(min=self.eps)).to(x.dtype)
 
 
+class _Readers(TorchDispatchMode):
+    """How many operations have read a tensor, by its id."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[int] = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count.update(id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        return func(*args, **(kwargs or {}))
+
+
 def _fold_batch_norms(net: nn.Module) -> None:
-    """Every batch norm into the convolution whose output it takes, as a run without data shows."""
+    """Every batch norm into the convolution before it.
+
+    A run without data shows which that is, and that both run once and nothing lies between them or
+    reads the convolution's output beside the norm.
+    """
     dtype = next(net.parameters()).dtype
     tensors = [*net.parameters(), *net.buffers()]
     shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors})
-    made: dict[int, tuple[nn.Module, Tensor, int]] = {}
-    before: dict[nn.Module, nn.Module] = {}
+    readers, runs = _Readers(), Counter()
+    made: dict[int, tuple[nn.Module, Tensor, int]] = {}  # tensors are kept, so that ids stay theirs
+    before: dict[nn.Module, tuple[nn.Module, Tensor, int]] = {}
 
     def note(conv: nn.Module, _, output: Tensor) -> None:
-        made[id(output)] = (conv, output, output._version)
+        runs[conv] += 1
+        made[id(output)] = (conv, output, readers.count[id(output)])
 
     def find(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        conv, output, version = made.get(id(inputs[0]), (None, None, 0))
-        if conv is not None and output._version == version:  # nothing has changed it in place
-            before[norm] = conv
+        runs[norm] += 1
+        if id(inputs[0]) in made:
+            before[norm] = made[id(inputs[0])]
 
     for module in shadow.modules():
         if isinstance(module, nn.Conv2d):
             module.register_forward_hook(note)
         elif isinstance(module, nn.BatchNorm2d):
             module.register_forward_pre_hook(find)
-    with torch.no_grad():
+    with torch.no_grad(), readers:
         shadow.sources(torch.empty(1, 3, 512, 512, dtype=dtype, device="meta"))
     real = dict(zip(shadow.modules(), net.modules(), strict=True))
-    convs = {real[norm]: real[conv] for norm, conv in before.items()}
+    convs = {
+        real[norm]: real[conv]
+        for norm, (conv, output, earlier) in before.items()
+        if runs[norm] == runs[conv] == readers.count[id(output)] - earlier == 1
+    }
     for path, module in list(net.named_modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, nn.BatchNorm2d):
                 if child not in convs:
                     where = f"{path}.{name}".lstrip(".")
-                    raise ValueError(f"the batch norm {where} does not follow a convolution")
+                    raise ValueError(
+                        f"the batch norm {where} does not follow a convolution of its own"
+                    )
                 conv = convs[child]
                 # In double precision, so that folding rounds once.
                 fused = fuse_conv_bn_eval(conv.double(), child.double()).to(dtype)
