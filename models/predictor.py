@@ -20,7 +20,7 @@ from data.image import read_image
 from data.transforms import TestTransform
 from layers import Detect, PriorBox
 from models import build_net, prior_config
-from models.stored import describe, trained_for
+from models.stored import detector
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.deploy import deploy
 from utils.engine import AMP_TYPES, to_input
@@ -102,10 +102,6 @@ class Predictor:
             self.device = torch.device("cpu")
             self.exported: ExportedModel | None = open_model(path, threads)
             about = self.exported.info
-            self.info = Info(
-                path.name, *(about[key] for key in ("version", "size")), tuple(about["classes"]),
-                *(about[key] for key in ("dataset", "priors")),
-            )  # fmt: skip
             stored = about["detection"]
             chosen = {
                 "conf_thresh": stored["score_threshold"],
@@ -121,17 +117,21 @@ class Predictor:
             self.device = choose_device({"device": device}, amp)
             self.exported = None
             saved = load_checkpoint(path)
-            self.info = _info_of_checkpoint(saved, path, classes)
-            recipe = RECIPES[self.info.dataset]
+            about = detector(saved, path, classes)
+            recipe = RECIPES[about["dataset"]]
             chosen = {
                 "conf_thresh": recipe.test_threshold,
                 "nms_thresh": NMS_THRESHOLD,
                 "per_class": PER_CLASS,
                 "top_k": recipe.top_k,
             }
-            net = build_net(self.info.version, self.info.size, len(self.info.classes) + 1)
+            net = build_net(about["version"], about["size"], len(about["classes"]) + 1)
             load_weights(net, saved["model"], path)
             self.net = deploy(net).to(self.device, AMP_TYPES[amp])
+        self.info = Info(
+            path.name, about["version"], about["size"], tuple(about["classes"]), about["dataset"],
+            about["priors"],
+        )  # fmt: skip
         chosen |= {key: value for key, value in asked.items() if value is not None}
         try:
             priors = prior_config(self.info.version, self.info.priors, self.info.size)
@@ -227,26 +227,6 @@ def _as_array(picture: Picture) -> np.ndarray:
             "[height, width, 3], BGR as OpenCV reads it"
         )
     return picture
-
-
-def _info_of_checkpoint(saved: dict, path: Path, classes: Sequence[str] | None) -> Info:
-    stored = describe(saved, path, classes)
-    names, priors = trained_for(saved, path, classes)
-    if names is None:
-        raise UserError(f"{path} has no names of its classes; give them (classes)")
-    if classes is not None and list(classes) != names:
-        raise UserError(
-            f"{path} has the {len(names)} classes {', '.join(names)}, not {', '.join(classes)}"
-        )
-    dataset = stored.get("dataset", "VOC")
-    return Info(
-        path.name,
-        stored["version"],
-        stored["size"],
-        tuple(names),
-        dataset,
-        priors or dataset,
-    )
 
 
 _OPTIONS = {"conf_thresh": "score_threshold", "top_k": "max_detections"}

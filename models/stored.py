@@ -95,6 +95,24 @@ def trained_for(
     return names, boxes
 
 
+def detector(saved: Mapping, path: Path, classes: Sequence[str] | None = None) -> dict:
+    """What ``describe`` tells, always with "classes", "dataset" and "priors": of a detector that is
+    used as it is, VOC's where the file does not tell.
+
+    Raises:
+        UserError: as ``describe``, or ``classes`` are others than those of the file.
+    """
+    stored = describe(saved, path, classes)
+    names, boxes = trained_for(saved, path, classes)
+    if classes is not None and list(classes) != names:
+        raise UserError(
+            f"{path} has the {len(names)} classes {', '.join(names)}, not {', '.join(classes)}; "
+            "leave the names out"
+        )
+    dataset = stored.get("dataset", "VOC")
+    return {**stored, "classes": names, "dataset": dataset, "priors": boxes or dataset}
+
+
 def _identify(saved: Mapping, path: Path) -> tuple[str, int, int]:
     try:
         return identify(saved["model"])

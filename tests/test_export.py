@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import importlib.util
 import json
+import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -21,6 +25,7 @@ from layers import Detect, PriorBox
 from models import build_net, prior_config
 from models.predictor import Predictor
 from utils import export
+from utils.build import EXTRAS
 from utils.checkpoint import load_checkpoint, sha256_of
 from utils.export import TOLERANCE, compare, excess, main
 from utils.runtime import cpu_has_bf16
@@ -177,6 +182,19 @@ def test_names_come_from_the_command_where_a_file_has_none(checkpoint, voc_folde
 # ---------------------------------------------------------------- what is refused
 
 
+def test_names_that_a_file_does_not_have_are_refused(checkpoint, voc_folder, tmp_path, capsys):
+    published = tmp_path / "voc.pth"
+    torch.save(build_net("tiny", 300, 21).state_dict(), published)
+    pictures = ("--pictures", voc_folder / "JPEGImages")
+    command = ("--format", "torch", *pictures, "--classes", "a,b,c")
+    error = refused(capsys, published, *command)
+    assert "voc.pth has the 20 classes aeroplane, " in error
+    assert error.endswith(", not a, b, c; leave the names out\n")
+    error = refused(capsys, checkpoint, *command)
+    assert "tiny.pth has the 3 classes cell, platelet, rod, not a, b, c; leave" in error
+    assert run(checkpoint, *command[:-1], ",".join(CLASSES)) == 0
+
+
 def refused(capsys, *arguments):
     assert run(*arguments) == 2
     error = capsys.readouterr().err
@@ -191,6 +209,8 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence(checkpoint, tmp_path, cap
     assert "fp32, fp16" in refused(capsys, *command, "--precision", "int8")
     assert "ends in .onnx" in refused(capsys, *command, "--output", tmp_path / "x.xml")
     assert "--precision int8" in refused(capsys, *command, "--calibrate", tmp_path)
+    error = refused(capsys, *command, "--calibrate_sets", "train")
+    assert error == "error: --calibrate_sets goes with --precision int8\n"
     coarse = ("--precision", "bf16", "--preprocess", "--dynamic")
     assert "too coarse" in refused(capsys, checkpoint, "--format", "openvino", *coarse)
     assert "no image set" in refused(capsys, *command, "--sets", "2007_test")
@@ -248,6 +268,47 @@ def test_a_file_over_the_tolerance_is_not_kept(checkpoint, monkeypatch, capsys):
     }  # fmt: skip
 
 
+def test_image_sets_of_a_plain_folder_are_refused(checkpoint, voc_folder, capsys):
+    plain = voc_folder / "JPEGImages"
+    error = refused(capsys, checkpoint, "--format", "torch", "--pictures", plain, "--sets", "test")
+    assert f"{plain} is a plain folder of pictures, without image sets" in error
+    assert "leave --sets test out" in error
+    if importlib.util.find_spec("nncf"):
+        command = (checkpoint, "--format", "openvino", "--precision", "int8")
+        calibrate = ("--calibrate", plain, "--calibrate_sets", "train")
+        assert "leave --calibrate_sets train out" in refused(capsys, *command, *calibrate)
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+@pytest.mark.parametrize("part", ["loc", "conf"])
+def test_a_network_that_gives_nan_is_refused(checkpoint, capsys, part):
+    saved = load_checkpoint(checkpoint)
+    saved["model"][f"{part}.0.bias"].fill_(torch.nan)
+    torch.save(saved, checkpoint)
+    error = refused(capsys, checkpoint, "--format", "torch")
+    assert f"the network of tiny.pth fails ({part} contains NaN or " in error
+    assert "training diverged or its weights are damaged" in error
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
+@pytest.mark.parametrize("options", [(), ("--with-nms",)])
+def test_a_file_that_gives_nan_is_not_kept(checkpoint, monkeypatch, capsys, options):
+    build = export.build_graph
+
+    def damaged(net, *arguments):
+        net = copy.deepcopy(net)
+        net.loc[0].bias.data.fill_(torch.nan)
+        return build(net, *arguments)
+
+    monkeypatch.setattr(export, "build_graph", damaged)
+    assert run(checkpoint, "--format", "torch", *options) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert "tiny.pt2 is not kept: " in error
+    assert options or error.endswith("loc contains NaN or infinity\n")
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
+
+
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime", "openvino", "nncf"])
 def test_a_missing_package_is_named_with_its_installation(checkpoint, monkeypatch, capsys, package):
     monkeypatch.setitem(sys.modules, package, None)
@@ -265,6 +326,14 @@ def test_what_an_exporter_cannot_do_is_told_in_a_sentence(checkpoint, monkeypatc
     error = refused(capsys, checkpoint, "--format", "onnx")
     assert "tiny cannot be exported to ONNX by PyTorch" in error
     assert "(No decomposition for aten.new); a newer PyTorch" in error
+
+
+def test_the_page_installs_what_its_commands_need():
+    page = Path("docs/exporting.md").read_text("utf-8")
+    (extras,) = re.findall(r"pip install -e \.\[(.*)\]", page)
+    packages = {re.match(r"[\w-]+", p)[0] for name in extras.split(",") for p in EXTRAS[name]}
+    for form in re.findall(r"--format (\w+)", page):
+        assert packages >= set(export.FORMATS[form].packages)
 
 
 # ---------------------------------------------------------------- the comparison

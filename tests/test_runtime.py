@@ -56,6 +56,18 @@ def test_a_file_gives_the_outputs_of_the_network_and_describes_it(tmp_path, voc_
     assert not np.array_equal(first["loc"], outputs["loc"])
 
 
+def test_inputs_are_taken_by_name_in_whatever_order(tmp_path, voc_folder):
+    pytest.importorskip("torchvision")
+    checkpoint = write_checkpoint(tmp_path / "tiny.pth", voc_folder)
+    model = open_model(exported(checkpoint, "torch", "--preprocess", "--with-nms"))
+    pictures = np.random.default_rng(0).integers(0, 256, (1, 300, 300, 3), np.uint8)
+    inputs = {"pictures": pictures, "sizes": np.array([[500, 375]], np.float32)}
+    expected, found = model(inputs), model(dict(reversed(inputs.items())))
+    assert len(expected["scores"]) > 0
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value)
+
+
 def test_files_have_an_identity(tmp_path):
     for name in ("x.onnx", "x.xml", "x.bin"):
         (tmp_path / name).write_text(name)
@@ -99,8 +111,9 @@ def test_openvino_weights_that_are_missing_are_named(tmp_path):
 DESCRIPTION = {
     "format": 1, "version": "tiny", "size": 300, "classes": ["a"], "dataset": "VOC",
     "priors": "VOC", "variance": [0.1, 0.2], "mean": [104, 117, 123], "preprocess": False,
-    "nms": False, "dynamic": False, "precision": "fp32", "detection": {}, "checkpoint": {},
-    "versions": {},
+    "nms": False, "dynamic": False, "precision": "fp32", "detection": {
+        "score_threshold": 0.03, "nms_threshold": 0.45, "per_class": 50, "top_k": 300,
+    }, "checkpoint": {}, "versions": {},
 }  # fmt: skip
 
 
@@ -113,6 +126,9 @@ DESCRIPTION = {
         (lambda text: "{}", "its description is damaged"),
         (lambda text: json.dumps({**json.loads(text), "format": 2}), "by a newer version"),
         (lambda text: json.dumps({**json.loads(text), "size": "300"}), "has size '300'"),
+        (lambda text: json.dumps({**json.loads(text), "detection": 5}), "has detection 5;"),
+        (lambda text: json.dumps({**json.loads(text), "detection": None}), "has detection None;"),
+        (lambda text: json.dumps({**json.loads(text), "detection": {}}), "has detection {};"),
     ],
 )
 def test_a_description_that_is_not_ours_is_refused(tmp_path, change, problem):

@@ -118,15 +118,14 @@ def read_checkpoint(path: Path, args: argparse.Namespace) -> tuple[nn.Module, di
     from data.config import INPUT_MEAN, NMS_THRESHOLD, PER_CLASS, RECIPES
     from data.voc0712 import parse_classes
     from models import build_net, prior_config
-    from models.stored import describe, trained_for
+    from models.stored import detector
     from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 
     saved = load_checkpoint(path)
     named = list(parse_classes(args.classes)) if args.classes else None
-    stored = describe(saved, path, named)
-    classes, boxes = trained_for(saved, path, named)
-    dataset = stored.get("dataset", "VOC")
-    net = build_net(stored["version"], stored["size"], len(classes) + 1).eval()
+    stored = detector(saved, path, named)
+    dataset = stored["dataset"]
+    net = build_net(stored["version"], stored["size"], len(stored["classes"]) + 1).eval()
     load_weights(net, saved["model"], path)
     recipe = RECIPES[dataset]
     threshold, most = args.score_threshold, args.max_detections
@@ -134,9 +133,9 @@ def read_checkpoint(path: Path, args: argparse.Namespace) -> tuple[nn.Module, di
         "format": FORMAT,
         "version": stored["version"],
         "size": stored["size"],
-        "classes": classes,
+        "classes": stored["classes"],
         "dataset": dataset,
-        "priors": boxes or dataset,
+        "priors": stored["priors"],
         "variance": list(prior_config(stored["version"], dataset, stored["size"]).variance),
         "mean": list(INPUT_MEAN),
         "preprocess": args.preprocess,
@@ -169,7 +168,7 @@ def find_pictures(
         None where no root is given and the checkpoint's is not there.
 
     Raises:
-        UserError: no pictures in ``root``.
+        UserError: no pictures in ``root``, or ``sets`` of a plain folder.
     """
     from data import build_dataset
     from data.config import RECIPES
@@ -194,6 +193,12 @@ def find_pictures(
             raise UserError(
                 f"{folder} holds neither pictures nor a data set in {info['dataset']} layout; give "
                 "another folder"
+            )
+        if sets:
+            option = {"train_sets": "--calibrate_sets", "test_sets": "--sets"}[key]
+            raise UserError(
+                f"{folder} is a plain folder of pictures, without image sets; leave {option} "
+                f"{sets} out or give a data set in {info['dataset']} layout"
             )
         return Pictures(str(folder), lambda i: read_image(files[i]), len(files))
     if sets:
@@ -455,7 +460,8 @@ def prove(net: nn.Module, info: dict, path: Path, pictures: Pictures) -> dict:
         Counts and largest differences, as JSON has them.
 
     Raises:
-        UserError: there is no box to compare.
+        UserError: there is no box to compare, or the network gives NaN or infinity.
+        TooDifferent: the file gives NaN or infinity.
     """
     expected, found = [], []
     for one, other in detections(net, info, path, pictures):
@@ -509,9 +515,22 @@ def detections(
         )
         loc, conf = net(images)
         sizes = [(picture.shape[1], picture.shape[0]) for picture in batch]
+        try:
+            expected = detect(loc, conf, priors, sizes)
+        except FloatingPointError as error:
+            raise UserError(
+                f"the network of {info['checkpoint']['file']} fails ({error}): its training "
+                "diverged or its weights are damaged; export another checkpoint"
+            ) from error
+        try:
+            found = predictor(batch)
+            if not all(each[key].isfinite().all() for each in found for key in keys):
+                raise FloatingPointError("a detection contains NaN or infinity")
+        except FloatingPointError as error:
+            raise TooDifferent(f"{path.name} is not kept: {error}") from error
         yield tuple(
-            [{key: each[key].numpy() for key in keys} for each in found]
-            for found in (detect(loc, conf, priors, sizes), predictor(batch))
+            [{key: each[key].numpy() for key in keys} for each in both]
+            for both in (expected, found)
         )
 
 
@@ -638,8 +657,9 @@ def export(args: argparse.Namespace) -> list[str]:
             "OpenVINO would resize pictures in bfloat16, too, which is too coarse; leave "
             "--preprocess or --dynamic out"
         )
-    if args.calibrate is not None and args.precision != "int8":
-        raise UserError("--calibrate goes with --precision int8")
+    for option in ("calibrate", "calibrate_sets"):
+        if getattr(args, option) is not None and args.precision != "int8":
+            raise UserError(f"--{option} goes with --precision int8")
     for package in (*form.packages, *(["nncf"] if args.precision == "int8" else [])):
         import_package(package, form.extra)
     if (args.format, args.precision) == ("openvino", "bf16") and not cpu_has_bf16():

@@ -185,13 +185,14 @@ def _torch(path: Path, threads: int | None) -> ExportedModel:
         raise _unreadable(path, error) from error
     info = _info(path, extra[INFO_KEY])
     module = program.module()
+    names_in = ["pictures" if info["preprocess"] else "images"] + ["sizes"] * info["nms"]
     names = ("boxes", "scores", "labels", "image") if info["nms"] else ("loc", "conf")
     if threads:
         torch.set_num_threads(threads)
 
     def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         with torch.inference_mode():
-            outputs = module(*map(torch.from_numpy, inputs.values()))
+            outputs = module(*(torch.from_numpy(inputs[name]) for name in names_in))
         return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
 
     return ExportedModel(path, info, ("torch", torch.__version__), run)
@@ -220,7 +221,8 @@ def _info(path: Path, text: str | None) -> dict:
         wrong = [key for key, kind in _KEYS.items() if not isinstance(info[key], kind)]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its description is damaged; export the detector again") from error
-    wrong += ["detection"] * (set(info["detection"]) != _DETECTION)
+    if not wrong and set(info["detection"]) != _DETECTION:
+        wrong = ["detection"]
     if wrong:
         raise UserError(
             f"{path}: its description has {wrong[0]} {info[wrong[0]]!r}; export the detector again"
