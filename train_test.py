@@ -705,14 +705,15 @@ def find_checkpoint(given: dict) -> tuple[dict | None, Path | None]:
 
 
 def _resumable(run: Path, given: dict) -> bool:
-    """Whether a run is of the data set and root that are asked for."""
+    """Whether a run is of the data set, root and --overfit that are asked for."""
     try:
         config = json.loads((run / "config.json").read_text())
-        dataset, root = config["dataset"], config["root"]
+        dataset, root, overfit = config["dataset"], config["root"], config.get("overfit", 0)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     wanted = str(Path(given["root"]).expanduser().absolute()) if "root" in given else root
-    return (dataset, root) == (given.get("dataset", DEFAULTS["dataset"]), wanted)
+    asked = (given.get("dataset", DEFAULTS["dataset"]), wanted, given.get("overfit", 0))
+    return (dataset, root, overfit) == asked
 
 
 def run_folder(given: dict, options: dict, saved: dict | None, path: Path | None) -> Path:

@@ -834,6 +834,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):  # names of files may be beyond its encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     print(summary(report))
+    if page:
+        print(f"\nThe page with pictures is {page}")
     return int(report.count("error") > 0 or (strict and report.count("warning") > 0))
 
 

@@ -44,7 +44,6 @@ from utils.files import atomic_write, check_writable
 from utils.fonts import Lettering
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
 from utils.options import count, fraction, positive
-from utils.runtime import SUFFIXES
 
 THRESHOLD = 0.4
 """Default of --score_threshold: for people. A score is computed from nearly all boxes, 0.02."""
@@ -404,7 +403,7 @@ class Window:
 
 
 class Detector:
-    """A predictor with a score threshold that also a graph with its own one takes, if higher."""
+    """A predictor that tells in a sentence what is not finite, and gives arrays."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         path = Path(args.weights)
@@ -416,11 +415,7 @@ class Detector:
             "nms": args.nms,
             "class_agnostic": args.class_agnostic,
         }
-        self.threshold = args.score_threshold
-        asked = None if path.suffix in SUFFIXES else self.threshold
-        self.predictor = Predictor(path, score_threshold=asked, **options)
-        if self.threshold < self.predictor.detect.conf_thresh:
-            self.predictor = Predictor(path, score_threshold=self.threshold, **options)
+        self.predictor = Predictor(path, score_threshold=args.score_threshold, **options)
 
     def __call__(self, frames: Sequence[Frame]) -> list[dict[str, np.ndarray]]:
         try:
@@ -430,13 +425,7 @@ class Detector:
                 f"the network's output is not finite ({error}); its weights have diverged, or "
                 "their file is damaged"
             ) from error
-        return [
-            {
-                key: each[key].numpy()[each["scores"].numpy() > self.threshold]
-                for key in ("boxes", "scores", "labels")
-            }
-            for each in found
-        ]
+        return [{key: each[key].numpy() for key in ("boxes", "scores", "labels")} for each in found]
 
 
 def detect(args: argparse.Namespace) -> int:
@@ -454,7 +443,7 @@ def detect(args: argparse.Namespace) -> int:
         info = detector.predictor.info
         LOGGER.info(
             "%s %d, %d classes, on %s, scores over %g: %s", info.version, info.size,
-            len(info.classes), detector.predictor.device, detector.threshold,
+            len(info.classes), detector.predictor.device, detector.predictor.detect.conf_thresh,
             ", ".join(_amounts(sources, repeated)),
         )  # fmt: skip
         start = time.monotonic()

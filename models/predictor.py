@@ -214,8 +214,12 @@ class Predictor:
         if "loc" in outputs:
             found = self.detect(outputs["loc"], outputs["conf"], self.priors, sizes)
             return [{key: value.cpu() for key, value in each.items()} for each in found]
-        of = [outputs["image"] == i for i in range(len(sizes))]
-        return [{key: outputs[key][mine] for key in ("boxes", "scores", "labels")} for mine in of]
+        over = outputs["scores"] > self.detect.conf_thresh
+        of = [(over & (outputs["image"] == i)).nonzero().flatten() for i in range(len(sizes))]
+        return [
+            {key: outputs[key][mine[: self.detect.top_k]] for key in ("boxes", "scores", "labels")}
+            for mine in of
+        ]
 
 
 def _as_array(picture: Picture) -> np.ndarray:
@@ -233,10 +237,14 @@ _OPTIONS = {"conf_thresh": "score_threshold", "top_k": "max_detections"}
 
 
 def _refuse_other(path: Path, asked: dict, inside: dict) -> None:
-    """UserError unless what is ``asked`` is what a graph does by itself."""
+    """UserError unless what is ``asked`` can be had of what a graph does by itself: the same, a
+    higher threshold or fewer detections, which are a part of what it finds."""
     alike = {**inside, "nms": "hard", "class_agnostic": False, "background_shortcut": False}
     for key, value in asked.items():
-        if value is not None and value != alike[key]:
+        fewer = (key == "conf_thresh" and value is not None and value > alike[key]) or (
+            key == "top_k" and value is not None and value < alike[key]
+        )
+        if value is not None and value != alike[key] and not fewer:
             raise UserError(
                 f"{path} has its suppression inside, with {_OPTIONS.get(key, key)} {alike[key]}, "
                 f"so it cannot be {value}; export it again, without --with-nms"

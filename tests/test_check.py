@@ -736,6 +736,18 @@ COMMANDS = [
 SMALL = ["--max_iters", "1", "-b", "2", "--num_workers", "0", "--device", "cpu", "--amp", "off"]
 
 
+def test_lists_are_made_as_described(voc_folder, tmp_path):
+    (block,) = (b for b in BLOCKS if b.startswith("mkdir"))
+    names = [f"p{i}" for i in range(11)]
+    (tmp_path / "FOLDER" / "Annotations").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "FOLDER" / "Annotations" / f"{name}.xml").touch()
+    subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True)
+    sets = tmp_path / "FOLDER" / "ImageSets" / "Main"
+    train, test = ((sets / f"{name}.txt").read_text().split() for name in ("trainval", "test"))
+    assert len(test) == 2 and sorted(train + test) == sorted(names)
+
+
 def test_the_commands_of_the_page_are_known():
     """A command that is added to the page must be added here, too."""
     assert [c[1:4] for c in COMMANDS] == [

@@ -289,6 +289,17 @@ def test_overfitting_trains_and_scores_the_same_pictures_as_they_are(call, capsy
     assert "5 of 6 pictures have objects" in capsys.readouterr().err
 
 
+def test_resume_auto_takes_a_run_on_as_many_pictures_as_are_asked_for(call, capsys):
+    assert call("--date", "all", "--max_iters", 1, "--test_frequency", 0) == 0
+    few = ("--overfit", 3, "-b", 3)
+    assert call("--date", "few", *few, "--max_iters", 1, "--test_frequency", 0) == 0
+    capsys.readouterr()
+    assert call("--resume", "auto", "--max_iters", 2) == 0  # the older of the two
+    assert f"run {call.folder / 'all'}" in capsys.readouterr().out
+    assert call("--resume", "auto", *few, "--max_iters", 2) == 0
+    assert f"run {call.folder / 'few'}" in capsys.readouterr().out
+
+
 def test_a_batch_can_be_trained_in_parts(call, capsys):
     assert call("-max", 1, "--date", "a", "--accumulate", 2, "--test_frequency", 0) == 0
     said = capsys.readouterr().out

@@ -596,7 +596,9 @@ def excess(proof: dict, tolerance: Tolerance) -> str:
     if proof["matched"] < tolerance.matched:
         return (
             f"{100 * proof['matched']:.2f} % of the boxes have a partner, "
-            f"{100 * tolerance.matched:g} % are needed"
+            f"{100 * tolerance.matched:g} % are needed (a detector that has hardly learnt has many "
+            "boxes of nearly equal scores, which rounding exchanges: train it longer, or give a "
+            "higher --score_threshold)"
         )
     for key, limit, what in (
         ("score_difference", tolerance.score, "a score"),
