@@ -94,6 +94,17 @@ def checkpoints(folder: Path) -> list[int]:
 # ---------------------------------------------------------------- killed anywhere
 
 
+def test_a_run_that_has_ended_stays_as_it_is_when_it_is_asked_to_go_on(train):
+    assert train("run") == 0
+    final = train.folder / "run" / "Final_tiny_VOC.pth"
+    before = load_checkpoint(final)
+    assert train("run", "--resume", "auto") == 0
+    after = load_checkpoint(final)
+    for state in (before, after):
+        del state["config"], state["rng"]
+    assert_same(before, after, "state")
+
+
 class Interruptions:
     """One run that is interrupted again and again, and goes on by ``--resume auto`` each time."""
 

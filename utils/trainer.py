@@ -110,10 +110,11 @@ class Trainer:
                 load_weights(self.average.net, saved["model"], path)
                 self.average.updates = int(saved["average_updates"])
             self.optimizer.load_state_dict(saved["optimizer"])
-            # The configuration in force decides: an option may have been given anew.
+            # The configuration in force decides: an option may have been given anew. Not of the
+            # rate, which is drawn with every step and may have no step to come.
             fresh = build_optimizer(self.net, self.options)
             for group, wanted in zip(self.optimizer.param_groups, fresh.param_groups, strict=True):
-                group.update({key: value for key, value in wanted.items() if key != "params"})
+                group.update({k: v for k, v in wanted.items() if k not in ("params", "lr")})
             if saved["scaler"]:
                 self.scaler.load_state_dict(saved["scaler"])
             set_rng_state(saved["rng"])
