@@ -32,6 +32,8 @@ def setup_logging(file: Path | None = None, quiet: bool = False) -> None:
 
 def close_logging() -> None:
     """Undo ``setup_logging``."""
+    LOGGER.setLevel(logging.NOTSET)
+    LOGGER.propagate = True
     for handler in LOGGER.handlers[:]:
         LOGGER.removeHandler(handler)
         handler.close()
