@@ -705,15 +705,19 @@ def find_checkpoint(given: dict) -> tuple[dict | None, Path | None]:
 
 
 def _resumable(run: Path, given: dict) -> bool:
-    """Whether a run is of the data set, root and --overfit that are asked for."""
+    """Whether a run is of the data set, root and --overfit that are asked for.
+
+    A --date names its run: one of another --overfit contradicts, and is not passed over.
+    """
     try:
         config = json.loads((run / "config.json").read_text())
         dataset, root, overfit = config["dataset"], config["root"], config.get("overfit", 0)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     wanted = str(Path(given["root"]).expanduser().absolute()) if "root" in given else root
-    asked = (given.get("dataset", DEFAULTS["dataset"]), wanted, given.get("overfit", 0))
-    return (dataset, root, overfit) == asked
+    if (dataset, root) != (given.get("dataset", DEFAULTS["dataset"]), wanted):
+        return False
+    return "date" in given or overfit == given.get("overfit", 0)
 
 
 def run_folder(given: dict, options: dict, saved: dict | None, path: Path | None) -> Path:
