@@ -72,7 +72,7 @@ from utils.distributed import (
 )
 from utils.draw import contact_sheet, draw_batch, draw_comparison
 from utils.engine import detect_all
-from utils.errors import UserError
+from utils.errors import UserError, reason
 from utils.files import locked, write_json
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
 from utils.options import (
@@ -918,15 +918,14 @@ def main(argv: list[str] | None = None) -> int:
         print(f"{_speaker(world)}error: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        problem = f"{error.filename or ''}: {error.strerror or error}"
-        print(f"{_speaker(world)}error: {problem}", file=sys.stderr)
+        print(f"{_speaker(world)}error: {reason(error)}", file=sys.stderr)
         return 2
     except Elsewhere:
         return 2
     except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
+        first = str(error).splitlines()[0]
         print(
-            f"{_speaker(world)}error: the GPU's memory is full ({reason}); give a smaller "
+            f"{_speaker(world)}error: the GPU's memory is full ({first}); give a smaller "
             "--batch_size, or with the same one --accumulate, --recompute or --amp bf16",
             file=sys.stderr,
         )

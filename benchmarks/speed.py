@@ -61,7 +61,7 @@ from models.predictor import Predictor
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.deploy import deploy
 from utils.engine import AMP_TYPES, autocast
-from utils.errors import UserError
+from utils.errors import UserError, command
 from utils.export import MARGIN, Tolerance, compare, excess
 from utils.files import check_writable
 from utils.options import choose_device, positive
@@ -870,26 +870,23 @@ def measure_all(args: argparse.Namespace, device: torch.device, folder: Path) ->
     }
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
-        if args.json and args.json != Path("-"):
-            check_writable(args.json)
-        if args.compare:
-            found = compare_runs(*map(read_run, args.compare))
-            show_comparison(found)
-            write(args.json, CPU, **found)
-            return 0
-        device = check(args)
-        work = OtherWork()
-        time.sleep(0.3)
-        if disturbed(work.cores()):
-            print(f"warning: other programs use {work.cores():.1f} of {os.cpu_count()} cores")
-        with tempfile.TemporaryDirectory() as folder:
-            found = measure_all(args, device, Path(folder))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.json and args.json != Path("-"):
+        check_writable(args.json)
+    if args.compare:
+        found = compare_runs(*map(read_run, args.compare))
+        show_comparison(found)
+        write(args.json, CPU, **found)
+        return 0
+    device = check(args)
+    work = OtherWork()
+    time.sleep(0.3)
+    if disturbed(work.cores()):
+        print(f"warning: other programs use {work.cores():.1f} of {os.cpu_count()} cores")
+    with tempfile.TemporaryDirectory() as folder:
+        found = measure_all(args, device, Path(folder))
     show_claims(found["claims"])
     write(args.json, device, **found)
     for sentence in found["differing"]:

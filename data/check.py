@@ -33,7 +33,7 @@ from data.coco import COCODetection
 from data.config import PRIORS, RECIPES, PriorConfig
 from data.image import read_image
 from data.voc0712 import VOCDetection
-from utils.errors import UserError
+from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
 from utils.logger import LOGGER
 from utils.options import DEFAULTS, positive, set_names
@@ -804,6 +804,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     # The defaults of a training are known to its command alone, which stands above data.
@@ -823,12 +824,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if page:
             with atomic_write(page) as file:
                 file.write(sheet(report).encode("utf-8", "replace"))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     finally:
         LOGGER.removeHandler(silent)
     if hasattr(sys.stdout, "reconfigure"):  # names of files may be beyond its encoding

@@ -28,7 +28,7 @@ import numpy as np
 from data.coco import Annotations, box_column, column, positions, read_annotations, read_json
 from data.curves import SIZES, write_curves
 from data.voc0712 import parse_classes
-from utils.errors import UserError
+from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 
 COCO_FIELDS = ("image_id", "category_id", "bbox", "score")
@@ -297,6 +297,7 @@ def notes(report: dict) -> list[str]:
     return lines
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m data.coco_eval", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -316,20 +317,16 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--json", metavar="OUT", help="write stats, per_category, ... to this file")
     args = parser.parse_args(argv)
-    try:
-        if args.json:
-            check_writable(args.json)
-        if args.results.endswith(".zip"):
-            count = check_submission(args.results, args.annotations)
-            print(f"{args.results}: {count} detections, as the evaluation server takes them")
-            return 0
-        classes = parse_classes(args.classes) if args.classes else None
-        report = evaluate_coco(args.results, args.annotations, args.eval_backend, classes=classes)
-        if args.json:
-            write_json(args.json, report)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.json:
+        check_writable(args.json)
+    if args.results.endswith(".zip"):
+        count = check_submission(args.results, args.annotations)
+        print(f"{args.results}: {count} detections, as the evaluation server takes them")
+        return 0
+    classes = parse_classes(args.classes) if args.classes else None
+    report = evaluate_coco(args.results, args.annotations, args.eval_backend, classes=classes)
+    if args.json:
+        write_json(args.json, report)
     for (metric, iou, area, count), value in zip(STATS, report["stats"], strict=True):
         long = {"AP": "Average Precision", "AR": "Average Recall"}[metric]
         print(

@@ -20,7 +20,7 @@ from data.curves import SIZE_RANGES, SIZES, write_curves
 from data.detections import as_columns
 from data.image import report_lines
 from data.voc0712 import Annotation, list_image_sets, load_annotations, parse_classes, set_name
-from utils.errors import UserError
+from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
 
 METRICS = {"voc07_11point": "VOC07 11-point AP@.5", "area": "VOC area AP@.5"}
@@ -363,22 +363,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
-    try:
-        if args.json:
-            check_writable(args.json)
-        root = Path(os.path.expanduser(args.root))
-        year = args.year or _find_year(root, args.set)
-        classes = parse_classes(args.classes) if args.classes is not None else None
-        truth = load_annotations(root, [(year, args.set)], classes)
-        found, missing = read_comp4(args.detections, args.set, truth.classes, truth.ids)
-        result = evaluate_voc(found, truth.annotations, truth.classes)
-        if args.json:
-            write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.json:
+        check_writable(args.json)
+    root = Path(os.path.expanduser(args.root))
+    year = args.year or _find_year(root, args.set)
+    classes = parse_classes(args.classes) if args.classes is not None else None
+    truth = load_annotations(root, [(year, args.set)], classes)
+    found, missing = read_comp4(args.detections, args.set, truth.classes, truth.ids)
+    result = evaluate_voc(found, truth.annotations, truth.classes)
+    if args.json:
+        write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
     skipped = report_lines(truth.skipped)
     print(f"{set_name(year, args.set)} of {root}: {len(truth.ids)} images")
     print("\n".join([*skipped, *missing, *result["notes"], _table(result)]))

@@ -39,7 +39,7 @@ from layers.detect import SUPPRESSION
 from models.predictor import Predictor
 from utils.draw import draw_caption, draw_detections, enlarge
 from utils.engine import AMP_TYPES
-from utils.errors import UserError
+from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable
 from utils.fonts import Lettering
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
@@ -616,28 +616,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = parse(argv)
     setup_logging()
     try:
         return detect(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        reasons = filter(None, [error.filename, error.strerror or str(error)])
-        print(f"error: {': '.join(map(str, reasons))}", file=sys.stderr)
-        return 2
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
         print(
             f"error: the GPU's memory is full ({reason}); give a smaller --batch", file=sys.stderr
         )
         return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     finally:
         close_logging()
 

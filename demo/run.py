@@ -22,7 +22,7 @@ import torch
 import train_test
 from demo.shapes import make_dataset
 from demo.sheet import draw_sheet
-from utils.errors import UserError
+from utils.errors import command
 
 # In so few steps a network from scratch learns best from small batches at a low rate.
 OPTIONS = ["-v", "SSD_HarDNet68", "-s", "300", "-b", "8", "--lr", "1e-3"]
@@ -54,6 +54,7 @@ def call(*options: str) -> None:
         raise SystemExit(status)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--output", type=Path, default=Path("demo/output"))
@@ -63,11 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     args = p.parse_args(argv)
     start = time.monotonic()
     root = args.output / "shapes"
-    try:
-        made = make_dataset(root, args.trainval, args.test)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    made = make_dataset(root, args.trainval, args.test)
     print(f"data set: {made['trainval']} pictures to train on, {made['test']} to test, in {root}")
 
     run = time.strftime("%Y%m%d-%H%M%S")

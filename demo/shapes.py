@@ -19,7 +19,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, command
 
 CLASSES = ("cross", "disc", "ring", "square", "star", "triangle")
 # A class's typical hue in degrees, and how far its objects stray from it (standard deviation)
@@ -407,6 +407,7 @@ def make_dataset(
     return record
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m demo.shapes",
@@ -417,11 +418,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", type=int, default=80, help="pictures to test on (80)")
     parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (0)")
     args = parser.parse_args(argv)
-    try:
-        record = make_dataset(args.directory, args.trainval, args.test, seed=args.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    record = make_dataset(args.directory, args.trainval, args.test, seed=args.seed)
     for split in SPLITS:
         per_class = ", ".join(f"{n} {name}" for name, n in record["objects"][split].items())
         print(f"{args.directory}: {split}: {record[split]} pictures, {per_class}")

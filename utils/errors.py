@@ -1,4 +1,8 @@
-"""The one exception for a user's mistake."""
+"""The one exception for a user's mistake, and how a command line ends on it."""
+
+import functools
+import sys
+from collections.abc import Callable, Sequence
 
 
 class UserError(Exception):
@@ -6,3 +10,31 @@ class UserError(Exception):
 
     Command lines print it to stderr without a traceback and exit with status 2.
     """
+
+
+def reason(error: OSError) -> str:
+    """The file, if the system names one, and what is wrong with it."""
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+
+
+def command(main: Callable[..., int]) -> Callable[[Sequence[str] | None], int]:
+    """A ``main`` that ends with a sentence on stderr, and a status, instead of with a traceback.
+
+    2 after a ``UserError`` or a file that cannot be read or written; 130 after Ctrl-C.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except OSError as error:
+            print(f"error: {reason(error)}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+
+    return run

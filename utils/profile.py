@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from utils.errors import UserError
+from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 
 BYTES = {"fp32": 4, "bf16": 2}
@@ -235,6 +235,7 @@ _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _TOTALS = ("parameters", "macs", "cio", "concat", "sums", "traffic")
 
 
+@command
 def main(argv: Sequence[str] | None = None) -> int:
     # Modules of utils stand below models and do not know them; this command does.
     from models import BACKBONES, build_net
@@ -253,28 +254,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = p.parse_args(argv)
     results = []
     existing = {size for row in BACKBONES.values() for size in row.sizes}
-    try:
-        if args.json:
-            check_writable(args.json)
-        for version in args.version or BACKBONES:
-            sizes = BACKBONES[version].sizes
-            for size in args.size or sizes:
-                if args.version is None and size in existing and size not in sizes:
-                    continue
-                try:
-                    with torch.device("meta"):
-                        net = build_net(version, size, args.classes)
-                except ValueError as error:
-                    raise UserError(str(error)) from error
-                results.append((version, size, profile(net, size)))
-        if args.json:
-            write_json(args.json, [report(v, s, args.classes, r) for v, s, r in results])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if args.json:
+        check_writable(args.json)
+    for version in args.version or BACKBONES:
+        sizes = BACKBONES[version].sizes
+        for size in args.size or sizes:
+            if args.version is None and size in existing and size not in sizes:
+                continue
+            try:
+                with torch.device("meta"):
+                    net = build_net(version, size, args.classes)
+            except ValueError as error:
+                raise UserError(str(error)) from error
+            results.append((version, size, profile(net, size)))
+    if args.json:
+        write_json(args.json, [report(v, s, args.classes, r) for v, s, r in results])
     if args.layers:
         for version, size, result in results:
             print(f"{version} at {size}\n\n{layer_table(result)}\n")

@@ -29,7 +29,7 @@ from utils.checkpoint import (
     save_safetensors,
 )
 from utils.download import fetch, file_digest
-from utils.errors import UserError
+from utils.errors import UserError, command
 from utils.files import atomic_write
 
 # ---------------------------------------------------------------- what there is
@@ -343,30 +343,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return p.parse_args(argv)
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit status."""
     args = parse(argv)
-    try:
-        if args.command == "list":
-            for row in PUBLISHED:
-                print(f"{row.name:<22} {row.file}\n  {row.fits}; licence {row.licence}")
-                print(f"  {row.url}\n  {row.checksum or 'no hash known: its tensors are checked'}")
-        elif args.command == "download":
-            print(download(args.name, args.to))
-        elif args.command == "inspect":
-            found = examine(args.file)
-            print(json.dumps(found, indent=1) if args.json else describe(found))
-        else:
-            left_out = convert(args.source, args.target)
-            note = f" (left out: {', '.join(left_out)})" if left_out else ""
-            print(f"{args.target}{note}")
-        return 0
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if args.command == "list":
+        for row in PUBLISHED:
+            print(f"{row.name:<22} {row.file}\n  {row.fits}; licence {row.licence}")
+            print(f"  {row.url}\n  {row.checksum or 'no hash known: its tensors are checked'}")
+    elif args.command == "download":
+        print(download(args.name, args.to))
+    elif args.command == "inspect":
+        found = examine(args.file)
+        print(json.dumps(found, indent=1) if args.json else describe(found))
+    else:
+        left_out = convert(args.source, args.target)
+        note = f" (left out: {', '.join(left_out)})" if left_out else ""
+        print(f"{args.target}{note}")
+    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from utils.download import extract_tar, fetch, unpacking_mark
-from utils.errors import UserError
+from utils.errors import UserError, command
 
 URL_BASE = "http://host.robots.ox.ac.uk/pascal/VOC"
 # year -> (image set, archive, md5, pictures)
@@ -64,6 +64,7 @@ def get_voc(year: str, root: Path, url_base: str = URL_BASE) -> None:
         print(f"{year_dir}: {image_set}, {count} pictures ({archive} is no longer needed)")
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m data.scripts.voc", description="Download and unpack Pascal VOC."
@@ -82,14 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         help="mirror that holds voc2007/ and voc2012/ (default: %(default)s)",
     )
     args = parser.parse_args(argv)
-    try:
-        get_voc(args.year, args.root.expanduser(), args.url_base)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: run again to go on", file=sys.stderr)
-        return 130
+    get_voc(args.year, args.root.expanduser(), args.url_base)
     return 0
 
 
