@@ -20,7 +20,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -29,7 +29,6 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 
-from data import build_dataset
 from data.analysis import (
     BACKGROUND,
     CORRECT,
@@ -45,23 +44,21 @@ from data.analysis import (
     calibration,
     confusion_matrix,
     error_counts,
-    found_of,
     gains,
     judge,
     missed_objects,
     truth_of,
 )
 from data.curves import CURVES_FILE, SIZE_RANGES, SIZES, Curves, load_curves
-from data.detections import load_detections
 from data.voc_eval import METRICS, evaluate_voc, read_comp4, write_comp4, write_voc_curves
 from demo.chart import Chart, draw_matrix, encode_png
+from demo.results import Test, open_test
 from docs.curves import read_log, series
 from utils.draw import CORRECT as GREEN
 from utils.draw import WRONG as RED
 from utils.draw import contact_sheet
-from utils.errors import UserError
+from utils.errors import UserError, command
 from utils.files import atomic_write
-from utils.options import image_sets
 
 PAGE = Path(__file__).with_name("report.html")
 IOUS = np.linspace(0.5, 0.95, 10)
@@ -75,25 +72,6 @@ MEANING = {
     "background": f"no object has an IoU of {BACKGROUND} or more with it",
     "missed": "an object that no detection is about",
 }
-
-
-@dataclass
-class Test:
-    """A test as it is on the disk, and its data set where that could be read."""
-
-    directory: Path
-    results: dict
-    run: Path | None
-    dataset: object | None = None
-    detections: list[dict] = field(default_factory=list)
-    found: Found | None = None
-    notes: list[str] = field(default_factory=list)
-
-    __test__ = False  # for pytest
-
-    @property
-    def classes(self) -> list[str]:
-        return self.results["classes"]
 
 
 @dataclass(frozen=True)
@@ -141,111 +119,7 @@ class Mistake:
     overlap: float
 
 
-# ---------------------------------------------------------------- what there is
-
-
-def find_test(directory: Path) -> tuple[Path, Path | None, list[Path]]:
-    """(the test's folder, its run's or None, the run's other tests, newest first).
-
-    UserError where there is no test.
-    """
-    if (directory / "results.json").is_file():
-        above = directory.absolute().parents
-        inside = len(above) > 2 and above[1].name == "ss_predict"
-        return directory, above[2] if inside else None, []
-    found = sorted(
-        directory.glob("ss_predict/*/*/results.json"),
-        key=lambda path: (path.stat().st_mtime_ns, str(path)),
-        reverse=True,
-    )
-    if not found:
-        raise UserError(
-            f"{directory} holds no results.json, nor a test under ss_predict/; give the folder of "
-            "a run or of a test's results (docs/reading_a_report.md)"
-        )
-    newest, *others = (path.parent for path in found)
-    return newest, directory, others
-
-
-def open_test(directory: Path, root: str | None) -> Test:
-    """Read a test and, where it can be had, its data set; what could not is in the notes.
-
-    UserError: no test there, no results of one, or, with ``root``, no analysis by it.
-    """
-    folder, run, others = find_test(directory)
-    path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text("utf-8"))
-        _check_results(results)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not a test's results ({error!r}); run the test again") from None
-    test = Test(folder, results, run)
-    if others:
-        names = ", ".join(str(other.relative_to(directory)) for other in others)
-        test.notes.append(f"This is the newest test of the run, {folder.relative_to(directory)}; "
-                          f"the others: {names}")  # fmt: skip
-    if results["value"] is None:
-        test.notes.append("These image sets have no ground truth: there is nothing to compare the "
-                          "detections with")  # fmt: skip
-        return test
-    advice = ". --root says where the data set is"
-    try:
-        names = results["sets"].split("+")
-        pairs = [tuple(pair) for name in names for pair in image_sets(name)]
-        dataset = build_dataset(results["dataset"], root or results["root"], pairs, test.classes)
-        dataset.check_scorable()
-        if results.get("overfit"):
-            dataset.keep_first(results["overfit"])
-        advice = ""
-        test.detections, test.found = _read_detections(test, dataset)
-    except UserError as error:
-        if root:
-            raise
-        test.notes.append(f"No analysis of errors, no galleries: {error}{advice}")
-        return test
-    test.dataset = dataset
-    return test
-
-
-def _check_results(results: dict) -> None:
-    """Raise what reading a results.json that is not a test's raises, ValueError for a value."""
-    kind, classes, value, main = (results[k] for k in ("dataset", "classes", "value", "per_class"))
-    sizes, overfit = results.get("per_class_per_size", {}), results.get("overfit", 0)
-    metrics = [*METRICS.values()] if kind == "VOC" else ["COCO AP"]
-
-    def are_scores(values) -> bool:
-        return all(type(v) in (int, float) and -1 <= v < 1.01 for v in values)  # 1 is rounded
-
-    fits = {
-        "dataset": kind in ("VOC", "COCO"),
-        "sets": isinstance(results["sets"], str),
-        "root": isinstance(results["root"], str),
-        "metric": results["metric"] in metrics,
-        "classes": isinstance(classes, list)
-        and all(isinstance(name, str) for name in classes)
-        and len(set(classes)) == len(classes),
-        "value": value is None or (are_scores([value]) and main),
-        "per_class": set(main) <= set(classes) and are_scores(main.values()),
-        "per_class_per_size": set(sizes) <= set(classes)
-        and are_scores(aps[size] for aps in sizes.values() for size in SIZES),
-        "overfit": type(overfit) is int and overfit >= 0,
-    }
-    for key, fit in fits.items():
-        if not fit:
-            raise ValueError(f"{key} {results[key]!r:.60}")
-
-
-def _read_detections(test: Test, dataset) -> tuple[list[dict], Found]:
-    path = test.directory / "detections.npz"
-    try:
-        detections, _ = load_detections(path, dataset.ids, {})
-        return detections, found_of(detections, dataset.ids, len(test.classes))
-    except UserError as error:  # its advice is for a test's --retest
-        raise UserError(f"{str(error).rpartition(';')[0]}; run the test again") from error
-    except ValueError as error:
-        raise UserError(
-            f"{path} does not fit results.json beside it ({error}); run the test again"
-        ) from error
+# ---------------------------------------------------------------- scores
 
 
 def score(test: Test) -> Scores:
@@ -897,6 +771,7 @@ def _facts(test: Test) -> str:
     return f'<h2>The test</h2><div class="scroll"><table id="facts">{rows}</table></div>'
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m demo.report", description=__doc__.splitlines()[0])
     p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
@@ -911,13 +786,9 @@ def main(argv: list[str] | None = None) -> int:
         p.error(f"--output {args.output}: the page's name must end in .html")
     if not 0 <= args.score <= 1 or args.examples < 0:
         p.error("--score is from 0 to 1, --examples not below 0")
-    try:
-        path, notes = write_report(
-            args.directory, args.output, args.root, args.score, args.examples
-        )
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path, notes = write_report(
+        args.directory, args.output, args.root, args.score, args.examples
+    )
     for note in notes:
         print(note)
     print(f"{path}, and the figures in {path.with_suffix('')}")

@@ -1,47 +1,50 @@
 """A contact sheet of a test run: the pictures that went best and worst, truth and detections drawn.
 
-    python -m demo.sheet RESULTS_DIR [--output PNG] [--score 0.4] [--pictures 8]
+    python -m demo.sheet RUN_DIR [--output PNG] [--root DIR] [--score 0.4] [--pictures 8]
 
-RESULTS_DIR is a folder with the results.json and detections.npz of a test on data in VOC layout.
+RUN_DIR is a folder with the results.json and detections.npz of a test on data in VOC layout, or a
+run, of which the newest test is taken.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-import cv2
-
-from data.detections import load_detections
-from data.voc0712 import VOCDetection
+from demo.chart import encode_png
+from demo.results import open_test
 from utils.draw import contact_sheet, draw_comparison, rank_by_errors
-from utils.errors import UserError
-from utils.options import image_sets
+from utils.errors import UserError, command
+from utils.files import atomic_write
 
 
-def draw_sheet(directory: Path, path: Path, score: float = 0.4, pictures: int = 8) -> None:
-    """Write the sheet of the results in ``directory`` to ``path``.
+def draw_sheet(
+    directory: Path,
+    path: Path | None = None,
+    root: str | None = None,
+    score: float = 0.4,
+    pictures: int = 8,
+) -> Path:
+    """Write the sheet of a test's results, and return its path.
 
     Args:
+        directory: of the results, or of a run, whose newest test is taken.
+        path: of the picture; None: detections.png beside the results.
+        root: of the data set; None: where the test found it.
         score: detections below it are left out of the pictures and of their ranking.
         pictures: how many of the best and how many of the worst are shown.
 
     Raises:
-        UserError: no results there, of another data set kind, or ``path`` cannot be written.
+        UserError: no test there, not of a VOC layout, no data set, or ``path`` cannot be written.
     """
-    try:
-        results = json.loads((directory / "results.json").read_text("utf-8"))
-        root, sets, classes = (results[key] for key in ("root", "sets", "classes"))
-        dataset_kind = results["dataset"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{directory} holds no results.json of a test ({error!r})") from error
-    if dataset_kind != "VOC":
-        raise UserError(f"{directory} is of {dataset_kind} data; sheets are drawn of VOC layouts")
-    pairs = [tuple(pair) for name in sets.split("+") for pair in image_sets(name)]
-    dataset = VOCDetection(root, pairs, classes=classes)
-    detections, _ = load_detections(directory / "detections.npz", dataset.ids, {})
+    test = open_test(directory, root)
+    if test.results["dataset"] != "VOC":
+        raise UserError(f"{test.directory} is of COCO data; sheets are drawn of VOC layouts")
+    if test.dataset is None:
+        raise UserError(f"{test.directory}: {test.notes[-1]}")
+    dataset, detections = test.dataset, test.detections
+    path = path or test.directory / "detections.png"
     truths = [dataset.target(i) for i in range(len(dataset))]
     difficult = [dataset.difficult(i) for i in range(len(dataset))]
     order, counts = rank_by_errors(truths, detections, difficult, score_thresh=score)
@@ -61,23 +64,24 @@ def draw_sheet(directory: Path, path: Path, score: float = 0.4, pictures: int = 
             captions.append(f"{kind}: {dataset.ids[i]}  {correct} right, {wrong} wrong, "
                             f"{missed} missed")  # fmt: skip
     path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), contact_sheet(images, 4, (400, 400), captions)):
-        raise UserError(f"{path} could not be written")
+    with atomic_write(path) as file:
+        file.write(encode_png(contact_sheet(images, 4, (400, 400), captions)))
+    return path
 
 
+@command
 def main(argv: list[str] | None = None) -> int:
     p = argparse.ArgumentParser(prog="python -m demo.sheet", description=__doc__.splitlines()[0])
-    p.add_argument("directory", type=Path, metavar="RESULTS_DIR")
-    p.add_argument("--output", type=Path, help="the picture (default: RESULTS_DIR/detections.png)")
+    p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
+    p.add_argument("--output", type=Path, metavar="PNG",
+                   help="the picture (default: detections.png in the test's folder)")  # fmt: skip
+    p.add_argument("--root", help="the data set, if it is no longer where the test found it")
     p.add_argument("--score", type=float, default=0.4, help="least score of a detection (0.4)")
     p.add_argument("--pictures", type=int, default=8, help="best and worst pictures, each (8)")
     args = p.parse_args(argv)
-    path = args.output or args.directory / "detections.png"
-    try:
-        draw_sheet(args.directory, path, args.score, args.pictures)
-    except (UserError, cv2.error) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    if args.output and args.output.suffix.lower() != ".png":
+        p.error(f"--output {args.output}: the picture's name must end in .png")
+    path = draw_sheet(args.directory, args.output, args.root, args.score, args.pictures)
     print(f"{path}: green is found, red is wrong, dashed orange is missed, grey does not count")
     return 0
 

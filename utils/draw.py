@@ -347,17 +347,18 @@ def _write(
     w, h = _text_size(text, scale, thickness)
     patch = np.ascontiguousarray(area)
     start = ((width - w) // 2, (height + h) // 2)
-    cv2.putText(patch, _ascii(text), start, FONT, scale, ink, thickness, cv2.LINE_AA)
+    cv2.putText(patch, ascii_text(text), start, FONT, scale, ink, thickness, cv2.LINE_AA)
     area[:] = patch
 
 
 def _text_size(text: str, scale: float, thickness: int) -> tuple[int, int]:
     """Width of a text, and the height of a capital: the one size that no text's letters change."""
-    (width, _), _ = cv2.getTextSize(_ascii(text), FONT, scale, thickness)
+    (width, _), _ = cv2.getTextSize(ascii_text(text), FONT, scale, thickness)
     (_, height), _ = cv2.getTextSize("X", FONT, scale, thickness)
     return width, height
 
 
-def _ascii(text: str) -> str:
-    plain = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return "".join(plain).encode("ascii", "replace").decode()
+def ascii_text(text: str) -> str:
+    """``text`` in what OpenCV draws: letters without their accents, "?" for other characters."""
+    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
+    return "".join(letters).encode("ascii", "replace").decode()
