@@ -31,8 +31,6 @@ from data.coco_eval import BACKENDS, load_backend
 from data.config import (
     INPUT_MEAN,
     LR_MILESTONES,
-    NMS_THRESHOLD,
-    PER_CLASS,
     RECIPES,
     TRAINING_THRESHOLD,
     WARMUP_START_LR,
@@ -213,11 +211,11 @@ def fingerprint(dataset) -> dict:
 
 def detection_options(given: dict, options: dict, threshold: float) -> dict:
     """Arguments of ``Detect``: the published ones, but for what is ``given``."""
+    published = RECIPES[options["dataset"]].detection
     return {
+        **published,
         "conf_thresh": given.get("score_threshold", threshold),
-        "nms_thresh": NMS_THRESHOLD,
-        "per_class": PER_CLASS,
-        "top_k": given.get("max_detections", RECIPES[options["dataset"]].top_k),
+        "top_k": given.get("max_detections", published["top_k"]),
         "nms": given.get("nms", "hard"),
         "class_agnostic": given.get("class_agnostic", False),
         "background_shortcut": given.get("background_shortcut", False),

@@ -109,6 +109,16 @@ class Recipe:
     top_k: int
     """Most detections kept per image."""
 
+    @property
+    def detection(self) -> dict:
+        """Arguments of ``layers.Detect`` when testing."""
+        return {
+            "conf_thresh": self.test_threshold,
+            "nms_thresh": NMS_THRESHOLD,
+            "per_class": PER_CLASS,
+            "top_k": self.top_k,
+        }
+
 
 RECIPES = {
     "VOC": Recipe(

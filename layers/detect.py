@@ -125,7 +125,7 @@ class Detect(nn.Module):
             min_score=self.conf_thresh,
         )
         if self.class_agnostic:
-            within = _rank(image[found] * classes + label[found]) < self.per_class
+            within = rank_in_group(image[found] * classes + label[found]) < self.per_class
             found, score = found[within], score[within]
         by_image = image[found].argsort(stable=True)  # of each still the best first
         found, score = found[by_image], score[by_image]
@@ -158,11 +158,8 @@ class Detect(nn.Module):
         return best - background > math.log(self.conf_thresh / rest) - margin
 
 
-def _rank(groups: Tensor) -> Tensor:
+def rank_in_group(groups: Tensor) -> Tensor:
     """int64 [n]: how many earlier entries of ``groups`` [n] are of the same group."""
     ordered, order = groups.sort(stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(len(order), device=order.device) - torch.searchsorted(
-        ordered, ordered
-    )
-    return rank
+    position = torch.arange(groups.shape[0], device=groups.device)  # len() would be exported fixed
+    return (position - torch.searchsorted(ordered, ordered))[order.argsort()]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.boxes import decode
+from layers.detect import rank_in_group
 
 
 class Preprocess(nn.Module):
@@ -111,17 +112,10 @@ class DetectGraph(nn.Module):
         quality = torch.cat([scores, scores.new_full((2,), -1)]).double()
         kept = nms(wide + apart[:, None], quality, self.nms_thresh)
         kept = kept[quality[kept] >= 0]
-        kept = kept[_rank(group[kept]) < self.per_class]
+        kept = kept[rank_in_group(group[kept]) < self.per_class]
         kept = kept[image[kept].argsort(stable=True)]  # of each still the best first
-        kept = kept[_rank(image[kept]) < self.top_k]
+        kept = kept[rank_in_group(image[kept]) < self.top_k]
         return boxes[kept], scores[kept], label[kept] + 1, image[kept]
-
-
-def _rank(groups: Tensor) -> Tensor:
-    """int64 [n]: how many earlier entries of ``groups`` [n] are of the same group."""
-    ordered, order = groups.sort(stable=True)
-    position = torch.arange(groups.shape[0], device=groups.device)
-    return (position - torch.searchsorted(ordered, ordered))[order.argsort()]
 
 
 def detect_onnx(

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import INPUT_MEAN, NMS_THRESHOLD, PER_CLASS, RECIPES
+from data.config import INPUT_MEAN, RECIPES
 from data.image import read_image
 from data.transforms import TestTransform
 from layers import Detect, PriorBox
@@ -86,13 +86,12 @@ class Predictor:
         path = Path(file)
         if amp not in AMP_TYPES:
             raise UserError(f"amp is {amp!r}, should be one of {', '.join(AMP_TYPES)}")
-        asked = {
-            "conf_thresh": score_threshold,
-            "top_k": max_detections,
-            "nms": nms,
-            "class_agnostic": class_agnostic,
-            "background_shortcut": background_shortcut,
-        }
+        asked = {"nms": nms, "class_agnostic": class_agnostic}
+        asked["background_shortcut"] = background_shortcut
+        if score_threshold is not None:
+            asked["conf_thresh"] = score_threshold
+        if max_detections is not None:
+            asked["top_k"] = max_detections
         if path.suffix in SUFFIXES:
             if device not in ("auto", "cpu") or amp != "off" or classes is not None:
                 raise UserError(
@@ -102,13 +101,7 @@ class Predictor:
             self.device = torch.device("cpu")
             self.exported: ExportedModel | None = open_model(path, threads)
             about = self.exported.info
-            stored = about["detection"]
-            chosen = {
-                "conf_thresh": stored["score_threshold"],
-                "nms_thresh": stored["nms_threshold"],
-                "per_class": stored["per_class"],
-                "top_k": stored["top_k"],
-            }
+            chosen = dict(about["detection"])
             if about["nms"]:
                 _refuse_other(path, asked, chosen)
         else:
@@ -118,13 +111,7 @@ class Predictor:
             self.exported = None
             saved = load_checkpoint(path)
             about = detector(saved, path, classes)
-            recipe = RECIPES[about["dataset"]]
-            chosen = {
-                "conf_thresh": recipe.test_threshold,
-                "nms_thresh": NMS_THRESHOLD,
-                "per_class": PER_CLASS,
-                "top_k": recipe.top_k,
-            }
+            chosen = RECIPES[about["dataset"]].detection
             net = build_net(about["version"], about["size"], len(about["classes"]) + 1)
             load_weights(net, saved["model"], path)
             self.net = deploy(net).to(self.device, AMP_TYPES[amp])
@@ -132,7 +119,7 @@ class Predictor:
             path.name, about["version"], about["size"], tuple(about["classes"]), about["dataset"],
             about["priors"],
         )  # fmt: skip
-        chosen |= {key: value for key, value in asked.items() if value is not None}
+        chosen |= asked
         try:
             priors = prior_config(self.info.version, self.info.priors, self.info.size)
         except ValueError as error:
@@ -241,10 +228,10 @@ def _refuse_other(path: Path, asked: dict, inside: dict) -> None:
     higher threshold or fewer detections, which are a part of what it finds."""
     alike = {**inside, "nms": "hard", "class_agnostic": False, "background_shortcut": False}
     for key, value in asked.items():
-        fewer = (key == "conf_thresh" and value is not None and value > alike[key]) or (
-            key == "top_k" and value is not None and value < alike[key]
+        fewer = (key == "conf_thresh" and value > alike[key]) or (
+            key == "top_k" and value < alike[key]
         )
-        if value is not None and value != alike[key] and not fewer:
+        if value != alike[key] and not fewer:
             raise UserError(
                 f"{path} has its suppression inside, with {_OPTIONS.get(key, key)} {alike[key]}, "
                 f"so it cannot be {value}; export it again, without --with-nms"

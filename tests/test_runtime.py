@@ -36,7 +36,7 @@ def test_a_file_gives_the_outputs_of_the_network_and_describes_it(tmp_path, voc_
     assert model.info["classes"] == ["cell", "platelet", "rod"]
     assert (model.info["version"], model.info["size"], model.info["priors"]) == ("tiny", 300, "VOC")
     assert model.info["detection"] == {
-        "score_threshold": 0.03, "nms_threshold": 0.45, "per_class": 50, "top_k": 300,
+        "conf_thresh": 0.03, "nms_thresh": 0.45, "per_class": 50, "top_k": 300,
     }  # fmt: skip
     assert model.info["checkpoint"] == {"file": "tiny.pth", "sha256": sha256_of(checkpoint)}
     assert model.info["versions"]["torch"] == torch.__version__
@@ -112,7 +112,7 @@ DESCRIPTION = {
     "format": 1, "version": "tiny", "size": 300, "classes": ["a"], "dataset": "VOC",
     "priors": "VOC", "variance": [0.1, 0.2], "mean": [104, 117, 123], "preprocess": False,
     "nms": False, "dynamic": False, "precision": "fp32", "detection": {
-        "score_threshold": 0.03, "nms_threshold": 0.45, "per_class": 50, "top_k": 300,
+        "conf_thresh": 0.03, "nms_thresh": 0.45, "per_class": 50, "top_k": 300,
     }, "checkpoint": {}, "versions": {},
 }  # fmt: skip
 

@@ -115,7 +115,7 @@ class Pictures:
 
 def read_checkpoint(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict, dict]:
     """The network of a checkpoint, the description of its export, and its configuration."""
-    from data.config import INPUT_MEAN, NMS_THRESHOLD, PER_CLASS, RECIPES
+    from data.config import INPUT_MEAN, RECIPES
     from data.voc0712 import parse_classes
     from models import build_net, prior_config
     from models.stored import detector
@@ -124,30 +124,25 @@ def read_checkpoint(path: Path, args: argparse.Namespace) -> tuple[nn.Module, di
     saved = load_checkpoint(path)
     named = list(parse_classes(args.classes)) if args.classes else None
     stored = detector(saved, path, named)
-    dataset = stored["dataset"]
+    priors = prior_config(stored["version"], stored["priors"], stored["size"])
     net = build_net(stored["version"], stored["size"], len(stored["classes"]) + 1).eval()
     load_weights(net, saved["model"], path)
-    recipe = RECIPES[dataset]
-    threshold, most = args.score_threshold, args.max_detections
+    asked = {"conf_thresh": args.score_threshold, "top_k": args.max_detections}
+    asked = {key: value for key, value in asked.items() if value is not None}
     info = {
         "format": FORMAT,
         "version": stored["version"],
         "size": stored["size"],
         "classes": stored["classes"],
-        "dataset": dataset,
+        "dataset": stored["dataset"],
         "priors": stored["priors"],
-        "variance": list(prior_config(stored["version"], dataset, stored["size"]).variance),
+        "variance": list(priors.variance),
         "mean": list(INPUT_MEAN),
         "preprocess": args.preprocess,
         "nms": args.with_nms,
         "dynamic": args.dynamic,
         "precision": args.precision,
-        "detection": {
-            "score_threshold": recipe.test_threshold if threshold is None else threshold,
-            "nms_threshold": NMS_THRESHOLD,
-            "per_class": PER_CLASS,
-            "top_k": most or recipe.top_k,
-        },
+        "detection": {**RECIPES[stored["dataset"]].detection, **asked},
         "checkpoint": {"file": path.name, "sha256": sha256_of(path)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
@@ -259,14 +254,7 @@ def build_graph(net: nn.Module, info: dict, behind: nn.Module | None = None) -> 
 
 def detection(info: dict) -> dict:
     """Arguments of ``Detect``, and of ``layers.graph``'s two likenesses of it."""
-    found = info["detection"]
-    return {
-        "conf_thresh": found["score_threshold"],
-        "nms_thresh": found["nms_threshold"],
-        "per_class": found["per_class"],
-        "top_k": found["top_k"],
-        "variance": tuple(info["variance"]),
-    }
+    return {**info["detection"], "variance": tuple(info["variance"])}
 
 
 def priors_of(info: dict) -> Tensor:
@@ -467,7 +455,7 @@ def prove(net: nn.Module, info: dict, path: Path, pictures: Pictures) -> dict:
     for one, other in detections(net, info, path, pictures):
         expected += one
         found += other
-    floor = info["detection"]["score_threshold"] + MARGIN
+    floor = info["detection"]["conf_thresh"] + MARGIN
     proof = {
         "pictures": pictures.count,
         "of": pictures.about,
@@ -550,18 +538,16 @@ def compare(expected: Sequence[dict], found: Sequence[dict], floor: float) -> di
     score, pixels, ious = [], [], []
     for pair in zip(expected, found, strict=True):
         one, other = pair
-        iou = _partners(one, other)
+        *partners, iou = _partners(one, other)
         over = [each["scores"] >= floor for each in pair]
         counted += sum(int(each.sum()) for each in over)
-        for side, indices in enumerate((iou[0], iou[1])):
-            alone = over[side].copy()
-            alone[indices] = False
-            unmatched[side] += int(alone.sum())
-        meant = over[0][iou[0]] | over[1][iou[1]]
-        a, b = iou[0][meant], iou[1][meant]
+        for side in range(2):
+            unmatched[side] += int(np.delete(over[side], partners[side]).sum())
+        meant = over[0][partners[0]] | over[1][partners[1]]
+        a, b = (indices[meant] for indices in partners)
         score += np.abs(one["scores"][a] - other["scores"][b]).tolist()
         pixels += np.abs(one["boxes"][a] - other["boxes"][b]).max(1, initial=0).tolist()
-        ious += iou[2][meant].tolist()
+        ious += iou[meant].tolist()
     return {
         "boxes": counted,
         "unmatched_network": unmatched[0],

@@ -30,7 +30,7 @@ _KEYS = {
     "variance": list, "mean": list, "preprocess": bool, "nms": bool, "dynamic": bool,
     "precision": str, "detection": dict, "checkpoint": dict, "versions": dict,
 }  # fmt: skip
-_DETECTION = {"score_threshold", "nms_threshold", "per_class", "top_k"}
+_DETECTION = {"conf_thresh", "nms_thresh", "per_class", "top_k"}
 
 
 class ExportedModel:
@@ -44,7 +44,7 @@ class ExportedModel:
               "priors" ("VOC" or "COCO"), "variance", "mean" (BGR) of the detector,
             - "preprocess", "nms", "dynamic" (bool) and "precision" (fp32, bf16, fp16, int8) of the
               file,
-            - "detection": score_threshold, nms_threshold, per_class, top_k; a graph with its own
+            - "detection": conf_thresh, nms_thresh, per_class, top_k; a graph with its own
               suppression has them inside, others leave them to the caller,
             - "checkpoint": file and sha256 of what it was made of, "versions": of the packages.
 
