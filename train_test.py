@@ -82,6 +82,7 @@ from utils.options import (
     TRAINING_RECIPES,
     check_gpus,
     choose_device,
+    cores,
     image_sets,
     parser,
     set_names,
@@ -117,6 +118,8 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
                 f"{stored[key]}; leave the option out"
             )
     options = {**DEFAULTS, **stored, **given}
+    if "num_workers" not in given:
+        options["num_workers"] = min(options["num_workers"], cores())
     # Whose prior boxes: the offsets of weights from elsewhere were learnt against others.
     options.setdefault("priors", options["dataset"])
     for key, value in TRAINING_RECIPES[options["recipe"]].items():

@@ -103,9 +103,12 @@ def load_detections(
     if "thresholds" in found:
         found.setdefault("suppression", FORMER_SUPPRESSION)
     for key, value in made_by.items():
-        if found.get(key) != value:
-            was = found.get(key)
-            raise UserError(f"{path} was made with {key} {was!r}, not {value!r}; {again}")
+        was, what = found.get(key), key
+        if was != value:
+            if isinstance(was, dict) and isinstance(value, dict):
+                part = next(k for k in {**value, **was} if was.get(k) != value.get(k))
+                was, value, what = was.get(part), value.get(part), f"{key}: {part}"
+            raise UserError(f"{path} was made with {what} {was!r}, not {value!r}; {again}")
     if saved["ids"].tolist() != [str(i) for i in ids]:
         raise UserError(f"{path} is of other pictures than the image set's; {again}")
     return [

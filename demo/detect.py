@@ -43,7 +43,7 @@ from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable
 from utils.fonts import Lettering
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
-from utils.options import count, fraction, positive
+from utils.options import cores, count, fraction, positive
 
 THRESHOLD = 0.4
 """Default of --score_threshold: for people. A score is computed from nearly all boxes, 0.02."""
@@ -476,6 +476,11 @@ def detect(args: argparse.Namespace) -> int:
         _amount(counts.objects, "object"),
         time.monotonic() - start,
     )
+    if not counts.objects and counts.pictures + counts.frames:
+        LOGGER.info(
+            "no score is over %g; a lower --score_threshold shows what is less sure",
+            detector.predictor.detect.conf_thresh,
+        )
     if output and (where := output.files(args.save, counts.videos, counts.pictures)):
         LOGGER.info("%s", where)
     return 130 if stop.asked else int(counts.broken > 0)
@@ -603,7 +608,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     g.add_argument("--amp", choices=AMP_TYPES, default="off", help="precision (default: off)")
     g.add_argument("--batch", type=positive, default=8, metavar="N",
                    help="pictures at a time (default: 8)")
-    g.add_argument("--workers", type=positive, default=min(4, os.cpu_count() or 1), metavar="N",
+    g.add_argument("--workers", type=positive, default=min(4, cores()), metavar="N",
                    help="threads that read and write pictures (default: 4, or one a core)")
     g.add_argument("--log_pictures", type=count, default=1000, metavar="N",
                    help="pictures between lines where there is no terminal, 0: none")

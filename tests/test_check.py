@@ -24,9 +24,11 @@ from data.check import best_overlaps, check, main, near_pairs, sheet
 from data.coco import COCODetection
 from data.config import MOBILE_300, PRIORS
 from data.voc0712 import VOCDetection
+from demo import detect
 from demo import sheet as demo_sheet
 from demo.shapes import draw_picture
 from layers import PriorBox
+from utils import weights
 from utils.errors import UserError
 from utils.options import parser
 
@@ -755,23 +757,33 @@ def test_the_commands_of_the_page_are_known():
         ["-m", "data.check", "-d"],
         ["train_test.py", "-d", "VOC"],
         ["train_test.py", "-d", "COCO"],
+        ["train_test.py", "-d", "VOC"],
         ["train_test.py", "--test", "weights/SSD_HarDNet68_300/RUN/Final_SSD_HarDNet68_VOC.pth"],
-        ["-m", "demo.sheet", COMMANDS[5][3]],
+        ["-m", "demo.sheet", "weights/SSD_HarDNet68_300/RUN"],
+        ["-m", "utils.weights", "convert"],
+        ["-m", "demo.detect", "detector.safetensors"],
     ]
 
 
 def test_the_page_runs_as_written(voc_folder, coco_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    check_voc, check_coco, train_voc, train_coco, test, draw = (c[2:] for c in COMMANDS)
+    check_voc, check_coco, train_voc, train_coco, learn, *after = (c[2:] for c in COMMANDS)
     voc_folder.rename("FOLDER")
     assert main(check_voc[1:]) == 0 and Path("check.html").stat().st_size > 1000
     assert train_test.main([*train_voc, *SMALL]) == 0
     (directory,) = Path("weights/SSD_HarDNet68_300").iterdir()
-    test, draw = (
-        [word.replace("/RUN/", f"/{directory.name}/") for word in words] for words in (test, draw)
+    test, draw, slim, use = (
+        [word.replace("/RUN", f"/{directory.name}") for word in words] for words in after
     )
     assert train_test.main([*test, "--num_workers", "0", "--device", "cpu"]) == 0
-    assert demo_sheet.main(draw[1:]) == 0 and (Path(draw[1]) / "detections.png").exists()
+    assert demo_sheet.main(draw[1:]) == 0
+    assert (Path(draw[1]) / "ss_predict/Final_SSD_HarDNet68_VOC/test/detections.png").exists()
+    assert weights.main(slim[1:]) == 0
+    Path("FOLDER/JPEGImages").rename(use[-1])
+    assert detect.main(use[1:]) == 0
+    Path(use[-1]).rename("FOLDER/JPEGImages")
+    learn[learn.index("--overfit") + 1] = "2"  # there are no eight
+    assert train_test.main([*learn, *SMALL]) == 0
 
     shutil.rmtree("FOLDER")
     coco_folder.rename("FOLDER")

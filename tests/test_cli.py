@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -100,6 +101,15 @@ def test_resumed_run_equals_a_straight_one(call, stop):
     assert call(*common, "--date", "broken", "--max_iters", stop, "--test_frequency", 1) == 0
     assert call(*common, "--date", "broken", "--resume", "auto") == 0
     assert_same_run(call.folder / "straight", call.folder / "broken")
+
+
+@pytest.mark.parametrize(
+    "machine, kept, expected", [(2, {}, 2), (64, {}, 8), (2, {"num_workers": 6}, 2)]
+)
+def test_a_core_has_one_loading_process_unless_asked(monkeypatch, machine, kept, expected):
+    monkeypatch.setattr(train_test, "cores", lambda: machine)
+    assert train_test.resolve({}, kept)["num_workers"] == expected
+    assert train_test.resolve({"num_workers": 9}, kept)["num_workers"] == 9
 
 
 def test_resume_needs_nothing_but_the_path(call, tmp_path):
@@ -408,22 +418,22 @@ def test_the_options_of_detection_are_followed_and_recorded(call, trained, monke
 
 
 @pytest.mark.parametrize(
-    "option",
+    "option, told",
     [
-        ("--score_threshold", 0.4),
-        ("--max_detections", 8),
-        ("--nms", "soft"),
-        ("--class_agnostic", "true"),
-        ("--background_shortcut", "true"),
+        (("--score_threshold", 0.4), r"was made with thresholds: score 0\.03, not 0\.4;"),
+        (("--max_detections", 8), r"was made with thresholds: per_image 300, not 8;"),
+        (("--nms", "soft"), r"was made with suppression: nms 'hard', not 'soft';"),
+        (("--class_agnostic", "true"), r"with suppression: class_agnostic False, not True;"),
+        (("--background_shortcut", "true"), r"background_shortcut False, not True;"),
     ],
 )
-def test_retest_refuses_detections_of_other_options(call, trained, capsys, option):
+def test_retest_refuses_detections_of_other_options(call, trained, capsys, option, told):
     assert call("--test", trained, *option) == 0
     assert call("--test", trained, *option, "--retest") == 0
     assert call("--test", trained, "--retest") == 0
     assert call("--test", trained) == 0
     assert call("--test", trained, *option, "--retest") == 2
-    assert "was made with " in capsys.readouterr().err
+    assert re.search(told, capsys.readouterr().err)
 
 
 def test_a_test_that_ends_early_leaves_no_scores_of_other_detections(call, trained, monkeypatch):

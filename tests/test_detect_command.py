@@ -130,13 +130,14 @@ def test_a_folder_is_detected_drawn_and_written_down(capsys):
     assert output[2].endswith("best: detections.json, detections.csv, drawn/")
 
 
-def test_a_second_run_replaces_the_first():
+def test_a_second_run_replaces_the_first(capsys):
     picture("a.png")
     for _ in range(2):
         assert call("best.pth", "a.png") == 0
     first = rows()
     assert call("best.pth", "a.png", "--score_threshold", 1) == 0
     assert first and not rows()
+    assert "no score is over 1; a lower --score_threshold shows" in capsys.readouterr().out
     assert not list(Path("runs").rglob("*part*"))
 
 

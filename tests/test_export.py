@@ -96,8 +96,11 @@ def assert_same(found, expected):
         ("torch", EVERYTHING),
     ],
 )
-def test_a_file_detects_what_the_network_does(checkpoint, voc_folder, form, options):
+def test_a_file_detects_what_the_network_does(checkpoint, voc_folder, form, options, capsys):
     file = exported(checkpoint, form, *options)
+    kept = [f"{file.stem}.bin"] * (form == "openvino") + [f"{file.name}.json"]
+    assert capsys.readouterr().out.endswith(f", with {' and '.join(kept)} beside it\n")
+    assert all((file.parent / name).is_file() for name in kept)
     picture = voc_folder / "JPEGImages" / "t1.jpg"
     pictures = [read_image(picture), cv2.resize(read_image(picture), (333, 251))]
     assert_same(Predictor(file)(pictures), reference(checkpoint, pictures))

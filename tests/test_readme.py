@@ -18,7 +18,7 @@ from conftest import write_voc
 
 from data.config import LR_MILESTONES, PER_CLASS, RECIPES
 from layers.detect import SUPPRESSION
-from models import build_net
+from models import BACKBONES, build_net
 from utils.options import DEFAULTS, TRAINING_RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -205,3 +205,20 @@ def test_every_benchmark_is_listed_with_a_command_that_is_there():
     listed = set(re.findall(r"`python -m benchmarks\.(\w+)", text))
     parts = {"__init__", "evidence", "roofline", "timing"}
     assert listed == {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - parts
+
+
+def test_table_of_networks_is_that_of_the_counts():
+    """The figures are docs/traffic.md's, which is compared with `python -m utils.profile`."""
+    counted = {}
+    for line in (ROOT / "docs" / "traffic.md").read_text("utf-8").splitlines():
+        cells = [cell.strip() for cell in line.split("|")[1:-1]]
+        if cells and cells[0] in BACKBONES:
+            parameters, macs = (int(cell.replace(",", "")) for cell in cells[2:4])
+            figures = f"{parameters / 1e6:.1f}", f"{macs / 1e9:.1f}"
+            counted.setdefault(cells[0], []).append(figures)
+    rows = re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \| ([^|]+) \|$", README, re.MULTILINE)
+    said = {}
+    for name, *cells in rows:
+        parameters, macs = (re.findall(r"\d+\.\d", cell) for cell in cells)
+        said[name] = [*zip(parameters, macs, strict=True)]
+    assert said == counted and set(said) == set(BACKBONES)

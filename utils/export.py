@@ -689,9 +689,10 @@ def export(args: argparse.Namespace) -> list[str]:
             raise TooDifferent(f"{output} is not kept: {problem}")
         manifest = output.with_name(output.name + ".json")
         manifest.unlink(missing_ok=True)  # of the file that is replaced
-        for suffix in (".bin", output.suffix):
-            if (part := file.with_suffix(suffix)).exists():
-                os.replace(part, output.with_suffix(suffix))
+        weights = output.with_suffix(".bin")  # first: the other is not to be there without it
+        parts = [weights, output] if file.with_suffix(".bin").exists() else [output]
+        for part in parts:
+            os.replace(file.with_suffix(part.suffix), part)
     write_json(
         manifest,
         {
@@ -702,7 +703,8 @@ def export(args: argparse.Namespace) -> list[str]:
             "proof": {**proof, "tolerance": asdict(tolerance)},
         },
     )
-    return [*lines, f"{output} ({form.title}, {args.precision}); {manifest.name}"]
+    beside = " and ".join(part.name for part in [*parts[:-1], manifest])
+    return [*lines, f"{output} ({form.title}, {args.precision}), with {beside} beside it"]
 
 
 def inputs_of(info: dict) -> dict[str, str]:

@@ -94,6 +94,13 @@ OF_ONE_CALL = DETECTION_OPTIONS | {
 """Options that a checkpoint's configuration does not hand on to the next call."""
 
 
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has in a container or a job
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def parser(
     *,
     versions: Iterable[str],
@@ -216,7 +223,8 @@ def parser(
                 "processes of several machines: docs/many_gpus.md)")
     option(g, "--sync_bn", **switch,
            help="batch normalisation over the pictures of all processes")
-    option(g, "--num_workers", type=count, metavar="N", help="processes that load pictures")
+    option(g, "--num_workers", type=count, metavar="N", 
+           help="processes that load pictures, unless given at most one a core")
     option(g, "--amp", choices=AMP_TYPES,
            help="precision of the network; a training step in bf16 is two to three times faster on "
                 "CPUs that have it")

@@ -107,7 +107,8 @@ def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
     for file in files:
         if not file.is_file():
-            raise UserError(f"{file} does not exist or is not a file; export the detector again")
+            fix = "check the path" if file == path else f"it belongs beside {path.name}"
+            raise UserError(f"{file} does not exist or is not a file; {fix}")
     return _RUNTIMES[path.suffix](path, threads)
 
 
