@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import logging
 import re
 import sys
 from dataclasses import replace
@@ -143,6 +144,8 @@ def test_lower_precisions_are_compared_by_the_boxes_and_the_ap(
 ):
     if precision == "int8":
         pytest.importorskip("nncf")
+    logger = logging.getLogger("nncf")
+    levels = [each.level for each in (logger, *logger.handlers)]
     if precision == "bf16" and not cpu_has_bf16():
         pytest.skip("no bfloat16 instructions")
     # Random weights have no AP to lose, and boxes everywhere.
@@ -157,6 +160,7 @@ def test_lower_precisions_are_compared_by_the_boxes_and_the_ap(
         assert told["calibration"]["pictures"] == 6
         assert told["versions"]["nncf"]
         assert "FakeQuantize" in file.read_text()
+        assert [each.level for each in (logger, *logger.handlers)] == levels
     weights = file.with_suffix(".bin") if form == "openvino" else file
     compressed = (form, precision) != ("openvino", "bf16")  # that computes so, no more
     assert (weights.stat().st_size < 0.8 * checkpoint.stat().st_size) == compressed

@@ -408,7 +408,6 @@ def _quantised(model, info: dict, calibration: Pictures):
 
     info["versions"]["nncf"] = nncf.__version__
     info["calibration"] = {"pictures": calibration.count, "of": calibration.about}
-    nncf.set_log_level(logging.ERROR)
     inputs = nncf.Dataset(
         range(calibration.count), lambda i: network_inputs([calibration.read(i)], info)
     )
