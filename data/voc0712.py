@@ -134,7 +134,7 @@ def _find_set(root: Path, year: str | None, image_set: str) -> tuple[Path, Path]
     there = ", ".join(set_name(*pair) for pair in list_image_sets(root)) or "none"
     raise UserError(
         f'no image set "{set_name(year, image_set)}" in {root}: looked for {splits[0]} and '
-        f"{splits[1]}; image sets there: {there} (docs/own_data.md says how to make one)"
+        f"{splits[1]} (docs/own_data.md says how to make one); image sets there: {there}"
     )
 
 

@@ -260,13 +260,21 @@ class Output:
         self._video: VideoFile | None = None
 
     def _check_sources(self, sources: Sequence[Source]) -> None:
-        """UserError where a drawn picture would take the place of one that is looked at."""
+        """UserError where a drawn picture would take the place of one that is looked at, or of
+        another drawn one (of a.pgm that of a.pgm.png)."""
         if not self.draws:
             return
         paths = {real_path(source.path) for source in sources if source.kind != "camera"}
+        drawn: dict[Path, Source] = {}
         for source in sources:
-            if real_path(self._drawn(source)) in paths:
-                raise UserError(f"{self._drawn(source)} would be overwritten; give another --out")
+            path = self._drawn(source)
+            if real_path(path) in paths:
+                raise UserError(f"{path} would be overwritten; give another --out")
+            if (other := drawn.setdefault(path, source)) is not source:
+                raise UserError(
+                    f"{other.name} and {source.name} would both be drawn as {path}; detect them in "
+                    "two calls, with two --out"
+                )
 
     def _drawn(self, source: Source) -> Path:
         name = source.name

@@ -464,6 +464,16 @@ def test_a_picture_is_never_overwritten_through_a_link(capsys):
         capsys.readouterr()
 
 
+def test_two_pictures_are_never_drawn_as_one(capsys):
+    picture("photos/a.pnm")
+    picture("photos/a.pnm.png", seed=1)
+    assert call("best.pth", "photos", "--out", "o") == 2
+    assert "a.pnm and a.pnm.png would both be drawn as o/drawn/a.pnm.png" in (
+        capsys.readouterr().err.replace(os.sep, "/")
+    )
+    assert call("best.pth", "photos", "--out", "o", "--no-draw") == 0
+
+
 def test_a_picture_is_never_overwritten(capsys):
     picture("photos/a.jpg")
     original = picture("photos/drawn/a.jpg", seed=1)
