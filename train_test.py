@@ -118,7 +118,7 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
                 f"{stored[key]}; leave the option out"
             )
     options = {**DEFAULTS, **stored, **given}
-    if "num_workers" not in given:
+    if "num_workers" not in stored.keys() | given.keys():
         options["num_workers"] = min(options["num_workers"], cores())
     # Whose prior boxes: the offsets of weights from elsewhere were learnt against others.
     options.setdefault("priors", options["dataset"])
@@ -708,17 +708,18 @@ def find_checkpoint(given: dict) -> tuple[dict | None, Path | None]:
 def _resumable(run: Path, given: dict) -> bool:
     """Whether a run is of the data set, root and --overfit that are asked for.
 
-    A --date names its run: one of another --overfit contradicts, and is not passed over.
+    A --date names its run: what contradicts it is told, and the run not passed over.
     """
+    if "date" in given:
+        return True
     try:
         config = json.loads((run / "config.json").read_text())
         dataset, root, overfit = config["dataset"], config["root"], config.get("overfit", 0)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     wanted = str(Path(given["root"]).expanduser().absolute()) if "root" in given else root
-    if (dataset, root) != (given.get("dataset", DEFAULTS["dataset"]), wanted):
-        return False
-    return "date" in given or overfit == given.get("overfit", 0)
+    asked = (given.get("dataset", DEFAULTS["dataset"]), wanted, given.get("overfit", 0))
+    return (dataset, root, overfit) == asked
 
 
 def run_folder(given: dict, options: dict, saved: dict | None, path: Path | None) -> Path:

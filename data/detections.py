@@ -106,7 +106,10 @@ def load_detections(
         was, what = found.get(key), key
         if was != value:
             if isinstance(was, dict) and isinstance(value, dict):
-                part = next(k for k in {**value, **was} if was.get(k) != value.get(k))
+                part = next(
+                    k for k in {**value, **was}
+                    if k not in was or k not in value or was[k] != value[k]
+                )  # fmt: skip
                 was, value, what = was.get(part), value.get(part), f"{key}: {part}"
             raise UserError(f"{path} was made with {what} {was!r}, not {value!r}; {again}")
     if saved["ids"].tolist() != [str(i) for i in ids]:

@@ -424,6 +424,9 @@ class Detector:
             "class_agnostic": args.class_agnostic,
         }
         self.predictor = Predictor(path, score_threshold=args.score_threshold, **options)
+        if args.score_threshold is None:  # to look at, fewer than to score; a file may want fewer
+            detect = self.predictor.detect
+            detect.conf_thresh = max(THRESHOLD, detect.conf_thresh)
 
     def __call__(self, frames: Sequence[Frame]) -> list[dict[str, np.ndarray]]:
         try:
@@ -484,9 +487,9 @@ def detect(args: argparse.Namespace) -> int:
         _amount(counts.objects, "object"),
         time.monotonic() - start,
     )
-    if not counts.objects and counts.pictures + counts.frames:
+    if not counts.objects and counts.pictures + counts.frames and not stop.asked:
         LOGGER.info(
-            "no score is over %g; a lower --score_threshold shows what is less sure",
+            "no score is over %g: --score_threshold says what counts",
             detector.predictor.detect.conf_thresh,
         )
     if output and (where := output.files(args.save, counts.videos, counts.pictures)):
@@ -602,8 +605,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
                    help="show a camera or a video in a window; kept only with --out")
     g.add_argument("--font", metavar="FILE", help="for class names (default: one that has them)")
     g = p.add_argument_group("detections")
-    g.add_argument("--score_threshold", type=fraction, default=THRESHOLD, metavar="X",
-                   help=f"lowest score of a detection (default: {THRESHOLD})")
+    g.add_argument("--score_threshold", type=fraction, metavar="X",
+                   help=f"lowest score of a detection (default: {THRESHOLD}, or more where an "
+                        "exported file was made with more)")
     g.add_argument("--max_detections", type=positive, metavar="N",
                    help="most of a picture (default: 300 VOC, 200 COCO)")
     g.add_argument("--classes", metavar="NAMES", help="a,b,c or a file, for weights without names")

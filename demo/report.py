@@ -710,6 +710,8 @@ def write_report(
     UserError: no test there, no analysis by ``root``, or a file that cannot be written.
     """
     test = open_test(directory, root)
+    if test.dataset is None and test.results["value"] is not None:
+        test.notes.append("Without the data set there is no analysis of errors, and no galleries")
     path = path or test.directory / "report.html"
     figures = Figures(path.with_suffix(""))
     scores = score(test)

@@ -91,7 +91,7 @@ def open_test(directory: Path, root: str | None) -> Test:
     except UserError as error:
         if root:
             raise
-        test.notes.append(f"No analysis of errors, no galleries: {error}{advice}")
+        test.notes.append(f"{error}{advice}")
         return test
     test.dataset = dataset
     return test

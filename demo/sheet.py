@@ -17,6 +17,7 @@ from demo.results import open_test
 from utils.draw import contact_sheet, draw_comparison, rank_by_errors
 from utils.errors import UserError, command
 from utils.files import atomic_write
+from utils.options import fraction, positive
 
 
 def draw_sheet(
@@ -42,7 +43,7 @@ def draw_sheet(
     if test.results["dataset"] != "VOC":
         raise UserError(f"{test.directory} is of COCO data; sheets are drawn of VOC layouts")
     if test.dataset is None:
-        raise UserError(f"{test.directory}: {test.notes[-1]}")
+        raise UserError(test.notes[-1])
     dataset, detections = test.dataset, test.detections
     path = path or test.directory / "detections.png"
     truths = [dataset.target(i) for i in range(len(dataset))]
@@ -76,8 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--output", type=Path, metavar="PNG",
                    help="the picture (default: detections.png in the test's folder)")  # fmt: skip
     p.add_argument("--root", help="the data set, if it is no longer where the test found it")
-    p.add_argument("--score", type=float, default=0.4, help="least score of a detection (0.4)")
-    p.add_argument("--pictures", type=int, default=8, help="best and worst pictures, each (8)")
+    p.add_argument("--score", type=fraction, default=0.4, metavar="X",
+                   help="least score of a detection (0.4)")  # fmt: skip
+    p.add_argument("--pictures", type=positive, default=8, metavar="N",
+                   help="best and worst pictures, each (8)")  # fmt: skip
     args = p.parse_args(argv)
     if args.output and args.output.suffix.lower() != ".png":
         p.error(f"--output {args.output}: the picture's name must end in .png")

@@ -138,6 +138,7 @@ class Predictor:
 
         Raises:
             UserError: a file that cannot be read as a picture; an array that is none.
+            FloatingPointError: as ``postprocess``.
         """
         if isinstance(pictures, Picture):
             return self([pictures])[0]
@@ -197,10 +198,17 @@ class Predictor:
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Detections of a batch of pictures of ``sizes`` (width, height), without names."""
+        """Detections of a batch of pictures of ``sizes`` (width, height), without names.
+
+        Raises:
+            FloatingPointError: as ``layers.Detect``. Of a graph with its own suppression boxes are
+                looked at, while a score that is NaN is below every threshold in there.
+        """
         if "loc" in outputs:
             found = self.detect(outputs["loc"], outputs["conf"], self.priors, sizes)
             return [{key: value.cpu() for key, value in each.items()} for each in found]
+        if not outputs["boxes"].isfinite().all():
+            raise FloatingPointError("a box contains NaN or infinity")
         over = outputs["scores"] > self.detect.conf_thresh
         of = [(over & (outputs["image"] == i)).nonzero().flatten() for i in range(len(sizes))]
         return [

@@ -104,7 +104,7 @@ def test_resumed_run_equals_a_straight_one(call, stop):
 
 
 @pytest.mark.parametrize(
-    "machine, kept, expected", [(2, {}, 2), (64, {}, 8), (2, {"num_workers": 6}, 2)]
+    "machine, kept, expected", [(2, {}, 2), (64, {}, 8), (2, {"num_workers": 6}, 6)]
 )
 def test_a_core_has_one_loading_process_unless_asked(monkeypatch, machine, kept, expected):
     monkeypatch.setattr(train_test, "cores", lambda: machine)
@@ -272,7 +272,10 @@ def test_a_resumed_modern_run_equals_a_straight_one(call):
         assert torch.equal(tensor, second["raw_model"][key]), key
 
 
-@pytest.mark.parametrize("option", [("--recipe", "modern"), ("--ema", 0.5), ("--overfit", 2)])
+@pytest.mark.parametrize(
+    "option",
+    [("--recipe", "modern"), ("--ema", 0.5), ("--overfit", 2), ("--dataset", "COCO")],
+)
 def test_a_run_cannot_go_on_with_another_kind_of_training(call, option, capsys):
     assert call("-max", 2, "--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
     assert call("--resume", "auto", "--date", "a", *option) == 2

@@ -137,7 +137,7 @@ def test_a_second_run_replaces_the_first(capsys):
     first = rows()
     assert call("best.pth", "a.png", "--score_threshold", 1) == 0
     assert first and not rows()
-    assert "no score is over 1; a lower --score_threshold shows" in capsys.readouterr().out
+    assert "no score is over 1: --score_threshold says what counts" in capsys.readouterr().out
     assert not list(Path("runs").rglob("*part*"))
 
 
@@ -870,6 +870,16 @@ def test_an_exported_file_finds_what_its_checkpoint_finds(form, package, options
     arguments = ["--score_threshold", "0.01", "--no-draw"]
     assert call(file, "photos", *arguments) == (2 if "--with-nms" in options else 0)
     assert ("export it again" in capsys.readouterr().err) == ("--with-nms" in options)
+
+
+@pytest.mark.parametrize("options", [(), ("--with-nms",)], ids=str)
+def test_a_file_that_was_made_for_fewer_boxes_finds_them_unless_asked(options):
+    picture("photos/a.png")
+    file = exported(
+        Path("best.pth").absolute(), "torch", "--pictures", "photos", "--score_threshold", 0.5,
+        *options,
+    )  # fmt: skip
+    assert_alike(found_by(file), found_by("best.pth", "--score_threshold", 0.5))
 
 
 def test_safetensors_and_names_that_are_given():

@@ -1,8 +1,25 @@
 """How a command line ends."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 
 from utils.errors import UserError, command
+
+LONG = """
+import sys
+from utils.errors import command
+
+@command
+def main(argv=None):
+    for _ in range(100_000):
+        print("a line")
+    return 0
+
+sys.exit(main())
+"""
 
 
 @pytest.mark.parametrize(
@@ -12,6 +29,7 @@ from utils.errors import UserError, command
         (FileNotFoundError(2, "No such file", "a.jpg"), 2, "error: a.jpg: No such file\n"),
         (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
         (OSError("no more pictures"), 2, "error: no more pictures\n"),
+        (OSError(), 2, "error: OSError\n"),
         (KeyboardInterrupt(), 130, "interrupted\n"),
     ],
     ids=repr,
@@ -33,3 +51,18 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_a_result_its_status():
     assert main(["x"]) == 1
     with pytest.raises(ZeroDivisionError):
         main([])
+
+
+@pytest.mark.parametrize("unbuffered", [(), ("-u",)], ids=str)
+def test_who_reads_the_output_may_leave_early(unbuffered):
+    program = subprocess.Popen(
+        [sys.executable, *unbuffered, "-c", LONG],
+        cwd=Path(__file__).parent.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdout.readline() == "a line\n"
+    program.stdout.close()
+    assert program.stderr.read() == ""
+    assert program.wait() == 0

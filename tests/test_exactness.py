@@ -99,7 +99,7 @@ def test_a_run_that_has_ended_stays_as_it_is_when_it_is_asked_to_go_on(train, ca
     final = train.folder / "run" / "Final_tiny_VOC.pth"
     before = load_checkpoint(final)
     assert train("run", "--resume", "auto") == 0
-    told = f"all {before['step']} steps are trained; a higher --max_epoch trains on"
+    told = f"all {before['step']} steps are trained; a higher --max_epoch or --max_iters trains on"
     assert told in capsys.readouterr().out
     after = load_checkpoint(final)
     for state in (before, after):

@@ -122,6 +122,21 @@ def test_no_pictures_and_no_detections(file):
     assert found["boxes"].shape == (0, 4) and found["names"] == [] and len(found["labels"]) == 0
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_no_detection(file, value):
+    """Neither of a network, nor of a graph that suppresses by itself."""
+    predictor = Predictor(file)
+    conf = torch.zeros(1, 11620, 21)
+    conf[0, 5, 2] = 9
+    loc = torch.zeros(1, 11620, 4)
+    loc[0, 5, 0] = value
+    boxes = torch.tensor([[1.0, 2, value, 4]])
+    rows = {"scores": torch.ones(1), "labels": torch.ones(1).long(), "image": torch.zeros(1).long()}
+    for outputs in ({"loc": loc, "conf": conf}, {"boxes": boxes, **rows}):
+        with pytest.raises(FloatingPointError, match="NaN or infinity"):
+            predictor.postprocess(outputs, [(64, 48)])
+
+
 def test_mistakes_are_told(file, tmp_path):
     predictor = Predictor(file)
     for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):

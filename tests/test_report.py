@@ -287,7 +287,8 @@ def test_without_the_data_set_the_scores_are_left(results, capsys, tmp_path):
     data.rename(tmp_path / "moved")
     assert report.main([str(results)]) == 0
     out = capsys.readouterr().out
-    assert "No analysis of errors, no galleries" in out and "--root" in out
+    assert "Without the data set there is no analysis of errors, and no galleries" in out
+    assert "--root" in out
     text = (results / "report.html").read_text()
     assert "no galleries" in text and "Precision over recall" in text
     assert not Page(results / "report.html").all("img")

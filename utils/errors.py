@@ -1,6 +1,7 @@
 """The one exception for a user's mistake, and how a command line ends on it."""
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -14,19 +15,26 @@ class UserError(Exception):
 
 def reason(error: OSError) -> str:
     """The file, if the system names one, and what is wrong with it."""
-    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+    what = error.strerror or str(error) or type(error).__name__
+    return f"{error.filename}: {what}" if error.filename else what
 
 
 def command(main: Callable[..., int]) -> Callable[[Sequence[str] | None], int]:
     """A ``main`` that ends with a sentence on stderr, and a status, instead of with a traceback.
 
-    2 after a ``UserError`` or a file that cannot be read or written; 130 after Ctrl-C.
+    2 after a ``UserError`` or a file that cannot be read or written; 130 after Ctrl-C. Who reads
+    the output may leave before its end (``| head``): that is no error, and status 0.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
         try:
-            return main(argv)
+            status = main(argv)
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
+            return 0
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

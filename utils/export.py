@@ -687,8 +687,9 @@ def export(args: argparse.Namespace) -> list[str]:
             print("\n".join(lines))
             raise TooDifferent(f"{output} is not kept: {problem}")
         manifest = output.with_name(output.name + ".json")
-        manifest.unlink(missing_ok=True)  # of the file that is replaced
-        weights = output.with_suffix(".bin")  # first: the other is not to be there without it
+        for replaced in (manifest, output):  # no .xml beside a .bin that is not its own
+            replaced.unlink(missing_ok=True)
+        weights = output.with_suffix(".bin")
         parts = [weights, output] if file.with_suffix(".bin").exists() else [output]
         for part in parts:
             os.replace(file.with_suffix(part.suffix), part)

@@ -96,7 +96,7 @@ OF_ONE_CALL = DETECTION_OPTIONS | {
 
 def cores() -> int:
     """The CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has in a container or a job
+    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has under taskset or in a job
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
@@ -223,8 +223,8 @@ def parser(
                 "processes of several machines: docs/many_gpus.md)")
     option(g, "--sync_bn", **switch,
            help="batch normalisation over the pictures of all processes")
-    option(g, "--num_workers", type=count, metavar="N", 
-           help="processes that load pictures, unless given at most one a core")
+    option(g, "--num_workers", type=count, metavar="N",
+           help="processes that load pictures, unless given no more than cores")
     option(g, "--amp", choices=AMP_TYPES,
            help="precision of the network; a training step in bf16 is two to three times faster on "
                 "CPUs that have it")

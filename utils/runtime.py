@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,7 +31,6 @@ _KEYS = {
     "variance": list, "mean": list, "preprocess": bool, "nms": bool, "dynamic": bool,
     "precision": str, "detection": dict, "checkpoint": dict, "versions": dict,
 }  # fmt: skip
-_DETECTION = {"conf_thresh", "nms_thresh", "per_class", "top_k"}
 
 
 class ExportedModel:
@@ -209,6 +209,30 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be opened ({reason.strip()}); export the detector again")
 
 
+def _are_numbers(values: list, count: int, most: float = math.inf) -> bool:
+    return len(values) == count and all(
+        isinstance(value, int | float) and 0 <= value <= most for value in values
+    )
+
+
+def _is_detection(found: dict) -> bool:
+    limits = [found.get("per_class"), found.get("top_k")]
+    return (
+        set(found) == {"conf_thresh", "nms_thresh", "per_class", "top_k"}
+        and _are_numbers([found["conf_thresh"], found["nms_thresh"]], 2, most=1)
+        and all(type(limit) is int and limit > 0 for limit in limits)
+    )
+
+
+_VALUES = {
+    "classes": lambda names: names and all(isinstance(name, str) for name in names),
+    "variance": lambda values: _are_numbers(values, 2),
+    "mean": lambda values: _are_numbers(values, 3),
+    "detection": _is_detection,
+}
+"""What is asked of a value beyond its kind."""
+
+
 def _info(path: Path, text: str | None) -> dict:
     """The description of a file, checked."""
     if not text:
@@ -222,8 +246,7 @@ def _info(path: Path, text: str | None) -> dict:
         wrong = [key for key, kind in _KEYS.items() if not isinstance(info[key], kind)]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: its description is damaged; export the detector again") from error
-    if not wrong and set(info["detection"]) != _DETECTION:
-        wrong = ["detection"]
+    wrong = wrong or [key for key, fits in _VALUES.items() if not fits(info[key])]
     if wrong:
         raise UserError(
             f"{path}: its description has {wrong[0]} {info[wrong[0]]!r}; export the detector again"

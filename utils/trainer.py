@@ -173,7 +173,9 @@ class Trainer:
     def _train(self, end: int) -> None:
         self.saved_at = time.monotonic()
         if self.step == end:
-            LOGGER.info("all %d steps are trained; a higher --max_epoch trains on", end)
+            LOGGER.info(
+                "all %d steps are trained; a higher --max_epoch or --max_iters trains on", end
+            )
         if self.totals["steps"] and self.step % self.steps_per_epoch == 0:
             self._finish_epoch()  # it was interrupted between its last step and its record
         while self.step < end:

@@ -67,7 +67,8 @@ def get_voc(year: str, root: Path, url_base: str = URL_BASE) -> None:
 @command
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m data.scripts.voc", description="Download and unpack Pascal VOC."
+        prog="python -m data.scripts.voc",
+        description="Download and unpack Pascal VOC. After an interruption, run it again to go on.",
     )
     parser.add_argument("year", choices=ARCHIVES)
     parser.add_argument(
