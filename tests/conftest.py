@@ -7,6 +7,12 @@ import os
 import struct
 from pathlib import Path
 
+# Beside other processes of pytest-xdist one computes with its share of the cores: threads that wait
+# for each other on taken cores take many times as long. Before torch is imported, and for programs
+# that tests start.
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+
 import cv2
 import numpy as np
 import pytest

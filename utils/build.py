@@ -47,7 +47,10 @@ EVAL = ("hotcoco>=1.2", "faster-coco-eval")
 ONNX = ("onnx", "onnxscript")
 OPENVINO = ("openvino", "nncf")
 EXTRAS = {
-    "test": ("pytest", "hypothesis", "ruff", "safetensors", *EVAL, *ONNX, "onnxruntime", *OPENVINO),
+    "test": (
+        "pytest", "pytest-xdist", "hypothesis", "ruff", "safetensors",
+        *EVAL, *ONNX, "onnxruntime", *OPENVINO,
+    ),  # fmt: skip
     "eval": EVAL,
     "onnx": (*ONNX, "onnxruntime"),
     "openvino": (*OPENVINO, *ONNX),
