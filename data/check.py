@@ -41,7 +41,9 @@ from utils.options import DEFAULTS, positive, set_names
 PARTS = {"train": "train_sets", "test": "test_sets"}
 LEVELS = ("error", "warning", "note")
 # What the readers change without harm; whatever else they tell of is worth a warning.
-HARMLESS = ("box clipped", "crowd, left out", "set whose pictures", "set of which some classes")
+HARMLESS = ("box clipped", "crowd, left out", "set whose pictures")
+# No harm if --classes asks for it; a test set with other classes than the training's loses boxes.
+CHOSEN = "set of which some classes"
 MATCHED = DEFAULTS["jaccard_threshold"]
 LOW_SHARE = 0.9
 """A class fits if this share of its boxes reaches the IoU `MATCHED` with some prior box."""
@@ -251,7 +253,8 @@ def _check_reading(report: Report, part: str, dataset, look: Look) -> None:
         report.add(level, part, f"picture that an EXIF orientation turns: {what}", records)
     place = _placer(part, dataset)
     for reason, texts in dataset.skipped.items():
-        level = "note" if reason.startswith(HARMLESS) else "warning"
+        asked = reason.startswith(CHOSEN) and report.options.get("classes")
+        level = "note" if asked or reason.startswith(HARMLESS) else "warning"
         report.add(level, part, reason, map(place, texts))
 
 

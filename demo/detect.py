@@ -175,7 +175,7 @@ def read_video(source: Source, capture: cv2.VideoCapture) -> Iterator[Frame]:
 def frame_rate(capture: cv2.VideoCapture) -> float:
     """Of a video, 25 where it says none that could be."""
     rate = capture.get(cv2.CAP_PROP_FPS)
-    return rate if math.isfinite(rate) and 0 < rate <= 1000 else 25.0
+    return rate if math.isfinite(rate) and 0.01 < rate <= 1000 else 25.0
 
 
 def batches(frames: Iterator[Frame], size: int, stop: Stop) -> Iterator[list[Frame]]:
@@ -196,7 +196,8 @@ class VideoFile:
     def __init__(self, path: Path, rate: float, steady: bool) -> None:
         self.path = path
         self._part = path.with_name(f".part-{path.name}")  # OpenCV goes by the suffix
-        self._rate = rate
+        # MPEG-4 counts time in 1/n of a second, and n below 2^16: few digits of a high rate.
+        self._rate = round(rate, 3 if rate < 65 else 2 if rate < 655 else 0)
         self._steady = steady
         self._writer: cv2.VideoWriter | None = None
         self._count = 0
@@ -230,7 +231,8 @@ class VideoFile:
 class Output:
     """The folder of results: what is drawn, and what is written down, as asked for.
 
-    A file that is there is replaced. Drawing and encoding go on in threads; ``finish`` waits.
+    A file that is there is replaced, but for annotations, which are not. Drawing and encoding go on
+    in threads; ``finish`` waits.
     """
 
     def __init__(
@@ -243,7 +245,13 @@ class Output:
         self.letters = letters_for(self.classes, args.font)
         self._check_sources(sources)
         check_writable(folder / "detections")
-        self._saved = [LABELS[kind] for kind in args.save if kind in LABELS]
+        self._saved = [LABELS[kind] for kind in dict.fromkeys(args.save) if kind in LABELS]
+        for place, *_ in self._saved:
+            if (folder / place).is_dir() and any((folder / place).iterdir()):
+                raise UserError(
+                    f"{folder / place} holds annotations, which somebody may have corrected; give "
+                    "another --out, or remove that folder"
+                )
         self._labels, self._ids, self._next = label_names(sources), image_ids(sources), 1
         self._pool, self._pending = pool, deque()
         self._most = 2 * args.workers

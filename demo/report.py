@@ -366,7 +366,7 @@ def errors_figure(figures: Figures, test: Test, analysis: Analysis) -> str:
         chart.note(n + 0.5, total + top / 25, str(total))
     rows = [(name, MEANING[name], int(total), rises[name])
             for name, total in zip(ERRORS, totals, strict=True)]  # fmt: skip
-    gain = f"AP rises by, from {base:.3f}"
+    gain = f"AP of the classes with objects rises by, from {base:.3f}"
     link = figures.table("errors", ("type", "meaning", "errors", "ap_gain"), rows)
     per_class = [(name, *row) for name, row in zip(test.classes, counts.tolist(), strict=True)]
     per_class_link = figures.table("errors_by_class", ("class", *ERRORS), per_class)
@@ -703,7 +703,7 @@ def write_report(
     """Write the page of a test; returns its path and the notes on it.
 
     directory: of a test or a run. path: of the page, default report.html in the test's folder; the
-    figures go into the folder beside it that has its name. root: where the data set is, default
+    figures go into ``figures_of(path)``. root: where the data set is, default
     where it was. least: score of the detections that are counted and shown as mistakes. examples:
     pictures of mistakes of each type and class.
 
@@ -713,7 +713,7 @@ def write_report(
     if test.dataset is None and test.results["value"] is not None:
         test.notes.append("Without the data set there is no analysis of errors, and no galleries")
     path = path or test.directory / "report.html"
-    figures = Figures(path.with_suffix(""))
+    figures = Figures(figures_of(path))
     scores = score(test)
     analysis = analyse(test, least) if test.dataset is not None else None
     calibrated, errors = calibration_figures(figures, test, analysis) if analysis else ("", [])
@@ -749,6 +749,12 @@ def write_report(
     with atomic_write(path) as file:
         file.write(page.encode("utf-8", "replace"))
     return path, test.notes
+
+
+def figures_of(page: Path) -> Path:
+    """The folder of a page's figures: report/ of report.html, NAME_files/ of another, whose plain
+    name may be that of a folder with other things."""
+    return page.with_name(page.stem if page.name == "report.html" else f"{page.stem}_files")
 
 
 def _heading(test: Test) -> str:
@@ -793,7 +799,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     for note in notes:
         print(note)
-    print(f"{path}, and the figures in {path.with_suffix('')}")
+    print(f"{path}, and the figures in {figures_of(path)}")
     return 0
 
 

@@ -39,12 +39,9 @@ def find_test(directory: Path) -> tuple[Path, Path | None, list[Path]]:
 
     UserError where there is no test.
     """
-    if (directory / "results.json").is_file():
-        above = directory.absolute().parents
-        inside = len(above) > 2 and above[1].name == "ss_predict"
-        return directory, above[2] if inside else None, []
+    below = ("results.json", "*/results.json", "*/*/results.json", "ss_predict/*/*/results.json")
     found = sorted(
-        directory.glob("ss_predict/*/*/results.json"),
+        (path for pattern in below for path in directory.glob(pattern)),
         key=lambda path: (path.stat().st_mtime_ns, str(path)),
         reverse=True,
     )
@@ -54,7 +51,9 @@ def find_test(directory: Path) -> tuple[Path, Path | None, list[Path]]:
             "a run or of a test's results (docs/reading_a_report.md)"
         )
     newest, *others = (path.parent for path in found)
-    return newest, directory, others
+    above = newest.absolute().parents
+    inside = len(above) > 2 and above[1].name == "ss_predict"
+    return newest, above[2] if inside else None, others
 
 
 def open_test(directory: Path, root: str | None) -> Test:
@@ -69,7 +68,7 @@ def open_test(directory: Path, root: str | None) -> Test:
         _check_results(results)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a test's results ({error!r}); run the test again") from None
-    test = Test(folder, results, run)
+    test = Test(folder, results, run, notes=list(results["notes"]))
     if others:
         names = ", ".join(str(other.relative_to(directory)) for other in others)
         test.notes.append(f"This is the newest test of the run, {folder.relative_to(directory)}; "
@@ -101,6 +100,7 @@ def _check_results(results: dict) -> None:
     """Raise what reading a results.json that is not a test's raises, ValueError for a value."""
     kind, classes, value, main = (results[k] for k in ("dataset", "classes", "value", "per_class"))
     sizes, overfit = results.get("per_class_per_size", {}), results.get("overfit", 0)
+    notes = results.setdefault("notes", [])
     metrics = [*METRICS.values()] if kind == "VOC" else ["COCO AP"]
 
     def are_scores(values) -> bool:
@@ -119,6 +119,7 @@ def _check_results(results: dict) -> None:
         "per_class_per_size": set(sizes) <= set(classes)
         and are_scores(aps[size] for aps in sizes.values() for size in SIZES),
         "overfit": type(overfit) is int and overfit >= 0,
+        "notes": isinstance(notes, list) and all(isinstance(note, str) for note in notes),
     }
     for key, fit in fits.items():
         if not fit:

@@ -51,7 +51,10 @@ def draw_sheet(
     order, counts = rank_by_errors(truths, detections, difficult, score_thresh=score)
     # A picture without objects that nothing was found in is right, but there is nothing to see.
     shown = [i for i in order if len(truths[i])]
-    best, worst = shown[:pictures], shown[::-1][:pictures]
+    if not shown:
+        raise UserError(f"{test.directory}: no picture of the test has an object to draw")
+    pictures = min(pictures, (len(shown) + 1) // 2)  # none is shown as good and as bad
+    best, worst = shown[:pictures], shown[pictures:][::-1][:pictures]
     images, captions = [], []
     for kind, chosen in (("good", best), ("bad", worst)):
         for i in chosen:

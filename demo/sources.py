@@ -15,6 +15,7 @@ from pathlib import Path
 import cv2
 
 from utils.errors import UserError
+from utils.logger import LOGGER
 
 PICTURES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
@@ -150,6 +151,9 @@ def real_path(path: str | Path) -> str:
     return os.path.normcase(os.path.realpath(path))
 
 
+_RESULTS = {"detections.json", "detections.csv", "images.json"}
+
+
 def _inside(folder: str, out: Path) -> Iterator[str]:
     results = real_path(out)
     for place, folders, names in os.walk(folder):
@@ -157,6 +161,9 @@ def _inside(folder: str, out: Path) -> Iterator[str]:
             name for name in folders
             if not name.startswith(".") and real_path(os.path.join(place, name)) != results
         )  # fmt: skip
+        if "drawn" in folders and _RESULTS & set(names):
+            LOGGER.warning("%s is left out: an earlier call has drawn it", Path(place, "drawn"))
+            folders.remove("drawn")
         yield from (os.path.join(place, n) for n in sorted(names) if not n.startswith("."))
 
 

@@ -186,6 +186,19 @@ def test_a_fault_is_what_the_reader_refuses(tmp_path, kept):
         assert text == str(error.value)
 
 
+def test_classes_that_are_left_out_unasked_are_worth_a_warning(coco_folder):
+    """A test set may have a category that the training set does not know."""
+    path = coco_folder / "annotations" / "instances_train2017.json"
+    document = json.loads(path.read_text())
+    document["categories"] = document["categories"][:1]
+    document["annotations"] = [a for a in document["annotations"] if a["category_id"] == 3]
+    path.write_text(json.dumps(document))
+    what = ("test", "set of which some classes are left out")
+    (text,) = found(report_of(coco_folder, "COCO"), "warning")[what]
+    assert text == "instances_val2017.json: 1 of 2 classes, 1 of 2 boxes"
+    assert what in found(report_of(coco_folder, "COCO", classes="thing"), "note")
+
+
 def test_every_fault_of_a_coco_set_is_told_at_once(coco_folder, capsys):
     names = [coco_folder / "train2017" / f"{i:012d}.jpg" for i in (1, 2)]
     names[0].unlink()

@@ -66,6 +66,15 @@ def test_sheet_needs_the_data_set(results, tmp_path, capsys):
     assert sheet.main([str(results), "--root", str(tmp_path / "elsewhere")]) == 0
 
 
+def test_no_picture_is_shown_as_good_and_as_bad(results, monkeypatch):
+    captions = []
+    real = sheet.contact_sheet
+    monkeypatch.setattr(sheet, "contact_sheet", lambda *a: captions.extend(a[3]) or real(*a))
+    assert sheet.main([str(results)]) == 0
+    names = [caption.split()[1] for caption in captions]
+    assert len(names) == len(set(names)) > 1
+
+
 def test_sheet_is_a_png(results, capsys):
     with pytest.raises(SystemExit, match="2"):
         sheet.main([str(results), "--output", "sheet.jpg"])

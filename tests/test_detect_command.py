@@ -240,6 +240,8 @@ def test_a_file_for_every_picture_also_without_objects():
     lines = Path("boxes/yolo/labels/in/c.txt").read_text().splitlines()
     assert len(annotation.names) == len(lines) > 0
     assert (annotation.boxes >= 0).all() and (annotation.boxes <= [95, 71, 95, 71]).all()
+    for place in ("voc", "yolo"):
+        shutil.rmtree(f"boxes/{place}")
     assert call("best.pth", "photos", *options, "--score_threshold", 1) == 0
     assert files("boxes") == expected
     assert read_annotation("boxes/voc/Annotations/in/c.xml").names == ()
@@ -462,6 +464,44 @@ def test_a_picture_is_never_overwritten_through_a_link(capsys):
         assert np.array_equal(cv2.imread("real/drawn/a.jpg"), original)
         assert call("best.pth", *words, "--out", out, "--no-draw") == 0
         capsys.readouterr()
+
+
+@pytest.mark.parametrize("kind, folder", [("voc", "voc/Annotations"), ("yolo", "yolo/labels")])
+def test_annotations_are_never_replaced(kind, folder, capsys):
+    picture("a.png")
+    options = ("--save", kind, kind, "--no-draw", "--out", "boxes")
+    assert call("best.pth", "a.png", *options) == 0
+    (written,) = Path("boxes", folder).iterdir()
+    written.write_text("corrected")
+    (names,) = Path("boxes").rglob("classes.txt")
+    names.write_text("mine")
+    assert call("best.pth", "a.png", *options) == 2
+    assert "holds annotations, which somebody may have corrected" in capsys.readouterr().err
+    assert (written.read_text(), names.read_text()) == ("corrected", "mine")
+    assert call("best.pth", "a.png", "--save", "csv", "--out", "boxes") == 0
+
+
+def test_what_an_earlier_call_has_drawn_is_left_out(capsys):
+    picture("photos/a.png")
+    picture("photos/mine/drawn/b.png")
+    assert call("best.pth", "photos", "--out", "photos/first") == 0
+    capsys.readouterr()
+    assert call("best.pth", "photos", "--out", "photos/second", "--save", "json") == 0
+    assert "drawn is left out: an earlier call has drawn it" in capsys.readouterr().out
+    names = {image["file_name"] for image in read("photos/second/images.json")["images"]}
+    assert names == {"a.png", "mine/drawn/b.png"}
+
+
+@pytest.mark.parametrize("rate", [0.02, 23.976, 66.6667, 119.88012, 239.9834, 999.9])
+def test_a_film_of_any_rate_is_drawn(rate, tmp_path):
+    path = tmp_path / "film.mp4"
+    file = detect.VideoFile(path, rate, steady=True)
+    for k in range(3):
+        file.write(np.full((32, 32, 3), 50 * k, np.uint8), k / rate)
+    file.close()
+    capture = cv2.VideoCapture(str(path))
+    assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 3
+    assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(rate, rel=2e-4)
 
 
 def test_two_pictures_are_never_drawn_as_one(capsys):

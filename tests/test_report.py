@@ -23,6 +23,7 @@ from data.voc0712 import VOCDetection
 from data.voc_eval import METRICS, evaluate_voc, read_comp4
 from demo import report
 from demo.chart import Chart, colour
+from demo.results import find_test
 from utils.draw import match_detections
 
 ROOT = Path(__file__).parent.parent
@@ -438,7 +439,34 @@ def test_the_page_goes_where_asked(results, tmp_path, capsys):
     assert not (results / "report.html").exists()
     links = [a["href"] for a, _ in Page(page).all("a") if not a["href"].startswith("http")]
     assert all((page.parent / unquote(link)).is_file() for link in links)
-    assert links[0].startswith("mine%231/")
+    assert links[0].startswith("mine%231_files/")
+
+
+def test_figures_keep_out_of_folders_of_other_things(results, tmp_path):
+    """The name of the page, plain, may be that of a folder that has nothing to do with it."""
+    mine = tmp_path / "blood" / "classes.csv"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert report.main([str(results), "--output", str(tmp_path / "blood.html")]) == 0
+    assert mine.read_text() == "mine" and len(list(mine.parent.iterdir())) == 1
+    assert (tmp_path / "blood_files" / "classes.csv").is_file()
+
+
+def test_what_the_score_noted_is_on_the_page(results, capsys):
+    said = json.loads((results / "results.json").read_text())
+    said["notes"] = ["0 ground truths of class <x>: its AP is 0"]
+    (results / "results.json").write_text(json.dumps(said))
+    assert report.main([str(results)]) == 0
+    assert said["notes"][0] in capsys.readouterr().out
+    assert "class &lt;x&gt;: its AP is 0" in (results / "report.html").read_text()
+
+
+@pytest.mark.parametrize("above", [0, 1, 2, 3])
+def test_a_test_is_found_from_any_folder_above_it(results, tmp_path, above):
+    folder = tmp_path / "other" / "ss_predict" / "best" / "test"
+    shutil.copytree(results, folder)
+    given = [folder, *folder.parents][above]
+    assert find_test(given) == (folder, tmp_path / "other", [])
 
 
 def test_coco_numbers_are_those_of_its_score(tmp_path, coco_folder):
@@ -476,7 +504,8 @@ def test_no_detections_at_all_make_a_page(nasty_voc, tmp_path):
     nothing = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
     folder = write_results(tmp_path / "out", nasty_voc, [nothing] * 12, "VOC", "test")
     path, notes = report.write_report(folder)
-    assert notes == [] and "no detections" in path.read_text()
+    assert len(notes) == 3 and all(note.startswith("0 detections for class") for note in notes)
+    assert "no detections" in path.read_text()
     kinds = [attributes["data-kind"] for attributes, _ in Page(path).all("section")]
     assert kinds == ["missed"]
 
