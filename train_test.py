@@ -598,6 +598,8 @@ def train_run(given: dict, run: Run, world: World) -> None:
     log_dataset(run.train_set, options, "train_sets")
     if run.test_set is not None:
         log_dataset(run.test_set, options, "test_sets")
+    if given.get("resume") == "auto" and not run.saved:
+        LOGGER.info("no run to go on with: a new one starts")
     trainer = build_trainer(given, run, world)
     if run.saved:
         trainer.restore(run.saved, run.path)

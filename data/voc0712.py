@@ -131,6 +131,11 @@ def _find_set(root: Path, year: str | None, image_set: str) -> tuple[Path, Path]
     for split in splits:
         if os.path.isfile(split):
             return folder, split
+    if len(_year_folders(root)) == 1 and not (root / "Annotations").is_dir():
+        raise UserError(
+            f"{root} holds neither Annotations/ and JPEGImages/ nor the years of a devkit; "
+            "docs/own_data.md shows where pictures and annotations go"
+        )
     there = ", ".join(set_name(*pair) for pair in list_image_sets(root)) or "none"
     raise UserError(
         f'no image set "{set_name(year, image_set)}" in {root}: looked for {splits[0]} and '

@@ -436,3 +436,11 @@ def test_without_safetensors_the_command_that_installs_it_is_named(tmp_path, mon
 def test_sha256_is_the_files(tmp_path):
     (tmp_path / "f").write_bytes(b"abc" * 700_000)
     assert sha256_of(tmp_path / "f") == hashlib.sha256(b"abc" * 700_000).hexdigest()
+
+
+def test_a_text_is_no_checkpoint_and_nobody_is_told_to_open_it_all_the_same(tmp_path):
+    path = tmp_path / "README.md"
+    path.write_text("# A page\n")
+    with pytest.raises(UserError, match="is not a PyTorch file") as caught:
+        load_checkpoint(path)
+    assert "weights_only" not in str(caught.value)

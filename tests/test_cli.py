@@ -122,10 +122,18 @@ def test_resume_needs_nothing_but_the_path(call, tmp_path):
 
 def test_resume_auto_takes_the_newest_run_of_the_data_and_else_starts_one(call, capsys):
     assert call("--resume", "auto", "--date", "a", "-max", 2, "--max_iters", 1) == 0
-    assert "resumed" not in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "no run to go on with: a new one starts" in said and "resumed" not in said
     assert call("--resume", "auto", "--max_iters", 2) == 0
     assert "resumed at step 1" in capsys.readouterr().out
     assert [p.name for p in call.folder.iterdir()] == ["a"]
+
+
+def test_a_folder_is_no_checkpoint(call, capsys):
+    assert call("--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
+    capsys.readouterr()
+    assert call("--test", call.folder / "a") == 2
+    assert "a is a folder; give a checkpoint in it, such as last.pth" in capsys.readouterr().err
 
 
 def test_a_run_that_another_process_trains_is_left_alone(call, capsys):

@@ -715,3 +715,9 @@ def test_more_pictures_than_have_objects_cannot_be_kept(voc_folder):
     with pytest.raises(ValueError, match="cannot keep 0 pictures, wanted 1 or more"):
         data.keep_first(0)
     assert len(data) == 6
+
+
+def test_pictures_and_annotations_in_one_folder_are_sent_to_the_page(tmp_path):
+    write_annotation(tmp_path / "a.xml", [("dog", (1, 1, 5, 5))])
+    with pytest.raises(UserError, match="neither Annotations/ and JPEGImages/ .*own_data.md"):
+        VOCDetection(tmp_path, [("2007", "trainval")])

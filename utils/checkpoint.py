@@ -44,6 +44,8 @@ def load_checkpoint(path: str | Path) -> dict:
             whose entries are not what a checkpoint has under their names.
     """
     path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give a checkpoint in it, such as last.pth")
     if not path.is_file():
         raise UserError(f"{path} does not exist or is not a file; give the path of a checkpoint")
     state = _load_safetensors(path) if path.suffix == _SAFETENSORS else _load_torch(path)
@@ -327,9 +329,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 
 def _reason(error: Exception) -> str:
-    """Type and first line of an error."""
+    """Type and first sentence of an error; PyTorch's next ones say how to open the file all the
+    same, which is not done here."""
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0] if lines else 'no reason given'}"
+    return f"{type(error).__name__}: {lines[0].split('. ')[0] if lines else 'no reason given'}"
 
 
 def _tensors(path: str | Path, state: Mapping) -> dict[str, Tensor]:

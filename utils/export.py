@@ -583,7 +583,7 @@ def excess(proof: dict, tolerance: Tolerance) -> str:
             f"{100 * proof['matched']:.2f} % of the boxes have a partner, "
             f"{100 * tolerance.matched:g} % are needed (a detector that has hardly learnt has many "
             "boxes of nearly equal scores, which rounding exchanges: train it longer, or give a "
-            "higher --score_threshold)"
+            "higher --score_threshold, which leaves the unsure ones out of the file's detections)"
         )
     for key, limit, what in (
         ("score_difference", tolerance.score, "a score"),
