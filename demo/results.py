@@ -68,7 +68,7 @@ def open_test(directory: Path, root: str | None) -> Test:
         _check_results(results)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is not a test's results ({error!r}); run the test again") from None
-    test = Test(folder, results, run, notes=list(results["notes"]))
+    test = Test(folder, results, run, notes=list(results.get("notes", [])))
     if others:
         names = ", ".join(str(other.relative_to(directory)) for other in others)
         test.notes.append(f"This is the newest test of the run, {folder.relative_to(directory)}; "
@@ -100,7 +100,7 @@ def _check_results(results: dict) -> None:
     """Raise what reading a results.json that is not a test's raises, ValueError for a value."""
     kind, classes, value, main = (results[k] for k in ("dataset", "classes", "value", "per_class"))
     sizes, overfit = results.get("per_class_per_size", {}), results.get("overfit", 0)
-    notes = results.setdefault("notes", [])
+    notes = results.get("notes", [])
     metrics = [*METRICS.values()] if kind == "VOC" else ["COCO AP"]
 
     def are_scores(values) -> bool:

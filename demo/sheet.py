@@ -67,7 +67,6 @@ def draw_sheet(
             correct, wrong, missed = counts[i]
             captions.append(f"{kind}: {dataset.ids[i]}  {correct} right, {wrong} wrong, "
                             f"{missed} missed")  # fmt: skip
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(encode_png(contact_sheet(images, 4, (400, 400), captions)))
     return path

@@ -207,8 +207,8 @@ class Predictor:
         if "loc" in outputs:
             found = self.detect(outputs["loc"], outputs["conf"], self.priors, sizes)
             return [{key: value.cpu() for key, value in each.items()} for each in found]
-        if not outputs["boxes"].isfinite().all():
-            raise FloatingPointError("a box contains NaN or infinity")
+        if not all(outputs[key].isfinite().all() for key in ("boxes", "scores")):
+            raise FloatingPointError("a detection contains NaN or infinity")
         over = outputs["scores"] > self.detect.conf_thresh
         of = [(over & (outputs["image"] == i)).nonzero().flatten() for i in range(len(sizes))]
         return [
