@@ -20,16 +20,16 @@ from pathlib import Path as _Path
 import torch
 
 import models as _models
-from models.predictor import Predictor as _Predictor
+from inference.predictor import Predictor as _Predictor
+from models import pretrained as _weights
 from utils import checkpoint as _checkpoint
-from utils import weights as _weights
 from utils.errors import UserError as _UserError
 
 dependencies = ["torch", "numpy", "cv2"]
 
 
 def predictor(file: str, **options) -> _Predictor:
-    """Pictures -> detections, from a checkpoint or an exported file; see ``models.predictor``."""
+    """Detect in images with a checkpoint or an exported file; see ``inference.predictor``."""
     return _Predictor(file, **options)
 
 

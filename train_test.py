@@ -45,17 +45,9 @@ from data.loading import (
     test_loader,
     training_loader,
 )
-from data.transfer import match_classes, parse_class_map, transfer_classes
 from data.transforms import ResizeOnly, SSDAugmentation, TestTransform
 from data.voc0712 import parse_classes
-from layers import Detect, MultiBoxLoss, PriorBox
-from layers.detect import SUPPRESSION
-from models import BACKBONES, SIZES, build_net, prior_config
-from models.predictor import Predictor
-from models.stored import check_config, describe, trained_for
-from utils import nms
-from utils.checkpoint import load_base, load_checkpoint, load_weights, sha256_of
-from utils.distributed import (
+from engine.distributed import (
     ALONE,
     Elsewhere,
     World,
@@ -68,12 +60,7 @@ from utils.distributed import (
     leave,
     synchronise_batch_norm,
 )
-from utils.draw import contact_sheet, draw_batch, draw_comparison
-from utils.engine import detect_all
-from utils.errors import UserError, reason
-from utils.files import locked, write_json
-from utils.logger import LOGGER, Progress, close_logging, setup_logging
-from utils.options import (
+from engine.options import (
     DEFAULTS,
     DETECTION_OPTIONS,
     FIXED_IN_A_RUN,
@@ -82,15 +69,28 @@ from utils.options import (
     TRAINING_RECIPES,
     check_gpus,
     choose_device,
-    cores,
     image_sets,
     parser,
     set_names,
 )
-from utils.runtime import SUFFIXES as EXPORTED
-from utils.runtime import identity
-from utils.schedule import lr_at
-from utils.trainer import Interrupted, Trainer
+from engine.schedule import lr_at
+from engine.steps import detect_all
+from engine.trainer import Interrupted, Trainer
+from inference.draw import contact_sheet, draw_batch, draw_comparison
+from inference.predictor import Predictor
+from inference.runtime import SUFFIXES as EXPORTED
+from inference.runtime import identity
+from layers import Detect, MultiBoxLoss, PriorBox
+from layers.detect import SUPPRESSION
+from models import BACKBONES, SIZES, build_net, prior_config
+from models.info import check_config, describe, trained_for
+from models.transfer import match_classes, parse_class_map, transfer_classes
+from utils import nms
+from utils.arguments import cores
+from utils.checkpoint import load_base, load_checkpoint, load_weights, sha256_of
+from utils.errors import UserError, reason
+from utils.files import locked, write_json
+from utils.logger import LOGGER, Progress, close_logging, setup_logging
 
 # ---------------------------------------------------------------- options
 
@@ -391,7 +391,7 @@ def open_test(given: dict, world: World) -> Testing:
 
 
 def open_exported(given: dict, path: Path, world: World) -> Testing:
-    """``open_test`` of what ``python -m utils.export`` has written."""
+    """``open_test`` of what ``python -m tools.export`` has written."""
     for option in ("class_map", "amp"):
         if option in given:
             raise UserError(f"--{option} cannot change {path}, which is exported; leave it out")

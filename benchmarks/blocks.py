@@ -1,4 +1,4 @@
-"""HarD blocks by the routes of ``utils.deploy``, as ratios to concatenation in the same run.
+"""HarD blocks by the routes of ``inference.deploy``, as ratios to concatenation in the same run.
 
     python -m benchmarks.blocks [--device cuda] [--version SSD_HarDNet68] [--size 512]
                                 [--batch 1 32] [--amp bf16] [--routes ROUTE ...] [--pad 1 8 16]
@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import machine, medians, write
+from inference.deploy import BLOCKS, HarmonicBlock, deploy
 from models import BACKBONES, build_net
 from models.hardnet import HarDBlock
-from utils.deploy import BLOCKS, HarmonicBlock, deploy
-from utils.engine import AMP_TYPES
-from utils.profile import profile, table
+from tools.traffic import profile, table
+from utils.device import AMP_TYPES
 
 PLAIN = "concatenate"
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 3e-2, torch.float16: 4e-3}

@@ -23,7 +23,7 @@ from data.config import COCO_512
 from layers import Detect, PriorBox
 from layers.boxes import iou, to_corners
 from models import build_net
-from utils.engine import AMP_TYPES, autocast
+from utils.device import AMP_TYPES, autocast
 from utils.nms import backend
 
 CLASSES = 81

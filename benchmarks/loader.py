@@ -29,8 +29,8 @@ from data.cache import open_cache
 from data.loading import EpochSampler, Loader, TrainingSet, set_up_loading, training_loader
 from data.transforms import SSDAugmentation
 from data.voc0712 import VOCDetection, list_image_sets, set_name
+from engine.options import image_sets
 from utils.errors import UserError
-from utils.options import image_sets
 
 SEED = 0
 

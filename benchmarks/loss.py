@@ -24,7 +24,7 @@ from benchmarks.timing import machine, medians, write
 from data.config import PRIORS
 from layers import MultiBoxLoss, PriorBox
 from layers.boxes import encode, to_corners
-from utils.engine import AMP_TYPES
+from utils.device import AMP_TYPES
 
 VARIANCE = (0.1, 0.2)
 

@@ -29,7 +29,7 @@ from benchmarks.timing import machine, medians, write
 from data.config import INPUT_MEAN
 from layers import MultiBoxLoss, PriorBox
 from models import BACKBONES, build_net, prior_config
-from utils.engine import AMP_TYPES, autocast, to_input
+from utils.device import AMP_TYPES, autocast, to_input
 
 CLASSES = 81
 

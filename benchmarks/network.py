@@ -16,9 +16,9 @@ import torch
 
 from benchmarks.timing import machine, medians, write
 from data.config import INPUT_MEAN
+from engine.steps import train_steps
 from layers import MultiBoxLoss, PriorBox
 from models import BACKBONES, build_net, prior_config
-from utils.engine import train_steps
 
 
 def training_call(net, images, priors, amp: str) -> Callable[[], None]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from benchmarks.timing import medians
-from utils.profile import Profile
+from tools.traffic import Profile
 
 BYTES = {"fp32": 4, "tf32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 """Bytes of an element, by precision."""

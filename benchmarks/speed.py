@@ -54,20 +54,21 @@ from benchmarks.timing import CPU, write
 from data.config import INPUT_MEAN
 from data.image import read_image
 from data.voc0712 import SUFFIXES as PICTURE_SUFFIXES
+from engine.options import choose_device
+from inference.deploy import deploy
+from inference.export import MARGIN, Tolerance, compare, excess
+from inference.predictor import Predictor
+from inference.runtime import SUFFIXES as EXPORTED_SUFFIXES
+from inference.runtime import import_package
 from layers import Detect
 from layers.boxes import decode
 from models import BACKBONES, build_net
-from models.predictor import Predictor
+from tools.traffic import profile
+from utils.arguments import positive
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
-from utils.deploy import deploy
-from utils.engine import AMP_TYPES, autocast
+from utils.device import AMP_TYPES, autocast
 from utils.errors import UserError, command
-from utils.export import MARGIN, Tolerance, compare, excess
 from utils.files import check_writable
-from utils.options import choose_device, positive
-from utils.profile import profile
-from utils.runtime import SUFFIXES as EXPORTED_SUFFIXES
-from utils.runtime import import_package
 
 STAGES = ("decode", "preprocess", "forward", "postprocess")
 CLASSES = 81
@@ -282,7 +283,7 @@ class Way:
     """How a deployed network runs."""
 
     blocks: str = "concatenate"
-    """Of ``utils.deploy.deploy``."""
+    """Of ``inference.deploy.deploy``."""
     wrap: Callable[[nn.Module], Callable] = lambda net: net
     gpu: bool = False
     """Only there."""
@@ -441,7 +442,7 @@ def agreement(
     """How many of plain's boxes a route finds, and on a GPU the memory that it takes to.
 
     Returns:
-        What ``utils.export.compare`` does, and "bytes": the most memory of all tensors, without
+        What ``inference.export.compare`` does, and "bytes": the most memory of all tensors, without
         what lay there before, None on the CPU.
 
     Raises:

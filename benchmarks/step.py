@@ -30,9 +30,10 @@ from data.loading import EpochSampler, TrainingSet, training_loader
 from data.transforms import SSDAugmentation
 from data.voc0712 import VOCDetection
 from demo.shapes import make_dataset
+from engine.steps import train_steps
 from layers import MultiBoxLoss, PriorBox
 from models import BACKBONES, build_net, prior_config
-from utils.engine import AMP_TYPES, to_input, train_steps
+from utils.device import AMP_TYPES, to_input
 
 WARM_UP = 2  # steps that are not timed: caches fill, algorithms are chosen
 MEAN_OF = 10

@@ -304,7 +304,7 @@ class COCODetection:
     are ordinary boxes, as published, or left out of the targets (a score always counts them as
     COCO does). Boxes without area or wholly outside their picture are dropped; `skipped` lists them
     by reason. The year of a set in own data may be None. With `missing_pictures` a picture that is
-    missing is told when it is read, for `data.check`.
+    missing is told when it is read, for `tools.check`.
 
     UserError: no annotation file of that name, a malformed one (see `read_annotations`), missing
     pictures, sets of different categories, a picture in two sets, no category of a name.

@@ -343,7 +343,7 @@ class VOCDetection:
     else VOC_CLASSES in a devkit whose chosen sets name no other, else all names in the annotations
     of root's image sets, sorted.
     faults: given a list, what is wrong with single annotations and pictures, or with the classes,
-    is added to it instead of raised, for `data.check`: such a picture has no objects here, and one
+    is added to it instead of raised, for `tools.check`: such a picture has no objects here, and one
     that is missing is told when it is read.
 
     Annotations are read here, pictures only where an annotation gives no size or a box leaves it.

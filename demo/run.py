@@ -21,7 +21,7 @@ import torch
 
 import train_test
 from demo.shapes import make_dataset
-from demo.sheet import draw_sheet
+from tools.sheet import draw_sheet
 from utils.errors import command
 
 # In so few steps a network from scratch learns best from small batches at a low rate.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from utils.profile import table
+from tools.traffic import table
 
 # ---------------------------------------------------------------- measured or counted
 
@@ -118,8 +118,8 @@ def inputs() -> str:
     """What was measured or counted, and how."""
     loader, scorer = "`benchmarks.loader --cache memory`", "`benchmarks.coco_eval`"
     rows = [
-        ("parameters, buffers", f"{PARAMETERS:,}, {BUFFERS:,}", "`utils.profile`"),
-        ("MACs of a forward pass on a picture", f"{MACS / 1e9:.2f} G", "`utils.profile`"),
+        ("parameters, buffers", f"{PARAMETERS:,}, {BUFFERS:,}", "`tools.traffic`"),
+        ("MACs of a forward pass on a picture", f"{MACS / 1e9:.2f} G", "`tools.traffic`"),
         ("its traffic in bf16", f"{TRAFFIC / 1e6:.0f} MB", "[traffic.md](traffic.md)"),
         *(
             (f"kept for the backward pass, {name}", f"{size} MiB", "`benchmarks.memory`")

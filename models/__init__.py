@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from data.config import MOBILE_PRIORS, PRIORS, PriorConfig
-from models.classifiers import MobileNetV2Base, ResNet101Base
 from models.hardnet import HARDNET_SPECS, Bridge, DepthwiseBridge, HarDNetBase
 from models.rfb import RFBNet, rfb_extras
 from models.ssd import SSD, Detector, ssd_extras, ssd_extras_stride32
+from models.torchvision_bases import MobileNetV2Base, ResNet101Base
 from models.vgg import VGGBase
 from utils.errors import UserError
 

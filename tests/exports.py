@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from inference.export import main
 from models import build_net
 from train_test import resolve
 from utils.checkpoint import save_checkpoint
-from utils.export import main
 
 CLASSES = ["cell", "platelet", "rod"]
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import tiny
 import torch
 
+from engine.distributed import end
 from train_test import main
 from utils.checkpoint import load_checkpoint
-from utils.distributed import end
 
 ROOT = Path(__file__).parent.parent
 # The machine may be busy; what hangs is noticed all the same.

@@ -1,4 +1,4 @@
-"""data/analysis.py against hand-made cases, literal loops, the project's scores and hotcoco."""
+"""tools/analysis.py against hand-made cases, literal loops, the project's scores and hotcoco."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from data.analysis import (
+from data.coco import COCODetection
+from data.curves import load_curves
+from data.voc0712 import VOCDetection
+from tools.analysis import (
     CORRECT,
     ERRORS,
     IGNORED,
@@ -26,9 +29,6 @@ from data.analysis import (
     overlaps,
     truth_of,
 )
-from data.coco import COCODetection
-from data.curves import load_curves
-from data.voc0712 import VOCDetection
 
 SQUARE = (0, 0, 100, 100)
 

@@ -1,4 +1,4 @@
-"""`python -m data.check`: every fault is told at once, and the fit of the prior boxes is right."""
+"""`python -m tools.check`: every fault is told at once, and the fit of the prior boxes is right."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ import pytest
 from conftest import VOC_IMAGE_SIZE, with_exif, write_annotation, write_voc
 
 import train_test
-from data import check as module
 from data import config
-from data.check import best_overlaps, check, main, near_pairs, sheet
 from data.coco import COCODetection
 from data.config import MOBILE_300, PRIORS
 from data.voc0712 import VOCDetection
-from demo import detect
-from demo import sheet as demo_sheet
 from demo.shapes import draw_picture
+from engine.options import parser
 from layers import PriorBox
-from utils import weights
+from models import pretrained as weights
+from tools import check as module
+from tools import detect
+from tools import sheet as demo_sheet
+from tools.check import best_overlaps, check, main, near_pairs, sheet
 from utils.errors import UserError
-from utils.options import parser
 
 ROOT = Path(__file__).parent.parent
 DOG = [("dog", (11, 11, 60, 60))]
@@ -704,7 +704,7 @@ def test_an_interrupt_ends_with_130(voc_folder, monkeypatch, capsys):
 
 
 def run_apart(root, *more, encoding="ascii"):
-    words = [sys.executable, "-m", "data.check", "--root", root, "--size", "300", *more]
+    words = [sys.executable, "-m", "tools.check", "--root", root, "--size", "300", *more]
     env = {**os.environ, "PYTHONIOENCODING": encoding}
     return subprocess.run(words, cwd=ROOT, env=env, capture_output=True)
 
@@ -766,15 +766,15 @@ def test_lists_are_made_as_described(voc_folder, tmp_path):
 def test_the_commands_of_the_page_are_known():
     """A command that is added to the page must be added here, too."""
     assert [c[1:4] for c in COMMANDS] == [
-        ["-m", "data.check", "--root"],
-        ["-m", "data.check", "-d"],
+        ["-m", "tools.check", "--root"],
+        ["-m", "tools.check", "-d"],
         ["train_test.py", "-d", "VOC"],
         ["train_test.py", "-d", "COCO"],
         ["train_test.py", "-d", "VOC"],
         ["train_test.py", "--test", "weights/SSD_HarDNet68_300/RUN/Final_SSD_HarDNet68_VOC.pth"],
-        ["-m", "demo.sheet", "weights/SSD_HarDNet68_300/RUN"],
-        ["-m", "utils.weights", "convert"],
-        ["-m", "demo.detect", "detector.safetensors"],
+        ["-m", "tools.sheet", "weights/SSD_HarDNet68_300/RUN"],
+        ["-m", "models.pretrained", "convert"],
+        ["-m", "tools.detect", "detector.safetensors"],
     ]
 
 

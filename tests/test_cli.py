@@ -20,11 +20,11 @@ import models
 import train_test
 from data.config import COCO_300, COCO_CLASSES
 from data.loading import TrainingSet
+from engine.options import parser
 from layers import PriorBox
 from models import build_net
 from train_test import main, resolve
 from utils.checkpoint import load_checkpoint, sha256_of
-from utils.options import parser
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,8 +14,9 @@ import pytest
 from data.detections import save_detections
 from data.voc0712 import VOCDetection
 from data.voc_eval import METRICS
-from demo import run, sheet
+from demo import run
 from docs import curves
+from tools import sheet
 
 
 @pytest.fixture

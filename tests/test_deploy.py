@@ -14,11 +14,11 @@ from test_models import FORWARDS, assert_published_outputs, golden_weight, publi
 from torch import nn
 
 from data.config import VOC_300
+from inference.deploy import BLOCKS, deploy
 from models import BACKBONES, build_net
 from models.hardnet import HarDBlock, HarDNetBase, HarDNetSpec
 from models.ssd import SSD, ssd_extras
-from utils.deploy import BLOCKS, deploy
-from utils.profile import profile
+from tools.traffic import profile
 
 ROUTES = [name for name in BLOCKS if name != "gather"]  # which needs a GPU or Triton's interpreter
 HARDNETS = [name for name in BACKBONES if "HarDNet" in name]

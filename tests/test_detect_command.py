@@ -1,4 +1,4 @@
-"""python -m demo.detect: what it looks at, what it writes, and how it ends."""
+"""python -m tools.detect: what it looks at, what it writes, and how it ends."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from tiny import TINY
 
 import models
 from data.voc0712 import VOCDetection, read_annotation
-from demo import detect, outputs
-from demo.outputs import COCO_IDS, Found, category_ids, voc_xml, yolo_txt
-from demo.sources import PICTURES, find_sources, image_ids, label_names
-from models.predictor import Predictor
-from utils.draw import LEGIBLE, draw_caption, enlarge
+from inference.draw import LEGIBLE, draw_caption, enlarge
+from inference.predictor import Predictor
+from tools import detect, outputs
+from tools.outputs import COCO_IDS, Found, category_ids, voc_xml, yolo_txt
+from tools.sources import PICTURES, find_sources, image_ids, label_names
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -974,7 +974,7 @@ def test_a_caption_stands_in_the_upper_left_corner_of_any_picture():
 
 
 def test_names_that_no_font_has_are_told(monkeypatch, capsys):
-    from utils import fonts
+    from inference import fonts
 
     monkeypatch.setattr(fonts, "FOLDERS", ())
     saved = torch.load("best.pth", weights_only=True)
@@ -994,7 +994,7 @@ def test_names_that_no_font_has_are_told(monkeypatch, capsys):
 def test_every_command_of_the_page_runs(monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    from utils import export
+    from inference import export
 
     text = (ROOT / "docs" / "detect.md").read_text("utf-8")
     blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -1003,7 +1003,7 @@ def test_every_command_of_the_page_runs(monkeypatch):
     for name in ("photos/a.jpg", "photos/in/b.jpg", "shots/c.png", "one.jpg"):
         picture(name)
     film("film.mp4", 3)
-    programs = {"demo.detect": detect.main, "utils.export": export.main}
+    programs = {"tools.detect": detect.main, "inference.export": export.main}
     for command in commands:
         before, _, last = command.rpartition(" | ")
         if before:

@@ -38,10 +38,7 @@ from torch import nn
 import models
 from data.config import INPUT_MEAN, VOC_300
 from data.loading import EpochSampler
-from layers import MultiBoxLoss, PriorBox
-from models import build_net
-from utils.checkpoint import load_checkpoint
-from utils.distributed import (
+from engine.distributed import (
     ALONE,
     CPUSyncBatchNorm,
     Elsewhere,
@@ -51,7 +48,10 @@ from utils.distributed import (
     leave,
     synchronise_batch_norm,
 )
-from utils.engine import train_steps
+from engine.steps import train_steps
+from layers import MultiBoxLoss, PriorBox
+from models import build_net
+from utils.checkpoint import load_checkpoint
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
 
@@ -293,7 +293,7 @@ def straight(data, folder):
 
 def launcher(processes: int) -> list[str]:
     """The command that starts this program's arguments by ``launch``."""
-    code = "import sys; from utils.distributed import launch; sys.exit(launch({}, sys.argv[1:]))"
+    code = "import sys; from engine.distributed import launch; sys.exit(launch({}, sys.argv[1:]))"
     return [sys.executable, "-c", code.format(processes), PROGRAM]
 
 

@@ -13,9 +13,10 @@ import torch
 
 from data import build_dataset
 from models import BACKBONES, build_net
-from utils.weights import published
+from models.pretrained import published
 
 ROOT = Path(__file__).parent.parent
+ROOMS = "utils|data|layers|models|inference|engine|tools|demo|docs|benchmarks|tests"
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), ROOT / "weights" / "README.md"])
 
 
@@ -33,9 +34,9 @@ def test_links_and_pictures_lead_to_files(page):
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 def test_modules_and_scripts_that_are_named_are_there(page):
     text = page.read_text("utf-8")
-    for name in re.findall(r"python -m ((?:utils|data|demo|docs|benchmarks)\.\w+)", text):
+    for name in re.findall(rf"python -m ((?:{ROOMS})\.\w+)", text):
         assert (ROOT / f"{name.replace('.', '/')}.py").is_file(), name
-    for name in re.findall(r"`((?:utils|data|models|layers|demo|tests)/\w+\.py)`", text):
+    for name in re.findall(rf"`((?:{ROOMS})/\w+\.py)`", text):
         assert (ROOT / name).is_file(), name
 
 
@@ -102,9 +103,9 @@ def test_commands_that_reproduce_name_what_there_is():
     """tests/test_readme.py and tests/test_weights.py run the same commands on small data."""
     from data.coco_eval import BACKENDS
     from data.config import RECIPES
+    from engine.options import parser
     from layers.detect import SUPPRESSION
     from models import SIZES
-    from utils.options import parser
 
     parse = parser(versions=BACKBONES, sizes=SIZES, datasets=RECIPES,
                    suppressions=SUPPRESSION, backends=BACKENDS).parse_args  # fmt: skip
@@ -112,8 +113,8 @@ def test_commands_that_reproduce_name_what_there_is():
                 for line in block.splitlines()]  # fmt: skip
     assert len(commands) == 5
     for command in commands:
-        if "utils.weights" in command:
-            assert command[:4] == ["python", "-m", "utils.weights", "download"]
+        if "models.pretrained" in command:
+            assert command[:4] == ["python", "-m", "models.pretrained", "download"]
             row = published(command[4])
         else:
             assert command[:2] == ["python", "train_test.py"]
@@ -130,8 +131,8 @@ def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
     from tiny import TINY
 
     import train_test
-    from demo import detect
-    from utils import export
+    from inference import export
+    from tools import detect
 
     monkeypatch.setitem(BACKBONES, "tiny", TINY)
     # Random weights have no AP to lose, and boxes at every threshold.
@@ -142,7 +143,7 @@ def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").symlink_to(voc_folder)
     (tmp_path / "PICTURES").symlink_to(voc_folder / "JPEGImages")
-    programs = {"train_test.py": train_test, "demo.detect": detect, "utils.export": export}
+    programs = {"train_test.py": train_test, "tools.detect": detect, "inference.export": export}
     commands = [line.split() for block in blocks("docs/exporting.md", "")
                 for line in block.splitlines() if line.startswith("python")]  # fmt: skip
     assert len(commands) == 6

@@ -2,7 +2,7 @@ import cv2
 import numpy as np
 import pytest
 
-from utils.draw import (
+from inference.draw import (
     class_colour,
     contact_sheet,
     draw_comparison,

@@ -12,9 +12,10 @@ from tiny import TINY
 import models
 from data.config import INPUT_MEAN, VOC_300
 from data.detections import load_detections, save_detections
+from engine.steps import detect_all, train_steps
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import build_net
-from utils.engine import detect_all, to_input, train_steps
+from utils.device import to_input
 from utils.errors import UserError
 
 # ---------------------------------------------------------------- loops

@@ -29,9 +29,9 @@ from program import (
 )
 from tiny import TINY
 
+import engine.trainer
 import models
 import train_test
-import utils.trainer
 from train_test import main
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -424,10 +424,10 @@ def test_checkpoints_by_the_minute_lie_inside_epochs_and_are_exact(train, monkey
             steps.append(state["step"])
             shutil.copy(path, train.folder / f"{state['step']}.pth")
 
-    save = utils.trainer.save_checkpoint
+    save = engine.trainer.save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(utils.trainer, "save_checkpoint", keep)
-        patch.setattr(utils.trainer, "time", SimpleNamespace(monotonic=monotonic))
+        patch.setattr(engine.trainer, "save_checkpoint", keep)
+        patch.setattr(engine.trainer, "time", SimpleNamespace(monotonic=monotonic))
         assert train("a", "--save_minutes", 1) == 0
     assert sorted(set(steps)) == list(range(1, 13))
     assert_same_run(train.folder / "straight", train.folder / "a")

@@ -22,14 +22,14 @@ import models
 import train_test
 from data.image import read_image
 from data.transforms import TestTransform
+from inference import export
+from inference.export import TOLERANCE, compare, excess, main
+from inference.predictor import Predictor
+from inference.runtime import cpu_has_bf16
 from layers import Detect, PriorBox
 from models import build_net, prior_config
-from models.predictor import Predictor
-from utils import export
 from utils.build import EXTRAS
 from utils.checkpoint import load_checkpoint, sha256_of
-from utils.export import TOLERANCE, compare, excess, main
-from utils.runtime import cpu_has_bf16
 
 for package in ("onnx", "onnxscript", "onnxruntime", "openvino"):
     pytest.importorskip(package)

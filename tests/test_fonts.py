@@ -6,10 +6,10 @@ import cv2
 import numpy as np
 import pytest
 
-from utils import fonts
-from utils.draw import draw_detections
+from inference import fonts
+from inference.draw import draw_detections
+from inference.fonts import Lettering
 from utils.errors import UserError
-from utils.fonts import Lettering
 
 
 @pytest.fixture

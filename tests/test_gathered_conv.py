@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from layers import gathered_conv
-from layers.gathered_conv import DTYPES, GatheredWeight, gathered_conv2d, pack
+from inference import gathered_conv
+from inference.gathered_conv import DTYPES, GatheredWeight, gathered_conv2d, pack
 from models import BACKBONES
 from models.hardnet import HarDBlock
-from utils.profile import profile
+from tools.traffic import profile
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 DIGITS = {torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -201,7 +201,7 @@ def test_what_is_not_a_number_reaches_its_neighbours_only(interpreted, activatio
 )
 def test_tf32_is_what_either_interface_says(monkeypatch):
     program = (
-        "import torch; from layers.gathered_conv import _allow_tf32 as allowed;"
+        "import torch; from inference.gathered_conv import _allow_tf32 as allowed;"
         "before = allowed(); torch.backends.cuda.matmul.{} ; print(before, allowed())"
     )
     for setting in ("allow_tf32 = True", "fp32_precision = 'tf32'"):

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from data.config import VOC_300
+from inference.graph import DetectGraph, Preprocess, detect_onnx
 from layers import Detect, PriorBox
-from layers.graph import DetectGraph, Preprocess, detect_onnx
 
 SIZES = [(500, 300), (640, 480), (200, 700)]
 MEAN = (104.0, 117.0, 123.0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import hubconf
+from inference.predictor import Predictor
 from models import BACKBONES, build_net
-from models.predictor import Predictor
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent

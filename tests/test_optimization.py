@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
+from engine.optim import MovingAverage, parameter_groups
+from engine.schedule import COSINE_END, ema_decay_at, lr_at
 from models import build_net
-from utils.optimization import MovingAverage, parameter_groups
-from utils.schedule import COSINE_END, ema_decay_at, lr_at
 
 
 def rate(step, epochs=150, warm_epochs=1, schedule="steps"):

@@ -9,10 +9,10 @@ import torch
 
 from data.config import COCO_300, COCO_CLASSES, INPUT_MEAN, VOC_300, VOC_CLASSES
 from data.transforms import TestTransform
+from engine.steps import detect_all
+from inference.predictor import Predictor
 from layers import Detect, PriorBox
 from models import build_net
-from models.predictor import Predictor
-from utils.engine import detect_all
 from utils.errors import UserError
 
 VERSION = "SSD_HarDNet39ds"

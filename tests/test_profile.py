@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import BACKBONES, build_net
-from utils.profile import layer_table, main, profile, table
+from tools.traffic import layer_table, main, profile, table
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "traffic.md").read_text("utf-8")
@@ -219,7 +219,7 @@ def test_an_interrupt_has_its_exit_status(monkeypatch, capsys):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("utils.profile.profile", interrupt)
+    monkeypatch.setattr("tools.traffic.profile", interrupt)
     assert main(["-v", "SSD_vgg"]) == 130
     assert capsys.readouterr() == ("", "interrupted\n")
 
@@ -232,8 +232,8 @@ def test_unknown_network_names_the_known_ones(capsys):
 
 
 def test_page_has_the_commands_output_for_every_network():
-    """After a change, paste the output of `python -m utils.profile` into docs/traffic.md."""
-    assert COMMANDS[0] == ["python", "-m", "utils.profile"]
+    """After a change, paste the output of `python -m tools.traffic` into docs/traffic.md."""
+    assert COMMANDS[0] == ["python", "-m", "tools.traffic"]
     done = subprocess.run(
         [sys.executable, *COMMANDS[0][1:]], cwd=ROOT, capture_output=True, text=True
     )
@@ -243,7 +243,7 @@ def test_page_has_the_commands_output_for_every_network():
 def test_other_commands_of_the_page_run_as_written(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for command in COMMANDS[1:]:
-        assert command[:3] == ["python", "-m", "utils.profile"]
+        assert command[:3] == ["python", "-m", "tools.traffic"]
         assert main(command[3:]) == 0
     assert capsys.readouterr().out.count("SSD_HarDNet68 at 512") == 1
     (report,) = json.loads((tmp_path / "OUT.json").read_text())

@@ -17,9 +17,9 @@ import torch
 from conftest import write_voc
 
 from data.config import LR_MILESTONES, PER_CLASS, RECIPES
+from engine.options import DEFAULTS, TRAINING_RECIPES
 from layers.detect import SUPPRESSION
 from models import BACKBONES, build_net
-from utils.options import DEFAULTS, TRAINING_RECIPES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
@@ -65,12 +65,12 @@ def test_the_commands_are_known():
     assert [c[:3] for c in COMMANDS] == [
         ["./make.sh", "demo"],
         ["./make.sh", "test"],
-        ["python", "-m", "utils.profile"],
+        ["python", "-m", "tools.traffic"],
         ["data/scripts/VOC2007.sh"],
         ["data/scripts/VOC2012.sh"],
         ["python", "train_test.py", "-d"],
         ["python", "train_test.py", "-d"],
-        *(["python", "-m", "utils.weights"] for _ in range(4)),
+        *(["python", "-m", "models.pretrained"] for _ in range(4)),
         ["python", "train_test.py", "-d"],
         ["python", "train_test.py", "--test"],
         ["python", "-m", "data.voc_eval"],
@@ -208,7 +208,7 @@ def test_every_benchmark_is_listed_with_a_command_that_is_there():
 
 
 def test_table_of_networks_is_that_of_the_counts():
-    """The figures are docs/traffic.md's, which is compared with `python -m utils.profile`."""
+    """The figures are docs/traffic.md's, which is compared with `python -m tools.traffic`."""
     counted = {}
     for line in (ROOT / "docs" / "traffic.md").read_text("utf-8").splitlines():
         cells = [cell.strip() for cell in line.split("|")[1:-1]]

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from benchmarks.memory import Allocations, kept
 from models import build_net
 from models.base import concatenate, recompute_concatenations
-from utils.engine import autocast
+from utils.device import autocast
 
 CPU = torch.device("cpu")
 

@@ -21,10 +21,10 @@ from data.coco import COCODetection
 from data.detections import save_detections
 from data.voc0712 import VOCDetection
 from data.voc_eval import METRICS, evaluate_voc, read_comp4
-from demo import report
-from demo.chart import Chart, colour
-from demo.results import find_test
-from utils.draw import match_detections
+from inference.draw import match_detections
+from tools import report
+from tools.chart import Chart, colour
+from tools.results import find_test
 
 ROOT = Path(__file__).parent.parent
 NASTY = '<script>alert("x")</script>&'
@@ -558,7 +558,7 @@ def test_chart_places_points_where_they_belong():
 
 def test_page_of_the_documentation_names_every_option():
     text = (ROOT / "docs" / "reading_a_report.md").read_text("utf-8")
-    done = subprocess.run([sys.executable, "-m", "demo.report", "--help"], cwd=ROOT,
+    done = subprocess.run([sys.executable, "-m", "tools.report", "--help"], cwd=ROOT,
                           capture_output=True, text=True)  # fmt: skip
     options = {word for word in done.stdout.split() if word.startswith("--")} - {"--help"}
     assert len(options) == 4 and all(f"`{option}" in text for option in options)

@@ -13,10 +13,10 @@ from exports import exported, write_checkpoint
 from tiny import TINY
 
 import models
+from inference.runtime import INFO_KEY, SUFFIXES, identity, open_model
 from models import build_net
 from utils.checkpoint import load_checkpoint, sha256_of
 from utils.errors import UserError
-from utils.runtime import INFO_KEY, SUFFIXES, identity, open_model
 
 PACKAGES = {"onnx": "onnxruntime", "openvino": "openvino", "torch": "torch"}
 

@@ -14,7 +14,7 @@ from torch import nn
 from docs import scale
 from docs.scale import Job
 from models import build_net
-from utils.profile import profile
+from tools.traffic import profile
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "scale.md").read_text("utf-8")

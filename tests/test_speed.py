@@ -20,12 +20,12 @@ from tiny import TINY
 import models
 from benchmarks import evidence, roofline, speed
 from benchmarks.timing import CPU
+from inference import export
+from inference.predictor import Predictor
 from layers import Detect, PriorBox
 from models import build_net
-from models.predictor import Predictor
-from utils import export
+from tools.traffic import Profile
 from utils.checkpoint import sha256_of
-from utils.profile import Profile
 
 
 @pytest.fixture

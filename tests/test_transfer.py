@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from data.config import COCO_CLASSES, VOC_CLASSES
-from data.transfer import (
+from models import build_net
+from models.transfer import (
     VOC_TO_COCO,
     match_classes,
     parse_class_map,
     transfer_classes,
 )
-from models import build_net
 from utils.errors import UserError
 
 

@@ -19,11 +19,11 @@ from tiny import TINY
 
 import models
 from models import BACKBONES, build_net
+from models import pretrained as weights
+from models.pretrained import PUBLISHED, examine, main, published
 from train_test import main as train_test
-from utils import weights
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
-from utils.weights import PUBLISHED, examine, main, published
 
 ROOT = Path(__file__).parent.parent
 
@@ -421,7 +421,7 @@ def test_a_converted_checkpoint_tests_as_the_original(tmp_path, voc_folder, monk
 
 
 def test_the_command_runs_as_a_module():
-    command = [sys.executable, "-m", "utils.weights"]
+    command = [sys.executable, "-m", "models.pretrained"]
     done = subprocess.run([*command, "list"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     done = subprocess.run([*command, "inspect", "gone.pth"], cwd=ROOT, capture_output=True)

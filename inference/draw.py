@@ -3,7 +3,7 @@
 Everywhere: images are BGR uint8 [H, W, 3] and are never changed; boxes are (x1, y1, x2, y2) in
 pixels, 0-based; label k is names[k - 1], or the number itself without names. Only ASCII can be
 drawn in every OpenCV: accents are dropped (é -> e), any other character becomes "?", unless
-`letters` (utils.fonts) are given that have it.
+`letters` (inference.fonts) are given that have it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import cv2
 import numpy as np
 from torch import Tensor
 
-from utils.fonts import Lettering
+from inference.fonts import Lettering
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
 CORRECT, WRONG, MISSED, IGNORED = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)

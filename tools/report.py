@@ -1,6 +1,6 @@
 """One HTML page that tells what a test run got right and wrong, and where its errors come from.
 
-    python -m demo.report RUN_DIR [--root DIR] [--score 0.4] [--examples 6] [--output PAGE.html]
+    python -m tools.report RUN_DIR [--root DIR] [--score 0.4] [--examples 6] [--output PAGE.html]
 
 RUN_DIR is a folder with the results.json and detections.npz of a test, or a run, of which the
 newest test is taken. The page is one file, report.html, that needs neither a server nor a network;
@@ -29,7 +29,13 @@ from urllib.parse import quote
 import cv2
 import numpy as np
 
-from data.analysis import (
+from data.curves import CURVES_FILE, SIZE_RANGES, SIZES, Curves, load_curves
+from data.voc_eval import METRICS, evaluate_voc, read_comp4, write_comp4, write_voc_curves
+from docs.curves import read_log, series
+from inference.draw import CORRECT as GREEN
+from inference.draw import WRONG as RED
+from inference.draw import contact_sheet
+from tools.analysis import (
     BACKGROUND,
     CORRECT,
     ERRORS,
@@ -49,14 +55,8 @@ from data.analysis import (
     missed_objects,
     truth_of,
 )
-from data.curves import CURVES_FILE, SIZE_RANGES, SIZES, Curves, load_curves
-from data.voc_eval import METRICS, evaluate_voc, read_comp4, write_comp4, write_voc_curves
-from demo.chart import Chart, draw_matrix, encode_png
-from demo.results import Test, open_test
-from docs.curves import read_log, series
-from utils.draw import CORRECT as GREEN
-from utils.draw import WRONG as RED
-from utils.draw import contact_sheet
+from tools.chart import Chart, draw_matrix, encode_png
+from tools.results import Test, open_test
 from utils.errors import UserError, command
 from utils.files import atomic_write
 
@@ -781,7 +781,7 @@ def _facts(test: Test) -> str:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m demo.report", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m tools.report", description=__doc__.splitlines()[0])
     p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
     p.add_argument("--root", help="the data set, if it is no longer where the test found it")
     p.add_argument("--score", type=float, default=0.4, help="least score of what is counted (0.4)")

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from docs.figures import Canvas
-from utils.draw import ascii_text
+from inference.draw import ascii_text
 
 # Okabe and Ito's, told apart by every kind of sight, but for the yellow, too pale for a line.
 FIRST = ("0072b2", "d55e00", "009e73", "cc79a7", "e69f00", "56b4e9")

@@ -10,12 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from data.config import COCO_CLASSES, RECIPES, VOC_CLASSES
+from engine.optim import OPTIMIZERS
+from engine.options import DEFAULTS, LATER, TRAINING_RECIPES
+from engine.schedule import SCHEDULES
 from models import BACKBONES, SIZES, identify
-from utils.engine import AMP_TYPES
+from utils.device import AMP_TYPES
 from utils.errors import UserError
-from utils.optimization import OPTIMIZERS
-from utils.options import DEFAULTS, LATER, TRAINING_RECIPES
-from utils.schedule import SCHEDULES
 
 
 def describe(saved: Mapping, path: Path, classes: Sequence[str] | None = None) -> dict:

@@ -18,15 +18,15 @@ from torch import Tensor
 from data.config import INPUT_MEAN, RECIPES
 from data.image import read_image
 from data.transforms import TestTransform
+from engine.options import choose_device
+from inference.deploy import deploy
+from inference.runtime import SUFFIXES, ExportedModel, open_model
 from layers import Detect, PriorBox
 from models import build_net, prior_config
-from models.stored import detector
+from models.info import detector
 from utils.checkpoint import load_checkpoint, load_weights
-from utils.deploy import deploy
-from utils.engine import AMP_TYPES, to_input
+from utils.device import AMP_TYPES, to_input
 from utils.errors import UserError
-from utils.options import choose_device
-from utils.runtime import SUFFIXES, ExportedModel, open_model
 
 Picture = str | PathLike | np.ndarray
 """A file, or BGR uint8 [H, W, 3] as OpenCV reads it."""
@@ -53,7 +53,7 @@ class Predictor:
 
     Args of the constructor:
         file: a checkpoint (.pth, .safetensors) of this program or a published one, or a network
-            that ``python -m utils.export`` has written (.onnx, .xml, .pt2; the last is a program,
+            that ``python -m tools.export`` has written (.onnx, .xml, .pt2; the last is a program,
             to be opened only where its origin is trusted).
         device: "auto", "cpu", "cuda" or "cuda:N"; exported files run on the CPU.
         amp: "off", "bf16" or "fp16" (on GPUs), of a checkpoint; an exported file knows its own.

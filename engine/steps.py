@@ -11,9 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from utils.distributed import ALONE, World, no_sync
-
-AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+from engine.distributed import ALONE, World, no_sync
+from utils.device import autocast, to_input
 
 
 @dataclass(frozen=True)
@@ -37,21 +36,6 @@ class Step:
             self.arrived.synchronize()
         loss_loc, loss_conf, stop = self.values.tolist()
         return loss_loc, loss_conf, stop > 0
-
-
-def to_input(images: Tensor, mean: Sequence[float], device: torch.device) -> Tensor:
-    """uint8 [B, 3, S, S] -> float32 on the device, minus the per-channel mean, channels last."""
-    images = images.to(device, non_blocking=True).float()
-    # Filled on the device: a copy from the host would wait for it.
-    for channel, value in zip(images.unbind(1), mean, strict=True):
-        channel -= value
-    return images.contiguous(memory_format=torch.channels_last)
-
-
-def autocast(device: torch.device, amp: str):
-    """The context in which a network runs at precision ``amp`` (a key of ``AMP_TYPES``)."""
-    dtype = AMP_TYPES[amp]
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def train_steps(

@@ -1,6 +1,6 @@
 """Detect objects in pictures, folders, videos or before a camera; draw them, write them down.
 
-    python -m demo.detect WEIGHTS SOURCE... [--out DIR] [--save json csv voc yolo] [--no-draw]
+    python -m tools.detect WEIGHTS SOURCE... [--out DIR] [--save json csv voc yolo] [--no-draw]
 
 WEIGHTS is a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml, .pt2). SOURCE is a
 picture, a folder, a quoted pattern, a video, a camera ("camera" or its number), or - for a list of
@@ -33,17 +33,17 @@ import torch
 
 from data.image import read_image
 from data.voc0712 import parse_classes
-from demo.outputs import Found, voc_xml, write_csv, write_json, yolo_txt
-from demo.sources import Source, find_sources, image_ids, label_names, real_path
+from inference.draw import draw_caption, draw_detections, enlarge
+from inference.fonts import Lettering
+from inference.predictor import Predictor
 from layers.detect import SUPPRESSION
-from models.predictor import Predictor
-from utils.draw import draw_caption, draw_detections, enlarge
-from utils.engine import AMP_TYPES
+from tools.outputs import Found, voc_xml, write_csv, write_json, yolo_txt
+from tools.sources import Source, find_sources, image_ids, label_names, real_path
+from utils.arguments import cores, count, fraction, positive
+from utils.device import AMP_TYPES
 from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable
-from utils.fonts import Lettering
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
-from utils.options import cores, count, fraction, positive
 
 THRESHOLD = 0.4
 """Default of --score_threshold: for people. A score is computed from nearly all boxes, 0.02."""
@@ -592,7 +592,7 @@ def on_video(
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        prog="python -m demo.detect", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="python -m tools.detect", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     # fmt: off
     p.add_argument("weights", metavar="WEIGHTS",

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from utils.schedule import ema_decay_at
+from engine.schedule import ema_decay_at
 
 
 def parameter_groups(net: nn.Module, weight_decay: float, norm_decay: bool) -> list[dict]:

@@ -3,7 +3,7 @@
     model = open_model("detector.onnx")
     outputs = model({"images": images})
 
-The files are those of ``python -m utils.export``; no other is taken. Each has its description
+The files are those of ``python -m tools.export``; no other is taken. Each has its description
 inside (``INFO_KEY``). An .onnx and an .xml with its .bin are data; a .pt2 is a program, and opening
 one may run what it says: open only those whose origin is trusted.
 """
@@ -98,7 +98,7 @@ def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
 
     Raises:
         UserError: no such file, another kind of file, a damaged one, one that
-            ``python -m utils.export`` has not written or a newer one has, or the runtime is not
+            ``python -m tools.export`` has not written or a newer one has, or the runtime is not
             installed.
     """
     path = Path(path)
@@ -237,7 +237,7 @@ def _info(path: Path, text: str | None) -> dict:
     """The description of a file, checked."""
     if not text:
         raise UserError(
-            f"{path} has no description of its detector; export it with python -m utils.export"
+            f"{path} has no description of its detector; export it with python -m tools.export"
         )
     try:
         info = json.loads(text)

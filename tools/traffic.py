@@ -1,6 +1,6 @@
 """Parameters, MACs and memory traffic of a detector's forward pass on one image.
 
-    python -m utils.profile [-v VERSION ...] [-s SIZE ...] [--classes N] [--layers] [--json OUT]
+    python -m tools.traffic [-v VERSION ...] [-s SIZE ...] [--classes N] [--layers] [--json OUT]
 
 Nothing is computed: shapes are propagated on PyTorch's meta device. What is counted, and the
 figures of every network, are in docs/traffic.md.
@@ -240,7 +240,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # Modules of utils stand below models and do not know them; this command does.
     from models import BACKBONES, build_net
 
-    p = argparse.ArgumentParser(prog="python -m utils.profile", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m tools.traffic", description=__doc__.splitlines()[0])
     p.add_argument(
         "-v", "--version", nargs="+", choices=BACKBONES, metavar="VERSION",
         help=f"networks (all that have the size): {', '.join(BACKBONES)}",

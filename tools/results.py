@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data import build_dataset
-from data.analysis import Found, found_of
 from data.curves import SIZES
 from data.detections import load_detections
 from data.voc_eval import METRICS
+from engine.options import image_sets
+from tools.analysis import Found, found_of
 from utils.errors import UserError
-from utils.options import image_sets
 
 
 @dataclass

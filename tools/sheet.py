@@ -1,6 +1,6 @@
 """A contact sheet of a test run: the pictures that went best and worst, truth and detections drawn.
 
-    python -m demo.sheet RUN_DIR [--output PNG] [--root DIR] [--score 0.4] [--pictures 8]
+    python -m tools.sheet RUN_DIR [--output PNG] [--root DIR] [--score 0.4] [--pictures 8]
 
 RUN_DIR is a folder with the results.json and detections.npz of a test on data in VOC layout, or a
 run, of which the newest test is taken.
@@ -12,12 +12,12 @@ import argparse
 import sys
 from pathlib import Path
 
-from demo.chart import encode_png
-from demo.results import open_test
-from utils.draw import contact_sheet, draw_comparison, rank_by_errors
+from inference.draw import contact_sheet, draw_comparison, rank_by_errors
+from tools.chart import encode_png
+from tools.results import open_test
+from utils.arguments import fraction, positive
 from utils.errors import UserError, command
 from utils.files import atomic_write
-from utils.options import fraction, positive
 
 
 def draw_sheet(
@@ -74,7 +74,7 @@ def draw_sheet(
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m demo.sheet", description=__doc__.splitlines()[0])
+    p = argparse.ArgumentParser(prog="python -m tools.sheet", description=__doc__.splitlines()[0])
     p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
     p.add_argument("--output", type=Path, metavar="PNG",
                    help="the picture (default: detections.png in the test's folder)")  # fmt: skip

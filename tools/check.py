@@ -1,6 +1,6 @@
 """What a training would see, before it: faults of the data, and how well the prior boxes fit them.
 
-    python -m data.check --root FOLDER -d VOC|COCO [--train_sets SETS] [--test_sets SETS]
+    python -m tools.check --root FOLDER -d VOC|COCO [--train_sets SETS] [--test_sets SETS]
         [--classes NAMES] [--size 300 512] [--priors VOC|COCO] [--json OUT] [--html OUT] [--strict]
 
 An error is what a training stops at (a missing, damaged or wrongly sized picture, a malformed
@@ -33,10 +33,11 @@ from data.coco import COCODetection
 from data.config import PRIORS, RECIPES, PriorConfig
 from data.image import read_image
 from data.voc0712 import VOCDetection
+from engine.options import DEFAULTS, set_names
+from utils.arguments import positive
 from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
 from utils.logger import LOGGER
-from utils.options import DEFAULTS, positive, set_names
 
 PARTS = {"train": "train_sets", "test": "test_sets"}
 LEVELS = ("error", "warning", "note")
@@ -783,7 +784,7 @@ def _images(
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     sizes = sorted({size for _, size in PRIORS})
     p = argparse.ArgumentParser(
-        prog="python -m data.check",
+        prog="python -m tools.check",
         description="Tell what a training would see, before it. The options mean what those of "
         "train_test.py do.",
         epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.",

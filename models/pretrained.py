@@ -1,9 +1,9 @@
 """Published weights: where they are, what they fit, what a file holds, and its conversion.
 
-    python -m utils.weights list
-    python -m utils.weights download NAME [--to DIR]
-    python -m utils.weights inspect FILE [--json]
-    python -m utils.weights convert IN OUT          # .pth <-> .safetensors
+    python -m tools.weights list
+    python -m tools.weights download NAME [--to DIR]
+    python -m tools.weights inspect FILE [--json]
+    python -m tools.weights convert IN OUT          # .pth <-> .safetensors
 
 Exit status: 0 done, 1 unexpected failure, 2 bad usage or bad input, 130 interrupted.
 """
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -327,7 +326,7 @@ def _identity(saved: Mapping) -> dict:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
-        prog="python -m utils.weights", description="Published weights, and files of weights."
+        prog="python -m tools.weights", description="Published weights, and files of weights."
     )
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="the published files: what they fit, and where they are")
@@ -361,7 +360,3 @@ def main(argv: list[str] | None = None) -> int:
         note = f" (left out: {', '.join(left_out)})" if left_out else ""
         print(f"{args.target}{note}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

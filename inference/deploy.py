@@ -35,7 +35,7 @@ def deploy(net: nn.Module, blocks: str = "concatenate", pad: int = 1) -> Deploye
             "split": a convolution over a concatenation is the sum of convolutions over its parts,
             and all convolutions of a part are one, so that nothing is put side by side but sums
             are read and written;
-            "gather": ``layers.gathered_conv`` reads from several tensors (Triton, on a GPU).
+            "gather": ``inference.gathered_conv`` reads from several tensors (Triton, on a GPU).
         pad: HarD blocks' layers get filters of zeros up to a multiple of so many outputs, which
             matrix units may want. Exact: their outputs are zeros that zeros multiply.
 
@@ -348,10 +348,10 @@ class SplitBlock(HarmonicBlock):
 
 
 class GatheredBlock(HarmonicBlock):
-    """Convolutions that read their inputs where they lie, ``layers.gathered_conv``."""
+    """Convolutions that read their inputs where they lie, ``inference.gathered_conv``."""
 
     def __init__(self, block: nn.Module, behind: nn.Module, pad: int = 1) -> None:
-        from layers.gathered_conv import pack
+        from inference.gathered_conv import pack
 
         super().__init__(block, behind, pad)
         for links, layer in zip(self.links, self.layers, strict=True):
@@ -361,7 +361,7 @@ class GatheredBlock(HarmonicBlock):
             layer.conv = pack(layer.conv.weight, layer.conv.bias, widths, name)
 
     def forward(self, x: Tensor) -> Tensor:
-        from layers.gathered_conv import gathered_conv2d
+        from inference.gathered_conv import gathered_conv2d
 
         values = [x]
         for links, layer in zip(self.links, self.layers, strict=True):

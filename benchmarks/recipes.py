@@ -1,6 +1,6 @@
 """The recipes beside each other, part by part: every variant with several seeds, and a table.
 
-    python -m docs.ablation --root BCCD [--runs runs/ablation] [--version SSD_HarDNet39ds]
+    python -m benchmarks.recipes --root BCCD [--runs runs/ablation] [--version SSD_HarDNet39ds]
                             [--epochs 20] [--seeds 3] [--amp bf16]
 
 Runs that are there already are not repeated, and what was interrupted goes on. All runs keep a

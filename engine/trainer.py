@@ -14,12 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from engine.distributed import ALONE, World
+from engine.optim import MovingAverage, build_optimizer
+from engine.steps import Step, train_steps
 from utils.checkpoint import load_weights, rng_state, save_checkpoint, set_rng_state
-from utils.distributed import ALONE, World
-from utils.engine import Step, train_steps
 from utils.errors import UserError
 from utils.logger import LOGGER, Progress, RunLog
-from utils.optimization import MovingAverage, build_optimizer
 
 # A launcher hands a terminal's Ctrl-C on to processes that have seen it themselves.
 SAME_SIGNAL_SECONDS = 3

@@ -1,6 +1,6 @@
 """Detectors for other runtimes, each file proven against the PyTorch network it is made of.
 
-    python -m utils.export CHECKPOINT --format onnx|openvino|torch [--preprocess] [--with-nms]
+    python -m tools.export CHECKPOINT --format onnx|openvino|torch [--preprocess] [--with-nms]
         [--dynamic] [--precision fp32|bf16|fp16|int8] [--pictures FOLDER] [--output FILE]
 
 Real pictures go through the new file in its runtime and through the network as it was trained. The
@@ -31,9 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from inference.runtime import FORMAT, INFO_KEY, cpu_has_bf16, identity, import_package
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
-from utils.runtime import FORMAT, INFO_KEY, cpu_has_bf16, identity, import_package
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def read_checkpoint(path: Path, args: argparse.Namespace) -> tuple[nn.Module, di
     from data.config import INPUT_MEAN, RECIPES
     from data.voc0712 import parse_classes
     from models import build_net, prior_config
-    from models.stored import detector
+    from models.info import detector
     from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 
     saved = load_checkpoint(path)
@@ -169,7 +169,7 @@ def find_pictures(
     from data.config import RECIPES
     from data.image import read_image
     from data.voc0712 import SUFFIXES, list_image_sets
-    from utils.options import image_sets, set_names
+    from engine.options import image_sets, set_names
 
     own = stored.get("root")
     folder = Path(root or own or "").expanduser().absolute()
@@ -243,8 +243,8 @@ class Graph(nn.Module):
 
 def build_graph(net: nn.Module, info: dict, behind: nn.Module | None = None) -> Graph:
     """The deployed network, and its preprocessing if the description has it inside."""
-    from layers.graph import Preprocess
-    from utils.deploy import deploy
+    from inference.deploy import deploy
+    from inference.graph import Preprocess
 
     before = nn.Identity()
     if info["preprocess"]:
@@ -253,7 +253,7 @@ def build_graph(net: nn.Module, info: dict, behind: nn.Module | None = None) -> 
 
 
 def detection(info: dict) -> dict:
-    """Arguments of ``Detect``, and of ``layers.graph``'s two likenesses of it."""
+    """Arguments of ``Detect``, and of ``inference.graph``'s two likenesses of it."""
     return {**info["detection"], "variance": tuple(info["variance"])}
 
 
@@ -299,7 +299,7 @@ def _first_line(error: Exception) -> str:
 
 
 def write_torch(net: nn.Module, info: dict, path: Path, calibration: Pictures | None) -> None:
-    from layers.graph import DetectGraph
+    from inference.graph import DetectGraph
 
     behind = None
     if info["nms"]:
@@ -334,7 +334,7 @@ def onnx_network(net: nn.Module, info: dict):
 
 def onnx_detection(info: dict, network):
     """What stands behind ``network`` in a graph with suppression, of its ONNX version."""
-    from layers.graph import detect_onnx
+    from inference.graph import detect_onnx
 
     (opset,) = (entry.version for entry in network.opset_import if entry.domain == "")
     return detect_onnx(
@@ -488,9 +488,9 @@ def detections(
 ) -> Iterator[tuple[list[dict], list[dict]]]:
     """Of every batch what the network and what the file finds: one dict of arrays an image."""
     from data.transforms import TestTransform
+    from inference.predictor import Predictor
     from layers import Detect
-    from models.predictor import Predictor
-    from utils.engine import to_input
+    from utils.device import to_input
 
     predictor, resize = Predictor(path), TestTransform(info["size"])
     detect, priors = Detect(**detection(info)), priors_of(info)
@@ -731,10 +731,10 @@ def write(form: str, net: nn.Module, info: dict, path: Path, calibration: Pictur
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    from utils.options import count, fraction, number, positive
+    from utils.arguments import count, fraction, number, positive
 
     p = argparse.ArgumentParser(
-        prog="python -m utils.export", description=__doc__.splitlines()[0], allow_abbrev=False
+        prog="python -m tools.export", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     # fmt: off
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="of a training, or a published file")
@@ -778,7 +778,3 @@ def main(argv: list[str] | None = None) -> int:
     except TooDifferent as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,0 +1,10 @@
+"""Write a detector as an ONNX, OpenVINO or PyTorch file: ``python -m tools.export``."""
+
+from __future__ import annotations
+
+import sys
+
+from inference.export import main
+
+if __name__ == "__main__":
+    sys.exit(main())

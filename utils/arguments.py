@@ -1,0 +1,62 @@
+"""Values of command-line arguments: each function reads one, for ``argparse``'s ``type``."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+
+def cores() -> int:
+    """The CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # fewer than the machine has under taskset or in a job
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def boolean(text: str) -> bool:
+    values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in values:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return values[text.lower()]
+
+
+def count(text: str) -> int:
+    # More digits than any count has, but within what every random generator takes as a seed.
+    if not text.isdecimal() or len(text) > 15:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
+    return int(text)
+
+
+def positive(text: str) -> int:
+    if count(text) == 0:
+        raise argparse.ArgumentTypeError("0 is too small, the least is 1")
+    return int(text)
+
+
+def steps_or_boolean(text: str) -> int:
+    """The published option was a boolean that meant every tenth iteration."""
+    words = {"true": 10, "false": 0}
+    return words[text.lower()] if text.lower() in words else count(text)
+
+
+def number(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 0 or more")
+    return value
+
+
+def fraction(text: str) -> float:
+    value = number(text)
+    if value > 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
+def folder_name(text: str) -> str:
+    if not text.strip(". ") or any(c in text for c in "/\\\0"):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot name a folder")
+    return text
