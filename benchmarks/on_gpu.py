@@ -123,8 +123,8 @@ def warm(part: Part) -> None:
             line = (*once, "--version", net, "--batch", batch, "--routes", "compiled")
             calls.append(((f"compiled_{net}_{batch}", 100, *line), {"env": env}))
     if DEVICE != "cpu":
-        for k in range(9):
-            line = (*once, "--routes", "gather", "--warm", f"{k}/9")
+        for k in range(12):
+            line = (*once, "--routes", "gather", "--warm", f"{k}/12")
             calls.append(((f"gather_{k}", 100, *line), {"env": env}))
     part.together(calls)
     for found in part.result.values():
