@@ -37,9 +37,7 @@ def training_call(net, images, priors, amp: str) -> Callable[[], None]:
     return call
 
 
-def measure(
-    device: torch.device, size: int, batch: int, amp: str, rounds: int
-) -> dict[str, float]:
+def measure(device: torch.device, size: int, batch: int, amp: str, rounds: int) -> dict[str, float]:
     """Median seconds of one step of each network that exists at ``size``."""
     calls = {}
     pixels = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8)

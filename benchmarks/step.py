@@ -109,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--json", type=Path)
     args = p.parse_args(argv)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.benchmark = True  # as train_test.py does
     batches, num_classes = batches_of(args.root, args.size, args.batch, args.steps)
 
     def rates(number: int) -> float:
