@@ -37,7 +37,7 @@ from benchmarks.speed import (
 from benchmarks.timing import machine, medians, write
 from data.image import read_image
 from models import BACKBONES
-from utils.profile import profile
+from tools.traffic import profile
 
 FEW_TILES = ((64, 16), (128, 32), (128, 64))
 """Of every number of outputs one at least is tried."""
@@ -48,7 +48,7 @@ def choose_tiles(tiles) -> None:
     import triton
     from triton.testing import do_bench
 
-    from layers import gathered_conv
+    from inference import gathered_conv
 
     gathered_conv.TILES = tiles
     triton.autotune = partial(
@@ -59,7 +59,7 @@ def choose_tiles(tiles) -> None:
 
 def compile_a_share(number: int, of: int) -> None:
     """Run a share of the gathered convolutions only, with one tile; others give zeros."""
-    from layers import gathered_conv
+    from inference import gathered_conv
 
     real, seen, tiles = gathered_conv.gathered_conv2d, {}, len(FEW_TILES)
     choose_tiles((FEW_TILES[number % tiles],))
