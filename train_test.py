@@ -25,18 +25,20 @@ import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from data import build_dataset
+from data import DATASETS, build_dataset, default_root, default_sets, list_sets
 from data.cache import open_cache
-from data.coco_eval import BACKENDS, load_backend
+from data.coco_eval import BACKENDS
 from data.config import (
     INPUT_MEAN,
     LR_MILESTONES,
-    RECIPES,
+    NMS_THRESHOLD,
+    PER_CLASS,
     TRAINING_THRESHOLD,
     WARMUP_START_LR,
 )
 from data.curves import CURVES_FILE
 from data.detections import load_detections, save_detections
+from data.image_sets import parse_image_sets, sets_name
 from data.loading import (
     EpochSampler,
     TestSet,
@@ -69,9 +71,7 @@ from engine.options import (
     TRAINING_RECIPES,
     check_gpus,
     choose_device,
-    image_sets,
     parser,
-    set_names,
 )
 from engine.schedule import lr_at
 from engine.steps import detect_all
@@ -121,26 +121,31 @@ def resolve(given: dict, stored: dict | None = None) -> dict:
     if "num_workers" not in stored.keys() | given.keys():
         options["num_workers"] = min(options["num_workers"], cores())
     # Whose prior boxes: the offsets of weights from elsewhere were learnt against others.
-    options.setdefault("priors", options["dataset"])
+    options.setdefault("priors", DATASETS[options["dataset"]].priors)
     for key, value in TRAINING_RECIPES[options["recipe"]].items():
         options.setdefault(key, value)
     options.setdefault("crowds", True)
-    if "crowds" in given and options["dataset"] != "COCO":
-        raise UserError("--crowds is for -d COCO; leave it out")
+    for key in ("crowds", "eval_backend"):
+        if key in given and key not in DATASETS[options["dataset"]].options:
+            takers = ", ".join(name for name, row in DATASETS.items() if key in row.options)
+            raise UserError(
+                f"--{key.replace('_', '-')} goes with -d {takers}; leave it out with -d"
+                f" {options['dataset']}"
+            )
     try:
         prior_config(options["version"], options["priors"], options["size"])
     except ValueError as error:
         raise UserError(f"{error} (--size)") from error
-    recipe = RECIPES[options["dataset"]]
-    options.setdefault("max_epoch", recipe.epochs)
-    options.setdefault("weight_decay", recipe.weight_decay)
-    folder = {"VOC": "VOCdevkit", "COCO": "COCO"}[options["dataset"]]
-    options.setdefault("root", str(Path.home() / "data" / folder))
-    bare = (Path(options["root"]) / "Annotations").is_dir()
-    for key, bare_set in (("train_sets", "trainval"), ("test_sets", "test")):
-        default = [(None, bare_set)] if bare else getattr(recipe, key)
-        sets = options.get(key, default)
-        options[key] = image_sets(sets) if isinstance(sets, str) else [list(s) for s in sets]
+    name = options["dataset"]
+    options.setdefault("max_epoch", DATASETS[name].epochs)
+    options.setdefault("weight_decay", DATASETS[name].weight_decay)
+    options.setdefault("root", str(default_root(name)))
+    defaults = default_sets(name, options["root"])
+    for key, sets in zip(("train_sets", "test_sets"), defaults, strict=True):
+        sets = options.get(key, sets)
+        if isinstance(sets, str):
+            sets = parse_image_sets(sets, list_sets(name, options["root"]))
+        options[key] = [list(each) for each in sets]
     return options
 
 
@@ -183,7 +188,9 @@ def open_dataset(options: dict, key: str, classes: list[str] | None):
     """The data set of options[key], of just ``classes`` if these are given."""
     sets = [tuple(s) for s in options[key]]
     crowds = options["crowds"] or (key == "test_sets" and not options["overfit"])
-    dataset = build_dataset(options["dataset"], options["root"], sets, classes, crowds)
+    more = {"crowds": crowds, "eval_backend": options.get("eval_backend", BACKENDS[0])}
+    more = {key: more[key] for key in more if key in DATASETS[options["dataset"]].options}
+    dataset = build_dataset(options["dataset"], options["root"], sets, classes, **more)
     if options["overfit"]:
         dataset.keep_first(options["overfit"])
     if classes is not None and list(dataset.classes) != list(classes):
@@ -198,7 +205,7 @@ def open_dataset(options: dict, key: str, classes: list[str] | None):
 
 def log_dataset(dataset, options: dict, key: str) -> None:
     """How many pictures there are, and a line for each kind of record that had to be changed."""
-    LOGGER.info("%s %s: %d pictures", options["root"], set_names(options[key]), len(dataset))
+    LOGGER.info("%s %s: %d pictures", options["root"], sets_name(options[key]), len(dataset))
     for line in dataset.report():
         LOGGER.info("  %s", line)
 
@@ -214,9 +221,10 @@ def fingerprint(dataset) -> dict:
 
 def detection_options(given: dict, options: dict, threshold: float) -> dict:
     """Arguments of ``Detect``: the published ones, but for what is ``given``."""
-    published = RECIPES[options["dataset"]].detection
+    published = DATASETS[options["dataset"]].detection
     return {
-        **published,
+        "nms_thresh": NMS_THRESHOLD,
+        "per_class": PER_CLASS,
         "conf_thresh": given.get("score_threshold", threshold),
         "top_k": given.get("max_detections", published["top_k"]),
         "nms": given.get("nms", "hard"),
@@ -225,17 +233,9 @@ def detection_options(given: dict, options: dict, threshold: float) -> dict:
     }
 
 
-def scoring_options(given: dict, options: dict) -> dict:
-    """Arguments of a data set's ``evaluate``; UserError for a backend that cannot serve."""
-    if options["dataset"] != "COCO":
-        if "eval_backend" in given:
-            raise UserError("--eval-backend computes COCO's numbers; leave it out with -d VOC")
-        return {}
-    scoring = {"name": f"{options['version']}_{options['size']}"}  # of a test split's files
-    if "eval_backend" in given:
-        load_backend(given["eval_backend"])  # what is not installed is told now
-        scoring["backend"] = given["eval_backend"]
-    return scoring
+def scoring_options(options: dict) -> dict:
+    """Arguments of a data set's ``evaluate``."""
+    return {"name": f"{options['version']}_{options['size']}"}  # of a test split's files
 
 
 def detect(
@@ -284,7 +284,7 @@ def made_by(options: dict, chosen: dict, checkpoint: dict, device: torch.device)
         "priors": options["priors"],
         "class_map": options.get("class_map"),
         "root": options["root"],
-        "sets": set_names(options["test_sets"]),
+        "sets": sets_name(options["test_sets"]),
         "overfit": options["overfit"],
         "classes": options["classes"],
         "thresholds": {
@@ -378,7 +378,7 @@ def open_test(given: dict, world: World) -> Testing:
         stored["priors"] = boxes
     options = resolve(given, stored)
     device = choose_device(given, options["amp"], world)
-    scoring = scoring_options(given, options)
+    scoring = scoring_options(options)
     dataset = open_dataset(options, "test_sets", options.get("classes"))
     options["classes"] = list(dataset.classes)
     model = saved["model"]
@@ -401,7 +401,7 @@ def open_exported(given: dict, path: Path, world: World) -> Testing:
     keys = ("version", "size", "dataset", "priors")
     stored = {key: getattr(predictor.info, key) for key in keys}
     options = resolve(given, {**stored, "classes": list(predictor.info.classes)})
-    scoring = scoring_options(given, options)
+    scoring = scoring_options(options)
     dataset = open_dataset(options, "test_sets", options["classes"])
     exported = predictor.exported
     checkpoint = {
@@ -437,7 +437,8 @@ def test(given: dict, world: World = ALONE) -> None:
     log_dataset(dataset, options, "test_sets")
     cache = directory / "detections.npz"
     exported = isinstance(job.model, Predictor)
-    chosen = detection_options(given, options, RECIPES[options["dataset"]].test_threshold)
+    threshold = DATASETS[options["dataset"]].detection["conf_thresh"]
+    chosen = detection_options(given, options, threshold)
     if exported:  # it knows its own
         chosen = {key: getattr(job.model.detect, key) for key in chosen}
     origin = made_by(options, chosen, job.checkpoint, job.device)
@@ -489,7 +490,7 @@ def test_folder(given: dict, options: dict, path: Path) -> Path:
         run = folder / path.stem
     # An exported file lies beside the checkpoint that it is made of.
     name = path.name if path.suffix in EXPORTED else path.stem
-    return run / "ss_predict" / name / set_names(options["test_sets"])
+    return run / "ss_predict" / name / sets_name(options["test_sets"])
 
 
 # ---------------------------------------------------------------- training
@@ -543,7 +544,6 @@ def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
         raise UserError("--recompute changes nothing under --compile; give one of them")
     device = choose_device(given, options["amp"], world)
     check_shares(options["batch_size"], world.size, options["accumulate"])
-    scoring_options(given, options)  # for its refusals, while nothing is written
     train_set = open_dataset(options, "train_sets", options.get("classes"))
     options["classes"] = list(train_set.classes)
     parts = world.size * options["accumulate"]
@@ -810,10 +810,10 @@ def build_trainer(given: dict, run: Run, world: World) -> Trainer:
         )
 
     chosen = detection_options({}, options, TRAINING_THRESHOLD)
-    scoring = scoring_options(given, options)
+    scoring = scoring_options(options)
 
     def evaluate(net: nn.Module, name: str, on_batch: Callable[[int], None]) -> dict | None:
-        folder = run.directory / "ss_predict" / name / set_names(options["test_sets"])
+        folder = run.directory / "ss_predict" / name / sets_name(options["test_sets"])
         origin = made_by(options, chosen, {"file": f"{run.directory.name}, {name}"}, device)
         detections = detect(net, test_set, priors, options, chosen, on_batch, world)
         if detections is None:
@@ -897,7 +897,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser(
         versions=BACKBONES,
         sizes=SIZES,
-        datasets=RECIPES,
+        datasets=DATASETS,
         suppressions=SUPPRESSION,
         backends=BACKENDS,
     )

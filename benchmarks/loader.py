@@ -26,10 +26,10 @@ import torch
 
 from benchmarks.timing import CPU, machine, medians, write
 from data.cache import open_cache
+from data.image_sets import parse_image_sets
 from data.loading import EpochSampler, Loader, TrainingSet, set_up_loading, training_loader
 from data.transforms import SSDAugmentation
-from data.voc0712 import VOCDetection, list_image_sets, set_name
-from engine.options import image_sets
+from data.voc0712 import VOCDetection, list_image_sets
 from utils.errors import UserError
 
 SEED = 0
@@ -55,8 +55,9 @@ def one_core() -> Iterator[None]:
 
 def open_sets(root: Path, sets: str | None) -> VOCDetection:
     """The image sets of --sets, else every trainval set that ``root`` has."""
-    there = [pair for pair in list_image_sets(root) if pair[1] == "trainval"]
-    chosen = image_sets(sets) if sets else there
+    existing = list_image_sets(root)
+    usual = [each for each in existing if each.name == "trainval"]
+    chosen = parse_image_sets(sets, existing) if sets else usual
     if not chosen:
         raise UserError(f"{root}: no image set trainval; name others with --sets")
     return VOCDetection(root, chosen)
@@ -150,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
         {"size": size, "what": what, "samples_per_second": rate, "ratio": rate / decoded}
         for (size, what), rate in rates.items()
     ]
-    sets = ",".join(set_name(*pair) for pair in dataset.image_sets)
+    sets = ",".join(map(str, dataset.image_sets))
     print(machine(CPU))
     print(f"{len(dataset)} pictures ({sets}), {len(paths)} a round; {decoded:.0f} a second decoded")
     for row in rows:

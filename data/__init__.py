@@ -1,9 +1,22 @@
-"""Data sets by name. Readers are imported when they are asked for, not before: a preset from
-``data.config`` needs neither OpenCV nor pycocotools."""
+"""Data sets by name: what they have in common, one row each, and how to open one.
+
+A reader's module is imported when its data set is opened. Importing ``data`` needs neither OpenCV
+nor PyTorch nor pycocotools.
+"""
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from data.image_sets import ImageSet
+from data.skips import Skip
+from data.truth import Truth
 
 _EXPORTS = {
     "COCODetection": "data.coco",
@@ -12,28 +25,178 @@ _EXPORTS = {
     "detection_collate": "data.loading",
 }
 
-__all__ = sorted([*_EXPORTS, "build_dataset"])
 
-
-def __getattr__(name: str):
+def __getattr__(name: str) -> object:
     if name not in _EXPORTS:
         raise AttributeError(f"module 'data' has no attribute {name!r}")
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
-def build_dataset(name: str, root: str, image_sets, classes=None, crowds: bool = True):
-    """The data set ``name`` (VOC or COCO) under ``root``.
+class DetectionData(Protocol):
+    """What training, testing and the tools ask of a data set.
 
-    ``image_sets`` are (year, set) pairs, year ``None`` for a folder without devkit years.
-    ``classes`` are the names to read; ``None`` means what the data set declares or holds.
-    ``crowds`` (COCO): whether crowds are targets like other boxes.
+    A reader is constructed as ``Reader(root, image_sets, classes=..., **options)`` with the
+    options of its row in `DATASETS`. It raises UserError for missing or malformed files.
     """
-    if name == "VOC":
-        from data.voc0712 import VOCDetection
 
-        return VOCDetection(root, image_sets, classes=classes)
-    if name == "COCO":
-        from data.coco import COCODetection
+    ids: list
+    """One name an image, a string or an integer."""
+    classes: Sequence[str]
+    """Class names without background; label k is ``classes[k - 1]``."""
+    skipped: list[Skip]
+    """What the reader changed or left out."""
 
-        return COCODetection(root, image_sets, classes=classes, crowds=crowds)
-    raise ValueError(f"unknown data set {name!r}, choose from VOC, COCO")
+    def __len__(self) -> int:
+        """Return the number of images."""
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (``pull_image(index)``, ``target(index)``)."""
+
+    @staticmethod
+    def list_image_sets(root: str | Path) -> list[ImageSet]:
+        """Return the image sets under ``root``; none if it does not exist."""
+
+    def image_path(self, index: int) -> Path:
+        """Return the image's file."""
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Return (width, height) in pixels without decoding the image."""
+
+    def pull_image(self, index: int) -> np.ndarray:
+        """Return the image, BGR uint8 [H, W, 3]. Raises UserError if it cannot be read."""
+
+    def target(self, index: int) -> np.ndarray:
+        """Return the objects to train on, float32 [n, 5], n may be 0.
+
+        A row is x1, y1, x2, y2 in pixels counted from 0, inside the image, and the label.
+        """
+
+    def keep_first(self, n: int) -> None:
+        """Keep only the first ``n`` images that have an object; they are then scored alone.
+
+        Raises UserError if there are fewer, ValueError for ``n`` below 1.
+        """
+
+    def report(self) -> list[str]:
+        """Return `skipped` as lines for the log."""
+
+    def check_scorable(self) -> None:
+        """Raise UserError if `evaluate` cannot score these image sets."""
+
+    def truth(self) -> Truth:
+        """Return the objects that `evaluate` scores against."""
+
+    def fingerprint(self) -> dict:
+        """Return plain JSON data that is equal for equal images, annotations and options.
+
+        "images" is the number of images.
+        """
+
+    def evaluate(
+        self, detections: Sequence[dict], directory: str | Path, name: str = "SSD"
+    ) -> dict:
+        """Write detections into ``directory`` in the data set's format, and score them.
+
+        detections: one dict an image with "boxes" float32 [n, 4], (x1, y1, x2, y2) in pixels
+            counted from 0, "scores" float32 [n] and "labels" int64 [n], from 1; n may be 0.
+        name: of the detector, for files that an evaluation server takes.
+
+        Returns a dict with at least "metric" (str), "value" (float, None without ground truth),
+        "per_class" (class -> float) and "notes" (lines for the log).
+        """
+
+
+@dataclass(frozen=True)
+class DataSetRow:
+    """All that the program knows of a data set by name.
+
+    reader: "module:Class" of a `DetectionData`.
+    folder: the default root is ``~/data/<folder>``.
+    detection: fields of ``layers.DetectConfig`` that the data set's published test decides.
+    epochs, weight_decay: of the published training.
+    train_sets, test_sets: image sets of the published training and test.
+    options: names of options beyond the common ones that the reader or its score takes.
+    priors: whose prior boxes detectors of this data set have, "VOC" or "COCO".
+    """
+
+    reader: str
+    folder: str
+    detection: dict[str, float]
+    epochs: int
+    weight_decay: float
+    train_sets: tuple[ImageSet, ...]
+    test_sets: tuple[ImageSet, ...]
+    options: frozenset[str] = frozenset()
+    priors: str = "VOC"
+
+
+DATASETS = {
+    "VOC": DataSetRow(
+        reader="data.voc0712:VOCDetection",
+        folder="VOCdevkit",
+        detection={"conf_thresh": 0.03, "top_k": 300},
+        epochs=300,
+        weight_decay=5e-4,
+        train_sets=(ImageSet("2007", "trainval"), ImageSet("2012", "trainval")),
+        test_sets=(ImageSet("2007", "test"),),
+    ),
+    "COCO": DataSetRow(
+        reader="data.coco:COCODetection",
+        folder="COCO",
+        detection={"conf_thresh": 0.02, "top_k": 200},
+        epochs=150,
+        weight_decay=1e-4,
+        train_sets=(ImageSet("2017", "train"),),
+        test_sets=(ImageSet("2017", "val"),),
+        options=frozenset({"crowds", "eval_backend"}),
+        priors="COCO",
+    ),
+}
+
+
+def build_dataset(
+    name: str,
+    root: str | Path,
+    image_sets: Collection[tuple[str | None, str]],
+    classes: Sequence[str] | None = None,
+    **options: object,
+) -> DetectionData:
+    """Open the data set ``name`` (a key of `DATASETS`) under ``root``.
+
+    Args:
+        image_sets: (year, name) pairs, such as `ImageSet`.
+        classes: names to read; None: those that the data set declares or holds.
+        options: passed to the reader.
+
+    Raises:
+        ValueError: unknown ``name``.
+        UserError: whatever the reader refuses.
+    """
+    return _reader(name)(root, image_sets, classes=classes, **options)
+
+
+def default_root(name: str) -> Path:
+    """Return the folder where the data set ``name`` is looked for without --root."""
+    return Path.home() / "data" / DATASETS[name].folder
+
+
+def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
+    """Return the image sets to train on and to test on without --train_sets and --test_sets.
+
+    These are the published ones, or trainval and test of a ``root`` that itself holds Annotations/.
+    """
+    if (Path(root).expanduser() / "Annotations").is_dir():
+        return (ImageSet(None, "trainval"),), (ImageSet(None, "test"),)
+    return DATASETS[name].train_sets, DATASETS[name].test_sets
+
+
+def list_sets(name: str, root: str | Path) -> list[ImageSet]:
+    """Return the image sets under ``root``, read as the data set ``name``."""
+    return _reader(name).list_image_sets(root)
+
+
+def _reader(name: str) -> type:
+    if name not in DATASETS:
+        raise ValueError(f"unknown data set {name!r}, choose from {', '.join(DATASETS)}")
+    module, _, reader = DATASETS[name].reader.partition(":")
+    return getattr(importlib.import_module(module), reader)

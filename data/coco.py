@@ -30,7 +30,8 @@ import numpy as np
 from data.curves import CURVES_FILE
 from data.detections import LARGEST, as_columns
 from data.image import read_image, report_lines
-from data.voc0712 import first_with_objects, set_name
+from data.image_sets import ImageSet, sets_name
+from data.voc0712 import first_with_objects
 from utils.errors import UserError
 from utils.files import atomic_write
 
@@ -274,22 +275,23 @@ def _is_test_split(path: Path) -> bool:
     return path.name.startswith("image_info")
 
 
-def _year_and_set(year: str | None, name: str) -> tuple[str, str]:
-    """ "2017", "val" of that pair and of (None, "val2017"); the year is "" for a set without."""
+def _image_set(year: str | None, name: str) -> ImageSet:
+    """("2017", "val") of that pair and of (None, "val2017")."""
     if not year and (match := re.fullmatch(r"(.+?)(20\d\d)", name)):
         name, year = match.groups()
-    return str(year or ""), name
+    return ImageSet(year or None, name)
 
 
-def list_image_sets(root: Path) -> list[tuple[str, str]]:
-    """The (year, set) pairs under a root that have an annotation file, the year "" without one."""
+def list_image_sets(root: str | Path) -> list[ImageSet]:
+    """The image sets under a root that have an annotation file."""
+    root = Path(os.path.expanduser(root))
     found = [
-        _year_and_set(None, path.stem.removeprefix(kind))
+        _image_set(None, path.stem.removeprefix(kind))
         for folder in ANNOTATION_FOLDERS
         for kind in ANNOTATION_KINDS
         for path in (root / folder).glob(f"{kind}?*.json")
     ]
-    return sorted(set(found))
+    return sorted(set(found), key=lambda each: (each.year or "", each.name))
 
 
 class COCODetection:
@@ -304,7 +306,8 @@ class COCODetection:
     are ordinary boxes, as published, or left out of the targets (a score always counts them as
     COCO does). Boxes without area or wholly outside their picture are dropped; `skipped` lists them
     by reason. The year of a set in own data may be None. With `missing_pictures` a picture that is
-    missing is told when it is read, for `tools.check`.
+    missing is told when it is read, for `tools.check`. `eval_backend` computes the score, one of
+    `data.coco_eval.BACKENDS`.
 
     UserError: no annotation file of that name, a malformed one (see `read_annotations`), missing
     pictures, sets of different categories, a picture in two sets, no category of a name.
@@ -318,17 +321,19 @@ class COCODetection:
         classes: Sequence[str] | None = None,
         crowds: bool = True,
         missing_pictures: bool = False,
+        eval_backend: str = "pycocotools",
     ):
         if not image_sets:
             raise ValueError("image_sets is empty, wanted e.g. [('2017', 'val')]")
         self.root = Path(os.path.expanduser(root))
-        self.image_sets = [_year_and_set(year, name) for year, name in image_sets]
+        self.image_sets = [_image_set(*each) for each in image_sets]
         self.transform = transform
         self._turned: set[Path] = set()
         self.crowds = crowds
+        self.eval_backend = eval_backend
         self._missing_pictures = missing_pictures
         self.skipped: dict[str, list[str]] = {}
-        files = [self._read(year, name, classes) for year, name in self.image_sets]
+        files = [self._read(*each, classes) for each in self.image_sets]
         self._files = [file.path for file in files]
         known = dict(zip(files[0].classes, files[0].category_ids.tolist(), strict=True))
         for file in files[1:]:
@@ -361,6 +366,8 @@ class COCODetection:
     def __getitem__(self, i: int):
         image, target = self.pull_image(i), self.target(i)
         return (image, target) if self.transform is None else self.transform(image, target)
+
+    list_image_sets = staticmethod(list_image_sets)
 
     def image_path(self, i: int) -> Path:
         return self._folders[self._set_of[i]] / str(self._names[i])
@@ -412,8 +419,7 @@ class COCODetection:
         as in a test split, ValueError for n below 1.
         """
         counts = np.diff(self._offsets)
-        sets = "+".join(set_name(*pair) for pair in self.image_sets)
-        kept = first_with_objects(counts, n, f"{self.root}: {sets}")
+        kept = first_with_objects(counts, n, f"{self.root}: {sets_name(self.image_sets)}")
         self._boxes = np.concatenate([self.target(i) for i in kept])
         self.ids = [self.ids[i] for i in kept]
         self._names, self._sizes = self._names[kept], self._sizes[kept]
@@ -428,16 +434,20 @@ class COCODetection:
         return list(self._files)
 
     def check_scorable(self) -> None:
-        """UserError if `evaluate` could not score these image sets: more than one."""
+        """UserError if `evaluate` could not score: more than one set, or no such backend here."""
+        from data.coco_eval import load_backend
+
         if len(self.image_sets) > 1:
-            raise UserError(f"{self.root}: COCO scores one set at a time, not {self.image_sets}")
+            sets = ", ".join(map(str, self.image_sets))
+            raise UserError(f"{self.root}: COCO scores one image set at a time, not {sets}")
+        if not _is_test_split(self._files[0]):
+            load_backend(self.eval_backend)
 
     def evaluate(
         self,
-        detections: list[dict],
+        detections: Sequence[dict],
         directory: str | Path,
         name: str = "SSD",
-        backend: str = "pycocotools",
     ) -> dict:
         """Write the results JSON into `directory` and score what it says.
 
@@ -445,8 +455,7 @@ class COCODetection:
         pixels, "scores": float32 [n], "labels": int64 [n] from 1}; n may be 0. As published a
         `bbox` is x1, y1, x2 - x1 + 1, y2 - y1 + 1. The file is detections_<split>_results.json; a
         test split's is detections_<split>_<name>_results.json, and it is packed into a .zip of the
-        same stem, which is what the evaluation server takes. `backend`: one of
-        `data.coco_eval.BACKENDS`.
+        same stem, which is what the evaluation server takes.
 
         Returns {"metric", "value" (AP at [.5:.95]), "per_class" (the same of each class), "iou",
         "max_dets", "image_set", "results" and "curves" (files in `directory`, see `data.curves`),
@@ -464,14 +473,14 @@ class COCODetection:
             raise ValueError(f"{name!r} cannot be in the name of a submitted file")
         self.check_scorable()
         images, scores, labels, corners = as_columns(detections, self.ids, len(self.classes))
-        [(year, image_set)], [truth] = self.image_sets, self._files
+        [image_set], [truth] = self.image_sets, self._files
         test = _is_test_split(truth)
         sides = corners[:, 2:] - corners[:, :2] + 1
         boxes = np.hstack([corners[:, :2], sides]).round(4)
         categories = np.array(list(self.category_ids.values()))[labels - 1]
         results = COCOResults(np.array(self.ids)[images], categories, boxes, scores)
         rows = zip(*(column.tolist() for column in results), strict=True)
-        split = f"{image_set}{year}_{name}" if test else f"{image_set}{year}"
+        split = image_set.name + (image_set.year or "") + (f"_{name}" if test else "")
         path = Path(directory) / f"detections_{split}_results.json"
         with atomic_write(path) as file:
             records = [dict(zip(COCO_FIELDS, row, strict=True)) for row in rows]
@@ -482,7 +491,7 @@ class COCODetection:
             "per_class": {},
             "iou": "0.50:0.95",
             "max_dets": 100,
-            "image_set": set_name(year, image_set),
+            "image_set": str(image_set),
             "results": path.name,
         }
         if test:
@@ -499,7 +508,7 @@ class COCODetection:
             ]
             return report
         curves = path.with_name(CURVES_FILE)
-        scored = evaluate_coco(results, truth, backend, curves, self.classes, self.ids)
+        scored = evaluate_coco(results, truth, self.eval_backend, curves, self.classes, self.ids)
         return report | {
             "value": scored["stats"][0],
             "per_class": scored["per_category"],
@@ -513,14 +522,14 @@ class COCODetection:
 
     def _read(self, year, name, classes):
         paths = [
-            self.root / folder / f"{kind}{name}{year}.json"
+            self.root / folder / f"{kind}{name}{year or ''}.json"
             for folder in ANNOTATION_FOLDERS
             for kind in ANNOTATION_KINDS
         ]
         # False, too, for a name that no file system takes
         path = next((path for path in paths if os.path.isfile(path)), None)
         if path is None:
-            there = ", ".join(set_name(*pair) for pair in list_image_sets(self.root))
+            there = ", ".join(map(str, list_image_sets(self.root)))
             if not there:
                 files = sorted(p for glob in ("*.json", "*/*.json") for p in self.root.glob(glob))
                 files = ", ".join(str(path.relative_to(self.root)) for path in files[:10])
@@ -546,7 +555,7 @@ class COCODetection:
     def _find_pictures(self, file, image_set):
         """The folder that has the pictures, and their names in it as an array."""
         year, name = image_set
-        splits = [f"{PICTURES_OF.get(name, name)}{year}", file.split]
+        splits = [f"{PICTURES_OF.get(name, name)}{year or ''}", file.split]
         before_2017 = year in ("2014", "2015")
         folders = [
             self.root / place / split

@@ -1,4 +1,4 @@
-"""Presets as plain data: prior boxes, input constants, and the published training recipe.
+"""Presets as plain data: prior boxes, input constants, constants of the published training.
 
 Nothing is read or computed on import; every class below is a frozen record of numbers.
 """
@@ -92,52 +92,6 @@ MOBILE_300 = PriorConfig(
 )
 MOBILE_PRIORS = {("VOC", 300): MOBILE_300, ("COCO", 300): MOBILE_300}
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """What the published recipe fixes per data set; the command line overrides single fields.
-
-    Image sets are (year, set) pairs; a year of ``None`` is a folder without devkit years.
-    """
-
-    epochs: int
-    weight_decay: float
-    train_sets: tuple[tuple[str | None, str], ...]
-    test_sets: tuple[tuple[str | None, str], ...]
-    test_threshold: float
-    """Lowest score that counts as a detection when testing."""
-    top_k: int
-    """Most detections kept per image."""
-
-    @property
-    def detection(self) -> dict:
-        """Arguments of ``layers.Detect`` when testing."""
-        return {
-            "conf_thresh": self.test_threshold,
-            "nms_thresh": NMS_THRESHOLD,
-            "per_class": PER_CLASS,
-            "top_k": self.top_k,
-        }
-
-
-RECIPES = {
-    "VOC": Recipe(
-        epochs=300,
-        weight_decay=5e-4,
-        train_sets=(("2007", "trainval"), ("2012", "trainval")),
-        test_sets=(("2007", "test"),),
-        test_threshold=0.03,
-        top_k=300,
-    ),
-    "COCO": Recipe(
-        epochs=150,
-        weight_decay=1e-4,
-        train_sets=(("2017", "train"),),
-        test_sets=(("2017", "val"),),
-        test_threshold=0.02,
-        top_k=200,
-    ),
-}
 
 TRAINING_THRESHOLD = 0.01
 """Lowest score that counts when a run is evaluated during training."""

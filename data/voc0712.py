@@ -17,6 +17,7 @@ import numpy as np
 from data.config import VOC_CLASSES
 from data.curves import CURVES_FILE
 from data.image import read_image, report_lines
+from data.image_sets import ImageSet, sets_name
 from utils.errors import UserError
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # in order of preference, any case
@@ -102,20 +103,16 @@ def _year_folders(root: Path) -> dict[str | None, Path]:
     return {None: root, **{folder.name[3:]: folder for folder in sorted(folders)}}
 
 
-def list_image_sets(root: Path) -> list[tuple[str | None, str]]:
-    """The (year, set) pairs of a devkit, the (None, set) pairs of a folder in VOC layout."""
+def list_image_sets(root: str | Path) -> list[ImageSet]:
+    """The image sets of a devkit, with their years, and of a folder in VOC layout."""
+    root = Path(os.path.expanduser(root))
     found = []
     for year, folder in _year_folders(root).items():
         files = [f for main in ("Main/", "") for f in folder.glob(f"ImageSets/{main}[!.]*.txt")]
         # the official Main/ also holds a file per class and set
         stems = {f.stem for f in files if f.stem.rpartition("_")[0] not in VOC_CLASSES}
-        found += [(year, stem) for stem in sorted(stems)]
+        found += [ImageSet(year, stem) for stem in sorted(stems)]
     return found
-
-
-def set_name(year: str | None, image_set: str) -> str:
-    """How the command line spells an image set: "2007_test", "test" in a folder without years."""
-    return f"{year}_{image_set}" if year else image_set
 
 
 def _find_set(root: Path, year: str | None, image_set: str) -> tuple[Path, Path]:
@@ -136,9 +133,9 @@ def _find_set(root: Path, year: str | None, image_set: str) -> tuple[Path, Path]
             f"{root} holds neither Annotations/ and JPEGImages/ nor the years of a devkit; "
             "docs/own_data.md shows where pictures and annotations go"
         )
-    there = ", ".join(set_name(*pair) for pair in list_image_sets(root)) or "none"
+    there = ", ".join(map(str, list_image_sets(root))) or "none"
     raise UserError(
-        f'no image set "{set_name(year, image_set)}" in {root}: looked for {splits[0]} and '
+        f'no image set "{ImageSet(year, image_set)}" in {root}: looked for {splits[0]} and '
         f"{splits[1]} (docs/own_data.md says how to make one); image sets there: {there}"
     )
 
@@ -228,7 +225,7 @@ def load_annotations(
             if path is None:
                 paths[-1] = folder / "Annotations" / f"{image_id}.xml"
                 missing.append(paths[-1])
-    what = ", ".join(set_name(*pair) for pair in image_sets)
+    what = ", ".join(str(ImageSet(*pair)) for pair in image_sets)
     if not ids:
         raise UserError(f"{root}: the image set {what} lists no image")
     if faults is None:
@@ -364,7 +361,7 @@ class VOCDetection:
         faults: list[str] | None = None,
     ):
         self.root = Path(os.path.expanduser(root))
-        self.image_sets = [(year or None, image_set) for year, image_set in image_sets]
+        self.image_sets = [ImageSet(year or None, image_set) for year, image_set in image_sets]
         self.transform = transform
         loaded = load_annotations(self.root, self.image_sets, classes, faults)
         self.ids, self.annotations, self.classes = loaded.ids, loaded.annotations, loaded.classes
@@ -430,6 +427,8 @@ class VOCDetection:
         image, target = self.pull_image(index), self.target(index)
         return self.transform(image, target) if self.transform else (image, target)
 
+    list_image_sets = staticmethod(list_image_sets)
+
     def image_path(self, index: int) -> Path:
         return self._pictures[index]
 
@@ -469,7 +468,7 @@ class VOCDetection:
         there are fewer such pictures, ValueError for n below 1.
         """
         counts = [len(target) for target in self._targets]
-        kept = first_with_objects(counts, n, f"{self.root}: {self._sets_name()}")
+        kept = first_with_objects(counts, n, f"{self.root}: {sets_name(self.image_sets)}")
         for name in ("ids", "annotations", "_pictures", "_sizes", "_targets", "_difficult"):
             setattr(self, name, [getattr(self, name)[i] for i in kept])
         counted = {
@@ -481,9 +480,6 @@ class VOCDetection:
         # Where all are difficult there is nothing to score; the notes of a score say so.
         self._scored = tuple(c for c in self.classes if c in counted) or self.classes
 
-    def _sets_name(self) -> str:
-        return "+".join(set_name(*pair) for pair in self.image_sets)
-
     def check_scorable(self) -> None:
         """Raise UserError if `evaluate` could not score these image sets: an id in two years."""
         if len(set(self.ids)) < len(self):
@@ -492,8 +488,12 @@ class VOCDetection:
                 "cannot tell them apart; evaluate the image sets one by one"
             )
 
-    def evaluate(self, detections: Sequence[dict], directory: str | Path) -> dict:
+    def evaluate(
+        self, detections: Sequence[dict], directory: str | Path, name: str = "SSD"
+    ) -> dict:
         """Write comp4 files into `directory` and score them, with both metrics.
+
+        `name`, of the detector, is in no comp4 file.
 
         detections: one {"boxes" float32 [n, 4] pixels from 0, "scores" [n], "labels" [n]} an image,
         in the data set's order. The metric is the 11-point one for the years before 2010, the area
@@ -509,9 +509,9 @@ class VOCDetection:
             raise ValueError(f"{len(detections)} detections for {len(self)} images")
         self.check_scorable()
         # The official spelling of a single set has no year.
-        name = self._sets_name() if len(self.image_sets) > 1 else self.image_sets[0][1]
-        voc_eval.write_comp4(directory, name, self.classes, self.ids, detections)
-        read, _ = voc_eval.read_comp4(directory, name, self._scored, self.ids)
+        stem = sets_name(self.image_sets) if len(self.image_sets) > 1 else self.image_sets[0].name
+        voc_eval.write_comp4(directory, stem, self.classes, self.ids, detections)
+        read, _ = voc_eval.read_comp4(directory, stem, self._scored, self.ids)
         result = voc_eval.evaluate_voc(read, self.annotations, self._scored)
         if left_out := [c for c in self.classes if c not in self._scored]:
             result["notes"].append(
@@ -525,7 +525,7 @@ class VOCDetection:
             "metric": voc_eval.METRICS[main],
             "value": result[main]["mean"],
             **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
-            "image_set": name,
+            "image_set": stem,
             **result,
             "curves": CURVES_FILE,
         }

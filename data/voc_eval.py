@@ -19,7 +19,8 @@ import numpy as np
 from data.curves import SIZE_RANGES, SIZES, write_curves
 from data.detections import as_columns
 from data.image import report_lines
-from data.voc0712 import Annotation, list_image_sets, load_annotations, parse_classes, set_name
+from data.image_sets import ImageSet
+from data.voc0712 import Annotation, list_image_sets, load_annotations, parse_classes
 from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
 
@@ -377,7 +378,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
     skipped = report_lines(truth.skipped)
-    print(f"{set_name(year, args.set)} of {root}: {len(truth.ids)} images")
+    print(f"{ImageSet(year, args.set)} of {root}: {len(truth.ids)} images")
     print("\n".join([*skipped, *missing, *result["notes"], _table(result)]))
     return 0
 

@@ -260,22 +260,6 @@ def parser(
 # ---------------------------------------------------------------- meaning
 
 
-def image_sets(text: str) -> list[list[str | None]]:
-    """ "2007_trainval,test" -> [["2007", "trainval"], [None, "test"]]."""
-    sets = []
-    for name in filter(None, (part.strip() for part in text.split(","))):
-        year, _, rest = name.partition("_")
-        sets.append([year, rest] if year.isdecimal() and rest else [None, name])
-    if not sets:
-        raise UserError(f"{text!r} names no image set; give e.g. 2007_trainval,2012_trainval")
-    return sets
-
-
-def set_names(sets: Iterable) -> str:
-    """[["2007", "trainval"], [None, "test"]] -> "2007_trainval+test", fit for a folder's name."""
-    return "+".join(f"{year}_{name}" if year else name for year, name in sets).replace("/", "_")
-
-
 def choose_device(given: dict, amp: str, world: World = ALONE) -> torch.device:
     """The device that --device and --cuda mean; UserError where it cannot serve, or not ``amp``.
 

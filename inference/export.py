@@ -115,7 +115,8 @@ class Pictures:
 
 def read_checkpoint(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict, dict]:
     """The network of a checkpoint, the description of its export, and its configuration."""
-    from data.config import INPUT_MEAN, RECIPES
+    from data import DATASETS
+    from data.config import INPUT_MEAN, NMS_THRESHOLD, PER_CLASS
     from data.voc0712 import parse_classes
     from models import build_net, prior_config
     from models.info import detector
@@ -142,7 +143,12 @@ def read_checkpoint(path: Path, args: argparse.Namespace) -> tuple[nn.Module, di
         "nms": args.with_nms,
         "dynamic": args.dynamic,
         "precision": args.precision,
-        "detection": {**RECIPES[stored["dataset"]].detection, **asked},
+        "detection": {
+            "nms_thresh": NMS_THRESHOLD,
+            "per_class": PER_CLASS,
+            **DATASETS[stored["dataset"]].detection,
+            **asked,
+        },
         "checkpoint": {"file": path.name, "sha256": sha256_of(path)},
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
@@ -165,11 +171,10 @@ def find_pictures(
     Raises:
         UserError: no pictures in ``root``, or ``sets`` of a plain folder.
     """
-    from data import build_dataset
-    from data.config import RECIPES
+    from data import build_dataset, default_sets, list_sets
     from data.image import read_image
-    from data.voc0712 import SUFFIXES, list_image_sets
-    from engine.options import image_sets, set_names
+    from data.image_sets import parse_image_sets, sets_name
+    from data.voc0712 import SUFFIXES
 
     own = stored.get("root")
     folder = Path(root or own or "").expanduser().absolute()
@@ -177,11 +182,8 @@ def find_pictures(
         return None
     if not folder.is_dir():
         raise UserError(f"{folder} does not exist; give a folder of pictures or a data set")
-    in_layout = {
-        "VOC": lambda: bool(list_image_sets(folder)),
-        "COCO": lambda: (folder / "annotations").is_dir(),
-    }
-    if not in_layout[info["dataset"]]():
+    existing = list_sets(info["dataset"], folder)
+    if not existing:
         files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
         files = _spread(files, limit)
         if not files:
@@ -197,16 +199,14 @@ def find_pictures(
             )
         return Pictures(str(folder), lambda i: read_image(files[i]), len(files))
     if sets:
-        chosen = image_sets(sets)
+        chosen = parse_image_sets(sets, existing)
     elif own and folder == Path(own).absolute() and key in stored:
         chosen = stored[key]
-    elif (folder / "Annotations").is_dir():
-        chosen = [(None, {"train_sets": "trainval", "test_sets": "test"}[key])]
     else:
-        chosen = getattr(RECIPES[info["dataset"]], key)
+        chosen = default_sets(info["dataset"], folder)[key == "test_sets"]
     pairs = [tuple(pair) for pair in chosen]
     dataset = build_dataset(info["dataset"], str(folder), pairs, info["classes"])
-    about = f"{folder} {set_names(chosen)}"
+    about = f"{folder} {sets_name(chosen)}"
     objects = sum(len(dataset.target(i)) > 0 for i in range(len(dataset)))
     if key == "train_sets" or not objects:  # nothing to score
         index = _spread(range(len(dataset)), limit)

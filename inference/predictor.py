@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.config import INPUT_MEAN, RECIPES
+from data import DATASETS
+from data.config import INPUT_MEAN
 from data.image import read_image
 from data.transforms import TestTransform
 from engine.options import choose_device
@@ -111,7 +112,7 @@ class Predictor:
             self.exported = None
             saved = load_checkpoint(path)
             about = detector(saved, path, classes)
-            chosen = RECIPES[about["dataset"]].detection
+            chosen = dict(DATASETS[about["dataset"]].detection)
             net = build_net(about["version"], about["size"], len(about["classes"]) + 1)
             load_weights(net, saved["model"], path)
             self.net = deploy(net).to(self.device, AMP_TYPES[amp])

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from data.config import COCO_CLASSES, RECIPES, VOC_CLASSES
+from data import DATASETS
+from data.config import COCO_CLASSES, PRIORS, VOC_CLASSES
 from engine.optim import OPTIMIZERS
 from engine.options import DEFAULTS, LATER, TRAINING_RECIPES
 from engine.schedule import SCHEDULES
@@ -56,8 +57,8 @@ def check_config(saved: Mapping, path: Path) -> dict:
         raise UserError(f"{path}: its configuration is no dict; is it a file of this program?")
     if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
         raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
-    choices = {"version": BACKBONES, "size": SIZES, "dataset": RECIPES, "amp": AMP_TYPES}
-    choices["priors"] = RECIPES
+    choices = {"version": BACKBONES, "size": SIZES, "dataset": DATASETS, "amp": AMP_TYPES}
+    choices["priors"] = {name for name, _ in PRIORS}
     choices |= {"recipe": TRAINING_RECIPES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS}
     for key, example in expected.items():
         if key in LATER and key not in config:

@@ -462,7 +462,7 @@ def test_a_test_that_ends_early_leaves_no_scores_of_other_detections(call, train
 
 def test_a_backend_is_for_coco(call, trained, capsys):
     assert call("--test", trained, "--eval-backend", "hotcoco") == 2
-    assert "--eval-backend computes COCO's numbers" in capsys.readouterr().err
+    assert "--eval-backend goes with -d COCO" in capsys.readouterr().err
 
 
 def test_weights_that_diverged_are_told(call, trained, capsys):

@@ -282,7 +282,7 @@ def test_own_data_need_no_year_and_name_their_pictures(tmp_path, folder, name):
     boxes = [annotation(1, big, [10, 5, 20, 10], big), annotation(2, big, [1, 1, 9, 9], 0)]
     write_set(tmp_path, "instances_train.json", folder, {big: name}, boxes, categories=categories)
     dataset = COCODetection(tmp_path, [(None, "train")])
-    assert dataset.ids == [big] and dataset.image_sets == [("", "train")]
+    assert dataset.ids == [big] and dataset.image_sets == [(None, "train")]
     assert dataset.classes == ("z", "a, b", "Löwe")
     assert dataset.category_ids == {1: -5, 2: 0, 3: big}
     assert dataset.image_path(0).samefile(picture) and dataset.image_path(-1).samefile(picture)
@@ -328,7 +328,7 @@ def test_sets_are_joined_in_order(tmp_path):
     assert [len(dataset.target(i)) for i in range(4)] == [0, 1, 0, 1]
     assert dataset.image_path(2) == tmp_path / "train2017" / "4.jpg"
     for call in (dataset.check_scorable, lambda: dataset.evaluate([{}] * 4, tmp_path)):
-        with pytest.raises(UserError, match="one set at a time"):
+        with pytest.raises(UserError, match="one image set at a time"):
             call()
     read(tmp_path).check_scorable()
 
@@ -385,7 +385,8 @@ def test_report_says_what_scoring_the_written_file_says(tmp_path, backend):
     for found in detections:
         found["boxes"] += rng.normal(0, 2, found["boxes"].shape).astype(np.float32)
         found["scores"] = rng.random(len(found["boxes"]), np.float32)
-    report = dataset.evaluate(detections, tmp_path / "out", backend=backend)
+    dataset.eval_backend = backend
+    report = dataset.evaluate(detections, tmp_path / "out")
     path = tmp_path / "out" / report["results"]
     written = np.array([r["bbox"] for r in json.loads(path.read_text())])
     assert np.array_equal(written, written.round(4)) and written.shape == (8, 4)
@@ -525,7 +526,7 @@ def test_missing_annotation_file_names_the_sets_that_exist(tmp_path):
     (tmp_path / "original_annotations").mkdir()
     (tmp_path / "original_annotations" / "instances_minival2014.json").touch()
     assert list_image_sets(tmp_path) == [
-        ("", "mine"), ("2014", "minival"), ("2017", "test-dev"), ("2017", "val")]  # fmt: skip
+        (None, "mine"), ("2014", "minival"), ("2017", "test-dev"), ("2017", "val")]  # fmt: skip
     there = "mine, 2014_minival, 2017_test-dev, 2017_val"
     with pytest.raises(UserError, match=f"instances_train2017.json: no such.*: {there} "):
         COCODetection(tmp_path, [("2017", "train")])
@@ -735,15 +736,16 @@ def test_first_pictures_are_scored_as_a_set_of_only_them(tmp_path, backend):
     dataset.keep_first(2)
     of_them = [box for box in boxes if box["image_id"] in (1, 3)]
     only = read(val2017(tmp_path / "only", of_them, ids=(1, 3)))
+    dataset.eval_backend = only.eval_backend = backend
     detections = perfect(dataset)
-    report = dataset.evaluate(detections, tmp_path / "out", backend=backend)
+    report = dataset.evaluate(detections, tmp_path / "out")
     assert report["value"] == pytest.approx(1)
     assert report["per_class"] == pytest.approx({"dog": 1, "kite": -1, "oar": 1})
-    assert report == only.evaluate(perfect(only), tmp_path / "out", backend=backend)
+    assert report == only.evaluate(perfect(only), tmp_path / "out")
     detections[0]["boxes"] += np.float32(2)
-    report = dataset.evaluate(detections, tmp_path / "out", backend=backend)
+    report = dataset.evaluate(detections, tmp_path / "out")
     assert 0 < report["value"] < 1
-    assert report == only.evaluate(detections, tmp_path / "out", backend=backend)
+    assert report == only.evaluate(detections, tmp_path / "out")
 
 
 def test_loader_processes_get_the_first_pictures_alone(tmp_path):
@@ -767,7 +769,7 @@ def test_image_sets_without_a_picture_kept_are_gone(tmp_path):
     assert dataset.image_path(1) == tmp_path / "train2017" / "4.jpg"
     assert (dataset[1][0] == 4).all() and dataset.target(1).tolist() == [[3, 0, 6, 3, 1]]
     for call in (dataset.check_scorable, lambda: dataset.evaluate(perfect(dataset), tmp_path)):
-        with pytest.raises(UserError, match="one set at a time"):
+        with pytest.raises(UserError, match="one image set at a time"):
             call()
     dataset = COCODetection(tmp_path, sets[::-1])
     dataset.keep_first(2)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import write_voc
 
-from data.config import LR_MILESTONES, PER_CLASS, RECIPES
+from data import DATASETS
+from data.config import LR_MILESTONES, PER_CLASS
 from engine.options import DEFAULTS, TRAINING_RECIPES
 from layers.detect import SUPPRESSION
 from models import BACKBONES, build_net
@@ -162,7 +163,7 @@ def test_hyperparameters_of_the_table_are_the_defaults():
         if option in ("max_epoch", "weight_decay"):
             values = [float(part) for part in shown.split("/")]
             field = {"max_epoch": "epochs"}.get(option, option)
-            assert values == [getattr(RECIPES[d], field) for d in ("VOC", "COCO")]
+            assert values == [getattr(DATASETS[d], field) for d in ("VOC", "COCO")]
         elif isinstance(PUBLISHED[option], str):
             assert shown == PUBLISHED[option]
         elif isinstance(PUBLISHED[option], bool):
@@ -175,9 +176,9 @@ def test_hyperparameters_of_the_table_are_the_defaults():
 
 
 def test_options_of_detection_are_the_defaults():
-    for option, field in (("score_threshold", "test_threshold"), ("max_detections", "top_k")):
+    for option, field in (("score_threshold", "conf_thresh"), ("max_detections", "top_k")):
         row = next(line for line in README.splitlines() if line.startswith(f"| `--{option} "))
-        voc, coco = (f"{getattr(RECIPES[name], field):g} ({name})" for name in ("VOC", "COCO"))
+        voc, coco = (f"{DATASETS[name].detection[field]:g} ({name})" for name in ("VOC", "COCO"))
         assert f": {voc}, {coco}" in row
         assert option == "score_threshold" or f"at most {PER_CLASS} of a class" in row
     row = next(line for line in README.splitlines() if line.startswith("| `--nms "))

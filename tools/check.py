@@ -29,11 +29,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data import DATASETS
 from data.coco import COCODetection
-from data.config import PRIORS, RECIPES, PriorConfig
+from data.config import PRIORS, PriorConfig
 from data.image import read_image
+from data.image_sets import sets_name
 from data.voc0712 import VOCDetection
-from engine.options import DEFAULTS, set_names
+from engine.options import DEFAULTS
 from utils.arguments import positive
 from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
@@ -470,7 +472,7 @@ def _check_priors(report: Report) -> None:
     best = {
         (name, size): best_overlaps(PRIORS[name, size], boxes)
         for size in report.sizes
-        for name in RECIPES
+        for name in dict.fromkeys(n for n, _ in PRIORS)
     }
     for (name, size), overlaps in best.items():
         for k in present:
@@ -527,7 +529,7 @@ def _advice(report, size, best, boxes, labels, low, classes) -> Iterator[str]:
         f"{max(map(max, config.aspect_ratios))} times as long as wide."
     )
     ways = {f"-s {s}": best[name, s] for s in report.sizes if s != size}
-    others = {PRIORS[n, size]: best[n, size] for n in RECIPES if n != name}
+    others = {PRIORS[n, size]: best[n, size] for n, s in PRIORS if s == size and n != name}
     fitted = _fitted(config, boxes, labels)
     for other, overlaps in {**others, fitted: best_overlaps(fitted, boxes)}.items():
         numbers = ", ".join(f"{v:g}" for v in other.min_sizes)
@@ -607,7 +609,7 @@ def summary(report: Report, shown: int = 5) -> str:
 
 
 def _title(report: Report, part: str) -> str:
-    dataset, sets = report.parts[part], set_names(report.options[PARTS[part]])
+    dataset, sets = report.parts[part], sets_name(report.options[PARTS[part]])
     boxes = sum(row[part][0] for row in report.classes.values() if part in row)
     return f"{part}: {sets} of {dataset.root}, {len(dataset):,} pictures, {boxes:,} boxes"
 
@@ -624,7 +626,7 @@ def as_json(report: Report) -> dict:
         "dataset": report.options["dataset"],
         "priors": report.options["priors"],
         "sets": {
-            part: {"names": set_names(report.options[PARTS[part]]), "pictures": len(dataset)}
+            part: {"names": sets_name(report.options[PARTS[part]]), "pictures": len(dataset)}
             for part, dataset in report.parts.items()
         },
         "counts": {level: report.count(level) for level in LEVELS},
@@ -792,7 +794,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     p.add_argument("--root", metavar="DIR", help="where the data are")
-    p.add_argument("-d", "--dataset", choices=RECIPES, help="layout of the data (VOC)")
+    p.add_argument("-d", "--dataset", choices=DATASETS, help="layout of the data (VOC)")
     p.add_argument("--train_sets", metavar="SETS", help="e.g. 2007_trainval,2012_trainval")
     p.add_argument("--test_sets", metavar="SETS", help="e.g. 2007_test, or test")
     p.add_argument("--classes", metavar="NAMES", help="a,b,c or a file with one name a line")
@@ -800,7 +802,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--size", type=int, nargs="+", choices=sizes, default=sizes,
         help="of the network's input, for the fit of the prior boxes (all)",
     )  # fmt: skip
-    p.add_argument("--priors", choices=RECIPES, help="whose prior boxes (those of --dataset)")
+    priors = [*dict.fromkeys(name for name, _ in PRIORS)]
+    p.add_argument("--priors", choices=priors, help="whose prior boxes (those of --dataset)")
     p.add_argument("--json", metavar="OUT", default=None, help="write everything to this file")
     p.add_argument("--html", metavar="OUT", default=None, help="write a page with pictures")
     p.add_argument("--workers", type=positive, default=8, metavar="N", help="threads (8)")

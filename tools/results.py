@@ -6,11 +6,11 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data import build_dataset
+from data import build_dataset, list_sets
 from data.curves import SIZES
 from data.detections import load_detections
+from data.image_sets import ImageSet
 from data.voc_eval import METRICS
-from engine.options import image_sets
 from tools.analysis import Found, found_of
 from utils.errors import UserError
 
@@ -79,9 +79,10 @@ def open_test(directory: Path, root: str | None) -> Test:
         return test
     advice = ". --root says where the data set is"
     try:
-        names = results["sets"].split("+")
-        pairs = [tuple(pair) for name in names for pair in image_sets(name)]
-        dataset = build_dataset(results["dataset"], root or results["root"], pairs, test.classes)
+        place = root or results["root"]
+        existing = list_sets(results["dataset"], place)
+        sets = [ImageSet.parse(name, existing) for name in results["sets"].split("+")]
+        dataset = build_dataset(results["dataset"], place, sets, test.classes)
         dataset.check_scorable()
         if results.get("overfit"):
             dataset.keep_first(results["overfit"])

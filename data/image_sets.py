@@ -1,0 +1,52 @@
+"""Image sets by name: what --train_sets and --test_sets say, and how folders spell it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable
+from typing import NamedTuple
+
+from utils.errors import UserError
+
+
+class ImageSet(NamedTuple):
+    """One image set of a data set; ``str`` gives its name on the command line.
+
+    year: of a devkit, such as "2007"; None in a data set without years.
+    name: such as "trainval".
+    """
+
+    year: str | None
+    name: str
+
+    @classmethod
+    def parse(cls, text: str, existing: Collection[ImageSet] = ()) -> ImageSet:
+        """Read "2007_trainval" or "trainval".
+
+        existing: the image sets of the data set. A set whose name begins with a number, such as
+        "2024_train", is taken as it is if it is among them.
+        """
+        bare = cls(None, text)
+        year, _, name = text.partition("_")
+        return bare if bare in existing or not (year.isdecimal() and name) else cls(year, name)
+
+    def __str__(self) -> str:
+        return f"{self.year}_{self.name}" if self.year else self.name
+
+
+def parse_image_sets(text: str, existing: Collection[ImageSet] = ()) -> list[ImageSet]:
+    """Read the names of image sets, separated by commas; see `ImageSet.parse`.
+
+    Raises:
+        UserError: ``text`` names no image set.
+    """
+    names = [part.strip() for part in text.split(",")]
+    sets = [ImageSet.parse(name, existing) for name in names if name]
+    if not sets:
+        raise UserError(f"{text!r} names no image set; give e.g. 2007_trainval,2012_trainval")
+    return sets
+
+
+def sets_name(sets: Iterable[tuple[str | None, str]]) -> str:
+    """Return one name for several image sets, fit for a folder: "2007_trainval+2012_trainval"."""
+    return re.sub(r"[/\\]", "_", "+".join(str(ImageSet(*each)) for each in sets))

@@ -1,0 +1,52 @@
+"""Records of what a data set's reader changed or left out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from enum import Enum
+from typing import NamedTuple
+
+
+class SkipKind(Enum):
+    """Kinds of records that a reader changes or leaves out.
+
+    text: a description for the log. level: "note" where training loses nothing that was asked for,
+    else "warning".
+    """
+
+    IMAGE_LISTED_TWICE = ("image listed twice, read once", "warning")
+    UNKNOWN_CLASS = ("object of an unknown class, dropped", "warning")
+    CLASSES_LEFT_OUT = ("image set read without some of its classes", "warning")
+    SIZE_SWAPPED = ("<size> with width and height swapped", "warning")
+    BOX_WITHOUT_AREA = ("box without area, dropped", "warning")
+    BOX_OUTSIDE = ("box outside the image, dropped", "warning")
+    AREA_NOT_POSITIVE = ("annotation with an area of 0 or less, dropped", "warning")
+    BOX_CLIPPED = ("box clipped to the image", "note")
+    CROWD = ("crowd, left out", "note")
+    OTHER_FOLDER = ("image set with its images in another folder", "note")
+
+    def __init__(self, text: str, level: str) -> None:
+        self.text = text
+        self.level = level
+
+
+class Skip(NamedTuple):
+    """One record that a reader changed or left out.
+
+    image: index in the data set; None where the record is about no single image.
+    box: (x1, y1, x2, y2) in pixels as annotated, counted from 0; None where it is about no box.
+    detail: the file, the object and the value, for a person.
+    """
+
+    kind: SkipKind
+    image: int | None
+    box: tuple[float, float, float, float] | None
+    detail: str
+
+
+def report_lines(skipped: Iterable[Skip]) -> list[str]:
+    """Return a line for the log for each kind: its count and its first record."""
+    details: dict[SkipKind, list[str]] = {}
+    for skip in skipped:
+        details.setdefault(skip.kind, []).append(skip.detail)
+    return [f"{kind.text}: {len(found)}, e.g. {found[0]}" for kind, found in details.items()]
