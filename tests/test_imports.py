@@ -30,8 +30,6 @@ NOT_YET = (
     "inference/deploy.py",
     "inference/export.py",
     "inference/predictor.py",
-    "layers/detect.py",
-    "models/info.py",
     "models/pretrained.py",
     "tools/chart.py",
     "tools/check.py",
