@@ -17,7 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -69,8 +69,9 @@ from engine.options import (
     OF_ONE_CALL,
     OF_THE_MACHINE,
     TRAINING_RECIPES,
+    check_config,
     check_gpus,
-    choose_device,
+    device_name,
     parser,
 )
 from engine.schedule import lr_at
@@ -83,11 +84,12 @@ from inference.runtime import identity
 from layers import Detect, MultiBoxLoss, PriorBox
 from layers.detect import SUPPRESSION
 from models import BACKBONES, SIZES, build_net, prior_config
-from models.info import check_config, describe, trained_for
+from models.info import DetectorInfo
 from models.transfer import match_classes, parse_class_map, transfer_classes
 from utils import nms
 from utils.arguments import cores
 from utils.checkpoint import load_base, load_checkpoint, load_weights, sha256_of
+from utils.device import choose_device
 from utils.errors import UserError, reason
 from utils.files import locked, write_json
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
@@ -168,6 +170,26 @@ def own_names(given: dict) -> list[str] | None:
 
 def class_map(given: dict) -> dict[str, str] | None:
     return parse_class_map(given["class_map"]) if "class_map" in given else None
+
+
+def detector_info(saved: dict, path: Path, given: dict) -> DetectorInfo:
+    return DetectorInfo.for_data(saved, path, own_names(given), given.get("dataset", "VOC"))
+
+
+def detector_of(info: DetectorInfo) -> dict:
+    """What stands for the configuration of a file without one."""
+    stored = {"version": info.version, "size": info.size, "dataset": info.dataset}
+    # COCO's data tell their classes, which may be some of the detector's.
+    return stored if info.dataset == "COCO" else {**stored, "classes": list(info.classes)}
+
+
+def use_device(given: dict, amp: str, world: World) -> torch.device:
+    """The device of this process, made the current one."""
+    rank = world.local_rank if world.size > 1 else None
+    device = choose_device(device_name(given), amp, rank)
+    if device.type == "cuda":  # streams, events and pinned memory are those of the current device
+        torch.cuda.set_device(device.index or 0)
+    return device
 
 
 def check_known(path: Path, names: list[str], classes: list[str], given: dict) -> None:
@@ -363,26 +385,26 @@ def open_test(given: dict, world: World) -> Testing:
     if path.suffix in EXPORTED:
         return open_exported(given, path, world)
     saved = load_checkpoint(path)
-    stored = describe(saved, path, given_classes(given))
+    info = detector_info(saved, path, given)
+    stored = check_config(saved, path) if "config" in saved else detector_of(info)
     if stored.get("overfit"):  # it was tested on what it was trained on
         stored = {k: v for k, v in stored.items() if k not in ("overfit", "test_sets")}
     stored = {k: v for k, v in stored.items() if k not in OF_THE_MACHINE}
-    names, boxes = trained_for(saved, path, own_names(given))
-    if given.get("dataset", stored.get("dataset")) != stored.get("dataset"):
+    names = list(info.classes)
+    if given.get("dataset", stored["dataset"]) != stored["dataset"]:
         stored = {key: stored[key] for key in ("version", "size")}  # what its data were is no help
     if "class_map" in given or "classes" in given:
         stored.pop("classes", None)
-    if "classes" in given and names:  # before the data are looked for
+    if "classes" in given:  # before the data are looked for
         check_known(path, names, given_classes(given), given)
-    if boxes:
-        stored["priors"] = boxes
+    stored["priors"] = info.priors
     options = resolve(given, stored)
-    device = choose_device(given, options["amp"], world)
+    device = use_device(given, options["amp"], world)
     scoring = scoring_options(options)
     dataset = open_dataset(options, "test_sets", options.get("classes"))
     options["classes"] = list(dataset.classes)
     model = saved["model"]
-    if names and ("class_map" in given or names != options["classes"]):
+    if "class_map" in given or names != options["classes"]:
         check_known(path, names, options["classes"], given)
         model, _ = transfer(model, names, options["classes"], given)
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
@@ -440,7 +462,7 @@ def test(given: dict, world: World = ALONE) -> None:
     threshold = DATASETS[options["dataset"]].detection["conf_thresh"]
     chosen = detection_options(given, options, threshold)
     if exported:  # it knows its own
-        chosen = {key: getattr(job.model.detect, key) for key in chosen}
+        chosen = asdict(job.model.detect.config)
     origin = made_by(options, chosen, job.checkpoint, job.device)
     if given.get("retest"):
         asked = ["checkpoint", "dataset", "class_map", "root", "sets", "classes"]
@@ -527,8 +549,7 @@ def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
     stored, start = check_config(saved, path) if saved else {}, None
     if "resume_net" in given:
         start = load_checkpoint(given["resume_net"])
-        if boxes := trained_for(start, Path(given["resume_net"]))[1]:
-            stored["priors"] = boxes
+        stored["priors"] = detector_info(start, Path(given["resume_net"]), given).priors
     options = resolve(given, stored)
     if saved:
         before = resolve({}, stored)
@@ -542,7 +563,7 @@ def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
         options["test_sets"] = options["train_sets"]
     if options["recompute"] and options["compile"]:
         raise UserError("--recompute changes nothing under --compile; give one of them")
-    device = choose_device(given, options["amp"], world)
+    device = use_device(given, options["amp"], world)
     check_shares(options["batch_size"], world.size, options["accumulate"])
     train_set = open_dataset(options, "train_sets", options.get("classes"))
     options["classes"] = list(train_set.classes)
@@ -863,14 +884,13 @@ def starting_weights(net: nn.Module, given: dict, options: dict, start: dict | N
     if "resume_net" in given:
         path, classes = Path(given["resume_net"]), options["classes"]
         state, origin = start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
-        names, boxes = trained_for(start, path, own_names(given))
-        if "class_map" in given and names is None:
-            raise UserError(f"{path} has no names of its classes for --class_map to go by")
-        if names and ("class_map" in given or names != classes):
+        info = detector_info(start, path, given)
+        names, boxes = list(info.classes), info.priors
+        if "class_map" in given or names != classes:
             state, new = transfer(state, names, classes, given)
             origin += f", {len(classes) - len(new)} of {len(classes)} classes by name"
             origin += f"; new: {', '.join(new)}" if new else ""
-        if boxes not in (None, options["dataset"]):
+        if boxes != options["dataset"]:
             origin += f"; prior boxes of {boxes}, as they were trained with"
         load_weights(net, state, path)
     elif "basenet" in given:
@@ -909,7 +929,8 @@ def main(argv: list[str] | None = None) -> int:
     world = ALONE
     try:
         if "ngpu" in given:
-            check_gpus(given["ngpu"], choose_device(given, given.get("amp", DEFAULTS["amp"])))
+            amp = given.get("amp", DEFAULTS["amp"])
+            check_gpus(given["ngpu"], choose_device(device_name(given), amp))
             if given["ngpu"] > 1 and not launched():
                 return launch(given["ngpu"], [__file__, *argv])
         world = join()

@@ -54,7 +54,6 @@ from benchmarks.timing import CPU, write
 from data.config import INPUT_MEAN
 from data.image import read_image
 from data.voc0712 import SUFFIXES as PICTURE_SUFFIXES
-from engine.options import choose_device
 from inference.deploy import deploy
 from inference.export import MARGIN, Tolerance, compare, excess
 from inference.predictor import Predictor
@@ -66,7 +65,7 @@ from models import BACKBONES, build_net
 from tools.traffic import profile
 from utils.arguments import positive
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
-from utils.device import AMP_TYPES, autocast
+from utils.device import AMP_TYPES, autocast, choose_device
 from utils.errors import UserError, command
 from utils.files import check_writable
 
@@ -213,12 +212,12 @@ def plain_detections(
         wider = box_of + torch.tensor([0, 0, 1, 1], device=loc.device)  # pixel convention
         parts = []
         for label in range(1, conf.shape[2]):
-            over = score_of[:, label] > detect.conf_thresh
+            over = score_of[:, label] > detect.config.conf_thresh
             score = score_of[over, label]
-            kept = nms(wider[over], score, detect.nms_thresh)[: detect.per_class]
+            kept = nms(wider[over], score, detect.config.nms_thresh)[: detect.config.per_class]
             parts.append((box_of[over][kept], score[kept], torch.full_like(kept, label)))
         box, score, label = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        best = score.argsort(descending=True, stable=True)[: detect.top_k]
+        best = score.argsort(descending=True, stable=True)[: detect.config.top_k]
         found.append({"boxes": box[best], "scores": score[best], "labels": label[best]})
     return found
 
@@ -461,7 +460,7 @@ def agreement(
     result = compare(
         *([{key: each[key].numpy() for key in each} for each in some]
           for some in (expected, found[: len(files)])),
-        floor=route.predictor.detect.conf_thresh + MARGIN,
+        floor=route.predictor.detect.config.conf_thresh + MARGIN,
     )  # fmt: skip
     if not result["boxes"]:
         raise UserError(
@@ -804,7 +803,7 @@ def check(args: argparse.Namespace) -> torch.device:
         raise UserError("--checkpoint knows its network; leave --version and --size out")
     if args.exported and not args.checkpoint:
         raise UserError("--exported goes with the --checkpoint that it was made of")
-    devices = [choose_device({"device": args.device}, amp) for amp in args.amp]
+    devices = [choose_device(args.device, amp) for amp in args.amp]
     if devices[0].type == "cpu":
         if "tf32" in args.amp:
             raise UserError("--amp tf32 needs a GPU")

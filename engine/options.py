@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 
-from engine.distributed import ALONE, World, launched
+from data import DATASETS
+from data.config import PRIORS
+from engine.distributed import launched
 from engine.optim import OPTIMIZERS
 from engine.schedule import SCHEDULES
+from models import BACKBONES, SIZES
 from utils.arguments import (
     boolean,
     count,
@@ -260,39 +264,15 @@ def parser(
 # ---------------------------------------------------------------- meaning
 
 
-def choose_device(given: dict, amp: str, world: World = ALONE) -> torch.device:
-    """The device that --device and --cuda mean; UserError where it cannot serve, or not ``amp``.
-
-    Of several processes on GPUs each has its own, by its number on the machine.
-    """
+def device_name(given: dict) -> str:
+    """The device that --device and --cuda mean; UserError where they contradict each other."""
     name = given.get("device", "auto")
     if "cuda" in given:
         wanted = "cuda" if given["cuda"] else "cpu"
         if name not in ("auto", wanted) and not name.startswith(f"{wanted}:"):
             raise UserError(f"--cuda {given['cuda']} contradicts --device {name}; give one of them")
         name = wanted if name == "auto" else name
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if not (name == "cpu" or (kind == "cuda" and (name == kind or index.isdecimal()))):
-        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda or cuda:N")
-    gpus = torch.cuda.device_count()
-    if kind == "cuda" and world.size > 1:
-        if index:
-            raise UserError(f"--device {name} is one GPU for {world.size} processes; leave it out")
-        index = str(world.local_rank)
-        name = f"cuda:{index}"
-    if kind == "cuda" and int(index or 0) >= gpus:
-        raise UserError(
-            f"--device {name} is not there: PyTorch {torch.__version__} sees {gpus} GPUs; use "
-            "--device cpu"
-        )
-    if amp == "fp16" and kind == "cpu":
-        raise UserError("--amp fp16 needs a GPU; use --amp bf16 on a CPU")
-    if kind == "cuda":
-        # Streams, events and pinned memory are those of the current device.
-        torch.cuda.set_device(torch.device("cuda", int(index or 0)))
-    return torch.device(name)
+    return name
 
 
 def check_gpus(ngpu: int, device: torch.device) -> None:
@@ -307,3 +287,34 @@ def check_gpus(ngpu: int, device: torch.device) -> None:
         raise UserError(f"--ngpu {ngpu} on {device}: PyTorch sees {gpus} GPUs; give fewer")
     if ngpu > 1 and device.index:
         raise UserError(f"--ngpu {ngpu} uses the first GPUs; leave --device {device} out")
+
+
+def check_config(saved: Mapping, path: Path) -> dict:
+    """The configuration of one of our checkpoints, with its classes.
+
+    Raises:
+        UserError: a field is missing, or not of the kind that this program writes.
+    """
+    config, classes = saved.get("config"), saved.get("classes")
+    expected = {**DEFAULTS, **TRAINING_RECIPES["published"], "root": "", "priors": ""}
+    expected |= {"max_epoch": 1, "weight_decay": 0.0, "crowds": True}
+    expected |= {"train_sets": [], "test_sets": []}
+    if not isinstance(config, dict):
+        raise UserError(f"{path}: its configuration is no dict; is it a file of this program?")
+    if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
+        raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
+    choices = {"version": BACKBONES, "size": SIZES, "dataset": DATASETS, "amp": AMP_TYPES}
+    choices["priors"] = {name for name, _ in PRIORS}
+    choices |= {"recipe": TRAINING_RECIPES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS}
+    for key, example in expected.items():
+        if key in LATER and key not in config:
+            continue
+        value = config.get(key)
+        right = isinstance(value, type(example)) or (
+            isinstance(example, float) and isinstance(value, int)
+        )
+        if not right or (key in choices and value not in choices[key]):
+            raise UserError(f"{path}: its configuration has {key} {value!r}, which is not valid")
+    if config["size"] not in BACKBONES[config["version"]].sizes:
+        raise UserError(f"{path}: {config['version']} does not exist at size {config['size']}")
+    return {**config, "classes": classes}

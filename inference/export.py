@@ -118,15 +118,17 @@ def read_checkpoint(path: Path, args: argparse.Namespace) -> tuple[nn.Module, di
     from data import DATASETS
     from data.config import INPUT_MEAN, NMS_THRESHOLD, PER_CLASS
     from data.voc0712 import parse_classes
-    from models import build_net, prior_config
-    from models.info import detector
+    from engine.options import check_config
+    from models.info import DetectorInfo
     from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 
     saved = load_checkpoint(path)
     named = list(parse_classes(args.classes)) if args.classes else None
-    stored = detector(saved, path, named)
-    priors = prior_config(stored["version"], stored["priors"], stored["size"])
-    net = build_net(stored["version"], stored["size"], len(stored["classes"]) + 1).eval()
+    known = DetectorInfo.of(saved, path, named)
+    stored = check_config(saved, path) if "config" in saved else {}
+    stored |= {**asdict(known), "classes": list(known.classes)}
+    priors = known.prior_config()
+    net = known.build().eval()
     load_weights(net, saved["model"], path)
     asked = {"conf_thresh": args.score_threshold, "top_k": args.max_detections}
     asked = {key: value for key, value in asked.items() if value is not None}

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 
@@ -19,14 +19,12 @@ from data import DATASETS
 from data.config import INPUT_MEAN
 from data.image import read_image
 from data.transforms import TestTransform
-from engine.options import choose_device
 from inference.deploy import deploy
 from inference.runtime import SUFFIXES, ExportedModel, open_model
 from layers import Detect, PriorBox
-from models import build_net, prior_config
-from models.info import detector
-from utils.checkpoint import load_checkpoint, load_weights
-from utils.device import AMP_TYPES, to_input
+from models import prior_config
+from models.info import load_detector
+from utils.device import AMP_TYPES, choose_device, to_input
 from utils.errors import UserError
 
 Picture = str | PathLike | np.ndarray
@@ -108,13 +106,11 @@ class Predictor:
         else:
             if threads is not None:
                 raise UserError(f"threads is for exported files; {path} is run by PyTorch")
-            self.device = choose_device({"device": device}, amp)
+            self.device = choose_device(device, amp)
             self.exported = None
-            saved = load_checkpoint(path)
-            about = detector(saved, path, classes)
-            chosen = dict(DATASETS[about["dataset"]].detection)
-            net = build_net(about["version"], about["size"], len(about["classes"]) + 1)
-            load_weights(net, saved["model"], path)
+            net, known = load_detector(path, classes)
+            about = asdict(known)
+            chosen = dict(DATASETS[known.dataset].detection)
             self.net = deploy(net).to(self.device, AMP_TYPES[amp])
         self.info = Info(
             path.name, about["version"], about["size"], tuple(about["classes"]), about["dataset"],
@@ -210,11 +206,11 @@ class Predictor:
             return [{key: value.cpu() for key, value in each.items()} for each in found]
         if not all(outputs[key].isfinite().all() for key in ("boxes", "scores")):
             raise FloatingPointError("a detection contains NaN or infinity")
-        over = outputs["scores"] > self.detect.conf_thresh
+        over = outputs["scores"] > self.detect.config.conf_thresh
+        most = self.detect.config.top_k
         of = [(over & (outputs["image"] == i)).nonzero().flatten() for i in range(len(sizes))]
         return [
-            {key: outputs[key][mine[: self.detect.top_k]] for key in ("boxes", "scores", "labels")}
-            for mine in of
+            {key: outputs[key][mine[:most]] for key in ("boxes", "scores", "labels")} for mine in of
         ]
 
 

@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby, islice, repeat
 from pathlib import Path
@@ -434,7 +434,8 @@ class Detector:
         self.predictor = Predictor(path, score_threshold=args.score_threshold, **options)
         if args.score_threshold is None:  # to look at, fewer than to score; a file may want fewer
             detect = self.predictor.detect
-            detect.conf_thresh = max(THRESHOLD, detect.conf_thresh)
+            least = max(THRESHOLD, detect.config.conf_thresh)
+            detect.config = replace(detect.config, conf_thresh=least)
 
     def __call__(self, frames: Sequence[Frame]) -> list[dict[str, np.ndarray]]:
         try:
@@ -462,7 +463,8 @@ def detect(args: argparse.Namespace) -> int:
         info = detector.predictor.info
         LOGGER.info(
             "%s %d, %d classes, on %s, scores over %g: %s", info.version, info.size,
-            len(info.classes), detector.predictor.device, detector.predictor.detect.conf_thresh,
+            len(info.classes), detector.predictor.device,
+            detector.predictor.detect.config.conf_thresh,
             ", ".join(_amounts(sources, repeated)),
         )  # fmt: skip
         start = time.monotonic()
@@ -498,7 +500,7 @@ def detect(args: argparse.Namespace) -> int:
     if not counts.objects and counts.pictures + counts.frames and not stop.asked:
         LOGGER.info(
             "no score is over %g: --score_threshold says what counts",
-            detector.predictor.detect.conf_thresh,
+            detector.predictor.detect.config.conf_thresh,
         )
     if output and (where := output.files(args.save, counts.videos, counts.pictures)):
         LOGGER.info("%s", where)
