@@ -898,6 +898,7 @@ def test_prior_boxes_of_a_file_without_names_are_those_of_the_data(call, tmp_pat
     torch.save(build_net("tiny", 300, 4).state_dict(), tmp_path / "three.pth")
     torch.save(build_net("tiny", 300, 3).state_dict(), tmp_path / "own.pth")
     start = ("-d", "COCO", "--root", coco_folder, "--max_iters", 1, "--test_frequency", 0)
+    start += ("--classes", "thing,other")
     assert call(*start, "--resume_net", tmp_path / "own.pth", "--date", "a") == 0
     assert load_checkpoint(call.folder / "a" / "last.pth")["config"]["priors"] == "COCO"
     assert call(*start, "--resume_net", tmp_path / "three.pth", "--date", "b") == 2
