@@ -84,11 +84,13 @@ from inference.runtime import identity
 from layers import Detect, MultiBoxLoss, PriorBox
 from layers.detect import SUPPRESSION
 from models import BACKBONES, SIZES, build_net, prior_config
+from models.base_weights import load_base
 from models.info import DetectorInfo
+from models.pretrained import published_bases
 from models.transfer import match_classes, parse_class_map, transfer_classes
 from utils import nms
 from utils.arguments import cores
-from utils.checkpoint import load_base, load_checkpoint, load_weights, sha256_of
+from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.device import choose_device
 from utils.errors import UserError, reason
 from utils.files import locked, write_json
@@ -671,9 +673,10 @@ def check_training_options(given: dict) -> None:
         raise UserError(f"--resume_net {given['resume_net']} does not exist")
     if "basenet" in given and not Path(given["basenet"]).is_file():
         version = given.get("version", DEFAULTS["version"])
+        files = " or ".join(row.file for row in published_bases(version))
         raise UserError(
             f"--basenet {given['basenet']} does not exist; the published file for {version} is "
-            f"{BACKBONES[version].weights}, and weights/README.md says where it can be had"
+            f"{files}, and weights/README.md says where it can be had"
         )
     recipe = TRAINING_RECIPES[given.get("recipe", DEFAULTS["recipe"])]
     if "resume" not in given and given.get("optimizer", recipe["optimizer"]) != recipe["optimizer"]:
@@ -756,7 +759,7 @@ def run_folder(given: dict, options: dict, saved: dict | None, path: Path | None
         if "date" not in given or here.absolute() == (folder / given["date"]).absolute():
             last = here / "last.pth"
             if path.name != last.name and last.is_file():
-                step = load_checkpoint(last).get("step", 0)
+                step = load_checkpoint(last, mmap=True).get("step", 0)
                 if step > saved["step"]:
                     raise UserError(
                         f"{path} is at step {saved['step']}, but {last} at {step} already; give "
@@ -895,7 +898,7 @@ def starting_weights(net: nn.Module, given: dict, options: dict, start: dict | N
         load_weights(net, state, path)
     elif "basenet" in given:
         path = Path(given["basenet"])
-        match = load_base(net.base, path, BACKBONES[options["version"]].from_classifier)
+        match = load_base(net.base, path, options["version"])
         origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
         origin += f"{match.source} (sha256 {sha256_of(path)})"
     else:

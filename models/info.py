@@ -9,7 +9,8 @@ from pathlib import Path
 from data import DATASETS
 from data.config import COCO_CLASSES, VOC_CLASSES, PriorConfig
 from layers.detect import DetectConfig
-from models import build_net, identify, prior_config
+from models import build_net, prior_config
+from models.identify import identify
 from models.ssd import Detector
 from utils.checkpoint import load_checkpoint, load_weights
 from utils.errors import UserError
@@ -168,9 +169,8 @@ def _from_tensors(
             return DetectorInfo(version, size, names, dataset, dataset, assumed=True)
     elif classes is None:
         raise UserError(
-            f"{path} has {count} classes and no names for them; give --classes, "
-            "without --class_map"
+            f"{path} has {count} classes and no names for them; give --classes, without --class_map"
         )
     elif len(classes) != count:
         raise UserError(f"{path} has {count} classes, but --classes names {len(classes)}")
-    return DetectorInfo(version, size, tuple(classes), dataset, dataset)
+    return DetectorInfo(version, size, tuple(classes), dataset, DATASETS[dataset].priors)

@@ -100,7 +100,7 @@ def test_members_of_a_reader_that_are_listed_are_there(voc_folder):
 
 
 def test_commands_that_reproduce_name_what_there_is():
-    """tests/test_readme.py and tests/test_weights.py run the same commands on small data."""
+    """tests/test_readme.py and tests/test_pretrained.py run the same commands on small data."""
     from data import DATASETS
     from data.coco_eval import BACKENDS
     from engine.options import parser
@@ -113,8 +113,8 @@ def test_commands_that_reproduce_name_what_there_is():
                 for line in block.splitlines()]  # fmt: skip
     assert len(commands) == 5
     for command in commands:
-        if "models.pretrained" in command:
-            assert command[:4] == ["python", "-m", "models.pretrained", "download"]
+        if "tools.weights" in command:
+            assert command[:4] == ["python", "-m", "tools.weights", "download"]
             row = published(command[4])
         else:
             assert command[:2] == ["python", "train_test.py"]

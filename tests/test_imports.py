@@ -29,7 +29,6 @@ NOT_YET = (
     "inference/deploy.py",
     "inference/export.py",
     "benchmarks/forward.py",
-    "models/pretrained.py",
     "tools/chart.py",
     "tools/check.py",
     "tools/report.py",

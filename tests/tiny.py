@@ -20,7 +20,7 @@ class TinyBase(nn.ModuleList):
         return stride8, self[2](stride8).relu()
 
 
-TINY = Backbone(TinyBase, None, "tiny.pth")
+TINY = Backbone(TinyBase)
 
 
 def register() -> None:
