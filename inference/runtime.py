@@ -18,8 +18,8 @@ from pathlib import Path
 
 import numpy as np
 
-from utils.download import file_digest
 from utils.errors import UserError
+from utils.files import file_digest
 from utils.logger import LOGGER
 
 INFO_KEY = "ssd_hardnet"

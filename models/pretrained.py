@@ -14,9 +14,9 @@ from models import BACKBONES
 from models.base_weights import BaseMatch, match_base
 from models.identify import Difference, closest, identify
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
-from utils.download import fetch, file_digest
+from utils.download import fetch
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, file_digest
 
 # ---------------------------------------------------------------- the published files
 

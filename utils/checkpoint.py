@@ -10,9 +10,8 @@ from types import ModuleType
 import torch
 from torch import Tensor, nn
 
-from utils.download import file_digest
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, file_digest
 
 _FORMAT = 1
 _SAFETENSORS = ".safetensors"

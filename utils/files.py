@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -120,3 +121,17 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     # zipfile, its decompressors and NumPy raise a dozen kinds for what they do not expect.
     except Exception as error:
         raise ValueError(str(error) or repr(error)) from error
+
+
+def file_digest(path: str | Path, name: str) -> str:
+    """Return the hex digest of a file; ``name`` is "md5", "sha256" or "git" (a blob id)."""
+    path = Path(path)
+    if name == "git":
+        # Git hashes the size before the bytes.
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    else:
+        digest = {"md5": hashlib.md5, "sha256": hashlib.sha256}[name](usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
