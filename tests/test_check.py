@@ -25,9 +25,8 @@ from data.voc0712 import VOCDetection
 from demo.shapes import draw_picture
 from engine.options import parser
 from layers import PriorBox
-from models import pretrained as weights
 from tools import check as module
-from tools import detect
+from tools import detect, weights
 from tools import sheet as demo_sheet
 from tools.check import best_overlaps, check, main, near_pairs, sheet
 from utils.errors import UserError
@@ -773,7 +772,7 @@ def test_the_commands_of_the_page_are_known():
         ["train_test.py", "-d", "VOC"],
         ["train_test.py", "--test", "weights/SSD_HarDNet68_300/RUN/Final_SSD_HarDNet68_VOC.pth"],
         ["-m", "tools.sheet", "weights/SSD_HarDNet68_300/RUN"],
-        ["-m", "models.pretrained", "convert"],
+        ["-m", "tools.weights", "convert"],
         ["-m", "tools.detect", "detector.safetensors"],
     ]
 

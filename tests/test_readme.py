@@ -71,7 +71,7 @@ def test_the_commands_are_known():
         ["data/scripts/VOC2012.sh"],
         ["python", "train_test.py", "-d"],
         ["python", "train_test.py", "-d"],
-        *(["python", "-m", "models.pretrained"] for _ in range(4)),
+        *(["python", "-m", "tools.weights"] for _ in range(4)),
         ["python", "train_test.py", "-d"],
         ["python", "train_test.py", "--test"],
         ["python", "-m", "data.voc_eval"],
@@ -138,7 +138,7 @@ def test_the_profile_lists_every_layer(home):
 
 def test_weights_are_listed_inspected_and_converted(home):
     listing, download, inspect, convert = COMMANDS[7:11]
-    assert download[4] in run(home, listing)  # tests/test_weights.py downloads
+    assert download[4] in run(home, listing)  # tests/test_pretrained.py downloads
     shutil.copy(home / "weights" / "hardnet68_base_bridge.pth", home / "FILE")
     assert "basenet of   SSD_HarDNet68, RFB_HarDNet68" in run(home, inspect)
     if importlib.util.find_spec("safetensors"):
