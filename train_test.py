@@ -87,7 +87,7 @@ from models import BACKBONES, SIZES, build_net, prior_config
 from models.base_weights import load_base
 from models.info import DetectorInfo
 from models.pretrained import published_bases
-from models.transfer import match_classes, parse_class_map, transfer_classes
+from models.transfer import check_known, parse_class_map, transfer_classes
 from utils import nms
 from utils.arguments import cores
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
@@ -157,8 +157,8 @@ def transfer(
     state: dict, names: list[str], classes: list[str], given: dict
 ) -> tuple[dict, list[str]]:
     """Weights of a detector of ``names`` for ``classes``, and those of them that are new to it."""
-    generator = torch.Generator().manual_seed(given.get("seed", DEFAULTS["seed"]))
-    return transfer_classes(state, names, classes, class_map(given), generator)
+    seed = given.get("seed", DEFAULTS["seed"])
+    return transfer_classes(state, names, classes, class_map(given), seed)
 
 
 def given_classes(given: dict) -> list[str] | None:
@@ -192,17 +192,6 @@ def use_device(given: dict, amp: str, world: World) -> torch.device:
     if device.type == "cuda":  # streams, events and pinned memory are those of the current device
         torch.cuda.set_device(device.index or 0)
     return device
-
-
-def check_known(path: Path, names: list[str], classes: list[str], given: dict) -> None:
-    """UserError unless a detector of ``names`` knows all ``classes``, by name or --class_map."""
-    rows = match_classes(names, classes, class_map(given))
-    unknown = [name for name, row in zip(classes, rows, strict=True) if row is None]
-    if unknown:
-        raise UserError(
-            f"{path} has not learnt {', '.join(unknown)}; its classes are {', '.join(names)}; say "
-            "which of them each is (--class_map own=other,...), or train from it with --resume_net"
-        )
 
 
 # ---------------------------------------------------------------- data
@@ -398,7 +387,7 @@ def open_test(given: dict, world: World) -> Testing:
     if "class_map" in given or "classes" in given:
         stored.pop("classes", None)
     if "classes" in given:  # before the data are looked for
-        check_known(path, names, given_classes(given), given)
+        check_known(path, names, given_classes(given), class_map(given))
     stored["priors"] = info.priors
     options = resolve(given, stored)
     device = use_device(given, options["amp"], world)
@@ -407,7 +396,7 @@ def open_test(given: dict, world: World) -> Testing:
     options["classes"] = list(dataset.classes)
     model = saved["model"]
     if "class_map" in given or names != options["classes"]:
-        check_known(path, names, options["classes"], given)
+        check_known(path, names, options["classes"], class_map(given))
         model, _ = transfer(model, names, options["classes"], given)
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
     directory = test_folder(given, options, path)
