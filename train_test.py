@@ -50,17 +50,17 @@ from data.loading import (
 from data.transforms import ResizeOnly, SSDAugmentation, TestTransform
 from data.voc0712 import parse_classes
 from engine.distributed import (
-    ALONE,
-    Elsewhere,
+    SINGLE_PROCESS,
+    RankZeroFailed,
     World,
     check_shares,
+    check_sync_bn,
     end,
     is_lost_connection,
     join,
     launch,
     launched,
     leave,
-    synchronise_batch_norm,
 )
 from engine.options import (
     DEFAULTS,
@@ -92,7 +92,7 @@ from utils import nms
 from utils.arguments import cores
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.device import choose_device
-from utils.errors import UserError, reason
+from utils.errors import UserError, first_line, reason
 from utils.files import locked, write_json
 from utils.logger import LOGGER, Progress, close_logging, setup_logging
 
@@ -443,7 +443,7 @@ def detect_exported(predictor: Predictor, dataset, options: dict) -> list[dict[s
     return [{key: d[key].numpy() for key in ("boxes", "scores", "labels")} for d in found]
 
 
-def test(given: dict, world: World = ALONE) -> None:
+def test(given: dict, world: World = SINGLE_PROCESS) -> None:
     """Evaluate the checkpoint given["test"], or score its kept detections again."""
     job = world.in_turn(lambda: open_test(given, world))
     options, dataset, directory = job.options, job.dataset, job.directory
@@ -541,7 +541,7 @@ def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
     if "resume_net" in given:
         start = load_checkpoint(given["resume_net"])
         stored["priors"] = detector_info(start, Path(given["resume_net"]), given).priors
-    options = resolve(given, stored)
+    options = {**resolve(given, stored), "ngpu": world.size}
     if saved:
         before = resolve({}, stored)
         for key in FIXED_IN_A_RUN:
@@ -556,6 +556,8 @@ def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
         raise UserError("--recompute changes nothing under --compile; give one of them")
     device = use_device(given, options["amp"], world)
     check_shares(options["batch_size"], world.size, options["accumulate"])
+    if options["sync_bn"]:
+        check_sync_bn(device, world.size)
     train_set = open_dataset(options, "train_sets", options.get("classes"))
     options["classes"] = list(train_set.classes)
     parts = world.size * options["accumulate"]
@@ -581,7 +583,7 @@ def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
     return Run(options, device, train_set, pull, test_set, saved, path, start, directory, data)
 
 
-def train(given: dict, world: World = ALONE) -> None:
+def train(given: dict, world: World = SINGLE_PROCESS) -> None:
     """Train, from scratch or from where a checkpoint left off."""
     run = None
 
@@ -791,7 +793,9 @@ def build_trainer(given: dict, run: Run, world: World) -> Trainer:
         options["start"] = starting_weights(net, given, options, run.start)
     net.recompute = options["recompute"]
     if options["sync_bn"] and world.size > 1:
-        net = synchronise_batch_norm(net, device)
+        # Several processes have more than one value per channel: the rule of models/rfb.py for a
+        # single value is not needed.
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
     net.to(device, memory_format=torch.channels_last)
     forward = world.replicate(torch.compile(net) if options["compile"] else net, device)
     preset = prior_config(options["version"], options["priors"], options["size"])
@@ -918,7 +922,7 @@ def main(argv: list[str] | None = None) -> int:
     # Nearly all batches have one shape, so cuDNN's search for the fastest algorithm pays.
     torch.backends.cudnn.benchmark = True
     before = signal.signal(signal.SIGTERM, interrupt)
-    world = ALONE
+    world = SINGLE_PROCESS
     try:
         if "ngpu" in given:
             amp = given.get("amp", DEFAULTS["amp"])
@@ -934,27 +938,28 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"{_speaker(world)}error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:
-        print(f"{_speaker(world)}error: {reason(error)}", file=sys.stderr)
-        return 2
-    except Elsewhere:
+    except RankZeroFailed:
         return 2
     except torch.OutOfMemoryError as error:
-        first = str(error).splitlines()[0]
         print(
-            f"{_speaker(world)}error: the GPU's memory is full ({first}); give a smaller "
-            "--batch_size, or with the same one --accumulate, --recompute or --amp bf16",
+            f"{_speaker(world)}error: the GPU's memory is full ({first_line(error)}); give a "
+            "smaller --batch_size, or with the same one --accumulate, --recompute or --amp bf16",
             file=sys.stderr,
         )
         return 1
-    except RuntimeError as error:
+    except (RuntimeError, ConnectionError) as error:
         if world.size == 1 or not is_lost_connection(error):
             raise
         advice = "" if "test" in given else "; start it again with --resume auto"
         print(
-            f"{_speaker(world)}error: another process of the job has ended{advice}", file=sys.stderr
+            f"{_speaker(world)}error: another process of the job has ended "
+            f"({first_line(error)}){advice}",
+            file=sys.stderr,
         )
         return 1
+    except OSError as error:
+        print(f"{_speaker(world)}error: {reason(error)}", file=sys.stderr)
+        return 2
     except (Interrupted, KeyboardInterrupt):
         if world.main:
             print("interrupted", file=sys.stderr)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.distributed import ALONE, World, no_sync
+from engine.distributed import SINGLE_PROCESS, World, no_sync
 from utils.device import autocast, to_input
 
 
@@ -51,7 +51,7 @@ def train_steps(
     *,
     accumulate: int = 1,
     clip_norm: float = 0.0,
-    world: World = ALONE,
+    world: World = SINGLE_PROCESS,
     stopping: Callable[[], bool] = lambda: False,
 ) -> Iterator[Step]:
     """Train on ``batches``, an optimiser step from every ``accumulate`` of them.

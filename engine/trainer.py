@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from engine.distributed import ALONE, World
+from engine.distributed import SINGLE_PROCESS, World
 from engine.optim import MovingAverage, build_optimizer
 from engine.steps import Step, train_steps
 from utils.checkpoint import load_weights, rng_state, save_checkpoint, set_rng_state
@@ -69,7 +69,7 @@ class Trainer:
         directory: Path,
         image_name: Callable[[int], str],
         draw_batch: Callable[[Tensor, Sequence[Tensor]], np.ndarray],
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ):
         self.net = net
         self.forward = forward

@@ -19,6 +19,11 @@ def reason(error: OSError) -> str:
     return f"{error.filename}: {what}" if error.filename else what
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text, else the name of its type."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def command(main: Callable[..., int]) -> Callable[[Sequence[str] | None], int]:
     """A ``main`` that ends with a sentence on stderr, and a status, instead of with a traceback.
 
