@@ -27,6 +27,7 @@ from torch.utils.data import Subset
 
 from data import DATASETS, build_dataset, default_root, default_sets, list_sets
 from data.cache import open_cache
+from data.classes import parse_classes
 from data.coco_eval import BACKENDS
 from data.config import (
     INPUT_MEAN,
@@ -48,7 +49,6 @@ from data.loading import (
     training_loader,
 )
 from data.transforms import ResizeOnly, SSDAugmentation, TestTransform
-from data.voc0712 import parse_classes
 from engine.distributed import (
     SINGLE_PROCESS,
     RankZeroFailed,

@@ -29,7 +29,8 @@ from data.cache import open_cache
 from data.image_sets import parse_image_sets
 from data.loading import EpochSampler, Loader, TrainingSet, set_up_loading, training_loader
 from data.transforms import SSDAugmentation
-from data.voc0712 import VOCDetection, list_image_sets
+from data.voc0712 import VOCDetection
+from data.voc_xml import list_image_sets
 from utils.errors import UserError
 
 SEED = 0

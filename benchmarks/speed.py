@@ -52,8 +52,8 @@ from benchmarks.evidence import (
 from benchmarks.roofline import ceilings, shares, tensor_float
 from benchmarks.timing import CPU, write
 from data.config import INPUT_MEAN
-from data.image import read_image
-from data.voc0712 import SUFFIXES as PICTURE_SUFFIXES
+from data.image import IMAGE_SUFFIXES, read_image
+from engine.options import choose_device
 from inference.deploy import deploy
 from inference.export import MARGIN, Tolerance, compare, excess
 from inference.predictor import Predictor
@@ -589,7 +589,7 @@ def made_up(folder: Path, count: int, width: int, height: int) -> list[Path]:
 
 
 def picture_files(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in PICTURE_SUFFIXES)
+    files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(f"{folder} holds no pictures; give another folder")
     return files

@@ -18,8 +18,8 @@ import numpy as np
 
 from benchmarks.timing import CPU, machine, medians, write
 from data.config import VOC_CLASSES
-from data.voc0712 import Annotation
 from data.voc_eval import METRICS, comp4_path, evaluate_voc, read_comp4, write_comp4
+from data.voc_xml import Annotation
 
 
 def make_set(images: int, detections: int, seed: int = 0) -> tuple[list[Annotation], list[dict]]:

@@ -25,9 +25,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.coco import Annotations, box_column, column, positions, read_annotations, read_json
+from data.classes import parse_classes
+from data.coco_json import Annotations, box_column, column, positions, read_annotations, read_json
 from data.curves import SIZES, write_curves
-from data.voc0712 import parse_classes
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 

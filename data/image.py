@@ -9,6 +9,8 @@ import numpy as np
 
 from utils.errors import UserError
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")  # in order of preference, any case
+
 
 def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
     """Read a picture: BGR uint8 [H, W, 3], whatever the file holds (grey, alpha, 16 bit).

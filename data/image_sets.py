@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
+
+import numpy as np
 
 from utils.errors import UserError
 
@@ -50,3 +52,19 @@ def parse_image_sets(text: str, existing: Collection[ImageSet] = ()) -> list[Ima
 def sets_name(sets: Iterable[tuple[str | None, str]]) -> str:
     """Return one name for several image sets, fit for a folder: "2007_trainval+2012_trainval"."""
     return re.sub(r"[/\\]", "_", "+".join(str(ImageSet(*each)) for each in sets))
+
+
+def first_with_objects(counts: Sequence[int], n: int, source: str) -> list[int]:
+    """Positions of the first n pictures that have objects; counts: how many each one has.
+
+    UserError if there are fewer, `source` says of what. ValueError for n below 1.
+    """
+    if n < 1:
+        raise ValueError(f"cannot keep {n} pictures, wanted 1 or more")
+    found = np.flatnonzero(counts)
+    if len(found) < n:
+        raise UserError(
+            f"{source}: {len(found)} of {len(counts)} pictures have objects, too few to keep {n};"
+            " ask for fewer (--overfit) or take another image set (--train_sets)"
+        )
+    return found[:n].tolist()

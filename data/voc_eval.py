@@ -16,11 +16,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.classes import parse_classes
 from data.curves import SIZE_RANGES, SIZES, write_curves
 from data.detections import as_columns
 from data.image import report_lines
 from data.image_sets import ImageSet
-from data.voc0712 import Annotation, list_image_sets, load_annotations, parse_classes
+from data.voc_xml import Annotation, list_image_sets, load_annotations
 from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
 

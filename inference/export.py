@@ -116,6 +116,7 @@ class Pictures:
 def read_checkpoint(path: Path, args: argparse.Namespace) -> tuple[nn.Module, dict, dict]:
     """The network of a checkpoint, the description of its export, and its configuration."""
     from data import DATASETS
+    from data.classes import parse_classes
     from data.config import INPUT_MEAN, NMS_THRESHOLD, PER_CLASS
     from data.voc0712 import parse_classes
     from engine.options import check_config
@@ -174,9 +175,8 @@ def find_pictures(
         UserError: no pictures in ``root``, or ``sets`` of a plain folder.
     """
     from data import build_dataset, default_sets, list_sets
-    from data.image import read_image
+    from data.image import IMAGE_SUFFIXES, read_image
     from data.image_sets import parse_image_sets, sets_name
-    from data.voc0712 import SUFFIXES
 
     own = stored.get("root")
     folder = Path(root or own or "").expanduser().absolute()
@@ -186,7 +186,7 @@ def find_pictures(
         raise UserError(f"{folder} does not exist; give a folder of pictures or a data set")
     existing = list_sets(info["dataset"], folder)
     if not existing:
-        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+        files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
         files = _spread(files, limit)
         if not files:
             raise UserError(

@@ -16,8 +16,9 @@ import pytest
 from conftest import with_exif
 
 from benchmarks import coco_load
-from data.coco import COCODetection, clip_boxes, list_image_sets, read_annotations
+from data.coco import COCODetection, clip_boxes, list_image_sets
 from data.coco_eval import check_submission, evaluate_coco
+from data.coco_json import read_annotations
 from data.config import COCO_CLASSES
 from data.curves import load_curves
 from utils.errors import UserError

@@ -10,7 +10,6 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
-from data.coco import read_annotations
 from data.coco_eval import (
     BACKENDS,
     COCOResults,
@@ -20,6 +19,7 @@ from data.coco_eval import (
     main,
     notes,
 )
+from data.coco_json import read_annotations
 from data.curves import SIZES, load_curves
 from utils.errors import UserError
 

@@ -23,7 +23,8 @@ from exports import CLASSES, exported, write_checkpoint
 from tiny import TINY
 
 import models
-from data.voc0712 import VOCDetection, read_annotation
+from data.voc0712 import VOCDetection
+from data.voc_xml import read_annotation
 from inference.draw import LEGIBLE, draw_caption, enlarge
 from inference.predictor import Predictor
 from tools import detect, outputs

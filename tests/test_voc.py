@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from conftest import VOC_IMAGE_SIZE, with_exif, write_annotation
 
+from data.classes import parse_classes
 from data.config import VOC_CLASSES
 from data.curves import load_curves
-from data.voc0712 import VOCDetection, list_image_sets, parse_classes, read_annotation
+from data.voc0712 import VOCDetection
+from data.voc_xml import list_image_sets, read_annotation
 from utils.errors import UserError
 
 WIDTH, HEIGHT = VOC_IMAGE_SIZE

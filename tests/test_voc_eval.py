@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data.curves import load_curves
-from data.voc0712 import Annotation, VOCDetection
+from data.voc0712 import VOCDetection
 from data.voc_eval import (
     METRICS,
     ClassDetections,
@@ -19,6 +19,7 @@ from data.voc_eval import (
     write_comp4,
     write_voc_curves,
 )
+from data.voc_xml import Annotation
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).parent / "goldens"

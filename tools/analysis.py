@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.coco import read_annotations
+from data.coco_json import read_annotations
 from data.detections import as_columns
 from data.voc_eval import average_precision
 

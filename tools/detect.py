@@ -31,8 +31,8 @@ import cv2
 import numpy as np
 import torch
 
+from data.classes import parse_classes
 from data.image import read_image
-from data.voc0712 import parse_classes
 from inference.draw import draw_caption, draw_detections, enlarge
 from inference.fonts import Lettering
 from inference.predictor import Predictor

@@ -1,0 +1,40 @@
+"""Class names: what is valid, and how the command line and files give them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from utils.errors import UserError
+
+
+def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
+    """The class names as a tuple; UserError when one is empty, repeated or the background."""
+    names = tuple(name.strip() for name in classes)
+    if not names or "" in names:
+        raise UserError(f"{source}: a class name is empty")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise UserError(f"{source}: class names must be unique, repeated: {', '.join(repeated)}")
+    if background := {"background", "__background__"} & set(names):
+        raise UserError(
+            f'{source}: leave "{background.pop()}" out, the background is no class of the data set'
+        )
+    return names
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """Class names from a file with one name a line; empty lines do not count."""
+    try:
+        lines = path.read_text("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: the class names cannot be read ({error})") from error
+    return check_classes([line for line in lines if line.strip()], str(path))
+
+
+def parse_classes(text: str) -> tuple[str, ...]:
+    """The command line's --classes: "a,b,c", or a file with one name a line."""
+    path = os.path.expanduser(text)
+    if os.path.isfile(path):
+        return read_classes(Path(path))
+    return check_classes(text.split(","), "--classes")
