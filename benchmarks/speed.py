@@ -111,10 +111,10 @@ class Network:
     """As it was trained: float32, channels first, in evaluation mode."""
     predictor: Predictor
 
-    def deployed(self, blocks: str, amp: str) -> nn.Module:
-        if (blocks, amp) == ("concatenate", "off"):
+    def deployed(self, gather: bool, amp: str) -> nn.Module:
+        if not gather and amp == "off":
             return self.predictor.net
-        return deploy(self.net, blocks).to(self.predictor.device, AMP_TYPES[amp])
+        return deploy(self.net, gather).to(self.predictor.device, AMP_TYPES[amp])
 
 
 def open_network(file: Path, device: str) -> Network:
@@ -281,7 +281,7 @@ def compilations(device: torch.device) -> Iterator[None]:
 class Way:
     """How a deployed network runs."""
 
-    blocks: str = "concatenate"
+    gather: bool = False
     """Of ``inference.deploy.deploy``."""
     wrap: Callable[[nn.Module], Callable] = lambda net: net
     gpu: bool = False
@@ -291,11 +291,9 @@ class Way:
 WAYS = {
     "deployed": Way(),
     "compiled": Way(wrap=compiled),
-    "slices": Way("slices"),
-    "split": Way("split"),
-    "gather": Way("gather", gpu=True),
+    "gather": Way(gather=True, gpu=True),
     "graph": Way(wrap=Graphed, gpu=True),
-    "gather_graph": Way("gather", Graphed, gpu=True),
+    "gather_graph": Way(True, Graphed, gpu=True),
 }
 """Routes by name, beside "plain"."""
 
@@ -370,7 +368,7 @@ def routes_of(
                 predictor, net = Plain(network, mode), network.net
             else:
                 way, predictor = WAYS[name], copy.copy(network.predictor)
-                net = network.deployed(way.blocks, mode)
+                net = network.deployed(way.gather, mode)
                 predictor.net = way.wrap(net)
             yield Route(network, name, PRECISIONS[amp], predictor, net)
     for file in exported:
