@@ -1,6 +1,6 @@
 """Detectors for other runtimes, each file proven against the PyTorch network it is made of.
 
-    python -m tools.export CHECKPOINT --format onnx|openvino|torch [--preprocess] [--with-nms]
+    python -m tools.export CHECKPOINT --format onnx|openvino [--preprocess] [--with-nms]
         [--dynamic] [--precision fp32|bf16|fp16|int8] [--pictures FOLDER] [--output FILE]
 
 Real pictures go through the new file in its runtime and through the network as it was trained. The
@@ -55,7 +55,6 @@ FORMATS = {
     "openvino": Format(
         "OpenVINO", ".xml", ("fp32", "bf16", "fp16", "int8"), (*_ONNX, "openvino"), "openvino"
     ),
-    "torch": Format("torch.export", ".pt2", ("fp32", "bf16", "fp16"), (), "test"),
 }
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": None}
 
@@ -229,21 +228,20 @@ def _spread(items: Sequence, limit: int) -> list:
 
 
 class Graph(nn.Module):
-    """A network with what stands before and behind it; only the network is of ``dtype``."""
+    """A network with what stands before it; only the network is of ``dtype``."""
 
     def __init__(
-        self, net: nn.Module, before: nn.Module, behind: nn.Module | None, dtype: torch.dtype
+        self, net: nn.Module, before: nn.Module, dtype: torch.dtype
     ):
         super().__init__()
-        self.before, self.net, self.behind, self.dtype = before, net.to(dtype), behind, dtype
+        self.before, self.net, self.dtype = before, net.to(dtype), dtype
 
-    def forward(self, images: Tensor, sizes: Tensor | None = None) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         loc, conf = self.net(self.before(images).to(self.dtype))
-        loc, conf = loc.float(), conf.float()
-        return (loc, conf) if self.behind is None else self.behind(loc, conf, sizes)
+        return loc.float(), conf.float()
 
 
-def build_graph(net: nn.Module, info: dict, behind: nn.Module | None = None) -> Graph:
+def build_graph(net: nn.Module, info: dict) -> Graph:
     """The deployed network, and its preprocessing if the description has it inside."""
     from inference.deploy import deploy
     from inference.graph import Preprocess
@@ -251,11 +249,11 @@ def build_graph(net: nn.Module, info: dict, behind: nn.Module | None = None) -> 
     before = nn.Identity()
     if info["preprocess"]:
         before = Preprocess(info["size"], info["mean"], resize=info["dynamic"])
-    return Graph(deploy(net), before, behind, PRECISIONS[info["precision"]] or torch.float32).eval()
+    return Graph(deploy(net), before, PRECISIONS[info["precision"]] or torch.float32).eval()
 
 
 def detection(info: dict) -> dict:
-    """Arguments of ``Detect``, and of ``inference.graph``'s two likenesses of it."""
+    """Arguments of ``Detect``, and of ``inference.graph.detect_onnx``."""
     return {**info["detection"], "variance": tuple(info["variance"])}
 
 
@@ -266,17 +264,15 @@ def priors_of(info: dict) -> Tensor:
     return PriorBox(prior_config(info["version"], info["priors"], info["size"]))()
 
 
-def examples(info: dict) -> tuple[tuple[Tensor, ...], tuple[dict, ...]]:
-    """Inputs to trace a graph with, and the names of those of their dimensions that may change."""
+def example(info: dict) -> tuple[Tensor, dict]:
+    """An input to trace a graph with, and the names of those of its dimensions that may change."""
     side, batch = info["size"], 2 if info["dynamic"] else 1
     images, free = torch.zeros(batch, 3, side, side), {0: torch.export.Dim("batch", min=1)}
     if info["preprocess"]:
         height, width = (side + 20, side + 40) if info["dynamic"] else (side, side)
         images = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
         free |= {1: torch.export.Dim("height", min=1), 2: torch.export.Dim("width", min=1)}
-    free = free if info["dynamic"] else {}
-    sizes = torch.full((batch, 2), float(side))
-    return (images, sizes), (free, {0: free[0]} if free else {})
+    return images, free if info["dynamic"] else {}
 
 
 @contextmanager
@@ -300,28 +296,11 @@ def _first_line(error: Exception) -> str:
 # ---------------------------------------------------------------- formats
 
 
-def write_torch(net: nn.Module, info: dict, path: Path, calibration: Pictures | None) -> None:
-    from inference.graph import DetectGraph
-
-    behind = None
-    if info["nms"]:
-        import torchvision  # its suppression becomes a part of the program
-
-        info["versions"]["torchvision"] = torchvision.__version__
-        behind = DetectGraph(priors_of(info), **detection(info))
-    inputs, free = (x if info["nms"] else x[:1] for x in examples(info))
-    with torch.no_grad(), quiet():
-        program = torch.export.export(
-            build_graph(net, info, behind), inputs, dynamic_shapes=free if info["dynamic"] else None
-        )
-        torch.export.save(program, path, extra_files={INFO_KEY: json.dumps(info)})
-
-
 def onnx_network(net: nn.Module, info: dict):
     """The graph up to "loc" and "conf" as an ``onnx.ModelProto``."""
     for package in _ONNX:
         info["versions"][package] = import_package(package, "onnx").__version__
-    (images, _), (free, _) = examples(info)
+    images, free = example(info)
     with torch.no_grad(), quiet():
         return torch.onnx.export(
             build_graph(net, info),
@@ -436,7 +415,7 @@ def network_inputs(pictures: list[np.ndarray], info: dict) -> dict[str, np.ndarr
     return {"images": images - np.array(info["mean"], np.float32)[:, None, None]}
 
 
-WRITERS = {"onnx": write_onnx, "openvino": write_openvino, "torch": write_torch}
+WRITERS = {"onnx": write_onnx, "openvino": write_openvino}
 
 
 # ---------------------------------------------------------------- the proof

@@ -1,7 +1,7 @@
-"""What stands before and behind a network in an exported graph, as ``torch.export`` and as ONNX.
+"""What stands before and behind a network in an exported graph.
 
-Unlike ``Detect`` these are fixed sequences of operations without a choice of routine, and a batch's
-detections are one list of rows, each with the number of its image.
+Unlike ``Detect`` what stands behind is a fixed sequence of operations, and a batch's detections are
+one list of rows, each with the number of its image.
 """
 
 from __future__ import annotations
@@ -10,9 +10,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-
-from layers.boxes import decode
-from layers.detect import rank_in_group
 
 
 class Preprocess(nn.Module):
@@ -65,59 +62,6 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return ((high * b + low) / 512).floor()
 
 
-class DetectGraph(nn.Module):
-    """What ``Detect`` computes with hard suppression of each class, by torchvision's routine.
-
-    ``loc`` [B, P, 4], ``conf`` [B, P, C] and ``sizes`` float32 [B, 2], (width, height) in pixels ->
-    "boxes" float32 [n, 4] corners in pixels, "scores" float32 [n], "labels" int64 [n] in 1..C-1 and
-    "image" int64 [n], ascending; of an image the best score first. n may be 0. Values that are not
-    finite are not noticed.
-    """
-
-    def __init__(
-        self,
-        priors: Tensor,
-        variance: tuple[float, float],
-        conf_thresh: float,
-        nms_thresh: float,
-        per_class: int,
-        top_k: int,
-    ):
-        super().__init__()
-        self.register_buffer("priors", priors, persistent=False)
-        self.register_buffer("pixel", torch.tensor([0.0, 0, 1, 1]).double(), persistent=False)
-        self.register_buffer("alone", torch.tensor([-1, -2]), persistent=False)
-        self.variance = variance
-        self.conf_thresh = conf_thresh
-        self.nms_thresh = nms_thresh
-        self.per_class = per_class
-        self.top_k = top_k
-
-    def forward(
-        self, loc: Tensor, conf: Tensor, sizes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from torchvision.ops import nms
-
-        probability = conf.softmax(2)[..., 1:]
-        corners = decode(loc, self.priors, self.variance) * sizes.repeat(1, 2)[:, None]
-        over = (probability > self.conf_thresh).transpose(1, 2)
-        image, label, prior = over.nonzero().unbind(1)
-        boxes, scores = corners[image, prior], probability[image, prior, label]
-        group = image * probability.shape[2] + label
-
-        # Groups are moved apart, in double precision; the routine's boxes have x2 - x1 for a width.
-        # Two that stand alone come last and go again: exported, it must not find fewer.
-        wide = torch.cat([boxes, boxes.new_zeros(2, 4)]).double() + self.pixel
-        apart = torch.cat([group, self.alone]) * (wide.abs().amax() * 2 + 1)
-        quality = torch.cat([scores, scores.new_full((2,), -1)]).double()
-        kept = nms(wide + apart[:, None], quality, self.nms_thresh)
-        kept = kept[quality[kept] >= 0]
-        kept = kept[rank_in_group(group[kept]) < self.per_class]
-        kept = kept[image[kept].argsort(stable=True)]  # of each still the best first
-        kept = kept[rank_in_group(image[kept]) < self.top_k]
-        return boxes[kept], scores[kept], label[kept] + 1, image[kept]
-
-
 def detect_onnx(
     priors: Tensor,
     num_classes: int,
@@ -130,7 +74,12 @@ def detect_onnx(
     opset: int,
     ir_version: int,
 ):
-    """``DetectGraph`` as an ``onnx.ModelProto``, by the operator NonMaxSuppression.
+    """What ``Detect`` computes with hard suppression of each class, as an ``onnx.ModelProto``.
+
+    ``loc`` [batch, P, 4], ``conf`` [batch, P, C] and ``sizes`` float32 [batch, 2], (width, height)
+    in pixels -> "boxes" float32 [n, 4] corners in pixels, "scores" float32 [n], "labels" int64 [n]
+    in 1..C-1 and "image" int64 [n], ascending; of an image the best score first. n may be 0. Values
+    that are not finite are not noticed.
 
     Of equal scores the lower class comes first, then the earlier prior, as in ``Detect``, if the
     runtime's TopK keeps the order of equals (ONNX Runtime's does, OpenVINO's does not).

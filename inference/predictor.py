@@ -52,8 +52,7 @@ class Predictor:
 
     Args of the constructor:
         file: a checkpoint (.pth, .safetensors) of this program or a published one, or a network
-            that ``python -m tools.export`` has written (.onnx, .xml, .pt2; the last is a program,
-            to be opened only where its origin is trusted).
+            that ``python -m tools.export`` has written (.onnx, .xml).
         device: "auto", "cpu", "cuda" or "cuda:N"; exported files run on the CPU.
         amp: "off", "bf16" or "fp16" (on GPUs), of a checkpoint; an exported file knows its own.
         classes: names, for a file that has none.

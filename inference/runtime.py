@@ -1,11 +1,10 @@
-"""Exported detectors in their runtimes: ONNX Runtime, OpenVINO and PyTorch, on the CPU.
+"""Exported detectors in their runtimes, ONNX Runtime and OpenVINO, on the CPU.
 
     model = open_model("detector.onnx")
     outputs = model({"images": images})
 
 The files are those of ``python -m tools.export``; no other is taken. Each has its description
-inside (``INFO_KEY``). An .onnx and an .xml with its .bin are data; a .pt2 is a program, and opening
-one may run what it says: open only those whose origin is trusted.
+inside (``INFO_KEY``).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from utils.errors import UserError
 from utils.logger import LOGGER
 
 INFO_KEY = "ssd_hardnet"
-"""Of the description: in ONNX's metadata, OpenVINO's runtime information, a .pt2's extra files."""
+"""Of the description: in ONNX's metadata, OpenVINO's runtime information."""
 FORMAT = 1
 
 _KEYS = {
@@ -90,11 +89,10 @@ def identity(path: str | Path) -> dict:
 
 
 def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
-    """Open an .onnx by ONNX Runtime, an .xml (with its .bin) by OpenVINO, a .pt2 by PyTorch.
+    """Open an .onnx by ONNX Runtime, an .xml (with its .bin) by OpenVINO.
 
     Args:
-        threads: of the CPU, None: as many as the runtime chooses. PyTorch has one number for the
-            whole process.
+        threads: of the CPU, None: as many as the runtime chooses.
 
     Raises:
         UserError: no such file, another kind of file, a damaged one, one that
@@ -172,34 +170,7 @@ def _openvino(path: Path, threads: int | None) -> ExportedModel:
     return ExportedModel(path, info, ("openvino", openvino.__version__), run)
 
 
-def _torch(path: Path, threads: int | None) -> ExportedModel:
-    import torch
-
-    extra = {INFO_KEY: ""}
-    try:
-        import torchvision  # noqa: F401  its suppression may be in the program
-    except ImportError:
-        pass  # then loading says so
-    try:
-        program = torch.export.load(path, extra_files=extra)
-    except Exception as error:  # whatever a damaged file leads to
-        raise _unreadable(path, error) from error
-    info = _info(path, extra[INFO_KEY])
-    module = program.module()
-    names_in = ["pictures" if info["preprocess"] else "images"] + ["sizes"] * info["nms"]
-    names = ("boxes", "scores", "labels", "image") if info["nms"] else ("loc", "conf")
-    if threads:
-        torch.set_num_threads(threads)
-
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.inference_mode():
-            outputs = module(*(torch.from_numpy(inputs[name]) for name in names_in))
-        return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
-
-    return ExportedModel(path, info, ("torch", torch.__version__), run)
-
-
-_RUNTIMES = {".onnx": _onnx, ".xml": _openvino, ".pt2": _torch}
+_RUNTIMES = {".onnx": _onnx, ".xml": _openvino}
 SUFFIXES = tuple(_RUNTIMES)
 """Ends of the names of exported files."""
 

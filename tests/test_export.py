@@ -93,8 +93,6 @@ def assert_same(found, expected):
         ("onnx", ("--with-nms",)),
         ("onnx", EVERYTHING),
         ("openvino", EVERYTHING),
-        ("torch", ("--preprocess",)),
-        ("torch", EVERYTHING),
     ],
 )
 def test_a_file_detects_what_the_network_does(checkpoint, voc_folder, form, options, capsys):
@@ -136,7 +134,6 @@ def test_a_small_published_network_keeps_its_detections(tmp_path, voc_folder):
         ("openvino", "bf16", ("--with-nms",)),
         ("openvino", "int8", ("--with-nms", "--preprocess")),
         ("onnx", "fp16", ("--with-nms",)),
-        ("torch", "bf16", ("--with-nms",)),
     ],
 )
 def test_lower_precisions_are_compared_by_the_boxes_and_the_ap(
@@ -170,7 +167,7 @@ def test_thresholds_are_baked_in_or_handed_on(checkpoint, voc_folder):
     options = ("--score_threshold", 0.2, "--max_detections", 5)
     picture = read_image(voc_folder / "JPEGImages" / "t1.jpg")
     for more in ((), ("--with-nms",)):
-        file = exported(checkpoint, "torch", *options, *more)
+        file = exported(checkpoint, "onnx", *options, *more)
         found = Predictor(file)(picture)
         assert len(found["scores"]) == 5
         assert found["scores"].min() > 0.2
@@ -180,10 +177,10 @@ def test_thresholds_are_baked_in_or_handed_on(checkpoint, voc_folder):
 def test_names_come_from_the_command_where_a_file_has_none(checkpoint, voc_folder, tmp_path):
     bare = tmp_path / "bare.pth"
     torch.save(load_checkpoint(checkpoint)["model"], bare)
-    command = (bare, "--format", "torch", "--pictures", voc_folder / "JPEGImages")
+    command = (bare, "--format", "onnx", "--pictures", voc_folder / "JPEGImages")
     assert run(*command) == 2
     assert run(*command, "--classes", "a,b,c") == 0
-    assert manifest(tmp_path / "bare.pt2")["classes"] == ["a", "b", "c"]
+    assert manifest(tmp_path / "bare.onnx")["classes"] == ["a", "b", "c"]
 
 
 # ---------------------------------------------------------------- what is refused
@@ -193,7 +190,7 @@ def test_names_that_a_file_does_not_have_are_refused(checkpoint, voc_folder, tmp
     published = tmp_path / "voc.pth"
     torch.save(build_net("tiny", 300, 21).state_dict(), published)
     pictures = ("--pictures", voc_folder / "JPEGImages")
-    command = ("--format", "torch", *pictures, "--classes", "a,b,c")
+    command = ("--format", "onnx", *pictures, "--classes", "a,b,c")
     error = refused(capsys, published, *command)
     assert "voc.pth has the 20 classes aeroplane, " in error
     assert error.endswith(", not a, b, c; leave the names out\n")
@@ -235,8 +232,8 @@ def test_without_pictures_nothing_is_claimed(checkpoint, voc_folder, capsys):
     assert "--pictures FOLDER" in error
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
     folder = voc_folder.with_name("elsewhere") / "JPEGImages"
-    assert run(checkpoint, "--format", "torch", "--pictures", folder, "--limit", 3) == 0
-    told = manifest(checkpoint.with_suffix(".pt2"))["proof"]
+    assert run(checkpoint, "--format", "onnx", "--pictures", folder, "--limit", 3) == 0
+    told = manifest(checkpoint.with_suffix(".onnx"))["proof"]
     assert (told["pictures"], told["of"], told["ap"]) == (3, str(folder), None)
 
 
@@ -246,12 +243,12 @@ def test_a_network_that_finds_nothing_proves_nothing(checkpoint, capsys):
         if key.startswith("conf") and key.endswith("bias"):
             saved["model"][key].view(-1, 4)[:, 0] = 1000
     torch.save(saved, checkpoint)
-    assert "so nothing can be proven" in refused(capsys, checkpoint, "--format", "torch")
+    assert "so nothing can be proven" in refused(capsys, checkpoint, "--format", "onnx")
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
 def test_a_file_over_the_tolerance_is_not_kept(checkpoint, monkeypatch, capsys):
-    file = exported(checkpoint, "torch")
+    file = exported(checkpoint, "onnx")
     before = file.read_bytes()
     capsys.readouterr()
     build = export.build_graph
@@ -263,7 +260,7 @@ def test_a_file_over_the_tolerance_is_not_kept(checkpoint, monkeypatch, capsys):
         return graph
 
     monkeypatch.setattr(export, "build_graph", damaged)
-    assert run(checkpoint, "--format", "torch", "--output", file) == 1
+    assert run(checkpoint, "--format", "onnx", "--output", file) == 1
     output, error = capsys.readouterr()
     assert "without a partner" in output
     assert error.startswith(f"error: {file} is not kept: ")
@@ -277,7 +274,7 @@ def test_a_file_over_the_tolerance_is_not_kept(checkpoint, monkeypatch, capsys):
 
 def test_image_sets_of_a_plain_folder_are_refused(checkpoint, voc_folder, capsys):
     plain = voc_folder / "JPEGImages"
-    error = refused(capsys, checkpoint, "--format", "torch", "--pictures", plain, "--sets", "test")
+    error = refused(capsys, checkpoint, "--format", "onnx", "--pictures", plain, "--sets", "test")
     assert f"{plain} is a plain folder of pictures, without image sets" in error
     assert "leave --sets test out" in error
     if importlib.util.find_spec("nncf"):
@@ -292,7 +289,7 @@ def test_a_network_that_gives_nan_is_refused(checkpoint, capsys, part):
     saved = load_checkpoint(checkpoint)
     saved["model"][f"{part}.0.bias"].fill_(torch.nan)
     torch.save(saved, checkpoint)
-    error = refused(capsys, checkpoint, "--format", "torch")
+    error = refused(capsys, checkpoint, "--format", "onnx")
     assert f"the network of tiny.pth fails ({part} contains NaN or " in error
     assert "training diverged or its weights are damaged" in error
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
@@ -308,10 +305,10 @@ def test_a_file_that_gives_nan_is_not_kept(checkpoint, monkeypatch, capsys, opti
         return build(net, *arguments)
 
     monkeypatch.setattr(export, "build_graph", damaged)
-    assert run(checkpoint, "--format", "torch", *options) == 1
+    assert run(checkpoint, "--format", "onnx", *options) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: ") and error.count("\n") == 1
-    assert "tiny.pt2 is not kept: " in error
+    assert "tiny.onnx is not kept: " in error
     assert options or error.endswith("loc contains NaN or infinity\n")
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
@@ -409,7 +406,7 @@ def score(file, voc_folder, *options):
     return train_test.main(list(map(str, [*arguments, *options])))
 
 
-@pytest.mark.parametrize("form, options", [("onnx", ()), ("torch", EVERYTHING)])
+@pytest.mark.parametrize("form, options", [("onnx", ()), ("openvino", EVERYTHING)])
 def test_a_file_is_scored_like_its_checkpoint(checkpoint, voc_folder, tmp_path, form, options):
     file = exported(checkpoint, form, *options)
     folder = ("--save_folder", tmp_path / "w")
@@ -431,7 +428,7 @@ def test_a_file_is_scored_like_its_checkpoint(checkpoint, voc_folder, tmp_path, 
 
 
 def test_options_that_a_file_cannot_follow_are_refused(checkpoint, voc_folder, tmp_path, capsys):
-    plain, inside = (exported(checkpoint, "torch", *more) for more in ((), ("--with-nms",)))
+    plain, inside = (exported(checkpoint, "onnx", *more) for more in ((), ("--with-nms",)))
     folder = ("--save_folder", tmp_path / "w")
     assert score(plain, voc_folder, *folder, "--score_threshold", 0.3, "--nms", "soft") == 0
     results = next((tmp_path / "w").rglob("results.json"))
@@ -452,7 +449,7 @@ def test_options_that_a_file_cannot_follow_are_refused(checkpoint, voc_folder, t
 
 
 def test_fewer_detections_of_a_file_are_those_of_the_network(checkpoint, voc_folder):
-    file = exported(checkpoint, "torch", "--with-nms")
+    file = exported(checkpoint, "onnx", "--with-nms")
     picture = read_image(voc_folder / "JPEGImages" / "t1.jpg")
     chosen = {"score_threshold": 0.3, "max_detections": 7}
     found, expected = (Predictor(f, **chosen)([picture]) for f in (file, checkpoint))

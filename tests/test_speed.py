@@ -255,8 +255,8 @@ def detector(tiny, tmp_path):
     files = speed.made_up(folder, 3, 64, 48)
     (folder / "notes.txt").write_text("no picture")
     checkpoint = speed.new_weights("tiny", 300, tmp_path, files)
-    exported = tmp_path / "tiny.pt2"
-    args = [checkpoint, "--format", "torch", "--pictures", folder, "--output", exported]
+    exported = tmp_path / "tiny.onnx"
+    args = [checkpoint, "--format", "onnx", "--pictures", folder, "--output", exported]
     assert export.main([str(arg) for arg in args]) == 0
     return folder, checkpoint, exported
 
@@ -278,7 +278,7 @@ def test_an_exported_file_is_a_route_of_its_checkpoint(detector, tmp_path, capsy
     assert run(*args, "--batch", 2, "--rounds", 1, "--device", "cpu", "--json", out) == 0
     content = json.loads(out.read_text())
     ways = [(row["route"], row["precision"]) for row in content["rows"]]
-    assert ways == [("plain", "fp32"), ("deployed", "fp32"), ("tiny.pt2", "fp32")]
+    assert ways == [("plain", "fp32"), ("deployed", "fp32"), ("tiny.onnx", "fp32")]
     assert content["pictures"] == {"of": str(folder), "count": 3}
     other = tmp_path / "other.pth"
     shutil.copy(checkpoint, other)

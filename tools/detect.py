@@ -2,7 +2,7 @@
 
     python -m tools.detect WEIGHTS SOURCE... [--out DIR] [--save json csv voc yolo] [--no-draw]
 
-WEIGHTS is a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml, .pt2). SOURCE is a
+WEIGHTS is a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml). SOURCE is a
 picture, a folder, a quoted pattern, a video, a camera ("camera" or its number), or - for a list of
 files on standard input. docs/detect.md shows the way from weights to boxes.
 
@@ -598,8 +598,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     # fmt: off
     p.add_argument("weights", metavar="WEIGHTS",
-                   help="a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml, "
-                        ".pt2)")
+                   help="a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml)")
     p.add_argument("sources", metavar="SOURCE", nargs="*",
                    help="picture, folder (with all in it), quoted pattern, video, camera or its "
                         "number, address of a stream, or - for a list on standard input")

@@ -1,4 +1,4 @@
-"""Write a detector as an ONNX, OpenVINO or PyTorch file: ``python -m tools.export``."""
+"""Write a detector as an ONNX or OpenVINO file: ``python -m tools.export``."""
 
 from __future__ import annotations
 
