@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cv2
@@ -55,10 +55,9 @@ from data.config import INPUT_MEAN
 from data.image import read_image
 from data.voc0712 import SUFFIXES as PICTURE_SUFFIXES
 from inference.deploy import deploy
-from inference.export import MARGIN, Tolerance, compare, excess
 from inference.predictor import Predictor
-from inference.runtime import SUFFIXES as EXPORTED_SUFFIXES
-from inference.runtime import import_package
+from inference.proof import MARGIN, Tolerance, compare, excess
+from inference.runtime import EXPORTED_SUFFIXES, import_package
 from layers import Detect
 from layers.boxes import decode
 from models import BACKBONES, build_net
@@ -374,8 +373,8 @@ def routes_of(
     for file in exported:
         predictor = Predictor(file, threads=threads)
         about = predictor.exported.info
-        if about["checkpoint"]["sha256"] == sha256_of(network.file):
-            yield Route(network, file.name, about["precision"], predictor, network.predictor.net)
+        if about.checkpoint["sha256"] == sha256_of(network.file):
+            yield Route(network, file.name, about.precision, predictor, network.predictor.net)
 
 
 # ---------------------------------------------------------------- the measurement
@@ -439,7 +438,7 @@ def agreement(
     """How many of plain's boxes a route finds, and on a GPU the memory that it takes to.
 
     Returns:
-        What ``inference.export.compare`` does, and "bytes": the most memory of all tensors, without
+        What ``inference.proof.compare`` does, and "bytes": the most memory of all tensors, without
         what lay there before, None on the CPU.
 
     Raises:
@@ -460,17 +459,17 @@ def agreement(
           for some in (expected, found[: len(files)])),
         floor=route.predictor.detect.config.conf_thresh + MARGIN,
     )  # fmt: skip
-    if not result["boxes"]:
+    if not result.boxes:
         raise UserError(
             f"{route.network.file} finds nothing on the first {len(files)} pictures, so the routes "
             "cannot be compared; give others (--pictures)"
         )
     if route.precision == "fp32":
-        problem = excess({**result, "ap": None}, TOLERANCE)
+        problem = excess(result, TOLERANCE)
         if problem:
             raise OtherBoxes(f"{route} finds other boxes than the plain network: {problem}")
     peak = torch.cuda.max_memory_allocated(device) - before if gpu else None
-    return {**result, "bytes": peak}
+    return {**asdict(result), "bytes": peak}
 
 
 @contextmanager
@@ -810,7 +809,7 @@ def check(args: argparse.Namespace) -> torch.device:
                 raise UserError(f"--routes {name} needs a GPU")
     known = {sha256_of(file) for file in args.checkpoint if file.is_file()}
     for file in args.exported:
-        made_of = Predictor(file).exported.info["checkpoint"]
+        made_of = Predictor(file).exported.info.checkpoint
         if made_of["sha256"] not in known:
             raise UserError(
                 f"{file} was made of another {made_of['file']}, which is none of --checkpoint"

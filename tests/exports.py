@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from inference.export import main
 from models import build_net
+from tools.export import main
 from train_test import resolve
 from utils.checkpoint import save_checkpoint
 

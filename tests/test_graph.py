@@ -10,6 +10,7 @@ import torch
 from data.config import VOC_300
 from inference.graph import Preprocess, detect_onnx
 from layers import Detect, PriorBox
+from layers.detect import DetectConfig
 
 SIZES = [(500, 300), (640, 480), (200, 700)]
 MEAN = (104.0, 117.0, 123.0)
@@ -43,7 +44,8 @@ def outputs(batch, background, seed=0):
 
 def run(loc, conf, sizes, priors, options):
     ort = pytest.importorskip("onnxruntime")
-    model = detect_onnx(priors, conf.shape[2], (0.1, 0.2), **options, opset=18, ir_version=10)
+    config = DetectConfig(**options)
+    model = detect_onnx(priors, conf.shape[2], (0.1, 0.2), config, opset=18, ir_version=10)
     session = ort.InferenceSession(model.SerializeToString())
     feed = {"loc": loc.numpy(), "conf": conf.numpy(), "sizes": np.array(sizes, np.float32)}
     return session.run(["boxes", "scores", "labels", "image"], feed)
@@ -91,4 +93,4 @@ def test_an_operator_set_without_what_is_needed_is_refused():
     pytest.importorskip("onnx")
     priors = PriorBox(VOC_300)()
     with pytest.raises(ValueError, match="opset is 17, should be at least 18"):
-        detect_onnx(priors, 4, (0.1, 0.2), 0.1, 0.4, 5, 5, opset=17, ir_version=10)
+        detect_onnx(priors, 4, (0.1, 0.2), DetectConfig(), opset=17, ir_version=10)

@@ -19,10 +19,10 @@ from tiny import TINY
 import models
 from benchmarks import evidence, roofline, speed
 from benchmarks.timing import CPU
-from inference import export
 from inference.predictor import Predictor
 from layers import Detect, PriorBox
 from models import build_net
+from tools import export
 from tools.traffic import Profile
 from utils.checkpoint import sha256_of
 
@@ -256,7 +256,7 @@ def detector(tiny, tmp_path):
     (folder / "notes.txt").write_text("no picture")
     checkpoint = speed.new_weights("tiny", 300, tmp_path, files)
     exported = tmp_path / "tiny.onnx"
-    args = [checkpoint, "--format", "onnx", "--pictures", folder, "--output", exported]
+    args = [checkpoint, "--format", "onnx", "--images", folder, "--output", exported]
     assert export.main([str(arg) for arg in args]) == 0
     return folder, checkpoint, exported
 

@@ -433,9 +433,9 @@ class Detector:
         }
         self.predictor = Predictor(path, score_threshold=args.score_threshold, **options)
         if args.score_threshold is None:  # to look at, fewer than to score; a file may want fewer
-            detect = self.predictor.detect
-            least = max(THRESHOLD, detect.config.conf_thresh)
-            detect.config = replace(detect.config, conf_thresh=least)
+            config = self.predictor.config
+            least = max(THRESHOLD, config.conf_thresh)
+            self.predictor.config = replace(config, conf_thresh=least)
 
     def __call__(self, frames: Sequence[Frame]) -> list[dict[str, np.ndarray]]:
         try:
@@ -464,7 +464,7 @@ def detect(args: argparse.Namespace) -> int:
         LOGGER.info(
             "%s %d, %d classes, on %s, scores over %g: %s", info.version, info.size,
             len(info.classes), detector.predictor.device,
-            detector.predictor.detect.config.conf_thresh,
+            detector.predictor.config.conf_thresh,
             ", ".join(_amounts(sources, repeated)),
         )  # fmt: skip
         start = time.monotonic()
@@ -500,7 +500,7 @@ def detect(args: argparse.Namespace) -> int:
     if not counts.objects and counts.pictures + counts.frames and not stop.asked:
         LOGGER.info(
             "no score is over %g: --score_threshold says what counts",
-            detector.predictor.detect.config.conf_thresh,
+            detector.predictor.config.conf_thresh,
         )
     if output and (where := output.files(args.save, counts.videos, counts.pictures)):
         LOGGER.info("%s", where)
