@@ -79,8 +79,7 @@ from engine.steps import detect_all
 from engine.trainer import Interrupted, Trainer
 from inference.draw import contact_sheet, draw_batch, draw_comparison
 from inference.predictor import Predictor
-from inference.runtime import SUFFIXES as EXPORTED
-from inference.runtime import identity
+from inference.runtime import EXPORTED_SUFFIXES, identity
 from layers import Detect, MultiBoxLoss, PriorBox
 from layers.detect import SUPPRESSION
 from models import BACKBONES, SIZES, build_net, prior_config
@@ -373,7 +372,7 @@ def open_test(given: dict, world: World) -> Testing:
         if given.get(option):
             raise UserError(f"--{option} is for training, --test evaluates; give one of them")
     path = Path(given["test"])
-    if path.suffix in EXPORTED:
+    if path.suffix in EXPORTED_SUFFIXES:
         return open_exported(given, path, world)
     saved = load_checkpoint(path)
     info = detector_info(saved, path, given)
@@ -419,8 +418,8 @@ def open_exported(given: dict, path: Path, world: World) -> Testing:
     exported = predictor.exported
     checkpoint = {
         **identity(path),
-        "precision": exported.info["precision"],
-        "made_of": exported.info["checkpoint"],
+        "precision": exported.info.precision,
+        "made_of": exported.info.checkpoint,
         "runtime": " ".join(exported.runtime),
     }
     directory = test_folder(given, options, path)
@@ -502,7 +501,7 @@ def test_folder(given: dict, options: dict, path: Path) -> Path:
     elif not in_a_run or ("save_folder" in given and run.parent != folder.absolute()):
         run = folder / path.stem
     # An exported file lies beside the checkpoint that it is made of.
-    name = path.name if path.suffix in EXPORTED else path.stem
+    name = path.name if path.suffix in EXPORTED_SUFFIXES else path.stem
     return run / "ss_predict" / name / sets_name(options["test_sets"])
 
 

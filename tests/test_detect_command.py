@@ -894,16 +894,15 @@ def assert_alike(found: list[tuple], expected: list[tuple]) -> None:
 
 
 @pytest.mark.parametrize("form, package, options", [
-    ("onnx", "onnxruntime", []),
     ("openvino", "openvino", []),
-    ("torch", "torch", ["--with-nms"]),
+    ("onnx", "onnxruntime", ["--with-nms"]),
 ])  # fmt: skip
 def test_an_exported_file_finds_what_its_checkpoint_finds(form, package, options, capsys):
-    for name in (package, *(["onnx", "onnxscript"] if form != "torch" else [])):
+    for name in (package, "onnx", "onnxscript"):
         pytest.importorskip(name)
     for k in range(3):
         picture(f"photos/{k}.png", (96 + k, 72), seed=k)
-    file = exported(Path("best.pth").absolute(), form, *options, "--pictures", "photos")
+    file = exported(Path("best.pth").absolute(), form, *options, "--images", "photos")
     assert_alike(found_by(file), found_by("best.pth"))
     assert_alike(found_by(file, "--score_threshold", 0.6), found_by("best.pth", "--score_threshold",
                                                                     0.6))  # fmt: skip
@@ -915,9 +914,11 @@ def test_an_exported_file_finds_what_its_checkpoint_finds(form, package, options
 
 @pytest.mark.parametrize("options", [(), ("--with-nms",)], ids=str)
 def test_a_file_that_was_made_for_fewer_boxes_finds_them_unless_asked(options):
+    for name in ("onnxruntime", "onnx", "onnxscript"):
+        pytest.importorskip(name)
     picture("photos/a.png")
     file = exported(
-        Path("best.pth").absolute(), "torch", "--pictures", "photos", "--score_threshold", 0.5,
+        Path("best.pth").absolute(), "onnx", "--images", "photos", "--score_threshold", 0.5,
         *options,
     )  # fmt: skip
     assert_alike(found_by(file), found_by("best.pth", "--score_threshold", 0.5))
@@ -995,7 +996,7 @@ def test_names_that_no_font_has_are_told(monkeypatch, capsys):
 def test_every_command_of_the_page_runs(monkeypatch):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
-    from inference import export
+    from tools import export
 
     text = (ROOT / "docs" / "detect.md").read_text("utf-8")
     blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
@@ -1004,7 +1005,7 @@ def test_every_command_of_the_page_runs(monkeypatch):
     for name in ("photos/a.jpg", "photos/in/b.jpg", "shots/c.png", "one.jpg"):
         picture(name)
     film("film.mp4", 3)
-    programs = {"tools.detect": detect.main, "inference.export": export.main}
+    programs = {"tools.detect": detect.main, "tools.export": export.main}
     for command in commands:
         before, _, last = command.rpartition(" | ")
         if before:
@@ -1020,7 +1021,7 @@ def test_every_command_of_the_page_runs(monkeypatch):
     assert files("runs/detect/best/drawn") >= {"a.jpg", "in/b.jpg"}
     for name in re.findall(r"--[\w-]+", text):
         assert name in (ROOT / "demo" / "detect.py").read_text() or name in (
-            "--format", "--pictures", "--no-draw"), name  # fmt: skip
+            "--format", "--images", "--no-draw"), name  # fmt: skip
 
 
 def test_a_name_of_bytes_that_are_no_text(monkeypatch):

@@ -131,19 +131,19 @@ def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
     from tiny import TINY
 
     import train_test
-    from inference import export
-    from tools import detect
+    from inference.proof import TOLERANCE
+    from tools import detect, export
 
     monkeypatch.setitem(BACKBONES, "tiny", TINY)
     # Random weights have no AP to lose, and boxes at every threshold.
     for precision in ("bf16", "int8"):
-        loose = replace(export.TOLERANCE[precision], matched=0.5, ap=100)
-        monkeypatch.setitem(export.TOLERANCE, precision, loose)
+        loose = replace(TOLERANCE[precision], matched=0.5, ap=100)
+        monkeypatch.setitem(TOLERANCE, precision, loose)
     checkpoint = write_checkpoint(tmp_path / "best.pth", voc_folder)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").symlink_to(voc_folder)
     (tmp_path / "PICTURES").symlink_to(voc_folder / "JPEGImages")
-    programs = {"train_test.py": train_test, "tools.detect": detect, "inference.export": export}
+    programs = {"train_test.py": train_test, "tools.detect": detect, "tools.export": export}
     commands = [line.split() for block in blocks("docs/exporting.md", "")
                 for line in block.splitlines() if line.startswith("python")]  # fmt: skip
     assert len(commands) == 6

@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_no_detection(file, value):
 def test_mistakes_are_told(file, tmp_path):
     predictor = Predictor(file)
     for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(UserError, match=r"a picture is \w+ \[.*\], should be uint8"):
+        with pytest.raises(UserError, match=r"an image is \w+ \[.*\], should be uint8"):
             predictor(wrong)
     with pytest.raises(UserError, match=r"none\.jpg"):
         predictor(tmp_path / "none.jpg")

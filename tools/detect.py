@@ -2,7 +2,7 @@
 
     python -m tools.detect WEIGHTS SOURCE... [--out DIR] [--save json csv voc yolo] [--no-draw]
 
-WEIGHTS is a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml, .pt2). SOURCE is a
+WEIGHTS is a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml). SOURCE is a
 picture, a folder, a quoted pattern, a video, a camera ("camera" or its number), or - for a list of
 files on standard input. docs/detect.md shows the way from weights to boxes.
 
@@ -433,9 +433,9 @@ class Detector:
         }
         self.predictor = Predictor(path, score_threshold=args.score_threshold, **options)
         if args.score_threshold is None:  # to look at, fewer than to score; a file may want fewer
-            detect = self.predictor.detect
-            least = max(THRESHOLD, detect.config.conf_thresh)
-            detect.config = replace(detect.config, conf_thresh=least)
+            config = self.predictor.config
+            least = max(THRESHOLD, config.conf_thresh)
+            self.predictor.config = replace(config, conf_thresh=least)
 
     def __call__(self, frames: Sequence[Frame]) -> list[dict[str, np.ndarray]]:
         try:
@@ -464,7 +464,7 @@ def detect(args: argparse.Namespace) -> int:
         LOGGER.info(
             "%s %d, %d classes, on %s, scores over %g: %s", info.version, info.size,
             len(info.classes), detector.predictor.device,
-            detector.predictor.detect.config.conf_thresh,
+            detector.predictor.config.conf_thresh,
             ", ".join(_amounts(sources, repeated)),
         )  # fmt: skip
         start = time.monotonic()
@@ -500,7 +500,7 @@ def detect(args: argparse.Namespace) -> int:
     if not counts.objects and counts.pictures + counts.frames and not stop.asked:
         LOGGER.info(
             "no score is over %g: --score_threshold says what counts",
-            detector.predictor.detect.config.conf_thresh,
+            detector.predictor.config.conf_thresh,
         )
     if output and (where := output.files(args.save, counts.videos, counts.pictures)):
         LOGGER.info("%s", where)
@@ -598,8 +598,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     # fmt: off
     p.add_argument("weights", metavar="WEIGHTS",
-                   help="a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml, "
-                        ".pt2)")
+                   help="a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml)")
     p.add_argument("sources", metavar="SOURCE", nargs="*",
                    help="picture, folder (with all in it), quoted pattern, video, camera or its "
                         "number, address of a stream, or - for a list on standard input")
