@@ -29,12 +29,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data import DATASETS
+from data import DATASETS, DetectionData, build_dataset
 from data.coco import COCODetection
 from data.config import PRIORS, PriorConfig
 from data.image import read_image
 from data.image_sets import sets_name
-from data.voc0712 import VOCDetection
 from engine.options import DEFAULTS
 from utils.arguments import positive
 from utils.errors import UserError, command
@@ -92,7 +91,7 @@ class Report:
 
     options: dict
     sizes: Sequence[int]
-    parts: dict[str, VOCDetection | COCODetection] = field(default_factory=dict)
+    parts: dict[str, DetectionData] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     classes: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     fits: list[dict] = field(default_factory=list)
@@ -134,7 +133,9 @@ def check(
     for part, key in PARTS.items():
         faults: list[str] = []
         try:
-            dataset = _open(options, key, classes, faults)
+            dataset = build_dataset(
+                options["dataset"], options["root"], options[key], classes, faults=faults
+            )
         except UserError as error:
             report.add("error", part, "image set that cannot be opened", [Record(str(error))])
             continue
@@ -156,14 +157,6 @@ def check(
     _check_copies(report, looks)
     _check_priors(report)
     return report
-
-
-def _open(options: dict, key: str, classes: Sequence[str] | None, faults: list[str]):
-    """The data set of options[key]; what is wrong with single records goes to `faults`."""
-    sets = [tuple(pair) for pair in options[key]]
-    if options["dataset"] == "COCO":
-        return COCODetection(options["root"], sets, classes=classes, missing_pictures=True)
-    return VOCDetection(options["root"], sets, classes=classes, faults=faults)
 
 
 # ---------------------------------------------------------------- pictures
