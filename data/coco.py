@@ -85,8 +85,8 @@ class COCODetection:
     with [0,5], and those of a test split have nothing else. `crowds`: whether boxes around crowds
     are ordinary boxes, as published, or left out of the targets (a score always counts them as
     COCO does). Boxes without area or wholly outside their picture are dropped; `skipped` lists them
-    by reason. The year of a set in own data may be None. With `missing_pictures` a picture that is
-    missing is told when it is read, for `tools.check`. `eval_backend` computes the score, one of
+    by reason. The year of a set in own data may be None. `faults`: given a list, a missing image
+    is told when it is read, for `tools.check`. `eval_backend` computes the score, one of
     `data.coco_eval.BACKENDS`.
 
     UserError: no annotation file of that name, a malformed one (see `read_annotations`), missing
@@ -100,7 +100,7 @@ class COCODetection:
         transform: Callable | None = None,
         classes: Sequence[str] | None = None,
         crowds: bool = True,
-        missing_pictures: bool = False,
+        faults: list[str] | None = None,
         eval_backend: str = "pycocotools",
     ):
         if not image_sets:
@@ -111,7 +111,7 @@ class COCODetection:
         self._turned: set[Path] = set()
         self.crowds = crowds
         self.eval_backend = eval_backend
-        self._missing_pictures = missing_pictures
+        self._faults = faults
         self.skipped: dict[str, list[str]] = {}
         files = [self._read(*each, classes) for each in self.image_sets]
         self._files = [file.path for file in files]
@@ -355,7 +355,7 @@ class COCODetection:
                 f" {file.file_names[0] or file.image_ids[0]}; nor are they in"
                 f" {', '.join(map(str, folders[1:]))}, {self.root / 'images'} or {self.root}"
             )
-        if missing and not self._missing_pictures:
+        if missing and self._faults is None:
             raise UserError(
                 f"{folder}: {count} of the {len(names)} pictures in {file.path.name} are missing:"
                 f" {', '.join(missing[:10])}" + (" ..." if count > 10 else "")
