@@ -22,7 +22,7 @@ from data import config
 from data.coco import COCODetection
 from data.config import MOBILE_300, PRIORS
 from data.voc0712 import VOCDetection
-from demo.shapes import draw_picture
+from demo.shapes import draw_image
 from engine.options import parser
 from layers import PriorBox
 from tools import check as module
@@ -338,7 +338,7 @@ def test_odd_boxes_of_coco_are_told_with_their_place(coco_folder):
 
 
 def picture(seed: int, size=(320, 240)) -> np.ndarray:
-    return draw_picture(np.random.default_rng(seed), *size, 4)[0]
+    return draw_image(np.random.default_rng(seed), *size, 4)[0]
 
 
 def copies_of(image: np.ndarray) -> dict[str, np.ndarray]:

@@ -28,7 +28,6 @@ NOT_YET = (
     "tools/chart.py",
     "tools/check.py",
     "tools/report.py",
-    "tools/traffic.py",
     "utils/build.py",
 )
 MODULES = sorted(
