@@ -34,7 +34,7 @@ from data.coco import COCODetection
 from data.config import PRIORS, PriorConfig
 from data.image import read_image
 from data.image_sets import sets_name
-from engine.options import DEFAULTS
+from engine.options import Options
 from utils.arguments import positive
 from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
@@ -46,7 +46,7 @@ LEVELS = ("error", "warning", "note")
 HARMLESS = ("box clipped", "crowd, left out", "set whose pictures")
 # No harm if --classes asks for it; a test set with other classes than the training's loses boxes.
 CHOSEN = "set of which some classes"
-MATCHED = DEFAULTS["jaccard_threshold"]
+MATCHED = Options.jaccard_threshold
 LOW_SHARE = 0.9
 """A class fits if this share of its boxes reaches the IoU `MATCHED` with some prior box."""
 
