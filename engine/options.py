@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from data.classes import check_classes
 from data.coco_eval import BACKENDS
 from data.config import PRIORS
 from data.image_sets import ImageSet
+from engine.declare import Checked, flag_of, option
 from engine.optim import OPTIMIZERS, SCHEDULES
 from layers.detect import SUPPRESSION, DetectConfig
 from models import BACKBONES, SIZES
@@ -49,81 +50,6 @@ RECIPES = {
     },
 }
 """Values that a recipe gives to options, unless they are given on the command line."""
-
-# ---------------------------------------------------------------- declarations
-
-
-def option(
-    group: str,
-    default: object,
-    *flags: str,
-    help: str,
-    read: Callable[[str], object] = str,
-    choices: Collection | None = None,
-    metavar: str | None = None,
-    only: str = "",
-    fixed: bool = False,
-    machine: bool = False,
-    check: Callable[[object], object] | None = None,
-) -> dataclasses.Field:
-    """Declare an option.
-
-    Args:
-        group: heading in ``--help``.
-        default: value of a call that neither gives the option nor finds it elsewhere.
-        flags: spellings on the command line; none for a value that only a checkpoint records.
-        read: turns text into a value, or raises ``argparse.ArgumentTypeError``.
-        choices: the values that exist.
-        only: "train" or "test" for an option that the other kind of call refuses.
-        fixed: a resumed run cannot change it.
-        machine: it suits the machine that trains; ``--test`` does not take it from a checkpoint.
-        check: turns a value from Python or a checkpoint into the value of the field, for options
-            whose ``read`` alone does not do it.
-    """
-    return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
-
-
-def flag_of(spec: dataclasses.Field) -> str:
-    """Return the long flag that messages name."""
-    return next((flag for flag in spec.metadata["flags"] if flag.startswith("--")), spec.name)
-
-
-def check_value(spec: dataclasses.Field, value: object) -> object:
-    """Return ``value`` as the option holds it.
-
-    Raises:
-        UserError: the value breaks the option's rule.
-    """
-    meta, name = spec.metadata, flag_of(spec)
-    if value is None and spec.default is None:
-        return None
-    if meta["check"]:
-        return meta["check"](value)
-    if meta["choices"] is not None:
-        if isinstance(value, bool) or value not in meta["choices"]:
-            known = ", ".join(map(str, meta["choices"]))
-            raise UserError(f"{name} is {value!r}; choose from {known}")
-        return value
-    if meta["read"] is str:
-        if not isinstance(value, str):
-            raise UserError(f"{name} is {value!r}; give a text")
-        return value
-    try:
-        read = meta["read"](str(value))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"{name}: {error}") from error
-    if read != value:
-        raise UserError(f"{name} is {value!r}; give {read!r}")
-    return read
-
-
-class Checked:
-    """A dataclass of options whose values keep their rules, wherever they come from."""
-
-    def __post_init__(self) -> None:
-        for spec in dataclasses.fields(self):
-            object.__setattr__(self, spec.name, check_value(spec, getattr(self, spec.name)))
-
 
 def _names(value: object) -> tuple[str, ...]:
     names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)

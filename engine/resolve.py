@@ -11,8 +11,9 @@ import torch
 from data import DATASETS, default_root, default_sets, list_sets
 from data.classes import parse_classes
 from data.image_sets import parse_image_sets
+from engine.declare import check_value, flag_of
 from engine.distributed import World
-from engine.options import OPTIONS, RECIPES, Call, Options, check_value, flag_of
+from engine.options import OPTIONS, RECIPES, Call, Options
 from models import prior_config
 from models.pretrained import published_bases
 from utils.arguments import cores

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from data.loading import Loader
 from engine.distributed import World
+from engine.evaluate import Evaluation
 from engine.optim import MovingAverage, build_optimizer, lr_at
 from engine.run import Run
 from engine.state import State, Totals
@@ -26,22 +26,6 @@ from utils.checkpoint import load_weights, rng_state, set_rng_state
 from utils.errors import UserError
 from utils.logger import LOGGER, Progress, RunLog
 from utils.signals import Interrupted, StopSignal
-
-
-class Evaluate(Protocol):
-    """Scores a network on the test set."""
-
-    def __call__(
-        self, net: nn.Module, name: str, on_batch: Callable[[int], None]
-    ) -> dict | None:
-        """Return results with "metric", "value" and "per_class", or None on ranks but 0.
-
-        ``name``: names the folder of the files. ``on_batch``: called after every batch with its
-        number of images; may raise to stop.
-        """
-
-    def draw(self) -> np.ndarray:
-        """Return some of the last detections drawn, uint8 [H, W, 3] BGR."""
 
 
 class Trainer:
@@ -63,7 +47,7 @@ class Trainer:
         criterion: MultiBoxLoss,
         priors: Tensor,
         loader: Loader,
-        evaluate: Evaluate | None,
+        evaluate: Evaluation | None,
         run: Run,
         world: World,
     ):
@@ -107,16 +91,9 @@ class Trainer:
         self.folder.save_options()
         LOGGER.info(
             "%s at %d, %d classes, %d images, %d steps an epoch, %d epochs, on %s (%s); run %s",
-            options.version,
-            options.size,
-            len(options.classes),
-            len(self.train_set),
-            self.steps_per_epoch,
-            options.max_epoch,
-            self.device,
-            options.amp,
-            self.folder.path,
-        )
+            options.version, options.size, len(options.classes), len(self.train_set),
+            self.steps_per_epoch, options.max_epoch, self.device, options.amp, self.folder.path,
+        )  # fmt: skip
         LOGGER.info(
             "a step: %d images in all (%d processes x %d accumulation steps x %d), learning rate "
             "%g (%s recipe)",
@@ -357,14 +334,10 @@ class Trainer:
         LOGGER.info(
             "epoch %d: loss %.4f (location %.4f, confidence %.4f), lr %.3g, %.1f img/s, %.0f %% of "
             "the time waiting for data",
-            epoch,
-            record["loss_loc"] + record["loss_conf"],
-            record["loss_loc"],
-            record["loss_conf"],
-            record["lr"],
-            record["images_per_second"],
+            epoch, record["loss_loc"] + record["loss_conf"], record["loss_loc"],
+            record["loss_conf"], record["lr"], record["images_per_second"],
             100 * record["waiting_for_data"],
-        )
+        )  # fmt: skip
         speed = ("images_per_second", "waiting_for_data", "gpu_memory_gib")
         self.log.scalars(self.state.step, {key: record[key] for key in speed if key in record})
         return record

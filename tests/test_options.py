@@ -12,7 +12,8 @@ import models
 from data import DATASETS
 from data.image_sets import ImageSet
 from engine import resolve as resolving
-from engine.options import OPTIONS, RECIPES, Call, Options, default_text, flag_of, parse, parser
+from engine.declare import flag_of
+from engine.options import OPTIONS, RECIPES, Call, Options, default_text, parse, parser
 from engine.resolve import check_resumed, check_training, dataset_options, resolve
 from layers.detect import DetectConfig
 from utils.errors import UserError

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +21,11 @@ from tiny import TINY
 import engine.evaluate
 import engine.run
 import models
+from data import DATASETS
+from data.config import VOC_300
 from data.loading import TrainingSet
+from engine.trainer import Trainer
+from inference.predictor import Predictor
 from models import build_net
 from train_test import main
 from utils.checkpoint import load_checkpoint
@@ -427,3 +433,54 @@ def test_a_users_mistake_is_one_sentence_status_2_and_leaves_no_run(call, option
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert all(word in error for word in words), error
+
+
+# ---------------------------------------------------------------- kinds of data and presets
+
+
+def test_evaluation_decodes_with_the_variance_that_the_loss_encodes_with(call, monkeypatch):
+    boxes = dataclasses.replace(VOC_300, variance=(0.3, 0.4))
+    row = dataclasses.replace(TINY, priors={("VOC", 300): boxes})
+    monkeypatch.setitem(models.BACKBONES, "tiny", row)
+    seen = []
+    monkeypatch.setattr(Trainer, "run", lambda self, _: seen.append(self))
+    assert call("--date", "a") == 0
+    (trainer,) = seen
+    assert trainer.train_step.criterion.variance == trainer.evaluate.detect.variance == (0.3, 0.4)
+    monkeypatch.undo()
+    monkeypatch.setitem(models.BACKBONES, "tiny", row)
+    assert call("-max", 1, "--date", "b") == 0
+    kept = np.load(call.folder / "b" / "ss_predict" / "final" / "test" / "detections.npz")
+    path = call.folder / "b" / "Final_tiny_VOC.pth"
+    assert main(["--test", str(path), "--score_threshold", "0.01", "--device", "cpu"]) == 0
+    again = np.load(path.parent / "ss_predict" / path.stem / "test" / "detections.npz")
+    found = Predictor(path, score_threshold=0.01)(
+        [trainer.evaluate.run.test_set.pull_image(i) for i in range(4)]
+    )
+    expected = torch.cat([each["boxes"] for each in found]).numpy()
+    np.testing.assert_array_equal(kept["boxes"], again["boxes"])
+    np.testing.assert_allclose(kept["boxes"], expected, rtol=1e-3, atol=1e-2)
+
+
+def test_a_run_goes_on_after_its_data_were_moved(call, voc_folder):
+    lists = voc_folder / "ImageSets" / "Main"
+    shutil.copy(lists / "trainval.txt", lists / "2024_train.txt")
+    options = ("-max", 2, "--train_sets", "2024_train", "--test_frequency", 0)
+    assert call(*options, "--date", "a", "--max_iters", 2) == 0
+    moved = voc_folder.rename(voc_folder.with_name("moved"))
+    path = call.folder / "a" / "last.pth"
+    assert main(["--resume", str(path), "--root", str(moved), "--device", "cpu"]) == 0
+    saved = load_checkpoint(path)
+    assert (saved["step"], saved["config"]["root"]) == (6, str(moved))
+    assert saved["config"]["train_sets"] == [[None, "2024_train"]]
+
+
+def test_a_third_data_set_is_a_row(call, monkeypatch, voc_folder):
+    own = dataclasses.replace(DATASETS["VOC"], detection={"conf_thresh": 0.2}, epochs=1)
+    monkeypatch.setitem(DATASETS, "MINE", own)
+    assert call("-d", "MINE", "--date", "a", "--recipe", "modern", "--max_iters", 2) == 0
+    path = call.folder / "a" / "Final_tiny_MINE.pth"
+    assert load_checkpoint(path)["config"]["max_epoch"] == 1
+    assert main(["--test", str(path), "--device", "cpu"]) == 0
+    results = path.parent / "ss_predict" / path.stem / "test" / "results.json"
+    assert json.loads(results.read_text())["thresholds"]["score"] == 0.2
