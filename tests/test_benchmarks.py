@@ -15,6 +15,7 @@ import models
 from benchmarks import (
     blocks,
     coco_eval,
+    coco_load,
     detect,
     loader,
     loss,
@@ -26,6 +27,7 @@ from benchmarks import (
     voc_eval,
 )
 from benchmarks.timing import CPU
+from data.coco import COCODetection
 from demo import shapes
 
 
@@ -309,3 +311,18 @@ def test_blocks_notices_another_output(monkeypatch):
     monkeypatch.setitem(blocks.BLOCKS, "slices", Wrong)
     with pytest.raises(AssertionError, match="slices, block 0: another output, by 1.0e-02"):
         blocks.main([*BLOCKS, "--amp", "off", "--routes", "slices", "--pad", "1", "--rounds", "1"])
+
+
+def test_benchmark_of_loading_says_seconds_and_memory(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    args = ["--images", "300", "--boxes", "2000", "--rounds", "1", "--json", str(out)]
+    assert coco_load.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("300 pictures, 2000 boxes, a file of 1 MB")
+    assert [line.split()[0] for line in lines[2:]] == ["json.load", "pycocotools", "reader"]
+    found = json.loads(out.read_text())["medians"]
+    assert found["reader"]["worker"] < found["pycocotools"]["worker"]
+    assert found["reader"]["sent"] < 0.2
+    coco_load.make_root(tmp_path, 300, 2000)
+    dataset = COCODetection(tmp_path, [("2017", "train")])
+    assert len(dataset) == 300 and sum(len(dataset.target(i)) for i in range(300)) == 2000

@@ -16,7 +16,6 @@ import argparse
 import base64
 import hashlib
 import html
-import json
 import logging
 import re
 import sys
@@ -29,12 +28,11 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data import DATASETS
-from data.coco import COCODetection
+from data import DATASETS, DetectionData, build_dataset
 from data.config import PRIORS, PriorConfig
 from data.image import read_image
 from data.image_sets import sets_name
-from data.voc0712 import VOCDetection
+from data.skips import SkipKind
 from engine.options import DEFAULTS
 from utils.arguments import positive
 from utils.errors import UserError, command
@@ -43,10 +41,6 @@ from utils.logger import LOGGER
 
 PARTS = {"train": "train_sets", "test": "test_sets"}
 LEVELS = ("error", "warning", "note")
-# What the readers change without harm; whatever else they tell of is worth a warning.
-HARMLESS = ("box clipped", "crowd, left out", "set whose pictures")
-# No harm if --classes asks for it; a test set with other classes than the training's loses boxes.
-CHOSEN = "set of which some classes"
 MATCHED = DEFAULTS["jaccard_threshold"]
 LOW_SHARE = 0.9
 """A class fits if this share of its boxes reaches the IoU `MATCHED` with some prior box."""
@@ -91,7 +85,7 @@ class Report:
 
     options: dict
     sizes: Sequence[int]
-    parts: dict[str, VOCDetection | COCODetection] = field(default_factory=dict)
+    parts: dict[str, DetectionData] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     classes: dict[str, dict[str, tuple[int, int]]] = field(default_factory=dict)
     fits: list[dict] = field(default_factory=list)
@@ -160,9 +154,7 @@ def check(
 def _open(options: dict, key: str, classes: Sequence[str] | None, faults: list[str]):
     """The data set of options[key]; what is wrong with single records goes to `faults`."""
     sets = [tuple(pair) for pair in options[key]]
-    if options["dataset"] == "COCO":
-        return COCODetection(options["root"], sets, classes=classes, missing_pictures=True)
-    return VOCDetection(options["root"], sets, classes=classes, faults=faults)
+    return build_dataset(options["dataset"], options["root"], sets, classes, faults=faults)
 
 
 # ---------------------------------------------------------------- pictures
@@ -254,36 +246,15 @@ def _check_reading(report: Report, part: str, dataset, look: Look) -> None:
     for what, records in turned.items():
         level = "note" if what.startswith("read as stored") else "warning"
         report.add(level, part, f"picture that an EXIF orientation turns: {what}", records)
-    place = _placer(part, dataset)
-    for reason, texts in dataset.skipped.items():
-        asked = reason.startswith(CHOSEN) and report.options.get("classes")
-        level = "note" if asked or reason.startswith(HARMLESS) else "warning"
-        report.add(level, part, reason, map(place, texts))
-
-
-def _placer(part: str, dataset) -> Callable[[str], Record]:
-    """place(text) -> the record of a line in the data set's `skipped`, with its picture and box."""
-    coco = isinstance(dataset, COCODetection)
-    names = dataset.ids if coco else [str(a.path) for a in dataset.annotations]
-    index = {name: i for i, name in enumerate(names)}
-
-    def place(text: str) -> Record:
-        if coco:
-            match = re.search(r" of image (\d+), bbox (\[.*\])$", text)
-            i = index.get(int(match[1])) if match else None
-        else:
-            match = re.match(r"(.*\.xml): (?:object (\d+))?", text)
-            i = index.get(match[1]) if match else None
-        if i is None:
-            return Record(text)
-        if coco:
-            x, y, w, h = json.loads(match[2])
-            box = (x, y, x + w, y + h)
-        else:
-            box = tuple(dataset.annotations[i].boxes[int(match[2]) - 1]) if match[2] else None
-        return Record(text, ((part, i),), box)
-
-    return place
+    for kind in dict.fromkeys(skip.kind for skip in dataset.skipped):
+        # A test set with other classes than the training's loses boxes; --classes asks for it.
+        asked = kind is SkipKind.CLASSES_LEFT_OUT and report.options.get("classes")
+        records = [
+            Record(skip.detail, () if skip.image is None else ((part, skip.image),), skip.box)
+            for skip in dataset.skipped
+            if skip.kind is kind
+        ]
+        report.add("note" if asked else kind.level, part, kind.text, records)
 
 
 # ---------------------------------------------------------------- copies
