@@ -9,7 +9,6 @@ Exit status: 0 done, 1 unexpected failure, 2 bad usage or bad input, 130 interru
 from __future__ import annotations
 
 import glob
-import hashlib
 import json
 import platform
 import signal
@@ -220,12 +219,6 @@ def log_dataset(dataset, options: dict, key: str) -> None:
     LOGGER.info("%s %s: %d pictures", options["root"], sets_name(options[key]), len(dataset))
     for line in dataset.report():
         LOGGER.info("  %s", line)
-
-
-def fingerprint(dataset) -> dict:
-    """What tells whether a data set is still the same: the number and the names of its pictures."""
-    names = "\n".join(map(str, dataset.ids))
-    return {"pictures": len(dataset), "ids": hashlib.sha256(names.encode()).hexdigest()}
 
 
 # ---------------------------------------------------------------- evaluation
@@ -565,12 +558,13 @@ def open_run(given: dict, world: World, directory: Path | None = None) -> Run:
             f"{len(train_set)} pictures cannot be cut into {parts} parts, {world.size} processes "
             f"with {options['accumulate']} accumulation steps each; use fewer"
         )
-    data = fingerprint(train_set)
-    if saved and saved.get("data") != data:
+    data = train_set.fingerprint()
+    before = saved.get("data") or {} if saved else data
+    if changed := [key for key in data if before.get(key) != data[key]]:
         raise UserError(
-            f"{path} was trained on other pictures ({saved.get('data', {}).get('pictures')}) than "
-            f"{options['root']} holds now ({data['pictures']}), so its run cannot go on; start a "
-            "new one from its weights with --resume_net"
+            f"{path} was trained on other data ({before.get('images')} images) than"
+            f" {options['root']} holds now ({data['images']}): {', '.join(changed)} differ, so its"
+            " run cannot go on; start a new one from its weights with --resume_net"
         )
     test_set = open_test_set(options) if options["test_frequency"] else None
     pull = open_cache(options["cache"], train_set)

@@ -192,7 +192,7 @@ def test_classes_that_are_left_out_unasked_are_worth_a_warning(coco_folder):
     document["categories"] = document["categories"][:1]
     document["annotations"] = [a for a in document["annotations"] if a["category_id"] == 3]
     path.write_text(json.dumps(document))
-    what = ("test", "set of which some classes are left out")
+    what = ("test", "image set read without some of its classes")
     (text,) = found(report_of(coco_folder, "COCO"), "warning")[what]
     assert text == "instances_val2017.json: 1 of 2 classes, 1 of 2 boxes"
     assert what in found(report_of(coco_folder, "COCO", classes="thing"), "note")
@@ -204,20 +204,20 @@ def test_every_fault_of_a_coco_set_is_told_at_once(coco_folder, capsys):
     names[1].write_bytes(b"no picture")
     add_coco(coco_folder, "val2017", [{"id": 9, "file_name": "9.jpg", "width": 5, "height": 5}])
     cv2.imwrite(str(coco_folder / "val2017" / "9.jpg"), np.full((6, 7, 3), 90, np.uint8))
-    with pytest.raises(UserError, match="1 of the 3 pictures"):
+    with pytest.raises(UserError, match="1 of the 3 images"):
         COCODetection(coco_folder, [("2017", "train")])
     errors = found(report_of(coco_folder, "COCO"), "error")
     train = errors["train", "record that a training stops at"]
     assert [str(name) in text for name, text in zip(names, train, strict=True)] == [True, True]
     (test,) = errors["test", "record that a training stops at"]
-    assert "9.jpg: the picture is 7 x 6, but" in test
+    assert "9.jpg: the image is 7 x 6, but" in test
 
 
 def test_an_image_set_that_is_missing_is_an_error_and_the_other_one_is_checked(voc_folder):
     (voc_folder / "ImageSets/Main/test.txt").unlink()
     report = report_of(voc_folder)
     (text,) = found(report, "error")["test", "image set that cannot be opened"]
-    assert 'no image set "test"' in text and "image sets there: trainval" in text
+    assert 'no image set "test"' in text and "image sets: trainval" in text
     assert list(report.parts) == ["train"] and report.fits
 
 
@@ -235,7 +235,7 @@ def test_ids_in_two_years_cannot_be_scored(voc_devkit):
     shutil.copytree(voc_devkit / "VOC2007", voc_devkit / "VOC2009")
     report = report_of(voc_devkit, test_sets="2007_test,2009_test")
     (text,) = found(report, "error")["test", "image sets that cannot be scored"]
-    assert "the same image id" in text
+    assert "the same id" in text
 
 
 # ---------------------------------------------------------------- orientation
@@ -283,17 +283,17 @@ def test_odd_boxes_and_names_are_told_by_reason(make_voc, tmp_path):
     report = report_of(root, classes="dog,Dog")
     warnings, notes = found(report, "warning"), found(report, "note")
     for what, number in (
-        ("box without area dropped", 2),
-        ("box outside the picture dropped", 3),
-        ('object of unknown class "cat" skipped', 5),
+        ("box without area, dropped", 2),
+        ("box outside the image, dropped", 3),
+        ("object of an unknown class, dropped", 5),
     ):
         (text,) = warnings["train", what]
         assert f"a.xml: object {number}" in text
-    assert "object 4" in notes["train", "box clipped to the picture"][0]
+    assert "object 4" in notes["train", "box clipped to the image"][0]
     assert warnings["", "classes whose names differ in case or spaces alone"] == ["dog, Dog"]
     assert warnings["train", "class without a box to train on"] == ["Dog"]
     # The boxes of the sheet are those of the XML, counted from 0.
-    boxes = [r.box for f in report.findings if f.what == "box without area dropped"
+    boxes = [r.box for f in report.findings if f.what == "box without area, dropped"
              for r in f.records]  # fmt: skip
     assert boxes == [(19, 19, 19, 39)]
 
@@ -328,10 +328,10 @@ def test_odd_boxes_of_coco_are_told_with_their_place(coco_folder):
     )
     report = report_of(coco_folder, "COCO")
     records = {f.what: f.records for f in report.findings}
-    (outside,) = records["box outside the picture, dropped"]
+    (outside,) = records["box outside the image, dropped"]
     assert outside.pictures == (("train", 1),) and outside.box == (300, 5, 310, 15)
-    assert len(records["box without area in the picture, dropped"]) == 1
-    assert ("train", "box clipped to the picture") in found(report, "note")
+    assert len(records["box without area, dropped"]) == 1
+    assert ("train", "box clipped to the image") in found(report, "note")
 
 
 # ---------------------------------------------------------------- copies
@@ -636,7 +636,7 @@ def test_the_sheet_marks_the_odd_box(tmp_path, make_voc):
     objects = [("dog", (60, 20, 140, 60)), *DOG]  # clipped at 96
     root = make_voc(tmp_path / "own", {"trainval": {"a": objects}, "test": {"c": DOG}})
     report = report_of(root)
-    report.findings = [f for f in report.findings if f.what == "box clipped to the picture"]
+    report.findings = [f for f in report.findings if f.what == "box clipped to the image"]
     (data,) = re.findall(r"base64,([^\"]+)", sheet(report))
     image = cv2.imdecode(np.frombuffer(base64.b64decode(data), np.uint8), cv2.IMREAD_COLOR)
     assert image.shape == (72, 96, 3)
