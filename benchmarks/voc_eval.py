@@ -18,7 +18,8 @@ import numpy as np
 
 from benchmarks.timing import CPU, machine, medians, write
 from data.config import VOC_CLASSES
-from data.voc_eval import METRICS, comp4_path, evaluate_voc, read_comp4, write_comp4
+from data.voc_comp4 import comp4_path, read_comp4, write_comp4
+from data.voc_eval import METRICS, evaluate_voc
 from data.voc_xml import Annotation
 
 

@@ -1,96 +1,69 @@
-"""COCO detection data sets: an annotation JSON and the folder of pictures it names.
-
-    root/annotations/instances_<set><year>.json    train2014 val2014 minival2014 valminusminival2014
-                                                   train2017 val2017
-    root/annotations/image_info_<set><year>.json   test2015 test-dev2015 test2017 test-dev2017
-    root/images/<split>/COCO_<split>_<id>.jpg      pictures before 2017, <id> of 12 digits
-    root/<split>/<id>.jpg                          pictures since
-
-Own data are read alike, with or without a year: any set, categories and ids. A set counts as a test
-split, without ground truth, if it has an image_info file alone. Format:
-https://cocodataset.org/#format-data. The files may lie in root/original_annotations/, too. The
-file's own `file_name` decides where it exists; it may have folders in it and start from
-root/<split>/, root/images/<split>/, root/images/ or root/.
-"""
+"""COCO detection data sets: samples and evaluation. `data.coco_layout` says where files lie."""
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from data.coco_eval import COCO_FIELDS, COCOResults, evaluate_coco, load_backend, notes
-from data.coco_json import Annotations, read_annotations
+from data.coco_eval import evaluate_coco, load_backend, notes
+from data.coco_json import COCOAnnotations, read_annotations
+from data.coco_layout import (
+    file_stem,
+    find_annotations,
+    find_images,
+    is_test_split,
+    list_image_sets,
+    normalise,
+)
+from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
 from data.detections import as_columns
-from data.image import read_image, report_lines
+from data.image import read_image
 from data.image_sets import ImageSet, first_with_objects, sets_name
+from data.skips import Skip, SkipKind, keep_images, report_lines
+from data.truth import Truth, digest
 from utils.errors import UserError
-from utils.files import atomic_write
-
-# Sets that are cut out of another split and have no picture folder of their own.
-PICTURES_OF = {"minival": "val", "valminusminival": "val", "test-dev": "test"}
-ANNOTATION_FOLDERS = ("annotations", "original_annotations")
-ANNOTATION_KINDS = ("instances_", "image_info_")
 
 
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """x, y, w, h [m,4] -> x1, y1, x2, y2 [m,4] inside pictures of width, height [m,2], in pixels.
+    """Convert x, y, w, h [m, 4] to x1, y1, x2, y2 [m, 4] inside images of (width, height) [m, 2].
 
-    As published: x2 = x1 + w - 1 from the x1 already clipped, so a box that starts left of the
-    picture or above it is moved in, not cut. It is for boxes that overlap their picture: one wholly
-    to the left or above would be moved in, too, one to the right or below gets x2 < x1 or y2 < y1.
+    As published, x2 = x1 + w - 1 with the x1 already clipped: a box that starts left of the image
+    or above it is moved in, not cut. Boxes must overlap their image: one wholly to the left or
+    above would be moved in, too, and one to the right or below gets x2 < x1 or y2 < y1.
     """
     start = np.maximum(boxes[:, :2], 0)
     return np.hstack([start, np.minimum(sizes - 1, start + np.maximum(boxes[:, 2:] - 1, 0))])
 
 
-def _is_test_split(path: Path) -> bool:
-    return path.name.startswith("image_info")
-
-
-def _image_set(year: str | None, name: str) -> ImageSet:
-    """("2017", "val") of that pair and of (None, "val2017")."""
-    if not year and (match := re.fullmatch(r"(.+?)(20\d\d)", name)):
-        name, year = match.groups()
-    return ImageSet(year or None, name)
-
-
-def list_image_sets(root: str | Path) -> list[ImageSet]:
-    """The image sets under a root that have an annotation file."""
-    root = Path(os.path.expanduser(root))
-    found = [
-        _image_set(None, path.stem.removeprefix(kind))
-        for folder in ANNOTATION_FOLDERS
-        for kind in ANNOTATION_KINDS
-        for path in (root / folder).glob(f"{kind}?*.json")
-    ]
-    return sorted(set(found), key=lambda each: (each.year or "", each.name))
-
-
 class COCODetection:
-    """Pictures and boxes of COCO image sets, e.g. `COCODetection(root, [("2017", "val")])`.
+    """Samples of COCO image sets; a `data.DetectionData`.
 
-    `ds[i]` is (BGR uint8 [H,W,3], float32 [n,5] of x1, y1, x2, y2 in pixels and the label, from 1),
-    both after `transform(image, target)` if there is one. Labels follow the categories by id, or
-    the order of `classes`, names of categories that are to be read alone: label k is
-    `classes[k - 1]` and COCO's category `category_ids[k]` (80 labels to ids up to 90);
-    `category_labels` is the way back. `ids` ascend within a set. Pictures without boxes are kept
-    with [0,5], and those of a test split have nothing else. `crowds`: whether boxes around crowds
-    are ordinary boxes, as published, or left out of the targets (a score always counts them as
-    COCO does). Boxes without area or wholly outside their picture are dropped; `skipped` lists them
-    by reason. The year of a set in own data may be None. `faults`: given a list, a missing image
-    is told when it is read, for `tools.check`. `eval_backend` computes the score, one of
-    `data.coco_eval.BACKENDS`.
+    ``ds[i]`` is (image, target): BGR uint8 [H, W, 3] and float32 [n, 5] of x1, y1, x2, y2 in
+    pixels and the label, from 1; n may be 0, and is in a test split. Boxes without area or wholly
+    outside their image are dropped, others are clipped (`clip_boxes`); ``skipped`` records that.
 
-    UserError: no annotation file of that name, a malformed one (see `read_annotations`), missing
-    pictures, sets of different categories, a picture in two sets, no category of a name.
+    Label k is ``classes[k - 1]`` and COCO's category ``category_ids[k]`` (80 labels, ids up to
+    90); ``category_labels`` maps ids to labels. ``ids`` are ascending within an image set.
+
+    Args:
+        root: a folder laid out as `data.coco_layout` describes.
+        image_sets: (year, name) pairs such as ("2017", "val"); the year may be None.
+        transform: called as transform(image, target) on every sample.
+        classes: names of the categories to read, in the order of their labels; None: all, by id.
+        crowds: whether boxes around crowds are targets like other boxes, as published. A score
+            always treats them as COCO does.
+        eval_backend: what computes the score, one of `data.coco_eval.BACKENDS`.
+        faults: for ``tools.check``. Given a list, a missing image raises when it is read.
+
+    Raises:
+        UserError: no annotation file of that name, a malformed one (see `read_annotations`),
+            missing images, sets with different categories, an image in two sets, an unknown class.
     """
 
     def __init__(
@@ -100,103 +73,113 @@ class COCODetection:
         transform: Callable | None = None,
         classes: Sequence[str] | None = None,
         crowds: bool = True,
-        faults: list[str] | None = None,
         eval_backend: str = "pycocotools",
-    ):
+        faults: list[str] | None = None,
+    ) -> None:
         if not image_sets:
-            raise ValueError("image_sets is empty, wanted e.g. [('2017', 'val')]")
+            raise ValueError("image_sets is empty, expected e.g. [('2017', 'val')]")
         self.root = Path(os.path.expanduser(root))
-        self.image_sets = [_image_set(*each) for each in image_sets]
+        self.image_sets = [normalise(*each) for each in image_sets]
         self.transform = transform
-        self._turned: set[Path] = set()
         self.crowds = crowds
         self.eval_backend = eval_backend
-        self._faults = faults
-        self.skipped: dict[str, list[str]] = {}
-        files = [self._read(*each, classes) for each in self.image_sets]
+        self.skipped: list[Skip] = []
+        self._turned: set[Path] = set()
+        files = [self._read(image_set, classes) for image_set in self.image_sets]
         self._files = [file.path for file in files]
-        known = dict(zip(files[0].classes, files[0].category_ids.tolist(), strict=True))
+        known = files[0].categories()
         for file in files[1:]:
-            if dict(zip(file.classes, file.category_ids.tolist(), strict=True)) != known:
+            if file.categories() != known:
                 raise UserError(f"{file.path}: its categories differ from {files[0].path.name}'s")
         self.classes = tuple(known if classes is None else classes)
         self.category_ids = {k: known[name] for k, name in enumerate(self.classes, 1)}
         self.category_labels = {id: label for label, id in self.category_ids.items()}
+        self._digest = digest(self.classes, *(each for file in files for each in _content(file)))
         # What follows goes to every loader process. Arrays are shared there, or copied whole where
         # processes are not forked; of a list each object would be copied when it is first used.
-        self._folders, names = zip(*map(self._find_pictures, files, self.image_sets), strict=True)
-        self._names = np.concatenate(names)
-        self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
         ids = np.concatenate([file.image_ids for file in files])
-        once, counts = np.unique(ids, return_counts=True)
-        if len(once) < len(ids):
-            raise UserError(
-                f"{' and '.join(map(str, self._files))}: image id {once[counts > 1][0]} is in more"
-                " than one of them"
-            )
+        self._check_unique(ids)
         self.ids = ids.tolist()
+        self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
+        places = [
+            self._find_images(*each, faults) for each in zip(files, self.image_sets, strict=True)
+        ]
+        self._folders, names = zip(*places, strict=True)
+        self._names = np.concatenate(names)
         self._sizes = np.concatenate([file.sizes for file in files])
-        targets, counts = zip(*map(self._targets, files), strict=True)
+        starts = np.cumsum([0, *(len(file.image_ids) for file in files)])
+        targets, counts = zip(*map(self._targets, files, starts.tolist()), strict=True)
         self._boxes = np.concatenate(targets)
-        self._offsets = np.concatenate([[0], np.cumsum(np.concatenate(counts))])
+        self._offsets = np.append(0, np.cumsum(np.concatenate(counts)))
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, i: int):
-        image, target = self.pull_image(i), self.target(i)
-        return (image, target) if self.transform is None else self.transform(image, target)
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (`pull_image`, `target`), transformed if there is a transform."""
+        image, target = self.pull_image(index), self.target(index)
+        return self.transform(image, target) if self.transform else (image, target)
 
-    list_image_sets = staticmethod(list_image_sets)
+    @staticmethod
+    def list_image_sets(root: str | Path) -> list[ImageSet]:
+        """Return the image sets under ``root`` that have an annotation file."""
+        return list_image_sets(root)
 
-    def image_path(self, i: int) -> Path:
-        return self._folders[self._set_of[i]] / str(self._names[i])
+    def image_path(self, index: int) -> Path:
+        """Return the image's file."""
+        return self._folders[self._set_of[index]] / str(self._names[index])
 
-    def image_size(self, i: int) -> tuple[int, int]:
-        """(width, height) in pixels, as the annotation file has it."""
-        width, height = self._sizes[i].tolist()
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Return (width, height) in pixels, as the annotation file says."""
+        width, height = self._sizes[index].tolist()
         return width, height
 
-    def pull_image(self, i: int) -> np.ndarray:
-        """BGR uint8 [H,W,3], of the size that its boxes are for.
+    def pull_image(self, index: int) -> np.ndarray:
+        """Return the image, BGR uint8 [H, W, 3], of the size that its boxes are for.
 
-        A picture that an EXIF tag turns, but that was annotated as it is stored, is read as stored,
-        and the log says so once. UserError if it is unreadable or of another size.
+        An image that an EXIF tag turns, but that was annotated as it is stored, is read as stored;
+        the log says so once.
+
+        Raises:
+            UserError: the image cannot be read or has another size.
         """
-        path, size = self.image_path(i), self.image_size(i)
+        path, size = self.image_path(index), self.image_size(index)
         image = read_image(path)
         if (found := image.shape[1::-1]) == size:
             return image
-        file = self._files[self._set_of[i]]
+        file = self._files[self._set_of[index]]
         stored = read_image(path, orient=False)
         if stored.shape[1::-1] != size:
             raise UserError(
-                f"{path}: the picture is {found[0]} x {found[1]}, but {file} says {size[0]} x"
-                f" {size[1]}; restore the annotated picture or correct the file"
+                f"{path}: the image is {found[0]} x {found[1]}, but {file} says {size[0]} x"
+                f" {size[1]}; restore the annotated image or correct the file"
             )
         if path not in self._turned:
             self._turned.add(path)
             logging.getLogger("ssd").warning(
-                "%s: an EXIF orientation tag turns the picture to %d x %d, but %s says %d x %d; it "
+                "%s: an EXIF orientation tag turns the image to %d x %d, but %s says %d x %d; it "
                 "is read as stored", path, *found, file, *size
             )  # fmt: skip
         return stored
 
-    def target(self, i: int) -> np.ndarray:
-        """float32 [n,5]: x1, y1, x2, y2 in pixels, label."""
-        i = range(len(self))[i]
-        return self._boxes[self._offsets[i] : self._offsets[i + 1]].copy()
+    def target(self, index: int) -> np.ndarray:
+        """Return the objects to train on, float32 [n, 5]: x1, y1, x2, y2 in pixels, label."""
+        index = range(len(self))[index]
+        return self._boxes[self._offsets[index] : self._offsets[index + 1]].copy()
 
     def report(self) -> list[str]:
-        """A line for the log for every reason in `skipped`, with the count and an example."""
+        """Return `skipped` as lines for the log."""
         return report_lines(self.skipped)
 
     def keep_first(self, n: int) -> None:
-        """Restrict the data set, in place, to the first n pictures with an object in their target.
+        """Keep only the first ``n`` images with an object in their target.
 
-        `evaluate` then scores these pictures alone, and image sets without one of them are gone
-        from `image_sets`; `skipped` is left as it is. UserError if there are fewer such pictures,
-        as in a test split, ValueError for n below 1.
+        `evaluate` then scores these images alone. Image sets without one of them leave
+        ``image_sets``.
+
+        Raises:
+            UserError: fewer images have an object, as in a test split.
+            ValueError: ``n`` is below 1.
         """
         counts = np.diff(self._offsets)
         kept = first_with_objects(counts, n, f"{self.root}: {sets_name(self.image_sets)}")
@@ -204,63 +187,82 @@ class COCODetection:
         self.ids = [self.ids[i] for i in kept]
         self._names, self._sizes = self._names[kept], self._sizes[kept]
         self._offsets = np.append(0, np.cumsum(counts[kept]))
+        self.skipped = keep_images(self.skipped, kept)
         used, self._set_of = np.unique(self._set_of[kept], return_inverse=True)
         self.image_sets, self._files, self._folders = (
             [items[s] for s in used] for items in (self.image_sets, self._files, self._folders)
         )
 
-    def annotation_files(self) -> list[Path]:
-        """The annotation file of each image set."""
-        return list(self._files)
-
     def check_scorable(self) -> None:
-        """UserError if `evaluate` could not score: more than one set, or no such backend here."""
+        """Raise UserError if `evaluate` cannot score: several image sets, or no such backend."""
         if len(self.image_sets) > 1:
             sets = ", ".join(map(str, self.image_sets))
             raise UserError(f"{self.root}: COCO scores one image set at a time, not {sets}")
-        if not _is_test_split(self._files[0]):
+        if not is_test_split(self._files[0]):
             load_backend(self.eval_backend)
 
+    def truth(self) -> Truth:
+        """Return the objects that `evaluate` scores against, nothing clipped or dropped.
+
+        The annotation files are read again.
+        """
+        parts = []
+        for k, path in enumerate(self._files):
+            images = np.flatnonzero(self._set_of == k)
+            file = read_annotations(path, boxes=not is_test_split(path)).of_classes(self.classes)
+            file = file.of_images([self.ids[i] for i in images])
+            boxes = np.hstack([file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:]])
+            parts.append((images[file.owners()], boxes, self._labels(file), file.crowds))
+        return Truth(*map(np.concatenate, zip(*parts, strict=True)), "coco")
+
+    def fingerprint(self) -> dict:
+        """Return plain data that is equal for equal ids, annotations and ``crowds``.
+
+        After `keep_first`, changed annotations of the other images still count.
+        """
+        return {
+            "images": len(self),
+            "ids": digest(self.ids),
+            "annotations": self._digest,
+            "crowds": self.crowds,
+        }
+
     def evaluate(
-        self,
-        detections: Sequence[dict],
-        directory: str | Path,
-        name: str = "SSD",
+        self, detections: Sequence[dict], directory: str | Path, name: str = "SSD"
     ) -> dict:
-        """Write the results JSON into `directory` and score what it says.
+        """Write the results JSON into ``directory`` and score it.
 
-        `detections`: for each picture, in this order, {"boxes": float32 [n,4] of x1, y1, x2, y2 in
-        pixels, "scores": float32 [n], "labels": int64 [n] from 1}; n may be 0. As published a
-        `bbox` is x1, y1, x2 - x1 + 1, y2 - y1 + 1. The file is detections_<split>_results.json; a
-        test split's is detections_<split>_<name>_results.json, and it is packed into a .zip of the
-        same stem, which is what the evaluation server takes.
+        The file is detections_<split>_results.json. As published, a ``bbox`` is x1, y1,
+        x2 - x1 + 1, y2 - y1 + 1. That of a test split is detections_<split>_<name>_results.json,
+        and is also packed into a .zip of the same stem for the evaluation server.
 
-        Returns {"metric", "value" (AP at [.5:.95]), "per_class" (the same of each class), "iou",
-        "max_dets", "image_set", "results" and "curves" (files in `directory`, see `data.curves`),
-        "stats" (the twelve numbers, see `data.coco_eval.STATS`), "per_size" and
-        "per_class_per_size" (AP of small, medium and large objects), "backend" (name and version),
-        "notes" (lines for the log)}; -1 is "no ground truth". A test split has "value" None,
-        nothing per class or size, neither stats nor curves, and "archive" (the .zip, beside them).
+        Args:
+            detections: one dict an image, in the data set's order, with "boxes" float32 [n, 4],
+                (x1, y1, x2, y2) in pixels, "scores" float32 [n] and "labels" int64 [n], from 1;
+                n may be 0.
+            name: of the detector; letters, digits and . + - _.
 
-        ValueError: as `data.detections.as_columns`, or a `name` that is more than letters, digits
-        and . + - _. UserError: a file that cannot be written.
+        Returns:
+            {"metric", "value" (AP at [.5:.95]), "per_class" (the same a class), "iou",
+            "max_dets", "image_set", "results" and "curves" (files in ``directory``, see
+            `data.curves`), "stats" (the twelve numbers of `data.coco_eval.STATS`), "per_size" and
+            "per_class_per_size" (AP of small, medium and large objects), "backend" (name and
+            version), "notes" (lines for the log)}; -1 means no ground truth. For a test split
+            "value" is None, "per_class" is empty, "archive" names the .zip, and numbers are left
+            out.
+
+        Raises:
+            ValueError: malformed detections (see `data.detections.as_columns`) or ``name``.
+            UserError: a file that cannot be written.
         """
         if not re.fullmatch(r"[\w.+-]+", name, re.ASCII):
             raise ValueError(f"{name!r} cannot be in the name of a submitted file")
         self.check_scorable()
-        images, scores, labels, corners = as_columns(detections, self.ids, len(self.classes))
-        [image_set], [truth] = self.image_sets, self._files
-        test = _is_test_split(truth)
-        sides = corners[:, 2:] - corners[:, :2] + 1
-        boxes = np.hstack([corners[:, :2], sides]).round(4)
-        categories = np.array(list(self.category_ids.values()))[labels - 1]
-        results = COCOResults(np.array(self.ids)[images], categories, boxes, scores)
-        rows = zip(*(column.tolist() for column in results), strict=True)
-        split = image_set.name + (image_set.year or "") + (f"_{name}" if test else "")
+        results = self._results(detections)
+        [image_set], test = self.image_sets, is_test_split(self._files[0])
+        split = f"{file_stem(image_set)}_{name}" if test else file_stem(image_set)
         path = Path(directory) / f"detections_{split}_results.json"
-        with atomic_write(path) as file:
-            records = [dict(zip(COCO_FIELDS, row, strict=True)) for row in rows]
-            file.write(json.dumps(records).encode())
+        write_results(path, results)
         report = {
             "metric": "COCO AP",
             "value": None,
@@ -270,22 +272,27 @@ class COCODetection:
             "image_set": str(image_set),
             "results": path.name,
         }
-        if test:
-            archive = path.with_suffix(".zip")
-            with (
-                atomic_write(archive) as file,
-                zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members,
-            ):
-                members.write(path, path.name)
-            report["archive"] = archive.name
-            report["notes"] = [
-                f"{archive}: no score here, {truth.name} has no ground truth; the evaluation server"
-                " takes this file"
-            ]
-            return report
-        curves = path.with_name(CURVES_FILE)
-        scored = evaluate_coco(results, truth, self.eval_backend, curves, self.classes, self.ids)
-        return report | {
+        return report | (self._pack(path) if test else self._score(results, Path(directory)))
+
+    def _pack(self, path: Path) -> dict:
+        """Pack a results file for the evaluation server."""
+        archive = write_archive(path)
+        note = (
+            f"{archive}: no score here, {self._files[0].name} has no ground truth; the evaluation"
+            " server takes this file"
+        )
+        return {"archive": archive.name, "notes": [note]}
+
+    def _score(self, results: COCOResults, directory: Path) -> dict:
+        scored = evaluate_coco(
+            results,
+            self._files[0],
+            self.eval_backend,
+            curves=directory / CURVES_FILE,
+            classes=self.classes,
+            images=self.ids,
+        )
+        return {
             "value": scored["stats"][0],
             "per_class": scored["per_category"],
             "per_size": scored["per_size"],
@@ -296,123 +303,99 @@ class COCODetection:
             "notes": notes(scored),
         }
 
-    def _read(self, year, name, classes):
-        paths = [
-            self.root / folder / f"{kind}{name}{year or ''}.json"
-            for folder in ANNOTATION_FOLDERS
-            for kind in ANNOTATION_KINDS
-        ]
-        # False, too, for a name that no file system takes
-        path = next((path for path in paths if os.path.isfile(path)), None)
-        if path is None:
-            there = ", ".join(map(str, list_image_sets(self.root)))
-            if not there:
-                files = sorted(p for glob in ("*.json", "*/*.json") for p in self.root.glob(glob))
-                files = ", ".join(str(path.relative_to(self.root)) for path in files[:10])
-                there = f"none; JSON files there: {files or 'none'}"
-            raise UserError(
-                f"{paths[0]}: no such annotation file, nor {paths[1].name}, nor one of them in"
-                f" {ANNOTATION_FOLDERS[1]}/; image sets in {self.root}: {there} (--root,"
-                " --train_sets, --test_sets; docs/own_data.md)"
-            )
-        file = read_annotations(path, boxes=not _is_test_split(path))
+    def _results(self, detections: Sequence[dict]) -> COCOResults:
+        images, scores, labels, corners = as_columns(detections, self.ids, len(self.classes))
+        boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2] + 1]).round(4)
+        categories = np.array(list(self.category_ids.values()))[labels - 1]
+        return COCOResults(np.array(self.ids)[images], categories, boxes, scores)
+
+    # ------------------------------------------------------------ reading
+
+    def _read(self, image_set: ImageSet, classes: Sequence[str] | None) -> COCOAnnotations:
+        path = find_annotations(self.root, image_set)
+        file = read_annotations(path, boxes=not is_test_split(path))
         if classes is None:
             return file
         part = file.of_classes(classes)
         if len(part.classes) < len(file.classes):
-            self._skip(
-                "set of which some classes are left out",
-                file,
-                f"{len(part.classes)} of {len(file.classes)} classes, {len(part.boxes)} of"
-                f" {len(file.boxes)} boxes",
+            detail = (
+                f"{path.name}: {len(part.classes)} of {len(file.classes)} classes,"
+                f" {len(part.boxes)} of {len(file.boxes)} boxes"
             )
+            self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
         return part
 
-    def _find_pictures(self, file, image_set):
-        """The folder that has the pictures, and their names in it as an array."""
-        year, name = image_set
-        splits = [f"{PICTURES_OF.get(name, name)}{year or ''}", file.split]
-        before_2017 = year in ("2014", "2015")
-        folders = [
-            self.root / place / split
-            for split in filter(None, splits)
-            for place in (("images", "") if before_2017 else ("", "images"))
-        ]
-        usual, found = folders[0], []
-        for folder in dict.fromkeys([*folders, self.root / "images", self.root]):
-            if os.path.isdir(folder):
-                prefix = f"COCO_{folder.name}_" if before_2017 else ""
-                names, missing = _names_in(folder, prefix, file)
-                found.append((len(missing), folder, names, missing))
-                if not missing:
-                    break
-        count, folder, names, missing = min(
-            found, key=lambda item: item[0], default=(len(file.image_ids), usual, [], [])
-        )
-        if count == len(file.image_ids) and not os.path.isdir(usual):
+    def _check_unique(self, ids: np.ndarray) -> None:
+        once, counts = np.unique(ids, return_counts=True)
+        if len(once) < len(ids):
             raise UserError(
-                f"{usual}: no such folder, for the pictures of {file.path.name}, such as"
-                f" {file.file_names[0] or file.image_ids[0]}; nor are they in"
-                f" {', '.join(map(str, folders[1:]))}, {self.root / 'images'} or {self.root}"
+                f"{' and '.join(map(str, self._files))}: image id {once[counts > 1][0]} is in more"
+                " than one of them"
             )
-        if missing and self._faults is None:
-            raise UserError(
-                f"{folder}: {count} of the {len(names)} pictures in {file.path.name} are missing:"
-                f" {', '.join(missing[:10])}" + (" ..." if count > 10 else "")
-            )
-        if folder != usual:
-            detail = f"{folder}, they are not in {usual}"
-            self._skip("set whose pictures are in another folder", file, detail)
-        return folder, np.array(names)
 
-    def _targets(self, file):
-        """float32 [m,5] of the boxes kept, and int64 [N] how many a picture has."""
-        picture = np.repeat(np.arange(len(file.image_ids)), np.diff(file.offsets))
-        sizes = file.sizes[picture]
+    def _find_images(
+        self, file: COCOAnnotations, image_set: ImageSet, faults: list[str] | None
+    ) -> tuple[Path, np.ndarray]:
+        """Return the folder with the images of a file, and their names in it, str [N]."""
+        found = find_images(self.root, file, image_set)
+        if found.missing and faults is None:
+            more = " ..." if len(found.missing) > 10 else ""
+            raise UserError(
+                f"{found.folder}: {len(found.missing)} of the {len(found.names)} images in"
+                f" {file.path.name} are missing: {', '.join(found.missing[:10])}{more}"
+            )
+        if found.folder != found.usual:
+            detail = f"{file.path.name}: {found.folder}, they are not in {found.usual}"
+            self.skipped.append(Skip(SkipKind.OTHER_FOLDER, None, None, detail))
+        return found.folder, found.names
+
+    def _targets(self, file: COCOAnnotations, start: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the targets, float32 [m, 5], and how many of them each image has, int64 [N].
+
+        start: index of the file's first image in the data set.
+        """
+        owners = file.owners()
+        sizes = file.sizes[owners]
         corners = clip_boxes(file.boxes, sizes)
         # 0.01: what COCO's two decimals leave of a box that touches the border.
-        outside = np.maximum(-file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:] - sizes)
+        beyond = np.maximum(-file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:] - sizes)
         # Clipping would move some of these in.
-        absent = (file.boxes[:, :2] + file.boxes[:, 2:] <= 0) | (file.boxes[:, :2] >= sizes)
-        absent = absent.any(1)
+        outside = (file.boxes[:, :2] + file.boxes[:, 2:] <= 0) | (file.boxes[:, :2] >= sizes)
+        outside = outside.any(1)
         # A box of one pixel has x2 = x1, and neither an IoU nor a logarithm of its width.
-        flat = ~absent & (corners[:, 2:] <= corners[:, :2]).any(1)
-        empty = ~absent & ~flat & (file.areas <= 0)
-        kept = ~absent & ~flat & ~empty
+        flat = ~outside & (corners[:, 2:] <= corners[:, :2]).any(1)
+        empty = ~outside & ~flat & (file.areas <= 0)
+        kept = ~outside & ~flat & ~empty
         crowd = kept & file.crowds & (not self.crowds)
         kept &= ~crowd
-        for reason, rows in {
-            "box outside the picture, dropped": absent,
-            "box without area in the picture, dropped": flat,
-            "annotation of area 0 or less, dropped": empty,
-            "crowd, left out": crowd,
-            "box clipped to the picture": kept & (outside > 0.01).any(1),
-        }.items():
+        for kind, rows in (
+            (SkipKind.BOX_OUTSIDE, outside),
+            (SkipKind.BOX_WITHOUT_AREA, flat),
+            (SkipKind.AREA_NOT_POSITIVE, empty),
+            (SkipKind.CROWD, crowd),
+            (SkipKind.BOX_CLIPPED, kept & (beyond > 0.01).any(1)),
+        ):
             for n in np.flatnonzero(rows):
-                self._skip(
-                    reason,
-                    file,
-                    f"annotation {file.annotation_ids[n]} of image {file.image_ids[picture[n]]},"
-                    f" bbox {file.boxes[n].tolist()}",
+                x, y, w, h = bbox = file.boxes[n].tolist()
+                detail = (
+                    f"{file.path.name}: annotation {file.annotation_ids[n]} of image"
+                    f" {file.image_ids[owners[n]]}, bbox {bbox}"
                 )
-        label_of = np.array([self.category_labels[id] for id in file.category_ids.tolist()])
-        labels = label_of[file.labels - 1]
-        target = np.hstack([corners, labels[:, None]])[kept].astype(np.float32)
-        return target, np.bincount(picture[kept], minlength=len(file.image_ids))
+                image = start + int(owners[n])
+                self.skipped.append(Skip(kind, image, (x, y, x + w, y + h), detail))
+        target = np.hstack([corners, self._labels(file)[:, None]])[kept].astype(np.float32)
+        return target, np.bincount(owners[kept], minlength=len(file.image_ids))
 
-    def _skip(self, reason, file, detail):
-        self.skipped.setdefault(reason, []).append(f"{file.path.name}: {detail}")
+    def _labels(self, file: COCOAnnotations) -> np.ndarray:
+        """Return the data set's label of each box, int64 [m]; a file's follow its category ids."""
+        label_of = [self.category_labels[id] for id in file.category_ids.tolist()]
+        return np.array(label_of, np.int64)[file.labels - 1]
 
 
-def _names_in(folder: Path, prefix: str, file: Annotations) -> tuple[list[str], list[str]]:
-    """The names of a file's pictures in a folder, and those of them that are not there."""
-    existing = set(os.listdir(folder))
-    names, missing = [], []
-    for id, name in zip(file.image_ids.tolist(), file.file_names.tolist(), strict=True):
-        usual = f"{prefix}{id:012d}.jpg"
-        name = usual if not name or (name not in existing and usual in existing) else name
-        names.append(name)
-        # The listing has no names with a folder in them.
-        if name not in existing and not os.path.isfile(folder / name):
-            missing.append(name)
-    return names, missing
+def _content(file: COCOAnnotations) -> tuple:
+    """Return everything of an annotation file that training and scoring depend on."""
+    return (
+        file.categories(),
+        *(file.image_ids, file.sizes, file.offsets),
+        *(file.boxes, file.labels, file.areas, file.crowds),
+    )

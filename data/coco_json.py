@@ -13,29 +13,150 @@ import numpy as np
 from data.detections import LARGEST
 from utils.errors import UserError
 
+# ---------------------------------------------------------------- any JSON file
+
+
+def read_json(path: str | Path, object_hook: Callable[[dict], object] | None = None) -> object:
+    """Parse a JSON file. Raises UserError if it cannot be read or is not JSON."""
+    collecting = gc.isenabled()
+    gc.disable()  # half of the time goes to searching the growing records for garbage
+    try:
+        data = Path(path).read_bytes()
+        text = data.decode(json.detect_encoding(data), "surrogatepass")
+        del data  # the two are most of the memory that a large file takes
+        return json.loads(text, object_hook=object_hook)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a JSON file ({error})") from error
+    finally:
+        if collecting:
+            gc.enable()
+
+
+class Records:
+    """A list of n JSON objects, read by field.
+
+    Every error is a UserError that names the first object with a wrong value, and the value.
+
+    Args:
+        source: the file, or what else the objects come from, for messages.
+        kind: the name of the list, such as "annotations".
+        records: the parsed list.
+    """
+
+    def __init__(self, source: object, kind: str, records: object) -> None:
+        if not isinstance(records, list):
+            raise UserError(f"{source}: has no list of {kind}")
+        self.source = source
+        self.kind = kind
+        self.records = records
+
+    def integers(self, field: str) -> np.ndarray:
+        """Return a field of whole numbers, also written as 96.0: int64 [n]."""
+        values = self._values(field)
+        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+        return self._array(field, values, (), np.int64, "a whole number")
+
+    def numbers(self, field: str) -> np.ndarray:
+        """Return a field of finite numbers: float64 [n]."""
+        return self._array(field, self._values(field), (), np.float64, "a finite number")
+
+    def boxes(self) -> np.ndarray:
+        """Return the field "bbox", 4 numbers up to `LARGEST`, so that areas are finite: [n, 4]."""
+        values = self._values("bbox")
+        boxes = self._array("bbox", values, (4,), np.float64, "4 finite numbers")
+        if (beyond := (np.abs(boxes) > LARGEST).any(1)).any():
+            raise self.unfit(int(beyond.argmax()), "bbox", f"4 numbers up to {LARGEST:g}")
+        return boxes
+
+    def unfit(self, n: int, field: str, wanted: str) -> UserError:
+        """Return the error that a field of object ``n`` is not what is ``wanted``."""
+        record = self.records[n] if isinstance(self.records[n], dict) else {}
+        where = f"{self.kind}[{n}]" + (f" (id {record['id']})" if "id" in record else "")
+        value = f"{record.get(field)!r:.60}"
+        return UserError(f"{self.source}: {where} needs {wanted} as '{field}', found {value}")
+
+    def _values(self, field: str) -> list:
+        return [r.get(field) if isinstance(r, dict) else None for r in self.records]
+
+    def _array(
+        self, field: str, values: list, shape: tuple[int, ...], dtype: type, wanted: str
+    ) -> np.ndarray:
+        if values and not _fits(values, (len(values), *shape), dtype):
+            n = next(n for n, value in enumerate(values) if not _fits(value, shape, dtype))
+            raise self.unfit(n, field, wanted)
+        return np.array(values, dtype).reshape(-1, *shape)
+
+
+def _fits(value: object, shape: tuple[int, ...], dtype: type) -> bool:
+    try:
+        array = np.array(value)
+    except ValueError:  # ragged
+        return False
+    kinds = "i" if dtype is np.int64 else "iuf"
+    return array.shape == shape and array.dtype.kind in kinds and bool(np.isfinite(array).all())
+
+
+def positions(
+    where: str, field: str, values: np.ndarray, known: np.ndarray, path: Path
+) -> np.ndarray:
+    """Return the positions of ``values`` in ``known``, int64 [n].
+
+    Args:
+        where: what holds the values, for messages, such as "FILE: annotations".
+        field: their field.
+        known: ascending ids of the annotation file ``path``.
+
+    Raises:
+        UserError: some values are not known; the message names the first.
+    """
+    index = np.searchsorted(known, values).clip(max=len(known) - 1)
+    unknown = np.flatnonzero(known[index] != values)
+    if len(unknown):
+        n = unknown[0]
+        raise UserError(
+            f"{where}[{n}] has the {field} {values[n]}, which {path} does not list, like"
+            f" {len(unknown)} of {len(values)}; it lists {len(known)}, {known[0]} to {known[-1]}"
+        )
+    return index
+
+
+# ---------------------------------------------------------------- annotation files
+
 
 @dataclass(frozen=True)
-class Annotations:
-    """One annotation file as arrays: N pictures by id, K categories by id, M boxes by picture."""
+class COCOAnnotations:
+    """One annotation file as arrays: N images by id, K categories by id, M boxes by image."""
 
     path: Path
     image_ids: np.ndarray  # int64 [N], ascending
     file_names: np.ndarray  # str [N], "" where the file has none
-    split: str  # folder of the first picture in its coco_url, "" where it has none
+    split: str  # folder of the first image in its coco_url, "" where it has none
     sizes: np.ndarray  # int64 [N, 2], width and height
     category_ids: np.ndarray  # int64 [K], ascending; label k is category_ids[k - 1]
     classes: tuple[str, ...]  # K names
-    offsets: np.ndarray  # int64 [N + 1]; picture i owns the boxes offsets[i]:offsets[i + 1]
+    offsets: np.ndarray  # int64 [N + 1]; image i owns the boxes offsets[i]:offsets[i + 1]
     boxes: np.ndarray  # float64 [M, 4], x, y, w, h in pixels as annotated
     labels: np.ndarray  # int64 [M], 1..K
     areas: np.ndarray  # float64 [M], of the segmentation; w * h where the file has none
     crowds: np.ndarray  # bool [M]
     annotation_ids: list  # M ids, None where the file has none
 
-    def of_classes(self, classes: Sequence[str]) -> Annotations:
-        """The same pictures with the boxes of these categories alone, in the order of the ids.
+    def categories(self) -> dict[str, int]:
+        """Return class name -> category id, by id."""
+        return dict(zip(self.classes, self.category_ids.tolist(), strict=True))
 
-        UserError for a name that is not there. ValueError for one given twice.
+    def owners(self) -> np.ndarray:
+        """Return the position of each box's image, int64 [M]."""
+        return np.repeat(np.arange(len(self.image_ids)), np.diff(self.offsets))
+
+    def of_classes(self, classes: Sequence[str]) -> COCOAnnotations:
+        """Return these categories, in the order of their ids, all images, and their boxes.
+
+        Raises:
+            UserError: an unknown name.
+            ValueError: a name given twice.
         """
         if len(set(classes)) < len(classes):
             raise ValueError(f"classes must be unique, got {', '.join(classes)}")
@@ -53,23 +174,25 @@ class Annotations:
             labels=np.cumsum(chosen)[part.labels - 1],
         )
 
-    def of_images(self, ids: Sequence[int]) -> Annotations:
-        """The same categories with these pictures alone, in the order of their ids.
+    def of_images(self, ids: Sequence[int]) -> COCOAnnotations:
+        """Return these images, in the order of their ids, all categories, and their boxes.
 
-        UserError for an id that is not there.
+        Raises:
+            UserError: an unknown id.
         """
         ids = np.asarray(ids, np.int64)
         chosen = np.zeros(len(self.image_ids), bool)
-        chosen[positions(self.path, "chosen", "image_id", ids, self.image_ids, self.path)] = True
-        part = self._of_boxes(np.repeat(chosen, np.diff(self.offsets)))
+        where = f"{self.path}: chosen"
+        chosen[positions(where, "image_id", ids, self.image_ids, self.path)] = True
+        part = self._of_boxes(chosen[self.owners()])
         return replace(
             part,
             offsets=np.append(0, part.offsets[1:][chosen]),  # the others own no boxes now
             **{name: getattr(self, name)[chosen] for name in ("image_ids", "file_names", "sizes")},
         )
 
-    def _of_boxes(self, kept: np.ndarray) -> Annotations:
-        """The same pictures and categories with these boxes alone, `kept` bool [M]."""
+    def _of_boxes(self, kept: np.ndarray) -> COCOAnnotations:
+        """Return all images and categories with the boxes that are ``kept``, bool [M]."""
         return replace(
             self,
             offsets=np.append(0, np.cumsum(kept))[self.offsets],
@@ -78,145 +201,33 @@ class Annotations:
         )
 
 
-def read_json(path: str | Path, object_hook: Callable[[dict], object] | None = None):
-    """Parse a JSON file; UserError where it cannot be read or is no JSON."""
-    collecting = gc.isenabled()
-    gc.disable()  # it would look in vain through the growing records: half of the time
-    try:
-        data = Path(path).read_bytes()
-        text = data.decode(json.detect_encoding(data), "surrogatepass")
-        del data  # the two are most of what a large file takes
-        return json.loads(text, object_hook=object_hook)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
-    finally:
-        if collecting:
-            gc.enable()
+def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
+    """Read a COCO annotation file.
 
+    Args:
+        boxes: whether the file has annotations; an image_info file has none.
 
-def column(source, kind: str, records, field: str, shape: tuple[int, ...] = (), dtype=np.float64):
-    """One field of a list of JSON objects, `dtype` [n, *shape].
-
-    UserError names the first object that lacks it or has another shape, type or a non-finite number
-    there; an int64 column takes whole numbers only, also written as 96.0.
-    """
-
-    def valid(value, shape):
-        try:
-            array = np.array(value)
-        except ValueError:  # ragged
-            return False
-        kinds = "i" if dtype is np.int64 else "iuf"
-        return array.shape == shape and array.dtype.kind in kinds and np.isfinite(array).all()
-
-    if not isinstance(records, list):
-        raise UserError(f"{source}: has no list of {kind}")
-    values = [record.get(field) if isinstance(record, dict) else None for record in records]
-    if dtype is np.int64:
-        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
-    if values and not valid(values, (len(values), *shape)):
-        n = next(n for n, value in enumerate(values) if not valid(value, shape))
-        wanted = "a whole number" if dtype is np.int64 else "a finite number"
-        wanted = f"{shape[0]} finite numbers" if shape else wanted
-        raise _unfit(source, kind, records, n, field, wanted)
-    return np.array(values, dtype).reshape(-1, *shape)
-
-
-def box_column(source, kind: str, records):
-    """The boxes x, y, w, h of a list of JSON objects, float64 [n, 4], as `column` reads them.
-
-    UserError names the first with a number beyond `LARGEST`, too: its area may be infinite.
-    """
-    boxes = column(source, kind, records, "bbox", (4,))
-    if (beyond := (np.abs(boxes) > LARGEST).any(1)).any():
-        raise _unfit(source, kind, records, beyond.argmax(), "bbox", f"4 numbers up to {LARGEST:g}")
-    return boxes
-
-
-def _unfit(source, kind, records, n, field, wanted) -> UserError:
-    record = records[n] if isinstance(records[n], dict) else {}
-    where = f"{kind}[{n}]" + (f" (id {record['id']})" if "id" in record else "")
-    value = f"{record.get(field)!r:.60}"
-    return UserError(f"{source}: {where} needs {wanted} as '{field}', found {value}")
-
-
-def positions(source, kind: str, field: str, values: np.ndarray, known: np.ndarray, path: Path):
-    """int64 [n]: where `values` stand in `known`, the ascending ids of the annotation file `path`.
-
-    UserError names the first that is not there and says how many are not.
-    """
-    index = np.searchsorted(known, values).clip(max=len(known) - 1)
-    unknown = np.flatnonzero(known[index] != values)
-    if len(unknown):
-        n = unknown[0]
-        raise UserError(
-            f"{source}: {kind}[{n}] has the {field} {values[n]}, which {path} does not list, like"
-            f" {len(unknown)} of {len(values)}; it lists {len(known)}, {known[0]} to {known[-1]}"
-        )
-    return index
-
-
-def _without_outline(record: dict) -> dict:
-    """Most of an annotation's memory, and of no use for boxes."""
-    record.pop("segmentation", None)
-    return record
-
-
-def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
-    """Read a COCO annotation file; without `boxes` an image_info file, which has none.
-
-    UserError with the file and the id: no JSON, missing or malformed fields, ids that occur twice,
-    annotations of a picture or a category that the file does not list.
+    Raises:
+        UserError: not JSON, missing or malformed fields, an id that occurs twice, or an annotation
+            of an image or a category that the file does not list. The message names file and id.
     """
     document = read_json(path, _without_outline)
     if not isinstance(document, dict):
         raise UserError(f"{path}: not a COCO annotation file (its top level is no object)")
-
-    def by_id(kind):
-        ids = column(path, kind, document.get(kind), "id", dtype=np.int64)
-        known, first, counts = np.unique(ids, return_index=True, return_counts=True)
-        if not len(known):
-            raise UserError(f"{path}: lists no {kind}")
-        if len(known) < len(ids):
-            raise UserError(f"{path}: {kind} id {known[counts > 1][0]} occurs twice")
-        return known, [document[kind][n] for n in first]
-
-    image_ids, images = by_id("images")
-    sizes = [column(path, "images", images, side, dtype=np.int64) for side in ("width", "height")]
-    sizes = np.stack(sizes, 1)
-    if (sizes < 1).any():
-        n = np.flatnonzero((sizes < 1).any(1))[0]
-        raise UserError(f"{path}: image id {image_ids[n]} has the size {sizes[n].tolist()}")
-
-    category_ids, categories = by_id("categories")
-    classes = tuple(category.get("name") for category in categories)
-    for n, name in enumerate(classes):
-        if not isinstance(name, str) or not name.strip() or name in classes[:n]:
-            raise UserError(
-                f"{path}: category id {category_ids[n]} has no name of its own: {name!r:.60}"
-            )
-
-    records = document.get("annotations") if boxes else []
-    box = box_column(path, "annotations", records)
-
-    def owners(field, known):
-        ids = column(path, "annotations", records, field, dtype=np.int64)
-        return positions(path, "annotations", field, ids, known, path)
-
-    image, category = owners("image_id", image_ids), owners("category_id", category_ids)
-    area = [
-        record if record.get("area") is not None else {"area": w * h}
-        for record, (*_, w, h) in zip(records, box.tolist(), strict=True)
-    ]
-    crowds = [record.get("iscrowd", 0) for record in records]
-    for n, crowd in enumerate(crowds):
-        if crowd not in (0, 1):  # true and false are equal to them
-            raise _unfit(path, "annotations", records, n, "iscrowd", "0 or 1")
+    image_ids, images = _by_id(path, "images", document)
+    sizes = _read_sizes(path, images, image_ids)
+    category_ids, categories = _by_id(path, "categories", document)
+    classes = _read_classes(path, categories, category_ids)
+    records = Records(path, "annotations", document.get("annotations") if boxes else [])
+    box = records.boxes()
+    where = f"{path}: annotations"
+    image, category = (
+        positions(where, field, records.integers(field), known, path)
+        for field, known in (("image_id", image_ids), ("category_id", category_ids))
+    )
     order = np.argsort(image, kind="stable")
     url = str(images[0].get("coco_url") or "")
-    return Annotations(
+    return COCOAnnotations(
         path=Path(path),
         image_ids=image_ids,
         file_names=np.array([str(image.get("file_name") or "") for image in images]),
@@ -227,7 +238,59 @@ def read_annotations(path: str | Path, boxes: bool = True) -> Annotations:
         offsets=np.searchsorted(image[order], np.arange(len(image_ids) + 1)),
         boxes=box[order],
         labels=category[order] + 1,
-        areas=column(path, "annotations", area, "area")[order],
-        crowds=np.array(crowds, bool)[order],
-        annotation_ids=[records[n].get("id") for n in order],
+        areas=_read_areas(records, box)[order],
+        crowds=_read_crowds(records)[order],
+        annotation_ids=[records.records[n].get("id") for n in order],
     )
+
+
+def _without_outline(record: dict) -> dict:
+    """Drop most of an annotation's memory, which boxes do not need."""
+    record.pop("segmentation", None)
+    return record
+
+
+def _by_id(path: str | Path, kind: str, document: dict) -> tuple[np.ndarray, list[dict]]:
+    """Return the ids of a list, ascending, and its objects in this order."""
+    records = Records(path, kind, document.get(kind))
+    known, first, counts = np.unique(records.integers("id"), return_index=True, return_counts=True)
+    if not len(known):
+        raise UserError(f"{path}: lists no {kind}")
+    if (counts > 1).any():
+        raise UserError(f"{path}: {kind} id {known[counts > 1][0]} occurs twice")
+    return known, [records.records[n] for n in first]
+
+
+def _read_sizes(path: str | Path, images: list[dict], ids: np.ndarray) -> np.ndarray:
+    records = Records(path, "images", images)
+    sizes = np.stack([records.integers("width"), records.integers("height")], 1)
+    if len(wrong := np.flatnonzero((sizes < 1).any(1))):
+        n = wrong[0]
+        raise UserError(f"{path}: image id {ids[n]} has the size {sizes[n].tolist()}")
+    return sizes
+
+
+def _read_classes(path: str | Path, categories: list[dict], ids: np.ndarray) -> tuple[str, ...]:
+    names = tuple(category.get("name") for category in categories)
+    for n, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip() or name in names[:n]:
+            raise UserError(f"{path}: category id {ids[n]} has no name of its own: {name!r:.60}")
+    return names
+
+
+def _read_areas(records: Records, boxes: np.ndarray) -> np.ndarray:
+    """Return the field "area", float64 [n]; w * h where an object has none."""
+    areas = [
+        record if record.get("area") is not None else {"area": w * h}
+        for record, (*_, w, h) in zip(records.records, boxes.tolist(), strict=True)
+    ]
+    return Records(records.source, records.kind, areas).numbers("area")
+
+
+def _read_crowds(records: Records) -> np.ndarray:
+    """Return the field "iscrowd", bool [n]; false where an object has none."""
+    crowds = [record.get("iscrowd", 0) for record in records.records]
+    for n, crowd in enumerate(crowds):
+        if crowd not in (0, 1):  # true and false are equal to them
+            raise records.unfit(n, "iscrowd", "0 or 1")
+    return np.array(crowds, bool)

@@ -1,4 +1,4 @@
-"""Reading picture files, and telling what a reader left out."""
+"""Reading image files."""
 
 from __future__ import annotations
 
@@ -58,8 +58,3 @@ def _is_complete(data: bytes) -> bool:
             position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
             position = data.find(b"\xff", position)
     return False
-
-
-def report_lines(skipped: dict[str, list[str]]) -> list[str]:
-    """A line for the log for every reason in a data set's `skipped`: the count and an example."""
-    return [f"{reason}: {len(found)}, e.g. {found[0]}" for reason, found in skipped.items()]

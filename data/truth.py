@@ -1,7 +1,8 @@
-"""The objects of a data set as arrays."""
+"""The objects of a data set as arrays, and the digest that tells whether data are the same."""
 
 from __future__ import annotations
 
+import hashlib
 from typing import NamedTuple
 
 import numpy as np
@@ -24,3 +25,15 @@ class Truth(NamedTuple):
     labels: np.ndarray
     ignored: np.ndarray
     rule: str
+
+
+def digest(*values: object) -> str:
+    """Return the sha256 of arrays (with their types and shapes) and of values with a repr."""
+    found = hashlib.sha256()
+    for value in values:
+        if isinstance(value, np.ndarray):
+            found.update(f"{value.dtype} {value.shape}".encode())
+            found.update(np.ascontiguousarray(value))
+        else:
+            found.update(repr(value).encode())
+    return found.hexdigest()

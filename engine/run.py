@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping
@@ -111,12 +110,6 @@ def log_dataset(dataset: DetectionData, options: Options, key: str) -> None:
         LOGGER.info("  %s", line)
 
 
-def fingerprint(dataset: DetectionData) -> dict:
-    """Return what tells whether a data set is still the same: number and names of its images."""
-    names = "\n".join(map(str, dataset.ids))
-    return {"images": len(dataset), "ids": hashlib.sha256(names.encode()).hexdigest()}
-
-
 # ---------------------------------------------------------------- opening
 
 
@@ -165,7 +158,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
         check_sync_bn(device, world.size)
     train_set = open_dataset(options, call, "train_sets")
     options = dataclasses.replace(options, classes=tuple(train_set.classes))
-    data = fingerprint(train_set)
+    data = train_set.fingerprint()
     _check_data(options, train_set, data, saved, path, world)
     test_set = _open_test_set(options, call) if options.test_frequency else None
     pull = open_cache(options.cache, train_set)

@@ -27,7 +27,6 @@ from tools.analysis import (
     judge,
     missed_objects,
     overlaps,
-    truth_of,
 )
 
 SQUARE = (0, 0, 100, 100)
@@ -278,7 +277,7 @@ def test_voc_correct_detections_are_those_of_the_score(tmp_path, make_voc):
         samples[f"i{i:02}"].append((names[label - 1], tuple(corners), ignored))
     root = make_voc(tmp_path / "data", {"test": samples}, size=(300, 300))
     dataset = VOCDetection(root, [(None, "test")], classes=names)
-    read = truth_of(dataset)
+    read = dataset.truth()
     for one, other in zip(read[:4], objects[:4], strict=True):
         assert np.array_equal(one, other)
     # Boxes as the official files have them, to 1/1000 pixel.
@@ -326,11 +325,11 @@ def coco_case(tmp_path):
 
 def test_coco_truth_is_the_annotation_file(coco_case):
     dataset, objects, _ = coco_case
-    read = truth_of(dataset)
+    read = dataset.truth()
     for one, other in zip(read, objects, strict=True):
         assert np.array_equal(one, other)
     turned = COCODetection(dataset.root, [(None, "val")], classes=["class 3", "class 1"])
-    labels = truth_of(turned).labels
+    labels = turned.truth().labels
     assert (labels == 1).sum() == (objects.labels == 3).sum()
     assert (labels == 2).sum() == (objects.labels == 1).sum()
 

@@ -14,6 +14,7 @@ from tiny import TINY
 import models
 from benchmarks import (
     coco_eval,
+    coco_load,
     detect,
     loader,
     loss,
@@ -25,6 +26,7 @@ from benchmarks import (
     voc_eval,
 )
 from benchmarks.timing import CPU
+from data.coco import COCODetection
 from demo import shapes
 
 
@@ -279,3 +281,18 @@ def test_step_draws_pictures_where_none_are_given(monkeypatch):
     batches, num_classes = step.batches_of(None, 300, 2, 3)
     assert [len(images) for images, *_ in batches] == [2, 2, 2]
     assert num_classes == 1 + len(shapes.CLASSES)
+
+
+def test_benchmark_of_loading_says_seconds_and_memory(tmp_path, capsys):
+    out = tmp_path / "out.json"
+    args = ["--images", "300", "--boxes", "2000", "--rounds", "1", "--json", str(out)]
+    assert coco_load.main(args) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("300 pictures, 2000 boxes, a file of 1 MB")
+    assert [line.split()[0] for line in lines[2:]] == ["json.load", "pycocotools", "reader"]
+    found = json.loads(out.read_text())["medians"]
+    assert found["reader"]["worker"] < found["pycocotools"]["worker"]
+    assert found["reader"]["sent"] < 0.2
+    coco_load.make_root(tmp_path, 300, 2000)
+    dataset = COCODetection(tmp_path, [("2017", "train")])
+    assert len(dataset) == 300 and sum(len(dataset.target(i)) for i in range(300)) == 2000

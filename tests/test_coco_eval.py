@@ -3,23 +3,15 @@
 import importlib.metadata
 import json
 import sys
-import zipfile
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
 
-from data.coco_eval import (
-    BACKENDS,
-    COCOResults,
-    check_submission,
-    evaluate_coco,
-    load_backend,
-    main,
-    notes,
-)
+from data.coco_eval import BACKENDS, evaluate_coco, load_backend, main, notes
 from data.coco_json import read_annotations
+from data.coco_results import COCOResults
 from data.curves import SIZES, load_curves
 from utils.errors import UserError
 
@@ -303,7 +295,7 @@ def test_backend_that_is_broken_says_why(tmp_path, monkeypatch, error, said):
     (tmp_path / "hotcoco.py").write_text(f"raise {error}")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "hotcoco", raising=False)
-    with pytest.raises(UserError, match=f"hotcoco cannot be had, its import fails: {said} "):
+    with pytest.raises(UserError, match=f"hotcoco .*: {said} .*pip install -U hotcoco"):
         load_backend("hotcoco")
 
 
@@ -357,7 +349,7 @@ def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, tmp_
     assert report["per_size"] == {"small": -1, "medium": 0, "large": -1}
     assert report["per_category_per_size"]["cat"] == dict.fromkeys(SIZES, -1)
     assert notes(report) == [
-        "none of the 100 best detections of a class in a picture overlaps an object of that class"
+        "none of the 100 best detections of a class in an image overlaps an object of that class"
         " by IoU 0.50 or more",
         "no ground truth (-1) for 2 classes: cat, oar",
     ]
@@ -370,7 +362,7 @@ def test_note_on_zero_is_true_of_the_hundred_best_alone(small):
     wrong, exact = [result([200, 200, 9, 9])] * 100, [result([0, 0, 40, 40], score=0.5)]
     report = evaluate_coco(wrong + exact, small)
     assert report["stats"][0] == report["stats"][8] == 0
-    assert notes(report)[0].startswith("none of the 100 best detections of a class in a picture")
+    assert notes(report)[0].startswith("none of the 100 best detections of a class in an image")
     report = evaluate_coco(wrong[1:] + exact, small)
     assert report["stats"][6] == 0 < report["stats"][8]
     assert not any("none of" in line for line in notes(report))
@@ -425,87 +417,6 @@ def test_files_that_cannot_be_read_are_named(small, tmp_path):
     (tmp_path / "half.json").write_text('[{"image_id":')
     with pytest.raises(UserError, match="half.json: not a JSON file"):
         evaluate_coco(tmp_path / "half.json", small)
-
-
-FIT = {"image_id": 1, "category_id": 3, "bbox": [1, 2.5, 3, 4], "score": 0.5}
-NAME = "detections_test-dev2017_SSD512-HarDNet68_results.json"
-
-
-def submission(folder, records, *names):
-    """(zip with the records under these names, image_info file of 2 pictures and 2 categories)"""
-    truth = folder / "image_info_test-dev2017.json"
-    images = [{"id": id, "width": 100, "height": 100} for id in (1, 2)]
-    categories = [{"id": id, "name": name} for id, name in ((3, "dog"), (7, "cat"))]
-    truth.write_text(json.dumps({"images": images, "categories": categories}))
-    archive = folder / "submission.zip"
-    with zipfile.ZipFile(archive, "w") as members:
-        for name in names:
-            members.writestr(name, records if isinstance(records, str) else json.dumps(records))
-    return archive, truth
-
-
-def test_submission_that_the_server_takes(tmp_path, capsys):
-    more = [FIT | {"image_id": 2, "category_id": 7, "score": 1}, FIT | {"score": -2.5}]
-    archive, truth = submission(tmp_path, [FIT, *more], NAME)
-    assert check_submission(archive, truth) == 3
-    assert main([str(archive), str(truth)]) == 0
-    assert (
-        capsys.readouterr().out == f"{archive}: 3 detections, as the evaluation server takes them\n"
-    )
-    assert check_submission(*submission(tmp_path, [], NAME)) == 0
-
-
-@pytest.mark.parametrize(
-    ("records", "names", "message"),
-    [
-        ([FIT], [], "holds nothing, where the server wants detections_test-dev2017_<name>_results"),
-        ([FIT], [f"out/{NAME}"], "holds out/detections_.* in no folder"),
-        ([FIT], [NAME, "more.txt"], f"holds {NAME}, more.txt, where the server wants .* alone"),
-        ([FIT], ["bbox.json"], "holds bbox.json, where"),
-        (
-            [FIT],
-            ["detections_val2017_net_results.json"],
-            "holds detections_val2017_net_re.*, where",
-        ),
-        ([FIT], ["detections_test-dev2017_results.json"], "holds .*, where the server wants"),
-        ("[", [NAME], f"{NAME} is not a JSON file"),
-        ({"a": FIT}, [NAME], f"{NAME}: has no list of results"),
-        ([FIT, 5], [NAME], r"results\[1\] needs a whole number as 'image_id'"),
-        (
-            [FIT | {"id": 5}],
-            [NAME],
-            r"results\[0\] has the fields .*, id, where the server wants im",
-        ),
-        ([FIT | {"image_id": 1.0}], [NAME], r"results\[0\] has an id that is no integer"),
-        ([FIT | {"image_id": 5}], [NAME], r"results\[0\] has the image_id 5, which"),
-        ([FIT | {"category_id": 4}], [NAME], r"results\[0\] has the category_id 4, which"),
-        (
-            [FIT, FIT | {"bbox": [1, 2, 3]}],
-            [NAME],
-            r"results\[1\] needs 4 finite numbers as 'bbox'",
-        ),
-        ([FIT | {"score": float("nan")}], [NAME], "a finite number as 'score', found nan"),
-        ([{k: FIT[k] for k in ("image_id", "category_id", "bbox")}], [NAME], "as 'score', found N"),
-    ],
-)
-def test_submission_that_the_server_would_refuse(tmp_path, records, names, message, capsys):
-    archive, truth = submission(tmp_path, records, *names)
-    with pytest.raises(UserError, match=f"submission.zip: .*{message}"):
-        check_submission(archive, truth)
-    assert main([str(archive), str(truth)]) == 2
-    out, err = capsys.readouterr()
-    assert out == "" and err.startswith(f"error: {archive}") and err.count("\n") == 1
-
-
-def test_submission_that_is_no_zip(tmp_path):
-    archive, truth = submission(tmp_path, [FIT], NAME)
-    data = archive.read_bytes()
-    for damaged in (b"", b"[]", data[:50], data.replace(b'"score"', b'"scare"')):
-        archive.write_bytes(damaged)
-        with pytest.raises(UserError, match="submission.zip: not a zip that can be read"):
-            check_submission(archive, truth)
-    with pytest.raises(UserError, match="none.zip: cannot be read"):
-        check_submission(tmp_path / "none.zip", truth)
 
 
 def test_command_line_scores_the_classes_asked_for(small, tmp_path, capsys):

@@ -90,6 +90,19 @@ def test_unknown_data_set_is_refused():
 # ---- the protocol
 
 
+def members(cls: type) -> dict[str, inspect.Signature]:
+    names = [n for n in vars(cls) if callable(getattr(cls, n)) and not n.startswith("_")]
+    return {n: inspect.signature(getattr(cls, n)) for n in [*names, "__len__", "__getitem__"]}
+
+
+@pytest.mark.parametrize("reader", [VOCDetection, COCODetection])
+def test_readers_have_the_members_of_the_protocol(reader):
+    for name, wanted in members(DetectionData).items():
+        found = inspect.signature(getattr(reader, name))
+        assert found.parameters == wanted.parameters, name
+        assert found.return_annotation == wanted.return_annotation, name
+
+
 def test_readers_have_the_attributes_of_the_protocol(voc_folder, coco_folder):
     for name, root, sets in (("VOC", voc_folder, "test"), ("COCO", coco_folder, "val2017")):
         dataset = build_dataset(name, root, [(None, sets)])

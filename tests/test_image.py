@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import with_exif
 
-from data.image import read_image, report_lines
+from data.image import read_image
 from utils.errors import UserError
 
 
@@ -116,8 +116,3 @@ def test_picture_of_absurd_size_is_refused(tmp_path):
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b""))
     with pytest.raises(UserError, match=r"a\.png: .*decode"):
         read_image(path)
-
-
-def test_report_has_a_line_a_reason_with_count_and_example():
-    assert report_lines({}) == []
-    assert report_lines({"a": ["x: 1", "y: 2"], "b": ["z"]}) == ["a: 2, e.g. x: 1", "b: 1, e.g. z"]

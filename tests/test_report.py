@@ -20,7 +20,8 @@ import pytest
 from data.coco import COCODetection
 from data.detections import save_detections
 from data.voc0712 import VOCDetection
-from data.voc_eval import METRICS, evaluate_voc, read_comp4
+from data.voc_comp4 import read_comp4
+from data.voc_eval import METRICS, evaluate_voc
 from inference.draw import match_detections
 from tools import report
 from tools.chart import Chart, colour

@@ -8,17 +8,8 @@ import pytest
 
 from data.curves import load_curves
 from data.voc0712 import VOCDetection
-from data.voc_eval import (
-    METRICS,
-    ClassDetections,
-    average_precision,
-    comp4_path,
-    evaluate_voc,
-    main,
-    read_comp4,
-    write_comp4,
-    write_voc_curves,
-)
+from data.voc_comp4 import ClassDetections, comp4_path, read_comp4, write_comp4
+from data.voc_eval import METRICS, average_precision, evaluate_voc, main, write_voc_curves
 from data.voc_xml import Annotation
 from utils.errors import UserError
 
@@ -41,8 +32,7 @@ def one_class(*rows):
 
 @pytest.mark.parametrize("name", ["BCCD", "VOC2007"])
 def test_ap_of_every_class_equals_the_published_codes(name):
-    # Equal scores are set apart in the file, in the order that they were published in: the order
-    # that a sort gives them depends on the processor.
+    # The file sets equal scores apart, in their published order, which depends on a processor.
     golden = np.load(GOLDENS / f"voc_eval_{name}_test.npz")
     classes, count = golden["classes"].tolist(), int(golden["images"])
     truth, found = golden["ground_truth"], golden["detections"]
@@ -76,7 +66,7 @@ def slow_average_precisions(detections, annotations, name, low=-np.inf, high=np.
     """One class and area range by the definitions, object by object; -1 without ground truth."""
     taken = set()
     hits, misses = [], []
-    for k in np.argsort(-detections.scores):
+    for k in np.argsort(-detections.scores, kind="stable"):
         image, box = int(detections.images[k]), detections.boxes[k]
         best, best_object = -1.0, None
         for index, (other, its_name) in enumerate(
@@ -200,6 +190,15 @@ def test_rule_by_hand(rows, difficult, recall, precision):
     annotations = [annotation(["a"], [HALF[1]], [difficult]), annotation(["b"], [HALF[1]], [False])]
     curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]["all"]
     assert curve["recall"].tolist() == recall and curve["precision"].tolist() == precision
+
+
+def test_of_equal_scores_the_earlier_detection_comes_first():
+    annotations = [annotation(["a", "a"], [(0, 0, 9, 9), (50, 50, 59, 59)], [False, False])]
+    # Many of one score: NumPy's default sort does not keep their order.
+    wrong, right = [(0, 0.5, 200, 200, 209, 209)] * 40, [(0, 0.5, 0, 0, 9, 9)]
+    for rows, place in ((right + wrong, 1), (wrong[:20] + right + wrong[20:], 21)):
+        result = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])
+        assert result["area"]["per_class"]["a"] == pytest.approx(0.5 / place)
 
 
 def test_detection_goes_to_the_object_of_largest_overlap_though_it_is_taken():
@@ -471,7 +470,7 @@ def test_classes_can_be_given(scored, tmp_path, capsys):
     args = [str(folder), "--root", str(data.root), "--set", "test", "--json", str(out)]
     assert main([*args, "--classes", "rod"]) == 0
     assert json.loads(out.read_text())["area"] == {"rod": result["area"]["per_class"]["rod"]}
-    assert 'object of unknown class "cell" skipped: 4' in capsys.readouterr().out
+    assert "object of an unknown class, dropped: 4, e.g. " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("year", [[], ["--year", "2007"]])
@@ -490,9 +489,9 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(scored, voc_devkit, tmp_pa
     blocked.touch()
     for args, message in (
         ([str(folder), *devkit, "--set", "trainval"], "2007 and 2012; choose with --year"),
-        ([str(folder), *bare, "--set", "val"], "image sets there: test, trainval"),
+        ([str(folder), *bare, "--set", "val"], "image sets: test, trainval"),
         ([str(folder), *bare, "--set", "trainval"], "no detection file of the classes"),
-        ([str(tmp_path / "none"), *bare, "--set", "test"], "there: none"),
+        ([str(tmp_path / "none"), *bare, "--set", "test"], "existing: none"),
         ([str(folder), "--root", str(blocked), "--set", "test"], "no such data set folder"),
         ([str(folder), "--root", "~no such user/a", "--set", "test"], "no such data set folder"),
         ([str(folder), *bare, "--set", "test", "--json", str(blocked / "a")], "cannot be written"),

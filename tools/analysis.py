@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.coco_json import read_annotations
 from data.detections import as_columns
+from data.truth import Truth
 from data.voc_eval import average_precision
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
@@ -21,21 +21,6 @@ FOREGROUND, BACKGROUND = 0.5, 0.1
 KINDS = ("correct", "ignored", "localisation", "class", "duplicate", "both", "background")
 CORRECT, IGNORED, LOCALISATION, CLASS, DUPLICATE, BOTH, NOTHING = range(len(KINDS))
 ERRORS = (*KINDS[LOCALISATION:], "missed")
-
-
-class Truth(NamedTuple):
-    """All objects of a data set, M may be 0, image by image.
-
-    images: int64 [M], ascending positions. boxes: float64 [M, 4], extents. labels: int64 [M] >= 1.
-    ignored: bool [M], VOC's difficult objects and COCO's crowds, which count neither way.
-    rule: whose assignment of detections to objects, "voc" or "coco", see `judge`.
-    """
-
-    images: np.ndarray
-    boxes: np.ndarray
-    labels: np.ndarray
-    ignored: np.ndarray
-    rule: str
 
 
 class Found(NamedTuple):
@@ -76,35 +61,6 @@ class Calibration(NamedTuple):
     confidence: np.ndarray
     precision: np.ndarray
     error: float
-
-
-def truth_of(dataset) -> Truth:
-    """The objects that the data set's `evaluate` scores against, with nothing clipped or dropped.
-
-    dataset: a `VOCDetection`, or a `COCODetection` of one image set.
-    """
-    if hasattr(dataset, "annotations"):
-        label_of = {name: label for label, name in enumerate(dataset.classes, 1)}
-        rows = [
-            (i, *box, label_of[name], difficult)
-            for i, annotation in enumerate(dataset.annotations)
-            for name, box, difficult in zip(
-                annotation.names,
-                (annotation.boxes + (0, 0, 1, 1)).tolist(),
-                annotation.difficult.tolist(),
-                strict=True,
-            )
-            if name in label_of
-        ]
-        table = np.array(rows, np.float64).reshape(-1, 7)
-        images, labels = table[:, 0].astype(np.int64), table[:, 5].astype(np.int64)
-        return Truth(images, table[:, 1:5], labels, table[:, 6] > 0, "voc")
-    [path] = dataset.annotation_files()
-    file = read_annotations(path).of_classes(dataset.classes).of_images(dataset.ids)
-    images = np.repeat(np.arange(len(file.image_ids)), np.diff(file.offsets))
-    boxes = np.hstack([file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:]])
-    label_of = np.array([dataset.category_labels[c] for c in file.category_ids.tolist()], np.int64)
-    return Truth(images, boxes, label_of[file.labels - 1], file.crowds, "coco")
 
 
 def found_of(detections: Sequence[dict], ids: Sequence, num_classes: int) -> Found:

@@ -30,7 +30,8 @@ import cv2
 import numpy as np
 
 from data.curves import CURVES_FILE, SIZE_RANGES, SIZES, Curves, load_curves
-from data.voc_eval import METRICS, evaluate_voc, read_comp4, write_comp4, write_voc_curves
+from data.voc_comp4 import read_comp4, write_comp4
+from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
 from docs.curves import read_log, series
 from inference.draw import CORRECT as GREEN
 from inference.draw import WRONG as RED
@@ -53,7 +54,6 @@ from tools.analysis import (
     gains,
     judge,
     missed_objects,
-    truth_of,
 )
 from tools.chart import Chart, draw_matrix, encode_png
 from tools.results import Test, open_test
@@ -218,7 +218,7 @@ def _known(ap: float) -> float:
 
 def analyse(test: Test, least: float) -> Analysis:
     """Judge the detections of a test whose data set is there."""
-    truth, found = truth_of(test.dataset), test.found
+    truth, found = test.dataset.truth(), test.found
     judged = judge(truth, found)
     return Analysis(truth, found, judged, least, *missed_objects(truth, found, judged, least))
 
