@@ -29,11 +29,13 @@ from tiny import TINY
 
 import models
 from data.config import COCO_CLASSES
-from data.voc0712 import VOCDetection, read_annotation
-from inference import export, fonts
+from data.voc0712 import VOCDetection
+from data.voc_xml import read_annotation
+from inference import fonts
 from inference.draw import LEGIBLE
 from inference.predictor import Predictor
-from tools import detect, outputs
+from layers.detect import DetectConfig
+from tools import detect, export, outputs
 from tools.outputs import (
     COCO_IDS,
     Annotations,
@@ -748,14 +750,14 @@ def test_bare_weights_take_names_in_any_script(weights):
     (["--class_agnostic"], {"class_agnostic": True}),
 ])  # fmt: skip
 def test_options_reach_the_network(options, expected, weights):
-    detection = detect.open_predictor(detect.parse([weights, "a.png", *options])).detect
-    assert {key: getattr(detection, key) for key in expected} == expected
+    config = detect.open_predictor(detect.parse([weights, "a.png", *options])).config
+    assert {key: getattr(config, key) for key in expected} == expected
 
 
 def test_an_exported_file_keeps_its_higher_threshold(monkeypatch):
-    exported = SimpleNamespace(detect=SimpleNamespace(conf_thresh=0.5))
+    exported = SimpleNamespace(config=DetectConfig(0.5))
     monkeypatch.setattr(detect, "Predictor", lambda *_, **__: exported)
-    assert detect.open_predictor(detect.parse(["a.onnx", "a.png"])).detect.conf_thresh == 0.5
+    assert detect.open_predictor(detect.parse(["a.onnx", "a.png"])).config == DetectConfig(0.5)
 
 
 def test_characters_that_no_font_has_are_told(monkeypatch, caplog):
@@ -787,5 +789,5 @@ def test_every_command_of_the_page_runs(weights):
         assert programs[program].main(words) == 0, command
     assert {"boxes", "runs", "best.onnx"} <= set(os.listdir())
     options = (ROOT / "tools" / "detect.py").read_text("utf-8")
-    told = set(re.findall(r"--[a-z]\w+", text)) - {"--format", "--pictures", "--no"}
+    told = set(re.findall(r"--[a-z]\w+", text)) - {"--format", "--images", "--no"}
     assert {name for name in told if f'"{name}"' not in options} == set()
