@@ -654,8 +654,8 @@ def test_resume_refuses_other_pictures(call, voc_folder, capsys):
     split.write_text(split.read_text().replace("b3\n", ""))
     assert call("--resume", "auto") == 2
     error = capsys.readouterr().err
-    assert "(6)" in error
-    assert "(5)" in error
+    assert "6 images" in error
+    assert "now (5)" in error
 
 
 def test_options_given_anew_on_resume_are_in_force(call):
