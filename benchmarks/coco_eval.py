@@ -22,8 +22,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 
 from benchmarks.timing import CPU, machine, medians, write
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend
@@ -70,6 +68,9 @@ def make_set(images: int, detections: int, seed: int = 0) -> tuple[dict, list[di
 
 def plain(records: list[dict], truth: Path) -> list[float]:
     """pycocotools as its own example uses it."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     with contextlib.redirect_stdout(io.StringIO()):
         objects = COCO(str(truth))
         evaluation = COCOeval(objects, objects.loadRes(records), "bbox")

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     for make in (crowded, trained):
         loc, conf = (x.to(device) for x in make(priors, args.batch, torch.manual_seed(0)))
         on_device, detect = priors.to(device), Detect()
-        over = int((conf.softmax(2)[..., 1:] > detect.conf_thresh).sum()) // args.batch
+        over = int((conf.softmax(2)[..., 1:] > detect.config.conf_thresh).sum()) // args.batch
 
         def ours(loc=loc, conf=conf, priors=on_device, detect=detect) -> list[dict[str, Tensor]]:
             return detect(loc, conf, priors, [SIZE] * args.batch)
@@ -105,7 +105,7 @@ def main(argv: list[str] | None = None) -> int:
         if make is trained:
             calls |= {f"forward {amp}": lambda amp=amp: forward(amp) for amp in args.amp}
         times = medians(calls, args.rounds, device)
-        print(f"{make.__name__}: {over:,} scores over {detect.conf_thresh} a picture")
+        print(f"{make.__name__}: {over:,} scores over {detect.config.conf_thresh} a picture")
         for name, seconds in times.items():
             ratio = f"x{seconds / times['Detect']:.1f}"
             if name.startswith("forward"):

@@ -155,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--json", type=Path, help="a file, or - for the last line of the output")
     args = p.parse_args(argv)
     device = torch.device(args.device)
+    if device.type == "cuda":
+        torch.backends.cudnn.deterministic = True  # or equal steps differ in their last bits
     print(f"{machine(device)}; {args.size} px, batch {args.batch}; MiB plain -> recomputed")
     rows = []
     for version in args.versions:

@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import cv2
@@ -53,19 +53,17 @@ from benchmarks.roofline import ceilings, shares, tensor_float
 from benchmarks.timing import CPU, write
 from data.config import INPUT_MEAN
 from data.image import IMAGE_SUFFIXES, read_image
-from engine.options import choose_device
 from inference.deploy import deploy
-from inference.export import MARGIN, Tolerance, compare, excess
 from inference.predictor import Predictor
-from inference.runtime import SUFFIXES as EXPORTED_SUFFIXES
-from inference.runtime import import_package
+from inference.proof import MARGIN, Tolerance, compare, excess
+from inference.runtime import EXPORTED_SUFFIXES, import_package
 from layers import Detect
 from layers.boxes import decode
 from models import BACKBONES, build_net
 from tools.traffic import profile
 from utils.arguments import positive
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
-from utils.device import AMP_TYPES, autocast
+from utils.device import AMP_TYPES, autocast, choose_device
 from utils.errors import UserError, command
 from utils.files import check_writable
 
@@ -111,10 +109,10 @@ class Network:
     """As it was trained: float32, channels first, in evaluation mode."""
     predictor: Predictor
 
-    def deployed(self, blocks: str, amp: str) -> nn.Module:
-        if (blocks, amp) == ("concatenate", "off"):
+    def deployed(self, gather: bool, amp: str) -> nn.Module:
+        if not gather and amp == "off":
             return self.predictor.net
-        return deploy(self.net, blocks).to(self.predictor.device, AMP_TYPES[amp])
+        return deploy(self.net, gather).to(self.predictor.device, AMP_TYPES[amp])
 
 
 def open_network(file: Path, device: str) -> Network:
@@ -212,12 +210,12 @@ def plain_detections(
         wider = box_of + torch.tensor([0, 0, 1, 1], device=loc.device)  # pixel convention
         parts = []
         for label in range(1, conf.shape[2]):
-            over = score_of[:, label] > detect.conf_thresh
+            over = score_of[:, label] > detect.config.conf_thresh
             score = score_of[over, label]
-            kept = nms(wider[over], score, detect.nms_thresh)[: detect.per_class]
+            kept = nms(wider[over], score, detect.config.nms_thresh)[: detect.config.per_class]
             parts.append((box_of[over][kept], score[kept], torch.full_like(kept, label)))
         box, score, label = (torch.cat(columns) for columns in zip(*parts, strict=True))
-        best = score.argsort(descending=True, stable=True)[: detect.top_k]
+        best = score.argsort(descending=True, stable=True)[: detect.config.top_k]
         found.append({"boxes": box[best], "scores": score[best], "labels": label[best]})
     return found
 
@@ -281,7 +279,7 @@ def compilations(device: torch.device) -> Iterator[None]:
 class Way:
     """How a deployed network runs."""
 
-    blocks: str = "concatenate"
+    gather: bool = False
     """Of ``inference.deploy.deploy``."""
     wrap: Callable[[nn.Module], Callable] = lambda net: net
     gpu: bool = False
@@ -291,11 +289,9 @@ class Way:
 WAYS = {
     "deployed": Way(),
     "compiled": Way(wrap=compiled),
-    "slices": Way("slices"),
-    "split": Way("split"),
-    "gather": Way("gather", gpu=True),
+    "gather": Way(gather=True, gpu=True),
     "graph": Way(wrap=Graphed, gpu=True),
-    "gather_graph": Way("gather", Graphed, gpu=True),
+    "gather_graph": Way(True, Graphed, gpu=True),
 }
 """Routes by name, beside "plain"."""
 
@@ -370,14 +366,14 @@ def routes_of(
                 predictor, net = Plain(network, mode), network.net
             else:
                 way, predictor = WAYS[name], copy.copy(network.predictor)
-                net = network.deployed(way.blocks, mode)
+                net = network.deployed(way.gather, mode)
                 predictor.net = way.wrap(net)
             yield Route(network, name, PRECISIONS[amp], predictor, net)
     for file in exported:
         predictor = Predictor(file, threads=threads)
         about = predictor.exported.info
-        if about["checkpoint"]["sha256"] == sha256_of(network.file):
-            yield Route(network, file.name, about["precision"], predictor, network.predictor.net)
+        if about.checkpoint["sha256"] == sha256_of(network.file):
+            yield Route(network, file.name, about.precision, predictor, network.predictor.net)
 
 
 # ---------------------------------------------------------------- the measurement
@@ -441,7 +437,7 @@ def agreement(
     """How many of plain's boxes a route finds, and on a GPU the memory that it takes to.
 
     Returns:
-        What ``inference.export.compare`` does, and "bytes": the most memory of all tensors, without
+        What ``inference.proof.compare`` does, and "bytes": the most memory of all tensors, without
         what lay there before, None on the CPU.
 
     Raises:
@@ -460,19 +456,19 @@ def agreement(
     result = compare(
         *([{key: each[key].numpy() for key in each} for each in some]
           for some in (expected, found[: len(files)])),
-        floor=route.predictor.detect.conf_thresh + MARGIN,
+        floor=route.predictor.detect.config.conf_thresh + MARGIN,
     )  # fmt: skip
-    if not result["boxes"]:
+    if not result.boxes:
         raise UserError(
             f"{route.network.file} finds nothing on the first {len(files)} pictures, so the routes "
             "cannot be compared; give others (--pictures)"
         )
     if route.precision == "fp32":
-        problem = excess({**result, "ap": None}, TOLERANCE)
+        problem = excess(result, TOLERANCE)
         if problem:
             raise OtherBoxes(f"{route} finds other boxes than the plain network: {problem}")
     peak = torch.cuda.max_memory_allocated(device) - before if gpu else None
-    return {**result, "bytes": peak}
+    return {**asdict(result), "bytes": peak}
 
 
 @contextmanager
@@ -803,7 +799,7 @@ def check(args: argparse.Namespace) -> torch.device:
         raise UserError("--checkpoint knows its network; leave --version and --size out")
     if args.exported and not args.checkpoint:
         raise UserError("--exported goes with the --checkpoint that it was made of")
-    devices = [choose_device({"device": args.device}, amp) for amp in args.amp]
+    devices = [choose_device(args.device, amp) for amp in args.amp]
     if devices[0].type == "cpu":
         if "tf32" in args.amp:
             raise UserError("--amp tf32 needs a GPU")
@@ -812,7 +808,7 @@ def check(args: argparse.Namespace) -> torch.device:
                 raise UserError(f"--routes {name} needs a GPU")
     known = {sha256_of(file) for file in args.checkpoint if file.is_file()}
     for file in args.exported:
-        made_of = Predictor(file).exported.info["checkpoint"]
+        made_of = Predictor(file).exported.info.checkpoint
         if made_of["sha256"] not in known:
             raise UserError(
                 f"{file} was made of another {made_of['file']}, which is none of --checkpoint"

@@ -36,7 +36,9 @@ class DetectionData(Protocol):
     """What training, testing and the tools ask of a data set.
 
     A reader is constructed as ``Reader(root, image_sets, classes=..., **options)`` with the
-    options of its row in `DATASETS`. It raises UserError for missing or malformed files.
+    options of its row in `DATASETS`. It raises UserError for missing or malformed files. Given a
+    list as ``faults``, it goes on where it can, for ``tools.check``: it adds the sentence to the
+    list, or leaves it to ``pull_image`` to raise.
     """
 
     ids: list

@@ -1,331 +1,172 @@
-"""The demo's data set: drawn pictures of six kinds of shapes, in the PASCAL VOC layout.
+"""Draw the demo's data set: images of three kinds of shapes, in the layout of PASCAL VOC.
 
     python -m demo.shapes DIR [--trainval N] [--test N] [--seed S]
 
-Nothing is downloaded: every picture is drawn from a seed. The same seed gives the same files with
-the same OpenCV and NumPy; other versions may round a few pixels, rarely a box's side, differently.
+Nothing is downloaded. A seed gives the same files with the same versions of OpenCV and NumPy.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
+import shutil
 import sys
-import xml.etree.ElementTree as ET
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
 
+from tools.outputs import voc_annotation
+from utils.arguments import Parser, count, positive
 from utils.errors import UserError, command
 
-CLASSES = ("cross", "disc", "ring", "square", "star", "triangle")
-# A class's typical hue in degrees, and how far its objects stray from it (standard deviation)
-HUES = dict(zip(CLASSES, (30, 90, 150, 210, 270, 330), strict=True))
-HUE_SPREAD = 12
+CLASSES = ("disc", "square", "star")
+CORNERS = {"disc": 72, "square": 4, "star": 10}
+HUES = {"disc": 90, "square": 210, "star": 330}  # degrees; what lets a network learn in minutes
+HUE_SPREAD = 12  # standard deviation
 SPLITS = ("trainval", "test")
 MIN_DIAMETER = 36  # pixels
-EMPTY_EVERY = 25  # the last of every 25 pictures of a split shows no object
-MIN_VISIBLE = 0.3  # of an object's area; with less it is not drawn
-DIFFICULT_VISIBLE = 0.6  # with less it is marked difficult
-SUPERSAMPLING = 4
-VERSION = 2  # of the drawing: raise it to have existing sets drawn again
+EMPTY_EVERY = 25  # every 25th image of a split shows no object
+MIN_VISIBLE = 0.3  # of an object's area; an object that shows less is not drawn
+DIFFICULT_VISIBLE = 0.6  # an object that shows less is marked difficult
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One object: its coverage of a window of the picture's plane, which the border may cut.
-
-    coverage: float32 [h, w] in 0..1 of the whole shape; x, y: the window's first column and row.
-    """
+class Object(NamedTuple):
+    """A shape in an image."""
 
     name: str
-    x: int
-    y: int
     coverage: np.ndarray
+    """Covered part of each pixel, before other shapes hide it: float32 [H, W] in 0..1."""
+    visible: float
+    """Part of the whole shape's area that neither the border nor other shapes hide."""
+    truncated: bool
+    """Whether the border cuts it."""
 
-    def clip(self, width: int, height: int) -> tuple[tuple[slice, slice], np.ndarray]:
-        """The part inside a picture: (rows, columns) there, and the coverage of these pixels."""
-        h, w = self.coverage.shape
-        x1, y1 = (min(max(v, 0), end) for v, end in ((self.x, width), (self.y, height)))
-        x2, y2 = (min(max(v, 0), end) for v, end in ((self.x + w, width), (self.y + h, height)))
-        part = self.coverage[y1 - self.y : y2 - self.y, x1 - self.x : x2 - self.x]
-        return (slice(y1, y2), slice(x1, x2)), part
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """All pixels that are covered to a quarter: (x1, y1, x2, y2), 0-based inclusive."""
+        ys, xs = np.nonzero(self.coverage >= 0.25)
+        return int(xs.min()), int(ys.min()), int(xs.max()), int(ys.max())
 
-    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
-        """First and last column and row inside the picture, (x1, y1, x2, y2), 0-based inclusive.
-
-        A pixel belongs to the shape when a quarter of it is covered; what hides the shape does
-        not count. The shape must reach into the picture.
-        """
-        (rows, columns), part = self.clip(width, height)
-        ys, xs = np.nonzero(part >= 0.25)
-        return (
-            int(columns.start + xs.min()),
-            int(rows.start + ys.min()),
-            int(columns.start + xs.max()),
-            int(rows.start + ys.max()),
-        )
+    @property
+    def difficult(self) -> bool:
+        return self.visible < DIFFICULT_VISIBLE
 
 
-def outline(name: str) -> np.ndarray:
-    """Corners of a class's shape, float64 [k, 2], around (0, 0) with greatest radius 1."""
-    count = {"square": 4, "triangle": 3, "star": 10, "cross": 12}.get(name, 72)
-    angles = np.arange(count) * (2 * np.pi / count)
-    if name == "cross":  # three corners an arm: two at its end, one between the arms
-        arm, half = 0.96, 0.28
-        end = np.array([[arm, -half], [arm, half], [half, half]])
-        turns = [np.array([[c, s], [-s, c]]) for c, s in ((1, 0), (0, 1), (-1, 0), (0, -1))]
-        return np.concatenate([end @ turn for turn in turns])
-    radii = np.where(np.arange(count) % 2, 0.42, 1.0) if name == "star" else np.ones(count)
-    return radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=1)
+def outline(
+    name: str, centre: Sequence[float], radius: float, angle: float = 0.0, squash: float = 1.0
+) -> np.ndarray:
+    """Return the corners of a shape: float64 [k, 2], (x, y) in pixels; pixel k spans k..k+1.
 
-
-def render(
-    name: str,
-    centre: tuple[float, float],
-    radius: float,
-    angle: float = 0.0,
-    squash: float = 1.0,
-    stroke: float = 0.0,
-) -> Shape:
-    """A shape with exact, anti-aliased coverage.
-
-    centre and radius are pixels (pixel k spans k..k+1), angle is radians, squash divides the
-    height and multiplies the width after turning, stroke > 0 draws the outline alone, that many
-    pixels wide.
+    Args:
+        angle: Turn in radians.
+        squash: Factor of the width, and divisor of the height, after the turn.
     """
-    c, s = np.cos(angle), np.sin(angle)
-    points = radius * outline(name) @ np.array([[c, s], [-s, c]]) * (squash, 1 / squash) + centre
-    first = np.floor(points.min(axis=0) - stroke / 2 - 1).astype(int)
-    last = np.ceil(points.max(axis=0) + stroke / 2 + 1).astype(int)
-    width, height = last - first
-    canvas = np.zeros((height * SUPERSAMPLING, width * SUPERSAMPLING), np.uint8)
-    bits = 4  # OpenCV's fixed point; its integers are pixel centres, hence the half
-    fixed = np.round(((points - first) * SUPERSAMPLING - 0.5) * 2**bits).astype(np.int32)
-    if stroke:
-        thickness = max(1, round(stroke * SUPERSAMPLING))
-        cv2.polylines(canvas, [fixed], True, 255, thickness, cv2.LINE_8, bits)
-    else:
-        cv2.fillPoly(canvas, [fixed], 255, cv2.LINE_8, bits)
-    coverage = cv2.resize(canvas, (int(width), int(height)), interpolation=cv2.INTER_AREA)
-    return Shape(name, int(first[0]), int(first[1]), coverage.astype(np.float32) / 255)
+    k = np.arange(CORNERS[name])
+    radii = radius * np.where(k % 2, 0.42, 1.0) if name == "star" else radius
+    turns = angle + k * (2 * np.pi / len(k))
+    return np.stack([radii * np.cos(turns) * squash, radii * np.sin(turns) / squash], 1) + centre
 
 
-def _random_shape(rng: np.random.Generator, width: int, height: int) -> Shape:
-    name = str(rng.choice(CLASSES))
-    largest = max(MIN_DIAMETER, 0.42 * min(width, height))
-    radius = np.exp(rng.uniform(np.log(MIN_DIAMETER), np.log(largest))) / 2
-    stroke = 0.0
-    if name == "ring" or (name != "disc" and rng.random() < 0.3):
-        stroke = max(2.5, radius * rng.uniform(0.14, 0.3))
-        radius -= stroke / 2
-    squash = np.exp(rng.uniform(-0.16, 0.16))
-    margin = radius * 1.2 if rng.random() < 0.8 else 0.0  # without one the border may cut it
-    centre = tuple(rng.uniform(min(margin, side / 2), max(side - margin, side / 2))
-                   for side in (width, height))  # fmt: skip
-    return render(name, centre, radius, rng.uniform(0, 2 * np.pi), squash, stroke)
+def fill(points: np.ndarray, width: int, height: int) -> np.ndarray:
+    """Return how much of each pixel a polygon covers: float32 [height, width] in 0..1."""
+    coverage = np.zeros((height, width), np.float32)
+    x1, y1 = np.floor(points.min(0)).astype(int).clip(0)
+    x2, y2 = np.ceil(points.max(0)).astype(int).clip(None, (width, height))
+    fine = np.zeros((4 * (y2 - y1), 4 * (x2 - x1)), np.uint8)
+    # In 1/16 of its pixels; OpenCV's whole numbers are the centres of pixels.
+    corners = np.round((4 * (points - (x1, y1)) - 0.5) * 16).astype(np.int32)
+    cv2.fillPoly(fine, [corners], 255, cv2.LINE_8, 4)
+    part = cv2.resize(fine, (int(x2 - x1), int(y2 - y1)), interpolation=cv2.INTER_AREA)
+    coverage[y1:y2, x1:x2] = part / np.float32(255)
+    return coverage
 
 
-def place(
-    rng: np.random.Generator, width: int, height: int, count: int
-) -> list[tuple[Shape, float]]:
-    """At most `count` shapes, the front one first, each with the visible part of its area.
-
-    A shape goes behind those before it, so what is seen of it is final: at least MIN_VISIBLE,
-    counting what others hide and what the border cuts.
-    """
+def place(rng: np.random.Generator, width: int, height: int, number: int) -> list[Object]:
+    """Return at most ``number`` shapes, the front one first. Each hides what is behind it."""
     taken = np.zeros((height, width), bool)
-    placed: list[tuple[Shape, float]] = []
-    for _ in range(20 * count):
-        shape = _random_shape(rng, width, height)
-        window, part = shape.clip(width, height)
-        visible = float(part[~taken[window]].sum() / shape.coverage.sum())
+    placed: list[Object] = []
+    for _ in range(20 * number):
+        name = str(rng.choice(CLASSES))
+        largest = max(MIN_DIAMETER, 0.42 * min(width, height))
+        radius = np.exp(rng.uniform(np.log(MIN_DIAMETER), np.log(largest))) / 2
+        margin = 1.2 * radius if rng.random() < 0.8 else 0  # without one the border may cut it
+        centre = [rng.uniform(min(margin, side / 2), max(side - margin, side / 2))
+                  for side in (width, height)]  # fmt: skip
+        squash = np.exp(rng.uniform(-0.16, 0.16))
+        points = outline(name, centre, radius, rng.uniform(0, 2 * np.pi), squash)
+        coverage, area = fill(points, width, height), cv2.contourArea(points.astype(np.float32))
+        visible = min(float(coverage[~taken].sum()) / area, 1.0)
         if visible >= MIN_VISIBLE:
-            taken[window] |= part > 0.5
-            placed.append((shape, visible))
-        if len(placed) == count:
+            taken |= coverage > 0.5
+            truncated = bool((points < 0).any() or (points > (width, height)).any())
+            placed.append(Object(name, coverage, visible, truncated))
+        if len(placed) == number:
             break
     return placed
 
 
-def _muted(rng: np.random.Generator, count: int) -> np.ndarray:
-    """Random greyish colours, of all that is no object: float32 [count, 3], BGR 0..255."""
-    hsv = rng.uniform((0, 0.0, 0.15), (360, 0.3, 0.95), (count, 3)).astype(np.float32)
-    return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2BGR)[0] * 255
+def colour(rng: np.random.Generator, name: str | None = None) -> np.ndarray:
+    """Return a vivid colour near a class's hue, or a muted one for the background: BGR 0..255."""
+    if name:
+        hsv = rng.normal(HUES[name], HUE_SPREAD) % 360, *rng.uniform((0.6, 0.45), 1.0)
+    else:
+        hsv = rng.uniform((0, 0, 0.15), (360, 0.3, 0.95))
+    return cv2.cvtColor(np.array([[hsv]], np.float32), cv2.COLOR_HSV2BGR)[0, 0] * 255
 
 
-def _vivid(rng: np.random.Generator, name: str, count: int) -> np.ndarray:
-    """Random colours around a class's hue: float32 [count, 3], BGR 0..255.
-
-    That the hue says much of the class is what lets a network from scratch learn in minutes.
-    """
-    hue = rng.normal(HUES[name], HUE_SPREAD, count) % 360
-    saturation, value = rng.uniform(0.6, 1.0, count), rng.uniform(0.45, 1.0, count)
-    hsv = np.stack([hue, saturation, value], 1).astype(np.float32)
-    return cv2.cvtColor(hsv[None], cv2.COLOR_HSV2BGR)[0] * 255
-
-
-def _field(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    """A pattern: slope, clouds, stripes or checks. float32 [height, width] in 0..1."""
-    kind = rng.choice(("slope", "clouds", "stripes", "checks"), p=(0.4, 0.3, 0.15, 0.15))
-    if kind == "clouds":
-        cells = rng.random((int(rng.integers(3, 9)), int(rng.integers(3, 9))), np.float32)
-        return cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
-    angle = rng.uniform(0, 2 * np.pi)
-    x = np.arange(width, dtype=np.float32)[None]
-    y = np.arange(height, dtype=np.float32)[:, None]
-    u = np.float32(np.cos(angle)) * x + np.float32(np.sin(angle)) * y
-    if kind == "slope":
-        return (u - u.min()) / max(float(np.ptp(u)), 1.0)
-    period = np.float32(2 * np.pi / rng.uniform(6, 30))
-    if kind == "stripes":
-        return 0.5 + 0.5 * np.sin(period * u)
-    v = np.float32(np.cos(angle)) * y - np.float32(np.sin(angle)) * x
-    return np.clip(0.5 + 2 * np.sin(period * u) * np.sin(period * v), 0, 1)
+def pattern(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
+    """Return clouds or stripes: float32 [height, width, 1] in 0..1."""
+    if rng.random() < 0.6:
+        cells = rng.random(rng.integers(2, 9, 2), np.float32)
+        field = cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC).clip(0, 1)
+    else:
+        across, down = rng.normal(0, 0.4, 2)
+        y, x = np.mgrid[:height, :width].astype(np.float32)
+        field = 0.5 + 0.5 * np.sin(np.float32(across) * x + np.float32(down) * y)
+    return field[..., None]
 
 
-def _blend(field: np.ndarray, colours: np.ndarray) -> np.ndarray:
-    return colours[0] + field[..., None] * (colours[1] - colours[0])
-
-
-def _background(rng: np.random.Generator, width: int, height: int) -> np.ndarray:
-    base, other = _muted(rng, 2)
-    near = base + rng.uniform(0.15, 0.6) * (other - base)
-    canvas = _blend(_field(rng, width, height), np.stack([base, near]))
-    x = np.arange(width, dtype=np.float32)[None]
-    y = np.arange(height, dtype=np.float32)[:, None]
-    for _ in range(rng.integers(0, 5)):  # soft blobs
-        (cx, cy), (rx, ry) = rng.uniform(0, (width, height)), rng.uniform(8, 70, 2)
-        blob = np.exp(-(((x - np.float32(cx)) / rx) ** 2) - ((y - np.float32(cy)) / ry) ** 2)
-        colour = _muted(rng, 1)[0]
-        canvas += (rng.uniform(0.2, 0.7) * blob)[..., None] * (colour - canvas)
-    return canvas
-
-
-def _clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
-    """Draw what is no object, in place: lines, half arcs, squiggles and dots."""
+def add_clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
+    """Draw lines, arcs and dots, which are no objects, in place."""
     height, width = canvas.shape[:2]
     for _ in range(rng.integers(0, 9)):
-        colour = _muted(rng, 1)[0]
-        kind = rng.choice(("line", "arc", "squiggle", "dots"))
-        start = rng.uniform((0, 0), (width, height))
-        reach = rng.uniform(0.06, 0.3) * min(width, height)
-        thickness = int(rng.integers(1, 6))
-        if kind == "dots":
-            for x, y in rng.normal(start, reach / 2, (int(rng.integers(4, 16)), 2)):
-                cv2.circle(canvas, (round(x * 16), round(y * 16)), thickness * 10, colour.tolist(),
-                           -1, cv2.LINE_AA, 4)  # fmt: skip
-            continue
-        t = np.linspace(0, 1, 40)
-        if kind == "line":
-            path = np.stack([t, 0 * t], axis=1) * 3 * reach
-        elif kind == "arc":
-            sweep = rng.uniform(0.5, 1.1) * np.pi * t
-            path = np.stack([np.cos(sweep), np.sin(sweep)], axis=1) * reach / 1.5
+        tint, thick = colour(rng).tolist(), int(rng.integers(1, 6))
+        x, y = (int(v) for v in rng.uniform(0, (width, height)))
+        reach = int(rng.uniform(0.06, 0.3) * min(width, height))
+        kind, angle = rng.integers(3), rng.uniform(0, 360)
+        if kind == 0:
+            end = int(x + 3 * reach * np.cos(angle)), int(y + 3 * reach * np.sin(angle))
+            cv2.line(canvas, (x, y), end, tint, thick, cv2.LINE_AA)
+        elif kind == 1:
+            sweep = rng.uniform(90, 200)
+            cv2.ellipse(canvas, (x, y), (reach, reach), angle, 0, sweep, tint, thick, cv2.LINE_AA)
         else:
-            wave = np.sin(rng.uniform(8, 20) * t + rng.uniform(0, 6))
-            path = np.stack([3 * t, rng.uniform(0.2, 0.5) * wave], axis=1) * reach
-        angle = rng.uniform(0, 2 * np.pi)
-        c, s = np.cos(angle), np.sin(angle)
-        points = np.round((path @ np.array([[c, s], [-s, c]]) + start) * 16).astype(np.int32)
-        cv2.polylines(canvas, [points], False, colour.tolist(), thickness, cv2.LINE_AA, 4)
+            for dot in rng.normal((x, y), reach / 2, (8, 2)).round().astype(int).tolist():
+                cv2.circle(canvas, dot, thick, tint, -1, cv2.LINE_AA)
 
 
-def _paint(rng: np.random.Generator, canvas: np.ndarray, shape: Shape) -> None:
-    """Draw one shape over the canvas in place: shadow, then a colour that stands out, textured."""
-    height, width = canvas.shape[:2]
-    window, part = shape.clip(width, height)
-    if rng.random() < 0.4:
-        offset = int(rng.integers(2, 7))
-        shadow = np.zeros((height, width), np.float32)
-        where, moved = replace(shape, x=shape.x + offset, y=shape.y + offset).clip(width, height)
-        shadow[where] = 0.45 * moved
-        canvas *= 1 - cv2.GaussianBlur(shadow, (0, 0), offset / 2)[..., None]
-    under = canvas[window]
-    mean = (under * part[..., None]).sum((0, 1)) / part.sum()
-    candidates = _vivid(rng, shape.name, 4)
-    colour = candidates[np.linalg.norm(candidates - mean, axis=1).argmax()]
-    shade = colour * np.float32(rng.uniform(0.6, 1.2))
-    fill = _blend(_field(rng, part.shape[1], part.shape[0]), np.stack([colour, shade]))
-    if min(part.shape) > 50 and rng.random() < 0.4:  # a dark or light rim
-        inner = cv2.erode(part, np.ones((3, 3), np.uint8))
-        fill += (1 - inner[..., None]) * (rng.choice((0.0, 255.0)) - fill) * 0.7
-    under += part[..., None] * (fill.clip(0, 255) - under)
-
-
-def draw_picture(
-    rng: np.random.Generator, width: int, height: int, count: int
-) -> tuple[np.ndarray, list[dict]]:
-    """One picture with at most `count` objects.
-
-    Returns BGR uint8 [height, width, 3] and its objects, the front one first, as
-    {"name", "box" (x1, y1, x2, y2) pixels 0-based inclusive, "truncated", "difficult"}.
-    """
-    placed = place(rng, width, height, count)
-    canvas = np.ascontiguousarray(_background(rng, width, height), np.float32)
-    _clutter(rng, canvas)
-    for shape, _ in reversed(placed):
-        _paint(rng, canvas, shape)
+def draw_image(
+    rng: np.random.Generator, width: int, height: int, number: int
+) -> tuple[np.ndarray, list[Object]]:
+    """Return an image, BGR uint8 [height, width, 3], and its at most ``number`` objects."""
+    objects = place(rng, width, height, number)
+    first, second = colour(rng), colour(rng)
+    canvas = first + rng.uniform(0.15, 0.6) * pattern(rng, width, height) * (second - first)
+    canvas = np.ascontiguousarray(canvas, np.float32)
+    add_clutter(rng, canvas)
+    for item in reversed(objects):
+        x1, y1, x2, y2 = item.box
+        window = slice(y1, y2 + 1), slice(x1, x2 + 1)
+        texture = 1 + rng.uniform(-0.4, 0.2) * pattern(rng, x2 - x1 + 1, y2 - y1 + 1)
+        shade = (colour(rng, item.name) * texture).clip(0, 255)
+        canvas[window] += item.coverage[window][..., None] * (shade - canvas[window])
     if rng.random() < 0.3:
         canvas = cv2.GaussianBlur(canvas, (0, 0), rng.uniform(0.4, 1.0))
-    grain = rng.uniform(1, 9) * rng.standard_normal((height, width), np.float32)
-    picture = np.clip(canvas + grain[..., None], 0, 255).astype(np.uint8)
-    objects = []
-    for shape, visible in placed:
-        ys, xs = np.nonzero(shape.coverage >= 0.25)
-        whole = (shape.x + xs.min(), shape.y + ys.min(), shape.x + xs.max(), shape.y + ys.max())
-        box = shape.box(width, height)
-        objects.append({"name": shape.name, "box": box, "truncated": box != whole,
-                        "difficult": visible < DIFFICULT_VISIBLE})  # fmt: skip
-    return picture, objects
-
-
-def annotation(filename: str, width: int, height: int, objects: list[dict]) -> bytes:
-    """The VOC XML of a picture: boxes become 1-based inclusive corners."""
-    root = ET.Element("annotation")
-    ET.SubElement(root, "folder").text = "shapes"
-    ET.SubElement(root, "filename").text = filename
-    ET.SubElement(ET.SubElement(root, "source"), "database").text = "drawn by demo.shapes"
-    size = ET.SubElement(root, "size")
-    for key, value in (("width", width), ("height", height), ("depth", 3)):
-        ET.SubElement(size, key).text = str(value)
-    ET.SubElement(root, "segmented").text = "0"
-    for item in objects:
-        element = ET.SubElement(root, "object")
-        ET.SubElement(element, "name").text = item["name"]
-        ET.SubElement(element, "pose").text = "Unspecified"
-        for key in ("truncated", "difficult"):
-            ET.SubElement(element, key).text = str(int(item[key]))
-        bndbox = ET.SubElement(element, "bndbox")
-        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), item["box"], strict=True):
-            ET.SubElement(bndbox, key).text = str(value + 1)
-    ET.indent(root)
-    return ET.tostring(root) + b"\n"
-
-
-def _write_record(path: Path, record: dict) -> None:
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)
-
-
-def _read_record(directory: Path) -> dict | None:
-    """The record of a set drawn here before, None for a new or empty folder."""
-    path = directory / "dataset.json"
-    if path.is_file():
-        try:
-            record = json.loads(path.read_bytes())
-        except ValueError:  # JSON or UTF-8
-            record = None
-        if isinstance(record, dict) and record.get("generator") == "demo.shapes":
-            return record
-    elif not directory.exists() or (directory.is_dir() and not any(directory.iterdir())):
-        return None
-    raise UserError(f"{directory} holds files that demo.shapes did not write (no dataset.json of "
-                    "its own): name a new or an empty folder")  # fmt: skip
+    grain = rng.uniform(1, 9) * rng.standard_normal((height, width, 1), np.float32)
+    return np.clip(canvas + grain, 0, 255).astype(np.uint8), objects
 
 
 def make_dataset(
@@ -334,94 +175,59 @@ def make_dataset(
     test: int = 80,
     size: tuple[int, int] = (320, 500),
     seed: int = 0,
-) -> dict:
-    """Draw the data set into a folder, unless the same one is there already.
+) -> dict[str, Counter[str]]:
+    """Draw a data set into a new or empty folder, and return its objects per split and class.
 
-    directory gets Annotations/*.xml, JPEGImages/*.jpg, ImageSets/Main/{trainval,test}.txt,
-    classes.txt and, complete only at the very end, dataset.json. size is the range of a picture's
-    sides, in pixels. A picture depends on the seed, the size, its split and its number alone: a
-    larger set begins with the pictures of a smaller one.
+    Args:
+        directory: Gets Annotations/, JPEGImages/, ImageSets/Main/ and classes.txt. It appears
+            when the set is complete; it is drawn beside it, in a folder that ends in .part.
+        trainval, test: Number of images. A larger set begins with the images of a smaller one.
+        size: Range of an image's sides, in pixels.
 
-    Returns dataset.json's content: the parameters, "classes", "complete", "objects" (per split:
-    class name -> number of objects, the difficult ones included).
-    UserError: counts below 1 or above 9999, a negative seed, or a folder with foreign files.
-    An unfinished set, or one with other parameters, is drawn anew; foreign files are left alone.
+    Raises:
+        UserError: The folder holds files, or cannot be made.
     """
     directory = Path(directory)
-    low, high = size
-    if not 64 <= low <= high:
-        raise ValueError(f"size must be (low, high) with 64 <= low <= high, not ({low}, {high})")
-    counts = {"trainval": trainval, "test": test}
-    for split, count in counts.items():
-        if not 1 <= count <= 9999:
-            raise UserError(f"--{split} is {count}: give a number of pictures from 1 to 9999")
-    if seed < 0:
-        raise UserError(f"--seed is {seed}: give a number of at least 0")
-    record = {"generator": "demo.shapes", "version": VERSION, **counts, "size": [low, high],
-              "seed": seed, "classes": list(CLASSES)}  # fmt: skip
-    folders = {"xml": directory / "Annotations", "jpg": directory / "JPEGImages"}
-    lists = directory / "ImageSets" / "Main"
-    ids = {split: [f"{split}_{k:04d}" for k in range(1, n + 1)] for split, n in counts.items()}
-
-    existing = _read_record(directory)
-    if (
-        existing
-        and existing.get("complete")
-        and record.items() <= existing.items()
-        and (directory / "classes.txt").is_file()
-        and all((lists / f"{split}.txt").is_file() for split in SPLITS)
-        and all((folder / f"{name}.{ext}").is_file()
-                for ext, folder in folders.items() for split in SPLITS for name in ids[split])
-    ):  # fmt: skip
-        return existing
-
-    try:
-        for folder in (*folders.values(), lists):
-            folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make the folder {directory}: {error.strerror}") from error
-    # claims the folder: an interrupted run is recognised as ours, and as incomplete
-    _write_record(directory / "dataset.json", {**record, "complete": False})
-    for ext, folder in folders.items():
-        for split in SPLITS:
-            for stale in folder.glob(f"{split}_[0-9][0-9][0-9][0-9].{ext}"):
-                stale.unlink()
-
-    (directory / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    objects = {split: dict.fromkeys(CLASSES, 0) for split in SPLITS}
-    for number, split in enumerate(SPLITS):
-        for index, name in enumerate(ids[split], 1):
-            rng = np.random.default_rng((seed, number, index))
-            width, height = (int(v) for v in rng.integers(low, high + 1, 2))
-            count = 0 if index % EMPTY_EVERY == 0 else int(rng.integers(2, 9))
-            picture, found = draw_picture(rng, width, height, count)
-            encoded = cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
-            (folders["jpg"] / f"{name}.jpg").write_bytes(encoded.tobytes())
-            xml = annotation(f"{name}.jpg", width, height, found)
-            (folders["xml"] / f"{name}.xml").write_bytes(xml)
-            for item in found:
-                objects[split][item["name"]] += 1
-        (lists / f"{split}.txt").write_text("".join(f"{name}\n" for name in ids[split]))
-    record = {**record, "complete": True, "objects": objects}
-    _write_record(directory / "dataset.json", record)
-    return record
+    if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):
+        raise UserError(f"{directory} holds files; name a new folder, or remove it")
+    part, found = directory.with_name(f"{directory.name}.part"), {}
+    shutil.rmtree(part, ignore_errors=True)
+    for name in ("Annotations", "JPEGImages", "ImageSets/Main"):
+        (part / name).mkdir(parents=True)
+    (part / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    for k, (split, number) in enumerate(zip(SPLITS, (trainval, test), strict=True)):
+        ids, found[split] = [f"{split}_{i:04d}" for i in range(1, number + 1)], Counter()
+        (part / "ImageSets" / "Main" / f"{split}.txt").write_text("".join(f"{i}\n" for i in ids))
+        for index, name in enumerate(ids, 1):
+            rng = np.random.default_rng((seed, k, index))
+            width, height = (int(v) for v in rng.integers(size[0], size[1] + 1, 2))
+            objects = 0 if index % EMPTY_EVERY == 0 else int(rng.integers(2, 9))
+            image, drawn = draw_image(rng, width, height, objects)
+            data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 90])[1]
+            (part / "JPEGImages" / f"{name}.jpg").write_bytes(data.tobytes())
+            xml = voc_annotation(f"{name}.jpg", (width, height), [
+                (o.name, o.box, {"truncated": int(o.truncated), "difficult": int(o.difficult)})
+                for o in drawn
+            ])  # fmt: skip
+            (part / "Annotations" / f"{name}.xml").write_bytes(xml)
+            found[split].update(o.name for o in drawn)
+    if directory.exists():
+        directory.rmdir()
+    part.rename(directory)
+    return found
 
 
 @command
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m demo.shapes",
-        description="Draw the demo's data set (VOC layout). The same set again is left alone.",
-    )
-    parser.add_argument("directory", metavar="DIR", help="folder to draw into")
-    parser.add_argument("--trainval", type=int, default=300, help="pictures to train on (300)")
-    parser.add_argument("--test", type=int, default=80, help="pictures to test on (80)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other pictures (0)")
-    args = parser.parse_args(argv)
-    record = make_dataset(args.directory, args.trainval, args.test, seed=args.seed)
-    for split in SPLITS:
-        per_class = ", ".join(f"{n} {name}" for name, n in record["objects"][split].items())
-        print(f"{args.directory}: {split}: {record[split]} pictures, {per_class}")
+def main(argv: Sequence[str] | None = None) -> int:
+    p = Parser(prog="python -m demo.shapes", description=__doc__.splitlines()[0])
+    p.add_argument("directory", metavar="DIR", help="new folder")
+    p.add_argument("--trainval", type=positive, default=300, help="images to train on (300)")
+    p.add_argument("--test", type=positive, default=80, help="images to test on (80)")
+    p.add_argument("--seed", type=count, default=0, help="another seed draws other images (0)")
+    args = p.parse_args(argv)
+    found = make_dataset(args.directory, args.trainval, args.test, seed=args.seed)
+    for split, names in found.items():
+        print(f"{args.directory}: {split}: {', '.join(f'{names[c]} {c}' for c in CLASSES)}")
     return 0
 
 

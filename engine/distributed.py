@@ -5,9 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
+import re
 import sys
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -19,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 # Rank 0 scores a test set alone while the others wait for the next step. A process that ended is
 # noticed at once, by a closed connection or by torchrun: the limit is only for one that hangs.
@@ -29,8 +28,8 @@ TIMEOUT = timedelta(hours=2)
 T = TypeVar("T")
 
 
-class Elsewhere(Exception):
-    """Rank 0 has failed, and has said why: this process ends without a word of its own."""
+class RankZeroFailed(Exception):
+    """Raised on other ranks after rank 0 failed. Rank 0 has already reported the error."""
 
 
 @dataclass(frozen=True)
@@ -57,42 +56,49 @@ class World:
             dist.all_reduce(tensor)
         return tensor
 
-    def decide(self, make: Callable[[], object]):
-        """What ``make()`` returns on rank 0 (plain data), on every process.
+    def decide(self, make: Callable[[], T]) -> T:
+        """Call ``make`` on rank 0 and return its result, plain data, on every process.
 
         Raises:
-            Elsewhere: on the other processes, when ``make()`` raised on rank 0.
+            RankZeroFailed: on the other processes, when ``make`` raised on rank 0.
         """
-        if self.size == 1:
-            return make()
         if not self.main:
-            outcome = json.loads(self._broadcast(None))
-            if "value" not in outcome:
-                raise Elsewhere
-            return outcome["value"]
-        try:
-            value = make()
-        except BaseException:
-            self._broadcast("{}")
-            raise
-        self._broadcast(json.dumps({"value": value}))
+            return self._receive()
+        value = self._make_for_all(make)
+        self._send({"value": value})
         return value
 
     def in_turn(self, make: Callable[[], T]) -> T:
-        """``make()`` on rank 0, and when that has not raised, on the other processes.
+        """Call ``make`` on rank 0, then on the other processes; return each one's own result.
 
-        So a mistake that every process would meet is told once.
+        A mistake that every process would meet is reported once.
 
         Raises:
-            Elsewhere: on the other processes, when ``make()`` raised on rank 0.
+            RankZeroFailed: on the other processes, when ``make`` raised on rank 0.
         """
-        made: list[T] = []
+        if not self.main:
+            self._receive()
+            return make()
+        made = self._make_for_all(make)
+        self._send({"value": None})
+        return made
 
-        def first() -> None:
-            made.append(make())
+    def _make_for_all(self, make: Callable[[], T]) -> T:
+        try:
+            return make()
+        except BaseException:
+            self._send({})
+            raise
 
-        self.decide(first)
-        return made[0] if made else make()
+    def _send(self, outcome: dict) -> None:
+        if self.size > 1:
+            self._broadcast(json.dumps(outcome))
+
+    def _receive(self):
+        outcome = json.loads(self._broadcast(None))
+        if "value" not in outcome:
+            raise RankZeroFailed
+        return outcome["value"]
 
     def _broadcast(self, text: str | None) -> str:
         data = torch.frombuffer(bytearray((text or " ").encode()), dtype=torch.uint8)
@@ -166,8 +172,7 @@ class World:
                 dist.broadcast(buffer, 0)
 
 
-ALONE = World()
-"""A job of one process."""
+SINGLE_PROCESS = World()
 
 
 def no_sync(net: nn.Module):
@@ -200,7 +205,7 @@ def join() -> World:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
         raise UserError(
-            f"the processes of the job cannot reach each other ({str(error).splitlines()[0]}); if "
+            f"the processes of the job cannot reach each other ({first_line(error)}); if "
             "torchrun has restarted them on several machines, give it "
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (docs/many_gpus.md)"
         ) from error
@@ -226,13 +231,21 @@ def end(status: int) -> NoReturn:
     os._exit(status)
 
 
+_LOST_PEER = re.compile(
+    "connection closed|connection reset|broken pipe|ncclRemoteError|communicator was aborted",
+    re.IGNORECASE,
+)
+"""What gloo and NCCL say when another process has ended; they raise no exception of its own."""
+
+
 def is_lost_connection(error: BaseException) -> bool:
-    """Whether a collective call failed, as it does when another process has ended."""
-    known = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe")
-    text = str(error).lower()
-    return isinstance(error, dist.DistError) or (
-        isinstance(error, RuntimeError) and any(word in text for word in known)
-    )
+    """Return whether ``error`` says that another process of the job has ended.
+
+    A misuse of NCCL or CUDA is none. The text of the error is worth telling either way.
+    """
+    if isinstance(error, ConnectionError | dist.DistNetworkError | dist.DistStoreError):
+        return True
+    return isinstance(error, RuntimeError) and _LOST_PEER.search(str(error)) is not None
 
 
 def launched() -> bool:
@@ -241,100 +254,43 @@ def launched() -> bool:
 
 
 def launch(processes: int, program: Sequence[str]) -> int:
-    """Run a Python program as a job of ``processes`` on this machine; returns its exit status.
+    """Run a Python program as a job of several processes on this machine; return its exit status.
 
-    ``program``: the arguments of the interpreter. It is what ``torchrun --standalone
-    --nproc-per-node N`` does, without its traceback. SIGINT and SIGTERM are handed on, and the
-    processes have 30 seconds to save their state.
+    This is ``torchrun --standalone --nproc-per-node N`` without its traceback, and with the status
+    of the process that failed first; 128 + n if signal n ended it. SIGINT and SIGTERM are passed
+    on; the processes then have 30 seconds to save their state. Signal handlers stay replaced.
+
+    Args:
+        program: arguments of the Python interpreter.
     """
+    from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=str(uuid.uuid4()),
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-    )
-    names = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")  # the launcher's handlers stay otherwise
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    handlers = {number: signal.getsignal(number) for number in numbers}
-    # As torchrun: without it every process would take all cores.
-    threads_unset = processes > 1 and "OMP_NUM_THREADS" not in os.environ
-    if threads_unset:
-        os.environ["OMP_NUM_THREADS"] = "1"
+    if processes > 1:  # as torchrun does, with a warning; else every process would use all cores
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+    job = ["--standalone", "--nproc-per-node", str(processes), "--no-python", sys.executable]
     try:
-        elastic_launch(config, sys.executable)(*program)
+        run.run(run.parse_args([*job, *program]))
         return 0
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
-        # Negative: it was ended by that signal.
         return failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode
     except SignalException:
         return 130
-    finally:
-        if threads_unset:
-            del os.environ["OMP_NUM_THREADS"]
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
-class CPUSyncBatchNorm(nn.BatchNorm2d):
-    """Batch normalisation with the statistics of all processes' pictures, on the CPU.
+def check_sync_bn(device: torch.device, size: int) -> None:
+    """Refuse ``--sync_bn`` in a job of several processes on the CPU.
 
-    Like ``nn.SyncBatchNorm``, which is for GPUs only. [B, C, H, W] -> the same, of any float type;
-    the statistics are in float32.
+    Raises:
+        UserError: ``device`` is no GPU and ``size`` is over 1.
     """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(x)
-        values = x.to(torch.promote_types(x.dtype, torch.float32))
-        local = torch.cat([values.sum((0, 2, 3)), values.new_tensor([x.numel() / x.shape[1]])])
-        total = _SumOverProcesses.apply(local)
-        count = total[-1].detach()
-        mean = total[:-1] / count
-        centred = values - mean[:, None, None]
-        variance = _SumOverProcesses.apply(centred.square().sum((0, 2, 3))) / count
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (centred * scale[:, None, None] + self.bias[:, None, None]).to(x.dtype)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """The sum over all processes, which every one of them uses: so its gradient is a sum, too."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> Tensor:
-        total = gradient.clone()
-        dist.all_reduce(total)
-        return total
-
-
-def synchronise_batch_norm(net: nn.Module, device: torch.device) -> nn.Module:
-    """``net`` with every batch normalisation replaced by one over all processes' pictures.
-
-    Parameters, buffers and keys of the state dict stay.
-    """
-    if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    for module in net.modules():
-        if type(module) is nn.BatchNorm2d:
-            module.__class__ = CPUSyncBatchNorm  # it adds no state
-    return net
+    if size > 1 and device.type != "cuda":
+        raise UserError(
+            f"--sync_bn needs GPUs, but the {size} processes of the job use the CPU; give "
+            "--sync_bn false"
+        )
 
 
 def check_shares(batch_size: int, size: int, accumulate: int) -> None:

@@ -14,10 +14,13 @@ import math
 import os
 from collections.abc import Sequence
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from models.hardnet import HarDBlock
 
 ACTIVATIONS = ("linear", "relu", "relu6")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -152,6 +155,44 @@ def gathered_conv2d(
             enable_fp_fusion=True,
         )
     return out
+
+
+def gather_blocks(net: nn.Module) -> None:
+    """Replace every HarD block of a folded network, with the convolution behind it, by a
+    ``GatheredBlock``."""
+    for module in list(net.modules()):
+        for (name, block), (following, behind) in pairwise(list(module.named_children())):
+            if isinstance(block, HarDBlock):
+                setattr(module, name, nn.Identity())
+                setattr(module, following, GatheredBlock(block, behind))
+
+
+class GatheredBlock(nn.Module):
+    """A HarD block and the convolution behind it: [B, C, H, W] -> [B, outputs, H, W].
+
+    Value 0 is the input, value l the output of layer l; ``links[l - 1]`` are the values that layer
+    l takes, in order. The last layer is the convolution behind the block.
+    """
+
+    def __init__(self, block: HarDBlock, behind: nn.Module) -> None:
+        super().__init__()
+        self.links = [*block.links, block.outputs]
+        layers = [
+            [m for m in layer.modules() if not list(m.children()) and type(m) is not nn.Identity]
+            for layer in (*block.layers, behind)
+        ]
+        widths = [layers[0][0].in_channels, *(conv.out_channels for conv, *_ in layers)]
+        self.convs = nn.ModuleList(
+            pack(conv.weight, conv.bias, [widths[i] for i in links], type(act).__name__.lower())
+            for links, (conv, act, *_) in zip(self.links, layers, strict=True)
+        )
+        self.rest = nn.ModuleList(nn.Sequential(*rest) for _, _, *rest in layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        values = [x]
+        for links, conv, rest in zip(self.links, self.convs, self.rest, strict=True):
+            values.append(rest(gathered_conv2d([values[i] for i in links], conv)))
+        return values[-1]
 
 
 # ---------------------------------------------------------------- checks and geometry

@@ -1,52 +1,55 @@
-"""What stands before and behind a network in an exported graph, as ``torch.export`` and as ONNX.
-
-Unlike ``Detect`` these are fixed sequences of operations without a choice of routine, and a batch's
-detections are one list of rows, each with the number of its image.
-"""
+"""What stands before and behind the network in an exported graph: preprocessing, detection."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layers.boxes import decode
-from layers.detect import rank_in_group
+from layers.detect import DetectConfig
 
 
 class Preprocess(nn.Module):
-    """Pictures uint8 [B, H, W, 3] (BGR) -> images float32 [B, 3, S, S], minus the mean.
+    """Map uint8 [B, H, W, 3] BGR images to float32 [B, 3, S, S], minus the mean.
 
-    With ``resize`` bilinear by the fixed-point arithmetic of ``cv2.INTER_LINEAR``, to the last bit
-    of what OpenCV computes without a vendor's routine (one value of a thousand may be another by 1
-    where a runtime divides by multiplying, as OpenVINO does); else the pictures are S x S.
+    Args of the constructor:
+        size: S.
+        mean: subtracted from the pixels, BGR.
+        resize: resize the images, bilinearly; else they are S x S. It computes what
+            ``cv2.INTER_LINEAR`` computes in fixed-point arithmetic, to the last bit. A runtime that
+            divides by multiplying, such as OpenVINO, gets one value of a thousand wrong by 1.
     """
 
-    def __init__(self, size: int, mean: Sequence[float], resize: bool):
+    def __init__(self, size: int, mean: Sequence[float], resize: bool) -> None:
         super().__init__()
         self.size = size
         self.resize = resize
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("places", 2 * torch.arange(size) + 1, persistent=False)
 
-    def forward(self, pictures: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         if self.resize:
-            before, after, share = self._taps(pictures.shape[2], clamp=True)
+            before, after, share = self._taps(images.shape[2], clamp=True)
             share = share[:, None]
-            left, right = (pictures.index_select(2, taps).float() for taps in (before, after))
+            left, right = (images.index_select(2, taps).float() for taps in (before, after))
             rows = ((left * (2048 - share) + right * share) / 16).floor()
-            before, after, share = self._taps(pictures.shape[1], clamp=False)
+            before, after, share = self._taps(images.shape[1], clamp=False)
             share = share[:, None, None]
             above, below = (rows.index_select(1, taps) for taps in (before, after))
-            pictures = _product(above, 2048 - share) + _product(below, share)
-            pictures = ((pictures + 2) / 4).floor()
-        return (pictures.float() - self.mean).permute(0, 3, 1, 2)
+            images = _product(above, 2048 - share) + _product(below, share)
+            images = ((images + 2) / 4).floor()
+        return (images.float() - self.mean).permute(0, 3, 1, 2)
 
     def _taps(self, length: int, clamp: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """For each of S places on a side of ``length`` the two pixels it lies between, and the
-        second's weight in 1/2048; OpenCV has beyond the ends a full weight on one (``clamp``) or
-        both weights on the same pixel, which is rounded otherwise."""
+        """Return the two source pixels of each of the S places on a side of ``length`` pixels.
+
+        Also return the weight of the second pixel, in 1/2048. Beyond the ends OpenCV gives one
+        pixel the full weight (``clamp``), or splits it over the same pixel twice, which rounds
+        differently.
+        """
         place = (self.places * length - self.size).float() / (2 * self.size)
         first = place.floor()
         weight = place - first
@@ -58,87 +61,41 @@ class Preprocess(nn.Module):
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """floor(a b / 2^16) of whole numbers a < 2^15 and b <= 2^11, whose product float32 cannot
-    hold."""
+    """floor(a b / 2^16) of integers a < 2^15 and b <= 2^11, whose product overflows float32."""
     high = (a / 128).floor()
     low = ((a - high * 128) * b / 128).floor()
     return ((high * b + low) / 512).floor()
 
 
-class DetectGraph(nn.Module):
-    """What ``Detect`` computes with hard suppression of each class, by torchvision's routine.
-
-    ``loc`` [B, P, 4], ``conf`` [B, P, C] and ``sizes`` float32 [B, 2], (width, height) in pixels ->
-    "boxes" float32 [n, 4] corners in pixels, "scores" float32 [n], "labels" int64 [n] in 1..C-1 and
-    "image" int64 [n], ascending; of an image the best score first. n may be 0. Values that are not
-    finite are not noticed.
-    """
-
-    def __init__(
-        self,
-        priors: Tensor,
-        variance: tuple[float, float],
-        conf_thresh: float,
-        nms_thresh: float,
-        per_class: int,
-        top_k: int,
-    ):
-        super().__init__()
-        self.register_buffer("priors", priors, persistent=False)
-        self.register_buffer("pixel", torch.tensor([0.0, 0, 1, 1]).double(), persistent=False)
-        self.register_buffer("alone", torch.tensor([-1, -2]), persistent=False)
-        self.variance = variance
-        self.conf_thresh = conf_thresh
-        self.nms_thresh = nms_thresh
-        self.per_class = per_class
-        self.top_k = top_k
-
-    def forward(
-        self, loc: Tensor, conf: Tensor, sizes: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        from torchvision.ops import nms
-
-        probability = conf.softmax(2)[..., 1:]
-        corners = decode(loc, self.priors, self.variance) * sizes.repeat(1, 2)[:, None]
-        over = (probability > self.conf_thresh).transpose(1, 2)
-        image, label, prior = over.nonzero().unbind(1)
-        boxes, scores = corners[image, prior], probability[image, prior, label]
-        group = image * probability.shape[2] + label
-
-        # Groups are moved apart, in double precision; the routine's boxes have x2 - x1 for a width.
-        # Two that stand alone come last and go again: exported, it must not find fewer.
-        wide = torch.cat([boxes, boxes.new_zeros(2, 4)]).double() + self.pixel
-        apart = torch.cat([group, self.alone]) * (wide.abs().amax() * 2 + 1)
-        quality = torch.cat([scores, scores.new_full((2,), -1)]).double()
-        kept = nms(wide + apart[:, None], quality, self.nms_thresh)
-        kept = kept[quality[kept] >= 0]
-        kept = kept[rank_in_group(group[kept]) < self.per_class]
-        kept = kept[image[kept].argsort(stable=True)]  # of each still the best first
-        kept = kept[rank_in_group(image[kept]) < self.top_k]
-        return boxes[kept], scores[kept], label[kept] + 1, image[kept]
-
-
 def detect_onnx(
     priors: Tensor,
     num_classes: int,
-    variance: tuple[float, float],
-    conf_thresh: float,
-    nms_thresh: float,
-    per_class: int,
-    top_k: int,
+    variance: Sequence[float],
+    config: DetectConfig,
     *,
     opset: int,
     ir_version: int,
-):
-    """``DetectGraph`` as an ``onnx.ModelProto``, by the operator NonMaxSuppression.
+) -> Any:
+    """Return ``Detect`` with hard NMS per class as an ``onnx.ModelProto``.
 
-    Of equal scores the lower class comes first, then the earlier prior, as in ``Detect``, if the
-    runtime's TopK keeps the order of equals (ONNX Runtime's does, OpenVINO's does not).
+    Inputs of the model: "loc" float32 [B, P, 4], "conf" float32 [B, P, C] and "sizes" float32
+    [B, 2], (width, height) in pixels. Outputs: "boxes" float32 [n, 4], corners in pixels, "scores"
+    float32 [n], "labels" int64 [n] in 1..C-1 and "image" int64 [n], the index in the batch,
+    ascending; within an image the best score first; n may be 0. Unlike ``Detect`` it does not
+    notice NaN or infinity.
+
+    Ties: lower class first, then earlier prior, as in ``Detect``. This needs a runtime whose TopK
+    is stable: ONNX Runtime's is, OpenVINO's is not.
+
+    Args:
+        priors: [P, 4], centre-size, relative.
+        num_classes: C, including background.
+        variance: of the box encoding.
+        config: its first four fields count.
 
     Raises:
-        ValueError: an ``opset`` below 18.
+        ValueError: ``opset`` is below 18.
     """
-    import numpy as np
     from onnx import numpy_helper, parser
 
     if opset < 18:
@@ -151,10 +108,10 @@ def detect_onnx(
         "size_scale": np.float32(variance[1]),
         "most_growth": np.float32(10),
         "pixel": np.array([0, 0, 1, 1], np.float32),
-        "score_threshold": np.array([conf_thresh], np.float32),
-        "nms_threshold": np.array([nms_thresh], np.float32),
-        "per_class": np.array([per_class]),
-        "top_k": np.array(top_k),
+        "score_threshold": np.array([config.conf_thresh], np.float32),
+        "nms_threshold": np.array([config.nms_thresh], np.float32),
+        "per_class": np.array([config.per_class]),
+        "top_k": np.array(config.top_k),
         "zero": np.array(0),
         "one": np.array(1),
         "axis_0": np.array([0]),

@@ -1,4 +1,4 @@
-"""A detector ready for pictures: one object for checkpoints and exported files.
+"""A detector that takes images: the same object for checkpoints and exported files.
 
     predictor = Predictor("weights/SSD_HarDNet68_512/RUN/best.pth")
     found = predictor("street.jpg")    # {"boxes", "scores", "labels", "names"}
@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
@@ -15,59 +15,48 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import DATASETS
 from data.config import INPUT_MEAN
 from data.image import read_image
 from data.transforms import TestTransform
-from engine.options import choose_device
 from inference.deploy import deploy
-from inference.runtime import SUFFIXES, ExportedModel, open_model
+from inference.runtime import EXPORTED_SUFFIXES, ExportedModel, graph_inputs, open_model
 from layers import Detect, PriorBox
-from models import build_net, prior_config
-from models.info import detector
-from utils.checkpoint import load_checkpoint, load_weights
-from utils.device import AMP_TYPES, to_input
+from layers.detect import DetectConfig
+from models.info import load_detector
+from utils.device import AMP_TYPES, choose_device, to_input
 from utils.errors import UserError
 
-Picture = str | PathLike | np.ndarray
+Image = str | PathLike | np.ndarray
 """A file, or BGR uint8 [H, W, 3] as OpenCV reads it."""
 
 
-@dataclass(frozen=True)
-class Info:
-    """What a detector is."""
-
-    file: str
-    version: str
-    size: int
-    """Side of the network's input."""
-    classes: tuple[str, ...]
-    """Without background: label k is ``classes[k - 1]``."""
-    dataset: str
-    """VOC or COCO: whose thresholds are the default."""
-    priors: str
-    """VOC or COCO: whose prior boxes the weights were trained with."""
-
-
 class Predictor:
-    """Pictures -> detections, in three stages that can be called, and timed, one by one.
+    """Detect objects in images: ``preprocess``, ``forward`` and ``postprocess`` in one call.
 
     Args of the constructor:
-        file: a checkpoint (.pth, .safetensors) of this program or a published one, or a network
-            that ``python -m tools.export`` has written (.onnx, .xml, .pt2; the last is a program,
-            to be opened only where its origin is trusted).
-        device: "auto", "cpu", "cuda" or "cuda:N"; exported files run on the CPU.
-        amp: "off", "bf16" or "fp16" (on GPUs), of a checkpoint; an exported file knows its own.
-        classes: names, for a file that has none.
-        score_threshold, max_detections: as ``--score_threshold`` and ``--max_detections`` of
-            train_test.py; None: the published ones of the data set.
-        nms, class_agnostic, background_shortcut: as in ``layers.Detect``.
-        threads: of an exported file's runtime, None: its default. PyTorch has
-            ``torch.set_num_threads``.
+        file: a checkpoint (.pth, .safetensors) of this program or a published one, or an exported
+            file (.onnx, .xml) of ``python -m tools.export``.
+        device: "auto", "cpu", "cuda" or "cuda:N". Exported files run on the CPU.
+        amp: "off", "bf16" or "fp16" (GPU only). An exported file has its own precision.
+        classes: class names, for a checkpoint that stores none.
+        score_threshold, max_detections: lowest score of a detection, and most detections of an
+            image; None: the published values of the data set.
+        nms, class_agnostic, background_shortcut: as in ``layers.detect.DetectConfig``.
+        threads: CPU threads of an exported file's runtime; None: the runtime chooses. For a
+            checkpoint use ``torch.set_num_threads``.
+
+    Attributes:
+        file: name of the file.
+        info: what the detector is, ``models.info.DetectorInfo``.
+        exported: the exported file in its runtime; None for a checkpoint.
+        device: where the network runs.
+        net: the deployed network of a checkpoint.
+        priors: prior boxes [P, 4], centre-size, relative.
+        detect: the ``Detect`` layer of ``config``.
 
     Raises:
-        UserError: a file that is no detector, options that contradict it, a device that is not
-            there.
+        UserError: the file is no detector, options contradict it, or the device does not exist.
+        ValueError: as ``DetectConfig``.
     """
 
     def __init__(
@@ -85,110 +74,126 @@ class Predictor:
         threads: int | None = None,
     ) -> None:
         path = Path(file)
+        self.file = path.name
+        self.exported: ExportedModel | None = None
         if amp not in AMP_TYPES:
             raise UserError(f"amp is {amp!r}, should be one of {', '.join(AMP_TYPES)}")
-        asked = {"nms": nms, "class_agnostic": class_agnostic}
-        asked["background_shortcut"] = background_shortcut
-        if score_threshold is not None:
-            asked["conf_thresh"] = score_threshold
-        if max_detections is not None:
-            asked["top_k"] = max_detections
-        if path.suffix in SUFFIXES:
+        if path.suffix in EXPORTED_SUFFIXES:
             if device not in ("auto", "cpu") or amp != "off" or classes is not None:
                 raise UserError(
                     f"{path} is exported: it runs on the CPU, in its own precision, and has its "
                     "classes inside; leave device, amp and classes out"
                 )
             self.device = torch.device("cpu")
-            self.exported: ExportedModel | None = open_model(path, threads)
-            about = self.exported.info
-            chosen = dict(about["detection"])
-            if about["nms"]:
-                _refuse_other(path, asked, chosen)
+            self.exported = open_model(path, threads)
+            self.info = self.exported.info.detector
+            config, variance = self.exported.info.detection, self.exported.info.variance
         else:
             if threads is not None:
                 raise UserError(f"threads is for exported files; {path} is run by PyTorch")
-            self.device = choose_device({"device": device}, amp)
-            self.exported = None
-            saved = load_checkpoint(path)
-            about = detector(saved, path, classes)
-            chosen = dict(DATASETS[about["dataset"]].detection)
-            net = build_net(about["version"], about["size"], len(about["classes"]) + 1)
-            load_weights(net, saved["model"], path)
+            self.device = choose_device(device, amp)
+            net, self.info = load_detector(path, classes)
             self.net = deploy(net).to(self.device, AMP_TYPES[amp])
-        self.info = Info(
-            path.name, about["version"], about["size"], tuple(about["classes"]), about["dataset"],
-            about["priors"],
-        )  # fmt: skip
-        chosen |= asked
-        try:
-            priors = prior_config(self.info.version, self.info.priors, self.info.size)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
-        self.priors = PriorBox(priors).to(self.device)()
-        self.detect = Detect(**chosen, variance=priors.variance)
-        self._resize = TestTransform(self.info.size)
+            config, variance = self.info.detection(), self.info.prior_config().variance
+        self.priors = PriorBox(self.info.prior_config()).to(self.device)()
+        self.detect = Detect.of(config, variance)
+        asked = {"conf_thresh": score_threshold, "top_k": max_detections}
+        self.config = replace(
+            config,
+            nms=nms,
+            class_agnostic=class_agnostic,
+            background_shortcut=background_shortcut,
+            **{key: value for key, value in asked.items() if value is not None},
+        )
 
-    def __call__(self, pictures: Picture | Iterable[Picture]) -> dict | list[dict]:
-        """Detections of a picture, or of each of several, which are one batch.
+    @property
+    def config(self) -> DetectConfig:
+        """The detection settings.
+
+        Assign other settings to change them:
+        ``predictor.config = replace(predictor.config, conf_thresh=0.4)``. An exported file with NMS
+        inside allows a higher threshold and fewer detections only, else raises UserError.
+        """
+        return self.detect.config
+
+    @config.setter
+    def config(self, config: DetectConfig) -> None:
+        if self.exported is not None and self.exported.info.nms:
+            inside = self.exported.info.detection
+            possible = replace(
+                inside,
+                conf_thresh=max(inside.conf_thresh, config.conf_thresh),
+                top_k=min(inside.top_k, config.top_k),
+            )
+            if config != possible:
+                raise UserError(
+                    f"{self.exported.path} has its non-maximum suppression inside: hard, per "
+                    f"class, scores over {inside.conf_thresh:g}, at most {inside.top_k} detections "
+                    f"an image; {config} is not a part of that; export it again without --with-nms"
+                )
+        self.detect = Detect.of(config, self.detect.variance)
+
+    def __call__(self, images: Image | Iterable[Image]) -> dict | list[dict]:
+        """Detect in one image, or in several as one batch.
 
         Returns:
-            {"boxes": float32 [n, 4], (x1, y1, x2, y2) in pixels of the picture, "scores": float32
-            [n], "labels": int64 [n] in 1..C, "names": n names}, best first, tensors on the CPU; a
-            list of them for several pictures. n may be 0.
+            One dict an image: "boxes" float32 [n, 4], (x1, y1, x2, y2) in pixels of the image,
+            "scores" float32 [n] and "labels" int64 [n] in 1..C, tensors on the CPU, and "names", n
+            class names; best score first. n may be 0. A single image gives its dict, several give
+            a list.
 
         Raises:
-            UserError: a file that cannot be read as a picture; an array that is none.
+            UserError: a file that cannot be read as an image, or an array that is none.
             FloatingPointError: as ``postprocess``.
         """
-        if isinstance(pictures, Picture):
-            return self([pictures])[0]
-        images = [_as_array(picture) for picture in pictures]
+        if isinstance(images, Image):
+            return self([images])[0]
+        arrays = [_load(image) for image in images]
         found = []
-        for group in self.batches(images):
-            sizes = [(image.shape[1], image.shape[0]) for image in group]
-            found += self.postprocess(self.forward(self.preprocess(group)), sizes)
-        return [
-            {**each, "names": [self.info.classes[k - 1] for k in each["labels"].tolist()]}
-            for each in found
-        ]
+        for batch in self.batches(arrays):
+            sizes = [(image.shape[1], image.shape[0]) for image in batch]
+            found += self.postprocess(self.forward(self.preprocess(batch)), sizes)
+        for each in found:
+            each["names"] = [self.info.classes[label - 1] for label in each["labels"].tolist()]
+        return found
 
-    def batches(self, images: list[np.ndarray]) -> Iterator[list[np.ndarray]]:
-        """All at once, or one by one where a graph can take no more."""
-        fixed = self.exported is not None and (
-            not self.exported.info["dynamic"]
-            or (self.exported.info["preprocess"] and len({x.shape for x in images}) > 1)
-        )
-        step = 1 if fixed else max(len(images), 1)
+    def batches(self, images: Sequence[np.ndarray]) -> Iterator[Sequence[np.ndarray]]:
+        """Split images into batches for ``preprocess``: one, or single images.
+
+        Single images where a graph takes no more, or resizes images of different sizes itself.
+        """
+        step = max(len(images), 1)
+        if self.exported is not None:
+            info, shapes = self.exported.info, {image.shape for image in images}
+            if not info.dynamic or (info.preprocess and len(shapes) > 1):
+                step = 1
         for start in range(0, len(images), step):
             yield images[start : start + step]
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor | dict[str, np.ndarray]:
-        """BGR uint8 [H, W, 3] pictures -> what ``forward`` takes: float32 [B, 3, S, S] minus the
-        mean on the device, or the inputs of an exported graph by name."""
-        if self.exported is None:
-            return to_input(self.stack(images), INPUT_MEAN, self.device)
-        about, inputs = self.exported.info, {}
-        if about["preprocess"]:
-            whole = images if about["dynamic"] else [self._resize(image) for image in images]
-            inputs["pictures"] = np.stack(whole)
-        else:
-            batch = to_input(self.stack(images), INPUT_MEAN, self.device)
-            inputs["images"] = batch.contiguous().numpy()
-        if about["nms"]:
-            sizes = [(image.shape[1], image.shape[0]) for image in images]
-            inputs["sizes"] = np.array(sizes, np.float32)
-        return inputs
+        """Return the input of ``forward`` for BGR uint8 [H, W, 3] images.
+
+        float32 [B, 3, S, S] minus the mean on the device, or the inputs of an exported graph by
+        name.
+        """
+        if self.exported is not None:
+            return graph_inputs(images, self.exported.info)
+        return to_input(self.stack(images), INPUT_MEAN, self.device)
 
     def stack(self, images: Sequence[np.ndarray]) -> Tensor:
-        """uint8 [B, 3, S, S], channels last."""
-        stacked = np.stack([self._resize(image) for image in images])
+        """Return the images resized: uint8 [B, 3, S, S], channels last."""
+        resize = TestTransform(self.info.size)
+        stacked = np.stack([resize(image) for image in images])
         return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
     def forward(self, batch: Tensor | dict[str, np.ndarray]) -> dict[str, Tensor]:
-        """The network: {"loc" [B, P, 4], "conf" [B, P, C]}, or what a graph with suppression gives:
-        {"boxes" [N, 4], "scores" [N], "labels" [N], "image" [N]}."""
+        """Run the network.
+
+        Returns:
+            {"loc" [B, P, 4], "conf" [B, P, C]}. A graph with NMS gives {"boxes" [n, 4], "scores"
+            [n], "labels" [n], "image" [n]} of the whole batch, see ``ExportedModel``.
+        """
         if self.exported is not None:
             outputs = self.exported(batch)
             return {name: torch.from_numpy(value) for name, value in outputs.items()}
@@ -199,49 +204,36 @@ class Predictor:
     def postprocess(
         self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Detections of a batch of pictures of ``sizes`` (width, height), without names.
+        """Return the detections of a batch, without names.
+
+        Args:
+            outputs: of ``forward``.
+            sizes: (width, height) of the images in pixels.
 
         Raises:
-            FloatingPointError: as ``layers.Detect``. Of a graph with its own suppression boxes are
-                looked at, while a score that is NaN is below every threshold in there.
+            FloatingPointError: as ``layers.Detect``; of a graph with NMS, a detection with NaN or
+                infinity. A NaN score inside such a graph is below every threshold, so it is not
+                noticed.
         """
         if "loc" in outputs:
             found = self.detect(outputs["loc"], outputs["conf"], self.priors, sizes)
             return [{key: value.cpu() for key, value in each.items()} for each in found]
         if not all(outputs[key].isfinite().all() for key in ("boxes", "scores")):
             raise FloatingPointError("a detection contains NaN or infinity")
-        over = outputs["scores"] > self.detect.conf_thresh
-        of = [(over & (outputs["image"] == i)).nonzero().flatten() for i in range(len(sizes))]
-        return [
-            {key: outputs[key][mine[: self.detect.top_k]] for key in ("boxes", "scores", "labels")}
-            for mine in of
-        ]
+        over = outputs["scores"] > self.config.conf_thresh
+        found = []
+        for i in range(len(sizes)):
+            rows = (over & (outputs["image"] == i)).nonzero().flatten()[: self.config.top_k]
+            found.append({key: outputs[key][rows] for key in ("boxes", "scores", "labels")})
+        return found
 
 
-def _as_array(picture: Picture) -> np.ndarray:
-    if not isinstance(picture, np.ndarray):
-        return read_image(picture)
-    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3 or not picture.size:
+def _load(image: Image) -> np.ndarray:
+    if not isinstance(image, np.ndarray):
+        return read_image(image)
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise UserError(
-            f"a picture is {picture.dtype} {list(picture.shape)}, should be uint8 "
-            "[height, width, 3], BGR as OpenCV reads it"
+            f"an image is {image.dtype} {list(image.shape)}, should be uint8 [height, width, 3], "
+            "BGR as OpenCV reads it"
         )
-    return picture
-
-
-_OPTIONS = {"conf_thresh": "score_threshold", "top_k": "max_detections"}
-
-
-def _refuse_other(path: Path, asked: dict, inside: dict) -> None:
-    """UserError unless what is ``asked`` can be had of what a graph does by itself: the same, a
-    higher threshold or fewer detections, which are a part of what it finds."""
-    alike = {**inside, "nms": "hard", "class_agnostic": False, "background_shortcut": False}
-    for key, value in asked.items():
-        fewer = (key == "conf_thresh" and value > alike[key]) or (
-            key == "top_k" and value < alike[key]
-        )
-        if value != alike[key] and not fewer:
-            raise UserError(
-                f"{path} has its suppression inside, with {_OPTIONS.get(key, key)} {alike[key]}, "
-                f"so it cannot be {value}; export it again, without --with-nms"
-            )
+    return image

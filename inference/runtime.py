@@ -1,36 +1,27 @@
-"""Exported detectors in their runtimes: ONNX Runtime, OpenVINO and PyTorch, on the CPU.
+"""Exported detectors in their runtimes, ONNX Runtime and OpenVINO, on the CPU.
 
     model = open_model("detector.onnx")
     outputs = model({"images": images})
 
-The files are those of ``python -m tools.export``; no other is taken. Each has its description
-inside (``INFO_KEY``). An .onnx and an .xml with its .bin are data; a .pt2 is a program, and opening
-one may run what it says: open only those whose origin is trusted.
+Only files of ``python -m tools.export`` are accepted. They carry a description (``ExportInfo``).
 """
 
 from __future__ import annotations
 
 import importlib
-import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
+from data.transforms import TestTransform
+from inference.export_info import INFO_KEY, ExportInfo
 from utils.download import file_digest
 from utils.errors import UserError
 from utils.logger import LOGGER
 
-INFO_KEY = "ssd_hardnet"
-"""Of the description: in ONNX's metadata, OpenVINO's runtime information, a .pt2's extra files."""
-FORMAT = 1
-
-_KEYS = {
-    "format": int, "version": str, "size": int, "classes": list, "dataset": str, "priors": str,
-    "variance": list, "mean": list, "preprocess": bool, "nms": bool, "dynamic": bool,
-    "precision": str, "detection": dict, "checkpoint": dict, "versions": dict,
-}  # fmt: skip
+Arrays = dict[str, np.ndarray]
 
 
 class ExportedModel:
@@ -38,72 +29,86 @@ class ExportedModel:
 
     Attributes:
         path: its file.
-        info: its description, which has
-
-            - "version", "size", "classes" (names, label k is that of k - 1), "dataset" and
-              "priors" ("VOC" or "COCO"), "variance", "mean" (BGR) of the detector,
-            - "preprocess", "nms", "dynamic" (bool) and "precision" (fp32, bf16, fp16, int8) of the
-              file,
-            - "detection": conf_thresh, nms_thresh, per_class, top_k; a graph with its own
-              suppression has them inside, others leave them to the caller,
-            - "checkpoint": file and sha256 of what it was made of, "versions": of the packages.
-
-        runtime: name and version of what runs it, e.g. ("onnxruntime", "1.31.1").
+        info: its description.
+        runtime: name and version of the package that runs it, e.g. ("onnxruntime", "1.31.1").
     """
 
     def __init__(
         self,
         path: Path,
-        info: dict,
+        info: ExportInfo,
         runtime: tuple[str, str],
-        run: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]],
-    ):
+        run: Callable[[Arrays], Arrays],
+    ) -> None:
         self.path = path
         self.info = info
         self.runtime = runtime
         self._run = run
+        self._num_priors = info.detector.prior_config().num_priors
 
-    def __call__(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the graph on a batch, of one image unless it is dynamic.
+    def __call__(self, inputs: Arrays) -> Arrays:
+        """Run the graph on a batch.
 
         Args:
-            inputs: "images" float32 [B, 3, S, S], BGR minus the mean, or, of a graph with its own
-                preprocessing, "pictures" uint8 [B, H, W, 3], BGR, of S x S unless it is dynamic; of
-                one with its own suppression also "sizes" float32 [B, 2], (width, height) in pixels.
+            inputs: of ``graph_inputs``. "images" float32 [B, 3, S, S], BGR minus the mean; with
+                ``info.preprocess`` instead "pictures" uint8 [B, H, W, 3], BGR. With ``info.nms``
+                also "sizes" float32 [B, 2], (width, height) in pixels. Unless ``info.dynamic``, B
+                is 1 and H and W are S.
 
         Returns:
-            "loc" float32 [B, P, 4] and "conf" float32 [B, P, C], or, of a graph with its own
-            suppression, "boxes" float32 [n, 4] in pixels, "scores" float32 [n], "labels" int64 [n]
-            and "image" int64 [n], ascending: which image of the batch; n may be 0.
+            "loc" float32 [B, P, 4] and "conf" float32 [B, P, C] logits. With ``info.nms`` instead
+            "boxes" float32 [n, 4], (x1, y1, x2, y2) in pixels, "scores" float32 [n], "labels"
+            int64 [n] in 1..C-1 and "image" int64 [n], the index in the batch, ascending; n may be
+            0.
+
+        Raises:
+            UserError: the runtime cannot run the graph on these inputs, or its outputs do not have
+                the shapes of its detector.
         """
-        return self._run(inputs)
+        try:
+            outputs = self._run(inputs)
+        except Exception as error:  # each runtime raises kinds of its own
+            given = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in inputs.items())
+            raise UserError(
+                f"{self.path} cannot run on {given} ({first_line(error)}); give what it takes, or "
+                "export the detector again"
+            ) from error
+        self._check(outputs, len(next(iter(inputs.values()))))
+        return outputs
 
-
-def identity(path: str | Path) -> dict:
-    """Name and sha256 of an exported file, and of OpenVINO's weights beside it."""
-    path = Path(path)
-    found = {"file": path.name, "sha256": file_digest(path, "sha256")}
-    if path.suffix == ".xml":
-        weights = path.with_suffix(".bin")
-        found["weights"] = {"file": weights.name, "sha256": file_digest(weights, "sha256")}
-    return found
+    def _check(self, outputs: Arrays, batch: int) -> None:
+        if self.info.nms:
+            n = outputs["scores"].size
+            shapes = {"boxes": (n, 4), "scores": (n,), "labels": (n,), "image": (n,)}
+        else:
+            classes = len(self.info.detector.classes) + 1
+            shapes = {
+                "loc": (batch, self._num_priors, 4),
+                "conf": (batch, self._num_priors, classes),
+            }
+        for name, shape in shapes.items():
+            if outputs[name].shape != shape:
+                raise UserError(
+                    f"{self.path} gives {name} {list(outputs[name].shape)}, its detector should "
+                    f"give {list(shape)}; export the detector again"
+                )
 
 
 def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
-    """Open an .onnx by ONNX Runtime, an .xml (with its .bin) by OpenVINO, a .pt2 by PyTorch.
+    """Open an .onnx file in ONNX Runtime, or an .xml file, with its .bin, in OpenVINO.
 
     Args:
-        threads: of the CPU, None: as many as the runtime chooses. PyTorch has one number for the
-            whole process.
+        threads: CPU threads of the runtime; None: the runtime chooses.
 
     Raises:
-        UserError: no such file, another kind of file, a damaged one, one that
-            ``python -m tools.export`` has not written or a newer one has, or the runtime is not
-            installed.
+        UserError: the file is missing, damaged, not written by ``python -m tools.export``, or
+            written by a newer version of it; or the runtime is not installed.
     """
     path = Path(path)
-    if path.suffix not in SUFFIXES:
-        raise UserError(f"{path} is no exported file; their names end in {', '.join(SUFFIXES)}")
+    if path.suffix not in EXPORTED_SUFFIXES:
+        raise UserError(
+            f"{path} is no exported file; their names end in {', '.join(EXPORTED_SUFFIXES)}"
+        )
     files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
     for file in files:
         if not file.is_file():
@@ -112,9 +117,45 @@ def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
     return _RUNTIMES[path.suffix](path, threads)
 
 
-def import_package(name: str, extra: str):
-    """A package that not everybody needs, of one of this project's extras; UserError, naming what
-    installs it, where it is missing."""
+def graph_inputs(images: Sequence[np.ndarray], info: ExportInfo) -> Arrays:
+    """Return the inputs of a graph for BGR uint8 [H, W, 3] images, as ``ExportedModel`` takes them.
+
+    Images of different sizes make a batch unless ``info`` has both ``preprocess`` and ``dynamic``:
+    that graph resizes, so it takes them as they are.
+    """
+    inputs = {}
+    if not (info.preprocess and info.dynamic):
+        resize = TestTransform(info.detector.size)
+        batch = np.stack([resize(image) for image in images])
+    else:
+        batch = np.stack(images)
+    if info.preprocess:
+        inputs["pictures"] = batch
+    else:
+        pixels = batch.transpose(0, 3, 1, 2).astype(np.float32, order="C")
+        inputs["images"] = pixels - np.array(info.mean, np.float32)[:, None, None]
+    if info.nms:
+        sizes = [(image.shape[1], image.shape[0]) for image in images]
+        inputs["sizes"] = np.array(sizes, np.float32)
+    return inputs
+
+
+def identity(path: str | Path) -> dict[str, object]:
+    """Return name and sha256 of an exported file, and of OpenVINO's weights beside it."""
+    path = Path(path)
+    found: dict[str, object] = {"file": path.name, "sha256": file_digest(path, "sha256")}
+    if path.suffix == ".xml":
+        weights = path.with_suffix(".bin")
+        found["weights"] = {"file": weights.name, "sha256": file_digest(weights, "sha256")}
+    return found
+
+
+def import_package(name: str, extra: str) -> ModuleType:
+    """Import an optional package; ``extra`` is the extra of this project that installs it.
+
+    Raises:
+        UserError: the package cannot be imported; the sentence tells how to install it.
+    """
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -123,8 +164,14 @@ def import_package(name: str, extra: str):
         ) from error
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an exception's message that is not empty."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
 def cpu_has_bf16() -> bool:
-    """Whether OpenVINO computes in bfloat16 on this CPU; without instructions for it, in fp32."""
+    """Return whether OpenVINO computes in bfloat16 on this CPU; otherwise it falls back to fp32."""
     openvino = import_package("openvino", "openvino")
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
@@ -136,12 +183,13 @@ def _onnx(path: Path, threads: int | None) -> ExportedModel:
     options.intra_op_num_threads = threads or 0
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # kinds of its own for what it does not expect
+    except Exception as error:  # kinds of its own
         raise _unreadable(path, error) from error
-    info = _info(path, session.get_modelmeta().custom_metadata_map.get(INFO_KEY))
+    info = ExportInfo.parse(session.get_modelmeta().custom_metadata_map.get(INFO_KEY), path)
     names = [output.name for output in session.get_outputs()]
+    _check_names(path, info, [each.name for each in session.get_inputs()], names)
 
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    def run(inputs: Arrays) -> Arrays:
         return dict(zip(names, session.run(names, inputs), strict=True))
 
     return ExportedModel(path, info, ("onnxruntime", ort.__version__), run)
@@ -153,102 +201,47 @@ def _openvino(path: Path, threads: int | None) -> ExportedModel:
     try:
         model = core.read_model(path)
         text = model.get_rt_info(INFO_KEY).astype(str) if model.has_rt_info(INFO_KEY) else None
-        info = _info(path, text)
-        # Left to itself it computes in bfloat16 on some CPUs.
-        precision = "bf16" if info["precision"] == "bf16" else "f32"
-        config = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
-        config |= {"INFERENCE_NUM_THREADS": threads} if threads else {}
-        compiled = core.compile_model(model, "CPU", config)
-    except RuntimeError as error:
+    except Exception as error:  # kinds of its own
         raise _unreadable(path, error) from error
+    info = ExportInfo.parse(text, path)
+    # Left to itself OpenVINO computes in bfloat16 on some CPUs.
+    precision = "bf16" if info.precision == "bf16" else "f32"
+    config = {"INFERENCE_PRECISION_HINT": precision, "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        config["INFERENCE_NUM_THREADS"] = threads
+    try:
+        compiled = core.compile_model(model, "CPU", config)
+        taken, names = (
+            [each.any_name for each in ports] for ports in (compiled.inputs, compiled.outputs)
+        )
+    except Exception as error:
+        raise _unreadable(path, error) from error
+    _check_names(path, info, taken, names)
     if precision == "bf16" and not cpu_has_bf16():
         LOGGER.warning("this CPU has no bfloat16 instructions: %s runs in fp32", path)
-    names = [output.any_name for output in compiled.outputs]
 
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        # Copies, as the next call writes into the same memory.
+    def run(inputs: Arrays) -> Arrays:
+        # Copies: the next call writes into the same memory.
         return {name: np.array(v) for name, v in zip(names, compiled(inputs).values(), strict=True)}
 
     return ExportedModel(path, info, ("openvino", openvino.__version__), run)
 
 
-def _torch(path: Path, threads: int | None) -> ExportedModel:
-    import torch
-
-    extra = {INFO_KEY: ""}
-    try:
-        import torchvision  # noqa: F401  its suppression may be in the program
-    except ImportError:
-        pass  # then loading says so
-    try:
-        program = torch.export.load(path, extra_files=extra)
-    except Exception as error:  # whatever a damaged file leads to
-        raise _unreadable(path, error) from error
-    info = _info(path, extra[INFO_KEY])
-    module = program.module()
-    names_in = ["pictures" if info["preprocess"] else "images"] + ["sizes"] * info["nms"]
-    names = ("boxes", "scores", "labels", "image") if info["nms"] else ("loc", "conf")
-    if threads:
-        torch.set_num_threads(threads)
-
-    def run(inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with torch.inference_mode():
-            outputs = module(*(torch.from_numpy(inputs[name]) for name in names_in))
-        return {name: value.numpy() for name, value in zip(names, outputs, strict=True)}
-
-    return ExportedModel(path, info, ("torch", torch.__version__), run)
-
-
-_RUNTIMES = {".onnx": _onnx, ".xml": _openvino, ".pt2": _torch}
-SUFFIXES = tuple(_RUNTIMES)
-"""Ends of the names of exported files."""
+_RUNTIMES = {".onnx": _onnx, ".xml": _openvino}
+EXPORTED_SUFFIXES = tuple(_RUNTIMES)
+"""Suffixes of exported files."""
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = next((line for line in str(error).splitlines() if line.strip()), repr(error))
-    return UserError(f"{path} cannot be opened ({reason.strip()}); export the detector again")
+    return UserError(f"{path} cannot be opened ({first_line(error)}); export the detector again")
 
 
-def _are_numbers(values: list, count: int, most: float = math.inf) -> bool:
-    return len(values) == count and all(
-        isinstance(value, int | float) and 0 <= value <= most for value in values
-    )
-
-
-def _is_detection(found: dict) -> bool:
-    limits = [found.get("per_class"), found.get("top_k")]
-    return (
-        set(found) == {"conf_thresh", "nms_thresh", "per_class", "top_k"}
-        and _are_numbers([found["conf_thresh"], found["nms_thresh"]], 2, most=1)
-        and all(type(limit) is int and limit > 0 for limit in limits)
-    )
-
-
-_VALUES = {
-    "classes": lambda names: names and all(isinstance(name, str) for name in names),
-    "variance": lambda values: _are_numbers(values, 2),
-    "mean": lambda values: _are_numbers(values, 3),
-    "detection": _is_detection,
-}
-"""What is asked of a value beyond its kind."""
-
-
-def _info(path: Path, text: str | None) -> dict:
-    """The description of a file, checked."""
-    if not text:
-        raise UserError(
-            f"{path} has no description of its detector; export it with python -m tools.export"
-        )
-    try:
-        info = json.loads(text)
-        if info["format"] > FORMAT:
-            raise UserError(f"{path} was written by a newer version of this program; update it")
-        wrong = [key for key, kind in _KEYS.items() if not isinstance(info[key], kind)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its description is damaged; export the detector again") from error
-    wrong = wrong or [key for key, fits in _VALUES.items() if not fits(info[key])]
-    if wrong:
-        raise UserError(
-            f"{path}: its description has {wrong[0]} {info[wrong[0]]!r}; export the detector again"
-        )
-    return info
+def _check_names(
+    path: Path, info: ExportInfo, inputs: Sequence[str], outputs: Sequence[str]
+) -> None:
+    for what, found, wanted in (("takes", inputs, info.inputs), ("gives", outputs, info.outputs)):
+        if set(found) != set(wanted):
+            raise UserError(
+                f"{path} {what} {', '.join(found)}, where its description says "
+                f"{', '.join(wanted)}; export the detector again"
+            )

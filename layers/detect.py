@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 
 from layers.boxes import decode
+from utils.nms import batched_nms
 
 SUPPRESSION = {"hard": "hard", "soft": "linear", "soft-gaussian": "gaussian"}
 """Values of Detect's ``nms`` -> methods of ``utils.nms.batched_nms``."""
@@ -17,28 +19,59 @@ SUPPRESSION = {"hard": "hard", "soft": "linear", "soft-gaussian": "gaussian"}
 BACKGROUND_SURE = 0.9
 
 
-class Detect(nn.Module):
-    """Softmax, score threshold, decoding, non-maximum suppression, limits per class and image.
-
-    A batch takes the same steps as its images one by one, all its images and classes at once. Of
-    the priors only those are normalised and decoded that can hold a score over the threshold.
-
-    Args of the constructor:
-        conf_thresh: a class's score must be above it.
-        nms_thresh: IoU (pixel convention) above which the lower-scored box of a class is dropped.
-        per_class: most detections kept per class and image.
-        top_k: most detections kept per image.
-        variance: of the encoding.
-        nms: "hard"; "soft" and "soft-gaussian", Soft-NMS (arXiv 1704.04503) with linear decay above
-            ``nms_thresh``, and with Gaussian decay of sigma 0.5; what decays to less than
-            ``conf_thresh`` is dropped, and "scores" are the decayed ones.
-        class_agnostic: let boxes of different classes suppress each other, too.
-        background_shortcut: drop all classes of a prior whose background score is at least 0.9, as
-            the authors' later release does. It changes the detections when ``conf_thresh`` is
-            below 0.1.
+@dataclass(frozen=True)
+class DetectConfig:
+    """Which boxes are detections.
 
     Raises:
         ValueError: a limit below 1, a threshold outside 0..1, an unknown ``nms``.
+    """
+
+    conf_thresh: float = 0.02
+    """A class's score must be above it."""
+    nms_thresh: float = 0.45
+    """IoU (pixel convention) above which the lower-scored box of a class is dropped."""
+    per_class: int = 50
+    """Most detections kept per class and image."""
+    top_k: int = 200
+    """Most detections kept per image."""
+    nms: str = "hard"
+    """ "hard", or Soft-NMS (arXiv 1704.04503): "soft" decays scores linearly above ``nms_thresh``,
+    "soft-gaussian" by a Gaussian of sigma 0.5. Scores that decay below ``conf_thresh`` are dropped;
+    detections have the decayed scores."""
+    class_agnostic: bool = False
+    """Whether boxes of different classes suppress each other, too."""
+    background_shortcut: bool = False
+    """Whether a prior whose background score is at least 0.9 has no detections, as in the authors'
+    later release. It changes the detections when ``conf_thresh`` is below 0.1."""
+
+    def __post_init__(self) -> None:
+        if self.nms not in SUPPRESSION:
+            raise ValueError(f"nms is {self.nms!r}, should be one of {', '.join(SUPPRESSION)}")
+        if self.per_class < 1 or self.top_k < 1:
+            raise ValueError(
+                f"per_class {self.per_class} and top_k {self.top_k} should be at least 1"
+            )
+        if not (0 <= self.conf_thresh <= 1 and 0 <= self.nms_thresh <= 1):
+            raise ValueError(
+                f"conf_thresh {self.conf_thresh} and nms_thresh {self.nms_thresh} should be in 0..1"
+            )
+
+
+class Detect(nn.Module):
+    """Softmax, score threshold, decoding, non-maximum suppression, limits per class and image.
+
+    All images and classes of a batch are processed at once; an image's detections do not depend on
+    the rest of the batch. Only priors that can exceed the score threshold are softmaxed and
+    decoded.
+
+    Args of the constructor:
+        conf_thresh, nms_thresh, per_class, top_k, nms, class_agnostic, background_shortcut: the
+            fields of ``DetectConfig``.
+        variance: of the encoding.
+
+    Raises:
+        ValueError: as ``DetectConfig``.
     """
 
     def __init__(
@@ -51,24 +84,17 @@ class Detect(nn.Module):
         nms: str = "hard",
         class_agnostic: bool = False,
         background_shortcut: bool = False,
-    ):
+    ) -> None:
         super().__init__()
-        if nms not in SUPPRESSION:
-            raise ValueError(f"nms is {nms!r}, should be one of {', '.join(SUPPRESSION)}")
-        if per_class < 1 or top_k < 1:
-            raise ValueError(f"per_class {per_class} and top_k {top_k} should be at least 1")
-        if not (0 <= conf_thresh <= 1 and 0 <= nms_thresh <= 1):
-            raise ValueError(
-                f"conf_thresh {conf_thresh} and nms_thresh {nms_thresh} should be in 0..1"
-            )
-        self.conf_thresh = conf_thresh
-        self.nms_thresh = nms_thresh
-        self.per_class = per_class
-        self.top_k = top_k
+        self.config = DetectConfig(
+            conf_thresh, nms_thresh, per_class, top_k, nms, class_agnostic, background_shortcut
+        )
         self.variance = variance
-        self.nms = nms
-        self.class_agnostic = class_agnostic
-        self.background_shortcut = background_shortcut
+
+    @classmethod
+    def of(cls, config: DetectConfig, variance: tuple[float, float] = (0.1, 0.2)) -> Detect:
+        """Return the layer with the settings of ``config``."""
+        return cls(**asdict(config), variance=variance)
 
     @torch.no_grad()
     def forward(
@@ -93,8 +119,7 @@ class Detect(nn.Module):
             FloatingPointError: NaN or +infinity in ``conf``; NaN or infinity in ``loc`` where a
                 detection would come from.
         """
-        from utils.nms import batched_nms
-
+        config = self.config
         fits = conf.ndim == 3 and loc.shape == (len(sizes), len(priors), 4)
         if not fits or conf.shape[:2] != loc.shape[:2] or conf.shape[2] < 2:
             raise ValueError(
@@ -103,8 +128,8 @@ class Detect(nn.Module):
             )
         image, prior = self._candidates(conf).nonzero(as_tuple=True)
         scores = conf[image, prior].float().softmax(1)
-        over = scores[:, 1:] > self.conf_thresh
-        if self.background_shortcut:
+        over = scores[:, 1:] > config.conf_thresh
+        if config.background_shortcut:
             over &= scores[:, :1] < BACKGROUND_SURE
         row, label = over.nonzero(as_tuple=True)
         scale = torch.tensor(sizes, dtype=torch.float32, device=loc.device).reshape(-1, 2)
@@ -118,14 +143,14 @@ class Detect(nn.Module):
         found, score = batched_nms(
             boxes,
             scores[row, label + 1],
-            image if self.class_agnostic else image * classes + label,
-            self.nms_thresh,
-            max(len(boxes), 1) if self.class_agnostic else self.per_class,
-            method=SUPPRESSION[self.nms],
-            min_score=self.conf_thresh,
+            image if config.class_agnostic else image * classes + label,
+            config.nms_thresh,
+            max(len(boxes), 1) if config.class_agnostic else config.per_class,
+            method=SUPPRESSION[config.nms],
+            min_score=config.conf_thresh,
         )
-        if self.class_agnostic:
-            within = rank_in_group(image[found] * classes + label[found]) < self.per_class
+        if config.class_agnostic:
+            within = rank_in_group(image[found] * classes + label[found]) < config.per_class
             found, score = found[within], score[within]
         by_image = image[found].argsort(stable=True)  # of each still the best first
         found, score = found[by_image], score[by_image]
@@ -133,9 +158,9 @@ class Detect(nn.Module):
         parts = (boxes[found], score, label[found] + 1)
         return [
             {
-                "boxes": box[: self.top_k],
-                "scores": value[: self.top_k],
-                "labels": name[: self.top_k],
+                "boxes": box[: config.top_k],
+                "scores": value[: config.top_k],
+                "labels": name[: config.top_k],
             }
             for box, value, name in zip(*(part.split(counts) for part in parts), strict=True)
         ]
@@ -149,13 +174,14 @@ class Detect(nn.Module):
         background, best = conf[..., 0].float(), conf[..., 1:].amax(2).float()
         if not ((best < torch.inf) & (background < torch.inf)).all():
             raise FloatingPointError("conf contains NaN or +infinity")
-        if self.conf_thresh <= 0:
+        threshold = self.config.conf_thresh
+        if threshold <= 0:
             return torch.ones_like(best, dtype=torch.bool)
-        if self.conf_thresh >= 1:
+        if threshold >= 1:
             return torch.zeros_like(best, dtype=torch.bool)
-        rest = 1 - self.conf_thresh
+        rest = 1 - threshold
         margin = 0.01 + 1e-6 / rest  # more than the scores' rounding, in logits
-        return best - background > math.log(self.conf_thresh / rest) - margin
+        return best - background > math.log(threshold / rest) - margin
 
 
 def rank_in_group(groups: Tensor) -> Tensor:

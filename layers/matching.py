@@ -63,12 +63,12 @@ def match(
     positive = claimed | (best_overlap >= threshold)
 
     if index:
-        image, prior = at = positive.nonzero(as_tuple=True)
-        matched = targets[image, best_box[at]]
+        image, prior = positive.nonzero(as_tuple=True)
+        matched = targets[image, best_box[image, prior]]
         labels = torch.zeros_like(best_box)
-        labels[at] = matched[:, 4].long()
+        labels[image, prior] = matched[:, 4].long()
         offsets = targets.new_zeros(batch, len(priors), 4)
-        offsets[at] = encode(matched[:, :4], priors[prior], variance)
+        offsets[image, prior] = encode(matched[:, :4], priors[prior], variance)
         return labels, offsets
     matched = targets.gather(1, best_box[..., None].expand(-1, -1, 5))
     labels = torch.where(positive, matched[..., 4].long(), 0)

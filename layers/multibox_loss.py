@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Sequence
 
 import numpy as np
@@ -165,7 +164,7 @@ class _ConfidenceLoss(torch.autograd.Function):
             raise NotImplementedError("MultiBoxLoss has no second derivative: no create_graph=True")
         conf, labels, chosen = ctx.saved_tensors
         if ctx.index:
-            result = _lazy_zeros(conf)
+            result = conf.new_zeros(conf.shape)  # contiguous: flatten must be a view
             rows = _gradient(conf.flatten(0, 1)[chosen], labels.flatten()[chosen], grad)
             result.flatten(0, 1)[chosen] = rows.to(conf.dtype)
             return result, None, None, None
@@ -178,15 +177,6 @@ class _ConfidenceLoss(torch.autograd.Function):
 
 def _precision(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
-
-
-def _lazy_zeros(like: Tensor) -> Tensor:
-    """Zeros on the CPU that take memory, and time, page by page where they are written:
-    ``torch.zeros`` writes all, and NumPy's large pages can be slow to come by."""
-    if not hasattr(mmap, "MAP_ANONYMOUS"):
-        return torch.zeros(like.shape, dtype=like.dtype)
-    pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
 
 def _parts(conf: Tensor) -> list[slice]:

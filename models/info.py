@@ -1,121 +1,176 @@
-"""What a checkpoint says of itself: which detector it is, of which classes, trained on what.
-
-``saved`` is a checkpoint as ``utils.checkpoint.load_checkpoint`` returns it, ``path`` its file.
-``classes`` are names that a caller gives to a file which has none.
-"""
+"""What a checkpoint says about its detector, and the detector itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from data import DATASETS
-from data.config import COCO_CLASSES, PRIORS, VOC_CLASSES
-from engine.optim import OPTIMIZERS
-from engine.options import DEFAULTS, LATER, TRAINING_RECIPES
-from engine.schedule import SCHEDULES
-from models import BACKBONES, SIZES, identify
-from utils.device import AMP_TYPES
+from data.config import COCO_CLASSES, VOC_CLASSES, PriorConfig
+from layers.detect import DetectConfig
+from models import build_net, prior_config
+from models.identify import identify
+from models.ssd import Detector
+from utils.checkpoint import load_checkpoint, load_weights
 from utils.errors import UserError
+from utils.logger import LOGGER
+
+PUBLISHED_CLASSES = {21: ("VOC", VOC_CLASSES), 81: ("COCO", COCO_CLASSES)}
+"""Classes with background of the published detectors -> their data set, and the classes' names."""
 
 
-def describe(saved: Mapping, path: Path, classes: Sequence[str] | None = None) -> dict:
-    """Its configuration, else what its tensors tell: version, size, and of a published file the
-    data set and VOC's classes.
+@dataclass(frozen=True)
+class DetectorInfo:
+    """What a detector is, apart from its weights."""
+
+    version: str
+    """A key of ``models.BACKBONES``."""
+    size: int
+    """Side of the network's input in pixels."""
+    classes: tuple[str, ...]
+    """Without background: label k is ``classes[k - 1]``."""
+    dataset: str
+    """The data set, or layout, that it was trained on: whose detection thresholds are used."""
+    priors: str
+    """The data set whose prior boxes it was trained with."""
+    assumed: bool = False
+    """Whether the file stores no class names, and those of VOC or COCO were assumed."""
+
+    @classmethod
+    def of(
+        cls, saved: Mapping, path: str | Path, classes: Sequence[str] | None = None
+    ) -> DetectorInfo:
+        """Describe a checkpoint.
+
+        A file with a configuration is described by it. Any other file must hold exactly the tensors
+        of a known detector: 20 and 80 classes are taken for VOC's and COCO's, as in the published
+        files, unless ``classes`` names them.
+
+        Args:
+            saved: the checkpoint, as ``utils.checkpoint.load_checkpoint`` returns it.
+            path: its file, for messages.
+            classes: names for a file that stores none, without background.
+
+        Raises:
+            UserError: the file is no detector, its configuration is not valid, its classes have no
+                names, or ``classes`` contradicts the file.
+        """
+        info = cls.for_data(saved, path, classes)
+        if classes is not None and tuple(classes) != info.classes:
+            raise UserError(
+                f"{path} has the {len(info.classes)} classes {', '.join(info.classes)}, not "
+                f"{', '.join(classes)}; leave the names out"
+            )
+        return info
+
+    @classmethod
+    def for_data(
+        cls,
+        saved: Mapping,
+        path: str | Path,
+        classes: Sequence[str] | None = None,
+        dataset: str = "VOC",
+    ) -> DetectorInfo:
+        """Describe a checkpoint that is tested on, or trained further on, data of other classes.
+
+        Args:
+            saved, path: as in ``of``.
+            classes: the classes of the data. They name those of a file that stores no names, if
+                they are as many; else they are ignored.
+            dataset: the layout of the data. It is assumed of a file that tells none, and is not
+                taken for a published one.
+
+        Raises:
+            UserError: as ``of``, but for ``classes`` that contradict the file.
+        """
+        if "config" in saved:
+            info = _from_config(saved, path)
+        else:
+            info = _from_tensors(saved, path, classes, dataset)
+        try:
+            info.prior_config()
+        except ValueError as error:
+            raise UserError(f"{path}: {error}") from error
+        if info.dataset not in DATASETS:
+            raise UserError(
+                f"{path} was trained on the data set {info.dataset!r}, which is none of "
+                f"{', '.join(DATASETS)}; add it to this program, or train again"
+            )
+        return info
+
+    def build(self) -> Detector:
+        """Return the network, with new weights."""
+        return build_net(self.version, self.size, len(self.classes) + 1)
+
+    def prior_config(self) -> PriorConfig:
+        """Return the preset of its prior boxes."""
+        return prior_config(self.version, self.priors, self.size)
+
+    def detection(self) -> DetectConfig:
+        """Return the published detection settings of its data set."""
+        return DetectConfig(**DATASETS[self.dataset].detection)
+
+
+def load_detector(
+    path: str | Path, classes: Sequence[str] | None = None
+) -> tuple[Detector, DetectorInfo]:
+    """Load the detector of a checkpoint, of this program or a published one.
+
+    Args:
+        path: the file.
+        classes: names for a file that stores none, without background.
+
+    Returns:
+        The network on the CPU in evaluation mode, and what it is.
 
     Raises:
-        UserError: neither says enough, or the configuration is none that this program writes.
+        UserError: as ``load_checkpoint``, ``DetectorInfo.of`` and ``load_weights``.
     """
-    if "config" in saved:
-        return check_config(saved, path)
-    version, size, num_classes = _identify(saved, path)
-    stored = {"version": version, "size": size}
-    if num_classes == 81:  # a published file: 81 classes are COCO's, 21 VOC's
-        stored["dataset"] = "COCO"
-    elif num_classes == 21:
-        stored |= {"dataset": "VOC", "classes": list(VOC_CLASSES)}
-    elif classes is None:
-        raise UserError(
-            f"{path} has {num_classes - 1} classes and no names for them; give --classes"
+    saved = load_checkpoint(path)
+    info = DetectorInfo.of(saved, path, classes)
+    if info.assumed:
+        LOGGER.info(
+            "%s stores no class names: its %d classes are taken for those of %s",
+            path,
+            len(info.classes),
+            info.dataset,
         )
-    elif len(classes) != num_classes - 1:
-        raise UserError(f"{path} has {num_classes - 1} classes, but --classes names {len(classes)}")
-    return stored
+    net = info.build()
+    load_weights(net, saved["model"], path)
+    return net.eval(), info
 
 
-def check_config(saved: Mapping, path: Path) -> dict:
-    """The configuration of one of our checkpoints, with its classes.
-
-    Raises:
-        UserError: a field is missing, or not of the kind that this program writes.
-    """
-    config, classes = saved.get("config"), saved.get("classes")
-    expected = {**DEFAULTS, **TRAINING_RECIPES["published"], "root": "", "priors": ""}
-    expected |= {"max_epoch": 1, "weight_decay": 0.0, "crowds": True}
-    expected |= {"train_sets": [], "test_sets": []}
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: its configuration is no dict; is it a file of this program?")
+def _from_config(saved: Mapping, path: str | Path) -> DetectorInfo:
+    config, classes = saved["config"], saved.get("classes")
     if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
         raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
-    choices = {"version": BACKBONES, "size": SIZES, "dataset": DATASETS, "amp": AMP_TYPES}
-    choices["priors"] = {name for name, _ in PRIORS}
-    choices |= {"recipe": TRAINING_RECIPES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS}
-    for key, example in expected.items():
-        if key in LATER and key not in config:
-            continue
-        value = config.get(key)
-        right = isinstance(value, type(example)) or (
-            isinstance(example, float) and isinstance(value, int)
-        )
-        if not right or (key in choices and value not in choices[key]):
-            raise UserError(f"{path}: its configuration has {key} {value!r}, which is not valid")
-    if config["size"] not in BACKBONES[config["version"]].sizes:
-        raise UserError(f"{path}: {config['version']} does not exist at size {config['size']}")
-    return {**config, "classes": classes}
+    kinds = {"version": str, "size": int, "dataset": str, "priors": str}
+    for key, kind in kinds.items():
+        if not isinstance(config.get(key), kind):
+            raise UserError(
+                f"{path}: its configuration has {key} {config.get(key)!r}, which is not valid; "
+                "give a checkpoint of this program"
+            )
+    return DetectorInfo(**{key: config[key] for key in kinds}, classes=tuple(classes))
 
 
-def trained_for(
-    saved: Mapping, path: Path, classes: Sequence[str] | None = None
-) -> tuple[list[str] | None, str | None]:
-    """The classes that its weights know, and whose prior boxes; None: it cannot be told.
-
-    A published file has no names: ``classes`` names its classes if they are as many, else 80 are
-    COCO's and 20 VOC's.
-
-    Raises:
-        UserError: its tensors are no detector's.
-    """
-    if "config" in saved:
-        config = check_config(saved, path)
-        return config["classes"], config.get("priors", config["dataset"])
-    _, _, num_classes = _identify(saved, path)
-    known = {81: (list(COCO_CLASSES), "COCO"), 21: (list(VOC_CLASSES), "VOC")}
-    names, boxes = known.get(num_classes, (None, None))
-    if classes is not None and len(classes) == num_classes - 1:
-        names = list(classes)
-    return names, boxes
-
-
-def detector(saved: Mapping, path: Path, classes: Sequence[str] | None = None) -> dict:
-    """What ``describe`` tells, always with "classes", "dataset" and "priors": of a detector that is
-    used as it is, VOC's where the file does not tell.
-
-    Raises:
-        UserError: as ``describe``, or ``classes`` are others than those of the file.
-    """
-    stored = describe(saved, path, classes)
-    names, boxes = trained_for(saved, path, classes)
-    if classes is not None and list(classes) != names:
-        raise UserError(
-            f"{path} has the {len(names)} classes {', '.join(names)}, not {', '.join(classes)}; "
-            "leave the names out"
-        )
-    dataset = stored.get("dataset", "VOC")
-    return {**stored, "classes": names, "dataset": dataset, "priors": boxes or dataset}
-
-
-def _identify(saved: Mapping, path: Path) -> tuple[str, int, int]:
+def _from_tensors(
+    saved: Mapping, path: str | Path, classes: Sequence[str] | None, dataset: str
+) -> DetectorInfo:
     try:
-        return identify(saved["model"])
+        version, size, num_classes = identify(saved["model"])
     except ValueError as error:
         raise UserError(f"{path}: {error}") from error
+    count = num_classes - 1
+    if num_classes in PUBLISHED_CLASSES:
+        dataset, names = PUBLISHED_CLASSES[num_classes]
+        if classes is None or len(classes) != count:
+            return DetectorInfo(version, size, names, dataset, dataset, assumed=True)
+    elif classes is None:
+        raise UserError(
+            f"{path} has {count} classes and no names for them; give --classes, without --class_map"
+        )
+    elif len(classes) != count:
+        raise UserError(f"{path} has {count} classes, but --classes names {len(classes)}")
+    return DetectorInfo(version, size, tuple(classes), dataset, DATASETS[dataset].priors)

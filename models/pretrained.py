@@ -1,17 +1,7 @@
-"""Published weights: where they are, what they fit, what a file holds, and its conversion.
-
-    python -m tools.weights list
-    python -m tools.weights download NAME [--to DIR]
-    python -m tools.weights inspect FILE [--json]
-    python -m tools.weights convert IN OUT          # .pth <-> .safetensors
-
-Exit status: 0 done, 1 unexpected failure, 2 bad usage or bad input, 130 interrupted.
-"""
+"""Published weights: where they are, which networks they fit, and what a file of weights holds."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,39 +10,37 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from utils.checkpoint import (
-    BaseMatch,
-    load_checkpoint,
-    match_base,
-    save_checkpoint,
-    save_safetensors,
-)
-from utils.download import fetch, file_digest
-from utils.errors import UserError, command
-from utils.files import atomic_write
+from models import BACKBONES
+from models.base_weights import BaseMatch, match_base
+from models.identify import Difference, closest, identify
+from utils.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
+from utils.download import fetch
+from utils.errors import UserError
+from utils.files import atomic_write, file_digest
 
-# ---------------------------------------------------------------- what there is
+# ---------------------------------------------------------------- the published files
 
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """A file that others published; nothing of it is ours, and it may be gone."""
+    """A file that others published. It may no longer be available."""
 
     name: str
+    """Its name on the command line."""
     file: str
-    """Its name on the disk."""
+    """Its file name."""
     url: str
     checksum: str | None
-    """ "git:" blob id or "sha256:" beginning of the digest; None where none was published, and the
-    tensors themselves are checked instead."""
+    """"git:" and a blob id, or "sha256:" and the beginning of the digest. None if none was
+    published: then the tensors themselves are checked."""
     versions: tuple[str, ...]
-    """Detectors it fits: itself one, or ``--basenet`` of them."""
+    """The detectors whose base network it starts (``--basenet``), or the one that it holds."""
     licence: str
-    """Of the code that it was published with."""
+    """The licence of the code that it was published with."""
     size: int | None = None
-    """Of a detector: the side of its input."""
+    """The input size of the detector that it holds, None for a base network."""
     num_classes: int | None = None
-    """Of a detector: with background."""
+    """The classes with background of that detector."""
 
     @property
     def fits(self) -> str:
@@ -122,7 +110,7 @@ PUBLISHED = (
 
 
 def published(name: str) -> PublishedFile:
-    """The row of a name or of a file name; UserError, naming all, where there is none."""
+    """Return the row of a name or file name; UserError, naming all, for any other."""
     for row in PUBLISHED:
         if name in (row.name, row.file):
             return row
@@ -130,20 +118,16 @@ def published(name: str) -> PublishedFile:
     raise UserError(f"{name} is no published file; choose from {names}")
 
 
-def origin(digests: Mapping[str, str]) -> PublishedFile | None:
-    """The published file that has one of these digests, by the name of their hash."""
-    for row in PUBLISHED:
-        name, _, expected = (row.checksum or "").partition(":")
-        if expected and digests.get(name, "").startswith(expected):
-            return row
-    return None
+def published_bases(version: str) -> list[PublishedFile]:
+    """Return the files for ``--basenet`` of a detector, the authors' choice first."""
+    return [row for row in PUBLISHED if row.size is None and version in row.versions]
 
 
-def download(name: str, folder: str | Path = "weights", **options) -> Path:
-    """Download a published file into ``folder`` by ``fetch(**options)``, verified.
+def download(name: str, folder: str | Path = "weights") -> Path:
+    """Download a published file into ``folder``, verify it, and return its path.
 
     Raises:
-        UserError: an unknown name, or the file cannot be had, written or verified.
+        UserError: an unknown name, or a file that cannot be downloaded, written or verified.
     """
     row = published(name)
 
@@ -152,118 +136,122 @@ def download(name: str, folder: str | Path = "weights", **options) -> Path:
             found = examine(path)
         except UserError as error:
             return str(error)
-        detector = (row.versions[0], row.size, row.num_classes)
-        right = set(row.versions) <= set(found["basenet"]) if row.size is None else (
-            (found["version"], found["size"], found["num_classes"]) == detector
-        )  # fmt: skip
+        if row.size is None:
+            right = set(row.versions) <= set(found.basenet)
+        else:
+            detector = (row.versions[0], row.size, row.num_classes)
+            right = (found.version, found.size, found.num_classes) == detector
         return "" if right else f"its tensors are not those of {row.fits}"
 
     check = fault if row.checksum is None else None
-    return fetch(row.url, Path(folder) / row.file, row.checksum, check=check, **options)
+    return fetch(row.url, Path(folder) / row.file, row.checksum, check=check)
 
 
 # ---------------------------------------------------------------- what a file holds
 
 
-def examine(path: str | Path) -> dict:
-    """What a checkpoint, a base file or a classifier holds, as plain data.
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint, a base file or a classifier holds."""
 
-    Of a detector "version", "size" and "num_classes" are set, else None. "basenet" are the
-    versions whose base it can start; "closest" names what "missing", "unused" and "wrong" (of
-    another shape) refer to: the closest detector, else the base. "not_compared" has a sentence for
-    every version that cannot be built here.
+    file: str
+    bytes: int
+    sha256: str
+    git_blob: str
+    """The id that git gives the file."""
+    origin: str | None
+    """The name of the published file that it is."""
+    holds: list[str]
+    """Names of the checkpoint's entries."""
+    tensors: int
+    parameters: int
+    dtypes: dict[str, int]
+    """Number of tensors by dtype."""
+    version: str | None
+    """Of the detector that it is; None for anything else, as are the next two."""
+    size: int | None
+    num_classes: int | None
+    classes: list[str] | None
+    """Names, if they are in the file."""
+    basenet: list[str]
+    """The versions whose base network it can start."""
+    closest: str
+    """The detector, else the base network, that the next three lists compare the file to."""
+    not_compared: list[str]
+    """A sentence for every version that cannot be built here."""
+    missing: list[str]
+    unused: list[str]
+    wrong: list[str]
+
+
+def examine(path: str | Path) -> Contents:
+    """Say what a file of weights holds, without running code from it.
 
     Raises:
         UserError: as ``load_checkpoint``.
     """
-    from models import closest
-
     saved = load_checkpoint(path)
     state = saved["model"]
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     digests = {name: file_digest(path, name) for name in ("sha256", "git")}
-    row = origin(digests)
-    result = {
-        "file": str(path),
-        "bytes": Path(path).stat().st_size,
-        "sha256": digests["sha256"],
-        "git_blob": digests["git"],
-        "origin": row.name if row else None,
-        "holds": ["model", *_beside(saved)],
-        "tensors": len(state),
-        "parameters": sum(t.numel() for k, t in state.items() if not k.endswith(buffers)),
-        "dtypes": dict(Counter(str(t.dtype).removeprefix("torch.") for t in state.values())),
-        "version": None,
-        "size": None,
-        "num_classes": None,
-        "classes": saved.get("classes"),
-    }
     bases = {name: match for name, match in _bases(state).items() if match.fits}
-    result["basenet"] = list(bases)
-    whole = {n: m for n, m in bases.items() if m.source != "the base of a detector"}
+    whole = [name for name, match in bases.items() if match.source != "the base of a detector"]
     if whole:
-        name, found = next(iter(whole.items()))
-        result["closest"] = f"{found.source} for {name}"
-        result["not_compared"] = []
+        found: BaseMatch | Difference = bases[whole[0]]
+        other, not_compared = f"{found.source} for {whole[0]}", []
     else:
         found = closest(state)
-        row = found.version, found.size, found.num_classes
-        result["closest"] = "{} at {}, {} classes with background".format(*row)
-        result["not_compared"] = found.not_compared
-        if not found:
-            result["version"], result["size"], result["num_classes"] = row
-    return result | {what: getattr(found, what) for what in ("missing", "unused", "wrong")}
+        other = f"{found.version} at {found.size}, {found.num_classes} classes with background"
+        not_compared = found.not_compared
+    exact = isinstance(found, Difference) and found.exact
+    return Contents(
+        file=str(path),
+        bytes=Path(path).stat().st_size,
+        sha256=digests["sha256"],
+        git_blob=digests["git"],
+        origin=_origin(digests),
+        holds=["model", *_beside(saved)],
+        tensors=len(state),
+        parameters=sum(t.numel() for k, t in state.items() if not k.endswith(buffers)),
+        dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in state.values())),
+        version=found.version if exact else None,
+        size=found.size if exact else None,
+        num_classes=found.num_classes if exact else None,
+        classes=saved.get("classes"),
+        basenet=list(bases),
+        closest=other,
+        not_compared=not_compared,
+        missing=found.missing,
+        unused=found.unused,
+        wrong=found.wrong,
+    )
+
+
+def _origin(digests: Mapping[str, str]) -> str | None:
+    """Return the name of the published file that has one of these digests."""
+    for row in PUBLISHED:
+        name, _, expected = (row.checksum or "").partition(":")
+        if expected and digests[name].startswith(expected):
+            return row.name
+    return None
 
 
 def _beside(saved: Mapping) -> list[str]:
-    """Names of what a file holds beside its tensors."""
+    """Return the names of what a file holds beside its tensors."""
     return sorted({*saved, *saved.get("beside", ())} - {"model", "beside"})
 
 
 def _bases(state: Mapping[str, Tensor]) -> dict[str, BaseMatch]:
-    """How a state dict fits the base of every version that can be built here."""
-    from models import BACKBONES
-
+    """Return how a state dict fits the base network of every version that can be built here."""
     matches = {}
     for version, row in BACKBONES.items():
         try:
             with torch.device("meta"):
                 base = row.base().state_dict()
-        except UserError:  # made of a package that is not installed
+        except UserError:  # a package that it needs is not installed
             continue
-        matches[version] = match_base(base, state, row.from_classifier)
+        matches[version] = match_base(base, state, row)
     return matches
-
-
-def describe(found: dict) -> str:
-    """The result of ``examine`` as text; lists are cut at 20."""
-    dtypes = ", ".join(f"{count} {name}" for name, count in found["dtypes"].items())
-    lines = {
-        "file": f"{found['file']} ({found['bytes']:,} bytes)",
-        "sha256": found["sha256"],
-        "git blob": found["git_blob"],
-        "origin": "unknown",
-        "holds": ", ".join(found["holds"]),
-        "tensors": f"{found['tensors']} ({dtypes}), {found['parameters']:,} parameters",
-        "detector": "none",
-        "basenet of": ", ".join(found["basenet"]) or "none",
-    }
-    if found["origin"]:
-        row = published(found["origin"])
-        lines["origin"] = f"{row.name}, {row.url}, licence {row.licence}"
-    if found["version"]:
-        lines["detector"] = found["closest"]
-        lines["classes"] = ", ".join(found["classes"] or ["(names are not in the file)"])
-    elif found["missing"] or found["unused"] or found["wrong"]:
-        lines["compared to"] = found["closest"]
-        for what in ("missing", "unused", "wrong"):
-            if keys := found[what]:
-                more = f" and {len(keys) - 20} more" if len(keys) > 20 else ""
-                title = {"wrong": "other shape"}.get(what, what)
-                lines[title] = f"{len(keys)}: {', '.join(keys[:20])}{more}"
-        if found["not_compared"]:
-            lines["but"] = "; ".join(found["not_compared"])
-    return "\n".join(f"{title:<12} {text}" for title, text in lines.items())
 
 
 # ---------------------------------------------------------------- conversion
@@ -272,16 +260,17 @@ def describe(found: dict) -> str:
 def convert(source: str | Path, target: str | Path) -> list[str]:
     """Write a checkpoint or bare state dict as ``.safetensors``, or one of those as ``.pth``.
 
-    Tensors keep their values, types, names (but for DataParallel's ``module.``) and order; the
-    configuration and the classes of a checkpoint go with them, and version and size of a detector
-    into the metadata of ``.safetensors``.
+    Tensors keep their values, dtypes, order and names (without DataParallel's ``module.``). A
+    checkpoint's configuration and classes are kept. The version and size of a detector go into the
+    metadata of ``.safetensors``.
 
     Returns:
-        The entries of the checkpoint that are left out: what only ``--resume`` needs.
+        The names of the checkpoint's other entries, which only ``--resume`` needs. They are left
+        out.
 
     Raises:
         UserError: ``source`` cannot be read, ``target`` exists, cannot be written or cannot hold
-            it, or their names do not end in ``.safetensors`` and something else.
+            it, or not exactly one of the two names ends in ``.safetensors``.
     """
     source, target = Path(source), Path(target)
     if (source.suffix == ".safetensors") == (target.suffix == ".safetensors"):
@@ -308,9 +297,7 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
 
 
 def _identity(saved: Mapping) -> dict:
-    """Version and size of a detector, from the configuration or the tensors; else nothing."""
-    from models import identify
-
+    """Return the version and size of a detector, by its configuration or tensors; else nothing."""
     config = saved.get("config")
     if isinstance(config, Mapping):
         return {key: config[key] for key in ("version", "size") if key in config}
@@ -319,44 +306,3 @@ def _identity(saved: Mapping) -> dict:
     except ValueError:
         return {}
     return {"version": version, "size": size}
-
-
-# ---------------------------------------------------------------- command line
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="python -m tools.weights", description="Published weights, and files of weights."
-    )
-    commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    commands.add_parser("list", help="the published files: what they fit, and where they are")
-    c = commands.add_parser("download", help="download a published file, and verify it")
-    c.add_argument("name", metavar="NAME", help="a name of the list")
-    c.add_argument("--to", metavar="DIR", default="weights", help="folder (default: weights)")
-    c = commands.add_parser("inspect", help="say what a file holds, without running its code")
-    c.add_argument("file", metavar="FILE")
-    c.add_argument("--json", action="store_true", help="everything, as JSON")
-    c = commands.add_parser("convert", help=".pth to .safetensors, or back")
-    c.add_argument("source", metavar="IN")
-    c.add_argument("target", metavar="OUT")
-    return p.parse_args(argv)
-
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
-    args = parse(argv)
-    if args.command == "list":
-        for row in PUBLISHED:
-            print(f"{row.name:<22} {row.file}\n  {row.fits}; licence {row.licence}")
-            print(f"  {row.url}\n  {row.checksum or 'no hash known: its tensors are checked'}")
-    elif args.command == "download":
-        print(download(args.name, args.to))
-    elif args.command == "inspect":
-        found = examine(args.file)
-        print(json.dumps(found, indent=1) if args.json else describe(found))
-    else:
-        left_out = convert(args.source, args.target)
-        note = f" (left out: {', '.join(left_out)})" if left_out else ""
-        print(f"{args.target}{note}")
-    return 0

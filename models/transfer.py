@@ -1,4 +1,4 @@
-"""Detectors of one set of classes as detectors of another: rows of the class heads, by name."""
+"""Make a detector of some classes a detector of others: gather rows of its class heads by name."""
 
 from __future__ import annotations
 
@@ -20,19 +20,22 @@ VOC_TO_COCO = {
     "diningtable": "dining table",
     "pottedplant": "potted plant",
 }
-"""The classes of VOC that COCO calls otherwise."""
+"""VOC's name of a class -> COCO's name, where they differ."""
 
 _HEAD = re.compile(r"conf\.\d+\.(weight|bias)")
 
 
 def parse_class_map(text: str) -> dict[str, str]:
-    """ "own=coco,..." or the path of a file with one own=coco a line -> {own: coco}.
+    """Read a class map, "own=other,..." or the path of a file with one own=other a line.
+
+    Returns:
+        Name of a class of the data -> name of a class of the detector.
 
     Raises:
-        UserError: an entry that is not of this form, or two for one name.
+        UserError: an entry of another form, or two entries for one class.
     """
     entries = re.split(r"[,\n]", text)
-    # The path of a file can have an equals sign, too: runs/lr=1/map.txt.
+    # A path may have an equals sign, too: runs/lr=1/map.txt.
     if "=" not in text or os.path.isfile(text):
         try:
             entries = Path(text).read_text("utf-8").splitlines()
@@ -54,13 +57,13 @@ def parse_class_map(text: str) -> dict[str, str]:
 def match_classes(
     from_names: Sequence[str], to_names: Sequence[str], class_map: Mapping[str, str] | None = None
 ) -> list[int | None]:
-    """For each of ``to_names`` the index of its class in ``from_names``, None where it is new.
+    """Return for each of ``to_names`` the index of its class in ``from_names``, None if it is new.
 
-    ``class_map`` ({to: from}) decides first, then the equal name, then VOC's name for a class of
-    COCO or the reverse.
+    A class is found by ``class_map`` (name in ``to_names`` -> name in ``from_names``), else by its
+    own name, else by the other of VOC's and COCO's names for it.
 
     Raises:
-        UserError: ``class_map`` has a name that is in neither list.
+        UserError: ``class_map`` has a name that is not in its list.
     """
     class_map = class_map or {}
     for own, other in class_map.items():
@@ -72,9 +75,33 @@ def match_classes(
                 )
     index = {name: i for i, name in enumerate(from_names)}
     also = {**VOC_TO_COCO, **{coco: voc for voc, coco in VOC_TO_COCO.items()}}
-    known = [next((n for n in (class_map.get(to), to, also.get(to)) if n in index), None)
-             for to in to_names]  # fmt: skip
-    return [None if name is None else index[name] for name in known]
+    rows = []
+    for name in to_names:
+        candidates = (class_map.get(name), name, also.get(name))
+        rows.append(next((index[known] for known in candidates if known in index), None))
+    return rows
+
+
+def check_known(
+    path: str | Path,
+    from_names: Sequence[str],
+    to_names: Sequence[str],
+    class_map: Mapping[str, str] | None = None,
+) -> None:
+    """Raise UserError unless the detector of ``path`` knows all classes of ``to_names``.
+
+    Args:
+        path: its file, for the message.
+        from_names, to_names, class_map: as in ``match_classes``.
+    """
+    rows = match_classes(from_names, to_names, class_map)
+    unknown = [name for name, row in zip(to_names, rows, strict=True) if row is None]
+    if unknown:
+        raise UserError(
+            f"{path} has not learnt {', '.join(unknown)}; its classes are {', '.join(from_names)}; "
+            "say which of them each is (--class_map own=other,...), or train from it with "
+            "--resume_net"
+        )
 
 
 def transfer_classes(
@@ -82,29 +109,30 @@ def transfer_classes(
     from_names: Sequence[str],
     to_names: Sequence[str],
     class_map: Mapping[str, str] | None = None,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """A detector's state dict for other classes.
+    """Return a detector's state dict for other classes.
 
     Args:
-        state: of a detector of ``from_names``: layer k of ``conf`` has A x (1 + classes) rows, a
-            prior box after the other, background first.
+        state: the state dict of a detector of ``from_names``: layer k of ``conf`` has the rows of
+            one prior box after the other, for each background and then the classes.
         from_names: its classes, without background.
         to_names: the classes wanted, without background.
         class_map: as in ``match_classes``.
-        generator: for the rows of new classes (PyTorch's default initialisation of convolutions,
-            bias zero); None means PyTorch's own.
+        seed: of the rows of new classes, which are initialised as PyTorch initialises
+            convolutions, with bias zero.
 
     Returns:
-        A new state dict, all tensors but those of ``conf`` the very same, and the names of
-        ``to_names`` whose rows are new; background's never are.
+        A new state dict, in which all tensors but those of ``conf`` are the same objects, and the
+        names of ``to_names`` whose rows are new. The rows of background are never new.
 
     Raises:
-        UserError: as ``match_classes``, or the head is not that of ``from_names``.
+        UserError: as ``match_classes``, or the heads are not those of ``from_names``.
     """
     rows = match_classes(from_names, to_names, class_map)
     index = torch.tensor([0, *(0 if row is None else row + 1 for row in rows)])
     new = torch.tensor([False, *(row is None for row in rows)])
+    generator = torch.Generator().manual_seed(seed)
     result = dict(state)
     for key, tensor in state.items():
         if not _HEAD.fullmatch(key):

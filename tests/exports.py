@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from inference.export import main
 from models import build_net
+from tools.export import main
 from train_test import resolve
 from utils.checkpoint import save_checkpoint
 
@@ -38,7 +38,7 @@ def write_checkpoint(path: Path, root: Path, version: str = "tiny") -> Path:
 
 def exported(checkpoint: Path, form: str, *options: object) -> Path:
     """What the command writes beside the checkpoint."""
-    suffix = {"onnx": ".onnx", "openvino": ".xml", "torch": ".pt2"}[form]
+    suffix = {"onnx": ".onnx", "openvino": ".xml"}[form]
     output = checkpoint.with_name("-".join([form, *map(str, options)]) + suffix)
     arguments = [checkpoint, "--format", form, "--output", output, *options]
     assert main(list(map(str, arguments))) == 0

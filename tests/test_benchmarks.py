@@ -13,7 +13,6 @@ from tiny import TINY
 
 import models
 from benchmarks import (
-    blocks,
     coco_eval,
     coco_load,
     detect,
@@ -282,35 +281,6 @@ def test_step_draws_pictures_where_none_are_given(monkeypatch):
     batches, num_classes = step.batches_of(None, 300, 2, 3)
     assert [len(images) for images, *_ in batches] == [2, 2, 2]
     assert num_classes == 1 + len(shapes.CLASSES)
-
-
-BLOCKS = ["--device", "cpu", "--version", "SSD_HarDNet39ds", "--size", "300", "--batch", "1"]
-
-
-def test_blocks_gives_ratios_to_concatenation_and_bytes(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    out = tmp_path / "out.json"
-    args = ["--amp", "bf16", "--routes", "split", "gather", "--pad", "8", "--rounds", "1"]
-    assert blocks.main([*BLOCKS, *args, "--json", str(out)]) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"^\| route +\| 48x75x75 +\| 96x38x38 +\| 320x19x19 +\| all ", text, re.M)
-    content = json.loads(out.read_text())
-    plain, split = content["rows"]  # a CPU cannot gather
-    assert (plain["way"], split["way"]) == ("concatenate", "split, pad 8")
-    assert (plain["ratio"], len(split["seconds"])) == (1, 3)
-    assert split["ratio"] == sum(plain["seconds"]) / sum(split["seconds"])
-    assert split["bytes"] > plain["bytes"] > 50e6
-
-
-def test_blocks_notices_another_output(monkeypatch):
-    class Wrong(blocks.HarmonicBlock):
-        def forward(self, x):
-            return super().forward(x) * 1.01
-
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    monkeypatch.setitem(blocks.BLOCKS, "slices", Wrong)
-    with pytest.raises(AssertionError, match="slices, block 0: another output, by 1.0e-02"):
-        blocks.main([*BLOCKS, "--amp", "off", "--routes", "slices", "--pad", "1", "--rounds", "1"])
 
 
 def test_benchmark_of_loading_says_seconds_and_memory(tmp_path, capsys):

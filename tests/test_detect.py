@@ -14,6 +14,7 @@ import data.config as config
 import utils.nms
 from layers import Detect, PriorBox
 from layers.boxes import decode
+from layers.detect import DetectConfig
 
 GOLDENS = Path(__file__).parent / "goldens"
 
@@ -190,15 +191,28 @@ def test_outputs_of_a_diverged_network_are_refused():
             Detect()(broken, conf, priors, [(10, 10)])
 
 
-def test_unknown_options_are_refused():
-    with pytest.raises(ValueError, match="nms is 'linear', should be one of hard, soft, soft-gau"):
-        Detect(nms="linear")
-    with pytest.raises(ValueError, match="top_k 0"):
-        Detect(top_k=0)
-    with pytest.raises(ValueError, match="nms_thresh 1.5"):
-        Detect(nms_thresh=1.5)
-    with pytest.raises(ValueError, match="conf_thresh nan"):
-        Detect(float("nan"))
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("nms", "linear", "nms is 'linear', .* hard, soft, soft-gaussian"),
+        ("top_k", 0, "top_k 0"),
+        ("per_class", 0, "per_class 0"),
+        ("nms_thresh", 1.5, "nms_thresh 1.5"),
+        ("conf_thresh", float("nan"), "conf_thresh nan"),
+    ],
+)
+@pytest.mark.parametrize("kind", [Detect, DetectConfig])
+def test_settings_that_are_not_valid_are_refused(kind, field, value, said):
+    with pytest.raises(ValueError, match=said):
+        kind(**{field: value})
+
+
+def test_a_layer_keeps_its_settings_and_can_be_made_of_them():
+    config = DetectConfig(0.1, 0.5, 7, 15, "soft", True, True)
+    assert Detect.of(config, (0.2, 0.3)).config == config
+    assert Detect.of(config, (0.2, 0.3)).variance == (0.2, 0.3)
+    assert Detect(0.1, 0.5, 7, 15, (0.1, 0.2), "soft", True, True).config == config
+    assert Detect().config == DetectConfig()
 
 
 def test_one_confident_prior_becomes_one_box_in_pixels():

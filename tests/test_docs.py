@@ -100,21 +100,16 @@ def test_members_of_a_reader_that_are_listed_are_there(voc_folder):
 
 
 def test_commands_that_reproduce_name_what_there_is():
-    """tests/test_readme.py and tests/test_weights.py run the same commands on small data."""
-    from data import DATASETS
-    from data.coco_eval import BACKENDS
+    """tests/test_readme.py and tests/test_pretrained.py run the same commands on small data."""
     from engine.options import parser
-    from layers.detect import SUPPRESSION
-    from models import SIZES
 
-    parse = parser(versions=BACKBONES, sizes=SIZES, datasets=DATASETS,
-                   suppressions=SUPPRESSION, backends=BACKENDS).parse_args  # fmt: skip
+    parse = parser().parse_args
     commands = [shlex.split(line) for block in blocks("docs/reproducing.md", "")
                 for line in block.splitlines()]  # fmt: skip
     assert len(commands) == 5
     for command in commands:
-        if "models.pretrained" in command:
-            assert command[:4] == ["python", "-m", "models.pretrained", "download"]
+        if "tools.weights" in command:
+            assert command[:4] == ["python", "-m", "tools.weights", "download"]
             row = published(command[4])
         else:
             assert command[:2] == ["python", "train_test.py"]
@@ -131,19 +126,19 @@ def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
     from tiny import TINY
 
     import train_test
-    from inference import export
-    from tools import detect
+    from inference.proof import TOLERANCE
+    from tools import detect, export
 
     monkeypatch.setitem(BACKBONES, "tiny", TINY)
     # Random weights have no AP to lose, and boxes at every threshold.
     for precision in ("bf16", "int8"):
-        loose = replace(export.TOLERANCE[precision], matched=0.5, ap=100)
-        monkeypatch.setitem(export.TOLERANCE, precision, loose)
+        loose = replace(TOLERANCE[precision], matched=0.5, ap=100)
+        monkeypatch.setitem(TOLERANCE, precision, loose)
     checkpoint = write_checkpoint(tmp_path / "best.pth", voc_folder)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").symlink_to(voc_folder)
     (tmp_path / "PICTURES").symlink_to(voc_folder / "JPEGImages")
-    programs = {"train_test.py": train_test, "tools.detect": detect, "inference.export": export}
+    programs = {"train_test.py": train_test, "tools.detect": detect, "tools.export": export}
     commands = [line.split() for block in blocks("docs/exporting.md", "")
                 for line in block.splitlines() if line.startswith("python")]  # fmt: skip
     assert len(commands) == 6

@@ -3,10 +3,13 @@ import numpy as np
 import pytest
 
 from inference.draw import (
+    LEGIBLE,
     class_colour,
     contact_sheet,
+    draw_caption,
     draw_comparison,
     draw_detections,
+    enlarge,
     match_detections,
     rank_by_errors,
 )
@@ -266,3 +269,24 @@ def test_contact_sheet_refuses_what_it_cannot_lay_out():
         contact_sheet([image], 0)
     with pytest.raises(ValueError, match="1 images do not match 2 captions"):
         contact_sheet([image], 1, captions=["a", "b"])
+
+
+def test_small_images_are_enlarged_with_their_boxes():
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[10:30, 10:50] = 255
+    larger, boxes = enlarge(image, np.array([[10, 10, 49, 29]]))
+    assert larger.shape == (280, 420, 3) and boxes.tolist() == [[70, 70, 349, 209]]
+    ys, xs = np.nonzero(larger[..., 0] > 127)
+    assert (xs.min(), ys.min(), xs.max(), ys.max()) == tuple(boxes[0])
+    for shape in ((LEGIBLE, 400, 3), (3, 2000, 3), (5000, 100, 3)):
+        image = np.zeros(shape, np.uint8)
+        assert enlarge(image, boxes)[0] is image
+    assert enlarge(np.zeros((1, 1, 3), np.uint8), np.zeros((0, 4)))[0].shape[0] >= LEGIBLE
+
+
+@pytest.mark.parametrize("ground", [0, 128, 255])
+def test_a_caption_stands_in_the_upper_left_corner_of_any_image(ground):
+    image = np.full((100, 200, 3), ground, np.uint8)
+    draw_caption(image, "25.0 fps")
+    assert (image[:12, :60] == 0).any() and (image[:15, :60] > 200).any()
+    assert (image[20:] == ground).all()

@@ -161,7 +161,7 @@ class Interruptions:
     def _phase(self) -> str:
         if not self.begun():
             return "start-up"
-        if list(self.broken.glob("*.pth.part")):
+        if self._saving():
             return "saving"
         lines = [line[9:] for line in self.log.read_bytes()[self.begin :].decode().splitlines()]
         line = lines[-1]
@@ -171,6 +171,9 @@ class Interruptions:
             epoch = int(line.split()[1].rstrip(":"))
             return "evaluation" if not epoch % TESTED or epoch == self.epochs else "training"
         return "training"
+
+    def _saving(self) -> bool:
+        return any(self.broken.glob("*.part"))
 
     def at_random(self, kills: int) -> None:
         """``kills`` signals, each at an instant of the life of a process that chance chooses."""
@@ -198,15 +201,14 @@ class Interruptions:
         for _ in range(6 * kills):
             process = self.start()
             wait_until(self.begun, process)
-            part = self.broken / "last.pth.part"
             skip = self.rng.integers(5)  # savings
             while skip and process.poll() is None:
-                while not part.exists() and process.poll() is None:
+                while not self._saving() and process.poll() is None:
                     pass
-                while part.exists() and process.poll() is None:
+                while self._saving() and process.poll() is None:
                     pass
                 skip -= 1
-            while not part.exists() and process.poll() is None:
+            while not self._saving() and process.poll() is None:
                 pass
             if process.poll() is None:
                 self.signal(process, signal.SIGKILL)

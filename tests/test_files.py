@@ -1,15 +1,19 @@
-"""Array files, and what is made of damaged ones."""
+"""Files that are written whole or not at all, and array files that are damaged."""
 
 import json
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import torch
 
 from data.curves import load_curves, write_curves
 from data.detections import load_detections, save_detections
+from utils import files
 from utils.errors import UserError
-from utils.files import load_arrays, write_json
+from utils.files import atomic_write, load_arrays, write_json
 
 
 def test_arrays_are_read_and_nothing_else_is(tmp_path):
@@ -73,3 +77,121 @@ def test_file_with_a_byte_flipped_is_refused_by_name_or_read(tmp_path, keep, loa
             assert str(path) in str(error)
             refused += 1
     assert 250 < refused
+
+
+class Refused(Exception):
+    """Raised inside a block."""
+
+
+@pytest.fixture
+def full_disk():
+    """No file can grow over 20 kB."""
+    resource = pytest.importorskip("resource")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("CUDA error: device-side assert triggered"),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        FileNotFoundError(2, "No such file or directory", "image.jpg"),
+        Refused("other"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+def test_an_error_inside_the_block_keeps_its_type_and_text(tmp_path, error):
+    path = tmp_path / "a"
+    path.write_bytes(b"earlier")
+    with pytest.raises(type(error)) as raised, atomic_write(path) as file:
+        file.write(b"x" * 100_000)
+        raise error
+    assert raised.value is error
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"earlier"
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda file: file.write(bytes(100_000)),
+        lambda file: file.write(bytes(21_000)),  # part of it is still in memory at the end
+        lambda file: torch.save(torch.zeros(100_000), file),
+        lambda file: np.savez(file, np.zeros(100_000)),
+    ],
+    ids=["bytes", "buffered", "torch", "numpy"],
+)
+def test_a_full_disk_is_told_with_the_file_and_leaves_the_earlier_one(tmp_path, full_disk, write):
+    path = tmp_path / "a"
+    path.write_bytes(b"earlier")
+    with pytest.raises(UserError, match="make room") as raised, atomic_write(path) as file:
+        write(file)
+    assert str(path) in str(raised.value) and "File too large" in str(raised.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"earlier"
+
+
+def test_an_error_inside_the_block_is_not_taken_for_the_disk_that_is_full_as_well(
+    tmp_path, full_disk
+):
+    with pytest.raises(Refused), atomic_write(tmp_path / "a") as file:
+        file.raw.write(bytes(20_000))
+        file.write(b"this is in memory")
+        raise Refused
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as raised, atomic_write(tmp_path / "file" / "a"):
+        raise AssertionError("not entered")
+    assert str(tmp_path / "file" / "a") in str(raised.value)
+
+
+def test_two_writers_of_one_file_each_write_a_whole_one(tmp_path):
+    path = tmp_path / "a"
+    with atomic_write(path) as first:
+        first.write(b"first" * 10_000)
+        with atomic_write(path) as second:
+            second.write(b"second" * 10_000)
+        assert path.read_bytes() == b"second" * 10_000
+        first.write(b"end")
+    assert path.read_bytes() == b"first" * 10_000 + b"end"
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
+def test_the_longest_name_of_a_file_can_be_written(tmp_path):
+    path = tmp_path / ("東" * 85)
+    assert len(os.fsencode(path.name)) == 255
+    write_json(path, 1)
+    assert json.loads(path.read_bytes()) == 1
+
+
+ABANDON = """
+import os, signal, sys
+from utils.files import atomic_write
+with atomic_write(sys.argv[1]) as file:
+    file.write(b"x" * 100_000)
+    print("writing", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be deleted here")
+def test_what_a_killed_writer_left_is_deleted_and_what_is_being_written_is_not(tmp_path):
+    writer = subprocess.Popen(
+        [sys.executable, "-c", ABANDON, tmp_path / "a"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert writer.stdout.readline() == b"writing\n"
+    write_json(tmp_path / "b", 1)
+    assert len(list(tmp_path.iterdir())) == 2
+    writer.kill()
+    writer.communicate()
+    files.remove_abandoned.cache_clear()
+    write_json(tmp_path / "c", 1)
+    assert {p.name for p in tmp_path.iterdir()} == {"b", "c"}

@@ -13,6 +13,7 @@ import torch
 import hubconf
 from inference.predictor import Predictor
 from models import BACKBONES, build_net
+from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -24,9 +25,12 @@ def load(name: str, *arguments, **options):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory) -> Path:
+    """A checkpoint of three classes."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("hub") / "own.pth"
-    torch.save(build_net("SSD_HarDNet39ds", 300, 4).state_dict(), path)
+    config = {"version": "SSD_HarDNet39ds", "size": 300, "dataset": "VOC", "priors": "VOC"}
+    model = build_net("SSD_HarDNet39ds", 300, 4).state_dict()
+    save_checkpoint(path, {"model": model, "classes": ["a", "b", "c"], "config": config})
     return path
 
 
@@ -61,12 +65,20 @@ def test_new_weights_and_those_of_a_file(file):
     assert load("ssd300_hardnet39ds").num_classes == 81
     net = load("ssd300_hardnet39ds", pretrained=str(file))
     assert not net.training
-    saved = torch.load(file, weights_only=True)
+    saved = load_checkpoint(file)["model"]
     assert all(torch.equal(value, saved[key]) for key, value in net.state_dict().items())
 
 
+def test_a_file_without_names_takes_those_that_are_given(file, tmp_path):
+    torch.save(load_checkpoint(file)["model"], tmp_path / "bare.pth")
+    bare = str(tmp_path / "bare.pth")
+    assert load("ssd300_hardnet39ds", pretrained=bare, classes=["a", "b", "c"]).num_classes == 4
+    with pytest.raises(UserError, match=r"bare\.pth has 3 classes and no names"):
+        hubconf.ssd300_hardnet39ds(pretrained=bare)
+
+
 def test_predictor(file):
-    found = load("predictor", str(file), classes=["a", "b", "c"])
+    found = load("predictor", str(file))
     assert isinstance(found, Predictor) and found.info.classes == ("a", "b", "c")
 
 
@@ -77,7 +89,7 @@ def test_published_weights_are_downloaded_by_their_name(file, monkeypatch, tmp_p
         asked.append((name, folder))
         return file
 
-    monkeypatch.setattr(hubconf._weights, "download", download)
+    monkeypatch.setattr(hubconf._pretrained, "download", download)
     monkeypatch.setattr(torch.hub, "_hub_dir", str(tmp_path))
     with pytest.raises(UserError, match="is SSD_HarDNet39ds at 300, not SSD_HarDNet85 at 512"):
         hubconf.ssd512_hardnet85(pretrained=True)

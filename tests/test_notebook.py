@@ -1,4 +1,4 @@
-"""The notebook of docs/: its cells run in order, as Jupyter runs them, on a few pictures."""
+"""The notebook of docs/: its cells run in order, as Jupyter runs them, on a few images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cells(kind: str) -> list[str]:
 
 
 def run(tmp_path: Path, monkeypatch, **values: str) -> dict:
-    """The names that the cells leave; ``values``: other right sides of assignments."""
+    """Run the cells and return their names; ``values`` replace right sides of assignments."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(sys, "path", [*sys.path])
     values["WORK"] = f"Path({str(tmp_path)!r})"
@@ -34,14 +34,14 @@ def run(tmp_path: Path, monkeypatch, **values: str) -> dict:
 
 
 def test_cells_run_in_order(tmp_path, monkeypatch, capsys):
-    names = run(tmp_path, monkeypatch, PICTURES="12, 4", EPOCHS="1")
+    names = run(tmp_path, monkeypatch, IMAGES="12, 4", EPOCHS="1")
     output = capsys.readouterr().out
     assert "exit status 0" in output and names["results"]["metric"] == "VOC area AP@.5"
     assert re.search(r"^star +\d\.\d{3}$", output, re.MULTILINE)
     assert (tmp_path / "check.html").stat().st_size > 1000
     assert (tmp_path / "detections.png").stat().st_size > 10_000
-    # Run once more, it goes on from what is there.
-    run(tmp_path, monkeypatch, PICTURES="12, 4", EPOCHS="2")
+    # A second call continues the run.
+    run(tmp_path, monkeypatch, IMAGES="12, 4", EPOCHS="2")
     log = (tmp_path / "SSD_HarDNet39ds_300" / "run" / "log.jsonl").read_text().splitlines()
     assert [e for e in (json.loads(line).get("epoch") for line in log) if e] == [1, 2]
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.config import COCO_300, COCO_CLASSES, INPUT_MEAN, VOC_300, VOC_CLASSES
+from data.config import COCO_300, COCO_CLASSES, VOC_300, VOC_CLASSES
 from data.transforms import TestTransform
 from engine.steps import detect_all
 from inference.predictor import Predictor
@@ -50,7 +50,7 @@ def evaluated(net, images, priors, **chosen) -> list[dict]:
         )
         for image in images
     ]
-    return detect_all(net, Detect(**chosen), PriorBox(priors)(), batches, INPUT_MEAN, "off")
+    return detect_all(net, Detect(**chosen), PriorBox(priors)(), batches)
 
 
 def assert_same(found: list[dict], wanted: list[dict]) -> None:
@@ -140,7 +140,7 @@ def test_what_is_not_finite_is_no_detection(file, value):
 def test_mistakes_are_told(file, tmp_path):
     predictor = Predictor(file)
     for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(UserError, match=r"a picture is \w+ \[.*\], should be uint8"):
+        with pytest.raises(UserError, match=r"an image is \w+ \[.*\], should be uint8"):
             predictor(wrong)
     with pytest.raises(UserError, match=r"none\.jpg"):
         predictor(tmp_path / "none.jpg")

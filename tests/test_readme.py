@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,16 @@ import torch
 from conftest import write_voc
 
 from data import DATASETS
-from data.config import LR_MILESTONES, PER_CLASS
-from engine.options import DEFAULTS, TRAINING_RECIPES
+from data.config import PER_CLASS
+from engine.optim import LR_MILESTONES
+from engine.options import Options
 from layers.detect import SUPPRESSION
 from models import BACKBONES, build_net
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-PUBLISHED = {**DEFAULTS, **TRAINING_RECIPES["published"]}
+PUBLISHED = asdict(Options())
 COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
 SMALL = ["--max_iters", "1", "-b", "2", "--num_workers", "0", "--device", "cpu"]
 
@@ -71,7 +73,7 @@ def test_the_commands_are_known():
         ["data/scripts/VOC2012.sh"],
         ["python", "train_test.py", "-d"],
         ["python", "train_test.py", "-d"],
-        *(["python", "-m", "models.pretrained"] for _ in range(4)),
+        *(["python", "-m", "tools.weights"] for _ in range(4)),
         ["python", "train_test.py", "-d"],
         ["python", "train_test.py", "--test"],
         ["python", "-m", "data.voc_eval"],
@@ -138,7 +140,7 @@ def test_the_profile_lists_every_layer(home):
 
 def test_weights_are_listed_inspected_and_converted(home):
     listing, download, inspect, convert = COMMANDS[7:11]
-    assert download[4] in run(home, listing)  # tests/test_weights.py downloads
+    assert download[4] in run(home, listing)  # tests/test_pretrained.py downloads
     shutil.copy(home / "weights" / "hardnet68_base_bridge.pth", home / "FILE")
     assert "basenet of   SSD_HarDNet68, RFB_HarDNet68" in run(home, inspect)
     if importlib.util.find_spec("safetensors"):

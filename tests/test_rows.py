@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data.config import COCO_512, MOBILE_300, VOC_300
 from layers import MultiBoxLoss, PriorBox
-from models import BACKBONES, build_net, identify, prior_config
+from models import BACKBONES, build_net, prior_config
 from models.hardnet import (
     HARDNET_SPECS,
     ConvLayer,
@@ -24,6 +24,7 @@ from models.hardnet import (
     HarDBlock,
     HarDNetBase,
 )
+from models.identify import identify
 from train_test import main
 from utils.errors import UserError
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import gc
 import itertools
 import json
@@ -20,10 +19,10 @@ from tiny import TINY
 import models
 from benchmarks import evidence, roofline, speed
 from benchmarks.timing import CPU
-from inference import export
 from inference.predictor import Predictor
 from layers import Detect, PriorBox
 from models import build_net
+from tools import export
 from tools.traffic import Profile
 from utils.checkpoint import sha256_of
 
@@ -180,7 +179,7 @@ def test_all_is_measured_and_kept(tiny, tmp_path, capsys, monkeypatch):
     small = roofline.ceilings
     monkeypatch.setattr(speed, "ceilings", lambda device: small(device, rounds=1, scale=1 / 16))
     out = tmp_path / "out.json"
-    args = ["--version", "tiny", "--size", 300, "--routes", "plain", "deployed", "split"]
+    args = ["--version", "tiny", "--size", 300, "--routes", "plain", "deployed"]
     args += ["--batch", 1, 3, "--threads", 1, "--device", "cpu", "--rounds", 2, "--roofline"]
     assert run(*args, "--json", out) == 0
     text = capsys.readouterr().out
@@ -195,14 +194,13 @@ def test_all_is_measured_and_kept(tiny, tmp_path, capsys, monkeypatch):
         re.M,
     )
     assert re.search(
-        r"^tiny 300 split bf16, 1 threads: at best [\d.]+ pictures a second through the network, "
-        r"at batch [13]$",
+        r"^tiny 300 deployed bf16, 1 threads: at best [\d.]+ pictures a second through the "
+        r"network, at batch [13]$",
         text,
         re.M,
     )
     content = json.loads(out.read_text())
     ways = [("plain", "fp32"), ("deployed", "fp32"), ("deployed", "bf16")]
-    ways += [("split", "fp32"), ("split", "bf16")]
     rows = content["rows"]
     assert [(row["batch"], row["route"], row["precision"]) for row in rows] == [
         (batch, *way) for batch in (1, 3) for way in ways
@@ -226,27 +224,26 @@ def test_all_is_measured_and_kept(tiny, tmp_path, capsys, monkeypatch):
 
 @needs_torchvision
 def test_a_route_that_finds_other_boxes_is_left_out(tiny, tmp_path, monkeypatch, capsys):
-    right = speed.deploy
+    def wrong(net):
+        def forward(images):
+            loc, conf = net(images)
+            return loc + 0.2, conf
 
-    def wrong(net, blocks):
-        if blocks == "slices":
-            net = copy.deepcopy(net)
-            net.loc[0].bias.data += 1
-        return right(net, blocks)
+        return forward
 
-    monkeypatch.setattr(speed, "deploy", wrong)
+    monkeypatch.setitem(speed.WAYS, "wrong", speed.Way(wrap=wrong))
     out = tmp_path / "out.json"
-    args = ["--version", "tiny", "--size", 300, "--routes", "plain", "slices", "split"]
+    args = ["--version", "tiny", "--size", 300, "--routes", "plain", "wrong", "deployed"]
     args += ["--device", "cpu", "--amp", "off", "--threads", 1, "--rounds", 1]
     assert run(*args, "--json", out) == 1
     error = capsys.readouterr().err
     assert re.fullmatch(
-        r"error: tiny slices fp32 finds other boxes than the plain network: a coordinate, in "
+        r"error: tiny wrong fp32 finds other boxes than the plain network: a coordinate, in "
         r"pixels, differs by [\d.]+, 1 is allowed \(size 300, batch 1, 1 threads\)\n",
         error,
     )
     content = json.loads(out.read_text())
-    assert [row["route"] for row in content["rows"]] == ["plain", "split"]
+    assert [row["route"] for row in content["rows"]] == ["plain", "deployed"]
     assert content["differing"] == [error.removeprefix("error: ").strip()]
 
 
@@ -258,8 +255,8 @@ def detector(tiny, tmp_path):
     files = speed.made_up(folder, 3, 64, 48)
     (folder / "notes.txt").write_text("no picture")
     checkpoint = speed.new_weights("tiny", 300, tmp_path, files)
-    exported = tmp_path / "tiny.pt2"
-    args = [checkpoint, "--format", "torch", "--pictures", folder, "--output", exported]
+    exported = tmp_path / "tiny.onnx"
+    args = [checkpoint, "--format", "onnx", "--images", folder, "--output", exported]
     assert export.main([str(arg) for arg in args]) == 0
     return folder, checkpoint, exported
 
@@ -281,7 +278,7 @@ def test_an_exported_file_is_a_route_of_its_checkpoint(detector, tmp_path, capsy
     assert run(*args, "--batch", 2, "--rounds", 1, "--device", "cpu", "--json", out) == 0
     content = json.loads(out.read_text())
     ways = [(row["route"], row["precision"]) for row in content["rows"]]
-    assert ways == [("plain", "fp32"), ("deployed", "fp32"), ("tiny.pt2", "fp32")]
+    assert ways == [("plain", "fp32"), ("deployed", "fp32"), ("tiny.onnx", "fp32")]
     assert content["pictures"] == {"of": str(folder), "count": 3}
     other = tmp_path / "other.pth"
     shutil.copy(checkpoint, other)

@@ -9,6 +9,7 @@ from data.config import COCO_CLASSES, VOC_CLASSES
 from models import build_net
 from models.transfer import (
     VOC_TO_COCO,
+    check_known,
     match_classes,
     parse_class_map,
     transfer_classes,
@@ -74,7 +75,7 @@ def test_there_are_80_classes_and_20_of_them_are_vocs():
 def test_unknown_classes_start_new_and_the_same_seed_gives_the_same():
     state, names = detector(3), ("a", "b", "c")
     own = ("zebra", "c", "a")
-    result, new = transfer_classes(state, names, own, generator=torch.Generator().manual_seed(1))
+    result, new = transfer_classes(state, names, own, seed=1)
     assert new == ["zebra"]
     weight = result["conf.1.weight"].unflatten(0, (4, 4))
     bias = result["conf.1.bias"].view(4, 4)
@@ -85,9 +86,9 @@ def test_unknown_classes_start_new_and_the_same_seed_gives_the_same():
     fresh = weight[:, 1]
     bound = (3 * 3 * 3) ** -0.5  # PyTorch's default: uniform within 1 / sqrt(inputs)
     assert 0.8 * bound < fresh.abs().max() <= bound and fresh.unique().numel() == fresh.numel()
-    again, _ = transfer_classes(state, names, own, generator=torch.Generator().manual_seed(1))
+    again, _ = transfer_classes(state, names, own, seed=1)
     assert torch.equal(again["conf.1.weight"], result["conf.1.weight"])
-    other, _ = transfer_classes(state, names, own, generator=torch.Generator().manual_seed(2))
+    other, _ = transfer_classes(state, names, own, seed=2)
     assert not torch.equal(other["conf.1.weight"], result["conf.1.weight"])
 
 
@@ -108,6 +109,12 @@ def test_a_class_map_decides_before_equal_names_and_may_use_a_class_twice():
 def test_a_class_map_with_an_unknown_name_is_refused(class_map):
     with pytest.raises(UserError, match="tric?k|lory .*none of the classes"):
         match_classes(COCO_CLASSES, ("lorry",), class_map)
+
+
+def test_a_detector_must_know_the_classes_that_it_is_tested_on():
+    check_known("coco.pth", COCO_CLASSES, ("car", "tvmonitor", "lorry"), {"lorry": "truck"})
+    with pytest.raises(UserError, match=r"coco\.pth has not learnt lorry, van; .*--class_map"):
+        check_known("coco.pth", COCO_CLASSES, ("car", "lorry", "van"))
 
 
 def test_with_no_class_in_common_only_background_is_kept():

@@ -11,18 +11,27 @@ class TinyBase(nn.ModuleList):
     """Images [B, 3, 300, 300] -> maps of 38 and 19 cells."""
 
     out_channels = (8, 16)
+    norm = nn.BatchNorm2d
 
     def __init__(self) -> None:
-        super().__init__([nn.Conv2d(3, 8, 3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 16, 3, 2, 1)])
+        super().__init__([nn.Conv2d(3, 8, 3, 8, 1), self.norm(8), nn.Conv2d(8, 16, 3, 2, 1)])
 
     def forward(self, x):
         stride8 = self[1](self[0](x)).relu()
         return stride8, self[2](stride8).relu()
 
 
-TINY = Backbone(TinyBase, None, "tiny.pth")
+class PlainBase(TinyBase):
+    """The same without batch normalisation: images of a batch do not influence each other."""
+
+    norm = nn.Identity
+
+
+TINY = Backbone(TinyBase)
+PLAIN = Backbone(PlainBase)
 
 
 def register() -> None:
     """For a process of its own; a test in this process sets the entry with monkeypatch."""
     BACKBONES["tiny"] = TINY
+    BACKBONES["plain"] = PLAIN

@@ -33,7 +33,7 @@ from data.config import PRIORS, PriorConfig
 from data.image import read_image
 from data.image_sets import sets_name
 from data.skips import SkipKind
-from engine.options import DEFAULTS
+from engine.options import Options
 from utils.arguments import positive
 from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
@@ -41,15 +41,16 @@ from utils.logger import LOGGER
 
 PARTS = {"train": "train_sets", "test": "test_sets"}
 LEVELS = ("error", "warning", "note")
-MATCHED = DEFAULTS["jaccard_threshold"]
+MATCHED = Options.jaccard_threshold
 LOW_SHARE = 0.9
 """A class fits if this share of its boxes reaches the IoU `MATCHED` with some prior box."""
 
-THUMBNAIL = 32
+THUMBNAIL, COARSE = 32, 16
 # Of grey pictures of 32 x 32, in standard deviations of a picture. Recompressed, resized or evenly
 # brightened copies differ by 0.01 to 0.2 (root mean square), different photographs of blood cells,
 # of COCO and drawn ones by 0.5 at least; one object that is elsewhere shows in the maximum.
 NEAR_COARSE, NEAR_RMS, NEAR_MAX = 0.2, 0.25, 1.5
+PRODUCTS = 2**24  # computed at once: 64 MB, whatever the number of pictures
 PLAIN = 2.0  # grey levels: a picture with a smaller standard deviation has nothing to compare
 
 
@@ -127,7 +128,9 @@ def check(
     for part, key in PARTS.items():
         faults: list[str] = []
         try:
-            dataset = _open(options, key, classes, faults)
+            dataset = build_dataset(
+                options["dataset"], options["root"], options[key], classes, faults=faults
+            )
         except UserError as error:
             report.add("error", part, "image set that cannot be opened", [Record(str(error))])
             continue
@@ -149,12 +152,6 @@ def check(
     _check_copies(report, looks)
     _check_priors(report)
     return report
-
-
-def _open(options: dict, key: str, classes: Sequence[str] | None, faults: list[str]):
-    """The data set of options[key]; what is wrong with single records goes to `faults`."""
-    sets = [tuple(pair) for pair in options[key]]
-    return build_dataset(options["dataset"], options["root"], sets, classes, faults=faults)
 
 
 # ---------------------------------------------------------------- pictures
@@ -275,9 +272,10 @@ def _check_copies(report: Report, looks: dict[str, Look]) -> None:
         ]
         report.add("warning", part, "picture that is there twice", same)
         own = look.thumbnails[originals[part]]
-        pairs = {tuple(sorted(pair)) for pair in near_pairs(own, own, same=True)}
-        pairs = [((part, originals[part][j]), (part, originals[part][i])) for i, j in sorted(pairs)]
-        near = [record("~", *((p, int(i)) for p, i in pair)) for pair in pairs]
+        near = [
+            record("~", *((part, int(originals[part][k])) for k in pair))
+            for pair in near_pairs(own, own, earlier=True)
+        ]
         report.add("warning", part, "picture that is nearly another one", near)
     if len(looks) < 2:
         return
@@ -298,51 +296,50 @@ def _check_copies(report: Report, looks: dict[str, Look]) -> None:
 
 
 def near_pairs(
-    queries: np.ndarray, keys: np.ndarray, same: bool = False
+    queries: np.ndarray, keys: np.ndarray, earlier: bool = False
 ) -> Iterator[tuple[int, int]]:
-    """(query, key) for every query that is nearly a key, with the nearest such key at 16 x 16.
+    """Yield (query, key) for every query that is a near copy of a key: of those the nearest.
 
-    queries uint8 [n, 32, 32], keys uint8 [m, 32, 32], neither plain; `same`: both are one array,
-    and no picture is its own copy. Nearly: within `NEAR_COARSE` at 16 x 16, and within `NEAR_RMS`
-    and `NEAR_MAX` at 32 x 32. The search is exact: pictures of 16 x 16 within a distance are
-    within it along any direction, too, so after sorting along the one in which they scatter most, a
-    block of queries is compared with the window of keys around it, in a matrix product.
+    Near copies differ by at most `NEAR_COARSE` at 16 x 16 (root mean square), and by at most
+    `NEAR_RMS` and `NEAR_MAX` at 32 x 32. The nearest key has the least difference at 16 x 16.
+
+    Args:
+        queries: uint8 [n, 32, 32], grey.
+        keys: uint8 [m, 32, 32], grey.
+        earlier: compare query i with the keys before i alone, to find copies within one array.
     """
     if not len(queries) or not len(keys):
         return
-    blocks, vectors = (
-        _normalised(pictures.reshape(-1, 16, 2, 16, 2).mean((2, 4), np.float32))
-        for pictures in (queries, keys)
-    )
-    sample = vectors[:: len(keys) // 4096 + 1]
-    sample = sample - sample.mean(0)
-    direction = np.linalg.eigh(sample.T @ sample)[1][:, -1]
-    along, key_along = blocks @ direction, vectors @ direction
-    order, key_order = np.argsort(along), np.argsort(key_along)
-    vectors, key_along = vectors[key_order], key_along[key_order]
-    reach = NEAR_COARSE * vectors.shape[1] ** 0.5
-    for start in range(0, len(order), 256):
-        rows = order[start : start + 256]
-        low = np.searchsorted(key_along, along[rows[0]] - reach)
-        high = np.searchsorted(key_along, along[rows[-1]] + reach, "right")
-        if low == high:
-            continue
-        block, window = blocks[rows], vectors[low:high]
-        distance = (block**2).sum(1)[:, None] + (window**2).sum(1) - 2 * block @ window.T
-        if same:
-            distance[rows[:, None] == key_order[low:high]] = np.inf
-        within = distance <= reach**2
-        for k in np.flatnonzero(within.any(1)):
-            near = np.flatnonzero(within[k])
-            near = key_order[low + near[np.argsort(distance[k, near], kind="stable")]]
-            query = _normalised(queries[rows[k], None])
-            for first in range(0, len(near), 64):
-                few = near[first : first + 64]
-                apart = np.abs(_normalised(keys[few]) - query)
-                fits = ((apart**2).mean(1) <= NEAR_RMS**2) & (apart.max(1) <= NEAR_MAX)
-                if fits.any():
-                    yield int(rows[k]), int(few[fits.argmax()])
-                    break
+    a, b = _coarse(queries), _coarse(keys)
+    squares = (b**2).sum(1)
+    rows = 1 + PRODUCTS // len(keys)
+    for start in range(0, len(a), rows):
+        products = a[start : start + rows] @ (b[: start + rows] if earlier else b).T
+        for i, row in enumerate(products, start):
+            end = i if earlier else len(b)
+            distances = squares[:end] + a[i] @ a[i] - 2 * row[:end]
+            near = np.flatnonzero(distances <= NEAR_COARSE**2 * COARSE**2)
+            near = near[np.argsort(distances[near], kind="stable")]
+            if (key := _first_copy(queries[i], keys, near)) is not None:
+                yield i, key
+
+
+def _coarse(thumbnails: np.ndarray) -> np.ndarray:
+    """Return thumbnails at 16 x 16, normalised: float32 [n, 256]."""
+    cells = thumbnails.reshape(len(thumbnails), COARSE, 2, COARSE, 2)
+    return _normalised(cells.mean((2, 4), dtype=np.float32))
+
+
+def _first_copy(query: np.ndarray, keys: np.ndarray, candidates: np.ndarray) -> int | None:
+    """Return the first of the candidates, indices of keys, that is a near copy at 32 x 32."""
+    query = _normalised(query[None])
+    for start in range(0, len(candidates), 64):
+        few = candidates[start : start + 64]
+        apart = np.abs(_normalised(keys[few]) - query)
+        copies = ((apart**2).mean(1) <= NEAR_RMS**2) & (apart.max(1) <= NEAR_MAX)
+        if copies.any():
+            return int(few[copies.argmax()])
+    return None
 
 
 def _normalised(pictures: np.ndarray) -> np.ndarray:

@@ -1,77 +1,63 @@
-"""Detect objects in pictures, folders, videos or before a camera; draw them, write them down.
+"""Detect objects in images, folders, videos or a camera; draw them and write them to files.
 
     python -m tools.detect WEIGHTS SOURCE... [--out DIR] [--save json csv voc yolo] [--no-draw]
 
-WEIGHTS is a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml, .pt2). SOURCE is a
-picture, a folder, a quoted pattern, a video, a camera ("camera" or its number), or - for a list of
-files on standard input. docs/detect.md shows the way from weights to boxes.
+WEIGHTS is a checkpoint (.pth, .safetensors) or an exported network. SOURCE is an image, a folder, a
+quoted pattern, a video, or a camera ("camera" or its number). docs/detect.md describes the results.
 
-Exit status: 0 done; 1 something could not be read (named; the rest is done), or unexpected failure;
-2 bad usage or bad input; 130 interrupted (what was done is kept).
+Exit status: 0 done; 1 a source could not be read (it is named, the rest is done), or an unexpected
+failure; 2 bad usage or bad input; 130 interrupted (what was done is kept).
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import signal
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
-from functools import partial
-from itertools import groupby, islice, repeat
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 
 import cv2
 import numpy as np
 import torch
 
 from data.classes import parse_classes
-from data.image import read_image
-from inference.draw import draw_caption, draw_detections, enlarge
+from inference.draw import draw_caption
 from inference.fonts import Lettering
 from inference.predictor import Predictor
 from layers.detect import SUPPRESSION
-from tools.outputs import Found, voc_xml, write_csv, write_json, yolo_txt
-from tools.sources import Source, find_sources, image_ids, label_names, real_path
-from utils.arguments import cores, count, fraction, positive
+from tools.outputs import (
+    ANNOTATIONS,
+    Annotations,
+    CsvFile,
+    Drawings,
+    Found,
+    JsonFiles,
+    Output,
+    Writer,
+    draw,
+)
+from tools.sources import Frame, Reader, Source, find_sources
+from utils.arguments import cores, fraction, positive
 from utils.device import AMP_TYPES
 from utils.errors import UserError, command
-from utils.files import atomic_write, check_writable
-from utils.logger import LOGGER, Progress, close_logging, setup_logging
+from utils.files import check_writable
+from utils.logger import LOGGER, close_logging, setup_logging
 
 THRESHOLD = 0.4
-"""Default of --score_threshold: for people. A score is computed from nearly all boxes, 0.02."""
-STREAMS = {"json": write_json, "csv": write_csv}
-LABELS = {
-    "voc": ("voc/Annotations", ".xml", voc_xml),
-    "yolo": ("yolo/labels", ".txt", yolo_txt),
-    "yolo_scored": ("yolo/labels", ".txt", partial(yolo_txt, scored=True)),
-}
-DRAWN = frozenset(".jpg .jpeg .jpe .png .bmp .dib .webp .tif .tiff .ppm".split())
-"""Ends of names that a drawn picture keeps: every OpenCV writes colours to them."""
+"""Default of --score_threshold. That of an evaluation would draw too many boxes."""
 WINDOW = "detections (q: quit)"
 
 
-@dataclass(frozen=True)
-class Frame:
-    """A picture of a source, decoded."""
-
-    source: Source
-    image: np.ndarray
-    number: int | None = None
-    time: float | None = None
-
-
 class Stop:
-    """Ctrl-C and SIGTERM as a wish that a loop sees where all it has written is whole.
+    """Turn Ctrl-C and SIGTERM into a flag, so that a loop can end where its files are complete.
 
-    A second one does what it usually does.
+    A second signal acts as usual.
     """
 
     def __init__(self) -> None:
@@ -81,286 +67,90 @@ class Stop:
         self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, _) -> None:
+    def _note(self, number: int, _: FrameType | None) -> None:
         self.asked = True
         signal.signal(number, self._before[number])
 
 
-@dataclass
-class Counts:
-    """What became of the sources."""
+class Window:
+    """The window of --live."""
 
-    pictures: int = 0
-    videos: int = 0
-    frames: int = 0
-    objects: int = 0
-    broken: int = 0
-
-
-# ---------------------------------------------------------------- what goes in
-
-
-def early(jobs: Iterable[Callable], pool: ThreadPoolExecutor, most: int) -> Iterator[Future]:
-    """The futures of jobs, in their order; up to ``most`` are at work before they are asked for."""
-    jobs, pending = iter(jobs), deque()
-    try:
-        while True:
-            pending += [pool.submit(job) for job in islice(jobs, most - len(pending))]
-            if not pending:
-                return
-            yield pending.popleft()
-    finally:
-        for future in pending:
-            future.cancel()
-
-
-def read_pictures(
-    sources: Sequence[Source], pool: ThreadPoolExecutor, most: int, broken: Callable[[str], None]
-) -> Iterator[Frame]:
-    """The pictures that can be read; ``broken`` is told of the others."""
-    with closing(early((partial(read_image, s.path) for s in sources), pool, most)) as futures:
-        for source, future in zip(sources, futures, strict=True):
-            try:
-                image = future.result()
-            except UserError as error:
-                broken(str(error))
-            else:
-                yield Frame(source, image)
-
-
-def open_video(source: Source) -> cv2.VideoCapture:
-    """UserError where there is nothing to see."""
-    capture = cv2.VideoCapture(source.path)
-    if not capture.isOpened():
-        if source.kind == "camera":
+    def __init__(self) -> None:
+        if not has_display():  # OpenCV's window would end the process
+            raise UserError("--live needs a display, and there is none; leave it out")
+        try:
+            cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL)
+        except cv2.error as error:
             raise UserError(
-                f"{source.name} cannot be opened; is the camera connected, in use by another "
-                "program, or has it another number or address?"
-            )
-        raise UserError(f"{source.path}: not a video that OpenCV can read")
-    if source.kind == "camera":
-        capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)  # where the driver can
-    return capture
+                "--live needs an OpenCV with windows: pip uninstall opencv-python-headless, then "
+                "pip install opencv-python"
+            ) from error
+        self._shown, self._seconds = time.monotonic(), 0.0
 
-
-def read_video(source: Source, capture: cv2.VideoCapture) -> Iterator[Frame]:
-    """The frames that can be read; the next is decoded while one is looked at."""
-    start, rate = time.monotonic(), frame_rate(capture)
-
-    def read() -> tuple[np.ndarray | None, float]:
-        good, image = capture.read()
-        if source.kind == "camera":
-            return image if good else None, time.monotonic() - start
-        return image if good else None, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000
-
-    # One thread, as a capture is no more than one position; a camera's frames are not to be old.
-    with ThreadPoolExecutor(1) as pool:
-        with closing(early(repeat(read), pool, 2 if source.kind == "camera" else 4)) as futures:
-            before = -1.0
-            for number, future in enumerate(futures):
-                image, when = future.result()
-                if image is None:
-                    return
-                # Some containers have no times, or just those of some frames.
-                if not (math.isfinite(when) and when > before):
-                    when = number / rate
-                before = when
-                yield Frame(source, image, number, when)
-
-
-def frame_rate(capture: cv2.VideoCapture) -> float:
-    """Of a video, 25 where it says none that could be."""
-    rate = capture.get(cv2.CAP_PROP_FPS)
-    return rate if math.isfinite(rate) and 0.01 < rate <= 1000 else 25.0
-
-
-def batches(frames: Iterator[Frame], size: int, stop: Stop) -> Iterator[list[Frame]]:
-    while not stop.asked and (batch := list(islice(frames, size))):
-        yield batch
-
-
-# ---------------------------------------------------------------- what comes out
-
-
-class VideoFile:
-    """A video that takes the place of ``path`` when it is closed; opened with the first frame.
-
-    ``steady``: every frame is written once, whatever its time; else frames are repeated or left
-    out to keep to their times, as a camera's must be: they come as fast as the network works.
-    """
-
-    def __init__(self, path: Path, rate: float, steady: bool) -> None:
-        self.path = path
-        self._part = path.with_name(f".part-{path.name}")  # OpenCV goes by the suffix
-        # MPEG-4 counts time in 1/n of a second, and n below 2^16: few digits of a high rate.
-        self._rate = round(rate, 3 if rate < 65 else 2 if rate < 655 else 0)
-        self._steady = steady
-        self._writer: cv2.VideoWriter | None = None
-        self._count = 0
-
-    def write(self, image: np.ndarray, when: float) -> None:
-        # The codec takes even sides only.
-        high, wide = (side % 2 for side in image.shape[:2])
-        if high or wide:
-            image = cv2.copyMakeBorder(image, 0, high, 0, wide, cv2.BORDER_REPLICATE)
-        if self._writer is None:
-            check_writable(self.path)
-            codec = cv2.VideoWriter_fourcc(*"mp4v")
-            self._size = image.shape[1::-1]
-            writer = cv2.VideoWriter(str(self._part), codec, self._rate, self._size)
-            if not writer.isOpened():
-                raise UserError(f"{self.path}: this OpenCV cannot write mp4; give --no-draw")
-            self._writer = writer
-        if image.shape[1::-1] != self._size:
-            image = cv2.resize(image, self._size)
-        times = 1 if self._steady else max(int(when * self._rate) + 1 - self._count, 0)
-        for _ in range(times):
-            self._writer.write(image)
-        self._count += times
+    def show(self, image: np.ndarray) -> bool:
+        """Show an image with the frames per second. Return False if the window was closed."""
+        now = time.monotonic()
+        took, self._shown = now - self._shown, now
+        self._seconds = 0.9 * self._seconds + 0.1 * took if self._seconds else took
+        draw_caption(image, f"{1 / max(self._seconds, 1e-3):.1f} fps")
+        cv2.imshow(WINDOW, image)
+        key = cv2.waitKey(1) & 0xFF
+        is_open = cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) >= 1
+        return is_open and key not in (ord("q"), 27)
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.release()
-            os.replace(self._part, self.path)
+        cv2.destroyAllWindows()
 
 
-class Output:
-    """The folder of results: what is drawn, and what is written down, as asked for.
+def has_display() -> bool:
+    """Return whether this process can show a window."""
+    return sys.platform in ("darwin", "win32") or any(
+        name in os.environ for name in ("DISPLAY", "WAYLAND_DISPLAY")
+    )
 
-    A file that is there is replaced, but for annotations, which are not. Drawing and encoding go on
-    in threads; ``finish`` waits.
+
+def open_predictor(args: argparse.Namespace) -> Predictor:
+    predictor = Predictor(
+        args.weights,
+        device=args.device,
+        amp=args.amp,
+        classes=parse_classes(args.classes) if args.classes else None,
+        score_threshold=args.score_threshold,
+        max_detections=args.max_detections,
+        nms=args.nms,
+        class_agnostic=args.class_agnostic,
+    )
+    if args.score_threshold is None:  # an exported file may have a higher one inside
+        least = max(THRESHOLD, predictor.config.conf_thresh)
+        predictor.config = replace(predictor.config, conf_thresh=least)
+    return predictor
+
+
+def find_objects(predictor: Predictor, frames: Sequence[Frame]) -> list[Found]:
+    """Return the detections of each frame.
+
+    Raises:
+        UserError: The network's output is not finite.
     """
-
-    def __init__(
-        self, folder: Path, args: argparse.Namespace, predictor: Predictor,
-        sources: Sequence[Source], pool: ThreadPoolExecutor, stack: ExitStack,
-    ) -> None:  # fmt: skip
-        self.folder = folder
-        self.draws = args.draw
-        self.classes = predictor.info.classes
-        self.letters = letters_for(self.classes, args.font)
-        self._check_sources(sources)
-        check_writable(folder / "detections")
-        self._saved = [LABELS[kind] for kind in dict.fromkeys(args.save) if kind in LABELS]
-        for place, *_ in self._saved:
-            if (folder / place).is_dir() and any((folder / place).iterdir()):
-                raise UserError(
-                    f"{folder / place} holds annotations, which somebody may have corrected; give "
-                    "another --out, or remove that folder"
-                )
-        self._labels, self._ids, self._next = label_names(sources), image_ids(sources), 1
-        self._pool, self._pending = pool, deque()
-        self._most = 2 * args.workers
-        for place in {place.split("/")[0] for place, *_ in self._saved}:
-            with atomic_write(folder / place / "classes.txt") as file:
-                file.write("".join(f"{name}\n" for name in self.classes).encode())
-        self._streams = [
-            stack.enter_context(STREAMS[kind](folder, self.classes))
-            for kind in dict.fromkeys(args.save)
-            if kind in STREAMS
-        ]
-        # One after the other, unlike pictures.
-        self._video_pool = stack.enter_context(ThreadPoolExecutor(1))
-        self._video: VideoFile | None = None
-
-    def _check_sources(self, sources: Sequence[Source]) -> None:
-        """UserError where a drawn picture would take the place of one that is looked at, or of
-        another drawn one (of a.pgm that of a.pgm.png)."""
-        if not self.draws:
-            return
-        paths = {real_path(source.path) for source in sources if source.kind != "camera"}
-        drawn: dict[Path, Source] = {}
-        for source in sources:
-            path = self._drawn(source)
-            if real_path(path) in paths:
-                raise UserError(f"{path} would be overwritten; give another --out")
-            if (other := drawn.setdefault(path, source)) is not source:
-                raise UserError(
-                    f"{other.name} and {source.name} would both be drawn as {path}; detect them in "
-                    "two calls, with two --out"
-                )
-
-    def _drawn(self, source: Source) -> Path:
-        name = source.name
-        if source.kind != "picture":
-            name += "" if name.lower().endswith(".mp4") else ".mp4"
-        elif Path(name).suffix.lower() not in DRAWN:
-            name += ".png"
-        return self.folder / "drawn" / name
-
-    def add(self, frame: Frame, boxes: dict[str, np.ndarray]) -> None:
-        """Write the detections of a picture down, and have it drawn."""
-        source = frame.source
-        number = self._ids.get(source.name, self._next)
-        self._next += 1
-        found = Found(
-            source.name, number, frame.image.shape[1::-1], boxes["boxes"].astype(np.float64),
-            boxes["scores"], boxes["labels"], frame.number, frame.time,
-        )  # fmt: skip
-        for add in self._streams:
-            add(found)
-        name = self._labels[source.name]
-        if frame.number is not None:
-            name += f"/{frame.number:06d}"
-        for place, suffix, write in self._saved:
-            path = self.folder / place / f"{name}{suffix}"
-            self._later(self._pool, lambda p=path, w=write: _write(p, w(found, self.classes)))
-        if not self.draws:
-            return
-        if frame.number is None:
-            self._later(self._pool, lambda: self._draw_picture(self._drawn(source), frame, boxes))
-        else:
-            video = self._video
-            self._later(
-                self._video_pool,
-                lambda: video.write(draw(frame, boxes, self.classes, self.letters), frame.time),
-            )
-
-    def _draw_picture(self, path: Path, frame: Frame, boxes: dict) -> None:
-        good, data = cv2.imencode(path.suffix, draw(frame, boxes, self.classes, self.letters))
-        if not good:
-            raise UserError(f"{path}: OpenCV cannot write the picture; give --no-draw")
-        _write(path, data.tobytes())
-
-    def _later(self, pool: ThreadPoolExecutor, job: Callable) -> None:
-        self._pending.append(pool.submit(job))
-        while len(self._pending) > self._most:
-            self._pending.popleft().result()
-
-    def finish(self) -> None:
-        """Wait for all that is under way."""
-        while self._pending:
-            self._pending.popleft().result()
-
-    @contextmanager
-    def video(self, source: Source, capture: cv2.VideoCapture) -> Iterator[None]:
-        """Frames that are added inside belong to this source."""
-        steady = source.kind == "video"
-        self._video = VideoFile(self._drawn(source), frame_rate(capture), steady)
-        try:
-            yield
-        finally:  # behind the frames that wait to be written
-            self._video_pool.submit(self._video.close).result()
-
-    def files(self, kinds: Sequence[str], videos: int, pictures: int) -> str:
-        """Where results are, for the last line."""
-        names = [f"detections.{kind}" for kind in kinds if kind in STREAMS]
-        names += sorted({f"{place}/" for place, *_ in self._saved})
-        names += ["drawn/"] if self.draws and videos + pictures else []
-        return f"{self.folder}: {', '.join(names)}" if names else ""
-
-
-def _write(path: Path, data: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(data)
+    try:
+        detections = predictor([frame.image for frame in frames])
+    except FloatingPointError as error:
+        raise UserError(
+            f"the network's output is not finite ({error}); its weights have diverged, or their "
+            "file is damaged"
+        ) from error
+    return [
+        Found(frame, d["boxes"].double().numpy(), d["scores"].numpy(), d["labels"].numpy())
+        for frame, d in zip(frames, detections, strict=True)
+    ]
 
 
 def letters_for(classes: Sequence[str], font: str | None) -> Lettering | None:
-    """Fonts for names that are not ASCII; a warning if there are none."""
+    """Return fonts for class names that are not ASCII; warn of characters that no font has."""
     if all(name.isascii() for name in classes):
         return None
     letters = Lettering(classes, font)
@@ -372,287 +162,132 @@ def letters_for(classes: Sequence[str], font: str | None) -> Lettering | None:
     return letters
 
 
-def draw(
-    frame: Frame, boxes: dict, classes: Sequence[str], letters: Lettering | None
-) -> np.ndarray:
-    """The picture, a small one enlarged, with its boxes."""
-    image, at = enlarge(frame.image, boxes["boxes"])
-    return draw_detections(image, at, boxes["labels"], boxes["scores"], classes, letters)
+def open_writers(
+    folder: Path, args: argparse.Namespace, sources: Sequence[Source], classes: Sequence[str],
+    letters: Lettering | None, stack: ExitStack,
+) -> list[Writer]:  # fmt: skip
+    """Return the writers that the options ask for; ``stack`` closes their files.
 
-
-class Window:
-    """What --live shows."""
-
-    def __init__(self) -> None:
-        desktop = sys.platform in ("darwin", "win32") or {"DISPLAY", "WAYLAND_DISPLAY"} & set(
-            os.environ
-        )
-        if not desktop:  # OpenCV's window would end the process
-            raise UserError("--live needs a display, and there is none; leave it out")
-        try:
-            cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL)
-        except cv2.error as error:
-            raise UserError(
-                "--live needs an OpenCV with windows: pip uninstall opencv-python-headless, then "
-                "pip install opencv-python"
-            ) from error
-        self._shown = time.monotonic()
-        self._seconds = 0.0
-
-    def show(self, image: np.ndarray) -> bool:
-        """Show a picture and how many there are a second; False once it was closed."""
-        now = time.monotonic()
-        took, self._shown = now - self._shown, now
-        self._seconds = 0.9 * self._seconds + 0.1 * took if self._seconds else took
-        draw_caption(image, f"{1 / max(self._seconds, 1e-3):.1f} fps")
-        cv2.imshow(WINDOW, image)
-        key = cv2.waitKey(1) & 0xFF
-        return key not in (ord("q"), 27) and (
-            cv2.getWindowProperty(WINDOW, cv2.WND_PROP_VISIBLE) >= 1
-        )
-
-    def close(self) -> None:
-        cv2.destroyAllWindows()
-
-
-# ---------------------------------------------------------------- in between
-
-
-class Detector:
-    """A predictor that tells in a sentence what is not finite, and gives arrays."""
-
-    def __init__(self, args: argparse.Namespace) -> None:
-        path = Path(args.weights)
-        options = {
-            "device": args.device,
-            "amp": args.amp,
-            "classes": parse_classes(args.classes) if args.classes else None,
-            "max_detections": args.max_detections,
-            "nms": args.nms,
-            "class_agnostic": args.class_agnostic,
-        }
-        self.predictor = Predictor(path, score_threshold=args.score_threshold, **options)
-        if args.score_threshold is None:  # to look at, fewer than to score; a file may want fewer
-            detect = self.predictor.detect
-            detect.conf_thresh = max(THRESHOLD, detect.conf_thresh)
-
-    def __call__(self, frames: Sequence[Frame]) -> list[dict[str, np.ndarray]]:
-        try:
-            found = self.predictor([frame.image for frame in frames])
-        except FloatingPointError as error:
-            raise UserError(
-                f"the network's output is not finite ({error}); its weights have diverged, or "
-                "their file is damaged"
-            ) from error
-        return [{key: each[key].numpy() for key in ("boxes", "scores", "labels")} for each in found]
+    Raises:
+        UserError: The folder cannot be written, or a writer refuses to replace files.
+    """
+    check_writable(folder / "detections")
+    writers: list[Writer] = []
+    # Those that refuse come first: the others replace the results of an earlier call.
+    if args.draw:
+        writers.append(drawings := Drawings(folder, sources, classes, letters))
+        stack.callback(drawings.close)
+    writers += [Annotations(folder, k, sources, classes) for k in ANNOTATIONS if k in args.save]
+    if "csv" in args.save:
+        writers.insert(0, CsvFile(folder, classes, stack))
+    if "json" in args.save:
+        writers.insert(0, JsonFiles(folder, sources, classes, stack))
+    return writers
 
 
 def detect(args: argparse.Namespace) -> int:
-    """Do what the command line asks for; the exit status."""
-    # Of live pictures nothing is kept unless a folder for it is named.
-    keeps = not args.live or args.out is not None
+    """Do what the command line asks for, and return the exit status."""
     folder = Path(args.out or Path("runs", "detect", Path(args.weights).stem))
-    sources, repeated = find_sources(args.sources or (["camera"] if args.live else []), folder)
-    if args.live and any(source.kind == "picture" for source in sources):
-        raise UserError("--live shows cameras and videos; leave it out for pictures")
-    counts = Counts()
+    sources = find_sources(args.sources or ["camera"], folder)
+    if args.live and any(source.kind == "image" for source in sources):
+        raise UserError("--live shows cameras and videos; leave it out for images")
     with ExitStack() as stack:
         window = stack.enter_context(closing(Window())) if args.live else None
-        detector = Detector(args)
-        info = detector.predictor.info
+        predictor = open_predictor(args)
+        info, threshold = predictor.info, predictor.config.conf_thresh
         LOGGER.info(
-            "%s %d, %d classes, on %s, scores over %g: %s", info.version, info.size,
-            len(info.classes), detector.predictor.device, detector.predictor.detect.conf_thresh,
-            ", ".join(_amounts(sources, repeated)),
+            "%s %d, %d classes, on %s, scores over %g", info.version, info.size, len(info.classes),
+            predictor.device, threshold,
         )  # fmt: skip
-        start = time.monotonic()
-        # Entered first: until all is written, Ctrl-C ends nothing by force.
+        letters, start = letters_for(info.classes, args.font), time.monotonic()
+        # Entered before the files: a signal does not end the process while they are written.
         stop = stack.enter_context(Stop())
-        files = stack.enter_context(ExitStack())
-        pool = stack.enter_context(ThreadPoolExecutor(args.workers))
-        output = None
-        if keeps:
-            output = Output(folder, args, detector.predictor, sources, pool, files)
-        letters = output.letters if output else letters_for(info.classes, args.font)
-        for pictures, group in groupby(sources, lambda source: source.kind == "picture"):
-            if pictures:
-                on_pictures(list(group), detector, args, pool, stop, output, counts)
-                continue
-            for source in group:
-                if not stop.asked:
-                    on_video(source, detector, args, stop, output, window, letters, counts)
-        if output:
-            output.finish()
+        writers: list[Writer] = []
+        if args.out or not args.live:
+            writers = open_writers(folder, args, sources, info.classes, letters, stack)
+        output = Output(writers, args.workers, stack)
+        reader = Reader(sources, 1 if args.live else args.batch_size, args.workers)
+        objects, is_open = 0, True
+        with closing(reader.batches()) as batches:
+            for batch in batches:
+                for found in find_objects(predictor, batch):
+                    objects += len(found.scores)
+                    output.add(found)
+                    if window:
+                        is_open = window.show(draw(found, info.classes, letters))
+                if stop.asked or not is_open:
+                    break
+        output.finish()
     if stop.asked:
         print("interrupted", file=sys.stderr)
-    done = [_amount(counts.pictures, "picture")] if counts.pictures or not counts.videos else []
-    if counts.videos:
-        done += [f"{_amount(counts.videos, 'video')} ({_amount(counts.frames, 'frame')})"]
-    done += [f"{counts.broken} that could not be read"] if counts.broken else []
+    skipped = f"; {reader.broken} could not be read" if reader.broken else ""
     LOGGER.info(
-        "%s: %s in %.1f s",
-        ", ".join(done),
-        _amount(counts.objects, "object"),
-        time.monotonic() - start,
-    )
-    if not counts.objects and counts.pictures + counts.frames and not stop.asked:
-        LOGGER.info(
-            "no score is over %g: --score_threshold says what counts",
-            detector.predictor.detect.conf_thresh,
-        )
-    if output and (where := output.files(args.save, counts.videos, counts.pictures)):
-        LOGGER.info("%s", where)
-    return 130 if stop.asked else int(counts.broken > 0)
+        "%d images, %d video frames: %d objects in %.1f s%s", reader.images, reader.frames,
+        objects, time.monotonic() - start, skipped,
+    )  # fmt: skip
+    if not objects and reader.images + reader.frames:
+        LOGGER.info("no score is over %g; give a lower --score_threshold", threshold)
+    if writers:
+        LOGGER.info("%s: %s", folder, ", ".join(writer.place for writer in writers))
+    return 130 if stop.asked else int(reader.broken > 0)
 
 
-def _amounts(sources: Sequence[Source], repeated: int) -> Iterator[str]:
-    for kind in ("picture", "video", "camera"):
-        if number := sum(source.kind == kind for source in sources):
-            yield _amount(number, kind)
-    if repeated:
-        yield f"{repeated} named more than once"
-
-
-def _amount(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def on_pictures(
-    sources: Sequence[Source], detector: Detector, args: argparse.Namespace,
-    pool: ThreadPoolExecutor, stop: Stop, output: Output, counts: Counts,
-) -> None:  # fmt: skip
-    progress = Progress("detect", len(sources), args.log_pictures)
-
-    def broken(reason: str) -> None:
-        counts.broken += 1
-        progress.close()
-        print(f"skipped: {reason}", file=sys.stderr)
-        progress.update(1)
-
-    most = args.batch + args.workers
-    with closing(read_pictures(sources, pool, most, broken)) as frames:
-        for batch in batches(frames, args.batch, stop):
-            for frame, boxes in zip(batch, detector(batch), strict=True):
-                output.add(frame, boxes)
-                counts.pictures += 1
-                counts.objects += len(boxes["scores"])
-                progress.update(1)
-    progress.close()
-
-
-def on_video(
-    source: Source, detector: Detector, args: argparse.Namespace, stop: Stop,
-    output: Output | None, window: Window | None, letters: Lettering | None, counts: Counts,
-) -> None:  # fmt: skip
-    try:
-        capture = open_video(source)
-    except UserError as error:
-        if source.kind == "camera":
-            raise
-        counts.broken += 1
-        print(f"skipped: {error}", file=sys.stderr)
-        return
-    stated = capture.get(cv2.CAP_PROP_FRAME_COUNT)
-    total = int(stated) if source.kind == "video" and 0 < stated < 1e9 else 0
-    progress = Progress(source.name, total, args.log_pictures) if total and not window else None
-    size = 1 if window or source.kind == "camera" else args.batch
-    before, closed = counts.frames, False
-    with ExitStack() as stack:
-        stack.callback(capture.release)
-        frames = stack.enter_context(closing(read_video(source, capture)))
-        if output:
-            stack.enter_context(output.video(source, capture))
-        for batch in batches(frames, size, stop):
-            for frame, boxes in zip(batch, detector(batch), strict=True):
-                if output:
-                    output.add(frame, boxes)
-                counts.frames += 1
-                counts.objects += len(boxes["scores"])
-                if progress:
-                    progress.update(1)
-                if window:
-                    drawn = draw(frame, boxes, detector.predictor.info.classes, letters)
-                    closed = not window.show(drawn)
-            if closed:
-                break
-    if progress:
-        progress.close()
-    seen = counts.frames - before
-    if not seen and not stop.asked:
-        counts.broken += 1
-        print(f"skipped: {source.name}: no frame of it can be read", file=sys.stderr)
-        return
-    counts.videos += 1
-    if seen < total and not (stop.asked or closed):
-        LOGGER.warning("%s ends after %d of the %d frames it states", source.name, seen, total)
-
-
-# ---------------------------------------------------------------- command line
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser(
         prog="python -m tools.detect", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     # fmt: off
     p.add_argument("weights", metavar="WEIGHTS",
-                   help="a checkpoint (.pth, .safetensors) or an exported network (.onnx, .xml, "
-                        ".pt2)")
+                   help="checkpoint (.pth, .safetensors) or exported network (.onnx, .xml)")
     p.add_argument("sources", metavar="SOURCE", nargs="*",
-                   help="picture, folder (with all in it), quoted pattern, video, camera or its "
-                        "number, address of a stream, or - for a list on standard input")
+                   help="image, folder (with all below it), quoted pattern, video, or camera (or "
+                        "its number)")
     g = p.add_argument_group("results")
     g.add_argument("--out", metavar="DIR",
-                   help="folder (default: runs/detect/NAME, as the weights are called)")
-    g.add_argument("--save", nargs="*", choices=[*STREAMS, *LABELS], default=["json", "csv"],
-                   metavar="KIND",
-                   help="json (COCO), csv, voc, yolo, yolo_scored (default: json csv)")
+                   help="results folder (default: runs/detect/NAME with the name of the weights)")
+    g.add_argument("--save", nargs="*", choices=["json", "csv", *ANNOTATIONS], metavar="KIND",
+                   default=["json", "csv"],
+                   help="json (COCO), csv, voc, yolo (default: json csv)")
     g.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True,
-                   help="draw pictures and videos with their boxes")
+                   help="draw images and videos with their boxes")
     g.add_argument("--live", action="store_true",
-                   help="show a camera or a video in a window; kept only with --out")
-    g.add_argument("--font", metavar="FILE", help="for class names (default: one that has them)")
+                   help="show a camera or video in a window; results are written only with --out")
+    g.add_argument("--font", metavar="FILE", help="font for class names that are not ASCII")
     g = p.add_argument_group("detections")
     g.add_argument("--score_threshold", type=fraction, metavar="X",
-                   help=f"lowest score of a detection (default: {THRESHOLD}, or more where an "
-                        "exported file was made with more)")
+                   help=f"lowest score of a detection (default: {THRESHOLD}, or a higher one that "
+                        "an exported file was made with)")
     g.add_argument("--max_detections", type=positive, metavar="N",
-                   help="most of a picture (default: 300 VOC, 200 COCO)")
+                   help="most detections of an image (default: 300 VOC, 200 COCO)")
     g.add_argument("--classes", metavar="NAMES", help="a,b,c or a file, for weights without names")
     g.add_argument("--nms", choices=SUPPRESSION, default="hard",
-                   help="what becomes of overlapping boxes (default: hard)")
+                   help="suppression of overlapping boxes (default: hard)")
     g.add_argument("--class_agnostic", action="store_true",
-                   help="boxes of different classes suppress each other, too")
+                   help="suppress boxes of different classes, too")
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     g.add_argument("--amp", choices=AMP_TYPES, default="off", help="precision (default: off)")
-    g.add_argument("--batch", type=positive, default=8, metavar="N",
-                   help="pictures at a time (default: 8)")
+    g.add_argument("-b", "--batch_size", type=positive, default=8, metavar="N",
+                   help="images at a time (default: 8)")
     g.add_argument("--workers", type=positive, default=min(4, cores()), metavar="N",
-                   help="threads that read and write pictures (default: 4, or one a core)")
-    g.add_argument("--log_pictures", type=count, default=1000, metavar="N",
-                   help="pictures between lines where there is no terminal, 0: none")
+                   help="threads that read and write images (default: one per core, at most 4)")
     # fmt: on
     args = p.parse_args(argv)
     if not args.sources and not args.live:
-        p.error("give a SOURCE: a picture, a folder, a video, camera or -")
-    if {"yolo", "yolo_scored"} <= set(args.save):
-        p.error("--save yolo and yolo_scored go to the same files; give one of them")
+        p.error("give a SOURCE: an image, a folder, a video or camera")
     return args
 
 
 @command
-def main(argv: list[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
     args = parse(argv)
     setup_logging()
     try:
         return detect(args)
     except torch.OutOfMemoryError as error:
         reason = str(error).splitlines()[0]
-        print(
-            f"error: the GPU's memory is full ({reason}); give a smaller --batch", file=sys.stderr
-        )
+        print(f"error: out of GPU memory ({reason}); give a smaller --batch_size", file=sys.stderr)
         return 1
     finally:
         close_logging()

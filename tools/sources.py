@@ -1,157 +1,122 @@
-"""Where pictures come from: files, folders, patterns, videos, cameras, a list."""
+"""Find the sources of detection (images, videos, a camera), and read them ahead in threads."""
 
 from __future__ import annotations
 
 import glob
+import math
 import os
-import re
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from itertools import chain, count
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from itertools import groupby, islice, repeat
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import cv2
+import numpy as np
 
+from data.image import read_image
 from utils.errors import UserError
-from utils.logger import LOGGER
+from utils.logger import LOGGER, Progress
 
-PICTURES = frozenset(
+IMAGES = frozenset(
     ".jpg .jpeg .jpe .jfif .png .bmp .dib .webp .tif .tiff .ppm .pgm .pbm .pnm .jp2 .avif".split()
 )
 VIDEOS = frozenset(
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts .mts .3gp .ogv .gif".split()
 )
+RESULTS = frozenset(["detections.json", "detections.csv", "images.json"])
+"""Files of an earlier call beside its folder ``drawn``."""
+LOG_EVERY = 1000
+"""Images per log line where the output is not a terminal."""
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Source:
-    """A picture, a video or a camera."""
+class Source(NamedTuple):
+    """An image file, a video file or a camera."""
 
     path: str | int
-    """A file, the address of a stream, or a camera's number."""
+    """The file, or the number of the camera."""
     name: str
-    """Of its results and in messages: relative, with /, no other source's, no password."""
+    """Unique name in results and messages: the relative path with "/", or "camera_N"."""
     kind: str
-    """picture, video or camera (which also is a stream: it ends when somebody ends it)."""
+    """One of "image", "video", "camera"."""
 
 
-def find_sources(words: Sequence[str], out: Path) -> tuple[list[Source], int]:
-    """What the command line's SOURCE mean, in order, each once, and how often one came again.
+class Frame(NamedTuple):
+    """An image, or a frame of a video or camera."""
 
-    - A folder: the pictures and videos in it and in its folders, by the ends of their names,
-      sorted; not what a dot hides, links to folders, and ``out``, where results go.
-    - A pattern (``*``, ``?``, ``[``; ``**`` is any depth) that is no file: the same of what fits.
-    - ``-``: the files that standard input lists, one a line, or between NULs (find -print0).
-      One that is missing or no picture is found out when its turn comes.
-    - ``camera``, a number, or an address with ``://``.
-    - Any other file, by the end of its name, else by what OpenCV makes of it.
+    source: Source
+    image: np.ndarray
+    """BGR uint8 [H, W, 3]."""
+    number: int | None = None
+    """Position in the video, from 0. None for an image."""
+    time: float = 0.0
+    """Seconds since the start of the video."""
+    rate: float = 0.0
+    """Frames per second of the video."""
 
-    Names are relative to the folder that is common to all, so equal ones in two folders differ.
+
+# ---------------------------------------------------------------- finding
+
+
+def find_sources(words: Sequence[str], out: Path) -> list[Source]:
+    """Return the sources that command-line words name: in order, each file once, a camera last.
+
+    - A folder names all images and videos in it, sorted. Hidden files, links to folders, the
+      results folder ``out`` and images that an earlier call has drawn are left out.
+    - A pattern (``*``, ``?``, ``[``, ``**`` for any depth) names the images and videos it matches.
+    - ``camera`` or a number names a camera.
+
+    The suffix tells images and videos. Names are relative to the common folder of all files.
 
     Raises:
-        UserError: nothing found, no such file, a kind of file that is neither.
+        UserError: A word names nothing that can be read, or a second camera.
     """
-    found: list[tuple[str, str]] = []  # path, kind
-    roots, cameras = [], []
+    files: dict[str, str] = {}  # absolute path -> kind
+    roots: set[str] = set()
+    cameras: set[int] = set()
     for word in words:
-        before = len(found) + len(cameras)
-        is_there = os.path.exists(word)
-        if not is_there and (word == "camera" or word.isdecimal() or "://" in word):
-            cameras.append(word)
-        elif word == "-":
-            listed = [(path, _kind(path) or "picture") for path in _listed()]
-            roots += [os.path.dirname(path) for path, _ in listed]
-            found += listed
-        elif os.path.isdir(word):
-            roots.append(word)
-            found += [(path, kind) for path in _inside(word, out) if (kind := _kind(path))]
-        elif not is_there and glob.has_magic(word):
-            paths = sorted(p for p in glob.glob(word, recursive=True) if os.path.isfile(p))
-            fitting = [(path, kind) for path in paths if (kind := _kind(path))]
-            roots += [os.path.dirname(path) for path, _ in fitting]
-            found += fitting
-        else:
-            roots.append(os.path.dirname(word))
-            found.append((word, (is_there and _kind(word)) or _kind_by_content(word)))
-        if len(found) + len(cameras) == before:
+        if not os.path.exists(word) and (word == "camera" or word.isdecimal()):
+            cameras.add(0 if word == "camera" else int(word))
+            continue
+        found = {os.path.abspath(path): kind for path in _files(word, out) if (kind := _kind(path))}
+        if not found:
             raise UserError(
-                f"{word} holds no picture and no video; their names end in "
-                f"{', '.join(sorted(PICTURES))}, {', '.join(sorted(VIDEOS))}"
+                f"{word} holds no image and no video; their names end in "
+                f"{', '.join(sorted(IMAGES))}, {', '.join(sorted(VIDEOS))}"
             )
-    once = {os.path.abspath(path): kind for path, kind in found}
-    base = _common({os.path.abspath(root) for root in roots})
-    sources = [Source(path, _readable(Path(path).relative_to(base)), k) for path, k in once.items()]
-    taken = {source.name.casefold() for source in sources}
-    for path in dict.fromkeys(map(_camera, cameras)):
-        name = _stream_name(path) if isinstance(path, str) else f"camera_{path}"
-        tries = chain([name], (f"{name}_{k}" for k in count(2)))
-        name = next(each for each in tries if each.casefold() not in taken)
-        taken.add(name.casefold())
-        sources.append(Source(path, name, "camera"))
-    return sources, len(found) - len(once)
-
-
-def label_names(sources: Sequence[Source]) -> dict[str, str]:
-    """A picture's name -> that of its annotation without a suffix, which readers expect to be the
-    picture's own. Where it would be another's, too (of ``a.jpg`` beside ``a.png``, or of
-    ``a.jpg.png`` beside ``a.jpg``), the suffix is kept, as is a video's."""
-    stems = [os.path.splitext(source.name)[0] for source in sources]
-    keys = [stem.casefold() for stem in stems]  # some file systems do not tell the case
-    times = Counter(keys + [source.name.casefold() for source in sources])
-    return {
-        source.name: stem if source.kind == "picture" and times[key] == 1 else source.name
-        for source, stem, key in zip(sources, stems, keys, strict=True)
-    }
-
-
-def image_ids(sources: Sequence[Source]) -> dict[str, int]:
-    """Names -> numbers for COCO JSON. Where all pictures are named by different numbers, as COCO's
-    own are, these, else 1, 2, ... in their order. None with videos among them: there every frame
-    takes the next."""
-    if any(source.kind != "picture" for source in sources):
-        return {}
-    stems = [os.path.splitext(os.path.basename(source.name))[0] for source in sources]
-    numbers = [int(stem) for stem in stems if _is_number(stem)]
-    if len(set(numbers)) < len(sources):
-        numbers = range(1, len(sources) + 1)
-    return {source.name: k for source, k in zip(sources, numbers, strict=True)}
-
-
-def _is_number(stem: str) -> bool:
-    return stem.isascii() and stem.isdecimal() and len(stem) <= 15
-
-
-def _kind(path: str) -> str | None:
-    suffix = os.path.splitext(path)[1].lower()
-    return "picture" if suffix in PICTURES else "video" if suffix in VIDEOS else None
-
-
-def _kind_by_content(path: str) -> str:
-    if not os.path.exists(path):
-        raise UserError(f"{path} does not exist; give pictures, folders, videos, camera or -")
+        files |= found
+        roots |= (
+            {os.path.abspath(word)} if os.path.isdir(word) else set(map(os.path.dirname, found))
+        )
+    if len(cameras) > 1:
+        raise UserError(f"cameras {', '.join(map(str, sorted(cameras)))} are given; give one")
     try:
-        if cv2.haveImageReader(path):
-            return "picture"
-        with open(path, "rb") as file:
-            is_text = b"\0" not in file.read(4096)  # which FFmpeg would film
-        capture = cv2.VideoCapture() if is_text else cv2.VideoCapture(path)
-        opened = capture.isOpened()
-        capture.release()
-    except cv2.error:
-        opened = False
-    if not opened:
-        raise UserError(f"{path} is neither a picture nor a video that OpenCV can read")
-    return "video"
+        base = os.path.commonpath(roots) if roots else os.sep
+    except ValueError as error:  # Windows
+        raise UserError(f"{', '.join(sorted(roots))} are on different drives; give one") from error
+    sources = [Source(path, _name(path, base), kind) for path, kind in files.items()]
+    return sources + [Source(number, f"camera_{number}", "camera") for number in cameras]
 
 
 def real_path(path: str | Path) -> str:
-    """The same of all paths that lead to a file or a folder, there or not, through links, too."""
+    """Return one spelling for all paths to a file or folder, links included. It need not exist."""
     return os.path.normcase(os.path.realpath(path))
 
 
-_RESULTS = {"detections.json", "detections.csv", "images.json"}
+def _files(word: str, out: Path) -> Iterable[str]:
+    if os.path.isdir(word):
+        return _inside(word, out)
+    if os.path.exists(word):
+        return [word]
+    if not glob.has_magic(word):
+        raise UserError(f"{word} does not exist; give images, folders, videos or camera")
+    return sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))
 
 
 def _inside(folder: str, out: Path) -> Iterator[str]:
@@ -161,35 +126,143 @@ def _inside(folder: str, out: Path) -> Iterator[str]:
             name for name in folders
             if not name.startswith(".") and real_path(os.path.join(place, name)) != results
         )  # fmt: skip
-        if "drawn" in folders and _RESULTS & set(names):
+        if "drawn" in folders and RESULTS & set(names):
             LOGGER.warning("%s is left out: an earlier call has drawn it", Path(place, "drawn"))
             folders.remove("drawn")
         yield from (os.path.join(place, n) for n in sorted(names) if not n.startswith("."))
 
 
-def _listed() -> list[str]:
-    data = sys.stdin.buffer.read()
-    lines = data.split(b"\0") if b"\0" in data else data.splitlines()
-    return [os.fsdecode(line) for line in lines if line.strip()]
+def _kind(path: str) -> str | None:
+    suffix = os.path.splitext(path)[1].lower()
+    return "image" if suffix in IMAGES else "video" if suffix in VIDEOS else None
 
 
-def _common(folders: set[str]) -> str:
-    try:
-        return os.path.commonpath(folders) if folders else os.sep
-    except ValueError as error:  # Windows
-        raise UserError("the pictures lie on different drives; detect on one at a time") from error
+def _name(path: str, base: str) -> str:
+    """Return the relative path, with escapes for bytes that are not UTF-8."""
+    name = Path(path).relative_to(base).as_posix()
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
-def _camera(word: str) -> str | int:
-    return 0 if word == "camera" else int(word) if word.isdecimal() else word
+# ---------------------------------------------------------------- reading
 
 
-def _stream_name(address: str) -> str:
-    """Without user, password and query, which are secret: names go into files and messages."""
-    scheme, rest = re.match(r"(.*?)://(?:[^/?#]*@)?([^?#]*)", address, re.DOTALL).groups()
-    return re.sub(r"\W+", "_", f"{scheme}_{rest}")
+class Reader:
+    """Read sources in order, in batches. What cannot be read is reported, counted and skipped.
+
+    Args of the constructor:
+        batch_size: Frames per batch; a camera always gives batches of one.
+        workers: Threads that read images ahead of their use.
+
+    Attributes:
+        images, frames: Images, and frames of videos or a camera, in the batches so far.
+        broken: Files that could not be read.
+    """
+
+    def __init__(self, sources: Sequence[Source], batch_size: int, workers: int) -> None:
+        self.images = self.frames = self.broken = 0
+        self._sources, self._size, self._workers = sources, batch_size, workers
+
+    def batches(self) -> Iterator[list[Frame]]:
+        """Yield batches of one or more frames. Images and videos do not mix in a batch.
+
+        Raises:
+            UserError: The camera cannot be opened.
+        """
+        for is_image, group in groupby(self._sources, lambda source: source.kind == "image"):
+            if is_image:
+                yield from self._read_images(list(group))
+            else:
+                for source in group:
+                    yield from self._read_video(source)
+
+    def _read_images(self, sources: Sequence[Source]) -> Iterator[list[Frame]]:
+        progress = Progress("detect", len(sources), LOG_EVERY)
+        jobs = (partial(read_image, source.path) for source in sources)
+        with closing(run_ahead(jobs, self._workers, self._size + self._workers)) as futures:
+            pairs = zip(sources, futures, strict=True)
+            while group := list(islice(pairs, self._size)):
+                batch = []
+                for source, future in group:
+                    try:
+                        batch.append(Frame(source, future.result()))
+                    except UserError as error:
+                        progress.close()
+                        self._skip(str(error))
+                self.images += len(batch)
+                if batch:
+                    yield batch
+                for _ in group:
+                    progress.update(1)
+        progress.close()
+
+    def _read_video(self, source: Source) -> Iterator[list[Frame]]:
+        capture, is_camera = cv2.VideoCapture(source.path), source.kind == "camera"
+        if is_camera and not capture.isOpened():
+            raise UserError(
+                f"{source.name} cannot be opened; is it connected, in use by another program, or "
+                "has it another number?"
+            )
+        stated, seen = capture.get(cv2.CAP_PROP_FRAME_COUNT), 0
+        total = int(stated) if not is_camera and 0 < stated < 1e9 else 0
+        progress = Progress(source.name, total, LOG_EVERY)
+        try:
+            with closing(read_frames(source, capture)) as frames:
+                while batch := list(islice(frames, 1 if is_camera else self._size)):
+                    seen += len(batch)
+                    self.frames += len(batch)
+                    yield batch
+                    for _ in batch if total else ():
+                        progress.update(1)
+        finally:
+            capture.release()
+            progress.close()
+        if not seen:
+            self._skip(f"{source.path}: not a video of which OpenCV can read a frame")
+        elif seen < total:
+            LOGGER.warning("%s ends after %d of the %d frames it states", source.name, seen, total)
+
+    def _skip(self, reason: str) -> None:
+        self.broken += 1
+        print(f"skipped: {reason}", file=sys.stderr)
 
 
-def _readable(path: Path) -> str:
-    """With /, and with escapes for bytes that are no text in a name."""
-    return path.as_posix().encode("utf-8", "backslashreplace").decode()
+def run_ahead(jobs: Iterable[Callable[[], T]], workers: int, most: int) -> Iterator[Future[T]]:
+    """Run jobs in threads and yield their futures in order, with up to ``most`` jobs under way."""
+    jobs, pending = iter(jobs), deque[Future[T]]()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            while True:
+                pending += [pool.submit(job) for job in islice(jobs, most - len(pending))]
+                if not pending:
+                    return
+                yield pending.popleft()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+def read_frames(source: Source, capture: cv2.VideoCapture) -> Iterator[Frame]:
+    """Yield the frames of a video or camera until none is left."""
+    rate, start = capture.get(cv2.CAP_PROP_FPS), time.monotonic()
+    if not (math.isfinite(rate) and 0.01 < rate <= 1000):
+        rate = 25.0
+    before = -1.0
+    # Only a file is decoded ahead: the frames of a camera must be new.
+    ahead = 1 if source.kind == "camera" else 4
+    with closing(run_ahead(repeat(partial(_read, capture)), 1, ahead)) as futures:
+        for number, future in enumerate(futures):
+            image, seconds = future.result()
+            if image is None:
+                return
+            if source.kind == "camera":
+                seconds = time.monotonic() - start
+            elif not (math.isfinite(seconds) and seconds > before):
+                seconds = number / rate  # some containers store no times, or not all
+            before = seconds
+            yield Frame(source, image, number, seconds, rate)
+
+
+def _read(capture: cv2.VideoCapture) -> tuple[np.ndarray | None, float]:
+    """Return the next frame, or None at the end, and its time in seconds."""
+    good, image = capture.read()
+    return image if good else None, capture.get(cv2.CAP_PROP_POS_MSEC) / 1000

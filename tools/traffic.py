@@ -1,23 +1,26 @@
 """Parameters, MACs and memory traffic of a detector's forward pass on one image.
 
-    python -m tools.traffic [-v VERSION ...] [-s SIZE ...] [--classes N] [--layers] [--json OUT]
+    python -m tools.traffic [-v VERSION ...] [-s SIZE ...] [--num_classes N] [--layers] [--json OUT]
 
-Nothing is computed: shapes are propagated on PyTorch's meta device. What is counted, and the
-figures of every network, are in docs/traffic.md.
+Nothing is computed: shapes are propagated on PyTorch's meta device. docs/traffic.md says what is
+counted, and has the figures of every network.
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from models import BACKBONES, build_net
+from utils.arguments import Parser, count
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 
@@ -30,29 +33,29 @@ class Layer:
     """A convolution, a concatenation, or another module with parameters of its own."""
 
     name: str
-    """Dotted path of the module that ran it; empty for the network itself."""
+    """Dotted path of the module that ran it; "" for the network itself."""
     kind: str
     inputs: tuple[tuple[int, ...], ...]
-    """Shapes, with the batch's 1 in front."""
+    """Shapes, with the batch dimension of 1."""
     output: tuple[int, ...]
-    """Shape; of a module that returns several tensors that of the first, of one without ()."""
+    """Shape of the first output tensor; () for a module that returns none."""
     parameters: int = 0
     macs: int = 0
-    """Multiply-accumulates of a convolution; its bias is not counted."""
+    """Multiply-accumulates of a convolution, without its bias."""
     cio: int = 0
-    """Elements of a convolution's input and of its output."""
+    """Convolutional input/output: elements of a convolution's input plus those of its output."""
     concat: int = 0
-    """Elements that a concatenation, or a copy in its stead, reads and writes."""
+    """Elements that a concatenation or a copy reads and writes."""
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A network's layers in the order in which they ran, and what they add up to."""
+    """The layers of a network in the order in which they ran, and their totals."""
 
     layers: tuple[Layer, ...]
     parameters: int
     sums: int
-    """Elements read and written by additions of two tensors, which are no part of the traffic."""
+    """Elements that additions of two tensors read and write. They are not part of the traffic."""
 
     @property
     def macs(self) -> int:
@@ -70,22 +73,22 @@ class Profile:
 
     @property
     def traffic(self) -> int:
-        """CIO and concatenations, in elements."""
+        """CIO plus concatenations, in elements."""
         return self.cio + self.concat
 
 
 def profile(net: nn.Module, size: int) -> Profile:
-    """What a forward pass of ``net`` on one image [1, 3, size, size] computes and moves.
+    """Count what a forward pass of ``net`` on one image [1, 3, size, size] computes and moves.
 
-    The network may lie on any device; a copy without data runs, in evaluation mode. Counted are
-    convolutions (transposed ones, too), ``torch.cat`` of two or more tensors, ``copy_`` and
-    additions, whichever module or function calls them; other matrix products are not.
+    A copy without data runs on the meta device in evaluation mode. Convolutions (also transposed),
+    ``torch.cat`` of two or more tensors, ``copy_`` and additions are counted, whichever module or
+    function calls them. Other matrix products are not counted.
     """
     tensors = [*net.parameters(), *net.buffers()]
     shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors}).eval()
     recorder = _Recorder(shadow)
     for name, module in shadow.named_modules():
-        module.register_forward_pre_hook(recorder.entering(name))
+        module.register_forward_pre_hook(partial(recorder.enter, name))
         module.register_forward_hook(recorder.leave)
     with torch.no_grad(), recorder:
         shadow(torch.empty(1, 3, size, size, device="meta"))
@@ -93,7 +96,7 @@ def profile(net: nn.Module, size: int) -> Profile:
 
 
 class _Recorder(TorchDispatchMode):
-    """Sees every operator below autograd, and by its hooks the modules that call them."""
+    """See every operator below autograd, and by hooks the modules that call them."""
 
     def __init__(self, net: nn.Module) -> None:
         super().__init__()
@@ -102,13 +105,10 @@ class _Recorder(TorchDispatchMode):
         self.path = [""]
         self.unseen = {id(p): p.numel() for p in net.parameters()}
 
-    def entering(self, name: str):
-        def enter(module: nn.Module, inputs) -> None:
-            self.path.append(name)
+    def enter(self, name: str, module: nn.Module, inputs: tuple) -> None:
+        self.path.append(name)
 
-        return enter
-
-    def leave(self, module: nn.Module, inputs, output) -> None:
+    def leave(self, module: nn.Module, inputs: tuple, output: object) -> None:
         name = self.path.pop()
         own = self._parameters(module.parameters(recurse=False))
         if own:
@@ -116,20 +116,12 @@ class _Recorder(TorchDispatchMode):
             first = next((tuple(x.shape) for x in _tensors(output)), ())
             self.layers.append(Layer(name, kind, shapes, first, own))
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> object:
         output = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default:
-            x, weight, bias, stride, _, dilation, transposed, _, groups = args
-            # Every element of the output (of the input, where transposed) meets one filter.
-            met = x if transposed else output
-            self._add(
-                _convolution(weight, stride, dilation, groups, transposed),
-                [x],
-                output,
-                parameters=self._parameters((weight, bias)),
-                macs=met.numel() * weight[0].numel(),
-                cio=_numel((x, output)),
-            )
+            self._add_convolution(output, *args)
         elif func is torch.ops.aten.cat.default and len(args[0]) > 1:
             self._add("concat", args[0], output, concat=_numel((*args[0], output)))
         elif func is torch.ops.aten.copy_.default:
@@ -138,8 +130,23 @@ class _Recorder(TorchDispatchMode):
             self.sums += _numel((*args[:2], output))
         return output
 
+    def _add_convolution(
+        self, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int],
+        padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
+        groups: int,
+    ) -> None:  # fmt: skip
+        words = ["transposed conv" if transposed else "conv", "x".join(map(str, weight.shape[2:]))]
+        words += [f"/{max(stride)}"] * (max(stride) > 1)
+        words += [f"dilation {max(dilation)}"] * (max(dilation) > 1)
+        words += [f"groups {groups}"] * (groups > 1)
+        # Every element of the output (of the input if transposed) meets one filter.
+        macs = (x if transposed else output).numel() * weight[0].numel()
+        parameters = self._parameters((weight, bias))
+        cio = _numel((x, output))
+        self._add(" ".join(words), [x], output, parameters=parameters, macs=macs, cio=cio)
+
     def _parameters(self, tensors: Iterable[Tensor | None]) -> int:
-        """How many elements of parameters are met here for the first time."""
+        """Return the number of elements of parameters that are met for the first time."""
         return sum(self.unseen.pop(id(t), 0) for t in tensors)
 
     def _add(self, kind: str, inputs: Sequence[Tensor], output: Tensor, **counts: int) -> None:
@@ -147,8 +154,8 @@ class _Recorder(TorchDispatchMode):
         self.layers.append(Layer(self.path[-1], kind, shapes, tuple(output.shape), **counts))
 
 
-def _tensors(value) -> Iterator[Tensor]:
-    """The tensors of a module's inputs or outputs, however nested."""
+def _tensors(value: object) -> Iterator[Tensor]:
+    """Yield the tensors in nested lists, tuples and mappings."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, (tuple, list, Mapping)):
@@ -160,17 +167,8 @@ def _numel(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() for t in tensors)
 
 
-def _convolution(weight: Tensor, stride, dilation, groups: int, transposed: bool) -> str:
-    """For instance "conv 3x3 /2", "conv 3x3 dilation 4", "conv 3x3 groups 64"."""
-    words = ["transposed conv" if transposed else "conv", "x".join(map(str, weight.shape[2:]))]
-    words += [f"/{max(stride)}"] * (max(stride) > 1)
-    words += [f"dilation {max(dilation)}"] * (max(dilation) > 1)
-    words += [f"groups {groups}"] * (groups > 1)
-    return " ".join(words)
-
-
 def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns; numbers right, with thousands' commas."""
+    """Return a Markdown table with aligned columns; numbers are right-aligned, with commas."""
     cells = [[x if isinstance(x, str) else f"{x:,}" for x in row] for row in rows]
     widths = [max(map(len, column)) for column in zip(header, *cells, strict=True)]
     right = [set(column) <= set("0123456789,") for column in map("".join, zip(*cells, strict=True))]
@@ -184,7 +182,7 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 
 
 def layer_table(result: Profile) -> str:
-    """A line a layer: shapes without the batch; a concatenation's input as 14+24x128x128."""
+    """Return a table of layers. Shapes are without batch; a concatenation reads 14+24x128x128."""
     header = ("layer", "kind", "input", "output", "parameters", "MACs", "CIO", "concatenation")
     return table(
         header,
@@ -200,12 +198,12 @@ def _input(layer: Layer) -> str:
     if layer.kind != "concat":
         return "x".join(str(n) for n in layer.inputs[0][1:]) if layer.inputs else ""
     sides = list(zip(zip(*layer.inputs, strict=True), layer.output, strict=True))[1:]
-    # Only on the axis of a concatenation do the inputs' sizes add up to the output's.
+    # Only on the axis of a concatenation, the sizes of the inputs add up to that of the output.
     return "x".join("+".join(map(str, n)) if sum(n) == out else str(n[0]) for n, out in sides)
 
 
 def summary_table(results: Iterable[tuple[str, int, Profile]]) -> str:
-    """A line a network and size; the last columns are the total traffic in 10^6 bytes."""
+    """Return a table of networks; the last columns are the total traffic in 10^6 bytes."""
     header = ("network", "size", "parameters", "MACs", "CIO", "concatenation", "total")
     return table(
         (*header, *(f"MB {name}" for name in BYTES)),
@@ -218,7 +216,7 @@ def summary_table(results: Iterable[tuple[str, int, Profile]]) -> str:
 
 
 def report(version: str, size: int, num_classes: int, result: Profile) -> dict:
-    """A profile as JSON has it: totals, bytes, and every layer."""
+    """Return a profile as JSON values: totals, bytes, and every layer."""
     totals = {name: getattr(result, name) for name in _TOTALS}
     return {
         "version": version,
@@ -235,40 +233,56 @@ _ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 _TOTALS = ("parameters", "macs", "cio", "concat", "sums", "traffic")
 
 
-@command
-def main(argv: Sequence[str] | None = None) -> int:
-    # Modules of utils stand below models and do not know them; this command does.
-    from models import BACKBONES, build_net
+def profiles(
+    versions: Sequence[str] | None, sizes: Sequence[int] | None, num_classes: int
+) -> list[tuple[str, int, Profile]]:
+    """Return (version, size, profile) of networks.
 
-    p = argparse.ArgumentParser(prog="python -m tools.traffic", description=__doc__.splitlines()[0])
-    p.add_argument(
-        "-v", "--version", nargs="+", choices=BACKBONES, metavar="VERSION",
-        help=f"networks (all that have the size): {', '.join(BACKBONES)}",
-    )  # fmt: skip
-    p.add_argument("-s", "--size", type=int, nargs="+", help="sides of the input (all there are)")
-    p.add_argument(
-        "--classes", type=int, default=81, help="number, with the background (%(default)s: COCO)"
-    )
-    p.add_argument("--layers", action="store_true", help="a table of the layers, too")
-    p.add_argument("--json", metavar="OUT", help="write totals and layers to this file")
-    args = p.parse_args(argv)
-    results = []
+    Args:
+        versions: None: all that have one of the sizes.
+        sizes: Sides of the input; None: all of a network.
+        num_classes: Number of classes, with the background.
+
+    Raises:
+        UserError: A network does not exist at a size, or the number of classes is too small.
+    """
     existing = {size for row in BACKBONES.values() for size in row.sizes}
-    if args.json:
-        check_writable(args.json)
-    for version in args.version or BACKBONES:
-        sizes = BACKBONES[version].sizes
-        for size in args.size or sizes:
-            if args.version is None and size in existing and size not in sizes:
+    results = []
+    for version in versions or BACKBONES:
+        own = BACKBONES[version].sizes
+        for size in sizes or own:
+            if versions is None and size in existing and size not in own:
                 continue
             try:
                 with torch.device("meta"):
-                    net = build_net(version, size, args.classes)
+                    net = build_net(version, size, num_classes)
             except ValueError as error:
                 raise UserError(str(error)) from error
             results.append((version, size, profile(net, size)))
+    return results
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit status."""
+    p = Parser(prog="python -m tools.traffic", description=__doc__.splitlines()[0])
+    p.add_argument(
+        "-v", "--version", nargs="+", choices=BACKBONES, metavar="VERSION",
+        help=f"networks (default: all that have the size): {', '.join(BACKBONES)}",
+    )  # fmt: skip
+    p.add_argument("-s", "--size", type=int, nargs="+", help="sides of the input (default: all)")
+    p.add_argument(
+        "--num_classes", type=count, default=81, metavar="N",
+        help="number of classes, with the background (default: 81, COCO)",
+    )  # fmt: skip
+    p.add_argument("--layers", action="store_true", help="also print a table of the layers")
+    p.add_argument("--json", metavar="OUT", help="write totals and layers to this file")
+    args = p.parse_args(argv)
     if args.json:
-        write_json(args.json, [report(v, s, args.classes, r) for v, s, r in results])
+        check_writable(args.json)
+    results = profiles(args.version, args.size, args.num_classes)
+    if args.json:
+        write_json(args.json, [report(v, s, args.num_classes, r) for v, s, r in results])
     if args.layers:
         for version, size, result in results:
             print(f"{version} at {size}\n\n{layer_table(result)}\n")

@@ -7,7 +7,46 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from utils.errors import UserError
+
 AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Values of ``amp`` -> the dtype of ``torch.autocast``, None for full precision."""
+
+
+def choose_device(
+    name: str = "auto", amp: str = "off", local_rank: int | None = None
+) -> torch.device:
+    """Return the device called ``name``. The current CUDA device stays as it is.
+
+    Args:
+        name: "auto" (a GPU if PyTorch sees one, else the CPU), "cpu", "cuda" or "cuda:N".
+        amp: a key of ``AMP_TYPES``.
+        local_rank: the GPU of this process in a job of several processes, None in a job of one.
+
+    Raises:
+        UserError: an unknown name, a GPU that PyTorch does not see, one GPU for several processes,
+            or fp16 on a CPU.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if not (name == "cpu" or (kind == "cuda" and (name == kind or index.isdecimal()))):
+        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda or cuda:N")
+    if amp == "fp16" and kind == "cpu":
+        raise UserError("--amp fp16 needs a GPU; use --amp bf16 on a CPU")
+    if kind == "cpu":
+        return torch.device("cpu")
+    if local_rank is not None:
+        if index:
+            raise UserError(f"--device {name} is one GPU for several processes; leave it out")
+        name, index = f"cuda:{local_rank}", str(local_rank)
+    gpus = torch.cuda.device_count()
+    if int(index or 0) >= gpus:
+        raise UserError(
+            f"--device {name} is not there: PyTorch {torch.__version__} sees {gpus} GPUs; use "
+            "--device cpu"
+        )
+    return torch.device(name)
 
 
 def to_input(images: Tensor, mean: Sequence[float], device: torch.device) -> Tensor:
@@ -19,7 +58,7 @@ def to_input(images: Tensor, mean: Sequence[float], device: torch.device) -> Ten
     return images.contiguous(memory_format=torch.channels_last)
 
 
-def autocast(device: torch.device, amp: str):
-    """The context in which a network runs at precision ``amp`` (a key of ``AMP_TYPES``)."""
+def autocast(device: torch.device, amp: str) -> torch.autocast:
+    """Return the context in which a network runs at precision ``amp`` (a key of ``AMP_TYPES``)."""
     dtype = AMP_TYPES[amp]
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)

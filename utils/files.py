@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import io
 import json
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -14,45 +18,124 @@ import numpy as np
 from utils.errors import UserError
 from utils.logger import LOGGER
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 
 @contextmanager
 def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterator[BinaryIO]:
-    """Open a binary file that takes the place of ``path`` when the block ends without an error.
+    """Open a binary file that replaces ``path`` when the block ends without an error.
 
-    Its folder is made. The file is written beside its place, flushed to the disk, and renamed: a
-    failure (disk full, the process killed) leaves an earlier file of that name as it was. With
-    ``previous``, a path in the same folder, the earlier file is kept under that name; whatever
-    happens, one of the two names is a whole file.
+    The folder is created. The data goes to a temporary file in that folder, is flushed to the disk
+    and renamed. If the block fails, the disk is full or the process is killed, an earlier file
+    ``path`` stays as it was. With ``previous``, a path in the same folder, the earlier file is kept
+    under that name. At every moment one of the two names is a whole file.
+
+    An exception of the block is re-raised as it is, unless a write to the file has failed.
 
     Raises:
         UserError: the file cannot be written.
     """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
-    try:
+    with _write_errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
+        remove_abandoned(path.parent)
+        part, raw = _create_temporary(path.parent)
+    file = io.BufferedWriter(raw)
+    try:
+        try:
             yield file
+        except Exception as error:
+            # PyTorch and zipfile report a failed write by errors of their own.
+            if raw.failure is None:
+                raise
+            raise _not_written(path, raw.failure) from error
+        with _write_errors_named(path):
             file.flush()
             os.fsync(file.fileno())
-        if previous is not None and path.exists():
-            os.replace(path, previous)
-        os.replace(part, path)
-        if hasattr(os, "O_DIRECTORY"):  # the rename itself reaches the disk with the folder
-            directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-            try:
-                os.fsync(directory)
-            finally:
-                os.close(directory)
-    except BaseException as error:
+            file.close()
+            if previous is not None and path.exists():
+                os.replace(path, previous)
+            os.replace(part, path)
+            _sync_folder(path.parent)
+    except BaseException:
+        raw.close()  # closing ``file`` first would write again
         with suppress(OSError):
             part.unlink()
-        # PyTorch's writer reports a full disk as a RuntimeError.
-        if isinstance(error, OSError | RuntimeError):
-            raise UserError(
-                f"{path} could not be written ({error}); make room, or choose another folder"
-            ) from error
         raise
+
+
+class _RecordingFile(io.FileIO):
+    """A file that remembers the error of a failed write."""
+
+    failure: OSError | None = None
+
+    def write(self, data: bytes | memoryview) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+
+def _create_temporary(folder: Path) -> tuple[Path, _RecordingFile]:
+    """Create a file, locked to show other processes that it is in use.
+
+    Its name is short: the name of the final file may be as long as the file system allows.
+    """
+    while True:
+        part = folder / f".ssd-{uuid.uuid4().hex}.part"
+        raw = _RecordingFile(part, "x")
+        _lock(raw)
+        if part.exists():  # else another process deleted it before it was locked
+            return part, raw
+        raw.close()
+
+
+@functools.cache
+def remove_abandoned(folder: Path) -> None:
+    """Delete the temporary files of killed processes in a folder; once per process."""
+    for part in folder.glob(f".ssd-{'?' * 32}.part"):
+        with suppress(OSError):  # Windows deletes no file that is open
+            with open(part, "r+b") as file:
+                abandoned = _lock(file)
+            if abandoned:
+                part.unlink()
+
+
+def _lock(file: io.FileIO | BinaryIO) -> bool:
+    """Lock an open file until it is closed, where the system can; False if it is locked already."""
+    if fcntl is None:
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # also on a file system without locks
+        return False
+    return True
+
+
+def _not_written(path: Path, error: OSError) -> UserError:
+    return UserError(f"{path} could not be written ({error}); make room, or choose another folder")
+
+
+@contextmanager
+def _write_errors_named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise _not_written(path, error) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush renames in a folder to the disk, where the system can."""
+    if hasattr(os, "O_DIRECTORY"):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 @contextmanager
@@ -65,9 +148,7 @@ def locked(path: str | Path) -> Iterator[None]:
     Raises:
         UserError: another process holds it.
     """
-    try:
-        import fcntl
-    except ImportError:
+    if fcntl is None:
         yield
         return
     with open(path, "a") as file:
@@ -120,3 +201,17 @@ def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
     # zipfile, its decompressors and NumPy raise a dozen kinds for what they do not expect.
     except Exception as error:
         raise ValueError(str(error) or repr(error)) from error
+
+
+def file_digest(path: str | Path, name: str) -> str:
+    """Return the hex digest of a file; ``name`` is "md5", "sha256" or "git" (a blob id)."""
+    path = Path(path)
+    if name == "git":
+        # Git hashes the size before the bytes.
+        digest = hashlib.sha1(b"blob %d\0" % path.stat().st_size, usedforsecurity=False)
+    else:
+        digest = {"md5": hashlib.md5, "sha256": hashlib.sha256}[name](usedforsecurity=False)
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,150 @@
+"""The description inside an exported file: which detector it is, what its graph takes and gives."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from data import DATASETS
+from layers.detect import DetectConfig
+from models.info import DetectorInfo
+from utils.errors import UserError
+
+INFO_KEY = "ssd_hardnet"
+"""Key of the description in ONNX's metadata and in OpenVINO's runtime information."""
+FORMAT = 1
+
+_DETECTOR = ("version", "size", "dataset", "priors")
+_GRAPH = ("preprocess", "nms", "dynamic", "precision")
+_ORIGIN = ("checkpoint", "versions")
+_DETECTION = ("conf_thresh", "nms_thresh", "per_class", "top_k")
+_KINDS = {
+    "format": int, "version": str, "size": int, "classes": list, "dataset": str, "priors": str,
+    "variance": list, "mean": list, "preprocess": bool, "nms": bool, "dynamic": bool,
+    "precision": str, "detection": dict, "checkpoint": dict, "versions": dict,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ExportInfo:
+    """What an exported file says about itself.
+
+    Raises:
+        ValueError: no class, a variance or mean that is not positive numbers, an unknown network,
+            prior boxes or data set.
+    """
+
+    detector: DetectorInfo
+    variance: tuple[float, ...]
+    """Of the box encoding: two numbers."""
+    mean: tuple[float, ...]
+    """Subtracted from the pixels: three numbers, BGR."""
+    preprocess: bool
+    """Whether the graph takes uint8 images and subtracts the mean itself."""
+    nms: bool
+    """Whether the graph decodes boxes and suppresses itself."""
+    dynamic: bool
+    """Whether the graph takes batches of any size, and with ``preprocess`` images of any size."""
+    precision: str
+    """fp32, bf16, fp16 or int8."""
+    detection: DetectConfig
+    """Built into the graph if ``nms``, else the default of whoever runs it. NMS is hard and per
+    class."""
+    checkpoint: dict[str, str]
+    """"file" and "sha256" of the exported checkpoint."""
+    versions: dict[str, str]
+    """Package -> version, of what wrote the file."""
+    calibration: dict[str, object] | None = None
+    """Of INT8: "pictures", how many images, and "of", where they lie."""
+
+    def __post_init__(self) -> None:
+        detector = self.detector
+        if not (detector.classes and all(isinstance(name, str) for name in detector.classes)):
+            raise ValueError(f"classes {list(detector.classes)}")
+        if detector.dataset not in DATASETS:
+            raise ValueError(f"dataset {detector.dataset!r}, which is not in {', '.join(DATASETS)}")
+        detector.prior_config()
+        for name, count in (("variance", 2), ("mean", 3)):
+            values = getattr(self, name)
+            if len(values) != count or not all(map(_is_positive, values)):
+                raise ValueError(f"{name} {list(values)}")
+
+    @property
+    def inputs(self) -> dict[str, str]:
+        """Name of each input of the graph -> its type and shape in words."""
+        side, batch = self.detector.size, "B" if self.dynamic else "1"
+        if self.preprocess:
+            shape = "H, W" if self.dynamic else f"{side}, {side}"
+            inputs = {"pictures": f"uint8 [{batch}, {shape}, 3], BGR"}
+        else:
+            inputs = {"images": f"float32 [{batch}, 3, {side}, {side}], BGR minus the mean"}
+        if self.nms:
+            inputs["sizes"] = f"float32 [{batch}, 2], width and height"
+        return inputs
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the outputs of the graph."""
+        return ("boxes", "scores", "labels", "image") if self.nms else ("loc", "conf")
+
+    def plain(self) -> dict[str, object]:
+        """Return the description as plain values for JSON, as ``parse`` takes it."""
+        stored = {
+            "format": FORMAT,
+            **{key: getattr(self.detector, key) for key in _DETECTOR},
+            "classes": list(self.detector.classes),
+            "variance": list(self.variance),
+            "mean": list(self.mean),
+            **{key: getattr(self, key) for key in _GRAPH},
+            "detection": {key: getattr(self.detection, key) for key in _DETECTION},
+            **{key: getattr(self, key) for key in _ORIGIN},
+        }
+        if self.calibration:
+            stored["calibration"] = self.calibration
+        return stored
+
+    @classmethod
+    def parse(cls, text: str | None, path: Path) -> ExportInfo:
+        """Read the description of the file ``path``, which is JSON.
+
+        Raises:
+            UserError: no description, a damaged one, or one of a newer version of this program.
+        """
+        if not text:
+            raise UserError(
+                f"{path} has no description of its detector; export it with python -m tools.export"
+            )
+        try:
+            return cls._of(json.loads(text))
+        except (ValueError, TypeError, KeyError) as error:
+            damage = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise UserError(f"{path}: {damage} in its description; export it again") from error
+
+    @classmethod
+    def _of(cls, stored: dict) -> ExportInfo:
+        if stored["format"] > FORMAT:
+            raise ValueError(f"format {stored['format']} of a newer version of this program")
+        for key, kind in _KINDS.items():
+            if not isinstance(stored[key], kind):
+                raise ValueError(f"{key} {stored[key]!r}")
+        limits = {key: stored["detection"][key] for key in _DETECTION}
+        try:
+            detection = DetectConfig(**limits)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"detection {limits}") from error
+        return cls(
+            DetectorInfo(
+                **{key: stored[key] for key in _DETECTOR}, classes=tuple(stored["classes"])
+            ),
+            variance=tuple(stored["variance"]),
+            mean=tuple(stored["mean"]),
+            detection=detection,
+            calibration=stored.get("calibration"),
+            **{key: stored[key] for key in (*_GRAPH, *_ORIGIN)},
+        )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and 0 < value < math.inf

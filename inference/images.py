@@ -1,0 +1,150 @@
+"""Real images to prove an exported file with, and to calibrate INT8."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data import DetectionData, build_dataset, default_sets, list_sets
+from data.image import IMAGE_SUFFIXES, read_image
+from data.image_sets import ImageSet, parse_image_sets, sets_name
+from models.info import DetectorInfo
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Images:
+    """Some images of a data set or a folder."""
+
+    about: str
+    """Where they lie, for people."""
+    items: Sequence[int] | Sequence[Path]
+    """Indices into ``dataset``; without one, files."""
+    dataset: DetectionData | None = None
+    scored: bool = False
+    """Whether ``items`` are all images of ``dataset``, which has ground truth to score against."""
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def read(self, index: int) -> np.ndarray:
+        """Return an image, BGR uint8 [H, W, 3]."""
+        item = self.items[index]
+        return read_image(item) if self.dataset is None else self.dataset.pull_image(item)
+
+    def batches(self, size: int) -> Iterator[list[np.ndarray]]:
+        """Yield all images, ``size`` at a time."""
+        for start in range(0, len(self), size):
+            yield [self.read(i) for i in range(start, min(start + size, len(self)))]
+
+
+@dataclass(frozen=True)
+class TrainedOn:
+    """Which data a checkpoint was trained and tested on, as its configuration says."""
+
+    root: Path | None = None
+    train_sets: tuple[ImageSet, ...] = ()
+    test_sets: tuple[ImageSet, ...] = ()
+
+    @classmethod
+    def of(cls, saved: Mapping, path: Path) -> TrainedOn:
+        """Read the configuration of a checkpoint; empty for a file without one.
+
+        Raises:
+            UserError: the configuration is damaged.
+        """
+        config = saved.get("config", {})
+        try:
+            return cls(
+                _absolute(config["root"]) if "root" in config else None,
+                *(tuple(ImageSet(*pair) for pair in config.get(key, ())) for key in _SETS),
+            )
+        except TypeError as error:
+            wrong = {key: config.get(key) for key in ("root", *_SETS)}
+            raise UserError(
+                f"{path}: its configuration has {wrong}, which is not valid; give a checkpoint of "
+                "this program"
+            ) from error
+
+
+_SETS = ("train_sets", "test_sets")
+
+
+def find_images(
+    root: str | None,
+    sets: str | None,
+    limit: int,
+    trained_on: TrainedOn,
+    detector: DetectorInfo,
+    training: bool = False,
+) -> Images | None:
+    """Find at most ``limit`` (0: all) images of a data set's image sets, or of a plain folder.
+
+    Args:
+        root: the data set or folder; None: that of ``trained_on``.
+        sets: names of image sets, separated by commas; None: those of ``trained_on`` if the root is
+            its own, else the published ones.
+        training: whether these are images to calibrate with: training images, not scored.
+
+    Returns:
+        None where no root is given and that of ``trained_on`` does not exist.
+
+    Raises:
+        UserError: ``root`` has no images, or ``sets`` are given for a plain folder.
+    """
+    if root is None:
+        if trained_on.root is None or not trained_on.root.is_dir():
+            return None
+        folder = trained_on.root
+    else:
+        folder = _absolute(root)
+        if not folder.is_dir():
+            raise UserError(f"{folder} does not exist; give a folder of images or a data set")
+    existing = list_sets(detector.dataset, folder)
+    if not existing:
+        return _in_folder(folder, sets, limit, detector.dataset, training)
+    own = trained_on.train_sets if training else trained_on.test_sets
+    if sets:
+        chosen = tuple(parse_image_sets(sets, existing))
+    elif own and folder == trained_on.root:
+        chosen = own
+    else:
+        train, test = default_sets(detector.dataset, folder)
+        chosen = train if training else test
+    dataset = build_dataset(detector.dataset, folder, chosen, detector.classes)
+    about = f"{folder} {sets_name(chosen)}"
+    objects = sum(len(dataset.target(i)) > 0 for i in range(len(dataset)))
+    if training or not objects:
+        return Images(about, _spread(range(len(dataset)), limit), dataset)
+    if limit and limit < len(dataset):
+        dataset.keep_first(min(limit, objects))
+    dataset.check_scorable()
+    return Images(about, range(len(dataset)), dataset, scored=True)
+
+
+def _in_folder(folder: Path, sets: str | None, limit: int, dataset: str, training: bool) -> Images:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        raise UserError(
+            f"{folder} holds neither images nor a data set in {dataset} layout; give another folder"
+        )
+    if sets:
+        option = "--calibrate_sets" if training else "--sets"
+        raise UserError(
+            f"{folder} is a plain folder of images, without image sets; leave {option} {sets} out "
+            f"or give a data set in {dataset} layout"
+        )
+    return Images(str(folder), _spread(files, limit))
+
+
+def _spread(items: Sequence, limit: int) -> list:
+    """Return at most ``limit`` (0: all) of the items, evenly from first to last."""
+    most = min(limit or len(items), len(items))
+    return [items[i] for i in np.linspace(0, len(items) - 1, most).astype(int)]
+
+
+def _absolute(path: str) -> Path:
+    return Path(path).expanduser().absolute()

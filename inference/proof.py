@@ -1,0 +1,269 @@
+"""Compare what an exported file detects with what its PyTorch network detects."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.transforms import TestTransform
+from inference.export_info import ExportInfo
+from inference.images import Images
+from inference.predictor import Predictor
+from layers import Detect, PriorBox
+from layers.boxes import iou
+from utils.device import to_input
+from utils.errors import UserError
+
+Arrays = dict[str, np.ndarray]
+"""Detections of an image: "boxes" [n, 4], "scores" [n], "labels" [n]."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How much an exported file may differ from the network."""
+
+    matched: float
+    """Least share of boxes that have a partner."""
+    score: float | None = None
+    """Largest score difference of partners; None: any."""
+    pixels: float | None = None
+    """Largest coordinate difference of partners; None: any."""
+    ap: float = 0.3
+    """Largest loss of AP, in points (100 x AP). On 72 images of BCCD rounding moves a tenth."""
+
+
+TOLERANCE = {
+    "fp32": Tolerance(0.999, score=1e-3, pixels=0.5, ap=0.1),
+    "bf16": Tolerance(0.97),
+    "fp16": Tolerance(0.99),
+    "int8": Tolerance(0.9, ap=0.5),
+}
+"""By precision."""
+MARGIN = 0.05
+"""Boxes are compared from this far above the score threshold: at the threshold itself rounding
+decides whether a box exists."""
+PARTNER_IOU = 0.5
+BATCH = 4
+"""Images a batch, of a graph that takes any number."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two lists of detections, box by box."""
+
+    boxes: int
+    """Boxes of either list that reach the score floor."""
+    unmatched_network: int
+    unmatched_file: int
+    """Those of each list without a partner."""
+    matched: float | None
+    """Share of the boxes with a partner; None without boxes."""
+    score_difference: float | None
+    pixel_difference: float | None
+    least_iou: float | None
+    """Extremes over the partners; None without partners. Pixels: of a coordinate."""
+
+
+@dataclass(frozen=True)
+class PairOfAPs:
+    """One metric of the network and of the file, 0..1."""
+
+    metric: str
+    network: float
+    file: float
+
+    @property
+    def lost(self) -> float:
+        """Points of AP that the file loses."""
+        return 100 * (self.network - self.file)
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A comparison, and what was compared."""
+
+    pictures: int
+    """How many images."""
+    of: str
+    """Where they lie."""
+    score_floor: float
+    comparison: Comparison
+    ap: PairOfAPs | None
+    """None without ground truth."""
+
+    def plain(self) -> dict[str, object]:
+        """Return the proof as plain values for JSON."""
+        about = {"pictures": self.pictures, "of": self.of, "score_floor": self.score_floor}
+        ap = None if self.ap is None else asdict(self.ap)
+        return {**about, **asdict(self.comparison), "ap": ap}
+
+    def lines(self) -> list[str]:
+        """Return the proof in lines of text."""
+        found = self.comparison
+        lines = [
+            f"compared with PyTorch on {self.pictures} images ({self.of}):",
+            f"  {found.boxes} boxes of score {self.score_floor:g} or more, "
+            f"{found.unmatched_network} of the network's and {found.unmatched_file} of the "
+            f"file's without a partner ({100 * found.matched:.2f} % matched)",
+        ]
+        if found.least_iou is not None:
+            lines.append(
+                f"  largest score difference {found.score_difference:.2g}, largest coordinate "
+                f"difference {found.pixel_difference:.2g} pixels; least IoU {found.least_iou:.5f}"
+            )
+        if self.ap is None:
+            lines.append("  no ground truth: the AP is not compared")
+        else:
+            lines.append(
+                f"  {self.ap.metric}: {self.ap.network:.4f} in PyTorch, {self.ap.file:.4f} in the "
+                f"file ({-self.ap.lost:+.2f} points)"
+            )
+        return lines
+
+
+class TooDifferent(Exception):
+    """The exported file does not detect what the network detects: one sentence."""
+
+    def __init__(self, sentence: str, proof: Proof | None = None) -> None:
+        super().__init__(sentence)
+        self.proof = proof
+
+
+def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof:
+    """Run real images through the network as it was trained and through the file ``path``.
+
+    Raises:
+        UserError: the network finds no box to compare, or gives NaN or infinity.
+        TooDifferent: the file gives NaN or infinity.
+    """
+    expected, found = [], []
+    for by_network, by_file in _detections(net, info, path, images):
+        expected += by_network
+        found += by_file
+    floor = info.detection.conf_thresh + MARGIN
+    comparison = compare(expected, found, floor)
+    if not comparison.boxes:
+        raise UserError(
+            f"the network finds nothing of score {floor:g} or more on the {len(images)} images of "
+            f"{images.about}, so nothing can be proven; give others (--images), or a trained "
+            "network"
+        )
+    ap = _average_precisions(images, expected, found) if images.scored else None
+    return Proof(len(images), images.about, floor, comparison, ap)
+
+
+@torch.inference_mode()
+def _detections(
+    net: nn.Module, info: ExportInfo, path: Path, images: Images
+) -> Iterator[tuple[list[Arrays], list[Arrays]]]:
+    """Yield what the network and what the file detects in each batch."""
+    predictor, resize = Predictor(path), TestTransform(info.detector.size)
+    detect = Detect.of(info.detection, info.variance)
+    priors = PriorBox(info.detector.prior_config())()
+    for batch in images.batches(BATCH if info.dynamic else 1):
+        stacked = torch.from_numpy(np.stack([resize(image) for image in batch]))
+        loc, conf = net(to_input(stacked.permute(0, 3, 1, 2), info.mean, priors.device))
+        sizes = [(image.shape[1], image.shape[0]) for image in batch]
+        try:
+            expected = detect(loc, conf, priors, sizes)
+        except FloatingPointError as error:
+            raise UserError(
+                f"the network of {info.checkpoint['file']} fails ({error}): its training diverged "
+                "or its weights are damaged; export another checkpoint"
+            ) from error
+        try:
+            found = predictor(batch)
+        except FloatingPointError as error:
+            raise TooDifferent(f"{path.name} is not kept: {error}") from error
+        yield _arrays(expected), _arrays(found)
+
+
+def _arrays(found: Sequence[dict]) -> list[Arrays]:
+    return [{key: each[key].numpy() for key in ("boxes", "scores", "labels")} for each in found]
+
+
+def _average_precisions(
+    images: Images, expected: Sequence[Arrays], found: Sequence[Arrays]
+) -> PairOfAPs | None:
+    results = []
+    for detections in (expected, found):
+        with tempfile.TemporaryDirectory() as folder:
+            results.append(images.dataset.evaluate(detections, Path(folder)))
+    by_network, by_file = results
+    if by_network["value"] is None:
+        return None
+    return PairOfAPs(by_network["metric"], by_network["value"], by_file["value"])
+
+
+def compare(expected: Sequence[Arrays], found: Sequence[Arrays], floor: float) -> Comparison:
+    """Match two lists of detections, one entry an image, box by box.
+
+    Partners are boxes of one image and one class with an IoU of at least `PARTNER_IOU`. Each box
+    has at most one partner; the highest IoU is matched first. Boxes of either list with a score of
+    at least ``floor`` are counted; their partners may score lower.
+    """
+    counted, unmatched = 0, [0, 0]
+    score, pixels, ious = [], [], []
+    for pair in zip(expected, found, strict=True):
+        one, other = pair
+        *partners, overlap = _partners(one, other)
+        over = [each["scores"] >= floor for each in pair]
+        counted += sum(int(each.sum()) for each in over)
+        for side in range(2):
+            unmatched[side] += int(np.delete(over[side], partners[side]).sum())
+        meant = over[0][partners[0]] | over[1][partners[1]]
+        a, b = (indices[meant] for indices in partners)
+        score += np.abs(one["scores"][a] - other["scores"][b]).tolist()
+        pixels += np.abs(one["boxes"][a] - other["boxes"][b]).max(1, initial=0).tolist()
+        ious += overlap[meant].tolist()
+    return Comparison(
+        boxes=counted,
+        unmatched_network=unmatched[0],
+        unmatched_file=unmatched[1],
+        matched=1 - sum(unmatched) / counted if counted else None,
+        score_difference=max(score, default=None),
+        pixel_difference=max(pixels, default=None),
+        least_iou=min(ious, default=None),
+    )
+
+
+def _partners(one: Arrays, other: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return indices into the two, and IoU, of the boxes that are partners."""
+    table = iou(*(torch.from_numpy(each["boxes"]).double() for each in (one, other))).numpy()
+    table[one["labels"][:, None] != other["labels"][None]] = 0
+    pairs = []
+    free = np.ones(len(one["scores"]), bool), np.ones(len(other["scores"]), bool)
+    rows, columns = np.nonzero(table >= PARTNER_IOU)
+    for k in np.argsort(-table[rows, columns], kind="stable"):
+        i, j = rows[k], columns[k]
+        if free[0][i] and free[1][j]:
+            free[0][i] = free[1][j] = False
+            pairs.append((i, j))
+    a, b = np.array(pairs, np.int64).reshape(-1, 2).T
+    return a, b, table[a, b]
+
+
+def excess(comparison: Comparison, tolerance: Tolerance, ap: PairOfAPs | None = None) -> str:
+    """Return what exceeds the tolerance, in words; empty if nothing does."""
+    if comparison.matched < tolerance.matched:
+        return (
+            f"{100 * comparison.matched:.2f} % of the boxes have a partner, "
+            f"{100 * tolerance.matched:g} % are needed (a barely trained detector has many boxes "
+            "of nearly equal scores, which rounding swaps: train it longer, or export it with a "
+            "higher --score_threshold)"
+        )
+    for difference, limit, what in (
+        (comparison.score_difference, tolerance.score, "a score"),
+        (comparison.pixel_difference, tolerance.pixels, "a coordinate, in pixels,"),
+    ):
+        if limit is not None and (difference or 0) > limit:
+            return f"{what} differs by {difference:.4g}, {limit:g} is allowed"
+    if ap is not None and ap.lost > tolerance.ap:
+        return f"it loses {ap.lost:.2f} points of AP, {tolerance.ap:g} are allowed"
+    return ""

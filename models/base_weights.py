@@ -1,0 +1,126 @@
+"""Pretrained weights of a base network: of a base file, a detector, or an ImageNet classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from models import BACKBONES, Backbone
+from utils.checkpoint import list_keys, load_checkpoint
+from utils.errors import UserError
+from utils.logger import LOGGER
+
+
+@dataclass(frozen=True)
+class BaseMatch:
+    """Which tensors of a file are those of a base network."""
+
+    source: str
+    """What the file holds: "a base network", "the base of a detector" or "a classifier"."""
+    total: int
+    """Number of the base network's tensors."""
+    tensors: dict[str, Tensor]
+    """The matching tensors, by key of the base network."""
+    unused: list[str]
+    """Keys of the file that are not used."""
+    missing: list[str]
+    """Keys of the base network that the file does not have, without batch counters."""
+    wrong: list[str]
+    """Keys of another shape, each as "key [2] instead of [64, 3, 3, 3]"."""
+    fits: bool
+    """Whether the file has all of the base network that a file of its kind has."""
+
+
+def match_base(
+    base: Mapping[str, Tensor], state: Mapping[str, Tensor], row: Backbone | None = None
+) -> BaseMatch:
+    """Find a base network's tensors in a file.
+
+    The file is read as a base network or detector, and if it does not fit, as a classifier.
+
+    Args:
+        base: the base network's state dict.
+        state: the file's, without DataParallel's prefix: keys of the base with or without
+            ``base.``, a whole detector, or a classifier.
+        row: says how the classifier's keys begin, and what of the base it does not have; None: the
+            file is not read as a classifier.
+    """
+    heads = ("loc.", "conf.", "extras.", "L2Norm.")
+    detector = any(key.startswith(heads) for key in state)
+    prefix = "base." if any(key.startswith("base.") for key in state) else ""
+    names = {key: key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+    if detector or len(names) < len(state):
+        source = "the base of a detector"
+    elif any(name not in base for name in names.values()):
+        source = "a classifier"
+    else:
+        source = "a base network"
+    direct = _match(source, base, state, names)
+    # A detector without a part of its base is damaged; it is not a classifier.
+    if direct.fits or detector or row is None or row.classifier is None:
+        return direct
+    names = {
+        key: key.removeprefix(row.classifier) for key in state if key.startswith(row.classifier)
+    }
+    classifier = _match("a classifier", base, state, names, row.new)
+    return classifier if len(classifier.tensors) >= len(direct.tensors) else direct
+
+
+def _match(
+    source: str,
+    base: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    names: Mapping[str, str],
+    new: tuple[str, ...] = (),
+) -> BaseMatch:
+    """Match by ``names``, key of the file -> key of the base; keys that begin with ``new`` are not
+    expected in the file."""
+    names = {key: name for key, name in names.items() if name in base and not name.startswith(new)}
+    found = {name: state[key] for key, name in names.items()}
+    wrong = [
+        f"{name} {list(tensor.shape)} instead of {list(base[name].shape)}"
+        for name, tensor in found.items()
+        if tensor.shape != base[name].shape
+    ]
+    # PyTorch before 0.4.1 did not store the batch counters, which evaluation does not need.
+    missing = [k for k in base if k not in found and not k.endswith("num_batches_tracked")]
+    return BaseMatch(
+        source=source,
+        total=len(base),
+        tensors={name: t for name, t in found.items() if t.shape == base[name].shape},
+        unused=[key for key in state if key not in names],
+        missing=missing,
+        wrong=wrong,
+        fits=not wrong and all(key.startswith(new) for key in missing),
+    )
+
+
+def load_base(base: nn.Module, path: str | Path, version: str | None = None) -> BaseMatch:
+    """Load pretrained weights into ``base``, and log what of the file and the base is left out.
+
+    Args:
+        base: the base network.
+        path: a file with keys of ``base`` (``0.conv.weight``), with or without the prefixes
+            ``base.`` and ``module.``; a whole detector on this base; or a classifier.
+        version: the detector of ``BACKBONES`` that ``base`` is part of; None: no classifier is
+            accepted.
+
+    Raises:
+        UserError: as ``load_checkpoint``, or tensors are missing or of another shape. The message
+            lists them, and nothing is loaded.
+    """
+    row = None if version is None else BACKBONES[version]
+    match = match_base(base.state_dict(), load_checkpoint(path)["model"], row)
+    if not match.fits:
+        loaded = f"only {len(match.tensors)} of the base network's {match.total} tensors fit"
+        keys = {"of another shape": match.wrong, "missing": match.missing, "unused": match.unused}
+        lists = [list_keys(names, what) for what, names in keys.items() if names]
+        raise UserError(f"{path}: {'; '.join([loaded, *lists])}")
+    base.load_state_dict(match.tensors, strict=False)
+    for what, names in (("not used", match.unused), ("of the base network new", match.missing)):
+        if names:
+            LOGGER.info("%s: %s", path, list_keys(names, what))
+    return match
