@@ -10,7 +10,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -20,16 +19,22 @@ from conftest import write_voc
 from data import DATASETS
 from data.config import PER_CLASS
 from engine.optim import LR_MILESTONES
-from engine.options import Options
+from engine.options import OPTIONS, default_text
 from layers.detect import SUPPRESSION
 from models import BACKBONES, build_net
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-PUBLISHED = asdict(Options())
 COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
+INLINE = [shlex.split(text) for text in re.findall(r"`(python -m [^`]+)`", README)]
 SMALL = ["--max_iters", "1", "-b", "2", "--num_workers", "0", "--device", "cpu"]
+
+
+def command(*words: str) -> list[str]:
+    """Return the one command of the README that has all of these words."""
+    (found,) = [c for c in (*COMMANDS, *INLINE) if set(words) <= set(c)]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -63,118 +68,127 @@ def run(home: Path, command: list[str], *more: str) -> str:
     return done.stdout
 
 
-def test_the_commands_are_known():
-    """A command that is added to the README must be added here, too."""
+def test_every_command_is_run_by_a_test():
+    """A command that is added to the README must be added here, and to a test below."""
     assert [c[:3] for c in COMMANDS] == [
         ["./make.sh", "demo"],
         ["./make.sh", "test"],
-        ["python", "-m", "tools.traffic"],
+        *(["python", "-m", "tools.weights"] for _ in range(4)),
+        ["python", "-m", "tools.check"],
+        *(["python", "train_test.py", "-d"] for _ in range(2)),
         ["data/scripts/VOC2007.sh"],
         ["data/scripts/VOC2012.sh"],
-        ["python", "train_test.py", "-d"],
-        ["python", "train_test.py", "-d"],
-        *(["python", "-m", "tools.weights"] for _ in range(4)),
-        ["python", "train_test.py", "-d"],
+        *(["python", "train_test.py", "-d"] for _ in range(2)),
         ["python", "train_test.py", "--test"],
+        ["python", "-m", "tools.report"],
+        ["python", "-m", "tools.sheet"],
         ["python", "-m", "data.voc_eval"],
-        ["python", "-m", "data.coco_eval"],
-        ["python", "-m", "data.coco_eval"],
-        ["python", "train_test.py", "-d"],
+        *(["python", "-m", "data.coco_eval"] for _ in range(2)),
         ["python", "utils/build.py"],
         ["python", "utils/build.py", "--check"],
     ]
 
 
-def test_demo_ends_with_a_score_per_class_and_a_picture(home, tmp_path):
+def test_demo_ends_with_a_score_per_class_and_an_image(home, tmp_path):
     small = ["--epochs", "1", "--trainval", "8", "--test", "4", "--output", str(tmp_path)]
-    output = run(home, COMMANDS[0], *small)
+    output = run(home, command("./make.sh", "demo"), *small)
     assert re.search(r"^star +\d\.\d{3} +\d\.\d{3}$", output, re.MULTILINE)
     assert (tmp_path / "detections.png").stat().st_size > 10_000
 
 
 def test_ci_runs_the_test_command():
-    assert " ".join(COMMANDS[1]) in (ROOT / ".ci" / "run").read_text()
+    assert "./make.sh test" in (ROOT / ".ci" / "run").read_text()
 
 
-def test_training_testing_and_resuming_as_written(home, coco_folder):
-    train, resume = COMMANDS[5:7]
-    own, test, voc_eval, coco_eval, by_hotcoco, own_coco = COMMANDS[11:17]
-    assert "tensors of the base network" in run(home, train, *SMALL)
+def test_training_testing_and_resuming_as_written(home):
+    assert "tensors of the base network" in run(home, command("--basenet"), *SMALL)
     (run_dir,) = (home / "weights" / "SSD_HarDNet68_512").iterdir()
     more = ["--max_iters", "2", "--num_workers", "0", "--device", "cpu"]
-    assert "resumed at step 1" in run(home, resume, *more)
+    assert "resumed at step 1" in run(home, command("--resume", "auto"), *more)
 
-    assert "2 classes" in run(home, own, *SMALL)
-    test = [word.replace("/RUN/", f"/{run_dir.name}/") for word in test]
+    def of_run(words: list[str]) -> list[str]:
+        return [re.sub(r"/RUN\b", f"/{run_dir.name}", word) for word in words]
+
+    test = of_run(command("--test"))
     run(home, test, "--num_workers", "0", "--device", "cpu")
     checkpoint = Path(test[-1])
     folder = home / checkpoint.parent / "ss_predict" / checkpoint.stem / "2007_test"
     results = json.loads((folder / "results.json").read_text())
     assert results["metric"] == "VOC07 11-point AP@.5"
+    run(home, of_run(command("tools.report")))
+    run(home, of_run(command("tools.sheet")))
+    assert list((home / "weights").rglob("*.html")) and list((home / "weights").rglob("*.png"))
 
+
+def test_own_data_are_checked_trained_on_and_scored(home):
+    assert "2 classes" in run(home, command("-d", "VOC", "FOLDER"), *SMALL)
+    run(home, command("tools.check"))
+    assert (home / "check.html").stat().st_size
     (made,) = (home / "weights" / "SSD_HarDNet68_300").glob("*/ss_predict/final/test")
     shutil.copytree(made, home / "DETECTIONS_DIR")
-    assert "person" in run(home, voc_eval)
+    assert "person" in run(home, command("data.voc_eval"))
 
+
+def test_coco_layout_is_trained_on_and_scored(home, coco_folder):
     annotations = coco_folder / "annotations" / "instances_val2017.json"
     shutil.copy(annotations, home / "ANNOTATIONS.json")
     found = [{"image_id": 4, "category_id": 3, "bbox": [20, 10, 40, 40], "score": 0.9}]
     (home / "RESULTS.json").write_text(json.dumps(found))
-    twelve = run(home, coco_eval)
+    by_hotcoco = command("data.coco_eval", "hotcoco")
+    twelve = run(home, by_hotcoco[: by_hotcoco.index("--eval-backend")])
     assert twelve.count("Average Precision") == 6
     if importlib.util.find_spec("hotcoco"):
         assert run(home, by_hotcoco) == twelve
 
-    shutil.rmtree(home / "FOLDER")
-    shutil.copytree(coco_folder, home / "FOLDER")
+    own = coco_folder.with_name("own")
+    shutil.copytree(coco_folder, own)
     for name in ("train", "val"):
-        (home / "FOLDER" / f"{name}2017").rename(home / "FOLDER" / name)
-        path = home / "FOLDER" / "annotations" / f"instances_{name}2017.json"
+        (own / f"{name}2017").rename(own / name)
+        path = own / "annotations" / f"instances_{name}2017.json"
         path.rename(path.with_name(f"instances_{name}.json"))
-    assert "COCO AP" in run(home, own_coco, *SMALL)
+    words = [{"FOLDER": str(own)}.get(word, word) for word in command("-d", "COCO")]
+    assert "COCO AP" in run(home, words, *SMALL)
 
 
-def test_the_profile_lists_every_layer(home):
-    assert "base.8.layers.3.conv" in run(home, COMMANDS[2])
+def test_traffic_lists_every_layer(home):
+    assert "base.8.layers.3.conv" in run(home, command("tools.traffic"))
 
 
 def test_weights_are_listed_inspected_and_converted(home):
-    listing, download, inspect, convert = COMMANDS[7:11]
+    listing, download = command("tools.weights", "list"), command("tools.weights", "download")
     assert download[4] in run(home, listing)  # tests/test_pretrained.py downloads
     shutil.copy(home / "weights" / "hardnet68_base_bridge.pth", home / "FILE")
-    assert "basenet of   SSD_HarDNet68, RFB_HarDNet68" in run(home, inspect)
+    inspect = command("tools.weights", "inspect")
+    assert "SSD_HarDNet68, RFB_HarDNet68" in run(home, inspect)
     if importlib.util.find_spec("safetensors"):
         shutil.copy(home / "FILE", home / "IN.pth")
-        convert = [{"IN": "IN.pth", "OUT": "OUT.safetensors"}.get(word, word) for word in convert]
+        names = {"IN": "IN.pth", "OUT": "OUT.safetensors"}
+        convert = [names.get(word, word) for word in command("tools.weights", "convert")]
         run(home, convert)
-        assert "basenet of   SSD_HarDNet68, RFB_HarDNet68" in run(
-            home, [*inspect[:-1], "OUT.safetensors"]
-        )
+        assert "SSD_HarDNet68, RFB_HarDNet68" in run(home, [*inspect[:-1], "OUT.safetensors"])
 
 
 def test_building_says_what_serves(home):
-    assert "utils.nms._cpu_nms: " in run(home, COMMANDS[17])
-    checked = run(home, COMMANDS[18]).splitlines()
+    build, check = COMMANDS[-2:]
+    assert "utils.nms._cpu_nms: " in run(home, build)
+    checked = run(home, check).splitlines()
     assert [line.split(":")[0] for line in checked] == ["NMS on the CPU", "NMS on the GPU"]
 
 
-def test_hyperparameters_of_the_table_are_the_defaults():
-    recipe = README.partition("## Recipes")[2]
-    rows = dict(re.findall(r"^\| `(?:-\w+`, `)?--(\w+)`[^|]*\| ([^|]+) \|", recipe, re.MULTILINE))
-    for option, shown in rows.items():
-        if option in ("max_epoch", "weight_decay"):
-            values = [float(part) for part in shown.split("/")]
-            field = {"max_epoch": "epochs"}.get(option, option)
-            assert values == [getattr(DATASETS[d], field) for d in ("VOC", "COCO")]
-        elif isinstance(PUBLISHED[option], str):
-            assert shown == PUBLISHED[option]
-        elif isinstance(PUBLISHED[option], bool):
-            assert shown == str(PUBLISHED[option]).lower()
-        else:
-            assert float(shown) == PUBLISHED[option], option
-    assert len(rows) > 10
-    assert "60, 80 and 90 %" in README
-    assert LR_MILESTONES == (0.6, 0.8, 0.9)
+def recipe_table() -> str:
+    """Return the README's table of the recipe; after a change paste it there."""
+    lines = ["| option | default | meaning |", "|---|---|---|"]
+    for spec in OPTIONS.values():
+        if spec.metadata["group"] == "recipe" and default_text(spec):
+            flags = ", ".join(f"`{flag}`" for flag in spec.metadata["flags"])
+            meaning = spec.metadata["help"].replace("%%", "%")
+            lines.append(f"| {flags} | {default_text(spec)} | {meaning} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_the_recipe_is_that_of_the_options():
+    assert recipe_table() in README
+    assert LR_MILESTONES == (0.6, 0.8, 0.9) and "60, 80 and 90 %" in README
 
 
 def test_options_of_detection_are_the_defaults():
