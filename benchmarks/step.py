@@ -30,7 +30,7 @@ from data.loading import EpochSampler, TrainingSet, training_loader
 from data.transforms import SSDAugmentation
 from data.voc0712 import VOCDetection
 from demo.shapes import make_dataset
-from engine.steps import train_steps
+from engine.steps import TrainStep
 from layers import MultiBoxLoss, PriorBox
 from models import BACKBONES, build_net, prior_config
 from utils.device import AMP_TYPES, to_input
@@ -63,13 +63,10 @@ def our_lane(net, priors: torch.Tensor, rates: Callable[[int], float], amp: str,
     net = net.to(memory_format=torch.channels_last)
     forward = torch.compile(net) if compiled else net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
-    scaler = torch.amp.GradScaler(priors.device.type, enabled=amp == "fp16")
-    criterion = MultiBoxLoss(net.num_classes)
+    train_step = TrainStep(forward, MultiBoxLoss(net.num_classes), priors, optimizer, amp=amp)
 
     def step(number: int, batch) -> float:
-        (done,) = train_steps(
-            forward, criterion, priors, [batch], optimizer, scaler, [rates(number)], INPUT_MEAN, amp
-        )
+        done = train_step([batch], rates(number))
         loss_loc, loss_conf, _ = done.results()
         return loss_loc + loss_conf
 

@@ -98,9 +98,6 @@ TRAINING_THRESHOLD = 0.01
 NMS_THRESHOLD = 0.45
 PER_CLASS = 50
 """Most detections kept per class and image after non-maximum suppression."""
-LR_MILESTONES = (0.6, 0.8, 0.9)
-"""Shares of the epochs after which the learning rate is multiplied by gamma."""
-WARMUP_START_LR = 1e-6
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

@@ -1,20 +1,63 @@
-"""What an optimiser is given, and the moving average of what it makes."""
+"""Learning rate, optimiser, and the moving average of the weights."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+import math
+from typing import Protocol
 
 import torch
 from torch import nn
 
-from engine.schedule import ema_decay_at
+OPTIMIZERS = ("sgd", "adamw")
+SCHEDULES = ("steps", "cosine")
+
+LR_MILESTONES = (0.6, 0.8, 0.9)
+"""Shares of the epochs after which the learning rate is multiplied by gamma (schedule "steps")."""
+WARMUP_START_LR = 1e-6
+COSINE_END = 0.01
+"""Share of the learning rate that the schedule "cosine" ends with."""
+
+
+class Recipe(Protocol):
+    """The options that this module reads; ``engine.options.Options`` has them."""
+
+    optimizer: str
+    lr: float
+    momentum: float
+    weight_decay: float
+    norm_decay: bool
+    schedule: str
+    gamma: float
+    warm_epoch: int
+    max_epoch: int
+
+
+def lr_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
+    """Return the learning rate of ``step``, 0-based and counted over the whole run.
+
+    The rate rises linearly from 1e-6 to ``recipe.lr`` over the first ``warm_epoch`` epochs. Then
+    "steps", the published schedule, multiplies ``lr`` by ``gamma`` at 60, 80 and 90 % of the epochs
+    (rounded to whole epochs). "cosine" follows half a period from ``lr`` to a hundredth of it at
+    the end of the last epoch (SGDR, arXiv 1608.03983, without restarts).
+    """
+    warm_steps = recipe.warm_epoch * steps_per_epoch
+    if step < warm_steps:
+        return WARMUP_START_LR + (recipe.lr - WARMUP_START_LR) * step / warm_steps
+    if recipe.schedule == "cosine":
+        done = (step - warm_steps) / (recipe.max_epoch * steps_per_epoch - warm_steps)
+        share = COSINE_END + (1 - COSINE_END) * (1 + math.cos(math.pi * done)) / 2
+        return recipe.lr * share
+    epoch = step // steps_per_epoch
+    passed = sum(epoch >= round(m * recipe.max_epoch) for m in LR_MILESTONES)
+    return recipe.lr * recipe.gamma**passed
 
 
 def parameter_groups(net: nn.Module, weight_decay: float, norm_decay: bool) -> list[dict]:
-    """Parameters for an optimiser: one group, or two where norms and biases do not decay.
+    """Return parameter groups for an optimiser.
 
-    What decays then are the weights of convolutions, the parameters of more than one dimension.
+    One group with ``norm_decay``. Else two: weights of convolutions (parameters of more than one
+    dimension) decay; biases and the weights of norms do not.
     """
     everything = list(net.parameters())
     if norm_decay:
@@ -25,21 +68,27 @@ def parameter_groups(net: nn.Module, weight_decay: float, norm_decay: bool) -> l
     ]
 
 
-OPTIMIZERS = ("sgd", "adamw")
+def build_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """Return the optimiser of the recipe for all parameters of ``net``."""
+    groups = parameter_groups(net, recipe.weight_decay, recipe.norm_decay)
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
+    return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
 
 
-def build_optimizer(net: nn.Module, options: Mapping) -> torch.optim.Optimizer:
-    """The optimiser of ``options``: optimizer, lr, momentum, weight_decay, norm_decay."""
-    groups = parameter_groups(net, options["weight_decay"], options["norm_decay"])
-    if options["optimizer"] == "sgd":
-        return torch.optim.SGD(groups, lr=options["lr"], momentum=options["momentum"])
-    return torch.optim.AdamW(groups, lr=options["lr"], betas=(options["momentum"], 0.999))
+def ema_decay_at(updates: int, decay: float) -> float:
+    """Return the share that the moving average keeps of itself, after ``updates`` updates.
+
+    It grows as (1 + n) / (10 + n) up to ``decay``. An early average then spans the last tenth of
+    the run so far, and forgets the random weights of the start.
+    """
+    return min(decay, (1 + updates) / (10 + updates))
 
 
 class MovingAverage:
     """A copy of a network whose weights and batch statistics follow it by exponential average.
 
-    ``net`` is the copy; ``updates`` counts the steps that it has followed.
+    ``net`` is the copy. ``updates`` counts the steps that it has followed.
     """
 
     def __init__(self, net: nn.Module, decay: float):

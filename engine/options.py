@@ -1,21 +1,31 @@
-"""The command line of train_test.py: its options, their values, and what they mean."""
+"""Every option of train_test.py, declared once.
+
+``Options`` holds what a run is made with: a checkpoint stores it, and a resumed run reads it back.
+``Call`` holds what one call asks for. Both classes declare an option by one field: its default, its
+flags, its rule and its help. The command line, ``--help``, the README's table and the rules of
+``resolve`` follow from the fields.
+"""
 
 from __future__ import annotations
 
 import argparse
-import os
-from collections.abc import Iterable, Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import torch
-
 from data import DATASETS
+from data.classes import check_classes
+from data.coco_eval import BACKENDS
 from data.config import PRIORS
-from engine.distributed import launched
-from engine.optim import OPTIMIZERS
-from engine.schedule import SCHEDULES
+from data.image_sets import ImageSet
+from engine.declare import Checked, flag_of, option
+from engine.optim import OPTIMIZERS, SCHEDULES
+from layers.detect import SUPPRESSION, DetectConfig
 from models import BACKBONES, SIZES
 from utils.arguments import (
+    Parser,
     boolean,
     count,
     folder_name,
@@ -27,16 +37,8 @@ from utils.arguments import (
 from utils.device import AMP_TYPES
 from utils.errors import UserError
 
-TRAINING_RECIPES = {
-    "published": {
-        "optimizer": "sgd",
-        "lr": 4e-3,
-        "schedule": "steps",
-        "warm_epoch": 1,
-        "norm_decay": True,
-        "ema": 0.0,
-        "clip_norm": 0.0,
-    },
+RECIPES = {
+    "published": {},
     "modern": {
         "optimizer": "adamw",
         "lr": 1e-3,
@@ -45,276 +47,315 @@ TRAINING_RECIPES = {
         "warm_epoch": 3,
         "norm_decay": False,
         "ema": 0.9998,
-        "clip_norm": 0.0,
     },
 }
-"""Options that a recipe sets, unless they are given."""
+"""Values that a recipe gives to options, unless they are given on the command line."""
 
-DEFAULTS = {
-    "recipe": "published",
-    "version": "SSD_HarDNet68",
-    "size": 512,
-    "dataset": "VOC",
-    "jaccard_threshold": 0.5,
-    "batch_size": 32,
-    "num_workers": 8,
-    "ngpu": 1,
-    "momentum": 0.9,
-    "gamma": 0.1,
-    "accumulate": 1,
-    "sync_bn": False,
-    "compile": False,
-    "recompute": False,
-    "cache": "off",
-    "overfit": 0,
-    "log_iters": 10,
-    "save_folder": "weights/",
-    "save_frequency": 10,
-    "save_minutes": 10,
-    "test_frequency": 10,
-    "visdom": False,
-    "send_images_to_visdom": False,
-    "amp": "off",
-    "seed": 0,
-}
-"""Values of what the command line leaves out, where they do not depend on the data set."""
-
-LATER = frozenset(
-    ["priors", "crowds", "recipe", "optimizer", "schedule", "norm_decay", "ema", "clip_norm"]
-    + ["accumulate", "sync_bn", "compile", "recompute", "cache", "overfit", "save_minutes"]
-)
-"""Options that the first checkpoints do not have: they were made with the defaults."""
-
-FIXED_IN_A_RUN = (
-    "batch_size", "seed", "train_sets", "overfit", "recipe", "optimizer", "norm_decay", "ema",
-)  # fmt: skip
-"""Options that a resumed run cannot change: the order of the pictures, and what its state is of."""
-
-OF_THE_MACHINE = frozenset(
-    ["amp", "num_workers", "accumulate", "sync_bn", "compile", "recompute", "cache"]
-)
-"""Options that suit the machine that trains, and say nothing to one that tests."""
-
-DETECTION_OPTIONS = frozenset(
-    ["score_threshold", "nms", "class_agnostic", "max_detections", "background_shortcut"]
-)
-"""Options of --test that decide which boxes are detections."""
-
-OF_ONE_CALL = DETECTION_OPTIONS | {
-    "test", "retest", "eval_backend", "class_map", "resume", "resume_net", "resume_epoch",
-    "basenet", "max_iters", "date", "device", "cuda", "ngpu",
-}  # fmt: skip
-"""Options that a checkpoint's configuration does not hand on to the next call."""
+def _names(value: object) -> tuple[str, ...]:
+    names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
+    if not names or not value:
+        raise UserError(f"classes are {value!r}; give a list of names")
+    return check_classes(value, "the configuration")
 
 
-def parser(
-    *,
-    versions: Iterable[str],
-    sizes: Iterable[int],
-    datasets: Iterable[str],
-    suppressions: Iterable[str],
-    backends: Iterable[str],
-) -> argparse.ArgumentParser:
-    """The command line. Options that are not given are absent from the result, so that a
-    checkpoint's configuration can fill them in before the defaults do."""
-    p = argparse.ArgumentParser(
+def _sets(value: object) -> tuple[ImageSet, ...]:
+    def fits(item: object) -> bool:
+        return (
+            isinstance(item, list | tuple)
+            and len(item) == 2
+            and isinstance(item[0], str | None)
+            and isinstance(item[1], str)
+        )
+
+    if not (isinstance(value, list | tuple) and all(map(fits, value))):
+        raise UserError(f"image sets are {value!r}; give a list of [year or null, name]")
+    return tuple(ImageSet(*item) for item in value)
+
+
+_what = partial(option, "what")
+_testing = partial(option, "testing", only="test")
+_starting = partial(option, "where training starts", only="train")
+_recipe = partial(option, "recipe", only="train")
+_machine = partial(option, "machine", machine=True)
+_output = partial(option, "output")
+
+
+@dataclass(frozen=True)
+class Options(Checked):
+    """What a run is made with."""
+
+    # fmt: off
+    version: str = _what("SSD_HarDNet68", "-v", "--version", choices=BACKBONES, help="network")
+    size: int = _what(512, "-s", "--size", read=int, choices=SIZES,
+        help="side of the square network input, in pixels")
+    dataset: str = _what("VOC", "-d", "--dataset", choices=DATASETS,
+        help="layout of the data; also selects the published settings")
+    root: str = _what("", "--root", metavar="DIR",
+        help="folder of the data (default: ~/data/VOCdevkit, ~/data/COCO)")
+    classes: tuple[str, ...] | None = _what(None, "--classes", metavar="NAMES", check=_names,
+        help="a,b,c or a file with one name a line (default: the classes that the data set "
+             "declares, else those that its annotations contain)")
+    train_sets: tuple[ImageSet, ...] = _what((), "--train_sets", metavar="SETS", check=_sets,
+        only="train", fixed=True,
+        help="e.g. 2007_trainval,2012_trainval; just trainval for a folder that itself holds "
+             "Annotations/, JPEGImages/ and ImageSets/")
+    test_sets: tuple[ImageSet, ...] = _what((), "--test_sets", metavar="SETS", check=_sets,
+        help="e.g. 2007_test, or test")
+    crowds: bool = option("what", True, "--crowds", read=boolean, only="train",
+        help="COCO: train on crowds as on other boxes, as published; 'false' leaves them out")
+
+    recipe: str = _recipe("published", "--recipe", choices=RECIPES, fixed=True,
+        help="defaults of the options below; docs/recipes.md compares them")
+    batch_size: int = option("recipe", 32, "-b", "--batch_size", read=positive, metavar="N",
+        fixed=True, help="images a step, over all GPUs and accumulation steps")
+    accumulate: int = _recipe(1, "--accumulate", read=positive, metavar="N", machine=True,
+        help="parts that the images of a step are cut into, for less memory")
+    max_epoch: int = _recipe(300, "-max", "--max_epoch", read=positive, metavar="N", help="epochs")
+    optimizer: str = _recipe("sgd", "--optimizer", choices=OPTIMIZERS, fixed=True,
+        help="optimiser")
+    lr: float = _recipe(4e-3, "--lr", "--learning-rate", read=number, metavar="X",
+        help="initial learning rate")
+    momentum: float = _recipe(0.9, "--momentum", read=fraction, metavar="X",
+        help="momentum of SGD; first beta of AdamW")
+    weight_decay: float = _recipe(5e-4, "--weight_decay", read=number, metavar="X",
+        help="weight decay")
+    gamma: float = _recipe(0.1, "--gamma", read=number, metavar="X",
+        help="factor of the learning rate at 60, 80 and 90 %% of the epochs (--schedule steps)")
+    warm_epoch: int = _recipe(1, "-we", "--warm_epoch", read=count, metavar="N",
+        help="epochs of linear warm-up")
+    schedule: str = _recipe("steps", "--schedule", choices=SCHEDULES,
+        help="learning rate after the warm-up")
+    norm_decay: bool = _recipe(True, "--norm_decay", read=boolean, fixed=True,
+        help="apply weight decay to biases and to the weights of norms, too")
+    ema: float = _recipe(0.0, "--ema", read=fraction, metavar="X", fixed=True,
+        help="test and keep a moving average of the weights that keeps this share of itself a "
+             "step; 0: none")
+    clip_norm: float = _recipe(0.0, "--clip_norm", read=number, metavar="X",
+        help="largest norm of a step's gradient; 0: any")
+    jaccard_threshold: float = _recipe(0.5, "--jaccard_threshold", read=fraction, metavar="X",
+        help="lowest IoU of a positive prior box")
+    seed: int = _recipe(0, "--seed", read=count, metavar="N", fixed=True,
+        help="seed of weights, order and augmentation")
+    overfit: int = _recipe(0, "--overfit", read=count, metavar="N", fixed=True,
+        help="train and test on the first N training images without augmentation: a correct set-up "
+             "learns them by heart; 0: train as usual")
+
+    sync_bn: bool = _machine(False, "--sync_bn", read=boolean, only="train",
+        help="compute batch norms over the images of all processes (GPUs)")
+    num_workers: int = _machine(8, "--num_workers", read=count, metavar="N",
+        help="processes that load images, by default no more than cores")
+    amp: str = _machine("off", "--amp", choices=AMP_TYPES,
+        help="precision of the network; a training step in bf16 is two to three times faster on "
+             "CPUs that have it")
+    compile: bool = _machine(False, "--compile", read=boolean, only="train",
+        help="train through torch.compile")
+    recompute: bool = _machine(False, "--recompute", read=boolean, only="train",
+        help="compute concatenations again in the backward pass instead of keeping them: less "
+             "memory, more time, the same numbers (not with --compile)")
+    cache: str = _machine("off", "--cache", metavar="off|memory|DIR", only="train",
+        help="keep the decoded training images in shared memory or in a folder, if they fit")
+
+    save_folder: str = _output("weights/", "--save_folder", metavar="DIR",
+        help="folder of all runs")
+    save_frequency: int = _output(10, "--save_frequency", read=count, metavar="N", only="train",
+        help="epochs between kept checkpoints; 0: none")
+    save_minutes: int = _output(10, "--save_minutes", read=count, metavar="N", only="train",
+        help="minutes between saves of last.pth inside an epoch; 0: none")
+    test_frequency: int = _output(10, "--test_frequency", read=count, metavar="N", only="train",
+        help="epochs between evaluations (and one at the end); 0: none, and no test set")
+    log_iters: int = _output(10, "--log_iters", read=steps_or_boolean, metavar="N",
+        help="steps between log lines where output is no terminal; 0: none")
+    visdom: bool = _output(False, "--visdom", read=boolean, only="train",
+        help="write live plots for TensorBoard")
+    send_images_to_visdom: bool = _output(False, "--send_images_to_visdom", read=boolean,
+        only="train", help="with --visdom: also training images with their boxes, and detections")
+
+    priors: str = option("recorded", "VOC", help="prior boxes that the weights are trained with",
+        choices=sorted({name for name, _ in PRIORS}))
+    ngpu: int = option("recorded", 1, help="processes that trained", read=positive)
+    start: str = option("recorded", "", help="where the first weights came from")
+    # fmt: on
+
+    def plain(self) -> dict:
+        """Return the options as a dict that JSON and a checkpoint can hold."""
+        values = {spec.name: getattr(self, spec.name) for spec in dataclasses.fields(self)}
+        lists = {key: [list(s) for s in values[key]] for key in ("train_sets", "test_sets")}
+        return {**values, **lists, "classes": list(self.classes) if self.classes else None}
+
+    @classmethod
+    def of(cls, config: object, path: Path) -> Options:
+        """Return the options that the checkpoint ``path`` stores as its configuration.
+
+        An option that the file does not have takes its default.
+
+        Raises:
+            UserError: the configuration is no dict, or a value breaks its option's rule.
+        """
+        if not isinstance(config, Mapping):
+            raise UserError(f"{path} has no configuration; is it a checkpoint of this program?")
+        known = {spec.name for spec in dataclasses.fields(cls)}
+        try:
+            return cls(**{key: value for key, value in config.items() if key in known})
+        except UserError as error:
+            raise UserError(f"{path}: its configuration cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class Call(Checked):
+    """What one call asks for; a checkpoint does not keep it."""
+
+    # fmt: off
+    test: str | None = option("testing", None, "--test", metavar="FILE",
+        help="evaluate this checkpoint or exported file instead of training")
+    retest: bool = _testing(False, "--retest", read=boolean,
+        help="score the detections of an earlier --test again")
+    conf_thresh: float | None = _testing(None, "--score_threshold", read=fraction, metavar="X",
+        help="lowest score of a detection (default: 0.03 VOC, 0.02 COCO)")
+    nms: str | None = _testing(None, "--nms", choices=SUPPRESSION,
+        help="treatment of overlapping boxes of a class: hard drops them, soft and soft-gaussian "
+             "lower their scores (default: hard)")
+    class_agnostic: bool | None = _testing(None, "--class_agnostic", read=boolean,
+        help="let boxes of different classes suppress each other, too")
+    top_k: int | None = _testing(None, "--max_detections", read=positive, metavar="N",
+        help="most detections of an image, at most 50 of them of a class (default: 300 VOC, 200 "
+             "COCO)")
+    background_shortcut: bool | None = _testing(None, "--background_shortcut", read=boolean,
+        help="drop prior boxes whose background score is 0.9 or more, as the authors' later "
+             "release does")
+    eval_backend: str | None = option("testing", None, "--eval-backend",
+        choices=BACKENDS, help="library that computes COCO's numbers (default: pycocotools)")
+
+    basenet: str | None = _starting(None, "--basenet", metavar="FILE",
+        help="pretrained weights of the base network")
+    resume: str | None = _starting(None, "--resume", metavar="FILE|auto",
+        help="continue a run from its checkpoint (auto: the newest run, or a new one)")
+    resume_net: str | None = _starting(None, "--resume_net", metavar="FILE",
+        help="start a new run from the weights of a whole detector")
+    class_map: str | None = option("where training starts", None, "--class_map", metavar="MAP",
+        help="own=other,... or a file with one a line: the class of the checkpoint of --resume_net "
+             "or --test that an own class corresponds to (default: the class of equal name, and "
+             "VOC's name for COCO's)")
+    resume_epoch: int | None = _starting(None, "--resume_epoch", read=count, metavar="N",
+        help="with --resume_net: the epoch at which the schedule starts (default: 0)")
+    max_iters: int | None = option("recipe", None, "--max_iters", read=positive, metavar="N",
+        only="train", help="stop after this many steps in all, e.g. to try things out")
+
+    device: str | None = option("machine", None, "--device", metavar="NAME",
+        help="auto, cpu, cuda or cuda:N (default: auto)")
+    cuda: bool | None = option("machine", None, "--cuda", read=boolean,
+        help="true: --device cuda; false: --device cpu")
+    ngpu: int | None = option("machine", None, "--ngpu", read=positive, metavar="N",
+        help="GPUs of this machine that share a batch, a process each (torchrun starts the "
+             "processes of several machines: docs/many_gpus.md)")
+    date: str | None = option("output", None, "--date", read=folder_name, metavar="NAME",
+        help="name of the run (default: the time)")
+    # fmt: on
+
+    @property
+    def given_detection(self) -> dict[str, object]:
+        """The detection options of this call, by the names of ``DetectConfig``."""
+        names = (spec.name for spec in dataclasses.fields(DetectConfig))
+        values = {name: getattr(self, name, None) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    def detection(self, published: DetectConfig) -> DetectConfig:
+        """Return ``published`` with the detection options of this call."""
+        return dataclasses.replace(published, **self.given_detection)
+
+    def device_name(self) -> str:
+        """Return what --device and --cuda ask for together.
+
+        Raises:
+            UserError: they contradict each other.
+        """
+        name = self.device or "auto"
+        if self.cuda is None:
+            return name
+        wanted = "cuda" if self.cuda else "cpu"
+        if name not in ("auto", wanted) and not name.startswith(f"{wanted}:"):
+            raise UserError(f"--cuda {self.cuda} contradicts --device {name}; give one of them")
+        return wanted if name == "auto" else name
+
+
+OPTIONS = {spec.name: spec for kind in (Options, Call) for spec in dataclasses.fields(kind)}
+OPTIONS = {name: spec for name, spec in OPTIONS.items() if spec.metadata["flags"]}
+"""Every option of the command line, by name."""
+
+
+# ---------------------------------------------------------------- command line
+
+GROUPS = ("what", "testing", "where training starts", "recipe", "machine", "output")
+"""Headings of --help, in order."""
+
+
+def default_text(spec: dataclasses.Field) -> str:
+    """Return the default of an option for ``--help`` and the README, or "" if its help has it.
+
+    Data sets and recipes that differ are named.
+    """
+    if spec.default in (None, "", ()):
+        return ""
+
+    def text(value: object) -> str:
+        if isinstance(value, bool):
+            return str(value).lower()
+        return f"{value:g}" if isinstance(value, float) else str(value)
+
+    row_field = {"max_epoch": "epochs", "weight_decay": "weight_decay"}.get(spec.name)
+    parts = [text(spec.default)]
+    if row_field:
+        parts = [f"{text(getattr(row, row_field))} {name}" for name, row in DATASETS.items()]
+    words = [", ".join(parts)]
+    words += [f"{name}: {text(values[spec.name])}"
+              for name, values in RECIPES.items() if spec.name in values]  # fmt: skip
+    return "; ".join(words)
+
+
+def parser() -> Parser:
+    """Return the parser of the command line. Options that are not given are absent from its result,
+    so that a checkpoint's configuration can fill them in before the defaults do."""
+    p = Parser(
         description="Train an SSD detector (the default), or evaluate one (--test).",
-        epilog="Own data in VOC layout: train_test.py -d VOC --root FOLDER -s 300. What a "
-        "checkpoint knows (network, size, data set, classes) need not be repeated with --test or "
-        "--resume.",
+        epilog="Own data in VOC layout: train_test.py -d VOC --root FOLDER -s 300. --test and "
+        "--resume take the network, the size, the data set and the classes from the checkpoint.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
-    switch = {"type": boolean, "nargs": "?", "const": True}
-
-    def option(group, *flags: str, help: str, **keywords) -> None:
-        name = next(flag for flag in flags if flag.startswith("--")).removeprefix("--")
-        if name in DEFAULTS:
-            help += f" (default: {DEFAULTS[name]})"
-        group.add_argument(*flags, help=help, **keywords)
-
-    # fmt: off
-    g = p.add_argument_group("what")
-    option(g, "-v", "--version", choices=versions, help="network")
-    option(g, "-s", "--size", type=int, choices=sizes, help="side of the network's input")
-    option(g, "-d", "--dataset", choices=datasets, help="layout of the data, and whose recipe")
-    option(g, "--root", metavar="DIR",
-           help="where the data are (default: ~/data/VOCdevkit, ~/data/COCO)")
-    option(g, "--classes", metavar="NAMES",
-           help="a,b,c or a file with one name a line (default: what the data set declares, else "
-                "what its annotations contain)")
-    option(g, "--train_sets", metavar="SETS",
-           help="e.g. 2007_trainval,2012_trainval, or trainval for a folder that itself holds "
-                "Annotations/, JPEGImages/ and ImageSets/")
-    option(g, "--crowds", **switch,
-           help="COCO: train on crowds as on other boxes, as published; 'false' leaves them out "
-                "(default: true)")
-    option(g, "--test_sets", metavar="SETS", help="e.g. 2007_test, or test")
-
-    g = p.add_argument_group("testing")
-    option(g, "--test", metavar="FILE", help="evaluate this checkpoint instead of training")
-    option(g, "--retest", **switch, help="score the detections of an earlier --test again")
-    option(g, "--score_threshold", type=fraction, metavar="X",
-           help="lowest score of a detection with --test (default: 0.03 VOC, 0.02 COCO)")
-    option(g, "--nms", choices=suppressions,
-           help="with --test: what becomes of overlapping boxes of a class; soft ones keep them at "
-                "a lower score (default: hard)")
-    option(g, "--class_agnostic", **switch,
-           help="with --test: boxes of different classes suppress each other, too")
-    option(g, "--max_detections", type=positive, metavar="N",
-           help="with --test: most detections of a picture, of which at most 50 of a class "
-                "(default: 300 VOC, 200 COCO)")
-    option(g, "--background_shortcut", **switch,
-           help="with --test: nothing where the background's score is 0.9 or more, as in the "
-                "authors' later release")
-    option(g, "--eval-backend", "--eval_backend", choices=backends,
-           help="what computes COCO's numbers (default: pycocotools)")
-
-    g = p.add_argument_group("where training starts")
-    option(g, "--basenet", metavar="FILE", help="pretrained weights of the base network")
-    option(g, "--resume", metavar="FILE|auto",
-           help="go on with a run from its checkpoint (auto: the newest run, or a new one)")
-    option(g, "--resume_net", metavar="FILE",
-           help="start a new run from the weights of a whole detector")
-    option(g, "--class_map", metavar="MAP",
-           help="own=other,... or a file with one a line: which class of the checkpoint of "
-                "--resume_net or --test an own class is (default: the one of equal name, and VOC's "
-                "name for COCO's)")
-    option(g, "--resume_epoch", type=count, metavar="N",
-           help="with --resume_net: the epoch at which the schedule starts (default: 0)")
-
-    g = p.add_argument_group("recipe")
-    option(g, "--recipe", choices=TRAINING_RECIPES,
-           help="what the options below default to; docs/recipes.md compares them")
-    option(g, "-b", "--batch_size", type=positive, metavar="N",
-           help="pictures a step, of all GPUs and accumulation steps together")
-    option(g, "--accumulate", type=positive, metavar="N",
-           help="parts that a step's pictures are cut into, for less memory")
-    option(g, "-max", "--max_epoch", type=positive, metavar="N",
-           help="epochs (default: 300 VOC, 150 COCO)")
-    option(g, "--max_iters", type=positive, metavar="N",
-           help="stop after this many steps in all, e.g. to try things out")
-    option(g, "--optimizer", choices=OPTIMIZERS, help="(default: sgd; modern: adamw)")
-    option(g, "--lr", "--learning-rate", type=number, metavar="X",
-           help="initial learning rate (default: 4e-3; modern: 1e-3)")
-    option(g, "--momentum", type=fraction, metavar="X", help="of SGD; of AdamW its first beta")
-    option(g, "--weight_decay", type=number, metavar="X",
-           help="(default: 5e-4 VOC, 1e-4 COCO; modern: 0.05)")
-    option(g, "--gamma", type=number, metavar="X",
-           help="factor of the learning rate at 60, 80 and 90 %% of the epochs (--schedule steps)")
-    option(g, "-we", "--warm_epoch", type=count, metavar="N",
-           help="epochs of linear warm-up (default: 1; modern: 3)")
-    option(g, "--schedule", choices=SCHEDULES,
-           help="of the learning rate after the warm-up (default: steps; modern: cosine)")
-    option(g, "--norm_decay", **switch,
-           help="weight decay also on biases and on the weights of norms (default: true; modern: "
-                "false)")
-    option(g, "--ema", type=fraction, metavar="X",
-           help="test and keep a moving average of the weights that keeps this share of itself a "
-                "step, 0: none (default: 0; modern: 0.9998)")
-    option(g, "--clip_norm", type=number, metavar="X",
-           help="largest norm of a step's gradient, 0: any (default: 0)")
-    option(g, "--jaccard_threshold", type=fraction, metavar="X",
-           help="least IoU of a positive prior box")
-    option(g, "--seed", type=count, metavar="N", help="of weights, order and augmentation")
-    option(g, "--overfit", type=count, metavar="N",
-           help="train and test on the first N training pictures, without augmentation: a set-up "
-                "that is right learns them by heart; 0: train as usual")
-
-    g = p.add_argument_group("machine")
-    option(g, "--device", metavar="NAME", help="auto, cpu, cuda or cuda:N (default: auto)")
-    option(g, "--cuda", **switch, help="the same as --device cuda; 'false': --device cpu")
-    option(g, "--ngpu", type=positive, metavar="N",
-           help="GPUs of this machine that share a batch, a process each (torchrun starts the "
-                "processes of several machines: docs/many_gpus.md)")
-    option(g, "--sync_bn", **switch,
-           help="batch normalisation over the pictures of all processes")
-    option(g, "--num_workers", type=count, metavar="N",
-           help="processes that load pictures, unless given no more than cores")
-    option(g, "--amp", choices=AMP_TYPES,
-           help="precision of the network; a training step in bf16 is two to three times faster on "
-                "CPUs that have it")
-
-    option(g, "--compile", **switch, help="train through torch.compile")
-    option(g, "--recompute", **switch,
-           help="make concatenations anew in the backward pass instead of keeping them: less "
-                "memory, more time, the same numbers (not with --compile)")
-    option(g, "--cache", metavar="off|memory|DIR",
-           help="keep the decoded training pictures, if they fit, in shared memory or in a folder")
-
-    g = p.add_argument_group("output")
-    option(g, "--save_folder", metavar="DIR", help="where runs are kept")
-    option(g, "--date", metavar="NAME", type=folder_name,
-           help="name of the run (default: the time)")
-    option(g, "--save_frequency", type=count, metavar="N",
-           help="epochs between kept checkpoints, 0: none")
-    option(g, "--save_minutes", type=count, metavar="N",
-           help="minutes between savings of last.pth inside an epoch, 0: none")
-    option(g, "--test_frequency", type=count, metavar="N",
-           help="epochs between evaluations (and one at the end), 0: none and no test set")
-    option(g, "--log_iters", type=steps_or_boolean, metavar="N",
-           help="steps between log lines where there is no terminal, 0: none")
-    option(g, "--visdom", **switch, help="live plots, written for TensorBoard")
-    option(g, "--send_images_to_visdom", **switch,
-           help="with --visdom: training pictures with their boxes, and detections, too")
-    # fmt: on
+    groups = {name: p.add_argument_group(name) for name in GROUPS}
+    for name, spec in OPTIONS.items():
+        meta, default = spec.metadata, default_text(spec)
+        keywords = {"dest": name, "help": meta["help"] + (f" (default: {default})" * bool(default))}
+        if meta["read"] is boolean:
+            keywords |= {"type": boolean, "nargs": "?", "const": True}
+        else:
+            keywords |= {"type": meta["read"], "choices": meta["choices"]}
+            keywords["metavar"] = meta["metavar"]
+        groups[meta["group"]].add_argument(*meta["flags"], **keywords)
     return p
 
 
-# ---------------------------------------------------------------- meaning
-
-
-def device_name(given: dict) -> str:
-    """The device that --device and --cuda mean; UserError where they contradict each other."""
-    name = given.get("device", "auto")
-    if "cuda" in given:
-        wanted = "cuda" if given["cuda"] else "cpu"
-        if name not in ("auto", wanted) and not name.startswith(f"{wanted}:"):
-            raise UserError(f"--cuda {given['cuda']} contradicts --device {name}; give one of them")
-        name = wanted if name == "auto" else name
-    return name
-
-
-def check_gpus(ngpu: int, device: torch.device) -> None:
-    """UserError unless ``ngpu`` GPUs, counted from the first, can share a batch."""
-    if launched() and ngpu != int(os.environ["LOCAL_WORLD_SIZE"]):
-        raise UserError(
-            f"--ngpu {ngpu} contradicts torchrun, which has started "
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes here; leave the option out"
-        )
-    gpus = torch.cuda.device_count() if device.type == "cuda" else 0
-    if ngpu > max(gpus, 1):
-        raise UserError(f"--ngpu {ngpu} on {device}: PyTorch sees {gpus} GPUs; give fewer")
-    if ngpu > 1 and device.index:
-        raise UserError(f"--ngpu {ngpu} uses the first GPUs; leave --device {device} out")
-
-
-def check_config(saved: Mapping, path: Path) -> dict:
-    """The configuration of one of our checkpoints, with its classes.
+def parse(argv: Sequence[str]) -> tuple[Call, dict[str, object]]:
+    """Return what the command line asks of this call, and the ``Options`` that it gives.
 
     Raises:
-        UserError: a field is missing, or not of the kind that this program writes.
+        UserError: an option is given that the kind of call, training or testing, does not have.
+        SystemExit: as ``argparse``.
     """
-    config, classes = saved.get("config"), saved.get("classes")
-    expected = {**DEFAULTS, **TRAINING_RECIPES["published"], "root": "", "priors": ""}
-    expected |= {"max_epoch": 1, "weight_decay": 0.0, "crowds": True}
-    expected |= {"train_sets": [], "test_sets": []}
-    if not isinstance(config, dict):
-        raise UserError(f"{path}: its configuration is no dict; is it a file of this program?")
-    if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
-        raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
-    choices = {"version": BACKBONES, "size": SIZES, "dataset": DATASETS, "amp": AMP_TYPES}
-    choices["priors"] = {name for name, _ in PRIORS}
-    choices |= {"recipe": TRAINING_RECIPES, "schedule": SCHEDULES, "optimizer": OPTIMIZERS}
-    for key, example in expected.items():
-        if key in LATER and key not in config:
-            continue
-        value = config.get(key)
-        right = isinstance(value, type(example)) or (
-            isinstance(example, float) and isinstance(value, int)
+    given = vars(parser().parse_args(argv))
+    names = {spec.name for spec in dataclasses.fields(Call)}
+    call = Call(**{name: value for name, value in given.items() if name in names})
+    refused = "train" if call.test else "test"
+    wrong = [
+        flag_of(OPTIONS[name])
+        for name, value in given.items()
+        # A switch that is given as off asks for nothing.
+        if OPTIONS[name].metadata["only"] == refused
+        and not (value is False and not OPTIONS[name].default)
+    ]
+    if wrong and call.test:
+        raise UserError(
+            f"{', '.join(wrong)}: for training, but --test evaluates; give one of them"
         )
-        if not right or (key in choices and value not in choices[key]):
-            raise UserError(f"{path}: its configuration has {key} {value!r}, which is not valid")
-    if config["size"] not in BACKBONES[config["version"]].sizes:
-        raise UserError(f"{path}: {config['version']} does not exist at size {config['size']}")
-    return {**config, "classes": classes}
+    if wrong:
+        raise UserError(f"{', '.join(wrong)}: for testing only; give --test FILE, too")
+    return call, {name: value for name, value in given.items() if name not in names}

@@ -1,36 +1,40 @@
-"""The two loops, training steps and detection over a data set: their arguments are all they use."""
+"""One training step, and detection over a data set."""
 
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.config import INPUT_MEAN
 from engine.distributed import SINGLE_PROCESS, World, no_sync
+from layers import Detect, MultiBoxLoss
 from utils.device import autocast, to_input
+
+Batch = tuple[Tensor, list[Tensor], list[int]]
+"""Images uint8 [B, 3, S, S]; ground truth [n, 5] of each; their indices in the data set."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What one training step did. Its values may still be on their way from a GPU."""
+    """Result of one training step. Its values may still be on their way from a GPU."""
 
     lr: float
     images: Tensor
-    """The last batch as it was fed, uint8 [B, 3, S, S]."""
+    """The last batch, uint8 [B, 3, S, S]."""
     targets: list[Tensor]
-    """Of those images, [n, 5] each."""
+    """Ground truth of those images, [n, 5] each."""
     values: Tensor
     arrived: torch.cuda.Event | None
 
     def results(self) -> tuple[float, float, bool]:
-        """(location loss, confidence loss, whether any process was asked to stop).
+        """Return (location loss, confidence loss, whether any process was asked to stop).
 
-        Of the batch of all processes; waits for a GPU to have finished the step.
+        The losses are those of the batch of all processes. Waits until a GPU has finished the step.
         """
         if self.arrived is not None:
             self.arrived.synchronize()
@@ -38,95 +42,103 @@ class Step:
         return loss_loc, loss_conf, stop > 0
 
 
-def train_steps(
-    net: nn.Module,
-    criterion: nn.Module,
-    priors: Tensor,
-    batches: Iterable[tuple[Tensor, list[Tensor], list[int]]],
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    learning_rates: Iterable[float],
-    mean: Sequence[float],
-    amp: str,
-    *,
-    accumulate: int = 1,
-    clip_norm: float = 0.0,
-    world: World = SINGLE_PROCESS,
-    stopping: Callable[[], bool] = lambda: False,
-) -> Iterator[Step]:
-    """Train on ``batches``, an optimiser step from every ``accumulate`` of them.
+class TrainStep:
+    """Forward, loss, backward and update of one optimiser step.
 
-    The losses of a step are divided by the positive priors of all its batches and processes: cut
-    into parts, a batch gives the gradient of the whole, up to batch normalisation and rounding.
-    Nothing here waits for a GPU, but for the scaler of fp16 and synchronised batch norms.
+    A step may be cut into parts (gradient accumulation). Its losses are divided by the positive
+    priors of all its parts and processes, so that the parts give the gradient of the whole batch,
+    up to batch normalisation and rounding. The step waits for a GPU only under fp16 (the gradient
+    scaler) and with synchronised batch norms.
 
-    Args:
-        net: maps images to (loc, conf), over several processes as ``world.replicate`` gives it;
-            put into training mode here.
-        criterion: a ``layers.MultiBoxLoss``; the sum of its two losses is minimised.
-        priors: on the device that does the work.
-        batches: (uint8 images [B, 3, S, S], targets, data-set indices of the images).
-        scaler: enabled for fp16 only.
-        learning_rates: one a step, drawn as the steps are made.
-        amp: a key of ``AMP_TYPES``.
-        clip_norm: largest L2 norm of the gradient of all parameters, 0: any.
-        stopping: asked once a step; ``Step.results`` tells what any process answered.
-
-    Yields:
-        After every step. A loss that is not finite has spoilt the weights by then.
+    Args of the constructor:
+        net: maps images to (loc, conf). Over several processes it is ``world.replicate(net)``.
+        criterion: the sum of its two losses is minimised.
+        priors: [P, 4], on the device of the network.
+        optimizer: updates the parameters of ``net``.
+        amp: a key of ``utils.device.AMP_TYPES``.
+        clip_norm: largest L2 norm of the gradient of all parameters; 0: any.
+        world: the processes that train together.
     """
-    net.train()
-    device = priors.device
-    batches = iter(batches)
-    steps = iter(lambda: list(itertools.islice(batches, accumulate)), [])
-    # The batches first: a rate is asked for only if there is a step to make with it.
-    for parts, lr in zip(steps, learning_rates, strict=False):
-        if len(parts) < accumulate:
-            return
-        for group in optimizer.param_groups:
+
+    def __init__(
+        self,
+        net: nn.Module,
+        criterion: MultiBoxLoss,
+        priors: Tensor,
+        optimizer: torch.optim.Optimizer,
+        *,
+        amp: str = "off",
+        clip_norm: float = 0.0,
+        world: World = SINGLE_PROCESS,
+    ):
+        self.net = net
+        self.criterion = criterion
+        self.priors = priors
+        self.optimizer = optimizer
+        self.amp = amp
+        self.clip_norm = clip_norm
+        self.world = world
+        self.scaler = torch.amp.GradScaler(priors.device.type, enabled=amp == "fp16")
+
+    def __call__(self, parts: Sequence[Batch], lr: float, stop: bool = False) -> Step:
+        """Make one step with learning rate ``lr`` from the batches ``parts``.
+
+        ``stop``: whether this process was asked to stop; ``Step.results`` tells all processes.
+        A loss that is not finite has already spoilt the weights when the step returns.
+        """
+        self.net.train()
+        for group in self.optimizer.param_groups:
             group["lr"] = lr
-        optimizer.zero_grad(set_to_none=True)
-        matched = [criterion.match(targets, priors) for _, targets, _ in parts]
-        positives = world.sum(sum((labels > 0).sum() for labels, _ in matched))
+        self.optimizer.zero_grad(set_to_none=True)
+        total = self._backward(parts)
+        total[2] = float(stop)
+        self.world.sum(total)
+        if self.clip_norm:
+            self.scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        values, arrived = total.to("cpu", non_blocking=True), None
+        if total.is_cuda:
+            arrived = torch.cuda.Event()
+            arrived.record(torch.cuda.current_stream(total.device))
+        images, targets, _ = parts[-1]
+        return Step(lr, images, targets, values, arrived)
+
+    def _backward(self, parts: Sequence[Batch]) -> Tensor:
+        """Add the gradients of all parts; return [location loss, confidence loss, 0]."""
+        device = self.priors.device
+        matched = [self.criterion.match(targets, self.priors) for _, targets, _ in parts]
+        positives = self.world.sum(sum((labels > 0).sum() for labels, _ in matched))
         total = torch.zeros(3, device=device)
         for k, ((images, _, _), (labels, offsets)) in enumerate(zip(parts, matched, strict=True)):
-            with no_sync(net) if k < accumulate - 1 else contextlib.nullcontext():
-                with autocast(device, amp):
-                    outputs = net(to_input(images, mean, device))
-                losses = criterion.loss(outputs, labels, offsets, positives)
-                # Over the processes gradients are averaged, but these losses are to be summed.
-                scaler.scale(sum(losses) * world.size).backward()
+            last = k == len(parts) - 1
+            with contextlib.nullcontext() if last else no_sync(self.net):
+                with autocast(device, self.amp):
+                    outputs = self.net(to_input(images, INPUT_MEAN, device))
+                losses = self.criterion.loss(outputs, labels, offsets, positives)
+                # DDP averages gradients over the processes, but these losses are to be summed.
+                self.scaler.scale(sum(losses) * self.world.size).backward()
             total[:2] += torch.stack(losses).detach()
-        total[2] = float(stopping())
-        world.sum(total)
-        if clip_norm:
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(net.parameters(), clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        values, arrived = total.to("cpu", non_blocking=True), None
-        if device.type == "cuda":
-            arrived = torch.cuda.Event()
-            arrived.record(torch.cuda.current_stream(device))
-        images, targets, _ = parts[-1]
-        yield Step(lr, images, targets, values, arrived)
+        return total
 
 
 @torch.no_grad()
 def detect_all(
     net: nn.Module,
-    detect: nn.Module,
+    detect: Detect,
     priors: Tensor,
-    batches: Iterable[tuple[Tensor, list[Tensor]]],
-    mean: Sequence[float],
-    amp: str,
+    batches: Iterable[tuple[Tensor, Sequence[Tensor]]],
+    amp: str = "off",
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> list[dict[str, np.ndarray]]:
-    """Detections of every image, in order, as arrays; the net's mode is restored afterwards.
+    """Return the detections of every image, in order. The mode of ``net`` is restored afterwards.
 
     Args:
-        detect: maps (loc, conf, priors, sizes) to one dict of tensors an image.
-        batches: (uint8 images [B, 3, S, S], (width, height) of each picture).
+        net: maps images to (loc, conf).
+        priors: [P, 4], on the device of the network.
+        batches: (uint8 images [B, 3, S, S], (width, height) of each original image).
+        amp: a key of ``utils.device.AMP_TYPES``.
         on_batch: called with the number of images after every batch; may raise to stop.
 
     Returns:
@@ -138,7 +150,7 @@ def detect_all(
         detections = []
         for images, sizes in batches:
             with autocast(priors.device, amp):
-                loc, conf = net(to_input(images, mean, priors.device))
+                loc, conf = net(to_input(images, INPUT_MEAN, priors.device))
             found = detect(loc, conf, priors, [tuple(size.tolist()) for size in sizes])
             detections += [{key: value.cpu().numpy() for key, value in d.items()} for d in found]
             on_batch(len(images))

@@ -8,15 +8,14 @@ import subprocess
 import sys
 import tempfile
 import types
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from unittest import mock
 
 import pytest
 import torch
 
-import utils.nms as nms_module
-from utils.nms import backend, backend_reason
+from utils.nms import backend, backend_reason, backends
 
 TESTS = Path(__file__).parent
 compiled = pytest.mark.skipif(backend() != "cython", reason=f"backend is torch: {backend_reason()}")
@@ -24,7 +23,7 @@ needs_compiler = pytest.mark.skipif(
     not shutil.which("c++") or sys.platform == "win32", reason="no C++ compiler with ucontext.h"
 )
 needs_torchvision = pytest.mark.skipif(
-    nms_module._torchvision()[0] is None, reason=nms_module._torchvision()[1]
+    backends.torchvision()[0] is None, reason=backends.torchvision()[1]
 )
 EXACT = [
     "torch",
@@ -44,36 +43,19 @@ def kernel_on_the_cpu():
         library = Path(folder, "library.so")
         command = ["c++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]
         command += ["-include", TESTS / "cuda_on_cpu.h", '-DARCHITECTURES="a CPU"', "-x", "c++"]
-        subprocess.run(
-            [*command, nms_module.__path__[0] + "/_cuda_nms.cu", "-o", library], check=True
-        )
-        return nms_module._load_library(library)
+        source = Path(backends.__file__).with_name("_cuda_nms.cu")
+        subprocess.run([*command, source, "-o", library], check=True)
+        return backends.load_library(library)
 
 
 @contextmanager
-def using(routine):
+def using(routine: str) -> Iterator[None]:
     """Make one routine serve tensors on the CPU."""
-    with ExitStack() as stack:
-
-        def patch(target, name, value):
-            stack.enter_context(mock.patch.object(target, name, value))
-
-        if routine == "cython":
-            assert backend() == "cython"
-        elif routine == "torch":
-            patch(nms_module, "_extension", lambda: (None, "a test"))
-        elif routine == "cuda":
-            library = kernel_on_the_cpu()
-            patch(nms_module, "_library", lambda index: (library, "a test"))
-            patch(nms_module, "_routine", lambda *_: nms_module._cuda)
-            patch(torch.cuda, "device", nullcontext)
-            patch(torch.cuda, "current_stream", lambda: types.SimpleNamespace(cuda_stream=None))
-        elif routine == "torchvision":
-            patch(
-                nms_module,
-                "_routine",
-                lambda device, method, count: (
-                    nms_module._by_torchvision if count else nms_module._torch_hard
-                ),
-            )
+    with pytest.MonkeyPatch.context() as patch:
+        if routine == "cuda":
+            patch.setattr(backends, "library", lambda index: (kernel_on_the_cpu(), "a test"))
+            patch.setattr(torch.cuda, "device", nullcontext)
+            stream = types.SimpleNamespace(cuda_stream=None)
+            patch.setattr(torch.cuda, "current_stream", lambda: stream)
+        patch.setattr(backends, "_backend", lambda device: (routine, "a test"))
         yield

@@ -46,8 +46,9 @@ def tree(tmp_path):
     (root / "utils/nms").mkdir(parents=True)
     for name in ("setup.py", "make.sh", "pyproject.toml", "README.md", "utils/__init__.py"):
         shutil.copy(ROOT / name, root / name)
-    for name in ("build.py", "nms/__init__.py", "nms/_cpu_nms.pyx", "nms/_cuda_nms.cu"):
-        shutil.copy(ROOT / "utils" / name, root / "utils" / name)
+    for path in (ROOT / "utils/build.py", *(ROOT / "utils/nms").iterdir()):
+        if path.suffix in (".py", ".pyx", ".cu"):
+            shutil.copy(path, root / path.relative_to(ROOT))
     return root
 
 

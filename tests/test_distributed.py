@@ -37,7 +37,7 @@ from torch import nn
 
 import models
 import train_test
-from data.config import INPUT_MEAN, VOC_300
+from data.config import VOC_300
 from data.loading import EpochSampler
 from engine.distributed import (
     SINGLE_PROCESS,
@@ -49,7 +49,7 @@ from engine.distributed import (
     join,
     leave,
 )
-from engine.steps import train_steps
+from engine.steps import TrainStep
 from layers import MultiBoxLoss, PriorBox
 from models import build_net
 from utils.checkpoint import load_checkpoint
@@ -87,29 +87,19 @@ def train_in_double(world: World, accumulate: int) -> dict:
     targets = torch.cat([corners, corners + sides, labels], 2)
     sampler = EpochSampler(24, 12, 0, world.rank, world.size, accumulate)
 
-    def batches():
-        for epoch in range(3):
-            sampler.set_epoch(epoch, 0)
-            for keys in sampler:
-                indices = [index for _, index in keys]
-                # An unequal number of boxes, and images without any.
-                yield images[indices], [targets[i, : i % 4] for i in indices], indices
-
-    steps = train_steps(
-        forward,
-        MultiBoxLoss(3),
-        PriorBox(VOC_300)(),
-        batches(),
-        torch.optim.SGD(net.parameters(), 4e-3, momentum=0.9, weight_decay=5e-4),
-        torch.amp.GradScaler("cpu", enabled=False),
-        [1e-3] * 2 + [4e-3] * 4,
-        INPUT_MEAN,
-        "off",
-        accumulate=accumulate,
-        clip_norm=20.0,
-        world=world,
-    )
-    losses = [step.results() for step in steps]
+    optimizer = torch.optim.SGD(net.parameters(), 4e-3, momentum=0.9, weight_decay=5e-4)
+    priors = PriorBox(VOC_300)()
+    step = TrainStep(forward, MultiBoxLoss(3), priors, optimizer, clip_norm=20.0, world=world)
+    losses, parts = [], []
+    for epoch in range(3):
+        sampler.set_epoch(epoch, 0)
+        for keys in sampler:
+            indices = [index for _, index in keys]
+            # An unequal number of boxes, and images without any.
+            parts.append((images[indices], [targets[i, : i % 4] for i in indices], indices))
+            if len(parts) == accumulate:
+                losses.append(step(parts, 1e-3 if len(losses) < 2 else 4e-3).results())
+                parts = []
     return {"losses": losses, "model": net.state_dict()}
 
 

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-import utils.nms
 from data.config import VOC_300
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import BACKBONES, build_net
 from utils.checkpoint import load_checkpoint
-from utils.nms import METHODS, backend, backend_reason, batched_nms, nms
+from utils.nms import METHODS, backend, backend_reason, backends, batched_nms, nms
 
 pytestmark = [
     pytest.mark.gpu,
@@ -93,9 +92,9 @@ def routine(request, monkeypatch):
         if backend("cuda") != "cuda":
             pytest.skip(backend_reason("cuda"))
     else:
-        monkeypatch.setattr(utils.nms, "_library", lambda index: (None, "a test"))
+        monkeypatch.setattr(backends, "library", lambda index: (None, "a test"))
     if request.param == "torch":
-        monkeypatch.setattr(utils.nms, "_torchvision", lambda: (None, "a test"))
+        monkeypatch.setattr(backends, "torchvision", lambda: (None, "a test"))
     assert backend("cuda") == request.param
     return request.param
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -21,23 +23,30 @@ FLOORS = (
     ("demo",),
     ("benchmarks", "docs"),
 )
-"""A room uses the rooms of the floors below it, and itself. Nothing uses what stands above."""
+"""A room imports from itself and from the rooms of lower floors."""
 ROOMS = [room for floor in FLOORS for room in floor]
 NOT_YET = (
     "benchmarks/forward.py",
     "tools/chart.py",
     "tools/report.py",
-    "utils/build.py",
 )
-MODULES = sorted(
-    path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
-    for folder in ROOMS
-    for path in (ROOT / folder).rglob("*.py")
-)
+
+
+def files_of(room: str) -> list[Path]:
+    file = ROOT / f"{room}.py"
+    return [file] if file.is_file() else sorted((ROOT / room).rglob("*.py"))
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").as_posix().replace("/", ".")
+    return parts.removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for room in ROOMS for path in files_of(room)}
 
 
 def own_imports(path: Path) -> set[tuple[str, bool]]:
-    """(module, whether inside a function) of every own module that a file imports."""
+    """Return (module, whether inside a function) of every own module that a file imports."""
     found = set()
 
     def visit(node: ast.AST, inside: bool) -> None:
@@ -45,19 +54,15 @@ def own_imports(path: Path) -> set[tuple[str, bool]]:
             found.update((alias.name, inside) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: imports are absolute here"
-            found.add((node.module, inside))
+            for alias in node.names:
+                member = f"{node.module}.{alias.name}"
+                found.add((member if member in MODULES else node.module, inside))
         for child in ast.iter_child_nodes(node):
             inner = inside or isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
             visit(child, inner)
 
     visit(ast.parse(path.read_text("utf-8")), False)
     return {(name, inside) for name, inside in found if name.split(".")[0] in ROOMS}
-
-
-def files_of(room: str) -> list[Path]:
-    return [ROOT / f"{room}.py"] if (ROOT / f"{room}.py").is_file() else sorted(
-        (ROOT / room).rglob("*.py")
-    )
 
 
 @pytest.mark.parametrize("floor", range(len(FLOORS)))
@@ -69,6 +74,16 @@ def test_a_room_imports_only_what_lies_below_it(floor):
                 if path.relative_to(ROOT).as_posix() not in NOT_YET:
                     assert name.split(".")[0] in below | {room}, f"{path} imports {name}"
                     assert not inside, f"{path} imports {name} inside a function"
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    imports = {
+        module: {name for name, _ in own_imports(path)} for module, path in MODULES.items()
+    }
+    try:
+        TopologicalSorter(imports).prepare()
+    except CycleError as error:
+        pytest.fail(" imports ".join(reversed(error.args[1])))
 
 
 def test_torchvision_is_never_imported_at_module_level():
@@ -90,7 +105,7 @@ before = (torch.get_default_dtype(), torch.get_default_device(), torch.get_num_t
           str(numpy.random.get_state()[1]), os.getcwd(), torch.backends.cudnn.benchmark)
 import importlib
 sys.argv = ["program", "--unknown"]
-for name in {[*MODULES, "train_test"]!r}:
+for name in {[*MODULES]!r}:
     importlib.import_module(name)
 after = (torch.get_default_dtype(), torch.get_default_device(), torch.get_num_threads(),
          torch.get_rng_state().tolist(), torch.is_grad_enabled(), cv2.getNumThreads(),
@@ -128,6 +143,4 @@ from data import VOCDetection, COCODetection, detection_collate
 
 
 def environment() -> dict[str, str]:
-    import os
-
     return {**os.environ, "PYTHONPATH": str(ROOT)}

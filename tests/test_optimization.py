@@ -9,23 +9,14 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from engine.optim import MovingAverage, parameter_groups
-from engine.schedule import COSINE_END, ema_decay_at, lr_at
+from engine.optim import COSINE_END, MovingAverage, ema_decay_at, lr_at, parameter_groups
+from engine.options import Options
 from models import build_net
 
 
 def rate(step, epochs=150, warm_epochs=1, schedule="steps"):
-    return lr_at(
-        step,
-        steps_per_epoch=100,
-        epochs=epochs,
-        base_lr=4e-3,
-        schedule=schedule,
-        gamma=0.1,
-        milestones=(0.6, 0.8, 0.9),
-        warm_epochs=warm_epochs,
-        start_lr=1e-6,
-    )
+    recipe = Options(max_epoch=epochs, warm_epoch=warm_epochs, schedule=schedule)
+    return lr_at(step, 100, recipe)
 
 
 @pytest.mark.parametrize("schedule", ["steps", "cosine"])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from data.config import COCO_300, COCO_CLASSES, INPUT_MEAN, VOC_300, VOC_CLASSES
+from data.config import COCO_300, COCO_CLASSES, VOC_300, VOC_CLASSES
 from data.transforms import TestTransform
 from engine.steps import detect_all
 from inference.predictor import Predictor
@@ -50,7 +50,7 @@ def evaluated(net, images, priors, **chosen) -> list[dict]:
         )
         for image in images
     ]
-    return detect_all(net, Detect(**chosen), PriorBox(priors)(), batches, INPUT_MEAN, "off")
+    return detect_all(net, Detect(**chosen), PriorBox(priors)(), batches)
 
 
 def assert_same(found: list[dict], wanted: list[dict]) -> None:

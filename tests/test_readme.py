@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,15 +18,16 @@ import torch
 from conftest import write_voc
 
 from data import DATASETS
-from data.config import LR_MILESTONES, PER_CLASS
-from engine.options import DEFAULTS, TRAINING_RECIPES
+from data.config import PER_CLASS
+from engine.optim import LR_MILESTONES
+from engine.options import Options
 from layers.detect import SUPPRESSION
 from models import BACKBONES, build_net
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-PUBLISHED = {**DEFAULTS, **TRAINING_RECIPES["published"]}
+PUBLISHED = asdict(Options())
 COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
 SMALL = ["--max_iters", "1", "-b", "2", "--num_workers", "0", "--device", "cpu"]
 

@@ -18,6 +18,7 @@ module needs nothing but the standard library.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import os
 import re
@@ -358,8 +359,7 @@ def main() -> int:
     if args.missing:
         lines = missing(args.missing)
     elif args.check:
-        from utils import nms
-
+        nms = importlib.import_module("utils.nms")  # here: building has to do without PyTorch
         lines = [
             f"NMS on the {name}: {nms.backend(device)} ({nms.backend_reason(device)})"
             for name, device in (("CPU", "cpu"), ("GPU", "cuda"))

@@ -1,20 +1,23 @@
-"""The one exception for a user's mistake, and how a command line ends on it."""
+"""The exception for a user's mistake, and the way a command line reports it."""
+
+from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable, Sequence
 
+from utils.console import accept_any_text, discard_output
+
 
 class UserError(Exception):
-    """Bad usage or bad input: one sentence that names the file, the value and the fix.
+    """Bad usage or bad input; its text is one sentence with the file, the value and the fix.
 
     Command lines print it to stderr without a traceback and exit with status 2.
     """
 
 
 def reason(error: OSError) -> str:
-    """The file, if the system names one, and what is wrong with it."""
+    """Return what is wrong, with the file if the system names one."""
     what = error.strerror or str(error) or type(error).__name__
     return f"{error.filename}: {what}" if error.filename else what
 
@@ -25,21 +28,24 @@ def first_line(error: BaseException) -> str:
 
 
 def command(main: Callable[..., int]) -> Callable[[Sequence[str] | None], int]:
-    """A ``main`` that ends with a sentence on stderr, and a status, instead of with a traceback.
+    """Decorate the ``main`` of a command line: report mistakes in a sentence, not a traceback.
 
-    2 after a ``UserError`` or a file that cannot be read or written; 130 after Ctrl-C. Who reads
-    the output may leave before its end (``| head``): that is no error, and status 0.
+    Exit status: 2 after a ``UserError`` or an error of a file, 130 after Ctrl-C, 0 when the reader
+    of standard output has left (``| head``). Other exceptions pass.
     """
 
     @functools.wraps(main)
     def run(argv: Sequence[str] | None = None) -> int:
+        accept_any_text()
         try:
             status = main(argv)
             sys.stdout.flush()
             return status
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is buffered
+            discard_output()
             return 0
+        except ConnectionError:  # of another process; no file of the user
+            raise
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

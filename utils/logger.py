@@ -1,4 +1,4 @@
-"""One logger, set up once by the command line; a progress line on a terminal; a log per run."""
+"""The logger, which a command line sets up; a progress line on a terminal; the log of a run."""
 
 from __future__ import annotations
 
@@ -11,20 +11,34 @@ from pathlib import Path
 
 import numpy as np
 
+from utils.console import accept_any_text, discard_output
+
 LOGGER = logging.getLogger("ssd")
 
 
-def setup_logging(file: Path | None = None, quiet: bool = False) -> None:
-    """Send messages to standard output and, if given, to ``file`` (appended), with the time.
+class _Console(logging.StreamHandler):
+    """Messages on standard output; the program goes on when nobody reads them any more."""
 
-    ``quiet``: drop them, as another process of the job says the same.
+    def handleError(self, record: logging.LogRecord) -> None:
+        if isinstance(sys.exc_info()[1], OSError):
+            discard_output()
+        else:
+            super().handleError(record)
+
+
+def setup_logging(file: Path | None = None, quiet: bool = False) -> None:
+    """Send messages with the time to standard output and, if given, to the end of ``file``.
+
+    Args:
+        quiet: drop them, because another process of the job sends the same.
     """
     close_logging()
+    accept_any_text()
     LOGGER.setLevel(logging.CRITICAL if quiet else logging.INFO)
     LOGGER.propagate = False
-    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
+    handlers: list[logging.Handler] = [_Console(sys.stdout)]
     if file is not None:
-        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+        handlers.append(logging.FileHandler(file, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
         LOGGER.addHandler(handler)
@@ -40,12 +54,13 @@ def close_logging() -> None:
 
 
 class Progress:
-    """How far a loop of ``total`` steps is: one line that renews itself on a terminal.
+    """The progress of a loop of ``total`` steps.
 
-    Elsewhere (a file, a pipe) it is a message every ``every`` steps; 0 means none.
+    On a terminal one line is rewritten. In a file or a pipe a message follows every ``every``
+    steps; 0: none.
     """
 
-    def __init__(self, label: str, total: int, every: int, done: int = 0):
+    def __init__(self, label: str, total: int, every: int, done: int = 0) -> None:
         self.label = label
         self.total = total
         self.every = every
@@ -56,22 +71,28 @@ class Progress:
         self.shown = 0.0
 
     def update(self, images: int, **values: float) -> None:
-        """One more step, of ``images`` pictures; ``values`` are shown as they are named."""
+        """Count one more step of ``images`` images; show ``values`` by their names."""
         self.done += 1
         self.images += images
         now = time.monotonic()
         if self.live and (now - self.shown > 0.1 or self.done == self.total):
             self.shown = now
-            sys.stdout.write(f"\r\033[K{self._line(now, values)}")
-            sys.stdout.flush()
+            self._rewrite(self._line(now, values))
         elif not self.live and self.every and self.done % self.every == 0:
             LOGGER.info(self._line(now, values))
 
     def close(self) -> None:
-        """Clear the line so that the next message starts clean."""
+        """Clear the line for the next message."""
         if self.live and self.shown:
-            sys.stdout.write("\r\033[K")
+            self._rewrite("")
+
+    def _rewrite(self, text: str) -> None:
+        try:
+            sys.stdout.write(f"\r\033[K{text}")
             sys.stdout.flush()
+        except OSError:  # the terminal was closed
+            discard_output()
+            self.live = False
 
     def images_per_second(self) -> float:
         return self.images / max(time.monotonic() - self.start, 1e-9)
@@ -86,12 +107,16 @@ class Progress:
 
 
 class RunLog:
-    """``log.jsonl`` of a run: one JSON object a line and epoch, and optionally TensorBoard."""
+    """The file ``log.jsonl`` of a run, one JSON object per epoch, and optionally TensorBoard."""
 
-    def __init__(self, directory: Path, history: list[dict], tensorboard: bool, write: bool = True):
-        """Starts from ``history``, the lines of a run that is resumed: later ones are dropped.
+    def __init__(
+        self, directory: Path, history: list[dict], tensorboard: bool, write: bool = True
+    ) -> None:
+        """Open the log of a run.
 
-        ``write``: False for a process that leaves it to another one.
+        Args:
+            history: the lines of a resumed run; later lines of the file are dropped.
+            write: False in a process that leaves the log to another one.
         """
         self.path = directory / "log.jsonl" if write else None
         self.writer = None
@@ -108,14 +133,17 @@ class RunLog:
                 file.write(f"{json.dumps(record)}\n")
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Named values; one that is None (a test set without ground truth) is left out."""
+        """Send named values to TensorBoard, but for None (a test set without ground truth)."""
         if self.writer is not None:
             for name, value in values.items():
                 if value is not None:
                     self.writer.add_scalar(name, value, step)
 
     def picture(self, step: int, name: str, draw: Callable[[], np.ndarray]) -> None:
-        """What ``draw()`` returns, uint8 [H, W, 3] BGR; it is not called where nobody looks."""
+        """Send the image that ``draw()`` returns, uint8 [H, W, 3] BGR, to TensorBoard.
+
+        Without TensorBoard it is not called.
+        """
         if self.writer is not None:
             self.writer.add_image(name, draw()[:, :, ::-1], step, dataformats="HWC")
 

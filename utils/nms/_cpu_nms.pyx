@@ -1,8 +1,8 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
 """Hard and soft suppression on the CPU, a group of boxes a task, without the GIL.
 
-Float for float the result of `utils.nms._torch_hard` and `_torch_soft`: every IoU is computed in
-float32 by the same operations in the same order.
+The result equals that of `utils.nms.reference` float for float: every IoU is computed in float32 by
+the same operations in the same order.
 """
 
 from cython.parallel cimport prange
@@ -11,7 +11,7 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from libcpp.algorithm cimport make_heap, pop_heap
 
-INTERFACE = 2  # what utils/nms/__init__.py expects
+INTERFACE = 2  # what utils/nms/backends.py expects
 
 cdef enum:
     HARD, LINEAR, GAUSSIAN
@@ -137,14 +137,15 @@ def select(const float[:, ::1] boxes not None, const float[::1] scores not None,
            float thresh, int64_t limit, int method, double sigma, float min_score, float extra,
            int64_t[::1] kept not None, float[::1] kept_scores not None,
            uint64_t[::1] keys not None, float[::1] columns not None, int threads):
-    """Suppress within each group; the contract of `utils.nms._Groups` and of `_cuda_nms.cu`.
+    """Suppress within each group, as `_cuda_nms.cu` does; see `utils.nms.reference`.
 
-    boxes: [N, 4] x1, y1, x2, y2. scores: [N], no NaN. order: [N] boxes sorted by group, of a group
-    in their own order. starts: [groups + 1 or more]; group g is order[starts[g]:starts[g + 1]].
-    thresh .. extra: see `utils.nms`. threads: at most so many, where the compiler had OpenMP.
-    kept: [N], -1 on entry; from starts[g] on it takes group g's selected boxes in the order of
-    their selection, kept_scores [N] beside it their scores as they were then.
-    keys: [N] and columns: [5 N], memory to work in.
+    boxes: [N, 4] x1, y1, x2, y2. scores: [N], no NaN. order: [N] boxes sorted by group, within a
+    group in their own order. starts: [groups + 1 or more]; group g is
+    order[starts[g]:starts[g + 1]]. thresh .. extra: the fields of a `Rule`. threads: the most to
+    use, if the compiler had OpenMP.
+    kept: [N], -1 on entry. From starts[g] on it receives the selected boxes of group g in the order
+    of selection; kept_scores [N] receives their scores at that time.
+    keys: [N], columns: [5 N], working memory.
     """
     cdef Py_ssize_t n = scores.shape[0]
     cdef int64_t g, first, count

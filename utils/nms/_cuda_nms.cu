@@ -1,6 +1,6 @@
 // Hard and soft suppression on a GPU, a group of boxes a thread block, all groups in one launch.
 //
-// A plain C interface without PyTorch's headers, loaded by utils/nms/__init__.py: it compiles in
+// A plain C interface without PyTorch's headers, loaded by utils/nms/backends.py: it compiles in
 // seconds and serves every PyTorch. Compiled with -fmad=false, it computes each IoU in float32 by
 // the operations of _cpu_nms.pyx, so that the same boxes are kept, of ties the same.
 
@@ -145,7 +145,7 @@ EXPORT int nms_select(const float *boxes, float *scores, int64_t *order, const i
     return cudaGetLastError();
 }
 
-// What utils/nms/__init__.py expects; another number for other arguments.
+// What utils/nms/backends.py expects; another number for other arguments.
 EXPORT int nms_interface(void) { return 2; }
 
 // 0 if the kernel can run on the current device, else a CUDA error code.

@@ -1,0 +1,177 @@
+"""Values of the options of a call, and what contradicts what."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from data import DATASETS, default_root, default_sets, list_sets
+from data.classes import parse_classes
+from data.image_sets import parse_image_sets
+from engine.declare import check_value, flag_of
+from engine.distributed import World
+from engine.options import OPTIONS, RECIPES, Call, Options
+from models import prior_config
+from models.pretrained import published_bases
+from utils.arguments import cores
+from utils.device import choose_device
+from utils.errors import UserError
+
+
+def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = None) -> Options:
+    """Return all options of a call.
+
+    An option takes the value that is ``given``, else the ``stored`` one of a checkpoint, else the
+    recipe's, the data set's or the option's default.
+
+    Args:
+        given: values of some options; classes and image sets may be texts of the command line.
+        stored: values of some options, such as a configuration, or what the tensors of a published
+            file tell.
+
+    Raises:
+        UserError: a given value contradicts what the checkpoint is made for, breaks the option's
+            rule, or is not for the data set; the network does not exist at the size.
+    """
+    given, stored = dict(given), dict(stored or {})
+    if isinstance(given.get("classes"), str):
+        given["classes"] = list(parse_classes(given["classes"]))
+    for key in ("version", "size", "dataset", "classes"):
+        if key in given and stored.get(key) and given[key] != _as(stored[key], given[key]):
+            raise UserError(
+                f"--{key} {given[key]} contradicts the checkpoint, which is made for "
+                f"{stored[key]}; leave the option out"
+            )
+    values = {**stored, **given}
+    dataset = values.get("dataset", Options.dataset)
+    row = DATASETS[check_value(OPTIONS["dataset"], dataset)]
+    if "crowds" in given:
+        _check_taken("crowds", dataset)
+    values = {
+        "priors": row.priors,
+        "root": str(default_root(dataset)),
+        "max_epoch": row.epochs,
+        "weight_decay": row.weight_decay,
+        "num_workers": min(Options.num_workers, cores()),
+        **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))],
+        **values,
+    }
+    values["root"] = root = str(Path(values["root"]).expanduser().absolute())
+    for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
+        asked = values.get(key) or sets
+        if isinstance(asked, str):
+            asked = parse_image_sets(asked, list_sets(dataset, root))
+        values[key] = asked
+    options = Options(**values)
+    _check_size(options)
+    return options
+
+
+def _as(value: object, like: object) -> object:
+    return list(value) if isinstance(like, list) else value
+
+
+def _check_size(options: Options) -> None:
+    try:
+        prior_config(options.version, options.priors, options.size)
+    except ValueError as error:
+        raise UserError(f"{error} (--size)") from error
+
+
+def check_training(call: Call, given: Mapping[str, object]) -> None:
+    """Refuse a training call that contradicts itself, before anything is read or written.
+
+    Raises:
+        UserError: see the messages.
+    """
+    if call.class_map and not call.resume_net:
+        raise UserError("--class_map goes with --resume_net FILE or --test FILE")
+    sources = [name for name in ("resume", "resume_net", "basenet") if getattr(call, name)]
+    if len(sources) > 1:
+        raise UserError(
+            f"--{sources[0]} and --{sources[1]} both say where weights come from; give one"
+        )
+    if call.resume_epoch is not None and not call.resume_net:
+        raise UserError(
+            "--resume_epoch goes with --resume_net FILE; to continue a run of this program give "
+            "--resume instead"
+        )
+    if call.resume_net and not Path(call.resume_net).is_file():
+        raise UserError(f"--resume_net {call.resume_net} does not exist; give a checkpoint")
+    if call.basenet and not Path(call.basenet).is_file():
+        version = given.get("version", Options.version)
+        files = " or ".join(row.file for row in published_bases(version))
+        raise UserError(
+            f"--basenet {call.basenet} does not exist; the published file for {version} is "
+            f"{files or 'none'}, and weights/README.md says where to get files"
+        )
+    suits = RECIPES[given.get("recipe", Options.recipe)].get("optimizer", Options.optimizer)
+    if not call.resume and given.get("optimizer", suits) != suits:
+        if not {"lr", "weight_decay"} <= given.keys():
+            raise UserError(
+                f"--optimizer {given['optimizer']} does not suit the learning rate and the weight "
+                "decay of the recipe; give --lr and --weight_decay, too"
+            )
+    if given.get("send_images_to_visdom") and not given.get("visdom"):
+        raise UserError("--send_images_to_visdom goes with --visdom")
+    if given.get("visdom") and importlib.util.find_spec("tensorboard") is None:
+        raise UserError(
+            "--visdom writes for TensorBoard, which is not installed; pip install tensorboard"
+        )
+
+
+def check_resumed(given: Mapping[str, object], stored: Options) -> None:
+    """Refuse a given option that a resumed run cannot change.
+
+    Raises:
+        UserError: the option differs from the run's.
+    """
+    for key, value in given.items():
+        before = getattr(stored, key)
+        if key in ("train_sets", "test_sets") and isinstance(value, str):
+            value = tuple(parse_image_sets(value, before))
+        if OPTIONS[key].metadata["fixed"] and value != before:
+            raise UserError(
+                f"{flag_of(OPTIONS[key])} {given[key]} contradicts the run that is resumed, which "
+                f"has {before}; leave the option out"
+            )
+
+
+def dataset_options(options: Options, call: Call, testing: bool) -> dict[str, object]:
+    """Return the options of the data set's reader beyond root, image sets and classes.
+
+    Raises:
+        UserError: --eval-backend is given for a data set that does not take it.
+    """
+    if call.eval_backend:
+        _check_taken("eval_backend", options.dataset)
+    chosen: dict[str, object] = {"crowds": options.crowds or (testing and not options.overfit)}
+    if call.eval_backend:
+        chosen["eval_backend"] = call.eval_backend
+    taken = DATASETS[options.dataset].options
+    return {key: value for key, value in chosen.items() if key in taken}
+
+
+def _check_taken(name: str, dataset: str) -> None:
+    """Refuse an option that the data set does not take."""
+    if name not in DATASETS[dataset].options:
+        takers = ", ".join(key for key, row in DATASETS.items() if name in row.options)
+        flag = flag_of(OPTIONS[name])
+        raise UserError(f"{flag} goes with -d {takers}; leave it out with -d {dataset}")
+
+
+def use_device(call: Call, options: Options, world: World) -> torch.device:
+    """Return the device of this process, and make it PyTorch's current one.
+
+    Raises:
+        UserError: the device is not there, or it does not run --amp.
+    """
+    rank = world.local_rank if world.size > 1 else None
+    device = choose_device(call.device_name(), options.amp, rank)
+    if device.type == "cuda":
+        # Streams, events and pinned memory are those of the current device.
+        torch.cuda.set_device(device.index or 0)
+    return device

@@ -1,0 +1,361 @@
+"""Open a training run: options, data, starting weights and folder, checked before it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import DATASETS, DetectionData, build_dataset
+from data.cache import open_cache
+from data.classes import parse_classes
+from data.config import TRAINING_THRESHOLD
+from data.image_sets import sets_name
+from data.loading import check_shared_memory
+from engine.distributed import World, check_shares, check_sync_bn
+from engine.folder import RunFolder
+from engine.options import Call, Options
+from engine.resolve import (
+    check_resumed,
+    check_training,
+    dataset_options,
+    resolve,
+    use_device,
+)
+from layers.detect import DetectConfig
+from models.base_weights import load_base
+from models.info import DetectorInfo
+from models.transfer import parse_class_map, transfer_classes
+from utils.checkpoint import load_checkpoint, load_weights, sha256_of
+from utils.errors import UserError
+from utils.logger import LOGGER
+
+
+@dataclass(frozen=True)
+class Run:
+    """Everything that a training run is made of but its network, found to fit together."""
+
+    options: Options
+    device: torch.device
+    train_set: DetectionData
+    pull: Callable[[int], np.ndarray] | None
+    """Reads an image of the training set through the cache; None without a cache."""
+    test_set: DetectionData | None
+    data: dict
+    """Fingerprint of the training set."""
+    saved: dict | None
+    """The checkpoint that is resumed, and its path."""
+    path: Path | None
+    start: dict | None
+    """The checkpoint of --resume_net."""
+    folder: RunFolder
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes with background."""
+        return len(self.options.classes) + 1
+
+    @property
+    def detection(self) -> DetectConfig:
+        """Detection settings of the evaluations during training."""
+        published = DATASETS[self.options.dataset].detection
+        return DetectConfig(**{**published, "conf_thresh": TRAINING_THRESHOLD})
+
+    def log_data(self) -> None:
+        """Log the number of images, and what the readers changed."""
+        log_dataset(self.train_set, self.options, "train_sets")
+        if self.test_set is not None:
+            log_dataset(self.test_set, self.options, "test_sets")
+
+
+# ---------------------------------------------------------------- data
+
+
+def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
+    """Return the data set of the image sets ``key``, "train_sets" or "test_sets".
+
+    Raises:
+        UserError: the data cannot be read, their classes are not those of the options, or a test
+            set cannot be scored.
+    """
+    testing = key == "test_sets"
+    sets, classes = getattr(options, key), options.classes
+    more = dataset_options(options, call, testing)
+    dataset = build_dataset(options.dataset, options.root, sets, classes, **more)
+    if options.overfit:
+        dataset.keep_first(options.overfit)
+    if classes is not None and tuple(dataset.classes) != classes:
+        raise UserError(
+            f"{options.root} has the classes {', '.join(dataset.classes)}, but those in use "
+            f"are {', '.join(classes)}, and their order counts; give the --root of matching data"
+        )
+    if testing:
+        dataset.check_scorable()
+    return dataset
+
+
+def log_dataset(dataset: DetectionData, options: Options, key: str) -> None:
+    """Log the number of images, and a line for each kind of record that had to be changed."""
+    sets = sets_name(getattr(options, key))
+    LOGGER.info("%s %s: %d images", options.root, sets, len(dataset))
+    for line in dataset.report():
+        LOGGER.info("  %s", line)
+
+
+# ---------------------------------------------------------------- opening
+
+
+def open_run(call: Call, given: Mapping[str, object], world: World) -> Run:
+    """Read what a run starts from and trains on, then make its folder.
+
+    Rank 0 does each part first, so that a mistake is reported once; the other ranks take its
+    checkpoint and its folder. A mistake leaves no folder behind.
+
+    Raises:
+        UserError: options, checkpoint and data do not fit together.
+    """
+    found = world.decide(lambda: _as_text(find_checkpoint(call, given)))
+    path = Path(found) if found else None
+    run = world.in_turn(lambda: _read_run(call, given, path, world))
+    if call.resume == "auto" and path is None:
+        LOGGER.info("no run to go on with: a new one starts")
+    folder = Path(world.decide(lambda: str(run_folder(call, run.options, run.saved, path))))
+    return dataclasses.replace(run, folder=RunFolder(folder, run.options, world.main))
+
+
+def _as_text(path: Path | None) -> str | None:
+    return str(path) if path else None
+
+
+def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world: World) -> Run:
+    """Return the run without its folder."""
+    check_training(call, given)
+    saved, start, stored = None, None, {}
+    if path is not None:
+        saved = load_checkpoint(path)
+        before = Options.of(stored_options(saved, path), path)
+        check_resumed(given, before)
+        stored = before.plain()
+    if call.resume_net:
+        start = load_checkpoint(call.resume_net)
+        stored["priors"] = starting_info(start, call, given).priors
+    options = dataclasses.replace(resolve(given, stored), ngpu=world.size)
+    if options.overfit:
+        options = dataclasses.replace(options, test_sets=options.train_sets)
+    if options.recompute and options.compile:
+        raise UserError("--recompute changes nothing under --compile; give one of them")
+    device = use_device(call, options, world)
+    check_shares(options.batch_size, world.size, options.accumulate)
+    if options.sync_bn:
+        check_sync_bn(device, world.size)
+    train_set = open_dataset(options, call, "train_sets")
+    options = dataclasses.replace(options, classes=tuple(train_set.classes))
+    data = train_set.fingerprint()
+    _check_data(options, train_set, data, saved, path, world)
+    test_set = _open_test_set(options, call) if options.test_frequency else None
+    pull = open_cache(options.cache, train_set)
+    _check_memory(options, len(train_set), test_set is not None, world)
+    folder = RunFolder(Path(), options)  # until every rank knows it
+    return Run(options, device, train_set, pull, test_set, data, saved, path, start, folder)
+
+
+def stored_options(saved: dict, path: Path) -> dict:
+    """Return the configuration of a training checkpoint, with its classes.
+
+    Raises:
+        UserError: the checkpoint holds weights only, or no configuration of this program.
+    """
+    if "optimizer" not in saved:
+        raise UserError(f"{path} holds weights only; start a run from them with --resume_net")
+    if not isinstance(saved.get("config"), dict):
+        raise UserError(f"{path} has no configuration; is it a checkpoint of this program?")
+    return {**saved["config"], "classes": saved.get("classes")}
+
+
+def _check_data(
+    options: Options,
+    train_set: DetectionData,
+    data: dict,
+    saved: dict | None,
+    path: Path | None,
+    world: World,
+) -> None:
+    parts = world.size * options.accumulate
+    if len(train_set) < parts:
+        raise UserError(
+            f"{len(train_set)} images cannot be cut into {parts} parts, {world.size} processes "
+            f"with {options.accumulate} accumulation steps each; use fewer"
+        )
+    if saved and saved.get("data") != data:
+        before = saved.get("data") or {}
+        what = [key for key in data if data[key] != before.get(key)]
+        raise UserError(
+            f"{path} was trained on other data than {options.root} holds now (different: "
+            f"{', '.join(what)}; {before.get('images')} and {data['images']} images), so its run "
+            "cannot continue; start a new one from its weights with --resume_net"
+        )
+
+
+def _check_memory(options: Options, images: int, tested: bool, world: World) -> None:
+    # Testing does not cut a process's share of a batch into accumulation steps.
+    parts = world.size if tested else world.size * options.accumulate
+    share = -(-min(options.batch_size, images) // parts)
+    check_shared_memory(options.num_workers, share, options.size, world.local_size)
+
+
+def _open_test_set(options: Options, call: Call) -> DetectionData:
+    try:
+        return open_dataset(options, call, "test_sets")
+    except UserError as error:
+        raise UserError(f"{error} (--test_frequency 0 trains without a test set)") from error
+
+
+# ---------------------------------------------------------------- resuming
+
+
+def find_checkpoint(call: Call, given: Mapping[str, object]) -> Path | None:
+    """Return the checkpoint that --resume means; None for a new run.
+
+    "auto" takes the newest run of the network, size, data set, root and --overfit that are asked
+    for. If its last.pth is damaged, previous.pth is taken, and the log says so.
+
+    Raises:
+        UserError: no checkpoint of the newest run can be read.
+    """
+    if call.resume != "auto":
+        return Path(call.resume) if call.resume else None
+    folder = Path(given.get("save_folder", Options.save_folder))
+    version, size = (given.get(key, getattr(Options, key)) for key in ("version", "size"))
+    pattern = glob.escape(call.date) if call.date else "*"
+    runs = [
+        [run / name for name in ("last.pth", "previous.pth") if (run / name).is_file()]
+        for run in (folder / f"{version}_{size}").glob(pattern)
+        if call.date or _is_wanted(run, given)
+    ]
+    runs = [paths for paths in runs if paths]
+    if not runs:
+        return None
+    path, *others = max(runs, key=lambda paths: paths[0].stat().st_mtime)
+    try:
+        load_checkpoint(path)
+    except UserError as error:
+        if not others:
+            raise
+        load_checkpoint(others[0])
+        damaged = path.rename(path.with_name(path.name + ".damaged"))
+        LOGGER.warning("%s; it is %s now, and %s is taken", error, damaged.name, others[0])
+        return others[0]
+    return path
+
+
+def _is_wanted(run: Path, given: Mapping[str, object]) -> bool:
+    """Whether a run is of the data set, root and --overfit that are asked for."""
+    try:
+        config = json.loads((run / "config.json").read_text())
+        found = config["dataset"], config["root"], config["overfit"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    root = str(Path(given["root"]).expanduser().absolute()) if "root" in given else found[1]
+    return found == (given.get("dataset", Options.dataset), root, given.get("overfit", 0))
+
+
+def run_folder(call: Call, options: Options, saved: dict | None, path: Path | None) -> Path:
+    """Return the folder of the run, which exists: that of the resumed checkpoint, else a new one.
+
+    With --date, or from a checkpoint outside a run's folder, a resumed run continues in a new one.
+
+    Raises:
+        UserError: the checkpoint is older than the run's last one, or --date names another run.
+    """
+    folder = Path(options.save_folder) / f"{options.version}_{options.size}"
+    if saved and (path.parent / "config.json").is_file():
+        here = path.parent
+        if not call.date or here.absolute() == (folder / call.date).absolute():
+            _refuse_older(path, saved["step"])
+            return here
+    if call.date:
+        directory = folder / call.date
+        if any(directory.glob("*.pth")):
+            raise UserError(
+                f"{directory} holds a run already; give another --date, or --resume auto to "
+                "continue it"
+            )
+        directory.mkdir(parents=True, exist_ok=True)
+        return directory
+    now = time.strftime("%Y%m%d-%H%M%S")
+    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
+        try:
+            (folder / f"{now}{suffix}").mkdir(parents=True)
+            return folder / f"{now}{suffix}"
+        except FileExistsError:
+            if not folder.is_dir():
+                raise
+    raise UserError(f"{folder} holds a thousand runs of this second; give --date")
+
+
+def _refuse_older(path: Path, step: int) -> None:
+    last = path.with_name("last.pth")
+    if path.name == last.name or not last.is_file():
+        return
+    newest = load_checkpoint(last, mmap=True).get("step", 0)
+    if newest > step:
+        raise UserError(
+            f"{path} is at step {step}, but {last} at {newest} already; give that, or a new "
+            "--date to continue beside it"
+        )
+
+
+# ---------------------------------------------------------------- starting weights
+
+
+def starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> DetectorInfo:
+    """Describe the checkpoint ``start`` of --resume_net."""
+    # With a class map --classes names the classes of the data, not of the file.
+    names = None if call.class_map else given.get("classes")
+    names = parse_classes(names) if isinstance(names, str) else names
+    dataset = given.get("dataset", Options.dataset)
+    return DetectorInfo.for_data(start, Path(call.resume_net), names, dataset)
+
+
+def starting_weights(net: nn.Module, run: Run, call: Call, given: Mapping[str, object]) -> Run:
+    """Load what --resume_net or --basenet names; return the run that records it.
+
+    Raises:
+        UserError: the file does not fit the network.
+    """
+    if call.resume_net:
+        origin = _from_detector(net, run, call, starting_info(run.start, call, given))
+    elif call.basenet:
+        path = Path(call.basenet)
+        match = load_base(net.base, path, run.options.version)
+        origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
+        origin += f"{match.source} (sha256 {sha256_of(path)})"
+    else:
+        origin = "no --basenet: the base network is trained from scratch"
+    LOGGER.info("%s", origin)
+    return dataclasses.replace(run, options=dataclasses.replace(run.options, start=origin))
+
+
+def _from_detector(net: nn.Module, run: Run, call: Call, info: DetectorInfo) -> str:
+    options, path = run.options, Path(call.resume_net)
+    state, origin = run.start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
+    class_map = parse_class_map(call.class_map) if call.class_map else None
+    if class_map is not None or info.classes != options.classes:
+        state, new = transfer_classes(
+            state, info.classes, options.classes, class_map, options.seed
+        )
+        kept = len(options.classes) - len(new)
+        origin += f", {kept} of {len(options.classes)} classes by name"
+        origin += f"; new: {', '.join(new)}" if new else ""
+    if info.priors != options.dataset:
+        origin += f"; prior boxes of {info.priors}, as they were trained with"
+    load_weights(net, state, path)
+    return origin

@@ -1,0 +1,195 @@
+"""Open what --test evaluates: a checkpoint or an exported file, and the data it is tested on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data import DATASETS, DetectionData
+from data.classes import parse_classes
+from data.detections import load_detections
+from data.image_sets import sets_name
+from engine.distributed import World
+from engine.evaluate import detector_name, keep_and_score, origin_of, score
+from engine.options import OPTIONS, Call, Options
+from engine.resolve import resolve, use_device
+from engine.run import log_dataset, open_dataset
+from inference.predictor import Predictor
+from inference.runtime import EXPORTED_SUFFIXES, identity
+from layers.detect import DetectConfig
+from models.info import DetectorInfo
+from models.transfer import check_known, parse_class_map, transfer_classes
+from utils.checkpoint import load_checkpoint, sha256_of
+from utils.errors import UserError
+
+MACHINE = {name for name, spec in OPTIONS.items() if spec.metadata["machine"]}
+"""Options that suit the machine that trained."""
+
+
+@dataclass(frozen=True)
+class Testing:
+    """Everything that a test needs, read and found to fit together."""
+
+    options: Options
+    device: torch.device
+    dataset: DetectionData
+    detection: DetectConfig
+    weights: dict[str, torch.Tensor] | None
+    """State dict for the classes of the data set; None for an exported file."""
+    exported: Predictor | None
+    checkpoint: dict
+    """The file's name and sha256, kept in results.json."""
+    folder: Path
+    class_map: str | None = None
+
+    __test__ = False  # for pytest
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes with background."""
+        return len(self.options.classes) + 1
+
+    @property
+    def origin(self) -> dict:
+        """Everything that decides the detections; kept with them."""
+        return origin_of(
+            self.options, self.detection, self.checkpoint, self.device, self.class_map
+        )
+
+    def log_data(self) -> None:
+        """Log the number of images, and what the reader changed."""
+        log_dataset(self.dataset, self.options, "test_sets")
+
+    def keep(self, detections: list[dict]) -> None:
+        """Write the detections of all images, and score them."""
+        name = detector_name(self.options)
+        keep_and_score(self.dataset, detections, self.origin, self.folder, name)
+
+    def score_again(self, call: Call) -> None:
+        """Score the detections that an earlier test has kept.
+
+        Raises:
+            UserError: that test was another one.
+        """
+        asked = ["checkpoint", "dataset", "class_map", "root", "sets", "classes"]
+        if call.given_detection:
+            asked += ["thresholds", "suppression"]
+        same = {key: self.origin[key] for key in asked}
+        kept, origin = load_detections(self.folder / "detections.npz", self.dataset.ids, same)
+        score(self.dataset, kept, origin, self.folder, detector_name(self.options))
+
+
+def open_test(call: Call, given: Mapping[str, object], world: World) -> Testing:
+    """Read the file of --test and the data that it is tested on; write nothing.
+
+    Raises:
+        UserError: the file is no detector, or options, file and data do not fit together.
+    """
+    path = Path(call.test)
+    if path.suffix in EXPORTED_SUFFIXES:
+        return _open_exported(call, given, path, world)
+    return _open_checkpoint(call, given, path, world)
+
+
+def _open_checkpoint(
+    call: Call, given: Mapping[str, object], path: Path, world: World
+) -> Testing:
+    saved = load_checkpoint(path)
+    class_map = parse_class_map(call.class_map) if call.class_map else None
+    names = parse_classes(given["classes"]) if "classes" in given else None
+    # With a class map --classes names the classes of the data, not of the file.
+    dataset = given.get("dataset", Options.dataset)
+    info = DetectorInfo.for_data(saved, path, None if class_map else names, dataset)
+    if names:  # before the data are looked for
+        check_known(path, info.classes, names, class_map)
+    options = resolve(given, _stored(saved, info, path, given, class_map is not None))
+    device = use_device(call, options, world)
+    dataset = open_dataset(options, call, "test_sets")
+    options = replace(options, classes=tuple(dataset.classes))
+    weights = saved["model"]
+    if class_map or info.classes != options.classes:
+        check_known(path, info.classes, options.classes, class_map)
+        weights, _ = transfer_classes(
+            weights, info.classes, options.classes, class_map, options.seed
+        )
+    checkpoint = {"file": path.name, "sha256": sha256_of(path)}
+    published = DetectConfig(**DATASETS[options.dataset].detection)
+    folder = test_folder(call, given, options, path)
+    return Testing(
+        options, device, dataset, call.detection(published), weights, None, checkpoint, folder,
+        call.class_map,
+    )  # fmt: skip
+
+
+def _open_exported(
+    call: Call, given: Mapping[str, object], path: Path, world: World
+) -> Testing:
+    wrong = [name for name in ("class_map", "amp") if name in given or getattr(call, name, None)]
+    if wrong:
+        raise UserError(f"--{wrong[0]} cannot change {path}, which is exported; leave it out")
+    if call.device_name() not in ("auto", "cpu") or world.size > 1:
+        raise UserError(f"{path} is exported and runs on the CPU, in one process; use --device cpu")
+    names = {"conf_thresh": "score_threshold", "top_k": "max_detections"}
+    asked = {names.get(key, key): value for key, value in call.given_detection.items()}
+    predictor = Predictor(path, **asked)
+    info = predictor.info
+    stored = {"version": info.version, "size": info.size, "dataset": info.dataset}
+    options = resolve(given, {**stored, "priors": info.priors, "classes": list(info.classes)})
+    dataset = open_dataset(options, call, "test_sets")
+    exported = predictor.exported
+    checkpoint = {
+        **identity(path),
+        "precision": exported.info.precision,
+        "made_of": exported.info.checkpoint,
+        "runtime": " ".join(exported.runtime),
+    }
+    folder = test_folder(call, given, options, path)
+    return Testing(
+        options, predictor.device, dataset, predictor.detect.config, None, predictor, checkpoint,
+        folder,
+    )  # fmt: skip
+
+
+def _stored(
+    saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, object], mapped: bool
+) -> dict[str, object]:
+    """Return the options that a test takes from its checkpoint."""
+    stored: dict[str, object] = {"version": info.version, "size": info.size}
+    if given.get("dataset", info.dataset) == info.dataset:
+        stored |= {"dataset": info.dataset}
+        if "config" in saved:
+            stored = Options.of({**saved["config"], "classes": saved["classes"]}, path).plain()
+        elif not info.assumed or info.dataset == "VOC":
+            stored["classes"] = list(info.classes)
+    # A detector that was trained on the images of --overfit was tested on them.
+    leave = {"train_sets", "save_folder", "overfit", *MACHINE}
+    if stored.get("overfit"):
+        leave.add("test_sets")
+    root = given.get("root")
+    if root is not None and str(Path(root).expanduser().absolute()) != stored.get("root"):
+        leave.add("test_sets")  # image sets of another root mean nothing here
+    if mapped or "classes" in given:
+        leave.add("classes")
+    return {k: v for k, v in stored.items() if k not in leave} | {"priors": info.priors}
+
+
+def test_folder(
+    call: Call, given: Mapping[str, object], options: Options, path: Path
+) -> Path:
+    """Return the folder of a test's files: in the checkpoint's run, if it lies in a run."""
+    folder = Path(options.save_folder) / f"{options.version}_{options.size}"
+    run = path.absolute().parent
+    in_a_run = (run / "config.json").is_file()
+    if call.date:
+        run = folder / call.date
+    elif not in_a_run or ("save_folder" in given and run.parent != folder.absolute()):
+        run = folder / path.stem
+    # An exported file keeps its suffix: it lies beside the checkpoint that it is made of.
+    name = path.name if path.suffix in EXPORTED_SUFFIXES else path.stem
+    return run / "ss_predict" / name / sets_name(options.test_sets)
+
+
+test_folder.__test__ = False

@@ -1,0 +1,486 @@
+"""Training on small data sets, end to end, with a network small enough for a test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from program import assert_same_run
+from tiny import TINY
+
+import engine.evaluate
+import engine.run
+import models
+from data import DATASETS
+from data.config import VOC_300
+from data.loading import TrainingSet
+from engine.trainer import Trainer
+from inference.predictor import Predictor
+from models import build_net
+from train_test import main
+from utils.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+
+
+@pytest.fixture
+def call(tmp_path, voc_folder):
+    """main() on the folder of own classes: call(*options) trains the tiny network."""
+
+    def run(*options, root=voc_folder, version="tiny"):
+        common = ["--save_folder", tmp_path / "w", "--device", "cpu", "--num_workers", "0"]
+        common += ["-d", "VOC", "-v", version, "-s", "300", "--root", root, "-b", "2"]
+        return main(list(map(str, [*common, *options])))
+
+    run.folder = tmp_path / "w" / "tiny_300"
+    return run
+
+
+@pytest.fixture
+def trained(call):
+    assert call("-max", 2, "--date", "a", "--test_frequency", 0) == 0
+    return call.folder / "a" / "Final_tiny_VOC.pth"
+
+
+def weights(path):
+    return load_checkpoint(path)["model"]
+
+
+def test_a_run_leaves_checkpoints_log_configuration_and_scores(call):
+    assert call("-max", 4, "--date", "a", "--save_frequency", 2, "--test_frequency", 2) == 0
+    run = call.folder / "a"
+    names = {p.name for p in run.iterdir()}
+    assert names >= {
+        "tiny_VOC_epoches_2.pth", "tiny_VOC_epoches_4.pth", "Final_tiny_VOC.pth", "last.pth",
+        "train.log", "log.jsonl", "config.json", "ss_predict",
+    }  # fmt: skip
+    assert not [name for name in names if name.endswith(".part")]
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [3, 6, 9, 12]
+    assert ["value" in line for line in lines] == [False, True, False, True]
+    results = json.loads((run / "ss_predict" / "epoch_4" / "test" / "results.json").read_text())
+    assert results["per_class"].keys() == {"cell", "platelet", "rod"}
+    assert results["value"] == lines[-1]["value"]
+    assert results["thresholds"]["score"] == 0.01
+    saved = load_checkpoint(run / "Final_tiny_VOC.pth")
+    assert saved["classes"] == ["cell", "platelet", "rod"]
+    assert saved["config"]["weight_decay"] == 5e-4
+    assert saved["model"]["conf.0.weight"].shape[0] == 6 * 4
+
+
+@pytest.mark.parametrize("stop, frequency", [(1, 0), (3, 1)])
+def test_resumed_run_equals_a_straight_one(call, stop, frequency):
+    common = ("-max", 3, "--test_frequency", 1, "--amp", "bf16")
+    assert call(*common, "--date", "straight") == 0
+    first = ("--max_iters", stop, "--test_frequency", frequency)
+    assert call(*common, "--date", "broken", *first) == 0
+    assert call(*common, "--date", "broken", "--resume", "auto") == 0
+    assert_same_run(call.folder / "straight", call.folder / "broken")
+
+
+def test_resume_needs_nothing_but_the_path(call, tmp_path):
+    assert call("-max", 2, "--date", "a", "--lr", 1e-3, "--seed", 4, "--max_iters", 2) == 0
+    assert main(["--resume", str(call.folder / "a" / "last.pth"), "--device", "cpu"]) == 0
+    saved = load_checkpoint(call.folder / "a" / "Final_tiny_VOC.pth")
+    assert saved["step"] == 6
+    assert (saved["config"]["lr"], saved["config"]["seed"]) == (1e-3, 4)
+
+
+def test_resume_auto_takes_the_newest_run_of_the_data_and_else_starts_one(call, capsys):
+    assert call("--resume", "auto", "--date", "a", "-max", 2, "--max_iters", 1) == 0
+    said = capsys.readouterr().out
+    assert "no run to go on with: a new one starts" in said and "resumed" not in said
+    assert call("--resume", "auto", "--max_iters", 2) == 0
+    assert "resumed at step 1" in capsys.readouterr().out
+    assert [p.name for p in call.folder.iterdir()] == ["a"]
+
+
+def test_a_run_that_another_process_trains_is_left_alone(call, capsys):
+    assert call("-max", 2, "--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from utils.files import locked\n"
+         "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()",
+         str(call.folder / "a" / ".lock")],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    before = (call.folder / "a" / "last.pth").read_bytes()
+    assert call("--resume", "auto", "--date", "a") == 2
+    assert "another process" in capsys.readouterr().err
+    assert (call.folder / "a" / "last.pth").read_bytes() == before
+    holder.communicate("")
+    assert call("--resume", "auto", "--date", "a") == 0
+
+
+def test_picture_that_vanishes_during_a_run_is_named_and_the_state_saved(
+    call, voc_folder, capsys, monkeypatch
+):
+    read = TrainingSet.__getitem__
+
+    def vanish(self, key):
+        if key[0] == 1:
+            self.dataset.image_path(key[1]).unlink(missing_ok=True)
+        return read(self, key)
+
+    monkeypatch.setattr(TrainingSet, "__getitem__", vanish)
+    assert call("-max", 3, "--date", "a", "--test_frequency", 0, "--num_workers", 1) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "JPEGImages" in error
+    assert error.count("\n") == 1
+    assert load_checkpoint(call.folder / "a" / "last.pth")["step"] == 3
+
+
+def test_loss_that_is_not_finite_names_the_pictures_and_keeps_the_last_good_checkpoint(
+    call, capsys
+):
+    assert call("-max", 1, "--date", "a", "--test_frequency", 0) == 0
+    assert call("--resume", "auto", "--date", "a", "-max", 40, "--lr", 1e8, "-we", 0) == 2
+    error = capsys.readouterr().err
+    assert "not finite" in error
+    assert "lower --lr" in error
+    kept = load_checkpoint(call.folder / "a" / "last.pth")
+    assert kept["step"] >= 3
+    assert all(t.isfinite().all() for t in kept["model"].values())
+
+
+def test_picture_whose_loss_is_not_finite_is_named(call, capsys, monkeypatch):
+    read = TrainingSet.__getitem__
+
+    def poison(self, key):
+        image, target, index = read(self, key)
+        target[:, :4] = np.nan if self.dataset.ids[index] == "b2" else target[:, :4]
+        return image, target, index
+
+    monkeypatch.setattr(TrainingSet, "__getitem__", poison)
+    assert call("-max", 1, "--date", "a", "--test_frequency", 0) == 2
+    error = capsys.readouterr().err
+    assert "b2.jpg" in error
+    assert "nothing was saved yet" in error
+    assert not list((call.folder / "a").glob("*.pth"))
+
+
+def test_a_data_set_smaller_than_a_batch_trains(call, make_voc, tmp_path):
+    sets = {"trainval": {"a": [("x", (5, 5, 40, 40))]}, "test": {"b": [("x", (9, 9, 50, 60))]}}
+    folder = make_voc(tmp_path / "one", sets)
+    assert call("-max", 1, "--date", "a", "-b", 32, root=folder) == 0
+
+
+def test_devkit_trains_on_both_years_and_is_scored_by_the_11_point_metric(call, voc_devkit):
+    assert call("-max", 1, "--date", "a", root=voc_devkit) == 0
+    results = call.folder / "a" / "ss_predict" / "final" / "2007_test" / "results.json"
+    assert json.loads(results.read_text())["metric"] == "VOC07 11-point AP@.5"
+    assert len(load_checkpoint(call.folder / "a" / "last.pth")["classes"]) == 20
+
+
+def test_weights_of_a_whole_detector_start_a_new_run(call):
+    assert call("-max", 1, "--date", "a", "--test_frequency", 0) == 0
+    path = call.folder / "a" / "Final_tiny_VOC.pth"
+    options = ("--resume_net", path, "--resume_epoch", 2, "-max", 3, "--date", "b", "--lr", 0)
+    assert call(*options) == 0
+    new = load_checkpoint(call.folder / "b" / "Final_tiny_VOC.pth")
+    assert new["step"] == 9
+    assert "all weights from" in new["config"]["start"]
+    for key, tensor in weights(path).items():
+        if "running" not in key and "num_batches" not in key:
+            assert torch.equal(tensor, new["model"][key])
+
+
+def test_base_weights_are_counted_in_the_log(call, tmp_path, capsys):
+    base = build_net("tiny", 300, 2).base
+    torch.save({f"module.{k}": t for k, t in base.state_dict().items()}, tmp_path / "base.pth")
+    assert call("--basenet", tmp_path / "base.pth", "--max_iters", 1, "--test_frequency", 0) == 0
+    assert "9 of 9 tensors of the base network from" in capsys.readouterr().out
+
+
+def test_tensorboard_gets_scalars_and_pictures_with_their_boxes(call):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = ("--visdom", "--send_images_to_visdom", "-max", 1, "--test_frequency", 1)
+    assert call(*options, "--date", "a") == 0
+    events = EventAccumulator(str(call.folder / "a" / "tensorboard")).Reload()
+    scalars = {"loss", "loss_loc", "loss_conf", "lr", "images_per_second", "waiting_for_data"}
+    assert scalars | {"VOC area AP@.5"} == set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+    assert set(events.Tags()["images"]) == {"training pictures", "detections"}
+    (picture,) = events.Images("training pictures")
+    assert picture.width > 300  # several pictures beside each other
+
+
+def test_the_modern_recipe_is_named_and_its_average_is_what_is_tested(call):
+    assert call("-max", 2, "--date", "a", "--recipe", "modern", "--clip_norm", 3) == 0
+    run = call.folder / "a"
+    saved = load_checkpoint(run / "Final_tiny_VOC.pth")
+    config = saved["config"]
+    assert config["recipe"] == "modern"
+    assert (config["schedule"], config["norm_decay"], config["clip_norm"]) == ("cosine", False, 3.0)
+    assert saved["average_updates"] == saved["step"] == 6
+    assert [group["weight_decay"] for group in saved["optimizer"]["param_groups"]] == [0.05, 0]
+    assert {"exp_avg", "exp_avg_sq"} < saved["optimizer"]["state"][0].keys()
+    raw = saved["raw_model"]
+    assert any(not torch.equal(tensor, raw[key]) for key, tensor in saved["model"].items())
+    kept = np.load(run / "ss_predict" / "final" / "test" / "detections.npz")
+    assert call("--test", run / "Final_tiny_VOC.pth", "--score_threshold", 0.01) == 0
+    again = np.load(run / "ss_predict" / "Final_tiny_VOC" / "test" / "detections.npz")
+    np.testing.assert_array_equal(kept["scores"], again["scores"])
+
+
+def test_a_resumed_modern_run_equals_a_straight_one(call):
+    options = ("-max", 3, "--recipe", "modern", "-we", 1)
+    assert call(*options, "--date", "straight") == 0
+    first = ("--max_iters", 4, "--test_frequency", 0)
+    assert call(*options, "--date", "broken", *first) == 0
+    assert call("--date", "broken", "--resume", "auto", "--test_frequency", 10) == 0
+    assert_same_run(call.folder / "straight", call.folder / "broken")
+    first, second = (
+        load_checkpoint(call.folder / run / "last.pth") for run in ("straight", "broken")
+    )
+    for key, tensor in first["raw_model"].items():
+        assert torch.equal(tensor, second["raw_model"][key]), key
+
+
+@pytest.mark.parametrize(
+    "option",
+    [("--recipe", "modern"), ("--ema", 0.5), ("--overfit", 2), ("--dataset", "COCO")],
+)
+def test_a_run_cannot_go_on_with_another_kind_of_training(call, option, capsys):
+    assert call("-max", 2, "--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
+    assert call("--resume", "auto", "--date", "a", *option) == 2
+    assert f"{option[0]} {option[1]} contradicts" in capsys.readouterr().err
+
+
+def test_overfitting_trains_and_scores_the_same_pictures_as_they_are(call, capsys, monkeypatch):
+    seen = []
+    read = TrainingSet.__getitem__
+
+    def note(self, key):
+        sample = read(self, key)
+        seen.append((key[1], sample[0].copy()))
+        return sample
+
+    monkeypatch.setattr(TrainingSet, "__getitem__", note)
+    assert call("--overfit", 3, "-max", 2, "--date", "a", "-b", 3, "--test_frequency", 2) == 0
+    assert {index for index, _ in seen} == {0, 1, 2}
+    for index, image in seen:  # no sample is augmented
+        assert all(np.array_equal(image, other) for i, other in seen if i == index)
+    results = call.folder / "a" / "ss_predict" / "epoch_2" / "trainval" / "results.json"
+    assert json.loads(results.read_text())["images"] == 3
+    assert call("--overfit", 60, "--date", "b") == 2
+    assert "5 of 6" in capsys.readouterr().err
+
+
+def test_resume_auto_takes_a_run_on_as_many_pictures_as_are_asked_for(call, capsys):
+    assert call("--date", "all", "--max_iters", 1, "--test_frequency", 0) == 0
+    few = ("--overfit", 3, "-b", 3)
+    assert call("--date", "few", *few, "--max_iters", 1, "--test_frequency", 0) == 0
+    capsys.readouterr()
+    assert call("--resume", "auto", "--max_iters", 2) == 0  # the older of the two
+    assert f"run {call.folder / 'all'}" in capsys.readouterr().out
+    assert call("--resume", "auto", *few, "--max_iters", 2) == 0
+    assert f"run {call.folder / 'few'}" in capsys.readouterr().out
+
+
+def test_a_batch_can_be_trained_in_parts(call, capsys):
+    assert call("-max", 1, "--date", "a", "--accumulate", 2, "--test_frequency", 0) == 0
+    said = capsys.readouterr().out
+    assert "a step: 2 images in all (1 processes x 2 accumulation steps x 1)" in said
+    assert call("--accumulate", 3) == 2
+    assert "give a multiple of 3" in capsys.readouterr().err
+
+
+def test_a_run_ends_with_the_place_of_each_file(call, capsys):
+    assert call("-max", 1, "--date", "a", "--test_frequency", 1) == 0
+    said = capsys.readouterr().out
+    for name in ("Final_tiny_VOC.pth", "best.pth", "last.pth", "train.log", "log.jsonl"):
+        assert str(call.folder / "a" / name) in said
+        assert (call.folder / "a" / name).is_file()
+
+
+def test_training_through_the_compiler_gives_the_same_losses(call):
+    for name, options in (("eager", ()), ("compiled", ("--compile",))):
+        assert call("-max", 1, "--date", name, "--lr", 1e-5, "--test_frequency", 0, *options) == 0
+    records = [
+        json.loads((call.folder / name / "log.jsonl").read_text()) for name in ("eager", "compiled")
+    ]
+    assert records[0]["loss_conf"] == pytest.approx(records[1]["loss_conf"], rel=1e-4)
+    saved = load_checkpoint(call.folder / "compiled" / "last.pth")
+    assert set(saved["model"]) == set(weights(call.folder / "eager" / "last.pth"))
+
+
+def test_a_run_is_never_overwritten(call, capsys):
+    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
+    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 2
+    assert "holds a run already" in capsys.readouterr().err
+
+
+def test_resume_refuses_other_pictures(call, voc_folder, capsys):
+    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
+    split = voc_folder / "ImageSets" / "Main" / "trainval.txt"
+    split.write_text(split.read_text().replace("b3\n", ""))
+    assert call("--resume", "auto") == 2
+    error = capsys.readouterr().err
+    assert "last.pth" in error and str(voc_folder) in error
+    assert "6 and 5" in error
+
+
+def test_options_given_anew_on_resume_are_in_force(call):
+    assert call("-max", 2, "--date", "a", "--test_frequency", 0, "--max_iters", 1) == 0
+    assert call("--resume", "auto", "--weight_decay", 0, "--momentum", 0.5) == 0
+    (group,) = load_checkpoint(call.folder / "a" / "last.pth")["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0, 0.5)
+
+
+def test_older_checkpoint_goes_on_beside_its_run_not_over_it(call, capsys):
+    options = ("-max", 3, "--date", "a", "--test_frequency", 0, "--save_frequency", 1)
+    assert call(*options) == 0
+    older = call.folder / "a" / "tiny_VOC_epoches_1.pth"
+    assert call("--resume", older) == 2
+    assert "at step 3" in capsys.readouterr().err
+    assert call("--resume", older, "--date", "b") == 0
+    assert_same_run(call.folder / "a", call.folder / "b")
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(call, monkeypatch):
+    monkeypatch.setattr(engine.run.time, "strftime", lambda _: "20260101-000000")
+    for _ in range(2):
+        assert call("--max_iters", 1, "--test_frequency", 0) == 0
+    names = sorted(p.name for p in call.folder.iterdir())
+    assert names == ["20260101-000000", "20260101-000000-2"]
+
+
+def test_evaluation_that_is_interrupted_is_made_up_for(call, monkeypatch):
+    options = ("-max", 2, "--test_frequency", 1)
+    assert call(*options, "--date", "straight") == 0
+    detect_all = engine.evaluate.detect_all
+
+    def interrupted(*_):
+        monkeypatch.setattr(engine.evaluate, "detect_all", detect_all)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.01)
+        return detect_all(*_)
+
+    monkeypatch.setattr(engine.evaluate, "detect_all", interrupted)
+    assert call(*options, "--date", "broken") == 130
+    assert call("--resume", "auto", "--date", "broken") == 0
+    assert_same_run(call.folder / "straight", call.folder / "broken")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"config": None}, "configuration"),
+        ({"classes": "cell"}, "classes"),
+        ({"config": {"size": 400}}, "400"),
+        ({"config": {"lr": "fast"}}, "--lr: 'fast'"),
+        ({"config": {"version": "SSD_other"}}, "SSD_other"),
+        ({"step": "x"}, "resumed from"),
+        ({"rng": {}}, "resumed from"),
+        ({"optimizer": {}}, "resumed from"),
+    ],
+)
+def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, change, words, capsys):
+    saved = torch.load(trained, weights_only=True)
+    for key, value in change.items():
+        saved[key] = {**saved[key], **value} if key == "config" and value else value
+    torch.save(saved, trained.parent / "last.pth")
+    assert call("--resume", trained.parent / "last.pth", version="tiny") == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert error.count("\n") == 1
+
+
+def test_checkpoint_of_another_program_is_refused(call, tmp_path, capsys):
+    state = {"model": build_net("tiny", 300, 4).state_dict(), "optimizer": {}, "iteration": 3}
+    torch.save(state, tmp_path / "other.pth")
+    assert call("--resume", tmp_path / "other.pth") == 2
+    assert "configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--root", "/nowhere"], ["/nowhere"]),
+        (["--test_sets", "tset"], ["tset", "test, trainval"]),
+        (["--classes", "person"], ["person", "cell, platelet, rod"]),
+        (["--device", "cuda:99"], ["cuda:99", "--device cpu"]),
+        (["--ngpu", "3"], ["--ngpu 3"]),
+        (["--save_folder", "/dev/null/x"], ["/dev/null"]),
+        (["--resume", "gone.pth"], ["gone.pth"]),
+        (["--lr", "1", "--test_sets", ","], ["image set"]),
+    ],
+)
+def test_a_users_mistake_is_one_sentence_status_2_and_leaves_no_run(call, options, words, capsys):
+    assert call("--max_iters", 1, *options) == 2
+    error = capsys.readouterr().err
+    assert not call.folder.exists()
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+# ---------------------------------------------------------------- kinds of data and presets
+
+
+def test_evaluation_decodes_with_the_variance_that_the_loss_encodes_with(call, monkeypatch):
+    boxes = dataclasses.replace(VOC_300, variance=(0.3, 0.4))
+    row = dataclasses.replace(TINY, priors={("VOC", 300): boxes})
+    monkeypatch.setitem(models.BACKBONES, "tiny", row)
+    seen = []
+    monkeypatch.setattr(Trainer, "run", lambda self, _: seen.append(self))
+    assert call("--date", "a") == 0
+    (trainer,) = seen
+    assert trainer.train_step.criterion.variance == trainer.evaluate.detect.variance == (0.3, 0.4)
+    monkeypatch.undo()
+    monkeypatch.setitem(models.BACKBONES, "tiny", row)
+    assert call("-max", 1, "--date", "b") == 0
+    kept = np.load(call.folder / "b" / "ss_predict" / "final" / "test" / "detections.npz")
+    path = call.folder / "b" / "Final_tiny_VOC.pth"
+    assert main(["--test", str(path), "--score_threshold", "0.01", "--device", "cpu"]) == 0
+    again = np.load(path.parent / "ss_predict" / path.stem / "test" / "detections.npz")
+    found = Predictor(path, score_threshold=0.01)(
+        [trainer.evaluate.run.test_set.pull_image(i) for i in range(4)]
+    )
+    expected = torch.cat([each["boxes"] for each in found]).numpy()
+    np.testing.assert_array_equal(kept["boxes"], again["boxes"])
+    np.testing.assert_allclose(kept["boxes"], expected, rtol=1e-3, atol=1e-2)
+
+
+def test_a_run_goes_on_after_its_data_were_moved(call, voc_folder):
+    lists = voc_folder / "ImageSets" / "Main"
+    shutil.copy(lists / "trainval.txt", lists / "2024_train.txt")
+    options = ("-max", 2, "--train_sets", "2024_train", "--test_frequency", 0)
+    assert call(*options, "--date", "a", "--max_iters", 2) == 0
+    moved = voc_folder.rename(voc_folder.with_name("moved"))
+    path = call.folder / "a" / "last.pth"
+    assert main(["--resume", str(path), "--root", str(moved), "--device", "cpu"]) == 0
+    saved = load_checkpoint(path)
+    assert (saved["step"], saved["config"]["root"]) == (6, str(moved))
+    assert saved["config"]["train_sets"] == [[None, "2024_train"]]
+
+
+def test_a_third_data_set_is_a_row(call, monkeypatch, voc_folder):
+    own = dataclasses.replace(DATASETS["VOC"], detection={"conf_thresh": 0.2}, epochs=1)
+    monkeypatch.setitem(DATASETS, "MINE", own)
+    assert call("-d", "MINE", "--date", "a", "--recipe", "modern", "--max_iters", 2) == 0
+    path = call.folder / "a" / "Final_tiny_MINE.pth"
+    assert load_checkpoint(path)["config"]["max_epoch"] == 1
+    assert main(["--test", str(path), "--device", "cpu"]) == 0
+    results = path.parent / "ss_predict" / path.stem / "test" / "results.json"
+    assert json.loads(results.read_text())["thresholds"]["score"] == 0.2
