@@ -1,4 +1,4 @@
-"""Several processes that train or test as one (torchrun's), and how ``--ngpu`` starts them."""
+"""Jobs of several processes: joining one that torchrun started, collective calls, starting one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -20,8 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError, first_line
 
-# Rank 0 scores a test set alone while the others wait for the next step. A process that ended is
-# noticed at once, by a closed connection or by torchrun: the limit is only for one that hangs.
+# Rank 0 scores a test set alone while the others wait for the next step. The limit is for a process
+# that hangs; one that ended is noticed at once, by a closed connection or by torchrun.
 TIMEOUT = timedelta(hours=2)
 
 
@@ -34,10 +34,10 @@ class RankZeroFailed(Exception):
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a job: this one is number ``rank`` of ``size``, and ``local_rank`` of the
-    ``local_size`` on its machine.
+    """The processes of a job, seen from one of them.
 
-    Every method is called by all processes alike; in a job of one process they cost nothing.
+    It has number ``rank`` of ``size``, and ``local_rank`` of the ``local_size`` on its machine. All
+    processes call the same methods in the same order. In a job of one process they cost nothing.
     """
 
     rank: int = 0
@@ -47,11 +47,11 @@ class World:
 
     @property
     def main(self) -> bool:
-        """Whether this process writes files and speaks for the job."""
+        """Whether this process writes files and reports for the job."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """``tensor`` summed over all processes, in place and without waiting for a GPU."""
+        """Sum ``tensor`` over all processes, in place and without waiting for a GPU."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -94,7 +94,7 @@ class World:
         if self.size > 1:
             self._broadcast(json.dumps(outcome))
 
-    def _receive(self):
+    def _receive(self) -> Any:
         outcome = json.loads(self._broadcast(None))
         if "value" not in outcome:
             raise RankZeroFailed
@@ -110,17 +110,17 @@ class World:
         return bytes(data.tolist()).decode()
 
     def share_of(self, length: int) -> range:
-        """Which of ``length`` things this process works on: each goes to exactly one process."""
+        """Return this process's share of ``length`` items; each item has exactly one process."""
         return range(self.rank, length, self.size)
 
     def collect(
         self, detections: Sequence[Mapping[str, np.ndarray]], length: int
     ) -> list[dict[str, np.ndarray]] | None:
-        """Detections of all ``length`` pictures, in order, on rank 0; None on the others.
+        """Return the detections of all ``length`` images, in order, on rank 0; None on the others.
 
         Args:
-            detections: those of this process's ``share_of(length)``, one {"boxes" float32 [n, 4],
-                "scores" float32 [n], "labels" int64 [n]} a picture.
+            detections: of the images ``share_of(length)``, each {"boxes" float32 [n, 4],
+                "scores" float32 [n], "labels" int64 [n]}.
         """
         if self.size == 1:
             return list(detections)
@@ -144,7 +144,7 @@ class World:
         return collected
 
     def _gather(self, rows: np.ndarray) -> list[np.ndarray]:
-        """Each process's rows, of one type and width; they go as bytes, so any type may be."""
+        """Return the rows of each process. They travel as bytes, so any dtype is possible."""
         data = torch.from_numpy(np.ascontiguousarray(rows).view(np.uint8).reshape(-1))
         lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
         dist.all_gather(lengths, torch.tensor([len(data)]))
@@ -158,15 +158,14 @@ class World:
         ]
 
     def replicate(self, net: nn.Module, device: torch.device) -> nn.Module:
-        """``net`` as a replica whose gradients are averaged over the processes, which start from
-        rank 0's weights."""
+        """Return ``net`` with rank 0's weights and with gradients averaged over the processes."""
         if self.size == 1:
             return net
         where = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(net, device_ids=where, gradient_as_bucket_view=True)
 
     def share_statistics(self, net: nn.Module) -> None:
-        """Give ``net`` rank 0's buffers on every process; those of batch statistics may differ."""
+        """Copy rank 0's buffers to every process: running batch statistics may differ."""
         if self.size > 1:
             for buffer in net.buffers():
                 dist.broadcast(buffer, 0)
@@ -175,18 +174,17 @@ class World:
 SINGLE_PROCESS = World()
 
 
-def no_sync(net: nn.Module):
-    """The context of a backward pass whose gradients are not averaged yet: more are to come."""
+def no_sync(net: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Return the context of a backward pass whose gradients a later one will average."""
     if isinstance(net, DistributedDataParallel):
         return net.no_sync()
     return contextlib.nullcontext()
 
 
 def join() -> World:
-    """Take part in the job that torchrun started; a job of one where it did not.
+    """Join the job that torchrun started, as its variables (``RANK``, ``WORLD_SIZE``, ...) say.
 
-    Its variables (``RANK``, ``WORLD_SIZE``, ...) tell. Tensors of GPUs travel by NCCL, others by
-    gloo.
+    Without them the job has one process. Tensors on GPUs travel by NCCL, others by gloo.
 
     Raises:
         UserError: the processes cannot reach each other.
@@ -199,8 +197,8 @@ def join() -> World:
     try:
         store, rank, size = next(dist.rendezvous("env://", timeout=TIMEOUT))
         if world.local_size == size:
-            # torchrun may keep its store over a restart, with the addresses of processes that are
-            # gone (PyTorch issue 135712). Over several machines the count tells them nothing.
+            # torchrun may keep its store over a restart, with the addresses of ended processes
+            # (PyTorch issue 135712). On several machines the restart count does not help.
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
@@ -221,8 +219,8 @@ def leave() -> None:
 def end(status: int) -> NoReturn:
     """End this process with an exit status.
 
-    One that fails in the midst of a job ends at once: while it is taken down, gloo's threads, still
-    connected, may abort it, and the status would be lost.
+    A process that fails within a job ends at once. During a regular exit the threads of gloo, still
+    connected, may abort the process, and its status would be lost.
     """
     if not dist.is_initialized():
         sys.exit(status)
@@ -235,13 +233,13 @@ _LOST_PEER = re.compile(
     "connection closed|connection reset|broken pipe|ncclRemoteError|communicator was aborted",
     re.IGNORECASE,
 )
-"""What gloo and NCCL say when another process has ended; they raise no exception of its own."""
+"""Words of gloo and NCCL when another process has ended; they have no exception type for it."""
 
 
 def is_lost_connection(error: BaseException) -> bool:
     """Return whether ``error`` says that another process of the job has ended.
 
-    A misuse of NCCL or CUDA is none. The text of the error is worth telling either way.
+    A misuse of NCCL or CUDA does not count. Report the text of the error in both cases.
     """
     if isinstance(error, ConnectionError | dist.DistNetworkError | dist.DistStoreError):
         return True
@@ -249,7 +247,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def launched() -> bool:
-    """Whether torchrun, or ``launch``, has started this process."""
+    """Return whether torchrun or ``launch`` started this process."""
     return "TORCHELASTIC_RUN_ID" in os.environ
 
 
@@ -294,7 +292,11 @@ def check_sync_bn(device: torch.device, size: int) -> None:
 
 
 def check_shares(batch_size: int, size: int, accumulate: int) -> None:
-    """UserError unless a batch can be cut evenly into a part a process and accumulation step."""
+    """Check that a batch divides evenly into parts, one per process and accumulation step.
+
+    Raises:
+        UserError: it does not.
+    """
     if batch_size % (size * accumulate):
         raise UserError(
             f"--batch_size {batch_size} is the batch of all {size} processes with {accumulate} "

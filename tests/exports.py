@@ -39,7 +39,8 @@ def write_checkpoint(path: Path, root: Path, version: str = "tiny") -> Path:
 def exported(checkpoint: Path, form: str, *options: object) -> Path:
     """What the command writes beside the checkpoint."""
     suffix = {"onnx": ".onnx", "openvino": ".xml"}[form]
-    output = checkpoint.with_name("-".join([form, *map(str, options)]) + suffix)
+    name = "".join([form, *(word for word in map(str, options) if word.startswith("--"))])
+    output = checkpoint.with_name(name + suffix)
     arguments = [checkpoint, "--format", form, "--output", output, *options]
     assert main(list(map(str, arguments))) == 0
     return output

@@ -75,7 +75,7 @@ def test_the_page_does_what_it_says(voc_folder, tmp_path, monkeypatch):
         if all(importlib.util.find_spec(name) for name in packages):
             exec(block, names)
             ran |= set(packages)
-    assert {"models", "torchvision", "data"} <= ran
+    assert {"inference", "torchvision", "data"} <= ran
     found = names["found"]
     assert len(found["boxes"]) > 0
     assert names["drawn"].shape == names["picture"].shape

@@ -238,7 +238,7 @@ def test_what_keeps_cuda_from_being_compiled_is_told_in_one_line(tree):
         "no GPU here; set TORCH_CUDA_ARCH_LIST, e.g. to 9.0, to compile for another machine"
     )
     fake_torch(tree, cuda=None)
-    assert told(TORCH_CUDA_ARCH_LIST="9.0") == "PyTorch 2.9.0 is one without CUDA"
+    assert told(TORCH_CUDA_ARCH_LIST="9.0") == "PyTorch 2.9.0 was built without CUDA"
     fake_torch(tree)
     code = tree / "utils/build.py"
     code.write_text(code.read_text().replace("/usr/local/cuda", "/nonexistent"))

@@ -65,19 +65,6 @@ def test_a_file_gives_the_outputs_of_the_network_and_describes_it(tmp_path, voc_
         assert "\n" not in str(e.value)
 
 
-def test_inputs_are_taken_by_name_in_whatever_order(tmp_path, voc_folder):
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        pytest.importorskip(package)
-    checkpoint = write_checkpoint(tmp_path / "tiny.pth", voc_folder)
-    model = open_model(exported(checkpoint, "onnx", "--preprocess", "--with-nms"))
-    images = np.random.default_rng(0).integers(0, 256, (1, 300, 300, 3), np.uint8)
-    inputs = {"pictures": images, "sizes": np.array([[500, 375]], np.float32)}
-    expected, found = model(inputs), model(dict(reversed(inputs.items())))
-    assert len(expected["scores"]) > 0
-    for name, value in expected.items():
-        np.testing.assert_array_equal(found[name], value)
-
-
 def test_files_have_an_identity(tmp_path):
     for name in ("x.onnx", "x.xml", "x.bin"):
         (tmp_path / name).write_text(name)

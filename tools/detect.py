@@ -43,7 +43,7 @@ from tools.outputs import (
     draw,
 )
 from tools.sources import Frame, Reader, Source, find_sources
-from utils.arguments import cores, fraction, positive
+from utils.arguments import Parser, cores, fraction, positive
 from utils.device import AMP_TYPES
 from utils.errors import UserError, command
 from utils.files import check_writable
@@ -233,7 +233,7 @@ def detect(args: argparse.Namespace) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m tools.detect", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     # fmt: off

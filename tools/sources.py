@@ -202,6 +202,8 @@ class Reader:
                 f"{source.name} cannot be opened; is it connected, in use by another program, or "
                 "has it another number?"
             )
+        if is_camera:  # the frames must be new; not every driver obeys
+            capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
         stated, seen = capture.get(cv2.CAP_PROP_FRAME_COUNT), 0
         total = int(stated) if not is_camera and 0 < stated < 1e9 else 0
         progress = Progress(source.name, total, LOG_EVERY)
@@ -247,7 +249,7 @@ def read_frames(source: Source, capture: cv2.VideoCapture) -> Iterator[Frame]:
     if not (math.isfinite(rate) and 0.01 < rate <= 1000):
         rate = 25.0
     before = -1.0
-    # Only a file is decoded ahead: the frames of a camera must be new.
+    # Only a file is decoded ahead of its use.
     ahead = 1 if source.kind == "camera" else 4
     with closing(run_ahead(repeat(partial(_read, capture)), 1, ahead)) as futures:
         for number, future in enumerate(futures):

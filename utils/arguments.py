@@ -1,4 +1,4 @@
-"""Values of command-line arguments: each function reads one, for ``argparse``'s ``type``."""
+"""Values of command-line arguments; each function is a ``type`` of ``argparse``."""
 
 from __future__ import annotations
 
@@ -31,13 +31,14 @@ class Parser(argparse.ArgumentParser):
 
 
 def cores() -> int:
-    """The CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):  # fewer than the machine has under taskset or in a job
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 def boolean(text: str) -> bool:
+    """Read true, yes, 1, false, no or 0."""
     values = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in values:
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
@@ -45,25 +46,28 @@ def boolean(text: str) -> bool:
 
 
 def count(text: str) -> int:
-    # More digits than any count has, but within what every random generator takes as a seed.
+    """Read a whole number of 0 or more."""
+    # 15 digits: more than any count has, and a valid seed for every random generator.
     if not text.isdecimal() or len(text) > 15:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0 or more")
     return int(text)
 
 
 def positive(text: str) -> int:
+    """Read a whole number of 1 or more."""
     if count(text) == 0:
         raise argparse.ArgumentTypeError("0 is too small, the least is 1")
     return int(text)
 
 
 def steps_or_boolean(text: str) -> int:
-    """The published option was a boolean that meant every tenth iteration."""
+    """Read a number of steps; the published option was a boolean for every tenth step."""
     words = {"true": 10, "false": 0}
     return words[text.lower()] if text.lower() in words else count(text)
 
 
 def number(text: str) -> float:
+    """Read a finite number of 0 or more."""
     try:
         value = float(text)
     except ValueError:
@@ -74,6 +78,7 @@ def number(text: str) -> float:
 
 
 def fraction(text: str) -> float:
+    """Read a number in 0..1."""
     value = number(text)
     if value > 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -81,6 +86,7 @@ def fraction(text: str) -> float:
 
 
 def folder_name(text: str) -> str:
+    """Read the name of a folder: one part of a path."""
     if not text.strip(". ") or any(c in text for c in "/\\\0"):
         raise argparse.ArgumentTypeError(f"{text!r} cannot name a folder")
     return text

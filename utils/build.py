@@ -1,18 +1,18 @@
-"""What the project needs before its first run: packages, and extensions compiled in place.
+"""The packages that the project needs, and its extensions, compiled in place.
 
     python utils/build.py                   compile what is missing or older than its sources
-    python utils/build.py --check           tell which NMS routine serves CPU and GPU now, and why
-    python utils/build.py --missing [EXTRA] print the packages to install, one requirement a line
+    python utils/build.py --check           print the NMS routine of CPU and GPU, and the reason
+    python utils/build.py --missing [EXTRA] print the packages to install, one requirement per line
 
-`./make.sh` and `pip install -e .` compile in the same way (pip shows what came of it with -v):
+`./make.sh` and `pip install -e .` compile in the same way (`pip -v` shows the outcome):
 
-- `utils/nms/_cpu_nms.pyx` by Cython and a C++ compiler, with OpenMP where there is one;
-- `utils/nms/_cuda_nms.cu` by nvcc alone, into a plain shared library that knows nothing of PyTorch,
-  for the GPUs present or the compute capabilities in TORCH_CUDA_ARCH_LIST, unless PyTorch is one
-  without CUDA (which pip's isolated builds cannot see).
+- `utils/nms/_cpu_nms.pyx` by Cython and a C++ compiler, with OpenMP if the compiler has it;
+- `utils/nms/_cuda_nms.cu` by nvcc alone, into a shared library without PyTorch's headers. It is
+  compiled for the GPUs present or for the compute capabilities in TORCH_CUDA_ARCH_LIST. It is left
+  out if PyTorch was built without CUDA (which pip's isolated builds cannot see).
 
-Each yields one line, and none an error: without them PyTorch and torchvision serve. Importing this
-module needs nothing but the standard library.
+Each extension prints one line. A failure is no error: PyTorch and torchvision then do the work.
+Importing this module needs the standard library only.
 """
 
 from __future__ import annotations
@@ -31,6 +31,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from setuptools import Extension
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU_SOURCE = Path("utils/nms/_cpu_nms.pyx")
@@ -67,21 +71,21 @@ OPENCV = (
 
 
 def requirements() -> list[str]:
-    """The packages needed at run time.
+    """Return the packages needed at run time.
 
-    OpenCV comes in four packages that overwrite each other's files, so one that is installed is
-    the one required. Without any it is the headless one: opencv-python needs libGL.so.1, which
-    servers and containers lack, and only the window of a live demo needs opencv-python.
+    Four packages of OpenCV overwrite each other's files, so the installed one is required. Without
+    one it is the headless package: opencv-python needs libGL.so.1, which servers and containers
+    lack, and only the window of a live demo needs opencv-python.
     """
     flavour = next((name for name in OPENCV if _version(name)), "opencv-python-headless")
     return [line.replace("opencv-python-headless", flavour) for line in CORE]
 
 
 def missing(extra: str | None = None) -> list[str]:
-    """What pip has to install: the requirements, and those of an extra, that are not met.
+    """Return what pip has to install: the unmet requirements, with those of an extra.
 
-    Every torchvision fits one torch. So a torch that is new enough is named with its version, for
-    pip to keep it and find its torchvision; one that is too old takes its torchvision along.
+    Every torchvision fits one torch. A torch that is new enough is listed with its version: pip
+    then keeps it and finds its torchvision. A torch that is too old is replaced with torchvision.
     """
     wanted = [*requirements(), *EXTRAS.get(extra, ())]
     unmet = [line for line in wanted if not _is_met(line)]
@@ -90,8 +94,8 @@ def missing(extra: str | None = None) -> list[str]:
     return list(dict.fromkeys(unmet))
 
 
-def extensions() -> list:
-    """The setuptools Extensions, for setup.py, which compiles them by `command()`."""
+def extensions() -> list[Extension]:
+    """Return the setuptools Extensions of setup.py, which compiles them by `command()`."""
     from setuptools import Extension
 
     return [
@@ -101,7 +105,7 @@ def extensions() -> list:
 
 
 def command() -> type:
-    """The `build_ext` of setup.py: compiles in place, whatever pip asks for, and never fails."""
+    """Return the `build_ext` of setup.py, which always compiles in place and never fails."""
     from setuptools.command.build_ext import build_ext
 
     class BuildInPlace(build_ext):
@@ -119,7 +123,7 @@ def command() -> type:
 
 
 def build() -> list[str]:
-    """Compiles every extension that is not up to date; one line each of what came of it.
+    """Compile every extension that is not up to date; return one line per extension.
 
     The current folder must be the project's root.
     """
@@ -132,12 +136,12 @@ def build() -> list[str]:
 def _attempt(source: Path, make: Callable[[], str], instead: str) -> str:
     try:
         outcome = make()
-    except Exception as error:  # whatever it is, an installation goes on without the extension
+    except Exception as error:  # of any type: an installation goes on without the extension
         if _library(source).is_file():
             instead = "the library compiled earlier stays"
         outcome = f"not compiled: {str(error) or type(error).__name__}; {instead}"
     line = " ".join(f"{_name(source)}: {outcome}".split())
-    # A compiler quotes in characters that not every output can take.
+    # Compilers use quotation marks that not every console can show.
     return line.encode("ascii", "backslashreplace").decode()
 
 
@@ -148,7 +152,7 @@ def _build_cpu() -> str:
 
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         raise RuntimeError("Python.h is missing (on Debian: apt install python3-dev)")
-    # -O3 for vector instructions; no fused multiply-add, whose rounding would differ from PyTorch.
+    # -O3 for vector instructions; no fused multiply-add, which rounds unlike PyTorch.
     windows = sys.platform == "win32"
     flags = [] if windows else ["-O3", "-ffp-contract=off"]
     openmp = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
@@ -167,13 +171,13 @@ def _build_cpu() -> str:
     return "compiled"
 
 
-def _run_setuptools(extension) -> None:
+def _run_setuptools(extension: Extension) -> None:
     from setuptools import Distribution
 
     with _telling_errors("a C++ compiler is needed: "):
         command = Distribution({"ext_modules": [extension]}).get_command_obj("build_ext")
         command.inplace = command.force = True
-        command.build_lib = "build/in-place"  # not where `pip install .` takes a wheel's files from
+        command.build_lib = "build/in-place"  # `pip install .` puts build/lib into its wheel
         command.ensure_finalized()
         command.run()
 
@@ -193,7 +197,7 @@ def _build_cuda() -> str:
             "no nvcc, the compiler of the CUDA toolkit, in CUDA_HOME, on the PATH or in "
             "/usr/local/cuda"
         )
-    # No fused multiply-add, for IoUs rounded as on the CPU.
+    # No fused multiply-add: IoUs are rounded as on the CPU.
     flags = ["-O3", "-fmad=false", "-shared", f'-DARCHITECTURES="{wanted}"']
     if sys.platform != "win32":
         flags += ["-Xcompiler", "-fPIC"]
@@ -221,7 +225,7 @@ def _nvcc() -> str | None:
 
 
 def _architectures() -> str:
-    """What to compile for, as in TORCH_CUDA_ARCH_LIST: "8.0;9.0+PTX"; "" where nothing says."""
+    """Return the architectures to compile for, e.g. "8.0;9.0+PTX"; "" if none is known."""
     value = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     listed = value.replace(";", " ").split()
     for architecture in listed:
@@ -232,10 +236,10 @@ def _architectures() -> str:
             )
     try:
         import torch
-    except ModuleNotFoundError:  # as in the isolated build of pip
+    except ModuleNotFoundError:  # in an isolated build of pip
         return ";".join(dict.fromkeys(listed or _capabilities_by_driver()))
     if torch.version.cuda is None:
-        raise RuntimeError(f"PyTorch {torch.__version__} is one without CUDA")
+        raise RuntimeError(f"PyTorch {torch.__version__} was built without CUDA")
     gpus = range(0 if listed else torch.cuda.device_count())
     found = sorted(torch.cuda.get_device_capability(gpu) for gpu in gpus)
     return ";".join(dict.fromkeys(listed or ["{}.{}".format(*numbers) for numbers in found]))
@@ -259,7 +263,7 @@ def _library(source: Path) -> Path:
 
 
 def _is_current(source: Path) -> bool:
-    """Whether its library is there for this Python and older than neither it nor this file."""
+    """Return whether the library for this Python is newer than its source and this file."""
     library, sources = _library(source), (source, Path(__file__))
     return library.is_file() and all(
         library.stat().st_mtime >= file.stat().st_mtime for file in sources
@@ -276,9 +280,9 @@ def _loads_in_python(library: Path) -> bool:
 
 
 def _compiled_for(library: Path) -> str:
-    """What a CUDA library says it was compiled for, "" if it cannot be loaded.
+    """Return the architectures of a compiled CUDA library, "" if it cannot be loaded.
 
-    Asked in another process: this one could not replace a library that it has loaded.
+    Another process loads it: a process cannot replace a library that it has loaded.
     """
     program = (
         "import ctypes, sys; ask = ctypes.CDLL(sys.argv[1]).nms_architectures; "
@@ -290,9 +294,10 @@ def _compiled_for(library: Path) -> str:
 
 @contextmanager
 def _telling_errors(silent: str = "") -> Iterator[None]:
-    """Hides what Cython and the compilers write, and raises the line of it that tells the error.
+    """Hide the output of Cython and compilers; raise the line of it that names the error.
 
-    silent: what to say before the exception where no line does.
+    Args:
+        silent: text before the exception if no line names the error.
     """
     originals = [(descriptor, os.dup(descriptor)) for descriptor in (1, 2)]
     with tempfile.TemporaryFile("w+", errors="replace") as output:
@@ -317,7 +322,7 @@ def _redirect(descriptors: list[tuple[int, int]]) -> None:
 
 
 def _telling_line(output: str) -> str:
-    """The first error in the output of a compiler, a linker or Cython; "" if there is none."""
+    """Return the first error in the output of a compiler, a linker or Cython, else ""."""
     error = r"\b(error|fatal)\b[ \w]*:|: cannot find |undefined (reference|symbol)"
     of_cython = r"^(?!warning: ).*\.pyx:\d+:\d+: "
     found = (line for line in output.splitlines() if re.search(f"{error}|{of_cython}", line))
@@ -338,28 +343,28 @@ def _is_met(requirement: str) -> bool:
 
 
 def _numbers(version: str) -> list[int]:
-    """The release of a version: [2, 6, 0] of 2.6.0rc1+cpu, [] of nothing."""
+    """Return the release of a version: [2, 6, 0] for 2.6.0rc1+cpu, [] for ""."""
     return [int(n) for n in re.match(r"[\d.]*", version)[0].split(".") if n]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the extensions in place.")
     choice = parser.add_mutually_exclusive_group()
-    choice.add_argument("--check", action="store_true", help="which NMS routines serve, and why")
+    choice.add_argument("--check", action="store_true", help="print the NMS routines in use")
     choice.add_argument(
         "--missing",
         nargs="?",
         const="core",
         choices=["core", *EXTRAS],
         metavar="EXTRA",
-        help="the packages to install, one a line",
+        help="print the packages to install, one per line",
     )
     args = parser.parse_args()
-    os.chdir(ROOT)  # setuptools takes paths from the current folder
+    os.chdir(ROOT)  # setuptools resolves paths against the current folder
     if args.missing:
         lines = missing(args.missing)
     elif args.check:
-        nms = importlib.import_module("utils.nms")  # here: building has to do without PyTorch
+        nms = importlib.import_module("utils.nms")  # here: building works without PyTorch
         lines = [
             f"NMS on the {name}: {nms.backend(device)} ({nms.backend_reason(device)})"
             for name, device in (("CPU", "cpu"), ("GPU", "cuda"))
@@ -372,6 +377,6 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    # Python puts the folder of a script first on the path, where our modules would hide others.
+    # Python puts the folder of a script first on the path, where it would hide other modules.
     sys.path[:] = [str(ROOT), *(p for p in sys.path if Path(p).resolve() != ROOT / "utils")]
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, in places that the user chose; array files read back."""
+"""Files that are written whole or not at all, in places that the user chose; array files."""
 
 from __future__ import annotations
 
@@ -140,20 +140,20 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold the file ``path``, which is made, against other processes that would hold it.
+    """Hold a lock on the file ``path``, which is created.
 
-    It is free again when this process ends, however that comes. Systems without POSIX record locks
-    (Windows) lock nothing.
+    The lock ends with the block or with the process. Windows, which has no POSIX record locks,
+    locks nothing.
 
     Raises:
-        UserError: another process holds it.
+        UserError: another process holds the lock.
     """
     if fcntl is None:
         yield
         return
     with open(path, "a") as file:
         try:
-            # Unlike flock's, these are not inherited by loading processes, which live on a little.
+            # Not flock: loading processes, which may outlive this one, would inherit its lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise UserError(
@@ -166,7 +166,11 @@ def locked(path: str | Path) -> Iterator[None]:
 
 
 def check_writable(path: str | Path) -> None:
-    """Make the folder of a file that is to be written later; UserError where that will fail."""
+    """Create the folder of a file that will be written later.
+
+    Raises:
+        UserError: the file cannot be written there.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -176,10 +180,10 @@ def check_writable(path: str | Path) -> None:
         raise UserError(f"{path}: cannot be written (a folder, or no permission)")
 
 
-def write_json(path: str | Path, value) -> None:
+def write_json(path: str | Path, value: object) -> None:
     """Write a value as JSON by ``atomic_write``.
 
-    Only the lone surrogates of file names that are not UTF-8 are escaped, as JSON has it.
+    Only lone surrogates, which come from file names that are not UTF-8, are escaped.
     """
     text = json.dumps(value, indent=1, ensure_ascii=False)
     with atomic_write(path) as file:
@@ -187,18 +191,18 @@ def write_json(path: str | Path, value) -> None:
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """All arrays of an .npz file; no pickle is opened.
+    """Return all arrays of an .npz file; no pickle is opened.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is something else, cut off or damaged.
+        ValueError: the file is no .npz file, cut off or damaged.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
     except OSError:
         raise
-    # zipfile, its decompressors and NumPy raise a dozen kinds for what they do not expect.
+    # zipfile, its decompressors and NumPy raise a dozen types for damaged files.
     except Exception as error:
         raise ValueError(str(error) or repr(error)) from error
 
