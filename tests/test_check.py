@@ -131,18 +131,11 @@ def test_a_test_split_without_truth_is_no_fault(coco_folder):
 
 def break_voc(root: Path) -> dict[str, Path]:
     """Damage one image each, in every way; id -> the file that is at fault."""
-    images, annotations = root / "JPEGImages", root / "Annotations"
-    faults = {
-        "no_xml": annotations / "no_xml.xml",
-        "bad_xml": annotations / "bad_xml.xml",
-        "bad_box": annotations / "bad_box.xml",
-        "no_image": images / "no_image.jpg",
-        "empty": images / "empty.jpg",
-        "cut": images / "cut.jpg",
-        "other_size": annotations / "other_size.xml",
-        "turned": images / "turned.jpg",
-        "unsized": images / "unsized.jpg",
-    }
+    annotations, images = root / "Annotations", root / "JPEGImages"
+    in_xml = ("no_xml", "bad_xml", "bad_box", "other_size")
+    in_image = ("no_image", "empty", "cut", "turned", "unsized")
+    faults = {name: annotations / f"{name}.xml" for name in in_xml}
+    faults |= {name: images / f"{name}.jpg" for name in in_image}
     samples = {name: DOG for name in ["fine", *faults]}
     write_voc(root, {"trainval": samples, "test": {"t1": DOG, "t2": DOG}})
     faults["no_xml"].unlink()
