@@ -323,15 +323,20 @@ def parser() -> Parser:
     )
     groups = {name: p.add_argument_group(name) for name in GROUPS}
     for name, spec in OPTIONS.items():
-        meta, default = spec.metadata, default_text(spec)
-        keywords = {"dest": name, "help": meta["help"] + (f" (default: {default})" * bool(default))}
-        if meta["read"] is boolean:
-            keywords |= {"type": boolean, "nargs": "?", "const": True}
-        else:
-            keywords |= {"type": meta["read"], "choices": meta["choices"]}
-            keywords["metavar"] = meta["metavar"]
-        groups[meta["group"]].add_argument(*meta["flags"], **keywords)
+        add_option(groups[spec.metadata["group"]], name)
     return p
+
+
+def add_option(group: argparse._ActionsContainer, name: str) -> None:
+    """Add one of `OPTIONS` to a parser, or to a group of its help."""
+    spec = OPTIONS[name]
+    meta, default = spec.metadata, default_text(spec)
+    keywords = {"dest": name, "help": meta["help"] + (f" (default: {default})" * bool(default))}
+    if meta["read"] is boolean:
+        keywords |= {"type": boolean, "nargs": "?", "const": True}
+    else:
+        keywords |= {"type": meta["read"], "choices": meta["choices"], "metavar": meta["metavar"]}
+    group.add_argument(*meta["flags"], **keywords)
 
 
 def parse(argv: Sequence[str]) -> tuple[Call, dict[str, object]]:

@@ -29,12 +29,13 @@ from data.config import MOBILE_300, PRIORS
 from data.skips import SkipKind
 from data.voc0712 import VOCDetection
 from demo.shapes import draw_image
-from engine.options import parser
-from layers import MultiBoxLoss, PriorBox
+from engine.options import OPTIONS
+from engine.resolve import resolve
+from layers import PriorBox
 from layers.boxes import iou
 from models import BACKBONES
 from tools import check as module
-from tools import detect, image_check, prior_fit, weights
+from tools import detect, image_check, weights
 from tools import sheet as sheet_command
 from tools.check import check, main
 from tools.findings import BOTH, Report
@@ -48,7 +49,9 @@ DOG = [("dog", (11, 11, 60, 60))]
 
 
 def report_of(root: Path, *words: str) -> Report:
-    return check(module.request_of(module.parse(["--root", str(root), "-s", "300", *words])))
+    given = module.parse(["--root", str(root), "-s", "300", *words])
+    sizes = tuple(given.pop("size"))
+    return check(resolve(given), sizes)
 
 
 def found(report: Report, level: str | None = None) -> dict:
@@ -111,7 +114,7 @@ def test_a_devkit_has_the_published_sets_and_classes(voc_devkit):
 def test_a_data_set_with_a_row_of_its_own_is_checked(voc_folder, monkeypatch):
     monkeypatch.setitem(DATASETS, "MINE", replace(DATASETS["VOC"], priors="COCO"))
     report = report_of(voc_folder, "-d", "MINE")
-    assert report.request.priors == "COCO" and report.fits and not found(report, "error")
+    assert report.options.priors == "COCO" and report.fits and not found(report, "error")
 
 
 def test_a_test_split_without_truth_is_no_fault(coco_folder):
@@ -128,18 +131,11 @@ def test_a_test_split_without_truth_is_no_fault(coco_folder):
 
 def break_voc(root: Path) -> dict[str, Path]:
     """Damage one image each, in every way; id -> the file that is at fault."""
-    images, annotations = root / "JPEGImages", root / "Annotations"
-    faults = {
-        "no_xml": annotations / "no_xml.xml",
-        "bad_xml": annotations / "bad_xml.xml",
-        "bad_box": annotations / "bad_box.xml",
-        "no_image": images / "no_image.jpg",
-        "empty": images / "empty.jpg",
-        "cut": images / "cut.jpg",
-        "other_size": annotations / "other_size.xml",
-        "turned": images / "turned.jpg",
-        "unsized": images / "unsized.jpg",
-    }
+    annotations, images = root / "Annotations", root / "JPEGImages"
+    in_xml = ("no_xml", "bad_xml", "bad_box", "other_size")
+    in_image = ("no_image", "empty", "cut", "turned", "unsized")
+    faults = {name: annotations / f"{name}.xml" for name in in_xml}
+    faults |= {name: images / f"{name}.jpg" for name in in_image}
     samples = {name: DOG for name in ["fine", *faults]}
     write_voc(root, {"trainval": samples, "test": {"t1": DOG, "t2": DOG}})
     faults["no_xml"].unlink()
@@ -474,14 +470,10 @@ def test_advice_reaches_what_it_says(small_objects):
 
 
 def test_whose_prior_boxes_are_judged_can_be_chosen(small_objects):
-    root = small_objects.request.root
+    root = small_objects.options.root
     report = report_of(root, "--priors", "COCO", "--classes", "grain,stone,dog")
     assert "grain: 0% of 60" in str(small_objects.findings)
     assert "grain: 0% of 60" not in str(report.findings)
-
-
-def test_a_prior_box_is_matched_from_the_iou_of_training_on():
-    assert prior_fit.MATCHED == MultiBoxLoss(2).threshold
 
 
 # ---------------------------------------------------------------- the page
@@ -503,7 +495,7 @@ def test_the_page_is_one_file_with_the_images_and_names_are_escaped(make_voc, tm
     assert len(images) >= 3
     assert all(source.startswith("data:image/jpeg;base64,") for source in images)
     assert not {"script", "link", "a"} & {element.tag for element in elements}
-    assert "prefers-color-scheme: dark" in text and "http" not in text
+    assert "color-scheme: light dark" in text and "http" not in text
 
 
 def test_the_page_marks_the_odd_box(tmp_path, make_voc):
@@ -588,11 +580,16 @@ def test_names_beyond_the_encoding_of_the_output_are_told(
     assert shown in output.buffer.getvalue()
 
 
-def test_options_are_spelt_as_those_of_training():
-    training = parser()
-    words = ["--root", "R", "-d", "COCO", "--train_sets", "a", "--test_sets", "b", "--classes", "c"]
-    ours, theirs = vars(module.parse(words)), vars(training.parse_args(words))
-    assert {key: ours[key] for key in theirs} == theirs
+def test_options_are_those_of_training():
+    words = ["--root", "R", "-d", "COCO", "--train-sets", "a", "--test_sets", "b", "--classes", "c"]
+    given = module.parse(words)
+    assert given.pop("size") == [300, 512] and given.keys() <= OPTIONS.keys()
+    options = resolve(given)
+    assert (options.dataset, options.train_sets, options.classes) == (
+        "COCO",
+        ((None, "a"),),
+        ("c",),
+    )
 
 
 # ---------------------------------------------------------------- docs/own_data.md

@@ -21,40 +21,43 @@ from pathlib import Path
 
 import numpy as np
 
-from data import DATASETS, build_dataset, default_root, default_sets, list_sets
-from data.classes import parse_classes
+from data import build_dataset
 from data.config import PRIORS
-from data.image_sets import parse_image_sets, sets_name
 from data.skips import SkipKind
-from tools.findings import BOTH, Count, Part, Record, Report, Request
+from engine.options import Options, add_option
+from engine.resolve import resolve
+from tools.findings import BOTH, Count, Part, Record, Report
 from tools.image_check import Scan, check_copies, check_orientations, scan_images
 from tools.page import check_page
-from tools.prior_fit import MATCHED, check_priors
+from tools.prior_fit import check_priors
+from utils.arguments import Parser
 from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
 from utils.logger import close_logging, setup_logging
 
 
 def check(
-    request: Request,
+    options: Options,
+    sizes: tuple[int, ...] = (300, 512),
     progress: Callable[[str, int, int], None] = lambda part, done, total: None,
 ) -> Report:
-    """Scan at everything that training would read; report every fault instead of the first.
+    """Look at everything that training would read; report every fault instead of the first.
 
     Args:
+        sizes: inputs of the network to judge prior boxes at.
         progress: called as progress(part, images done, images in all).
 
     Raises:
         UserError: the root is no folder.
     """
-    if not request.root.is_dir():
-        raise UserError(f"{request.root}: no such data set folder; give its place with --root")
-    report = Report(request)
-    classes, scans = request.classes, {}
-    for name, sets in request.sets.items():
+    if not Path(options.root).is_dir():
+        raise UserError(f"{options.root}: no such data set folder; give its place with --root")
+    report = Report(options, sizes)
+    classes, scans = options.classes, {}
+    for name, sets in (("train", options.train_sets), ("test", options.test_sets)):
         faults: list[str] = []
         try:
-            dataset = build_dataset(request.dataset, request.root, sets, classes, faults=faults)
+            dataset = build_dataset(options.dataset, options.root, sets, classes, faults=faults)
         except UserError as error:
             report.add("error", name, "image set that cannot be opened", [Record(str(error))])
             continue
@@ -86,7 +89,7 @@ def _check_skipped(report: Report, name: str) -> None:
         images = () if skip.image is None else ((name, skip.image),)
         kinds[skip.kind].append(Record(skip.detail, images, skip.box))
     for kind, records in kinds.items():
-        asked = kind is SkipKind.CLASSES_LEFT_OUT and report.request.classes
+        asked = kind is SkipKind.CLASSES_LEFT_OUT and report.options.classes
         report.add("note" if asked else kind.level, name, kind.text, records)
 
 
@@ -144,40 +147,21 @@ def summary(report: Report, shown: int = 5) -> str:
     """Return the report as text, with the first `shown` records of every finding."""
     lines = report.titles()
     for finding in report.findings:
-        found = len(finding.records)
-        lines += ["", f"{finding.level}, {finding.part}: {finding.what}: {found:,}"]
+        lines += ["", finding.title()]
         lines += [f"    {record.text}" for record in finding.records[:shown]]
-        if found > shown:
-            lines.append(f"    ... and {found - shown:,} more")
-    if report.classes:
-        lines += ["", *_columns(report.class_table())]
-    if report.fits:
-        lines += ["", f"boxes that reach an IoU of {MATCHED} with a prior box of"]
-        lines += _columns(report.fit_table())
-    if report.advice:
-        lines += ["", *report.advice]
-    return "\n".join([*lines, "", report.verdict()])
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    """Return rows as lines, the first column aligned left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        f"{first:<{widths[0]}}"
-        + "".join(f"{text:>{width + 3}}" for text, width in zip(others, widths[1:], strict=True))
-        for first, *others in rows
-    ]
+        if (more := len(finding.records) - shown) > 0:
+            lines.append(f"    ... and {more:,} more")
+    return "\n".join([*lines, "", report.conclusion()])
 
 
 def as_json(report: Report) -> dict:
     """Return the whole report as plain data."""
-    request = report.request
     return {
-        "root": str(request.root),
-        "dataset": request.dataset,
-        "priors": request.priors,
+        "root": report.options.root,
+        "dataset": report.options.dataset,
+        "priors": report.options.priors,
         "sets": {
-            name: {"names": sets_name(request.sets[name]), "pictures": len(part.sizes)}
+            name: {"names": report.sets(name), "pictures": len(part.sizes)}
             for name, part in report.parts.items()
         },
         "counts": report.counts(),
@@ -200,21 +184,20 @@ def as_json(report: Report) -> dict:
 # ---------------------------------------------------------------- command line
 
 
-def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse(argv: Sequence[str] | None) -> dict:
+    """Return the options that are given, by name."""
     priors, sizes = (list(dict.fromkeys(values)) for values in zip(*PRIORS, strict=True))
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m tools.check",
         description="Check a data set before training. Options mean what those of train_test.py "
         "mean.",
         epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.",
+        argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )
+    for name in ("dataset", "root", "classes", "train_sets", "test_sets"):
+        add_option(p, name)
     # fmt: off
-    p.add_argument("--root", metavar="DIR", help="where the data are")
-    p.add_argument("-d", "--dataset", choices=DATASETS, default="VOC", help="layout of the data")
-    p.add_argument("--train_sets", metavar="SETS", help="e.g. 2007_trainval,2012_trainval")
-    p.add_argument("--test_sets", metavar="SETS", help="e.g. 2007_test, or test")
-    p.add_argument("--classes", metavar="NAMES", help="a,b,c or a file with one name a line")
     p.add_argument("-s", "--size", type=int, nargs="+", choices=sizes, default=sizes,
                    help="of the network's input, for the fit of the prior boxes (default: all)")
     p.add_argument("--priors", choices=priors, help="whose prior boxes (default: --dataset's)")
@@ -222,46 +205,35 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p.add_argument("--html", metavar="OUT", help="write a page with the images in question")
     p.add_argument("--strict", action="store_true", help="exit with 1 for warnings, too")
     # fmt: on
-    return p.parse_args(argv)
-
-
-def request_of(args: argparse.Namespace) -> Request:
-    """Return what the command line asks for; UserError for image sets and classes that are none."""
-    name = args.dataset
-    root = Path(args.root or default_root(name)).expanduser().absolute()
-    sets = dict(zip(("train", "test"), default_sets(name, root), strict=True))
-    for part, text in (("train", args.train_sets), ("test", args.test_sets)):
-        if text is not None:
-            sets[part] = tuple(parse_image_sets(text, list_sets(name, root)))
-    classes = None if args.classes is None else parse_classes(args.classes)
-    priors = args.priors or DATASETS[name].priors
-    return Request(name, root, sets, classes, priors, tuple(dict.fromkeys(args.size)))
+    return vars(p.parse_args(argv))
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    args = parse(argv)
-    request = request_of(args)
-    for path in filter(None, (args.json, args.html)):
+    given = parse(argv)
+    data, html = given.pop("json", None), given.pop("html", None)
+    sizes, strict = tuple(dict.fromkeys(given.pop("size"))), given.pop("strict", False)
+    options = resolve(given)
+    for path in filter(None, (data, html)):
         check_writable(path)
     setup_logging(quiet=True)  # the readers' warnings are findings
     try:
-        report = check(request, _show_progress)
+        report = check(options, sizes, _show_progress)
     finally:
         close_logging()
-    if args.json:
-        write_json(args.json, as_json(report))
-    if args.html:
-        with atomic_write(args.html) as file:
+    if data:
+        write_json(data, as_json(report))
+    if html:
+        with atomic_write(html) as file:
             file.write(check_page(report).encode("utf-8", "replace"))
     if hasattr(sys.stdout, "reconfigure"):  # file names may have letters beyond its encoding
         sys.stdout.reconfigure(errors="backslashreplace")
     print(summary(report))
-    if args.html:
-        print(f"\nThe page with images is {args.html}")
+    if html:
+        print(f"\nThe page with images is {html}")
     counts = report.counts()
-    return int(counts["error"] > 0 or (args.strict and counts["warning"] > 0))
+    return int(counts["error"] > 0 or (strict and counts["warning"] > 0))
 
 
 def _show_progress(part: str, done: int, total: int) -> None:

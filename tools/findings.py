@@ -1,4 +1,4 @@
-"""What a data check is asked, and what it finds."""
+"""What a data check finds: findings, counts of boxes, fits of prior boxes, and their text."""
 
 from __future__ import annotations
 
@@ -10,30 +10,16 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DetectionData
-from data.image_sets import ImageSet, sets_name
+from data.image_sets import sets_name
+from engine.options import Options
 
 LEVELS = ("error", "warning", "note")
 BOTH = "train and test"
-
+MATCHED = Options.jaccard_threshold
+"""IoU from which a prior box is positive in training."""
 
 Image = tuple[str, int]
 """A part, "train" or "test", and the index of an image in it."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to check; the values mean what the options of train_test.py mean.
-
-    sets: image sets of "train" and "test". classes: None: those that the data set declares or
-    holds. priors: whose prior boxes to judge, see `data.config.PRIORS`. sizes: of the input.
-    """
-
-    dataset: str
-    root: Path
-    sets: dict[str, tuple[ImageSet, ...]]
-    classes: tuple[str, ...] | None
-    priors: str
-    sizes: tuple[int, ...]
 
 
 class Part(NamedTuple):
@@ -76,6 +62,9 @@ class Finding(NamedTuple):
     what: str
     records: list[Record]
 
+    def title(self) -> str:
+        return f"{self.level}, {self.part}: {self.what}: {len(self.records):,}"
+
 
 class Count(NamedTuple):
     """Boxes of a class, and images that have one."""
@@ -87,8 +76,8 @@ class Count(NamedTuple):
 class Fit(NamedTuple):
     """How well prior boxes fit the boxes of a class.
 
-    share: of the boxes that reach the IoU `tools.prior_fit.MATCHED` with a prior box. mean: of the
-    best IoU. claimed: boxes below that IoU; each claims the one prior box nearest to it.
+    share: of the boxes that reach the IoU `MATCHED` with a prior box. mean: of the best IoU.
+    claimed: boxes below `MATCHED`; each only claims the prior box nearest to it.
     """
 
     name: str
@@ -104,11 +93,13 @@ class Fit(NamedTuple):
 class Report:
     """All that a check found.
 
+    options: of the training to check for. sizes: inputs of the network to judge prior boxes at.
     parts: "train" and "test", without one that could not be opened. classes: class name -> part ->
     count. advice: lines on classes that the prior boxes fit badly.
     """
 
-    request: Request
+    options: Options
+    sizes: tuple[int, ...]
     parts: dict[str, Part] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
     classes: dict[str, dict[str, Count]] = field(default_factory=dict)
@@ -132,30 +123,45 @@ class Report:
         part, index = image
         return self.parts[part].dataset.image_path(index)
 
+    def sets(self, part: str) -> str:
+        """Return the names of the image sets of a part."""
+        return sets_name({"train": self.options.train_sets, "test": self.options.test_sets}[part])
+
     def titles(self) -> list[str]:
         """Return a line on each part."""
         return [
-            f"{name}: {sets_name(self.request.sets[name])} of {self.request.root},"
-            f" {len(part.sizes):,} images, {len(part.boxes):,} boxes"
+            f"{name}: {self.sets(name)} of {self.options.root}, {len(part.sizes):,} images,"
+            f" {len(part.boxes):,} boxes"
             for name, part in self.parts.items()
         ]
 
-    def verdict(self) -> str:
-        counts = self.counts().items()
-        return ", ".join(f"{n:,} {level}{'' if n == 1 else 's'}" for level, n in counts)
+    def conclusion(self) -> str:
+        """Return the tables of classes and of fits, the advice and the verdict."""
+        lines = []
+        if self.classes:
+            heads = ["class", *(text for p in self.parts for text in (f"{p} boxes", "images"))]
+            lines += _columns([heads, *map(self._counts_of, self.classes)])
+        if self.fits:
+            heads = dict.fromkeys(f"{fit.priors} {fit.size}" for fit in self.fits)
+            rows: dict[str, list[str]] = {}
+            for fit in self.fits:
+                rows.setdefault(fit.name, [fit.name]).append(f"{fit.share:.1%}")
+            lines += ["", f"boxes that reach an IoU of {MATCHED} with a prior box of"]
+            lines += _columns([["class", *heads], *rows.values()])
+        lines += ["", *self.advice, ""]
+        lines += [", ".join(f"{n:,} {level}{'s' * (n != 1)}" for level, n in self.counts().items())]
+        return "\n".join(lines)
 
-    def class_table(self) -> list[list[str]]:
-        """Return the counts of every class as rows of text, the heads first."""
-        rows = [["class", *(text for part in self.parts for text in (f"{part} boxes", "images"))]]
-        for name, counts in self.classes.items():
-            row = [counts.get(part, Count()) for part in self.parts]
-            rows.append([name, *(f"{number:,}" for count in row for number in count)])
-        return rows
+    def _counts_of(self, name: str) -> list[str]:
+        counts = [self.classes[name].get(part, Count()) for part in self.parts]
+        return [name, *(f"{number:,}" for count in counts for number in count)]
 
-    def fit_table(self) -> list[list[str]]:
-        """Return the shares of `fits` as rows of text, the heads first."""
-        heads = dict.fromkeys(f"{fit.priors} {fit.size}" for fit in self.fits)
-        rows: dict[str, list[str]] = {}
-        for fit in self.fits:
-            rows.setdefault(fit.name, [fit.name]).append(f"{fit.share:.1%}")
-        return [["class", *heads], *rows.values()]
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    """Return rows as lines, the first column aligned left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        f"{first:<{widths[0]}}"
+        + "".join(f"{text:>{width + 3}}" for text, width in zip(others, widths[1:], strict=True))
+        for first, *others in rows
+    ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 from collections import defaultdict
-from collections.abc import Sequence
 from html import escape
 
 import cv2
@@ -12,65 +11,42 @@ import numpy as np
 
 from tools.findings import Finding, Record, Report
 from tools.image_check import read
-from tools.prior_fit import MATCHED
 
 STYLE = """
-:root { color-scheme: light dark; --soft: #eef0f3; --error: #c62828; --warning: #b26a00;
-  --note: #5a6572; }
-@media (prefers-color-scheme: dark) { :root { --soft: #262b31; --error: #ff7b72;
-  --warning: #f0b35a; --note: #9aa5b1; } }
+:root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
   overflow-wrap: anywhere; }
-.error { color: var(--error); } .warning { color: var(--warning); } .note { color: var(--note); }
-.lines { white-space: pre-wrap; }
+h3.error { color: #e5484d; } h3.warning { color: #c77700; } h3.note { color: #8b939c; }
+pre { overflow-x: auto; white-space: pre-wrap; }
 .row { display: flex; flex-wrap: wrap; gap: .8rem; }
-figure { margin: 0; width: min-content; min-width: 13rem; background: var(--soft); padding: .5rem; }
+figure { margin: 0; width: min-content; min-width: 13rem; }
 figure div { display: flex; gap: .5rem; }
 figcaption { font-size: .8rem; }
-.scroll { overflow-x: auto; }
-th, td { text-align: right; padding: .15rem .8rem .15rem 0; overflow-wrap: normal; }
-th:first-child, td:first-child { text-align: left; }
 """
 SIDE = 208  # pixels of the longer side of an image
 TRUE, ODD = (90, 200, 90), (40, 30, 230)  # BGR of boxes
 
 
-def page(title: str, body: str, style: str = STYLE) -> str:
+def page(title: str, body: str) -> str:
     """Return a whole page; `body` is HTML."""
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/><meta name="viewport" '
-        f'content="width=device-width"/><title>{escape(title)}</title><style>{style}</style></head>'
+        f'content="width=device-width"/><title>{escape(title)}</title><style>{STYLE}</style></head>'
         f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
     )
 
 
-def table(rows: Sequence[Sequence[str]]) -> str:
-    """Return a table of texts; the first row has the heads."""
-    html = ""
-    for n, row in enumerate(rows):
-        tag = "td" if n else "th"
-        html += f"<tr>{''.join(f'<{tag}>{escape(text)}</{tag}>' for text in row)}</tr>"
-    return f'<div class="scroll"><table>{html}</table></div>'
-
-
-def image(pixels: np.ndarray, alt: str = "") -> str:
+def image(pixels: np.ndarray) -> str:
     """Return an image, BGR uint8 [H, W, 3], as a JPEG inside the page."""
     data = base64.b64encode(cv2.imencode(".jpg", pixels)[1]).decode()
-    return f'<img alt="{escape(alt)}" src="data:image/jpeg;base64,{data}"/>'
+    return f'<img alt="" src="data:image/jpeg;base64,{data}"/>'
 
 
 def check_page(report: Report, shown: int = 12) -> str:
     """Return the report of a data check; each finding shows its first `shown` images."""
     parts = [f"<p>{escape(title)}</p>" for title in report.titles()]
-    parts.append(f"<p><b>{report.verdict()}</b></p>")
     parts += [_finding(report, finding, shown) for finding in report.findings]
-    if report.classes:
-        parts += ["<h2>Boxes of each class</h2>", table(report.class_table())]
-    if report.fits:
-        parts.append(f"<h2>Boxes that reach an IoU of {MATCHED} with a prior box</h2>")
-        parts.append(table(report.fit_table()))
-    advice = escape("\n".join(report.advice))
-    return page("Data check", "\n".join([*parts, f'<p class="lines">{advice}</p>']))
+    return page("Data check", "\n".join([*parts, f"<pre>{escape(report.conclusion())}</pre>"]))
 
 
 def _finding(report: Report, finding: Finding, shown: int) -> str:
@@ -80,7 +56,7 @@ def _finding(report: Report, finding: Finding, shown: int) -> str:
         groups[record.images or n].append(record)
     figures, items = "", ""
     for records in [*groups.values()][:shown]:
-        lines = [record.text.replace(f"{report.request.root}/", "") for record in records[:4]]
+        lines = [record.text.replace(f"{report.options.root}/", "") for record in records[:4]]
         lines += [f"and {len(records) - 4:,} more"] if len(records) > 4 else []
         text = "<br/>".join(map(escape, lines))
         if images := "".join(map(image, _draw(report, records))):
@@ -89,11 +65,8 @@ def _finding(report: Report, finding: Finding, shown: int) -> str:
             items += f"<li>{text}</li>"
     if len(groups) > shown:
         items += f"<li>and in {len(groups) - shown:,} more places</li>"
-    title = f"{finding.part}: {finding.what}: {len(finding.records):,}"
-    return (
-        f'<h3><span class="{finding.level}">{finding.level}</span>, {escape(title)}</h3>'
-        f'<div class="row">{figures}</div><ul>{items}</ul>'
-    )
+    title = f'<h3 class="{finding.level}">{escape(finding.title())}</h3>'
+    return f'{title}<div class="row">{figures}</div><ul>{items}</ul>'
 
 
 def _draw(report: Report, records: list[Record]) -> list[np.ndarray]:

@@ -9,10 +9,8 @@ import numpy as np
 
 from data.config import PRIORS, PriorConfig
 from layers import PriorBox
-from tools.findings import Fit, Part, Record, Report
+from tools.findings import MATCHED, Fit, Part, Record, Report
 
-MATCHED = 0.5
-"""IoU from which a prior box is positive: the default of --jaccard_threshold."""
 LOW_SHARE = 0.9
 """A class fits if this share of its boxes reaches the IoU `MATCHED` with some prior box."""
 SAMPLE = 20_000
@@ -52,7 +50,7 @@ def check_priors(report: Report) -> None:
     if not report.parts:
         return
     name, part = next(iter(report.parts.items()))
-    priors, sizes = report.request.priors, report.request.sizes
+    priors, sizes = report.options.priors, report.sizes
     boxes = part.boxes / np.tile(part.sizes[part.images], 2)
     best = {
         (kind, size): best_overlaps(PRIORS[kind, size], boxes)
