@@ -1,4 +1,4 @@
-"""The layers between a network's outputs and a loss or detections."""
+"""What lies between a network's outputs and a loss or detections."""
 
 from layers.detect import Detect, DetectConfig
 from layers.l2norm import L2Norm

@@ -13,7 +13,7 @@ from layers.boxes import decode
 from utils.nms import batched_nms
 
 SUPPRESSION = {"hard": "hard", "soft": "linear", "soft-gaussian": "gaussian"}
-"""Values of Detect's ``nms`` -> methods of ``utils.nms.batched_nms``."""
+"""Values of ``DetectConfig.nms`` -> methods of ``utils.nms.batched_nms``."""
 
 # A prior whose background score is at least this has no detections under the shortcut.
 BACKGROUND_SURE = 0.9
@@ -100,7 +100,7 @@ class Detect(nn.Module):
     def forward(
         self, loc: Tensor, conf: Tensor, priors: Tensor, sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Detections of a batch.
+        """Return the detections of a batch.
 
         Args:
             loc: [B, P, 4] encoded offsets.
@@ -109,17 +109,16 @@ class Detect(nn.Module):
             sizes: (width, height) in pixels of the B images.
 
         Returns:
-            One dict an image: "boxes" float32 [n, 4] corners in pixels of the image (not clipped
-            to it), "scores" float32 [n], "labels" int64 [n] in 1..C-1; best score first, of equal
-            scores the lower class first, then the earlier prior (class-agnostic: the earlier prior
-            first, then the lower class). n may be 0.
+            One dict per image: "boxes" float32 [n, 4] corners in pixels of the image (not clipped
+            to it), "scores" float32 [n], "labels" int64 [n] in 1..C-1. n may be 0. Sorted by score;
+            ties: lower class first, then earlier prior (class-agnostic: earlier prior first, then
+            lower class).
 
         Raises:
-            ValueError: ``loc``, ``conf``, ``priors`` and ``sizes`` that do not fit together.
-            FloatingPointError: NaN or +infinity in ``conf``; NaN or infinity in ``loc`` where a
-                detection would come from.
+            ValueError: the shapes of the arguments do not fit together.
+            FloatingPointError: ``conf`` has NaN or +infinity, or ``loc`` has NaN or infinity for a
+                candidate.
         """
-        config = self.config
         fits = conf.ndim == 3 and loc.shape == (len(sizes), len(priors), 4)
         if not fits or conf.shape[:2] != loc.shape[:2] or conf.shape[2] < 2:
             raise ValueError(
@@ -128,8 +127,8 @@ class Detect(nn.Module):
             )
         image, prior = self._candidates(conf).nonzero(as_tuple=True)
         scores = conf[image, prior].float().softmax(1)
-        over = scores[:, 1:] > config.conf_thresh
-        if config.background_shortcut:
+        over = scores[:, 1:] > self.config.conf_thresh
+        if self.config.background_shortcut:
             over &= scores[:, :1] < BACKGROUND_SURE
         row, label = over.nonzero(as_tuple=True)
         scale = torch.tensor(sizes, dtype=torch.float32, device=loc.device).reshape(-1, 2)
@@ -137,39 +136,42 @@ class Detect(nn.Module):
         boxes = (boxes * scale.repeat(1, 2)[image])[row]
         if not boxes.isfinite().all():
             raise FloatingPointError("loc contains NaN or infinity")
-        image = image[row]
+        image, label = image[row], label + 1
+        found, score = self._suppress(boxes, scores[row, label], image, label, conf.shape[2])
+        counts = torch.bincount(image[found], minlength=len(sizes)).tolist()
+        parts = {"boxes": boxes[found], "scores": score, "labels": label[found]}
+        split = [part.split(counts) for part in parts.values()]
+        return [
+            {key: part[: self.config.top_k] for key, part in zip(parts, image_parts, strict=True)}
+            for image_parts in zip(*split, strict=True)
+        ]
 
-        classes = conf.shape[2] - 1
+    def _suppress(
+        self, boxes: Tensor, scores: Tensor, image: Tensor, label: Tensor, classes: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return the indices of the boxes that are kept, by image, then score; and their scores."""
+        config = self.config
+        group = image * classes + label
         found, score = batched_nms(
             boxes,
-            scores[row, label + 1],
-            image if config.class_agnostic else image * classes + label,
+            scores,
+            image if config.class_agnostic else group,
             config.nms_thresh,
             max(len(boxes), 1) if config.class_agnostic else config.per_class,
             method=SUPPRESSION[config.nms],
             min_score=config.conf_thresh,
         )
         if config.class_agnostic:
-            within = rank_in_group(image[found] * classes + label[found]) < config.per_class
+            within = rank_in_group(group[found]) < config.per_class
             found, score = found[within], score[within]
-        by_image = image[found].argsort(stable=True)  # of each still the best first
-        found, score = found[by_image], score[by_image]
-        counts = torch.bincount(image[found], minlength=len(sizes)).tolist()
-        parts = (boxes[found], score, label[found] + 1)
-        return [
-            {
-                "boxes": box[: config.top_k],
-                "scores": value[: config.top_k],
-                "labels": name[: config.top_k],
-            }
-            for box, value, name in zip(*(part.split(counts) for part in parts), strict=True)
-        ]
+        by_image = image[found].argsort(stable=True)  # keeps the order by score
+        return found[by_image], score[by_image]
 
     def _candidates(self, conf: Tensor) -> Tensor:
-        """bool [B, P]: all priors that can have a score over the threshold, and few others.
+        """Return bool [B, P]: all priors that can exceed the score threshold, and few others.
 
-        A class's score is at most 1 / (1 + exp(background - class)) of the logits, so the largest
-        tells enough, at a fraction of what softmax takes.
+        The score of a class is at most 1 / (1 + exp(background - class)) of the logits. So the
+        largest logit is enough to decide, in a fraction of softmax's time.
         """
         background, best = conf[..., 0].float(), conf[..., 1:].amax(2).float()
         if not ((best < torch.inf) & (background < torch.inf)).all():
@@ -180,12 +182,13 @@ class Detect(nn.Module):
         if threshold >= 1:
             return torch.zeros_like(best, dtype=torch.bool)
         rest = 1 - threshold
-        margin = 0.01 + 1e-6 / rest  # more than the scores' rounding, in logits
+        margin = 0.01 + 1e-6 / rest  # in logits; larger than the rounding of scores
         return best - background > math.log(threshold / rest) - margin
 
 
 def rank_in_group(groups: Tensor) -> Tensor:
-    """int64 [n]: how many earlier entries of ``groups`` [n] are of the same group."""
+    """Return int64 [n]: how many earlier entries of ``groups`` [n] have the same value."""
     ordered, order = groups.sort(stable=True)
-    position = torch.arange(groups.shape[0], device=groups.device)  # len() would be exported fixed
+    # Not len(groups), which an export would freeze.
+    position = torch.arange(groups.shape[0], device=groups.device)
     return (position - torch.searchsorted(ordered, ordered))[order.argsort()]

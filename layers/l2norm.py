@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 
 class L2Norm(nn.Module):
-    """x / (||x||_2 over channels + 1e-10) x weight: [B, C, H, W] -> [B, C, H, W].
+    """x / (||x||_2 over channels + eps) x weight: [B, C, H, W] -> [B, C, H, W].
 
-    SSD scales its first source map with it, because conv4_3's features are larger than the rest.
+    SSD applies it to the first source map, whose features are larger than those of the others.
     """
 
-    def __init__(self, channels: int, scale: float = 20.0, eps: float = 1e-10):
+    def __init__(self, channels: int, scale: float = 20.0, eps: float = 1e-10) -> None:
         super().__init__()
         self.eps = eps
         self.weight = nn.Parameter(torch.full((channels,), scale))

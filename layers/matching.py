@@ -1,4 +1,4 @@
-"""Which prior box answers for which ground-truth box (SSD, section 2.2, "Matching strategy")."""
+"""Matching of prior boxes to ground truth (SSD, section 2.2, "Matching strategy")."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from layers.boxes import encode, iou, to_corners
 
 
 def pad_targets(targets: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Targets of a batch as one tensor: B tensors [n_i, 5] on the CPU -> float32 [B, G, 5].
+    """Pad the targets of a batch: B tensors [n_i, 5] on the CPU -> float32 [B, G, 5] on ``device``.
 
-    G is the largest n_i, at least 1. Padding is rows of zeros: the label of no box. The copy to a
-    GPU does not wait for what is under way there.
+    G is the largest n_i, at least 1. Padding rows are zeros; no box has label 0. The copy to a GPU
+    is asynchronous.
     """
     least = torch.zeros(1, 5)
     padded = pad_sequence([least, *(t.float() for t in targets)], batch_first=True)[1:]
@@ -33,27 +33,27 @@ def match(
 ) -> tuple[Tensor, Tensor]:
     """Match the boxes of a batch to the priors.
 
-    A prior takes the box it overlaps most. Each box also claims the prior that it overlaps most,
-    whatever the overlap; of two boxes that claim one prior, the later wins. A prior under the
-    threshold that nobody claims is background.
+    A prior is matched to the box that it overlaps most, if their IoU reaches the threshold. Each
+    box also claims the prior that it overlaps most, whatever the IoU; if two boxes claim one prior,
+    the later box wins. All other priors are background.
 
     Args:
-        targets: [B, G, 5], corners relative to the image, and the label (1-based); behind the
-            boxes of an image rows of zeros, only these for an image without objects. G >= 1.
+        targets: [B, G, 5], corners relative to the image and a label from 1; padded with rows of
+            zeros. G >= 1.
         priors: [P, 4], centre-size, relative.
-        threshold: least IoU that makes a prior positive without a claim.
+        threshold: lowest IoU of a match without a claim.
         variance: of the encoding.
-        index: pick the positive priors, which are few, and encode only these; faster on the CPU,
-            where nobody has to wait for their number.
+        index: gather the positive priors, which are few, and encode only these. It is faster on
+            the CPU; a GPU would have to wait for their number.
 
     Returns:
         ``labels`` int64 [B, P], 0 = background, and ``offsets`` float32 [B, P, 4], the matched box
-        encoded against its prior. Offsets of background priors have no meaning (but are finite).
+        encoded against its prior. Offsets of background priors are finite but have no meaning.
     """
     batch, boxes = targets.shape[:2]
     best_overlap, best_box, best_prior = _best(targets[..., :4], priors, 4 if index else batch)
 
-    # Claims in box order: a later box has the higher index, so the maximum index wins.
+    # A later box has a higher index, so the maximum index wins.
     order = torch.arange(boxes, device=targets.device).expand(batch, -1)
     order = order.masked_fill(targets[..., 4] == 0, -1)
     claims = torch.full((batch, len(priors)), -1, device=targets.device)
@@ -76,12 +76,15 @@ def match(
 
 
 def _best(boxes: Tensor, priors: Tensor, images: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Overlap [B, P] and index [B, P] of each prior's best box, index [B, G] of each box's best
-    prior; of so many images at a time, that a few images' overlaps stay in a CPU's cache."""
-    corners = to_corners(priors).t().contiguous().t()  # as iou likes it
+    """Return the IoU [B, P] and index [B, P] of each prior's best box, and the index [B, G] of each
+    box's best prior.
+
+    Processes ``images`` images at a time, so that the table of IoUs fits into a CPU's cache.
+    """
+    corners = to_corners(priors).t().contiguous().t()  # the fastest layout for iou
     found = []
     for part in boxes.split(images):
-        # Padding overlaps nothing and comes last, so no prior prefers it to a box.
+        # Padding has an IoU of 0 and comes last, so no prior prefers it to a box.
         overlaps = iou(part, corners)
         found.append((*overlaps.max(1), overlaps.argmax(2)))
     best_overlap, best_box, best_prior = (torch.cat(parts) for parts in zip(*found, strict=True))

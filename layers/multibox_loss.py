@@ -15,13 +15,13 @@ from layers.matching import match, pad_targets
 class MultiBoxLoss(nn.Module):
     """Smooth-L1 on the offsets of positive priors, cross-entropy on positives and hard negatives.
 
-    Both are sums divided by the number of positive priors in the batch. Hard negatives: per
-    image, three times as many non-positive priors as there are positives, those with the highest
-    confidence loss, of equal losses the earlier prior.
+    Both are sums divided by the number of positive priors in the batch. The hard negatives of an
+    image are the non-positive priors with the highest confidence loss, three for each positive;
+    ties: earlier prior.
 
-    A call matches and computes the losses. Where a batch comes in parts (micro-batches,
-    processes), ``match`` every part, count the positives of all, and give that to ``loss``. Neither
-    waits for a GPU, forward or backward.
+    A call matches and computes the losses. If a batch comes in parts (accumulation steps,
+    processes), call ``match`` for every part, add up the positives, and call ``loss`` with the sum.
+    Neither synchronises with a GPU, forward or backward.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class MultiBoxLoss(nn.Module):
         threshold: float = 0.5,
         negatives_per_positive: int = 3,
         variance: tuple[float, float] = (0.1, 0.2),
-    ):
+    ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.threshold = threshold
@@ -40,7 +40,7 @@ class MultiBoxLoss(nn.Module):
     def forward(
         self, predictions: tuple[Tensor, Tensor], priors: Tensor, targets: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """The two losses of a batch.
+        """Return the two losses of a batch.
 
         Args:
             predictions: ``loc`` [B, P, 4] and ``conf`` [B, P, num_classes] logits, any float type;
@@ -54,7 +54,7 @@ class MultiBoxLoss(nn.Module):
             and zero gradients, not NaN.
 
         Raises:
-            ValueError: shapes that do not belong together, or a label out of range.
+            ValueError: shapes that do not fit together, or a label out of range.
         """
         self._check(predictions, len(targets), len(priors))
         labels, offsets = self.match(targets, priors)
@@ -62,15 +62,15 @@ class MultiBoxLoss(nn.Module):
 
     @torch.no_grad()
     def match(self, targets: Sequence[Tensor], priors: Tensor) -> tuple[Tensor, Tensor]:
-        """What every prior shall predict.
+        """Return what every prior should predict.
 
         Args:
             targets: B tensors [n, 5] as for a call.
             priors: [P, 4] as for a call.
 
         Returns:
-            ``labels`` int64 [B, P], 0 = background, and ``offsets`` float32 [B, P, 4], without
-            meaning where the label is 0; both on the device of ``priors``.
+            ``labels`` int64 [B, P], 0 = background, and ``offsets`` float32 [B, P, 4], which have
+            no meaning where the label is 0. Both are on the device of ``priors``.
 
         Raises:
             ValueError: a target of another shape, or a label out of range.
@@ -93,21 +93,20 @@ class MultiBoxLoss(nn.Module):
         offsets: Tensor,
         positives: Tensor | int,
     ) -> tuple[Tensor, Tensor]:
-        """The two losses of predictions for what ``match`` has found.
+        """Return the two losses of predictions, given the result of ``match``.
 
         Args:
             predictions: ``loc`` and ``conf`` as for a call.
             labels: int64 [B, P].
             offsets: float32 [B, P, 4].
-            positives: what the sums are divided by (1 for 0): the number of positive priors in the
-                batch, of which these predictions may be a part. A 0-d tensor on their device, or a
-                number.
+            positives: number of positive priors in the whole batch, by which the sums are divided
+                (by 1 if it is 0). A 0-d tensor on the device of the predictions, or a number.
 
         Returns:
-            (loss_loc, loss_conf) as a call does.
+            (loss_loc, loss_conf), as a call.
 
         Raises:
-            ValueError: shapes that do not belong together.
+            ValueError: shapes that do not fit together.
         """
         loc, conf = predictions
         self._check(predictions, *labels.shape)
@@ -125,12 +124,13 @@ class MultiBoxLoss(nn.Module):
             )
 
 
-# Both sums below have two ways to the same numbers: `index` picks the rows that count, which are
-# few, and is for the CPU, as a GPU would have to wait for their number; the other masks the rest.
+# Both sums below can be computed in two ways, with equal results. With `index` they gather the few
+# rows that count, which is faster on the CPU; a GPU would have to wait for their number. Without it
+# they mask the other rows.
 
 
 def _location_loss(loc: Tensor, labels: Tensor, offsets: Tensor, index: bool) -> Tensor:
-    """Sum of smooth-L1 over the positive priors."""
+    """Return the sum of smooth-L1 over the positive priors."""
     positive = labels > 0
     if index:
         loc, offsets = loc[positive], offsets[positive]
@@ -142,8 +142,8 @@ def _location_loss(loc: Tensor, labels: Tensor, offsets: Tensor, index: bool) ->
 class _ConfidenceLoss(torch.autograd.Function):
     """Sum of the cross-entropy over positive priors and hard negatives.
 
-    One pass over ``conf`` serves mining and loss, and nothing of its size is kept for the backward
-    pass, which writes the gradient of the rows that count.
+    Mining and loss share one pass over ``conf``. No tensor of its size is saved for the backward
+    pass but ``conf`` itself.
     """
 
     @staticmethod
@@ -180,26 +180,26 @@ def _precision(x: Tensor) -> torch.dtype:
 
 
 def _parts(conf: Tensor) -> list[slice]:
-    """Slices of a batch: of one image on the CPU, whose copy stays in the cache, else of so many
-    that a float32 copy takes 256 MB."""
+    """Return slices of a batch: one image on the CPU, where its copy fits into the cache, else as
+    many images as have a float32 copy of 256 MB."""
     size = 1 if conf.is_cpu else max(1, 2**26 // conf[0].numel())
     return [slice(start, start + size) for start in range(0, len(conf), size)]
 
 
 def _gradient(conf: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
-    """Gradient of each row's cross-entropy: (softmax - one-hot) x ``grad``, [..., C]."""
+    """Return the gradient of each row's cross-entropy, (softmax - one-hot) x ``grad``: [..., C]."""
     rows = conf.softmax(-1, dtype=_precision(conf))
     label = labels[..., None]
     return rows.scatter_(-1, label, rows.gather(-1, label) - 1).mul_(grad)
 
 
 def _hard_negatives(losses: Tensor, labels: Tensor, ratio: int, index: bool) -> Tensor:
-    """Bool [B, P]: the non-positive priors with the highest loss, ``ratio`` for a positive."""
+    """Return bool [B, P]: the non-positive priors with the highest loss, ``ratio`` per positive."""
     positive = labels > 0
     wanted = (ratio * positive.sum(1, keepdim=True)).clamp(max=labels.shape[1] - 1)
-    # What is not a number is a high loss: it must not go unnoticed.
+    # NaN counts as a high loss, so that it reaches the sum.
     losses = losses.nan_to_num(torch.inf, torch.inf, -torch.inf).masked_fill(positive, -torch.inf)
-    # The loss behind the last that is wanted: those over it are in, of those equal to it the first.
+    # The highest loss that is not wanted: take the losses above it, and fill up with equal ones.
     if index:
         at = labels.shape[1] - 1 - wanted.squeeze(1)
         rows = zip(losses.numpy(), at.tolist(), strict=True)

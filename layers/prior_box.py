@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 
-class PriorBox(nn.Module):
-    """The prior boxes of a preset as a buffer that follows ``.to(device)``.
+class Preset(Protocol):
+    """Where prior boxes lie: a ``data.config.PriorConfig``, whose documentation has the fields."""
 
-    ``PriorBox(config)()`` -> float32 [P, 4], (cx, cy, w, h) relative to the image, clipped to
-    [0, 1]. Order: source map, row, column, then per cell the square box of the minimum size, the
-    square box between minimum and maximum size, and for every aspect ratio the lying and the
-    upright box.
+    size: int
+    feature_maps: Sequence[int]
+    steps: Sequence[float]
+    min_sizes: Sequence[float]
+    max_sizes: Sequence[float]
+    aspect_ratios: Sequence[Sequence[float]]
+
+
+class PriorBox(nn.Module):
+    """The prior boxes of a preset, as a buffer that follows ``.to(device)``.
+
+    ``PriorBox(config)()`` returns float32 [P, 4], (cx, cy, w, h) relative to the image, clipped to
+    [0, 1]. They are ordered by source map, row and column. A cell has the square box of the minimum
+    size, the square box between minimum and maximum size, and for every aspect ratio the wide and
+    the tall box.
     """
 
-    def __init__(self, config):
-        """``config`` is a preset (``data.config.PriorConfig``) or anything with its fields."""
+    def __init__(self, config: Preset) -> None:
         super().__init__()
         self.config = config
         self.register_buffer("boxes", _prior_boxes(config), persistent=False)
@@ -30,10 +42,10 @@ class PriorBox(nn.Module):
         return f"size={self.config.size}, priors={len(self.boxes)}"
 
 
-def _prior_boxes(config) -> Tensor:
+def _prior_boxes(config: Preset) -> Tensor:
     maps = []
     for k, side in enumerate(config.feature_maps):
-        # In double precision, as the published numbers were computed before they became float32.
+        # The published boxes were computed in double precision, then rounded to float32.
         centres = (torch.arange(side, dtype=torch.float64) + 0.5) * config.steps[k] / config.size
         cy, cx = torch.meshgrid(centres, centres, indexing="ij")
         small = config.min_sizes[k] / config.size

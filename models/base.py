@@ -1,5 +1,4 @@
-"""What every base network is: layers in a row that yield two feature maps; concatenations whose
-memory training can save."""
+"""Parts that base networks share: two feature maps, initialisation, memory-saving concatenation."""
 
 from __future__ import annotations
 
@@ -13,18 +12,19 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _PARTS: ContextVar[WeakTensorKeyDictionary | None] = ContextVar("_PARTS", default=None)
-"""The concatenations that are still referred to -> what they are made of."""
+"""Live results of ``concatenate`` -> their parts; None outside of ``recompute_concatenations``."""
 
 
 class BaseNetwork(nn.Sequential):
-    """A classifier's layers: images [B, 3, S, S] -> (stride-8 map, stride-16 map).
+    """A row of layers: images [B, 3, S, S] -> (stride-8 map, stride-16 map).
 
-    A subclass adds its layers and says ``tap``, the position of the layer that gives the
-    stride-8 map, and ``out_channels`` of the two maps.
+    A subclass appends its layers and sets ``tap`` and ``out_channels``.
     """
 
     tap: int
+    """Position of the layer that returns the stride-8 map."""
     out_channels: tuple[int, int]
+    """Channels of the two maps."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for i, layer in enumerate(self):
@@ -35,7 +35,7 @@ class BaseNetwork(nn.Sequential):
 
 
 def init_kaiming(module: nn.Module) -> None:
-    """Kaiming-normal (fan-out) convolutions with zero bias, as HarDNet's classifiers start."""
+    """Initialise convolutions by Kaiming normal (fan-out) with zero bias, as HarDNet does."""
     for m in module.modules():
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
@@ -44,7 +44,7 @@ def init_kaiming(module: nn.Module) -> None:
 
 
 def concatenate(parts: Sequence[Tensor]) -> Tensor:
-    """Tensors [B, C_k, H, W] side by side: [B, sum of C_k, H, W]."""
+    """Concatenate tensors [B, C_k, H, W] to [B, sum of C_k, H, W]."""
     whole = torch.cat(parts, 1)
     made_of = _PARTS.get()
     if made_of is not None:
@@ -54,15 +54,15 @@ def concatenate(parts: Sequence[Tensor]) -> Tensor:
 
 @contextmanager
 def recompute_concatenations() -> Iterator[None]:
-    """What autograd saves inside of a result of ``concatenate`` is its parts (arXiv 1707.06990).
+    """Let autograd save the parts of a concatenation instead of its result (arXiv 1707.06990).
 
-    A dense network's parts are saved anyway, so that the copies side by side cost no memory; they
-    are made again in the backward pass, bit by bit the same. No convolution is repeated.
+    A dense network saves the parts anyway, so concatenations cost no memory. The backward pass
+    concatenates them again, with the same bits. No convolution is repeated.
     """
     made_of = WeakTensorKeyDictionary()
     token = _PARTS.set(made_of)
     try:
-        # Detached, as an operation that keeps its own result would never be freed.
+        # Detached, because an operation that saves its own result would never be freed.
         with saved_tensors_hooks(lambda saved: made_of.get(saved) or saved.detach(), _whole):
             yield
     finally:

@@ -17,25 +17,29 @@ from models.base import BaseNetwork, concatenate, init_kaiming
 
 @dataclass(frozen=True)
 class HarDNetSpec:
-    """One row of numbers per variant; ``growth``, ``layers`` and ``channels`` go block by block."""
+    """One variant in numbers; ``growth``, ``layers`` and ``channels`` have an entry per block."""
 
     stem: tuple[int, int]
+    """Output channels of the first two convolutions."""
     growth: tuple[int, ...]
+    """Growth rate k."""
     layers: tuple[int, ...]
+    """Layers of the block."""
     channels: tuple[int, ...]
-    """Outputs of the 1x1 convolution that follows each block."""
+    """Output channels of the 1x1 convolution after the block."""
     multiplier: float
+    """Multiplier m of layer widths."""
     pool_after: dict[int, bool]
-    """Blocks whose output is halved, and whether a max pool there rounds its output size up."""
+    """Index of a block whose output is halved -> whether a max pool there rounds its size up."""
     stride8_block: int
-    """The block whose 1x1 convolution gives the first source map."""
+    """Index of the block whose 1x1 convolution returns the first source map."""
     dilated_bridge: bool
-    """Whether the base ends with the dilated bridge (pretrained with it)."""
+    """Whether the base ends with the dilated bridge, which is pretrained with it."""
     stem_kernel: int = 3
-    """Of the second convolution."""
+    """Kernel of the second convolution."""
     depthwise: bool = False
-    """Whether a block's layers are pairs of a 1x1 and a depth-wise convolution (``CombConvLayer``),
-    and strided depth-wise convolutions take the place of max pools."""
+    """Whether a block's layers are pairs of a 1x1 and a depthwise convolution (``CombConvLayer``),
+    and strided depthwise convolutions replace max pools."""
     activation: type[nn.Module] = nn.ReLU
 
 
@@ -60,7 +64,7 @@ HARDNET_SPECS = {
         stride8_block=2,
         dilated_bridge=False,
     ),
-    # The depth-wise members, without the last block of the classifiers.
+    # The depthwise variants, without the last block of the classifiers.
     "68ds": HarDNetSpec(
         stem=(32, 64),
         growth=(14, 16, 20, 40),
@@ -100,7 +104,7 @@ class ConvLayer(nn.Sequential):
         kernel: int = 3,
         stride: int = 1,
         activation: type[nn.Module] = nn.ReLU,
-    ):
+    ) -> None:
         super().__init__()
         self.add_module(
             "conv",
@@ -111,9 +115,9 @@ class ConvLayer(nn.Sequential):
 
 
 class DWConvLayer(nn.Sequential):
-    """Depth-wise 3x3 convolution (padding ``dilation``) and batch normalisation, linear."""
+    """Depthwise 3x3 convolution (padding ``dilation``) and batch normalisation, no activation."""
 
-    def __init__(self, channels: int, stride: int = 1, dilation: int = 1):
+    def __init__(self, channels: int, stride: int = 1, dilation: int = 1) -> None:
         super().__init__()
         self.add_module(
             "dwconv",
@@ -123,7 +127,7 @@ class DWConvLayer(nn.Sequential):
 
 
 class CombConvLayer(nn.Sequential):
-    """A layer of HarDNet-DS: 1x1 convolution, then a depth-wise one on its fewer channels."""
+    """A layer of HarDNet-DS: a 1x1 convolution, then a depthwise one on its fewer channels."""
 
     def __init__(
         self,
@@ -131,22 +135,23 @@ class CombConvLayer(nn.Sequential):
         out_channels: int,
         dilation: int = 1,
         activation: type[nn.Module] = nn.ReLU6,
-    ):
+    ) -> None:
         super().__init__()
         self.add_module("layer1", ConvLayer(in_channels, out_channels, 1, activation=activation))
         self.add_module("layer2", DWConvLayer(out_channels, dilation=dilation))
 
 
 def harmonic_links(layer: int) -> list[int]:
-    """Inputs of layer ``layer`` (1-based; 0 is the block's input), nearest layer first.
+    """Return the inputs of layer ``layer`` (from 1; 0 is the block's input), nearest layer first.
 
-    Layer l takes layer l - 2^i for every i >= 0 such that 2^i divides l (section 3.1).
+    Layer l takes the outputs of layers l - 2^i for every i >= 0 such that 2^i divides l
+    (section 3.1).
     """
     return [layer - 2**i for i in range(layer.bit_length()) if layer % 2**i == 0]
 
 
 def layer_width(layer: int, growth: int, multiplier: float) -> int:
-    """Output channels of layer ``layer``: growth x multiplier per link beyond the first, even."""
+    """Return the output channels of a layer: growth x multiplier per link after the first, even."""
     width = float(growth)
     for _ in harmonic_links(layer)[1:]:
         width *= multiplier
@@ -156,8 +161,8 @@ def layer_width(layer: int, growth: int, multiplier: float) -> int:
 class HarDBlock(nn.Module):
     """Harmonic dense block: [B, in_channels, H, W] -> [B, out_channels, H, W].
 
-    The output concatenates every odd layer and the last one, in layer order; the block's input
-    is not kept. ``layer(inputs, outputs)`` builds a layer.
+    The output concatenates every odd layer and the last one, in layer order. It does not contain
+    the block's input. ``layer(inputs, outputs)`` builds a layer.
     """
 
     def __init__(
@@ -167,7 +172,7 @@ class HarDBlock(nn.Module):
         multiplier: float,
         n_layers: int,
         layer: Callable[[int, int], nn.Module] = ConvLayer,
-    ):
+    ) -> None:
         super().__init__()
         widths = [in_channels]
         widths += [layer_width(i, growth, multiplier) for i in range(1, n_layers + 1)]
@@ -188,9 +193,9 @@ class HarDBlock(nn.Module):
 
 
 class HarDNetBase(BaseNetwork):
-    """A variant's base network: stem, then blocks, each with the 1x1 convolution behind it."""
+    """A variant's base network: a stem, then blocks, each followed by a 1x1 convolution."""
 
-    def __init__(self, spec: HarDNetSpec):
+    def __init__(self, spec: HarDNetSpec) -> None:
         super().__init__()
         conv = partial(ConvLayer, activation=spec.activation)
         pair = partial(CombConvLayer, activation=spec.activation)
@@ -232,12 +237,12 @@ class HarDNetBase(BaseNetwork):
 
 
 class Bridge(nn.Sequential):
-    """HarDNet85's step from the base's end to source 2: [B, C, H, W] -> [B, C, H, W].
+    """What HarDNet85 has between base and source 2: [B, C, H, W] -> [B, C, H, W].
 
-    Not pretrained; a member of the detector (``bridge``), not of ``base``.
+    It is not pretrained, and a member of the detector (``bridge``), not of ``base``.
     """
 
-    def __init__(self, channels: int, hidden: int = 960):
+    def __init__(self, channels: int, hidden: int = 960) -> None:
         super().__init__(
             nn.MaxPool2d(3, stride=1, padding=1),
             ConvLayer(channels, hidden),
@@ -247,15 +252,15 @@ class Bridge(nn.Sequential):
 
 
 class DepthwiseBridge(nn.Sequential):
-    """The depth-wise members' step from the base's end to source 2: [B, C, H, W] -> the same.
+    """What the depthwise variants have between base and source 2: [B, C, H, W] -> [B, C, H, W].
 
-    No such detector was published; this bridge is ours: HarDNet68's (max pool, 3x3 convolution of
-    dilation 4, 1x1 convolution) with its 3x3 convolution as a pair of a 1x1 and a depth-wise one,
-    as in the blocks before it. It sees as far around a cell, for a fifth of the weights. Like
-    HarDNet85's it is not pretrained, and a member of the detector (``bridge``), not of ``base``.
+    No such detector was published. This bridge is HarDNet68's (max pool, 3x3 convolution of
+    dilation 4, 1x1 convolution) with a pair of a 1x1 and a depthwise convolution in place of the
+    3x3 convolution, as in the blocks: the same receptive field with a fifth of the weights. It is
+    not pretrained, and a member of the detector (``bridge``), not of ``base``.
     """
 
-    def __init__(self, channels: int):
+    def __init__(self, channels: int) -> None:
         super().__init__(
             nn.MaxPool2d(3, stride=1, padding=1),
             CombConvLayer(channels, channels, dilation=4),

@@ -13,8 +13,10 @@ from models.ssd import Detector
 
 
 class _BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that a batch of one image on a 1x1 map can be trained through: one
-    value has no variance, so the running statistics serve."""
+    """Batch normalisation that can train on one image and a 1x1 map.
+
+    One value per channel has no variance; then the running statistics are used.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x[:, 0].numel() == 1:
@@ -27,7 +29,7 @@ class _BatchNorm(nn.BatchNorm2d):
 class BasicConv(nn.Sequential):
     """Convolution without bias, batch normalisation and, unless ``linear``, ReLU.
 
-    ``padding`` keeps the size at stride 1 unless it is given.
+    The default ``padding`` keeps the size at stride 1.
     """
 
     def __init__(
@@ -39,7 +41,7 @@ class BasicConv(nn.Sequential):
         dilation: int = 1,
         padding: int | None = None,
         linear: bool = False,
-    ):
+    ) -> None:
         super().__init__()
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         if padding is None:
@@ -53,7 +55,7 @@ class BasicConv(nn.Sequential):
 
 
 class ReceptiveField(nn.Module):
-    """Branches of unlike reach side by side, mixed and added to a shortcut, then ReLU.
+    """Parallel branches of different receptive fields, mixed and added to a shortcut, then ReLU.
 
     [B, in_channels, H, W] -> [B, out_channels, H / stride, W / stride], rounded up.
     """
@@ -64,7 +66,7 @@ class ReceptiveField(nn.Module):
         out_channels: int,
         branches: Sequence[Sequence[BasicConv]],
         stride: int = 1,
-    ):
+    ) -> None:
         super().__init__()
         self.n_branches = len(branches)
         for i, layers in enumerate(branches):
@@ -80,7 +82,7 @@ class ReceptiveField(nn.Module):
 
 
 def source_field(in_channels: int, out_channels: int = 512) -> ReceptiveField:
-    """The block on source 1 (RFB-s: more and smaller branches, 3x1 and 1x3 convolutions)."""
+    """Build the block on source 1 (RFB-s: more, smaller branches, 3x1 and 1x3 convolutions)."""
     t, tall, wide = in_channels // 4, (3, 1), (1, 3)
     branches = [
         [BasicConv(in_channels, t), BasicConv(t, t, 3, linear=True)],
@@ -103,7 +105,7 @@ def source_field(in_channels: int, out_channels: int = 512) -> ReceptiveField:
 
 
 def extra_field(in_channels: int, out_channels: int, stride: int, visual: int) -> ReceptiveField:
-    """The block of the extras; ``visual`` sets how far its dilated convolutions reach."""
+    """Build a block of the extras; ``visual`` sets the dilation of its convolutions."""
     t = in_channels // 8
     near, far = visual + 1, 2 * visual + 1
     branches = [
@@ -122,7 +124,7 @@ def extra_field(in_channels: int, out_channels: int, stride: int, visual: int) -
     return ReceptiveField(in_channels, out_channels, branches, stride)
 
 
-# size -> (outputs, stride, visual) of the blocks, options of the convolutions that shrink the rest
+# size -> (outputs, stride, visual) of the blocks, options of the convolutions after them
 _EXTRAS = {
     300: (((1024, 1, 2), (512, 2, 2), (256, 2, 2)), ({"kernel": 3, "padding": 0},) * 2),
     512: (
@@ -133,7 +135,7 @@ _EXTRAS = {
 
 
 def rfb_extras(in_channels: int, size: int) -> nn.ModuleList:
-    """The extra layers behind the stride-16 map: blocks, then pairs of convolutions to 1x1."""
+    """Build the extra layers after the stride-16 map: blocks, then pairs of convolutions to 1x1."""
     if size not in _EXTRAS:
         raise ValueError(f"size {size} is not one of {sorted(_EXTRAS)}")
     fields, shrinking = _EXTRAS[size]
@@ -150,10 +152,10 @@ def rfb_extras(in_channels: int, size: int) -> nn.ModuleList:
 
 
 class RFBNet(Detector):
-    """Base network, a receptive-field block on source 1, and ``rfb_extras``.
+    """A base network, a receptive-field block on source 1, and ``rfb_extras``.
 
-    The base's second map is no source itself; every block of the extras is one, and every second
-    convolution behind them.
+    The base's second map is no source. Every block of the extras returns a source map, and every
+    second convolution after them.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class RFBNet(Detector):
         extras: nn.ModuleList,
         boxes_per_cell: Sequence[int],
         num_classes: int,
-    ):
+    ) -> None:
         super().__init__()
         self.base = base
         self.Norm = source_field(base.out_channels[0])

@@ -14,24 +14,23 @@ from models.base import recompute_concatenations
 
 
 class Detector(nn.Module):
-    """Source maps of some network, and a location and a confidence head on each of them.
+    """Source maps of a network, with a location and a confidence head on each of them.
 
-    ``forward``: images [B, 3, S, S] (BGR, 0..255 minus the mean) -> ``loc`` [B, P, 4], the box
+    ``forward`` maps images [B, 3, S, S] (BGR, 0..255 minus the mean) to ``loc`` [B, P, 4], the box
     offsets encoded against the prior boxes, and ``conf`` [B, P, num_classes], logits with class
-    0 = background. The same pair in training and evaluation mode.
+    0 = background. It returns the same pair in training and evaluation mode.
 
     Member names and positions are frozen by the published checkpoints.
     """
 
     recompute = False
-    """Whether training keeps the concatenations of HarD blocks as their parts: less memory for a
-    little time, the same gradients bit by bit. Other bases have none, so nothing changes; nor does
-    it under torch.compile, which decides itself what to keep."""
+    """Whether training saves the parts of concatenations in HarD blocks: less memory, slightly more
+    time, the same gradients. It has no effect on other bases and under torch.compile."""
 
     def _add_heads(
         self, channels: Sequence[int], boxes_per_cell: Sequence[int], num_classes: int
     ) -> None:
-        """Heads on source maps of ``channels``; registered last, as the checkpoints have them."""
+        """Add the heads on source maps of ``channels``; call it last, for the order of keys."""
         if len(channels) != len(boxes_per_cell):
             raise ValueError(
                 f"the network has {len(channels)} source maps, the prior boxes are given for "
@@ -42,7 +41,7 @@ class Detector(nn.Module):
         self.conf = _heads(channels, [a * num_classes for a in boxes_per_cell])
 
     def sources(self, images: Tensor) -> list[Tensor]:
-        """The source maps [B, C_k, H_k, W_k], largest first."""
+        """Return the source maps [B, C_k, H_k, W_k], largest first."""
         raise NotImplementedError
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -57,7 +56,15 @@ class Detector(nn.Module):
 
 
 class SSD(Detector):
-    """Base network and extra layers, every second of which is a source."""
+    """A base network and extra layers; every second extra layer returns a source map.
+
+    Args of the constructor:
+        base: returns two maps, sources 1 and 2, and has their ``out_channels``.
+        extras: plain convolutions; each is followed by ReLU.
+        boxes_per_cell: prior boxes per cell, by source map.
+        num_classes: with background.
+        bridge: stands between the base and source 2.
+    """
 
     def __init__(
         self,
@@ -66,9 +73,7 @@ class SSD(Detector):
         boxes_per_cell: Sequence[int],
         num_classes: int,
         bridge: nn.Module | None = None,
-    ):
-        """``base`` yields two maps, the sources 1 and 2, and says their ``out_channels``;
-        ``extras`` are plain convolutions; ``bridge`` stands between base and source 2."""
+    ) -> None:
         super().__init__()
         self.base = base
         self.bridge = bridge if bridge is not None else nn.Identity()
@@ -89,15 +94,14 @@ class SSD(Detector):
 
 
 def ssd_extras(in_channels: int, size: int) -> nn.ModuleList:
-    """The extra layers that shrink the stride-16 map to 1x1, two convolutions a step."""
+    """Build the extra layers that shrink a stride-16 map to 1x1, two convolutions a step."""
     if size not in _EXTRAS:
         raise ValueError(f"size {size} is not one of {sorted(_EXTRAS)}")
     return _extras(in_channels, _EXTRAS[size])
 
 
 def ssd_extras_stride32(in_channels: int, size: int) -> nn.ModuleList:
-    """The extra layers behind a stride-32 map, of the same widths, that only halve: 10 cells at
-    300 become 5, 3, 2 and 1."""
+    """Build the extra layers after a stride-32 map, of 10 cells at 300: 5, 3, 2 and 1 cells."""
     if size != 300:
         raise ValueError(f"size {size} is not 300")
     return _extras(in_channels, ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3))
@@ -134,5 +138,5 @@ def _zero_biases(layers: Sequence[nn.Module]) -> None:
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:
-    """[B, A * columns, H, W] -> [B, H * W * A, columns], cell by cell as the prior boxes lie."""
+    """[B, A * columns, H, W] -> [B, H * W * A, columns], in the order of the prior boxes."""
     return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, columns)

@@ -1,6 +1,6 @@
-"""Base networks made of torchvision's classifiers, with the names of its weights.
+"""Base networks made of torchvision's classifiers, with its names of weights.
 
-torchvision is imported where such a network is built, not before.
+torchvision is imported when such a network is built.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from utils.errors import UserError
 
 
 class ResNet101Base(BaseNetwork):
-    """ResNet101 (arXiv 1512.03385) up to conv5_x, whose stride is replaced by dilation.
+    """ResNet101 (arXiv 1512.03385) up to conv5_x, with dilation instead of conv5_x's stride.
 
-    Source 1 is the end of conv3_x (stride 8, 512 channels), source 2 that of conv5_x (stride 16,
-    2048 channels). Every weight keeps its place: keys are those of torchvision's classifier.
+    Source 1 is the output of conv3_x (stride 8, 512 channels), source 2 that of conv5_x (stride 16,
+    2048 channels). Keys are those of torchvision's classifier.
     """
 
     out_channels = (512, 2048)
@@ -40,10 +40,9 @@ class ResNet101Base(BaseNetwork):
 class MobileNetV2Base(nn.Sequential):
     """MobileNetV2 (arXiv 1801.04381): images [B, 3, S, S] -> (stride-16 map, stride-32 map).
 
-    Source 1 is the expansion in block 14, before the depth-wise convolution that halves the map:
-    where that paper (section 6.2) attaches SSD, and 576 channels instead of the 96 of the block's
-    input, with an activation. Source 2 is the last layer (1280 channels). Keys are those of
-    torchvision's ``features``.
+    Source 1 is the expansion in block 14 (576 channels), before the depthwise convolution that
+    halves the map, as in section 6.2 of the paper. Source 2 is the output of the last layer (1280
+    channels). Keys are those of torchvision's ``features``.
     """
 
     out_channels = (576, 1280)
@@ -54,7 +53,7 @@ class MobileNetV2Base(nn.Sequential):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for i, block in enumerate(self):
-            if i == 14:  # the layers of a block that does not add its input
+            if i == 14:  # a block without a residual connection
                 x = stride16 = block.conv[0](x)
                 x = block.conv[1:](x)
             else:
@@ -65,7 +64,7 @@ class MobileNetV2Base(nn.Sequential):
 def _torchvision_models(network: str) -> ModuleType:
     try:
         return import_module("torchvision.models")
-    # A torchvision that was compiled for another PyTorch breaks in one of these ways.
+    # A torchvision compiled for another PyTorch raises one of these.
     except (ImportError, RuntimeError, AttributeError, OSError) as error:
         try:
             installed = f"torchvision {metadata.version('torchvision')}"
@@ -73,7 +72,7 @@ def _torchvision_models(network: str) -> ModuleType:
             installed = "torchvision"
         release = torch.__version__.partition("+")[0]
         raise UserError(
-            f"{network} is built of torchvision's layers, but {installed} cannot be imported "
-            f"beside torch {torch.__version__} ({error}); install the one that fits: pip install "
+            f"{network} needs torchvision, but {installed} cannot be imported beside torch "
+            f"{torch.__version__} ({error}); install the one that fits: pip install "
             f"torch=={release} torchvision"
         ) from error

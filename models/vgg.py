@@ -6,16 +6,16 @@ from torch import nn
 
 from models.base import BaseNetwork, init_kaiming
 
-# Convolution widths stage by stage; "ceil" is SSD's pool3, rounded up so that 75 becomes 38.
+# Widths of convolutions, and pools. "ceil" is pool3, which SSD rounds up: 75 cells become 38.
 _LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "ceil", 512, 512, 512)
 _LAYERS_STRIDE16 = ("pool", 512, 512, 512)
 
 
 class VGGBase(BaseNetwork):
-    """VGG16 up to fc7 as convolutions.
+    """VGG16 up to fc7, with fc6 and fc7 as convolutions.
 
-    Source 1 is conv4_3 after its ReLU (``tap``), source 2 fc7 after its ReLU. The list positions
-    are those of the published ``vgg16_reducedfc.pth``.
+    Source 1 is the ReLU of conv4_3 (``tap``), source 2 the ReLU of fc7. List positions are those
+    of the published ``vgg16_reducedfc.pth``.
     """
 
     out_channels = (512, 1024)
@@ -31,7 +31,7 @@ class VGGBase(BaseNetwork):
             self.append(nn.Conv2d(channels, out, kernel, padding=padding, dilation=dilation))
             self.append(nn.ReLU(inplace=True))
             channels = out
-        # Without batch normalisation PyTorch's default weights fade out over 15 layers.
+        # Without batch normalisation, PyTorch's default weights make activations vanish.
         init_kaiming(self)
 
     def _append(self, layers: tuple[int | str, ...], channels: int) -> int:

@@ -46,12 +46,12 @@ def test_gradients_are_the_same_bit_by_bit_and_less_is_kept(version, amp):
     net.recompute = True
     assert list(net.state_dict()) == names
     assert all(map(torch.equal, results(net, images, amp), expected))
-    # In bfloat16 the weights' copies, which an image more does not add to, are part of it.
+    # In bfloat16 it includes copies of the weights, which do not grow with the batch.
     assert kept(net, images, amp) < (0.87 if amp == "bf16" else 0.83) * plain
 
 
 @pytest.mark.parametrize("version", ["SSD_HarDNet68", "SSD_HarDNet85"])
-def test_hardnets_keep_a_quarter_less_for_a_picture_more_in_bfloat16(version):
+def test_hardnets_keep_a_quarter_less_per_image_in_bfloat16(version):
     net, images = training_net(version), random_images(2)
     sizes = []
     for net.recompute in (False, True):
