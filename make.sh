@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Sets the project up and compiles its NMS extensions.
+# Install the packages and compile the NMS extensions.
 #
 # The packages go into the active virtual or conda environment, else into .venv here, which is
-# created. SSD_VENV=DIR names the environment to use, and to create if need be, whatever is active.
+# created. SSD_VENV=DIR selects another environment, and creates it if needed.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -38,7 +38,7 @@ require_python() {
         die "$1 is Python $version, and 3.10 or newer is needed; activate an environment with it" 2
 }
 
-# Prints the python to use, after creating its environment if there is none.
+# Print the python to use; create its environment if there is none.
 environment() {
     local folder=.venv
     if [[ -n ${SSD_VENV:-} ]]; then
@@ -51,7 +51,7 @@ environment() {
     if ! python_of "$folder"; then
         local base
         base=$(command -v python3 || command -v python) ||
-            die "there is no python3; install Python 3.10 or newer" 2
+            die "python3 was not found; install Python 3.10 or newer" 2
         require_python "$base"
         [[ ! -e $folder ]] || die "$folder holds no Python; remove it, or name another in SSD_VENV" 2
         echo "creating the environment $folder" >&2
@@ -93,7 +93,7 @@ case $task in
     demo) exec "$python" -m demo.run "$@" ;;
     test)
         "$python" -m ruff check .
-        # A process a core, of one file's tests after another: most of the time one core is idle.
+        # One process per core. The tests of a file share fixtures and stay in one process.
         exec "$python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
         ;;
 esac

@@ -1,11 +1,11 @@
-"""What pyproject.toml leaves open: the extensions, and the packages that this machine needs."""
+"""The parts of the project's metadata that depend on the machine: extensions and packages."""
 
 import sys
 from pathlib import Path
 
 from setuptools import setup
 
-# pip runs this file without its folder on the path.
+# pip runs this file without its folder on sys.path.
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from utils.build import EXTRAS, command, extensions, requirements

@@ -1,10 +1,10 @@
-// Runs a CUDA kernel on the CPU, so that its logic is tested where there is no GPU.
+// Runs a CUDA kernel on the CPU, to test its logic without a GPU.
 //
-// Included before a .cu file by a C++ compiler. Thread blocks run one after the other. A block's
-// threads are fibers: each runs to its next barrier (a warp's fibers meet in their shuffles, too)
-// before another one goes on, a warp as far as it can before another warp, in an order that changes
-// from barrier to barrier; so a missing __syncthreads() shows. A barrier that not all threads reach
-// aborts. It has just what utils/nms/_cuda_nms.cu uses.
+// A C++ compiler includes this file before a .cu file. Thread blocks run one after the other. The
+// threads of a block are fibers. Each fiber runs to its next barrier before another one continues;
+// the fibers of a warp also meet in their shuffles. A warp runs as far as it can before another warp.
+// The order changes from barrier to barrier, so a missing __syncthreads() shows. A barrier that not
+// all threads reach aborts. The file defines only what utils/nms/_cuda_nms.cu uses.
 
 #include <ucontext.h>
 

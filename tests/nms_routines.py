@@ -1,4 +1,4 @@
-"""Each routine of utils.nms made to serve tensors on the CPU, the CUDA kernel too."""
+"""Every routine of utils.nms applied to tensors on the CPU, the CUDA kernel too."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ every = pytest.mark.parametrize("routine", EVERY)
 
 @functools.cache
 def kernel_on_the_cpu():
-    """The library of utils/nms/_cuda_nms.cu, its threads run one after the other on the CPU."""
+    """Compile utils/nms/_cuda_nms.cu for the CPU, where its threads run one after the other."""
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "library.so")
         command = ["c++", "-std=c++17", "-O1", "-ffp-contract=off", "-shared", "-fPIC"]

@@ -1,4 +1,4 @@
-"""The build of the extensions, the lists of packages, and make.sh, mostly in copies of the tree."""
+"""The build of the extensions, the lists of packages, and make.sh, mostly in a copied tree."""
 
 import importlib.util
 import os
@@ -41,7 +41,7 @@ def run(*command, cwd, **environment):
 
 @pytest.fixture
 def tree(tmp_path):
-    """A copy of what the build reads, in a folder whose name has a space, nothing compiled."""
+    """Copy what the build reads to a folder whose name has a space; nothing is compiled."""
     root = tmp_path / "a clone"
     (root / "utils/nms").mkdir(parents=True)
     for name in ("setup.py", "make.sh", "pyproject.toml", "README.md", "utils/__init__.py"):
@@ -53,7 +53,7 @@ def tree(tmp_path):
 
 
 def compile_in(tree, **environment):
-    """What the build says of the CPU's extension and of the GPU's."""
+    """Return what the build says of the CPU's extension and of the GPU's."""
     result = run(sys.executable, tree / "utils/build.py", cwd=tree.parent, **environment)
     assert (result.returncode, result.stderr) == (0, "")
     lines = r"utils\.nms\._cpu_nms: (.+)\nutils\.nms\._cuda_nms: (.+)\n"
@@ -75,7 +75,7 @@ def hide_cython(tree):
 
 
 def fake_torch(tree, cuda="13.0", gpus=()):
-    """A PyTorch for this CUDA, None for the CPU, that sees GPUs of these capabilities."""
+    """Add a PyTorch for a CUDA version (None: the CPU) that sees GPUs of these capabilities."""
     (tree / "torch.py").write_text(
         "from types import SimpleNamespace\n"
         "__version__ = '2.9.0'\n"
@@ -191,7 +191,7 @@ def test_cuda_is_compiled_for_the_architectures_asked_for_and_again_for_others(t
 
 
 def embedded(library, kind):
-    """What a CUDA library has machine code ("elf") or "ptx" for; None where nothing tells."""
+    """Return the targets of a library's machine code ("elf") or "ptx", None without a tool."""
     triton = importlib.util.find_spec("triton")
     beside = Path(triton.origin).parent / "backends/nvidia/bin" if triton else ""
     cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(beside))

@@ -1,6 +1,6 @@
-"""NMS against published results, literal references, and its routines against each other.
+"""NMS against published results and literal references, and its routines against each other.
 
-The CUDA kernel is run on the CPU, too (cuda_on_cpu.h); test_gpu.py runs it on a GPU.
+The CUDA kernel runs on the CPU here (cuda_on_cpu.h); test_gpu.py runs it on a GPU.
 """
 
 import functools
@@ -238,7 +238,7 @@ def columns_of(dets):
 
 
 def by_group(dets, groups, thresh, limit):
-    """Hard `batched_nms` spelled out with `literal_nms`."""
+    """Return what hard `batched_nms` keeps, by `literal_nms`."""
     kept = []
     for group in np.unique(groups):
         mine = np.flatnonzero(groups == group)

@@ -1,5 +1,5 @@
 # cython: language_level=3, boundscheck=False, wraparound=False, initializedcheck=False, cdivision=True
-"""Hard and soft suppression on the CPU, a group of boxes a task, without the GIL.
+"""Hard and soft suppression on the CPU: one task per group of boxes, without the GIL.
 
 The result equals that of `utils.nms.reference` float for float: every IoU is computed in float32 by
 the same operations in the same order.
@@ -11,11 +11,11 @@ from libc.stdint cimport int64_t, uint32_t, uint64_t
 from libc.string cimport memcpy
 from libcpp.algorithm cimport make_heap, pop_heap
 
-INTERFACE = 2  # what utils/nms/backends.py expects
+INTERFACE = 2  # the version of the arguments, as utils/nms/backends.py expects it
 
 cdef enum:
     HARD, LINEAR, GAUSSIAN
-    BLOCK = 64  # rivals compared between two looks at the result, enough for vector instructions
+    BLOCK = 64  # rivals compared before the result is checked, enough for vector instructions
 
 
 cdef struct Rule:
@@ -37,14 +37,14 @@ cdef inline float smaller(float a, float b) noexcept nogil:
 
 cdef inline float overlap(float ax1, float ay1, float ax2, float ay2, float area,
                           float bx1, float by1, float bx2, float by2, float extra) noexcept nogil:
-    """IoU of box a, whose area is known, and box b; NaN where the union is empty."""
+    """Return the IoU of box a, of known area, and box b; NaN if the union is empty."""
     cdef float inter = (larger(smaller(ax2, bx2) - larger(ax1, bx1) + extra, 0)
                         * larger(smaller(ay2, by2) - larger(ay1, by1) + extra, 0))
     return inter / (area + (bx2 - bx1 + extra) * (by2 - by1 + extra) - inter)
 
 
 cdef inline uint64_t priority(float score, int64_t position) noexcept nogil:
-    """A number that is larger for the higher score, and of equal scores for the earlier box."""
+    """Return a number, larger for the higher score and, of equal scores, for the earlier box."""
     cdef uint32_t bits
     score = score + <float>0  # -0 becomes 0
     memcpy(&bits, &score, 4)
@@ -55,10 +55,10 @@ cdef inline uint64_t priority(float score, int64_t position) noexcept nogil:
 cdef void hard(const float *boxes, const float *scores, const int64_t *order, int64_t count,
                Rule rule, int64_t *kept, float *kept_scores, uint64_t *heap,
                float *rivals) noexcept nogil:
-    # A heap, as the best few boxes usually settle a group; the others are never put in order.
+    # A heap, because the best few boxes usually settle a group; the others are never sorted.
     cdef int64_t i, k, end, start, left = count, room = min(rule.limit, count), taken = 0
     cdef float x1, y1, x2, y2, area
-    # The kept boxes, column after column.
+    # The kept boxes, one array per column.
     cdef float *x1s = rivals
     cdef float *y1s = rivals + room
     cdef float *x2s = rivals + 2 * room
@@ -94,8 +94,8 @@ cdef void hard(const float *boxes, const float *scores, const int64_t *order, in
 cdef void soft(const float *boxes, const float *scores, const int64_t *order, int64_t count,
                Rule rule, int64_t *kept, float *kept_scores, int64_t *left,
                float *values) noexcept nogil:
-    # left: the boxes still in play, in order, so that of equals the first wins; values: their
-    # current scores.
+    # left: the boxes not yet selected, in order, so that the first of equal scores wins.
+    # values: their current scores.
     cdef int64_t i, best = 0, still = 0, taken = 0
     cdef const float *winner
     cdef const float *box
@@ -123,7 +123,7 @@ cdef void soft(const float *boxes, const float *scores, const int64_t *order, in
                 if iou > rule.thresh:
                     value = value * (1 - iou)
             elif iou > 0:
-                # In double, then rounded: exponential functions differ in the last bits only.
+                # In double, then rounded: exp differs in the last bits only.
                 value = value * <float>exp(-(<double>iou * iou) / rule.sigma)
             if value >= rule.min_score:
                 left[still], values[still] = left[i], value

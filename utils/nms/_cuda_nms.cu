@@ -1,18 +1,18 @@
-// Hard and soft suppression on a GPU, a group of boxes a thread block, all groups in one launch.
+// Hard and soft suppression on a GPU: one thread block per group of boxes, all groups in one launch.
 //
 // A plain C interface without PyTorch's headers, loaded by utils/nms/backends.py: it compiles in
-// seconds and serves every PyTorch. Compiled with -fmad=false, it computes each IoU in float32 by
-// the operations of _cpu_nms.pyx, so that the same boxes are kept, of ties the same.
+// seconds and works with every PyTorch. Compiled with -fmad=false it computes each IoU in float32 by
+// the operations of _cpu_nms.pyx, so it keeps the same boxes to the last tie.
 
 #include <cstdint>
 
 #ifndef FEW_THREADS
-#define FEW_THREADS 256    // a block where few boxes of a group are wanted, so that many blocks
-#define MANY_THREADS 1024  // run at once, and where many are; multiples of 32
+#define FEW_THREADS 256    // per block if few boxes of a group are selected: many blocks run at once
+#define MANY_THREADS 1024  // per block if many are; both are multiples of 32
 #define MANY 1000
 #endif
 #ifndef MOST_BLOCKS
-#define MOST_BLOCKS 8192  // more than run at once; a block takes several groups if there are more
+#define MOST_BLOCKS 8192  // more than run at once; with more groups a block takes several
 #endif
 #ifndef LAUNCH
 #include <cuda_runtime.h>
@@ -45,14 +45,14 @@ __device__ float overlap(float4 a, float4 b, float extra) {
     return inter / (area_a + area_b - inter);
 }
 
-// A number that is larger for the higher score, and of equal scores for the earlier box; never 0.
+// Larger for the higher score; of equal scores larger for the earlier box; never 0.
 __device__ uint64_t priority(float score, int64_t position) {
     uint32_t bits = __float_as_uint(score + 0.0f);  // -0 becomes 0
     bits = bits >> 31 ? ~bits : bits | 0x80000000u;
     return static_cast<uint64_t>(bits) << 32 | static_cast<uint32_t>(~position);
 }
 
-// The largest value of the block, for all its threads.
+// Returns the largest value of the block to all its threads.
 template <int THREADS> __device__ uint64_t block_max(uint64_t value) {
     __shared__ uint64_t of_warp[THREADS / 32];
     for (int step = 16; step; step /= 2) {
@@ -67,9 +67,9 @@ template <int THREADS> __device__ uint64_t block_max(uint64_t value) {
     return value;
 }
 
-// The arguments of nms_select. Each round takes the best box left in the group and, in one pass
-// over the others, lets their scores decay with their overlap (hard: to nothing) and finds the next.
-// So a group takes time in proportion to its selected boxes times all its boxes.
+// Takes the arguments of nms_select. Each round selects the best box left in the group. One pass over
+// the others decays their scores by their overlap (hard: drops them) and finds the next best box. The
+// time of a group is proportional to its selected boxes times all its boxes.
 template <int THREADS>
 __global__ void select_kernel(const float4 *boxes, float *scores, int64_t *order,
                               const int64_t *starts, const int64_t *groups, Rule rule,
@@ -90,7 +90,7 @@ __global__ void select_kernel(const float4 *boxes, float *scores, int64_t *order
                         continue;
                     }
                     if (rule.method == LINEAR && iou > rule.thresh) score *= 1 - iou;
-                    // In double, then rounded: exponential functions differ in the last bits only.
+                    // In double, then rounded: exp differs in the last bits only.
                     if (rule.method == GAUSSIAN && iou > 0)
                         score *= static_cast<float>(exp(-(static_cast<double>(iou) * iou) / rule.sigma));
                 }
@@ -109,7 +109,7 @@ __global__ void select_kernel(const float4 *boxes, float *scores, int64_t *order
             int64_t place = first + static_cast<uint32_t>(~best);
             int64_t box = order[place];
             winner = boxes[box];
-            __syncthreads();  // all have read order[place]
+            __syncthreads();  // all threads have read order[place]
             if (threadIdx.x == 0) {
                 kept[first + taken] = box;
                 kept_scores[first + taken] = scores[box];
@@ -120,13 +120,13 @@ __global__ void select_kernel(const float4 *boxes, float *scores, int64_t *order
     }
 }
 
-// Suppress within each group, on the current device, in the stream's order; nothing is copied to
-// the host. All arrays are device memory:
-//   boxes [N, 4] x1, y1, x2, y2; scores [N], no NaN, overwritten; order [N] the boxes sorted by
-//   group, overwritten; starts [groups + 1 or more], group g being order[starts[g]:starts[g + 1]];
-//   groups [1]; kept [N], -1 on entry: from starts[g] on it takes group g's selected boxes in the
-//   order of their selection, kept_scores [N] beside it their scores as they were then.
-// most_groups is a bound of *groups that the host knows. Returns a CUDA error code, 0 for success.
+// Suppress within each group, on the current device, in stream order, without a copy to the host.
+// All arrays are device memory:
+//   boxes [N, 4] x1, y1, x2, y2; scores [N], no NaN, overwritten; order [N], the boxes sorted by
+//   group, overwritten; starts [groups + 1 or more]: group g is order[starts[g]:starts[g + 1]];
+//   groups [1]; kept [N], -1 on entry: from starts[g] on it receives the selected boxes of group g
+//   in the order of selection; kept_scores [N] receives their scores at that time.
+// most_groups: an upper bound of *groups. Returns a CUDA error code, 0 for success.
 EXPORT int nms_select(const float *boxes, float *scores, int64_t *order, const int64_t *starts,
                       const int64_t *groups, int64_t most_groups, float thresh, int64_t limit,
                       int method, double sigma, float min_score, float extra, int64_t *kept,
@@ -145,14 +145,14 @@ EXPORT int nms_select(const float *boxes, float *scores, int64_t *order, const i
     return cudaGetLastError();
 }
 
-// What utils/nms/backends.py expects; another number for other arguments.
+// The version of the arguments, as utils/nms/backends.py expects it.
 EXPORT int nms_interface(void) { return 2; }
 
-// 0 if the kernel can run on the current device, else a CUDA error code.
+// Returns 0 if the kernel can run on the current device, else a CUDA error code.
 EXPORT int nms_check(void) {
     cudaFuncAttributes attributes;
     int code = cudaFuncGetAttributes(&attributes, select_kernel<FEW_THREADS>);
-    cudaGetLastError();  // what failed here is no error of a later call
+    cudaGetLastError();  // a later call must not report this error
     return code;
 }
 
@@ -160,5 +160,5 @@ EXPORT const char *nms_error(int code) {
     return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
-// The compute capabilities it was compiled for, as utils/build.py names them.
+// Returns the compute capabilities of this library, as utils/build.py writes them.
 EXPORT const char *nms_architectures(void) { return ARCHITECTURES; }

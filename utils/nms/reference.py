@@ -160,7 +160,7 @@ def soft(boxes: Tensor, scores: Tensor, groups: Groups, rule: Rule) -> tuple[Ten
 def _decay(iou: Tensor, rule: Rule) -> Tensor:
     if rule.method == "linear":
         return torch.where(iou > rule.thresh, 1 - iou, 1.0)
-    # In float64, then rounded: exponential functions differ in their last bits only.
+    # In float64, then rounded: exp differs in the last bits only.
     decay = (-(iou.double() ** 2) / rule.sigma).exp().float()
     return torch.where(iou > 0, decay, 1.0)
 
