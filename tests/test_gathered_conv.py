@@ -1,5 +1,5 @@
 """Convolutions over several tensors equal those over their concatenation: in Triton's interpreter
-on the CPU, and on a GPU. What the compiler makes of them for GPUs is looked at without one."""
+on the CPU, and on a GPU. The compiler's code for GPUs is checked without one."""
 
 from __future__ import annotations
 
@@ -7,20 +7,23 @@ import math
 import multiprocessing
 import os
 import re
-import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 
 import pytest
 import torch
+from test_models import golden_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.config import VOC_300
 from inference import gathered_conv
+from inference.deploy import deploy
 from inference.gathered_conv import DTYPES, GatheredWeight, gathered_conv2d, pack
-from models import BACKBONES
-from models.hardnet import HarDBlock
+from models import BACKBONES, build_net
+from models.hardnet import HarDBlock, HarDNetBase, HarDNetSpec
+from models.ssd import SSD, ssd_extras
 from tools.traffic import profile
 
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
@@ -129,36 +132,39 @@ def compare_all(version: str) -> int:
 @pytest.mark.parametrize(
     ("version", "count"),
     [
-        ("SSD_HarDNet68", 44),
         ("SSD_HarDNet39ds", 25),
-        pytest.param("SSD_HarDNet85", 53, marks=pytest.mark.slow),
-        pytest.param("SSD_HarDNet68ds", 44, marks=pytest.mark.slow),
+        *(
+            pytest.param(f"SSD_HarDNet{name}", count, marks=pytest.mark.slow)
+            for name, count in (("68", 44), ("85", 53), ("68ds", 44))
+        ),
     ],
 )
 def test_every_layer_equals_convolution_of_the_concatenation(interpreted, version, count):
     assert interpreted(compare_all, version) == count
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("activation", ["linear", "relu", "relu6"])
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "activation"),
+    [(torch.float32, 1, "linear"), (torch.bfloat16, 3, "relu"), (torch.float16, 3, "relu6")],
+)
 def test_each_type_kernel_and_activation(interpreted, dtype, kernel, activation):
     interpreted(compare, (14, 24, 64), 40, kernel, activation, dtype)
 
 
-@pytest.mark.parametrize("size", [(1, 1, 1), (3, 1, 9), (2, 9, 1), (1, 2, 2), (2, 13, 11)])
-def test_maps_of_any_size(interpreted, size):
-    """The last takes three programs' pixels, and ends inside of one's."""
-    interpreted(compare, (6, 3), 5, 3, "relu", torch.float32, size)
-
-
-@pytest.mark.parametrize("widths", [(1,), (70,), (1, 2), (1, 2, 3, 4, 5, 6, 7, 8, 9)])
-def test_one_to_nine_parts_of_any_width(interpreted, widths):
-    interpreted(compare, widths, 3, 3, "relu")
-
-
-def test_outputs_that_take_several_programs(interpreted):
-    interpreted(compare, (20, 7), 300, 1, "linear", torch.float16)
+@pytest.mark.parametrize(
+    ("widths", "outputs", "kernel", "size"),
+    [
+        ((6, 3), 5, 3, (1, 1, 1)),
+        ((6, 3), 5, 3, (3, 1, 9)),
+        ((6, 3), 5, 3, (2, 9, 1)),
+        ((6, 3), 5, 3, (2, 13, 11)),  # the pixels of three programs, ending inside the last
+        ((70,), 3, 3, (2, 5, 7)),
+        (tuple(range(1, 10)), 3, 3, (2, 5, 7)),
+        ((20, 7), 300, 1, (2, 5, 7)),  # outputs of several programs
+    ],
+)
+def test_maps_parts_and_outputs_of_any_size(interpreted, widths, outputs, kernel, size):
+    interpreted(compare, widths, outputs, kernel, "relu", torch.float32, size)
 
 
 def use_slices() -> None:
@@ -191,24 +197,27 @@ def propagate_nan(activation: str) -> None:
     assert torch.equal(result.isnan(), expected.isnan()) and result.isnan().sum() == 8
 
 
-@pytest.mark.parametrize("activation", gathered_conv.ACTIVATIONS)
-def test_what_is_not_a_number_reaches_its_neighbours_only(interpreted, activation):
-    interpreted(propagate_nan, activation)
+def test_what_is_not_a_number_reaches_its_neighbours_only(interpreted):
+    interpreted(propagate_nan, "relu6")
 
 
-@pytest.mark.skipif(
-    not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="an older PyTorch"
-)
-def test_tf32_is_what_either_interface_says(monkeypatch):
-    program = (
-        "import torch; from inference.gathered_conv import _allow_tf32 as allowed;"
-        "before = allowed(); torch.backends.cuda.matmul.{} ; print(before, allowed())"
-    )
-    for setting in ("allow_tf32 = True", "fp32_precision = 'tf32'"):
-        done = subprocess.run(
-            [sys.executable, "-c", program.format(setting)], capture_output=True, text=True
-        )
-        assert done.stdout == "False True\n", done.stderr
+def gathered_error() -> float:
+    """Of a detector of three small HarD blocks, relative to its largest output."""
+    spec = HarDNetSpec(
+        stem=(4, 6), growth=(4, 6, 4), layers=(2, 2, 4), channels=(8, 10, 12), multiplier=1.7,
+        pool_after={0: False, 1: False}, stride8_block=1, dilated_bridge=False,
+        depthwise=True, activation=nn.ReLU6,
+    )  # fmt: skip
+    net = SSD(HarDNetBase(spec), ssd_extras(12, 300), VOC_300.boxes_per_cell, 3).eval()
+    net.load_state_dict({k: golden_weight(k, tuple(t.shape)) for k, t in net.state_dict().items()})
+    images = torch.rand(1, 3, 300, 300, generator=torch.manual_seed(1)) * 99
+    with torch.inference_mode():
+        pairs = zip(deploy(net, gather=True)(images), net.double()(images.double()), strict=True)
+        return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def test_a_deployed_network_of_gathered_blocks_equals_the_plain_one(interpreted):
+    assert interpreted(gathered_error) < 1e-5
 
 
 def test_weights_move_and_change_their_type_as_a_module():
@@ -217,29 +226,6 @@ def test_weights_move_and_change_their_type_as_a_module():
     assert weight.to("meta").weight.is_meta and weight.bias.is_meta
     assert list(weight.parameters()) == []
     assert repr(weight) == "GatheredWeight(1+2, 5, 1x1, relu)"
-
-
-def test_weights_are_a_copy():
-    original, bias = torch.ones(16, 3, 1, 1), torch.ones(16)
-    weight = pack(original, bias, [3], "relu")
-    original.zero_(), bias.zero_()
-    assert weight.weight.all() and weight.bias.all()
-
-
-def test_chunks_waste_at_most_a_tenth_more_than_the_shortest():
-    chunk = gathered_conv._chunk
-    assert [chunk(9 * width, 2) for width in (14, 16, 24, 40, 70)] == [64, 16, 32, 64, 64]
-    assert [chunk(width, 2) for width in (14, 24, 40, 64)] == [16, 32, 16, 64]
-    assert chunk(9 * 64, 4) == 32  # 128 bytes
-
-
-@pytest.mark.parametrize(
-    ("first", "width", "row", "vector"),
-    [(0, 64, 64, 8), (0, 14, 14, 2), (0, 24, 24, 8), (8, 24, 70, 2), (4, 16, 64, 4), (3, 8, 64, 1)],
-)
-def test_loads_take_as_many_channels_as_are_aligned_at_every_pixel(first, width, row, vector):
-    whole = channels_last(1, row, 2, 2).bfloat16()  # at a multiple of 64 bytes
-    assert gathered_conv._vector(whole[:, first : first + width], row) == vector
 
 
 # ---------------------------------------------------------------- without computing
@@ -261,6 +247,13 @@ def test_meta_device_propagates_shapes_which_profile_counts_as_one_convolution()
     assert (result.macs, result.cio, result.concat) == (27 * 7 * 64, 10 * 64, 0)
 
 
+def test_a_deployed_network_of_gathered_blocks_copies_nothing():
+    net = build_net("SSD_HarDNet39ds", 300, 21)
+    deployed, gathered = (profile(deploy(net, gather), 300) for gather in (False, True))
+    assert (gathered.cio, gathered.macs) == (deployed.cio, deployed.macs)
+    assert gathered.concat == 2 * 11620 * (4 + 21)  # the heads' outputs, read and written
+
+
 def call(change=None, widths=(2, 3), outputs=4, out=None) -> Tensor:
     parts, weight, bias = made_up(widths, outputs, 3, torch.float32)
     return gathered_conv2d((change or list)(parts), pack(weight, bias, (2, 3), "relu"), out)
@@ -277,14 +270,10 @@ def channels_last(*shape: int) -> Tensor:
         (lambda p: [p[0][0], p[1]], "part 0 has 3 dimensions, should have 4"),
         (lambda p: [p[1], p[0]], r"part 0 is \[2, 3, 5, 7\], should be \[2, 2, 5, 7\]"),
         (lambda p: [p[0], p[1][:, :, :4]], r"part 1 is \[2, 3, 4, 7\], should be \[2, 3, 5, 7\]"),
-        (lambda p: [p[0], p[1].half()], "part 1 is torch.float16, the weights are torch.float32"),
-        (lambda p: [p[0], p[1].to("meta")], "part 1 is on meta, the weights are on cpu"),
         (
             lambda p: [p[0], p[1].contiguous()],
             r"part 1 of shape \[2, 3, 5, 7\] has strides \[105, 35, 7, 1\], should lie channels",
         ),
-        (lambda p: [p[0], channels_last(2, 3, 5, 14)[..., :7]], r"strides \[210, 1, 42, 3\]"),
-        (lambda p: [p[0], p[1][:, :, :1].expand(-1, -1, 5, -1)], r"strides \[105, 1, 0, 3\]"),
         (lambda p: [x.requires_grad_() for x in p], "has no gradient; call it under torch.no_grad"),
     ],
 )  # fmt: skip
@@ -293,29 +282,20 @@ def test_wrong_parts_are_refused(change, sentence):
         call(change)
 
 
-@pytest.mark.parametrize(
-    ("out", "sentence"),
-    [
+def test_wrong_results_are_refused():
+    for out, sentence in (
         (channels_last(2, 5, 5, 7), r"out is \[2, 5, 5, 7\], should be \[2, 4, 5, 7\]"),
-        (channels_last(2, 4, 5, 7).half(), "out is torch.float16, the weights are torch.float32"),
         (torch.empty(2, 4, 5, 7), r"out of shape \[2, 4, 5, 7\] has strides \[140, 35, 7, 1\]"),
-    ],
-)
-def test_wrong_results_are_refused(out, sentence):
-    with pytest.raises(ValueError, match=sentence):
-        call(out=out)
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            call(out=out)
 
 
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
         ({"weight": torch.ones(4, 5, 5, 5)}, "the kernel is 5x5, should be 1x1 or 3x3"),
-        ({"weight": torch.ones(4, 5, 1, 3)}, "the kernel is 1x3, should be 1x1 or 3x3"),
-        ({"bias": torch.ones(3)}, r"the bias is \[3\], should be \[4\]"),
-        ({"widths": []}, "0 parts, should be 1 to 9"),
-        ({"widths": [1] * 10}, "10 parts, should be 1 to 9"),
         ({"widths": [2, 2]}, r"the widths \[2, 2\] do not add up to 5 input channels"),
-        ({"widths": [6, -1]}, r"the widths \[6, -1\] do not add up to 5"),
         ({"activation": "gelu"}, "the activation is 'gelu', should be one of linear, relu, relu6"),
         ({"weight": torch.ones(4, 5, 1, 1).double()}, "the weights are torch.float64, should be"),
     ],
@@ -326,25 +306,19 @@ def test_wrong_weights_are_refused(change, sentence):
         pack(**{**right, "activation": "relu", **change})
 
 
-def test_the_cpu_is_refused(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    with pytest.raises(ValueError, match="needs a CUDA GPU, the tensors are on cpu"):
-        call()
-
-
 def test_nothing_is_computed_without_pixels():
     assert call(lambda parts: [part[:0] for part in parts]).shape == (0, 4, 5, 7)
 
 
-def test_missing_triton_is_said(monkeypatch):
-    monkeypatch.setitem(sys.modules, "triton", None)
-    with pytest.raises(RuntimeError, match="needs Triton, which cannot be imported .*pip install"):
-        gathered_conv._kernel.__wrapped__("cuda")
-
-
-def test_old_triton_is_said(triton, monkeypatch):
+def test_what_it_needs_is_said(triton, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="needs a CUDA GPU, the tensors are on cpu"):
+        call()
     monkeypatch.setattr(triton, "__version__", "3.3.1")
     with pytest.raises(RuntimeError, match=r"needs Triton 3.4 or later \(PyTorch 2.8\), this is"):
+        gathered_conv._kernel.__wrapped__("cuda")
+    monkeypatch.setitem(sys.modules, "triton", None)
+    with pytest.raises(RuntimeError, match="needs Triton, which cannot be imported .*pip install"):
         gathered_conv._kernel.__wrapped__("cuda")
 
 
@@ -394,8 +368,7 @@ def compiled(weight: GatheredWeight, capability: int, tile: tuple[int, int], row
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 80), (torch.bfloat16, 90)])
 def test_compiles_for_a_gpu_with_matrix_units_and_wide_loads(
     triton, dtype, capability, tmp_path, monkeypatch
 ):
