@@ -76,7 +76,7 @@ def fill(points: np.ndarray, width: int, height: int) -> np.ndarray:
     x1, y1 = np.floor(points.min(0)).astype(int).clip(0)
     x2, y2 = np.ceil(points.max(0)).astype(int).clip(None, (width, height))
     fine = np.zeros((4 * (y2 - y1), 4 * (x2 - x1)), np.uint8)
-    # In 1/16 of its pixels; OpenCV's whole numbers are the centres of pixels.
+    # In 1/16 of a pixel; whole numbers are the centres of pixels.
     corners = np.round((4 * (points - (x1, y1)) - 0.5) * 16).astype(np.int32)
     cv2.fillPoly(fine, [corners], 255, cv2.LINE_8, 4)
     part = cv2.resize(fine, (int(x2 - x1), int(y2 - y1)), interpolation=cv2.INTER_AREA)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.resolve import resolve
+from engine.options import Options
 from models import build_net
 from tools.export import main
 from utils.checkpoint import save_checkpoint
@@ -31,8 +31,8 @@ def write_checkpoint(path: Path, root: Path, version: str = "tiny") -> Path:
     """A checkpoint of random weights that names ``root`` as its data."""
     torch.manual_seed(1)
     net = spread_scores(build_net(version, 300, len(CLASSES) + 1))
-    config = resolve({"version": version, "size": 300, "root": str(root)}).plain()
-    config["classes"] = CLASSES
+    given = {"version": version, "size": 300, "root": str(root), "classes": CLASSES}
+    config = Options.of(given, path).plain()
     save_checkpoint(path, {"model": net.state_dict(), "config": config, "classes": CLASSES})
     return path
 

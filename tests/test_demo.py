@@ -14,7 +14,6 @@ import pytest
 from data.detections import save_detections
 from data.voc0712 import VOCDetection
 from data.voc_eval import METRICS
-from demo import run
 from docs import curves
 from tools import sheet
 
@@ -100,11 +99,3 @@ def test_curves_are_read_from_the_log_and_drawn(tmp_path):
     image = cv2.imread(str(out))
     assert image.shape == (curves.HEIGHT, 2 * curves.WIDTH, 3)
     assert (image == curves.COLOURS[1]).all(2).any()
-
-
-@pytest.mark.slow
-def test_demo_learns_to_detect(tmp_path):
-    """The demo as a user runs it: about seven minutes on two cores with bfloat16 instructions."""
-    assert run.main(["--output", str(tmp_path)]) == 0
-    (results,) = tmp_path.glob("runs/*/*/ss_predict/*/test/results.json")
-    assert json.loads(results.read_text())["value"] > 0.35

@@ -13,14 +13,12 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 
 import cv2
 import numpy as np
@@ -48,32 +46,11 @@ from utils.device import AMP_TYPES
 from utils.errors import UserError, command
 from utils.files import check_writable
 from utils.logger import LOGGER, close_logging, setup_logging
+from utils.signals import StopSignal
 
 THRESHOLD = 0.4
 """Default of --score_threshold. That of an evaluation would draw too many boxes."""
 WINDOW = "detections (q: quit)"
-
-
-class Stop:
-    """Turn Ctrl-C and SIGTERM into a flag, so that a loop can end where its files are complete.
-
-    A second signal acts as usual.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> Stop:
-        self._before = {n: signal.signal(n, self._note) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
-        signal.signal(number, self._before[number])
 
 
 class Window:
@@ -201,7 +178,7 @@ def detect(args: argparse.Namespace) -> int:
         )  # fmt: skip
         letters, start = letters_for(info.classes, args.font), time.monotonic()
         # Entered before the files: a signal does not end the process while they are written.
-        stop = stack.enter_context(Stop())
+        stop = stack.enter_context(StopSignal())
         writers: list[Writer] = []
         if args.out or not args.live:
             writers = open_writers(folder, args, sources, info.classes, letters, stack)
