@@ -1,23 +1,30 @@
 """Pictures for people: boxes with labels, truth against detections, contact sheets.
 
 Everywhere: images are BGR uint8 [H, W, 3] and are never changed; boxes are (x1, y1, x2, y2) in
-pixels, 0-based; label k is names[k - 1], or the number itself without names. Only ASCII can be
-drawn in every OpenCV: accents are dropped (é -> e), any other character becomes "?", unless
-`letters` (inference.fonts) are given that have it.
+pixels, 0-based; label k is names[k - 1], or the number itself without names. OpenCV's own font has
+ASCII only. Other text needs a font file (`find_font`), and what the font lacks is drawn as escapes.
 """
 
 from __future__ import annotations
 
+import functools
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from inference.fonts import Lettering
+from utils.errors import UserError
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
+FONT_FILES = (
+    "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf",  # Linux
+    "Arial Unicode.ttf", "msyh.ttc", "arial.ttf",  # macOS, Windows
+)  # fmt: skip
+"""Font files to look for in the system's folders, those with the most scripts first."""
 CORRECT, WRONG, MISSED, IGNORED = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
 LEGIBLE = 256
 """Pixels of the shorter side from which on labels can be read beside what they name."""
@@ -37,7 +44,7 @@ def draw_detections(
     labels: Sequence[int],
     scores: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
-    letters: Lettering | None = None,
+    font: ImageFont.FreeTypeFont | None = None,
 ) -> np.ndarray:
     """A copy of the image with every box and its label, in the class's colour.
 
@@ -56,7 +63,7 @@ def draw_detections(
         label = int(labels[k])
         text = _name(label, names) if scores is None else _scored(label, scores[k], names)
         items.append((boxes[k], class_colour(label), text, False))
-    return _draw(image, items, letters)
+    return _draw(image, items, font)
 
 
 def enlarge(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -76,7 +83,7 @@ def enlarge(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def draw_caption(image: np.ndarray, text: str) -> None:
     """Write a line of text, white on black, into the image's upper left corner."""
-    _draw_tag(image, text, (0, 0, 0), (0, 0, 0), below=False, letters=None)
+    _draw_tag(image, text, (0, 0, 0), (0, 0, 0), below=False, font=None)
 
 
 def match_detections(
@@ -257,7 +264,7 @@ def _scored(label: float, score: float, names: Sequence[str] | None) -> str:
 def _draw(
     image: np.ndarray,
     items: Sequence[tuple[np.ndarray, tuple, str, bool]],
-    letters: Lettering | None = None,
+    font: ImageFont.FreeTypeFont | None = None,
 ) -> np.ndarray:
     """Draw (box, colour, text, dashed) on a copy, the last on top and all texts over the boxes."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -278,7 +285,7 @@ def _draw(
         for ink, thickness in (((0, 0, 0), line + 2), (colour, line)):  # rimmed, for any ground
             cv2.polylines(canvas, paths, not dashed, ink, thickness)
     for (_, colour, text, dashed), (x1, y1, y2) in zip(items, corners, strict=True):
-        _draw_tag(canvas, text, (x1, y1, y2), colour, dashed, letters)
+        _draw_tag(canvas, text, (x1, y1, y2), colour, dashed, font)
     return canvas
 
 
@@ -299,7 +306,7 @@ def _draw_tag(
     corner: tuple[int, int, int],
     colour: tuple[int, int, int],
     below: bool,
-    letters: Lettering | None,
+    font: ImageFont.FreeTypeFont | None,
 ) -> None:
     """Text on a filled box at (left, top, bottom) of a box, moved and shrunk to stay inside.
 
@@ -307,12 +314,12 @@ def _draw_tag(
     """
     height, width = canvas.shape[:2]
     h = min(max(round(min(height, width) / 19), 15), 60, max(1, height // 3))
-    letters = None if text.isascii() else letters
-    if letters is None:
+    text = escape(text, font)
+    if font is None:
         text_width, text_height = _text_size(text, 1, 1)
         w = round(h * (0.6 * text_width / text_height + 0.5))
     else:
-        w = round(letters.mask(text, h).shape[1] + 0.5 * h)
+        w = round(_sized(font, h).getlength(text) + 0.5 * h)
     w = max(1, min(w, width))
     x, above, under = corner[0], corner[1] - h, corner[2]
     y = (under if under + h <= height else above) if below else (above if above >= 0 else under)
@@ -321,44 +328,89 @@ def _draw_tag(
     tag[:] = colour
     b, g, r = colour
     ink = (0, 0, 0) if 0.114 * b + 0.587 * g + 0.299 * r > 127 else (255, 255, 255)
-    _write(tag, text, ink, letters)
+    _write(tag, text, ink, font)
 
 
 def _write(
     area: np.ndarray,
     text: str,
     ink: tuple[int, int, int] = (40, 40, 40),
-    letters: Lettering | None = None,
+    font: ImageFont.FreeTypeFont | None = None,
 ) -> None:
-    """Text centred in an area (a view, written in place), in the largest size that fits."""
+    """Write text centred in an area (a view, changed in place), in the largest size that fits."""
     height, width = area.shape[:2]
-    if letters is not None:
-        mask = letters.mask(text, height)
-        if mask.shape[1] > width:
-            mask = letters.mask(text, height * width // mask.shape[1])[:, :width]
-        y, x = ((a - b) // 2 for a, b in zip((height, width), mask.shape, strict=True))
-        under = area[y : y + mask.shape[0], x : x + mask.shape[1]]
-        share = mask[..., None] / 255
-        under[:] = (under * (1 - share) + np.multiply(ink, share)).round()
+    text = escape(text, font)
+    patch = np.ascontiguousarray(area)
+    if font is not None:
+        length = _sized(font, height).getlength(text)
+        font = _sized(font, int(height * min(1, 0.94 * width / max(length, 1))))
+        drawn = Image.fromarray(patch)
+        ImageDraw.Draw(drawn).text((width / 2, height / 2), text, ink, font, anchor="mm")
+        area[:] = drawn
         return
     w, h = _text_size(text, 1, 1)
     scale = min(0.58 * height / h, 0.94 * width / max(w, 1))
     thickness = max(1, round(1.2 * scale))
     w, h = _text_size(text, scale, thickness)
-    patch = np.ascontiguousarray(area)
     start = ((width - w) // 2, (height + h) // 2)
-    cv2.putText(patch, ascii_text(text), start, FONT, scale, ink, thickness, cv2.LINE_AA)
+    cv2.putText(patch, text, start, FONT, scale, ink, thickness, cv2.LINE_AA)
     area[:] = patch
 
 
 def _text_size(text: str, scale: float, thickness: int) -> tuple[int, int]:
-    """Width of a text, and the height of a capital: the one size that no text's letters change."""
-    (width, _), _ = cv2.getTextSize(ascii_text(text), FONT, scale, thickness)
+    """Return the width of a text and the height of a capital, which no text's letters change."""
+    (width, _), _ = cv2.getTextSize(text, FONT, scale, thickness)
     (_, height), _ = cv2.getTextSize("X", FONT, scale, thickness)
     return width, height
 
 
-def ascii_text(text: str) -> str:
-    """``text`` in what OpenCV draws: letters without their accents, "?" for other characters."""
-    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return "".join(letters).encode("ascii", "replace").decode()
+# ---------------------------------------------------------------- fonts
+
+
+def find_font(
+    texts: Iterable[str], file: str | Path | None = None
+) -> ImageFont.FreeTypeFont | None:
+    """Return a font for some texts; None stands for OpenCV's own, which has ASCII only.
+
+    texts: what will be drawn. file: a font file (.ttf, .otf, .ttc) to use whatever the texts are;
+    without it, the one of `FONT_FILES` that has most of their characters beyond ASCII.
+
+    UserError: ``file`` is not a font.
+    """
+    if file is not None:
+        try:
+            return ImageFont.truetype(str(Path(file).expanduser()))
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be used as a font ({error}); give a .ttf, .otf or .ttc"
+            ) from error
+    wanted = {character for text in texts for character in text if not character.isascii()}
+    fonts: list[ImageFont.FreeTypeFont] = []
+    for name in FONT_FILES if wanted else ():
+        try:
+            fonts.append(ImageFont.truetype(name))
+        except OSError:
+            continue
+    return max(fonts, key=lambda font: sum(_has(font, c) for c in wanted), default=None)
+
+
+def escape(text: str, font: ImageFont.FreeTypeFont | None = None) -> str:
+    """Return one line of text with escapes for what the font lacks: "caf\\xe9" for "café"."""
+    line = " ".join(unicodedata.normalize("NFC", text).split())
+    return "".join(
+        c if c.isascii() or (font and _has(font, c)) else c.encode("unicode_escape").decode()
+        for c in line
+    )
+
+
+@functools.cache
+def _has(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    """Whether the font draws a character otherwise than one that no font has."""
+    drawn, unknown = (font.getmask(c) for c in (character, "\uffff"))
+    return (drawn.size, bytes(drawn)) != (unknown.size, bytes(unknown))
+
+
+@functools.lru_cache(64)
+def _sized(font: ImageFont.FreeTypeFont, height: int) -> ImageFont.FreeTypeFont:
+    """Return the font with lines of `height` pixels."""
+    return font.font_variant(size=max(1, round(0.8 * height)))

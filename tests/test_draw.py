@@ -1,6 +1,7 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import ImageFont
 
 from inference.draw import (
     LEGIBLE,
@@ -10,9 +11,12 @@ from inference.draw import (
     draw_comparison,
     draw_detections,
     enlarge,
+    escape,
+    find_font,
     match_detections,
     rank_by_errors,
 )
+from utils.errors import UserError
 
 GREEN, RED, ORANGE, GREY = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
 NAMES = ("cat", "dog")
@@ -102,18 +106,58 @@ def test_label_colours_are_stable_and_distinct_and_text_contrasts():
         assert np.abs(text - luminance).max() > 100
 
 
-def test_characters_beyond_ascii_are_replaced_alike():
+def test_without_a_font_what_is_not_ascii_is_drawn_as_escapes():
     image = np.zeros((120, 160, 3), np.uint8)
 
     def drawn(name):
         return draw_detections(image, [[20, 40, 120, 100]], [1], names=[name])
 
-    assert (drawn("café") == drawn("cafe")).all()
-    assert (drawn("猫") == drawn("?")).all()
+    assert (drawn("café") == drawn(r"caf\xe9")).all()
+    assert (drawn("猫") == drawn(r"\u732b")).all()
+    assert (drawn("a\u2028\t b") == drawn("a b")).all()
     assert (drawn("a") != drawn("b")).any()
     assert (drawn("") != image).any()
     assert (draw_detections(image, [[20, 40, 120, 100]], [7]) ==
             draw_detections(image, [[20, 40, 120, 100]], [7], names=["7"] * 7)).all()  # fmt: skip
+
+
+@pytest.fixture
+def font_file(tmp_path):
+    """A font of ASCII and a few more characters that is always there: Pillow's own."""
+    path = tmp_path / "own.ttf"
+    path.write_bytes(ImageFont.load_default(20).path.getvalue())
+    return path
+
+
+def test_the_font_is_the_given_one_or_the_one_that_has_most_of_the_text(font_file, monkeypatch):
+    monkeypatch.setattr("inference.draw.FONT_FILES", ("nowhere.ttf", str(font_file)))
+    assert find_font(["plain"]) is None
+    assert find_font(["20°"]).path == find_font(["plain"], font_file).path == str(font_file)
+    assert escape("20° 猫", find_font(["20°"])) == r"20° \u732b"
+    monkeypatch.setattr("inference.draw.FONT_FILES", ())
+    assert find_font(["20°"]) is None and escape("20°") == r"20\xb0"
+
+
+def test_a_file_that_is_no_font_is_told(tmp_path):
+    (tmp_path / "a.ttf").write_text("no font")
+    for name in ("a.ttf", "none.ttf"):
+        with pytest.raises(UserError, match=rf"{name} .*\.ttf"):
+            find_font(["a"], tmp_path / name)
+
+
+@pytest.mark.parametrize("height, width", [(300, 400), (12, 20), (1, 1)])
+def test_a_font_draws_on_every_image(height, width, font_file):
+    image = np.full((height, width, 3), 128, np.uint8)
+    box, font = [[width * 0.2, height * 0.3, width * 0.8, height * 0.9]], find_font([], font_file)
+    names = ("20°", "20", "so long a name that no image has the room for it" * 3)
+    drawn = [draw_detections(image, box, [1], [0.5], [name], font) for name in names]
+    assert all(d.shape == image.shape and d.dtype == np.uint8 for d in drawn)
+    assert (image == 128).all()
+    if height > 100:
+        assert (drawn[0] != drawn[1]).any()
+        ground = np.array(class_colour(1), float)
+        tag = drawn[0][(drawn[0] != 128).any(2)].astype(float)
+        assert np.abs(tag - ground).max() > 100  # letters stand out
 
 
 def test_wrong_arguments_are_named():

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from docs.figures import Canvas
-from inference.draw import ascii_text
+from inference.draw import escape as escaped
 
 # Okabe and Ito's, told apart by every kind of sight, but for the yellow, too pale for a line.
 FIRST = ("0072b2", "d55e00", "009e73", "cc79a7", "e69f00", "56b4e9")
@@ -119,7 +119,7 @@ class Chart:
         for kind, *what in self.items:
             if kind == "text":
                 x, y, text, size, align, tone, bold = what
-                canvas.text(x, y, ascii_text(text), size, _bgr(tone), bold, align)
+                canvas.text(x, y, escaped(text), size, _bgr(tone), bold, align)
             elif kind == "line":
                 points, width, tone, *_ = what
                 canvas.line(points, _bgr(tone), width)
@@ -149,7 +149,7 @@ def draw_matrix(matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str])
     size = min(15, cell * 0.7)
     for n, name in enumerate(rows):
         y = 36 + (n + 0.5) * cell
-        canvas.text(margin - 6, y, ascii_text(name), size, align="right", room=120)
+        canvas.text(margin - 6, y, escaped(name), size, align="right", room=120)
         for m, (count, share) in enumerate(zip(matrix[n], matrix[n] / totals[n], strict=True)):
             x, y = margin + m * cell, 36 + n * cell
             shade = tuple(round(255 - share * (255 - c)) for c in _bgr("bar"))
@@ -158,7 +158,7 @@ def draw_matrix(matrix: np.ndarray, rows: Sequence[str], columns: Sequence[str])
                 canvas.text(x + cell / 2, y + cell / 2, str(count), size, room=cell - 3)
     for m, name in enumerate(columns):
         y = 36 + cell * len(matrix) + (0.5 + m % steps) * 22
-        canvas.text(margin + (m + 0.5) * cell, y, ascii_text(name), size, room=cell * steps - 2)
+        canvas.text(margin + (m + 0.5) * cell, y, escaped(name), size, room=cell * steps - 2)
     canvas.text(6, 16, "rows: what is there; columns: what was found", 14, align="left")
     return encode_png(canvas.reduced())
 
