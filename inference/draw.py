@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import cv2
@@ -17,6 +17,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
+from data import DetectionData
+from data.judge import CORRECT, IGNORED, Found, Judged, found_of, judge
 from utils.errors import UserError
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
@@ -25,7 +27,7 @@ FONT_FILES = (
     "Arial Unicode.ttf", "msyh.ttc", "arial.ttf",  # macOS, Windows
 )  # fmt: skip
 """Font files to look for in the system's folders, those with the most scripts first."""
-CORRECT, WRONG, MISSED, IGNORED = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
+GREEN, RED, ORANGE, GREY = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
 LEGIBLE = 256
 """Pixels of the shorter side from which on labels can be read beside what they name."""
 
@@ -86,93 +88,51 @@ def draw_caption(image: np.ndarray, text: str) -> None:
     _draw_tag(image, text, (0, 0, 0), (0, 0, 0), below=False, font=None)
 
 
-def match_detections(
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    scores: np.ndarray,
-    truth: np.ndarray,
-    difficult: np.ndarray | None = None,
-    iou: float = 0.5,
-) -> np.ndarray:
-    """Which true box each detection found: int64 [n], its row in truth, -1 for none.
-
-    boxes [n, 4], labels [n], scores [n], truth [m, 5] (box and label), difficult bool [m]. As
-    in the VOC development kit: best score first, a detection goes to the box of its class that
-    it overlaps most, and has found it with an IoU (pixel convention: a box is x2 - x1 + 1 wide)
-    over `iou` unless a better detection had; difficult boxes can be found repeatedly.
-    ValueError: another number of difficult flags than of true boxes.
-    """
-    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-    truth = np.asarray(truth, np.float64).reshape(-1, 5)
-    low = np.maximum(boxes[:, None, :2], truth[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], truth[None, :, 2:4])
-    shared = (high - low + 1).clip(0).prod(axis=2)
-    area, true_area = (np.prod(b[:, 2:4] - b[:, :2] + 1, axis=1) for b in (boxes, truth))
-    overlap = shared / (area[:, None] + true_area - shared)
-    overlap[np.asarray(labels)[:, None] != truth[:, 4]] = 0
-    repeatable = _flags(difficult, truth)
-    found = np.full(len(boxes), -1, np.int64)
-    for k in np.argsort(-np.asarray(scores), kind="stable") if len(truth) else ():
-        best = overlap[k].argmax()
-        if overlap[k, best] > iou and (repeatable[best] or best not in found):
-            found[k] = best
-    return found
-
-
-def rank_by_errors(
-    truths: Sequence[np.ndarray],
-    detections: Sequence[Mapping[str, np.ndarray]],
-    difficult: Sequence[np.ndarray | None] | None = None,
-    score_thresh: float = 0.5,
-    iou: float = 0.5,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Count every picture's errors, to choose good and bad examples: (order, counts).
-
-    A picture each: truths [m, 5] (box and label), detections {"boxes" [n, 4], "scores" [n],
-    "labels" [n]}, difficult bool [m] (default: none is). Detections with a score >= score_thresh
-    are matched as in match_detections; a difficult box is never missed, nor is finding it correct.
-    counts: int64 [pictures, 3], correct, false positive, missed. order: int64 [pictures], fewest
-    errors first, among equals most correct first.
-    """
-    if difficult is None:
-        difficult = [None] * len(truths)
-    counts = np.zeros((len(truths), 3), np.int64)
-    for row, truth, detected, hard in zip(counts, truths, detections, difficult, strict=True):
-        truth, hard, *_, found = _compare(truth, detected, hard, score_thresh, iou)
-        correct = (~hard[found[found >= 0]]).sum()
-        row[:] = correct, (found < 0).sum(), (~hard).sum() - correct
-    return np.lexsort((-counts[:, 0], counts[:, 1] + counts[:, 2])), counts
-
-
 def draw_comparison(
     image: np.ndarray,
-    truth: np.ndarray,
-    detections: Mapping[str, np.ndarray],
+    judged: Judged,
+    index: int,
     names: Sequence[str] | None = None,
-    difficult: np.ndarray | None = None,
-    score_thresh: float = 0.5,
-    iou: float = 0.5,
+    score: float = 0.5,
 ) -> np.ndarray:
-    """A copy of the image with detections judged against the truth.
+    """Return a copy of image `index` of a data set with its objects and judged detections.
 
-    Green: a correct detection. Red, "wrong": a false positive. Orange, dashed, "missed": a true
-    box nothing found. Grey: a difficult box, and what found it. Arguments, for one picture, and
-    matching are those of rank_by_errors.
+    Green: a correct detection. Red, "wrong": an error. Orange, dashed, "missed": an object that
+    nothing found. Grey: an ignored object, and detections of it. Detections below `score` are left
+    out, and what they found is missed.
     """
-    truth, hard, boxes, labels, scores, found = _compare(
-        truth, detections, difficult, score_thresh, iou
-    )
+    truth, found = judged.truth, judged.found
+    rows = np.flatnonzero((found.images == index) & (found.scores >= score))
+    rows = rows[np.argsort(found.scores[rows], kind="stable")]
+    hit = judged.objects[rows[judged.kind[rows] <= IGNORED]]
     items = []
-    for k in sorted(set(range(len(truth))) - set(found.tolist())):
-        colour, prefix = (IGNORED, "difficult") if hard[k] else (MISSED, "missed")
-        items.append((truth[k, :4], colour, f"{prefix} {_name(truth[k, 4], names)}", True))
-    for k in np.argsort(scores, kind="stable"):
-        text = _scored(labels[k], scores[k], names)
-        if found[k] < 0:
-            items.append((boxes[k], WRONG, f"wrong {text}", False))
-        else:
-            items.append((boxes[k], IGNORED if hard[found[k]] else CORRECT, text, False))
+    for k in np.setdiff1d(np.flatnonzero(truth.images == index), hit):
+        colour, prefix = (GREY, "ignored") if truth.ignored[k] else (ORANGE, "missed")
+        text = f"{prefix} {_name(truth.labels[k], names)}"
+        items.append((truth.boxes[k] - (0, 0, 1, 1), colour, text, True))
+    for k in rows:
+        text = _scored(found.labels[k], found.scores[k], names)
+        colour = {CORRECT: GREEN, IGNORED: GREY}.get(judged.kind[k], RED)
+        text = f"wrong {text}" if colour is RED else text
+        items.append((found.boxes[k] - (0, 0, 1, 1), colour, text, False))
     return _draw(image, items)
+
+
+def draw_examples(
+    dataset: DetectionData, detections: Sequence[dict], most: int = 8
+) -> np.ndarray:
+    """Return a contact sheet of images spread over a data set, with `draw_comparison`.
+
+    detections: one dict an image with "boxes" [n, 4], "scores" [n] and "labels" [n].
+    """
+    chosen = np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int)
+    found = found_of(detections, dataset.ids, len(dataset.classes))
+    found = Found(*(column[np.isin(found.images, chosen)] for column in found))
+    judged = judge(dataset.truth(), found)
+    images = [
+        draw_comparison(dataset.pull_image(i), judged, i, dataset.classes) for i in chosen
+    ]
+    return contact_sheet(images, 4)
 
 
 def draw_batch(
@@ -224,29 +184,6 @@ def contact_sheet(
         if captions is not None:
             _write(sheet[y + height : y + height + strip, x : x + width], captions[k])
     return sheet
-
-
-def _compare(
-    truth: np.ndarray,
-    detections: Mapping[str, np.ndarray],
-    difficult: np.ndarray | None,
-    score_thresh: float,
-    iou: float,
-) -> tuple[np.ndarray, ...]:
-    """Arrays (truth, difficult, boxes, labels, scores, found) of the detections that count."""
-    truth = np.asarray(truth, np.float64).reshape(-1, 5)
-    hard = _flags(difficult, truth)
-    kept = np.asarray(detections["scores"]) >= score_thresh
-    boxes, labels, scores = (np.asarray(detections[k])[kept] for k in ("boxes", "labels", "scores"))
-    found = match_detections(boxes, labels, scores, truth, hard, iou)
-    return truth, hard, boxes, labels, scores, found
-
-
-def _flags(difficult: np.ndarray | None, truth: np.ndarray) -> np.ndarray:
-    flags = np.zeros(len(truth), bool) if difficult is None else np.asarray(difficult, bool)
-    if len(flags) != len(truth):
-        raise ValueError(f"{len(flags)} difficult flags do not match {len(truth)} true boxes")
-    return flags
 
 
 def _name(label: float, names: Sequence[str] | None) -> str:

@@ -22,7 +22,6 @@ from data.detections import save_detections
 from data.voc0712 import VOCDetection
 from data.voc_comp4 import read_comp4
 from data.voc_eval import METRICS, evaluate_voc
-from inference.draw import match_detections
 from tools import report
 from tools.chart import Chart, colour
 from tools.results import find_test
@@ -186,39 +185,6 @@ def test_ap_is_that_of_the_evaluator(results, nasty_voc):
         for size, ap in said["per_class_per_size"][name].items():
             shown = rows[name][f"AP {size}"]
             assert shown == "" if ap < 0 else float(shown) == pytest.approx(ap, rel=1e-5)
-
-
-def test_counts_are_those_of_the_pictures(results, nasty_voc):
-    """Against the matching that draws pictures, which shares no code with the report's."""
-    report.write_report(results, least=0.3)
-    rows = {row["class"]: row for row in table(results / "report", "classes")}
-    saved = np.load(results / "detections.npz")
-    parts = np.cumsum(saved["counts"])[:-1]
-    right, wrong, objects = (dict.fromkeys(nasty_voc.classes, 0) for _ in range(3))
-    columns = [np.split(saved[k], parts) for k in ("boxes", "labels", "scores")]
-    for i, (boxes, labels, scores) in enumerate(zip(*columns, strict=True)):
-        kept = scores >= 0.3
-        truth, hard = nasty_voc.target(i), nasty_voc.difficult(i)
-        found = match_detections(boxes[kept], labels[kept], scores[kept], truth, hard)
-        for label, k in zip(labels[kept], found, strict=True):
-            name = nasty_voc.classes[label - 1]
-            if k < 0:
-                wrong[name] += 1
-            elif not hard[k]:
-                right[name] += 1
-        for label in truth[~hard, 4].astype(int):
-            objects[nasty_voc.classes[label - 1]] += 1
-    for name in nasty_voc.classes:
-        row = [int(rows[name][key]) for key in ("objects", "correct", "wrong", "not found")]
-        assert row == [objects[name], right[name], wrong[name], objects[name] - right[name]]
-        assert row[1] and row[2]
-    matrix = list(csv.reader(open(results / "report" / "confusion.csv")))
-    diagonal = [int(matrix[n + 1][n + 1]) for n in range(3)]
-    assert diagonal == [right[name] for name in nasty_voc.classes]
-    errors = {row["type"]: int(row["errors"]) for row in table(results / "report", "errors")}
-    each = table(results / "report", "errors_by_class")
-    assert errors == {kind: sum(int(row[kind]) for row in each) for kind in errors}
-    assert sum(errors.values()) - errors["missed"] == sum(wrong.values())
 
 
 def test_mistakes_are_listed_and_shown(tmp_path, make_voc):

@@ -30,13 +30,7 @@ import cv2
 import numpy as np
 
 from data.curves import CURVES_FILE, SIZE_RANGES, SIZES, Curves, load_curves
-from data.voc_comp4 import read_comp4, write_comp4
-from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
-from docs.curves import read_log, series
-from inference.draw import CORRECT as GREEN
-from inference.draw import WRONG as RED
-from inference.draw import contact_sheet
-from tools.analysis import (
+from data.judge import (
     BACKGROUND,
     CORRECT,
     ERRORS,
@@ -46,14 +40,19 @@ from tools.analysis import (
     LOCALISATION,
     Found,
     Judged,
-    Truth,
+    judge,
+)
+from data.truth import Truth
+from data.voc_comp4 import read_comp4, write_comp4
+from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
+from docs.curves import read_log, series
+from inference.draw import GREEN, RED, contact_sheet
+from tools.analysis import (
     best_f1,
     calibration,
     confusion_matrix,
     error_counts,
     gains,
-    judge,
-    missed_objects,
 )
 from tools.chart import Chart, draw_matrix, encode_png
 from tools.results import Test, open_test
@@ -220,7 +219,7 @@ def analyse(test: Test, least: float) -> Analysis:
     """Judge the detections of a test whose data set is there."""
     truth, found = test.dataset.truth(), test.found
     judged = judge(truth, found)
-    return Analysis(truth, found, judged, least, *missed_objects(truth, found, judged, least))
+    return Analysis(truth, found, judged, least, judged.not_found(least), judged.missed(least))
 
 
 # ---------------------------------------------------------------- figures
@@ -350,12 +349,10 @@ def calibration_figures(figures: Figures, test: Test, analysis: Analysis) -> tup
 
 def errors_figure(figures: Figures, test: Test, analysis: Analysis) -> str:
     """Counts and gains by type, and the counts of each class."""
-    counts = error_counts(
-        analysis.truth, analysis.found, analysis.judged, len(test.classes), analysis.score
+    counts = error_counts(analysis.judged, len(test.classes), analysis.score
     )
     metric = "coco" if test.results["dataset"] == "COCO" else _voc_metric(test)
-    base, rises = gains(
-        analysis.truth, analysis.found, analysis.judged, len(test.classes), metric
+    base, rises = gains(analysis.judged, len(test.classes), metric
     )
     totals = counts.sum(0)
     top = _above(totals.max())
@@ -386,8 +383,7 @@ says what is worth working on.</p>
 
 
 def confusion_figure(figures: Figures, test: Test, analysis: Analysis) -> str:
-    matrix = confusion_matrix(
-        analysis.truth, analysis.found, analysis.judged, len(test.classes), analysis.score
+    matrix = confusion_matrix(analysis.judged, len(test.classes), analysis.score
     )
     rows, columns = [*test.classes, "(nothing)"], [*test.classes, "(missed)"]
     table = [(name, *row) for name, row in zip(rows, matrix.tolist(), strict=True)]

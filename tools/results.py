@@ -10,8 +10,8 @@ from data import build_dataset, list_sets
 from data.curves import SIZES
 from data.detections import load_detections
 from data.image_sets import ImageSet
+from data.judge import Found, found_of
 from data.voc_eval import METRICS
-from tools.analysis import Found, found_of
 from utils.errors import UserError
 
 
