@@ -91,21 +91,15 @@ def _light(color: str, share: float = 0.82) -> tuple[float, ...]:
 
 
 def draw_block(canvas: Canvas) -> None:
-    """HarDNet68's first block: boxes as high and links as thick as the channels they carry."""
+    """Draw HarDNet68's first block: high boxes and thick links carry many channels."""
     inputs, multiplier = SPEC.stem[1], SPEC.multiplier
     layers, growth = SPEC.layers[0], SPEC.growth[0]
     with torch.device("meta"):
         block = HarDBlock(inputs, growth, multiplier, layers)
     canvas.text(40, 42, f"HarD block, L = {layers} layers", 26, bold=True, align="left")
-    canvas.text(
-        40,
-        78,
-        f"first block of HarDNet68: growth k = {growth}, multiplier m = "
-        f"{multiplier}; every layer is conv 3x3, batch norm, ReLU",
-        16,
-        GREY,
-        align="left",
-    )
+    about = (f"first block of HarDNet68: growth k = {growth}, multiplier m = {multiplier}; every "
+             "layer is conv 3x3, batch norm, ReLU")  # fmt: skip
+    canvas.text(40, 78, about, 16, GREY, align="left")
     channels = [inputs, *(layer.conv.out_channels for layer in block.layers)]
     row, bus, half = 364, 490, 38
     xs = [96 + 142 * n for n in range(layers + 1)]
@@ -119,8 +113,9 @@ def draw_block(canvas: Canvas) -> None:
                 points = [(xs[source] + half, row), (xs[layer] - half - 2, row)]
             else:
                 shift = 44 - 18 * hop  # out on the right, in on the left, long links outside
-                lift, (x1, y1), (x2, y2) = 34 + 40 * 1.78**hop, *(
-                    (xs[source] + shift, tops[source]), (xs[layer] - shift, tops[layer] - 2))
+                x1, y1 = xs[source] + shift, tops[source]
+                x2, y2 = xs[layer] - shift, tops[layer] - 2
+                lift = 34 + 40 * 1.78**hop
                 points = [(x1, y1), (x1, y1 - lift), (x2, y2 - lift), (x2, y2)]
             canvas.arrow(points, HOPS[hop], thick[source], curve=hop > 0)
 
@@ -129,21 +124,20 @@ def draw_block(canvas: Canvas) -> None:
         canvas.line([(xs[n], row), (xs[n], bus)], BLUE, 3)
     for n, (x, top, width) in enumerate(zip(xs, tops, channels, strict=True)):
         solid = n in block.outputs
-        canvas.box(
-            x - half,
-            top,
-            x + half,
-            2 * row - top,
-            BLUE if solid else _light(GREY if n == 0 else BLUE),
-            BLUE if n else GREY,
-        )
+        edge = BLUE if n else GREY
+        fill = BLUE if solid else _light(edge)
+        canvas.box(x - half, top, x + half, 2 * row - top, fill, edge)
         color = WHITE if solid else INK
         canvas.text(x, row - 11, str(n) if n else "input", 20 if n else 17, color, bold=True)
         canvas.text(x, row + 14, f"{width} ch", 15, color)
 
-    x = xs[-1] + 112
+    _draw_rule(canvas, xs[-1] + 112, bus, layers, block.out_channels)
+
+
+def _draw_rule(canvas: Canvas, x: float, bus: float, layers: int, out_channels: int) -> None:
+    """Draw a block's output, and the rule of its links over it."""
     canvas.box(x, bus - 38, x + 196, bus + 38, BLUE)
-    canvas.text(x + 98, bus - 13, f"output {block.out_channels} ch", 18, WHITE, bold=True)
+    canvas.text(x + 98, bus - 13, f"output {out_channels} ch", 18, WHITE, bold=True)
     canvas.text(x + 98, bus + 14, "odd layers + last", 15, WHITE)
 
     canvas.text(x, 150, "Layer n reads layer n - 2ⁱ", 16, bold=True, align="left", room=210)
@@ -168,7 +162,7 @@ class Step(NamedTuple):
 
 
 def detector_steps() -> list[Step]:
-    """SSD512-HarDNet68 from the image to the last source map."""
+    """Return SSD512-HarDNet68 from the image to the last source map."""
     boxes = iter(PRIOR_BOXES.boxes_per_cell)
     side, (first, second) = PRIOR_BOXES.size // 2, SPEC.stem
     steps = [
@@ -193,8 +187,8 @@ def detector_steps() -> list[Step]:
     return steps
 
 
-def draw_detector(canvas: Canvas, top: int) -> None:
-    """SSD512-HarDNet68 from the image to its prior boxes, and where the heads read."""
+def draw_detector(canvas: Canvas, top: float) -> None:
+    """Draw SSD512-HarDNet68 from the image to its prior boxes, and where the heads read."""
     canvas.text(40, top + 42, "SSD512-HarDNet68", 26, bold=True, align="left")
     canvas.box(1130, top + 27, 1140, top + 57, RED, radius=3)
     canvas.text(1152, top + 42, "max pool /2", 16, align="left")
@@ -210,57 +204,62 @@ def draw_detector(canvas: Canvas, top: int) -> None:
         ("extras", "SSD extra layers"),
     ):
         first, last = kinds.index(kind), len(kinds) - 1 - kinds[::-1].index(kind)
-        canvas.box(
-            xs[first] - half - 12,
-            top + 76,
-            xs[last] + half + 12,
-            row + 104,
-            _light(KINDS[kind], 0.93),
-            radius=12,
-        )
-        canvas.text((xs[first] + xs[last]) / 2, top + 98, title, 17, KINDS[kind], bold=True)
-
-    for n, (x, (lines, side, channels, kind, boxes)) in enumerate(zip(xs, steps, strict=True)):
-        color, high = KINDS[kind], 26 + 6 * math.log2(side)
+        left, right = xs[first] - half - 12, xs[last] + half + 12
+        canvas.box(left, top + 76, right, row + 104, _light(KINDS[kind], 0.93), radius=12)
+        canvas.text((left + right) / 2, top + 98, title, 17, KINDS[kind], bold=True)
+    for n, (x, step) in enumerate(zip(xs, steps, strict=True)):
+        color, high = KINDS[step.kind], 26 + 6 * math.log2(step.side)
         if n:
-            canvas.arrow([(xs[n - 1] + half, row), (x - half - 2, row)], INK, 2)
-            if kind == "base" and n > 1 and side < steps[n - 1].side:  # the stem strides by itself
+            canvas.arrow([(xs[n - 1] + half, row), (x - half - 2, row)], INK)
+            if step.kind == "base" and n > 1 and step.side < steps[n - 1].side:  # not the stem
                 middle = (xs[n - 1] + x) / 2 - 4
                 canvas.box(middle - 5, row - 30, middle + 5, row + 30, RED, radius=3)
-        if boxes:
-            canvas.arrow([(x, row), (x, heads - 2)], ORANGE, 3)
-            canvas.line([(x, heads), (x, bus)], ORANGE, 3)
-        canvas.box(
-            x - half, row - high, x + half, row + high, color if boxes else _light(color), color
-        )
-        ink = WHITE if boxes else INK
-        canvas.text(x, row - 10, f"{side} x {side}", 16, ink, bold=True, room=2 * half - 14)
-        canvas.text(x, row + 13, f"{channels} ch", 15, ink)
-        for y, line in zip((row - 116, row - 97), lines, strict=True):
+        if step.boxes:
+            _draw_head(canvas, x, half, (row, heads, bus), step)
+        fill, ink = (color, WHITE) if step.boxes else (_light(color), INK)
+        canvas.box(x - half, row - high, x + half, row + high, fill, color)
+        size = f"{step.side} x {step.side}"
+        canvas.text(x, row - 10, size, 16, ink, bold=True, room=2 * half - 14)
+        canvas.text(x, row + 13, f"{step.channels} ch", 15, ink)
+        for y, line in zip((row - 116, row - 97), step.lines, strict=True):
             canvas.text(x, y, line, 15, room=2 * half + 14)
-        if boxes:
-            canvas.box(x - half, heads, x + half, heads + 30, _light(ORANGE), ORANGE)
-            canvas.text(x, heads + 15, f"loc {boxes} x 4", 15, room=2 * half - 12)
-            canvas.box(x - half, heads + 36, x + half, heads + 66, _light(ORANGE), ORANGE)
-            canvas.text(x, heads + 51, f"conf {boxes} x C", 15, room=2 * half - 12)
-            canvas.box(x - half, heads + 76, x + half, heads + 102, WHITE, radius=3)
-            canvas.text(x, heads + 89, f"{boxes * side**2:,}", 16, bold=True)
-
     x = xs[next(n for n, step in enumerate(steps) if step.boxes)]
     canvas.box(x - 38, row + 118, x + 38, row + 148, WHITE, ORANGE)
     canvas.text(x, row + 133, "L2Norm", 15)
-    left, right, high = xs[0] - half, xs[3] + half, heads - 24
+    right = xs[3] + half
     canvas.arrow([(xs[-1], bus), (right + 2, bus)], ORANGE, 3)
-    canvas.box(left, high, right, bus + 20, ORANGE)
-    middle = (left + right) / 2
-    canvas.text(middle, high + 36, f"{PRIOR_BOXES.num_priors:,} prior boxes", 25, WHITE, bold=True)
-    terms = []
+    _draw_priors(canvas, (xs[0] - half, heads - 24, right, bus + 20), steps)
+
+
+def _draw_head(
+    canvas: Canvas, x: float, half: float, heights: tuple[float, float, float], step: Step
+) -> None:
+    """Draw what is read at a source map; heights: of the map, the head and the prior boxes."""
+    row, heads, bus = heights
+    canvas.arrow([(x, row), (x, heads - 2)], ORANGE, 3)
+    canvas.line([(x, heads), (x, bus)], ORANGE, 3)
+    for y, text in ((heads, f"loc {step.boxes} x 4"), (heads + 36, f"conf {step.boxes} x C")):
+        canvas.box(x - half, y, x + half, y + 30, _light(ORANGE), ORANGE)
+        canvas.text(x, y + 15, text, 15, room=2 * half - 12)
+    canvas.box(x - half, heads + 76, x + half, heads + 102, WHITE, radius=3)
+    canvas.text(x, heads + 89, f"{step.boxes * step.side**2:,}", 16, bold=True)
+
+
+def _draw_priors(
+    canvas: Canvas, box: tuple[float, float, float, float], steps: Sequence[Step]
+) -> None:
+    """Draw the number of prior boxes and what becomes of them into a box (x1, y1, x2, y2)."""
+    x1, y1, x2, _ = box
+    middle, terms = (x1 + x2) / 2, []
     for boxes in (6, 4):
         sides = [f"{step.side}²" for step in steps if step.boxes == boxes]
         terms.append(f"{boxes} ({' + '.join(sides)})")
-    canvas.text(middle, high + 76, f"P = {' + '.join(terms)}", 16, WHITE, room=right - left - 40)
-    canvas.text(middle, high + 106, "loc [B, P, 4]      conf [B, P, C classes]", 16, WHITE)
-    canvas.text(middle, high + 144, "softmax, decode, NMS per class", 18, WHITE, bold=True)
+    canvas.box(*box, ORANGE)
+    count = f"{PRIOR_BOXES.num_priors:,} prior boxes"
+    canvas.text(middle, y1 + 36, count, 25, WHITE, bold=True)
+    canvas.text(middle, y1 + 76, f"P = {' + '.join(terms)}", 16, WHITE, room=x2 - x1 - 40)
+    canvas.text(middle, y1 + 106, "loc [B, P, 4]      conf [B, P, C classes]", 16, WHITE)
+    canvas.text(middle, y1 + 144, "softmax, decode, NMS per class", 18, WHITE, bold=True)
 
 
 def architecture() -> bytes:

@@ -1,8 +1,9 @@
-"""Pictures for people: boxes with labels, truth against detections, contact sheets.
+"""Images for people: boxes with labels, judged detections, contact sheets.
 
-Everywhere: images are BGR uint8 [H, W, 3] and are never changed; boxes are (x1, y1, x2, y2) in
-pixels, 0-based; label k is names[k - 1], or the number itself without names. OpenCV's own font has
-ASCII only. Other text needs a font file (`find_font`), and what the font lacks is drawn as escapes.
+Everywhere, images are BGR uint8 [H, W, 3] and are never changed; boxes are (x1, y1, x2, y2) in
+pixels counted from 0; label k is names[k - 1], or the number itself without names. OpenCV's own
+font has ASCII only. Other text needs a font file (`find_font`); what the font lacks is drawn as
+escapes.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ FONT_FILES = (
 """Font files to look for in the system's folders, those with the most scripts first."""
 GREEN, RED, ORANGE, GREY = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
 LEGIBLE = 256
-"""Pixels of the shorter side from which on labels can be read beside what they name."""
+"""Least pixels of an image's shorter side at which labels leave its objects in sight."""
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """A class's colour, BGR: always the same one, and far in hue from its neighbours'."""
+    """Return a class's colour, BGR: always the same, and far in hue from its neighbours'."""
     hue = label * 0.618034 % 1 * 360  # the golden ratio spreads any number of hues evenly
     hsv = np.array([[[hue, (0.9, 0.55, 0.95)[label % 3], (1, 0.95, 0.65)[label % 3]]]], np.float32)
     b, g, r = (round(float(v) * 255) for v in cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0])
@@ -48,12 +49,21 @@ def draw_detections(
     names: Sequence[str] | None = None,
     font: ImageFont.FreeTypeFont | None = None,
 ) -> np.ndarray:
-    """A copy of the image with every box and its label, in the class's colour.
+    """Return a copy of the image with every box and its label, in the class's colour.
 
-    boxes [n, 4], labels [n] >= 1, scores [n] or None; n may be 0. The best score lies on top;
-    line width and font follow the image's size, and a label never leaves it.
-    ValueError: another image dtype or shape, lengths that differ, a coordinate that is NaN, a label
-    without a name.
+    The best score lies on top. Line width and text follow the image's size; a label never leaves
+    the image.
+
+    Args:
+        image: BGR uint8 [H, W, 3].
+        boxes: [n, 4], n may be 0.
+        labels: [n], from 1.
+        scores: [n], or None to leave them out.
+        font: for the names, from `find_font`.
+
+    Raises:
+        ValueError: another image dtype or shape, lengths that differ, a coordinate that is NaN, or
+            a label without a name.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     counts = [len(boxes), len(labels), len(boxes) if scores is None else len(scores)]
@@ -69,17 +79,17 @@ def draw_detections(
 
 
 def enlarge(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A small picture and its boxes [n, 4] so much larger that labels can be read in it.
+    """Enlarge a small image and its boxes [n, 4] by a whole factor, so that labels have room.
 
-    By a whole factor, for a shorter side of at least `LEGIBLE` and a longer one of at most 2048;
-    without one, what was given.
+    The shorter side becomes at least `LEGIBLE` pixels if the longer one stays within 2048. An image
+    that is large enough is returned as it is.
     """
     height, width = image.shape[:2]
     factor = min(-(-LEGIBLE // min(height, width)), 2048 // max(height, width))
     if factor <= 1:
         return image, boxes
     larger = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
-    # A box ends with its last pixel.
+    # x2 and y2 are the last pixels of a box.
     return larger, np.asarray(boxes).reshape(-1, 4) * factor + (0, 0, factor - 1, factor - 1)
 
 
@@ -138,10 +148,9 @@ def draw_examples(
 def draw_batch(
     images: Tensor, targets: Sequence[Tensor], names: Sequence[str], most: int = 16
 ) -> np.ndarray:
-    """The first pictures of a training batch with their boxes, as a contact sheet.
+    """Return a contact sheet of the first images of a training batch with their boxes.
 
-    images: uint8 [B, 3, S, S] BGR; targets: [n, 5] each, relative corners and the label. Returns
-    uint8 [H, W, 3] BGR.
+    images: BGR uint8 [B, 3, S, S]. targets: an image each, [n, 5], corners in 0..1 and the label.
     """
     drawn = []
     for image, target in zip(images[:most], targets, strict=False):
@@ -157,9 +166,10 @@ def contact_sheet(
     cell: tuple[int, int] = (320, 320),
     captions: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Images in rows of `columns`, each letterboxed into a cell of (width, height) pixels.
+    """Return images in rows of `columns`, each letterboxed into a cell of (width, height) pixels.
 
-    captions: a line of text under each; one too long for its cell is set smaller.
+    captions: a line of text under each image, set smaller where it is too long for the cell.
+
     ValueError: no images, columns below 1, or another number of captions.
     """
     if not images or columns < 1:
@@ -203,13 +213,13 @@ def _draw(
     items: Sequence[tuple[np.ndarray, tuple, str, bool]],
     font: ImageFont.FreeTypeFont | None = None,
 ) -> np.ndarray:
-    """Draw (box, colour, text, dashed) on a copy, the last on top and all texts over the boxes."""
+    """Draw (box, colour, text, dashed) on a copy: the last on top, texts over all boxes."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     canvas = image.copy(order="C")
     size = np.array(image.shape[1::-1])
     line = max(1, round(size.min() / 220))
-    # sides beyond the border stay out of sight, but within the range of OpenCV's integers
+    # Sides beyond the border stay out of sight, and within the range of OpenCV's integers.
     low, high = np.full(4, -4 * line), np.tile(size + 4 * line, 2)
     corners = []
     for box, colour, _, dashed in items:
@@ -219,7 +229,7 @@ def _draw(
         corners.append((x1, y1, y2))
         ring = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], np.int32)
         paths = _dashes(ring, 5 * line) if dashed else [ring]
-        for ink, thickness in (((0, 0, 0), line + 2), (colour, line)):  # rimmed, for any ground
+        for ink, thickness in (((0, 0, 0), line + 2), (colour, line)):  # a rim, for any ground
             cv2.polylines(canvas, paths, not dashed, ink, thickness)
     for (_, colour, text, dashed), (x1, y1, y2) in zip(items, corners, strict=True):
         _draw_tag(canvas, text, (x1, y1, y2), colour, dashed, font)
@@ -245,9 +255,10 @@ def _draw_tag(
     below: bool,
     font: ImageFont.FreeTypeFont | None,
 ) -> None:
-    """Text on a filled box at (left, top, bottom) of a box, moved and shrunk to stay inside.
+    """Write text on a filled tag at the corner (left, top, bottom) of a box.
 
-    It stands on the top, or with `below` under the bottom, where there is room: else opposite.
+    The tag stands on the box, or with `below` under it, if there is room, and opposite otherwise.
+    It is moved and shrunk to stay inside the canvas.
     """
     height, width = canvas.shape[:2]
     h = min(max(round(min(height, width) / 19), 15), 60, max(1, height // 3))
