@@ -332,7 +332,7 @@ def test_voc_correct_detections_are_those_of_the_score(tmp_path, make_voc):
 
 @pytest.fixture
 def coco_case(tmp_path):
-    """(data set, truth as made, detections): 30 pictures, crowds among the objects."""
+    """(data set, truth as made, detections): 30 images, crowds among the objects."""
     objects, detections = random_case(7, "coco")
     root = tmp_path / "coco"
     (root / "annotations").mkdir(parents=True)

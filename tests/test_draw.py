@@ -84,7 +84,7 @@ def test_outline_lies_on_the_box_and_the_inside_is_free():
 
 
 @pytest.mark.parametrize("box", [[0, 0, 40, 30], [170, 150, 199, 199], [-50, -50, 400, 400]])
-def test_label_stays_inside_the_picture(box):
+def test_label_stays_inside_the_image(box):
     image = np.full((200, 200, 3), 200, np.uint8)
     out = draw_detections(image, [box], [1], [0.5], ["rhinoceros"])
     filled = (out == class_colour(1)).all(axis=2).astype(np.uint8)

@@ -1,4 +1,4 @@
-"""One HTML page that shows what a test got right and wrong, and where its errors come from.
+"""Write one HTML page: what a test got right and wrong, and where its errors come from.
 
     python -m tools.report RUN_DIR [--root DIR] [--score 0.4] [--examples 6] [--output PAGE.html]
 

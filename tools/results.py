@@ -1,4 +1,4 @@
-"""A test as it lies on the disk: its scores, detections, curves and log, and its data set."""
+"""Read what a test has left: scores, detections, curves, the run's log; and its data set."""
 
 from __future__ import annotations
 
@@ -121,8 +121,8 @@ FIELDS = {
 class Test:
     """A test, and its data set where it can be read.
 
-    run: the folder of the run, None for a test elsewhere. dataset: None without one, as are then
-    detections and found. notes: lines for people.
+    run: the folder of the run, None for a test elsewhere. Without the data set, dataset and found
+    are None and detections is empty. notes: lines for people.
     """
 
     directory: Path

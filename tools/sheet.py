@@ -1,4 +1,4 @@
-"""A contact sheet of a test: the best and the worst images, with objects and detections.
+"""Draw a contact sheet of a test: its best and worst images with objects and detections.
 
     python -m tools.sheet RUN_DIR [--output PNG] [--root DIR] [--score 0.4] [--images 8]
 
