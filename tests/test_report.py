@@ -275,29 +275,21 @@ def test_ap_is_that_of_the_evaluator(made):
             assert shown == "" if ap < 0 else float(shown) == pytest.approx(ap, rel=1e-5)
 
 
-def test_counts_are_those_of_the_evaluator(made):
-    results, dataset = made
-    rows = {row["class"]: row for row in table(results / "report", "classes")}
-    read, _ = read_comp4(results, "test", dataset.classes, dataset.ids)
-    result = evaluate_voc(read, dataset.annotations, dataset.classes)
-    total_wrong = 0
-    for name in dataset.classes:
-        curve, objects = result["curves"][name]["all"], result["ground_truths"][name]
-        last = (curve["scores"] >= 0.3).sum() - 1
-        right = round(curve["recall"][last] * objects)
-        wrong = round(right / curve["precision"][last]) - right
-        row = [int(rows[name][key]) for key in ("objects", "correct", "wrong", "not found")]
-        assert row == [objects, right, wrong, objects - right] and right and wrong
-        total_wrong += wrong
-    matrix = list(csv.reader(open(results / "report" / "confusion.csv")))
-    correct = [int(rows[name]["correct"]) for name in dataset.classes]
-    assert [int(matrix[n + 1][n + 1]) for n in range(3)] == correct
-    errors = {row["type"]: int(row["errors"]) for row in table(results / "report", "errors")}
-    each = table(results / "report", "errors_by_class")
+def test_counts_of_all_tables_agree(made):
+    folder, names = made[0] / "report", made[1].classes
+    rows = {row["class"]: row for row in table(folder, "classes")}
+    counts = [[int(rows[name][key]) for key in ("objects", "correct", "wrong", "not found")]
+              for name in (*names, MEAN)]  # fmt: skip
+    assert np.sum(counts[:3], 0).tolist() == counts[3] and np.min(counts[3]) > 0
+    truth = made[1].truth()
+    assert counts[3][0] == (~truth.ignored).sum() == counts[3][1] + counts[3][3]
+    matrix = list(csv.reader(open(folder / "confusion.csv")))
+    assert [int(matrix[n + 1][n + 1]) for n in range(3)] == [row[1] for row in counts[:3]]
+    errors = {row["type"]: int(row["errors"]) for row in table(folder, "errors")}
+    each = table(folder, "errors_by_class")
     assert errors == {kind: sum(int(row[kind]) for row in each) for kind in errors}
-    assert sum(errors.values()) - errors["missed"] == total_wrong
-    points = [row for row in table(results / "report", "calibration") if row["class"] == "(all)"]
-    assert sum(int(row["detections"]) for row in points) >= total_wrong + sum(correct)
+    assert sum(errors.values()) - errors["missed"] == counts[3][2]
+    assert len(table(folder, "mistakes")) == sum(errors.values())
 
 
 def test_coco_numbers_are_those_of_its_score(coco):
