@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+from matplotlib.path import Path as Curve
 
 from data.config import PRIORS
 from models.hardnet import HARDNET_SPECS, HarDBlock
 from models.ssd import ssd_extras
 
 WIDTH, HEIGHT = 1600, 1150
-SCALE = 3  # drawn at 3x and reduced by area: cv2's own anti-aliasing leaves steps in thick curves
 OUT = Path(__file__).resolve().parents[1] / "ReadmeImg" / "architecture.png"
 
-# BGR
-INK, GREY, PALE = (60, 48, 40), (140, 128, 120), (242, 238, 234)
-BLUE, TEAL, ORANGE, RED = (178, 110, 52), (140, 142, 38), (38, 134, 232), (76, 66, 206)
-WHITE = (255, 255, 255)
+INK, GREY, PALE, WHITE = "#28303c", "#78808c", "#eaeef2", "#ffffff"
+BLUE, TEAL, ORANGE, RED = "#346eb2", "#268e8c", "#e88626", "#ce424c"
 HOPS = (GREY, TEAL, ORANGE, RED)  # colour of a link over 2^0, 2^1, 2^2, 2^3 layers
 KINDS = {"image": GREY, "base": BLUE, "extras": TEAL}
 
@@ -31,117 +35,71 @@ PRIOR_BOXES = PRIORS["VOC", 512]
 
 
 class Canvas:
-    """A white BGR picture; coordinates and thicknesses are in pixels of the final picture."""
+    """A white image; coordinates and sizes are pixels, counted from the upper left corner.
 
-    def __init__(self, width: int, height: int):
-        self.pixels = np.full((height * SCALE, width * SCALE, 3), 255, np.uint8)
+    What is drawn later lies on top.
+    """
 
-    def line(self, points, color, thickness=2.0):
-        cv2.polylines(
-            self.pixels, [_fixed(points)], False, color, round(thickness * SCALE), cv2.LINE_AA
-        )
+    def __init__(self, width: int, height: int) -> None:
+        figure = Figure(figsize=(width / 100, height / 100), dpi=100)
+        self.canvas = FigureCanvasAgg(figure)
+        self.axes = figure.add_axes((0, 0, 1, 1), xlim=(0, width), ylim=(height, 0))
+        self.axes.set_axis_off()
 
-    def polygon(self, points, color):
-        cv2.fillPoly(self.pixels, [_fixed(points)], color, cv2.LINE_AA)
+    def line(self, points: Sequence, color: str, thickness: float = 2) -> None:
+        self.axes.plot(*np.transpose(points), color=color, linewidth=0.72 * thickness,
+                       solid_joinstyle="miter", zorder=1)  # fmt: skip
 
-    def arrow(self, points, color, thickness=2.0):
-        """A line with a head at its last point."""
-        points = np.asarray(points, float)
-        tip = points[-1]
-        ahead = (tip - points[-2]) / np.linalg.norm(tip - points[-2])
-        head = 5 + 1.6 * thickness
-        side = np.array([-ahead[1], ahead[0]]) * head * 0.55
-        neck = tip - ahead * head
-        self.line([*points[:-1], neck + ahead], color, thickness)
-        self.polygon([tip, neck + side, neck - side], color)
+    def arrow(
+        self, points: Sequence, color: str, thickness: float = 2, curve: bool = False
+    ) -> None:
+        """Draw a line with a head at its last point, or a Bezier curve of four points."""
+        codes = [Curve.MOVETO, *[Curve.CURVE4 if curve else Curve.LINETO] * (len(points) - 1)]
+        self.axes.add_patch(FancyArrowPatch(
+            path=Curve(points, codes), arrowstyle="-|>", mutation_scale=9 + 1.6 * thickness,
+            color=color, linewidth=0.72 * thickness, shrinkA=0, shrinkB=0, joinstyle="miter",
+        ))  # fmt: skip
 
-    def box(self, x1, y1, x2, y2, fill, edge=None, radius=6.0, thickness=2.0):
-        """A filled rectangle with round corners."""
-        corners = [
-            (x2 - radius, y2 - radius, 0),
-            (x1 + radius, y2 - radius, 90),
-            (x1 + radius, y1 + radius, 180),
-            (x2 - radius, y1 + radius, 270),
-        ]
-        angles = np.radians(np.arange(0, 91, 5))
-        points = np.concatenate(
-            [
-                np.stack([x + radius * np.cos(a), y + radius * np.sin(a)], 1)
-                for x, y, start in corners
-                for a in [angles + math.radians(start)]
-            ]
-        )
-        self.polygon(points, fill)
-        if edge:
-            self.line([*points, points[0]], edge, thickness)
+    def box(
+        self, x1: float, y1: float, x2: float, y2: float, fill: str, edge: str | None = None,
+        radius: float = 6,
+    ) -> None:  # fmt: skip
+        """Draw a filled rectangle with round corners."""
+        self.axes.add_patch(FancyBboxPatch(
+            (x1 + radius, y1 + radius), x2 - x1 - 2 * radius, y2 - y1 - 2 * radius,
+            boxstyle=f"round,pad={radius}", facecolor=fill, edgecolor=edge or fill, linewidth=1.44,
+            zorder=1,
+        ))  # fmt: skip
 
-    def text(self, x, y, text, size=16, color=INK, bold=False, align="centre", room=math.inf):
-        """A line of ASCII text of `size` pixels, less where it is wider than `room`.
+    def text(
+        self, x: float, y: float, text: str, size: float = 16, color: str = INK,
+        bold: bool = False, align: str = "center", room: float = math.inf,
+    ) -> None:  # fmt: skip
+        """Write a line of `size` pixels, less where it is wider than `room`; y is its middle."""
+        drawn = self.axes.text(x, y, text, fontsize=0.63 * size, color=color, ha=align,
+                               va="center_baseline", weight="bold" if bold else "normal", zorder=1)
+        width = drawn.get_window_extent(self.canvas.get_renderer()).width
+        drawn.set_fontsize(0.63 * size * min(1, room / width))
 
-        y is the middle of the capitals. OpenCV 5 has other letters than 4, hence other widths.
-        """
-        font = cv2.FONT_HERSHEY_DUPLEX if bold else cv2.FONT_HERSHEY_SIMPLEX
-        scale, thickness = size * SCALE / 30, round(size * SCALE / (11 if bold else 15))
-        (width, _), _ = cv2.getTextSize(text, font, scale, thickness)
-        if width > room * SCALE:
-            scale *= room * SCALE / width
-            width = room * SCALE
-        left = x * SCALE - width * {"left": 0, "centre": 0.5, "right": 1}[align]
-        bottom = y * SCALE + 10.5 * scale  # capitals are 21 units high
-        cv2.putText(
-            self.pixels,
-            text,
-            (round(left), round(bottom)),
-            font,
-            scale,
-            color,
-            thickness,
-            cv2.LINE_AA,
-        )
-
-    def reduced(self) -> np.ndarray:
-        height, width = self.pixels.shape[:2]
-        return cv2.resize(
-            self.pixels, (width // SCALE, height // SCALE), interpolation=cv2.INTER_AREA
-        )
+    def png(self) -> bytes:
+        self.canvas.print_png(file := io.BytesIO(), metadata={"Software": None})
+        return file.getvalue()
 
 
-def _fixed(points) -> np.ndarray:
-    return np.rint(np.asarray(points, float) * SCALE).astype(np.int32)
+def _light(color: str, share: float = 0.82) -> tuple[float, ...]:
+    return tuple(channel + (1 - channel) * share for channel in to_rgb(color))
 
 
-def _light(color, share=0.82):
-    return tuple(round(c + (255 - c) * share) for c in color)
-
-
-def _bezier(start, end, lift) -> np.ndarray:
-    """A curve that leaves `start` upwards and comes down on `end`."""
-    points = np.array([start, (start[0], start[1] - lift), (end[0], end[1] - lift), end])
-    t = np.linspace(0, 1, 80)[:, None]
-    return (
-        (1 - t) ** 3 * points[0]
-        + 3 * (1 - t) ** 2 * t * points[1]
-        + 3 * (1 - t) * t**2 * points[2]
-        + t**3 * points[3]
-    )
-
-
-def draw_block(canvas: Canvas):
-    """HarDNet68's first block: boxes as high and links as thick as the channels they carry."""
+def draw_block(canvas: Canvas) -> None:
+    """Draw HarDNet68's first block: high boxes and thick links carry many channels."""
     inputs, multiplier = SPEC.stem[1], SPEC.multiplier
     layers, growth = SPEC.layers[0], SPEC.growth[0]
     with torch.device("meta"):
         block = HarDBlock(inputs, growth, multiplier, layers)
     canvas.text(40, 42, f"HarD block, L = {layers} layers", 26, bold=True, align="left")
-    canvas.text(
-        40,
-        78,
-        f"first block of HarDNet68: growth k = {growth}, multiplier m = "
-        f"{multiplier}; every layer is conv 3x3, batch norm, ReLU",
-        16,
-        GREY,
-        align="left",
-    )
+    about = (f"first block of HarDNet68: growth k = {growth}, multiplier m = {multiplier}; every "
+             "layer is conv 3x3, batch norm, ReLU")  # fmt: skip
+    canvas.text(40, 78, about, 16, GREY, align="left")
     channels = [inputs, *(layer.conv.out_channels for layer in block.layers)]
     row, bus, half = 364, 490, 38
     xs = [96 + 142 * n for n in range(layers + 1)]
@@ -155,37 +113,35 @@ def draw_block(canvas: Canvas):
                 points = [(xs[source] + half, row), (xs[layer] - half - 2, row)]
             else:
                 shift = 44 - 18 * hop  # out on the right, in on the left, long links outside
-                points = _bezier(
-                    (xs[source] + shift, tops[source]),
-                    (xs[layer] - shift, tops[layer] - 2),
-                    34 + 40 * 1.78**hop,
-                )
-            canvas.arrow(points, HOPS[hop], thick[source])
+                x1, y1 = xs[source] + shift, tops[source]
+                x2, y2 = xs[layer] - shift, tops[layer] - 2
+                lift = 34 + 40 * 1.78**hop
+                points = [(x1, y1), (x1, y1 - lift), (x2, y2 - lift), (x2, y2)]
+            canvas.arrow(points, HOPS[hop], thick[source], curve=hop > 0)
 
     canvas.arrow([(xs[block.outputs[0]], bus), (xs[-1] + 110, bus)], BLUE, 3)
     for n in block.outputs:
         canvas.line([(xs[n], row), (xs[n], bus)], BLUE, 3)
     for n, (x, top, width) in enumerate(zip(xs, tops, channels, strict=True)):
         solid = n in block.outputs
-        canvas.box(
-            x - half,
-            top,
-            x + half,
-            2 * row - top,
-            BLUE if solid else _light(GREY if n == 0 else BLUE),
-            BLUE if n else GREY,
-        )
+        edge = BLUE if n else GREY
+        fill = BLUE if solid else _light(edge)
+        canvas.box(x - half, top, x + half, 2 * row - top, fill, edge)
         color = WHITE if solid else INK
         canvas.text(x, row - 11, str(n) if n else "input", 20 if n else 17, color, bold=True)
         canvas.text(x, row + 14, f"{width} ch", 15, color)
 
-    x = xs[-1] + 112
+    _draw_rule(canvas, xs[-1] + 112, bus, layers, block.out_channels)
+
+
+def _draw_rule(canvas: Canvas, x: float, bus: float, layers: int, out_channels: int) -> None:
+    """Draw a block's output, and the rule of its links over it."""
     canvas.box(x, bus - 38, x + 196, bus + 38, BLUE)
-    canvas.text(x + 98, bus - 13, f"output {block.out_channels} ch", 18, WHITE, bold=True)
+    canvas.text(x + 98, bus - 13, f"output {out_channels} ch", 18, WHITE, bold=True)
     canvas.text(x + 98, bus + 14, "odd layers + last", 15, WHITE)
 
-    canvas.text(x, 150, "Layer n reads layer n - 2^i", 16, bold=True, align="left", room=210)
-    canvas.text(x, 174, "for every 2^i dividing n", 16, bold=True, align="left")
+    canvas.text(x, 150, "Layer n reads layer n - 2ⁱ", 16, bold=True, align="left", room=210)
+    canvas.text(x, 174, "for every 2ⁱ dividing n", 16, bold=True, align="left")
     for hop, color in enumerate(HOPS[: layers.bit_length()]):
         y = 206 + 26 * hop
         canvas.arrow([(x, y), (x + 42, y)], color, 3)
@@ -206,7 +162,7 @@ class Step(NamedTuple):
 
 
 def detector_steps() -> list[Step]:
-    """SSD512-HarDNet68 from the image to the last source map."""
+    """Return SSD512-HarDNet68 from the image to the last source map."""
     boxes = iter(PRIOR_BOXES.boxes_per_cell)
     side, (first, second) = PRIOR_BOXES.size // 2, SPEC.stem
     steps = [
@@ -231,8 +187,8 @@ def detector_steps() -> list[Step]:
     return steps
 
 
-def draw_detector(canvas: Canvas, top: int):
-    """SSD512-HarDNet68 from the image to its prior boxes, and where the heads read."""
+def draw_detector(canvas: Canvas, top: float) -> None:
+    """Draw SSD512-HarDNet68 from the image to its prior boxes, and where the heads read."""
     canvas.text(40, top + 42, "SSD512-HarDNet68", 26, bold=True, align="left")
     canvas.box(1130, top + 27, 1140, top + 57, RED, radius=3)
     canvas.text(1152, top + 42, "max pool /2", 16, align="left")
@@ -248,75 +204,80 @@ def draw_detector(canvas: Canvas, top: int):
         ("extras", "SSD extra layers"),
     ):
         first, last = kinds.index(kind), len(kinds) - 1 - kinds[::-1].index(kind)
-        canvas.box(
-            xs[first] - half - 12,
-            top + 76,
-            xs[last] + half + 12,
-            row + 104,
-            _light(KINDS[kind], 0.93),
-            radius=12,
-        )
-        canvas.text((xs[first] + xs[last]) / 2, top + 98, title, 17, KINDS[kind], bold=True)
-
-    for n, (x, (lines, side, channels, kind, boxes)) in enumerate(zip(xs, steps, strict=True)):
-        color, high = KINDS[kind], 26 + 6 * math.log2(side)
+        left, right = xs[first] - half - 12, xs[last] + half + 12
+        canvas.box(left, top + 76, right, row + 104, _light(KINDS[kind], 0.93), radius=12)
+        canvas.text((left + right) / 2, top + 98, title, 17, KINDS[kind], bold=True)
+    for n, (x, step) in enumerate(zip(xs, steps, strict=True)):
+        color, high = KINDS[step.kind], 26 + 6 * math.log2(step.side)
         if n:
-            canvas.arrow([(xs[n - 1] + half, row), (x - half - 2, row)], INK, 2)
-            if kind == "base" and n > 1 and side < steps[n - 1].side:  # the stem strides by itself
+            canvas.arrow([(xs[n - 1] + half, row), (x - half - 2, row)], INK)
+            if step.kind == "base" and n > 1 and step.side < steps[n - 1].side:  # not the stem
                 middle = (xs[n - 1] + x) / 2 - 4
                 canvas.box(middle - 5, row - 30, middle + 5, row + 30, RED, radius=3)
-        if boxes:
-            canvas.arrow([(x, row), (x, heads - 2)], ORANGE, 3)
-            canvas.line([(x, heads), (x, bus)], ORANGE, 3)
-        canvas.box(
-            x - half, row - high, x + half, row + high, color if boxes else _light(color), color
-        )
-        ink = WHITE if boxes else INK
-        canvas.text(x, row - 10, f"{side} x {side}", 16, ink, bold=True, room=2 * half - 14)
-        canvas.text(x, row + 13, f"{channels} ch", 15, ink)
-        for y, line in zip((row - 116, row - 97), lines, strict=True):
+        if step.boxes:
+            _draw_head(canvas, x, half, (row, heads, bus), step)
+        fill, ink = (color, WHITE) if step.boxes else (_light(color), INK)
+        canvas.box(x - half, row - high, x + half, row + high, fill, color)
+        size = f"{step.side} x {step.side}"
+        canvas.text(x, row - 10, size, 16, ink, bold=True, room=2 * half - 14)
+        canvas.text(x, row + 13, f"{step.channels} ch", 15, ink)
+        for y, line in zip((row - 116, row - 97), step.lines, strict=True):
             canvas.text(x, y, line, 15, room=2 * half + 14)
-        if boxes:
-            canvas.box(x - half, heads, x + half, heads + 30, _light(ORANGE), ORANGE)
-            canvas.text(x, heads + 15, f"loc {boxes} x 4", 15, room=2 * half - 12)
-            canvas.box(x - half, heads + 36, x + half, heads + 66, _light(ORANGE), ORANGE)
-            canvas.text(x, heads + 51, f"conf {boxes} x C", 15, room=2 * half - 12)
-            canvas.box(x - half, heads + 76, x + half, heads + 102, WHITE, radius=3)
-            canvas.text(x, heads + 89, f"{boxes * side**2:,}", 16, bold=True)
-
     x = xs[next(n for n, step in enumerate(steps) if step.boxes)]
     canvas.box(x - 38, row + 118, x + 38, row + 148, WHITE, ORANGE)
     canvas.text(x, row + 133, "L2Norm", 15)
-    left, right, high = xs[0] - half, xs[3] + half, heads - 24
+    right = xs[3] + half
     canvas.arrow([(xs[-1], bus), (right + 2, bus)], ORANGE, 3)
-    canvas.box(left, high, right, bus + 20, ORANGE)
-    middle = (left + right) / 2
-    canvas.text(middle, high + 36, f"{PRIOR_BOXES.num_priors:,} prior boxes", 25, WHITE, bold=True)
-    terms = []
+    _draw_priors(canvas, (xs[0] - half, heads - 24, right, bus + 20), steps)
+
+
+def _draw_head(
+    canvas: Canvas, x: float, half: float, heights: tuple[float, float, float], step: Step
+) -> None:
+    """Draw what is read at a source map; heights: of the map, the head and the prior boxes."""
+    row, heads, bus = heights
+    canvas.arrow([(x, row), (x, heads - 2)], ORANGE, 3)
+    canvas.line([(x, heads), (x, bus)], ORANGE, 3)
+    for y, text in ((heads, f"loc {step.boxes} x 4"), (heads + 36, f"conf {step.boxes} x C")):
+        canvas.box(x - half, y, x + half, y + 30, _light(ORANGE), ORANGE)
+        canvas.text(x, y + 15, text, 15, room=2 * half - 12)
+    canvas.box(x - half, heads + 76, x + half, heads + 102, WHITE, radius=3)
+    canvas.text(x, heads + 89, f"{step.boxes * step.side**2:,}", 16, bold=True)
+
+
+def _draw_priors(
+    canvas: Canvas, box: tuple[float, float, float, float], steps: Sequence[Step]
+) -> None:
+    """Draw the number of prior boxes and what becomes of them into a box (x1, y1, x2, y2)."""
+    x1, y1, x2, _ = box
+    middle, terms = (x1 + x2) / 2, []
     for boxes in (6, 4):
-        sides = [f"{step.side}^2" for step in steps if step.boxes == boxes]
+        sides = [f"{step.side}²" for step in steps if step.boxes == boxes]
         terms.append(f"{boxes} ({' + '.join(sides)})")
-    canvas.text(middle, high + 76, f"P = {' + '.join(terms)}", 16, WHITE, room=right - left - 40)
-    canvas.text(middle, high + 106, "loc [B, P, 4]      conf [B, P, C classes]", 16, WHITE)
-    canvas.text(middle, high + 144, "softmax, decode, NMS per class", 18, WHITE, bold=True)
+    canvas.box(*box, ORANGE)
+    count = f"{PRIOR_BOXES.num_priors:,} prior boxes"
+    canvas.text(middle, y1 + 36, count, 25, WHITE, bold=True)
+    canvas.text(middle, y1 + 76, f"P = {' + '.join(terms)}", 16, WHITE, room=x2 - x1 - 40)
+    canvas.text(middle, y1 + 106, "loc [B, P, 4]      conf [B, P, C classes]", 16, WHITE)
+    canvas.text(middle, y1 + 144, "softmax, decode, NMS per class", 18, WHITE, bold=True)
 
 
-def architecture() -> np.ndarray:
-    """The picture, BGR uint8 [HEIGHT, WIDTH, 3]."""
-    canvas = Canvas(WIDTH, HEIGHT)
-    draw_block(canvas)
-    canvas.line([(40, 550), (WIDTH - 40, 550)], PALE, 2)
-    draw_detector(canvas, 550)
-    return canvas.reduced()
+def architecture() -> bytes:
+    """Return the image, a PNG of WIDTH x HEIGHT pixels."""
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+        canvas = Canvas(WIDTH, HEIGHT)
+        draw_block(canvas)
+        canvas.line([(40, 550), (WIDTH - 40, 550)], PALE)
+        draw_detector(canvas, 550)
+        return canvas.png()
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m docs.figures", description=__doc__)
     parser.add_argument("--out", type=Path, default=OUT, help="PNG to write (%(default)s)")
     out = parser.parse_args(argv).out
-    _, png = cv2.imencode(".png", architecture(), [cv2.IMWRITE_PNG_COMPRESSION, 9])
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(png)
+    out.write_bytes(architecture())
 
 
 if __name__ == "__main__":

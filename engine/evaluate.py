@@ -22,7 +22,7 @@ from engine.distributed import World
 from engine.options import Options
 from engine.run import Run
 from engine.steps import detect_all
-from inference.draw import contact_sheet, draw_comparison
+from inference.draw import draw_examples
 from inference.predictor import Predictor
 from layers import Detect
 from layers.detect import DetectConfig
@@ -216,19 +216,6 @@ class Evaluation:
         folder = run / "ss_predict" / name / sets_name(options.test_sets)
         return keep_and_score(dataset, self.detections, origin, folder, detector_name(options))
 
-    def draw(self, most: int = 8) -> np.ndarray:
-        """Return images of the last evaluation with ground truth and detections drawn.
-
-        They are spread evenly over the test set. uint8 [H, W, 3], BGR.
-        """
-        dataset, count = self.run.test_set, len(self.run.test_set)
-        chosen = np.linspace(0, count - 1, min(most, count)).astype(int)
-        return contact_sheet(
-            [
-                draw_comparison(
-                    dataset.pull_image(i), dataset.target(i), self.detections[i], dataset.classes
-                )
-                for i in chosen
-            ],
-            4,
-        )
+    def draw(self) -> np.ndarray:
+        """Return images of the last evaluation with ground truth and detections drawn."""
+        return draw_examples(self.run.test_set, self.detections)

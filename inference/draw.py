@@ -1,30 +1,40 @@
-"""Pictures for people: boxes with labels, truth against detections, contact sheets.
+"""Images for people: boxes with labels, judged detections, contact sheets.
 
-Everywhere: images are BGR uint8 [H, W, 3] and are never changed; boxes are (x1, y1, x2, y2) in
-pixels, 0-based; label k is names[k - 1], or the number itself without names. Only ASCII can be
-drawn in every OpenCV: accents are dropped (é -> e), any other character becomes "?", unless
-`letters` (inference.fonts) are given that have it.
+Everywhere, images are BGR uint8 [H, W, 3] and are never changed; boxes are (x1, y1, x2, y2) in
+pixels counted from 0; label k is names[k - 1], or the number itself without names. OpenCV's own
+font has ASCII only. Other text needs a font file (`find_font`); what the font lacks is drawn as
+escapes.
 """
 
 from __future__ import annotations
 
+import functools
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from inference.fonts import Lettering
+from data import DetectionData
+from data.judge import CORRECT, IGNORED, Found, Judged, found_of, judge
+from utils.errors import UserError
 
 FONT = cv2.FONT_HERSHEY_SIMPLEX
-CORRECT, WRONG, MISSED, IGNORED = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
+FONT_FILES = (
+    "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf",  # Linux
+    "Arial Unicode.ttf", "msyh.ttc", "arial.ttf",  # macOS, Windows
+)  # fmt: skip
+"""Font files to look for in the system's folders, those with the most scripts first."""
+GREEN, RED, ORANGE, GREY = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
 LEGIBLE = 256
-"""Pixels of the shorter side from which on labels can be read beside what they name."""
+"""Least pixels of an image's shorter side at which labels leave its objects in sight."""
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
-    """A class's colour, BGR: always the same one, and far in hue from its neighbours'."""
+    """Return a class's colour, BGR: always the same, and far in hue from its neighbours'."""
     hue = label * 0.618034 % 1 * 360  # the golden ratio spreads any number of hues evenly
     hsv = np.array([[[hue, (0.9, 0.55, 0.95)[label % 3], (1, 0.95, 0.65)[label % 3]]]], np.float32)
     b, g, r = (round(float(v) * 255) for v in cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)[0, 0])
@@ -37,14 +47,23 @@ def draw_detections(
     labels: Sequence[int],
     scores: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
-    letters: Lettering | None = None,
+    font: ImageFont.FreeTypeFont | None = None,
 ) -> np.ndarray:
-    """A copy of the image with every box and its label, in the class's colour.
+    """Return a copy of the image with every box and its label, in the class's colour.
 
-    boxes [n, 4], labels [n] >= 1, scores [n] or None; n may be 0. The best score lies on top;
-    line width and font follow the image's size, and a label never leaves it.
-    ValueError: another image dtype or shape, lengths that differ, a coordinate that is NaN, a label
-    without a name.
+    The best score lies on top. Line width and text follow the image's size; a label never leaves
+    the image.
+
+    Args:
+        image: BGR uint8 [H, W, 3].
+        boxes: [n, 4], n may be 0.
+        labels: [n], from 1.
+        scores: [n], or None to leave them out.
+        font: for the names, from `find_font`.
+
+    Raises:
+        ValueError: another image dtype or shape, lengths that differ, a coordinate that is NaN, or
+            a label without a name.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     counts = [len(boxes), len(labels), len(boxes) if scores is None else len(scores)]
@@ -56,125 +75,82 @@ def draw_detections(
         label = int(labels[k])
         text = _name(label, names) if scores is None else _scored(label, scores[k], names)
         items.append((boxes[k], class_colour(label), text, False))
-    return _draw(image, items, letters)
+    return _draw(image, items, font)
 
 
 def enlarge(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """A small picture and its boxes [n, 4] so much larger that labels can be read in it.
+    """Enlarge a small image and its boxes [n, 4] by a whole factor, so that labels have room.
 
-    By a whole factor, for a shorter side of at least `LEGIBLE` and a longer one of at most 2048;
-    without one, what was given.
+    The shorter side becomes at least `LEGIBLE` pixels if the longer one stays within 2048. An image
+    that is large enough is returned as it is.
     """
     height, width = image.shape[:2]
     factor = min(-(-LEGIBLE // min(height, width)), 2048 // max(height, width))
     if factor <= 1:
         return image, boxes
     larger = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
-    # A box ends with its last pixel.
+    # x2 and y2 are the last pixels of a box.
     return larger, np.asarray(boxes).reshape(-1, 4) * factor + (0, 0, factor - 1, factor - 1)
 
 
 def draw_caption(image: np.ndarray, text: str) -> None:
     """Write a line of text, white on black, into the image's upper left corner."""
-    _draw_tag(image, text, (0, 0, 0), (0, 0, 0), below=False, letters=None)
-
-
-def match_detections(
-    boxes: np.ndarray,
-    labels: np.ndarray,
-    scores: np.ndarray,
-    truth: np.ndarray,
-    difficult: np.ndarray | None = None,
-    iou: float = 0.5,
-) -> np.ndarray:
-    """Which true box each detection found: int64 [n], its row in truth, -1 for none.
-
-    boxes [n, 4], labels [n], scores [n], truth [m, 5] (box and label), difficult bool [m]. As
-    in the VOC development kit: best score first, a detection goes to the box of its class that
-    it overlaps most, and has found it with an IoU (pixel convention: a box is x2 - x1 + 1 wide)
-    over `iou` unless a better detection had; difficult boxes can be found repeatedly.
-    ValueError: another number of difficult flags than of true boxes.
-    """
-    boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-    truth = np.asarray(truth, np.float64).reshape(-1, 5)
-    low = np.maximum(boxes[:, None, :2], truth[None, :, :2])
-    high = np.minimum(boxes[:, None, 2:], truth[None, :, 2:4])
-    shared = (high - low + 1).clip(0).prod(axis=2)
-    area, true_area = (np.prod(b[:, 2:4] - b[:, :2] + 1, axis=1) for b in (boxes, truth))
-    overlap = shared / (area[:, None] + true_area - shared)
-    overlap[np.asarray(labels)[:, None] != truth[:, 4]] = 0
-    repeatable = _flags(difficult, truth)
-    found = np.full(len(boxes), -1, np.int64)
-    for k in np.argsort(-np.asarray(scores), kind="stable") if len(truth) else ():
-        best = overlap[k].argmax()
-        if overlap[k, best] > iou and (repeatable[best] or best not in found):
-            found[k] = best
-    return found
-
-
-def rank_by_errors(
-    truths: Sequence[np.ndarray],
-    detections: Sequence[Mapping[str, np.ndarray]],
-    difficult: Sequence[np.ndarray | None] | None = None,
-    score_thresh: float = 0.5,
-    iou: float = 0.5,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Count every picture's errors, to choose good and bad examples: (order, counts).
-
-    A picture each: truths [m, 5] (box and label), detections {"boxes" [n, 4], "scores" [n],
-    "labels" [n]}, difficult bool [m] (default: none is). Detections with a score >= score_thresh
-    are matched as in match_detections; a difficult box is never missed, nor is finding it correct.
-    counts: int64 [pictures, 3], correct, false positive, missed. order: int64 [pictures], fewest
-    errors first, among equals most correct first.
-    """
-    if difficult is None:
-        difficult = [None] * len(truths)
-    counts = np.zeros((len(truths), 3), np.int64)
-    for row, truth, detected, hard in zip(counts, truths, detections, difficult, strict=True):
-        truth, hard, *_, found = _compare(truth, detected, hard, score_thresh, iou)
-        correct = (~hard[found[found >= 0]]).sum()
-        row[:] = correct, (found < 0).sum(), (~hard).sum() - correct
-    return np.lexsort((-counts[:, 0], counts[:, 1] + counts[:, 2])), counts
+    _draw_tag(image, text, (0, 0, 0), (0, 0, 0), below=False, font=None)
 
 
 def draw_comparison(
     image: np.ndarray,
-    truth: np.ndarray,
-    detections: Mapping[str, np.ndarray],
+    judged: Judged,
+    index: int,
     names: Sequence[str] | None = None,
-    difficult: np.ndarray | None = None,
-    score_thresh: float = 0.5,
-    iou: float = 0.5,
+    score: float = 0.5,
 ) -> np.ndarray:
-    """A copy of the image with detections judged against the truth.
+    """Return a copy of image `index` of a data set with its objects and judged detections.
 
-    Green: a correct detection. Red, "wrong": a false positive. Orange, dashed, "missed": a true
-    box nothing found. Grey: a difficult box, and what found it. Arguments, for one picture, and
-    matching are those of rank_by_errors.
+    Green: a correct detection. Red, "wrong": an error. Orange, dashed, "missed": an object that
+    nothing found. Grey: an ignored object, and detections of it. Detections below `score` are left
+    out, and what they found is missed.
     """
-    truth, hard, boxes, labels, scores, found = _compare(
-        truth, detections, difficult, score_thresh, iou
-    )
+    truth, found = judged.truth, judged.found
+    rows = np.flatnonzero((found.images == index) & (found.scores >= score))
+    rows = rows[np.argsort(found.scores[rows], kind="stable")]
+    hit = judged.objects[rows[judged.kind[rows] <= IGNORED]]
     items = []
-    for k in sorted(set(range(len(truth))) - set(found.tolist())):
-        colour, prefix = (IGNORED, "difficult") if hard[k] else (MISSED, "missed")
-        items.append((truth[k, :4], colour, f"{prefix} {_name(truth[k, 4], names)}", True))
-    for k in np.argsort(scores, kind="stable"):
-        text = _scored(labels[k], scores[k], names)
-        if found[k] < 0:
-            items.append((boxes[k], WRONG, f"wrong {text}", False))
-        else:
-            items.append((boxes[k], IGNORED if hard[found[k]] else CORRECT, text, False))
+    for k in np.setdiff1d(np.flatnonzero(truth.images == index), hit):
+        colour, prefix = (GREY, "ignored") if truth.ignored[k] else (ORANGE, "missed")
+        text = f"{prefix} {_name(truth.labels[k], names)}"
+        items.append((truth.boxes[k] - (0, 0, 1, 1), colour, text, True))
+    for k in rows:
+        text = _scored(found.labels[k], found.scores[k], names)
+        colour = {CORRECT: GREEN, IGNORED: GREY}.get(judged.kind[k], RED)
+        text = f"wrong {text}" if colour is RED else text
+        items.append((found.boxes[k] - (0, 0, 1, 1), colour, text, False))
     return _draw(image, items)
+
+
+def draw_examples(
+    dataset: DetectionData, detections: Sequence[dict], most: int = 8
+) -> np.ndarray:
+    """Return a contact sheet of images spread over a data set, with `draw_comparison`.
+
+    detections: one dict an image with "boxes" [n, 4], "scores" [n] and "labels" [n].
+    """
+    chosen = np.linspace(0, len(dataset) - 1, min(most, len(dataset))).astype(int)
+    found = found_of(detections, dataset.ids, len(dataset.classes))
+    found = Found(*(column[np.isin(found.images, chosen)] for column in found))
+    judged = judge(dataset.truth(), found)
+    images = [
+        draw_comparison(dataset.pull_image(i), judged, i, dataset.classes) for i in chosen
+    ]
+    return contact_sheet(images, 4)
 
 
 def draw_batch(
     images: Tensor, targets: Sequence[Tensor], names: Sequence[str], most: int = 16
 ) -> np.ndarray:
-    """The first pictures of a training batch with their boxes, as a contact sheet.
+    """Return a contact sheet of the first images of a training batch with their boxes.
 
-    images: uint8 [B, 3, S, S] BGR; targets: [n, 5] each, relative corners and the label. Returns
-    uint8 [H, W, 3] BGR.
+    images: BGR uint8 [B, 3, S, S]. targets: an image each, [n, 5], corners in 0..1 and the label.
     """
     drawn = []
     for image, target in zip(images[:most], targets, strict=False):
@@ -190,9 +166,10 @@ def contact_sheet(
     cell: tuple[int, int] = (320, 320),
     captions: Sequence[str] | None = None,
 ) -> np.ndarray:
-    """Images in rows of `columns`, each letterboxed into a cell of (width, height) pixels.
+    """Return images in rows of `columns`, each letterboxed into a cell of (width, height) pixels.
 
-    captions: a line of text under each; one too long for its cell is set smaller.
+    captions: a line of text under each image, set smaller where it is too long for the cell.
+
     ValueError: no images, columns below 1, or another number of captions.
     """
     if not images or columns < 1:
@@ -219,29 +196,6 @@ def contact_sheet(
     return sheet
 
 
-def _compare(
-    truth: np.ndarray,
-    detections: Mapping[str, np.ndarray],
-    difficult: np.ndarray | None,
-    score_thresh: float,
-    iou: float,
-) -> tuple[np.ndarray, ...]:
-    """Arrays (truth, difficult, boxes, labels, scores, found) of the detections that count."""
-    truth = np.asarray(truth, np.float64).reshape(-1, 5)
-    hard = _flags(difficult, truth)
-    kept = np.asarray(detections["scores"]) >= score_thresh
-    boxes, labels, scores = (np.asarray(detections[k])[kept] for k in ("boxes", "labels", "scores"))
-    found = match_detections(boxes, labels, scores, truth, hard, iou)
-    return truth, hard, boxes, labels, scores, found
-
-
-def _flags(difficult: np.ndarray | None, truth: np.ndarray) -> np.ndarray:
-    flags = np.zeros(len(truth), bool) if difficult is None else np.asarray(difficult, bool)
-    if len(flags) != len(truth):
-        raise ValueError(f"{len(flags)} difficult flags do not match {len(truth)} true boxes")
-    return flags
-
-
 def _name(label: float, names: Sequence[str] | None) -> str:
     if names is None:
         return str(int(label))
@@ -257,15 +211,15 @@ def _scored(label: float, score: float, names: Sequence[str] | None) -> str:
 def _draw(
     image: np.ndarray,
     items: Sequence[tuple[np.ndarray, tuple, str, bool]],
-    letters: Lettering | None = None,
+    font: ImageFont.FreeTypeFont | None = None,
 ) -> np.ndarray:
-    """Draw (box, colour, text, dashed) on a copy, the last on top and all texts over the boxes."""
+    """Draw (box, colour, text, dashed) on a copy: the last on top, texts over all boxes."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
     canvas = image.copy(order="C")
     size = np.array(image.shape[1::-1])
     line = max(1, round(size.min() / 220))
-    # sides beyond the border stay out of sight, but within the range of OpenCV's integers
+    # Sides beyond the border stay out of sight, and within the range of OpenCV's integers.
     low, high = np.full(4, -4 * line), np.tile(size + 4 * line, 2)
     corners = []
     for box, colour, _, dashed in items:
@@ -275,10 +229,10 @@ def _draw(
         corners.append((x1, y1, y2))
         ring = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], np.int32)
         paths = _dashes(ring, 5 * line) if dashed else [ring]
-        for ink, thickness in (((0, 0, 0), line + 2), (colour, line)):  # rimmed, for any ground
+        for ink, thickness in (((0, 0, 0), line + 2), (colour, line)):  # a rim, for any ground
             cv2.polylines(canvas, paths, not dashed, ink, thickness)
     for (_, colour, text, dashed), (x1, y1, y2) in zip(items, corners, strict=True):
-        _draw_tag(canvas, text, (x1, y1, y2), colour, dashed, letters)
+        _draw_tag(canvas, text, (x1, y1, y2), colour, dashed, font)
     return canvas
 
 
@@ -299,20 +253,21 @@ def _draw_tag(
     corner: tuple[int, int, int],
     colour: tuple[int, int, int],
     below: bool,
-    letters: Lettering | None,
+    font: ImageFont.FreeTypeFont | None,
 ) -> None:
-    """Text on a filled box at (left, top, bottom) of a box, moved and shrunk to stay inside.
+    """Write text on a filled tag at the corner (left, top, bottom) of a box.
 
-    It stands on the top, or with `below` under the bottom, where there is room: else opposite.
+    The tag stands on the box, or with `below` under it, if there is room, and opposite otherwise.
+    It is moved and shrunk to stay inside the canvas.
     """
     height, width = canvas.shape[:2]
     h = min(max(round(min(height, width) / 19), 15), 60, max(1, height // 3))
-    letters = None if text.isascii() else letters
-    if letters is None:
+    text = escape(text, font)
+    if font is None:
         text_width, text_height = _text_size(text, 1, 1)
         w = round(h * (0.6 * text_width / text_height + 0.5))
     else:
-        w = round(letters.mask(text, h).shape[1] + 0.5 * h)
+        w = round(_sized(font, h).getlength(text) + 0.5 * h)
     w = max(1, min(w, width))
     x, above, under = corner[0], corner[1] - h, corner[2]
     y = (under if under + h <= height else above) if below else (above if above >= 0 else under)
@@ -321,44 +276,89 @@ def _draw_tag(
     tag[:] = colour
     b, g, r = colour
     ink = (0, 0, 0) if 0.114 * b + 0.587 * g + 0.299 * r > 127 else (255, 255, 255)
-    _write(tag, text, ink, letters)
+    _write(tag, text, ink, font)
 
 
 def _write(
     area: np.ndarray,
     text: str,
     ink: tuple[int, int, int] = (40, 40, 40),
-    letters: Lettering | None = None,
+    font: ImageFont.FreeTypeFont | None = None,
 ) -> None:
-    """Text centred in an area (a view, written in place), in the largest size that fits."""
+    """Write text centred in an area (a view, changed in place), in the largest size that fits."""
     height, width = area.shape[:2]
-    if letters is not None:
-        mask = letters.mask(text, height)
-        if mask.shape[1] > width:
-            mask = letters.mask(text, height * width // mask.shape[1])[:, :width]
-        y, x = ((a - b) // 2 for a, b in zip((height, width), mask.shape, strict=True))
-        under = area[y : y + mask.shape[0], x : x + mask.shape[1]]
-        share = mask[..., None] / 255
-        under[:] = (under * (1 - share) + np.multiply(ink, share)).round()
+    text = escape(text, font)
+    patch = np.ascontiguousarray(area)
+    if font is not None:
+        length = _sized(font, height).getlength(text)
+        font = _sized(font, int(height * min(1, 0.94 * width / max(length, 1))))
+        drawn = Image.fromarray(patch)
+        ImageDraw.Draw(drawn).text((width / 2, height / 2), text, ink, font, anchor="mm")
+        area[:] = drawn
         return
     w, h = _text_size(text, 1, 1)
     scale = min(0.58 * height / h, 0.94 * width / max(w, 1))
     thickness = max(1, round(1.2 * scale))
     w, h = _text_size(text, scale, thickness)
-    patch = np.ascontiguousarray(area)
     start = ((width - w) // 2, (height + h) // 2)
-    cv2.putText(patch, ascii_text(text), start, FONT, scale, ink, thickness, cv2.LINE_AA)
+    cv2.putText(patch, text, start, FONT, scale, ink, thickness, cv2.LINE_AA)
     area[:] = patch
 
 
 def _text_size(text: str, scale: float, thickness: int) -> tuple[int, int]:
-    """Width of a text, and the height of a capital: the one size that no text's letters change."""
-    (width, _), _ = cv2.getTextSize(ascii_text(text), FONT, scale, thickness)
+    """Return the width of a text and the height of a capital, which no text's letters change."""
+    (width, _), _ = cv2.getTextSize(text, FONT, scale, thickness)
     (_, height), _ = cv2.getTextSize("X", FONT, scale, thickness)
     return width, height
 
 
-def ascii_text(text: str) -> str:
-    """``text`` in what OpenCV draws: letters without their accents, "?" for other characters."""
-    letters = (c for c in unicodedata.normalize("NFKD", text) if not unicodedata.combining(c))
-    return "".join(letters).encode("ascii", "replace").decode()
+# ---------------------------------------------------------------- fonts
+
+
+def find_font(
+    texts: Iterable[str], file: str | Path | None = None
+) -> ImageFont.FreeTypeFont | None:
+    """Return a font for some texts; None stands for OpenCV's own, which has ASCII only.
+
+    texts: what will be drawn. file: a font file (.ttf, .otf, .ttc) to use whatever the texts are;
+    without it, the one of `FONT_FILES` that has most of their characters beyond ASCII.
+
+    UserError: ``file`` is not a font.
+    """
+    if file is not None:
+        try:
+            return ImageFont.truetype(str(Path(file).expanduser()))
+        except OSError as error:
+            raise UserError(
+                f"{file} cannot be used as a font ({error}); give a .ttf, .otf or .ttc"
+            ) from error
+    wanted = {character for text in texts for character in text if not character.isascii()}
+    fonts: list[ImageFont.FreeTypeFont] = []
+    for name in FONT_FILES if wanted else ():
+        try:
+            fonts.append(ImageFont.truetype(name))
+        except OSError:
+            continue
+    return max(fonts, key=lambda font: sum(_has(font, c) for c in wanted), default=None)
+
+
+def escape(text: str, font: ImageFont.FreeTypeFont | None = None) -> str:
+    """Return one line of text with escapes for what the font lacks: "caf\\xe9" for "café"."""
+    line = " ".join(unicodedata.normalize("NFC", text).split())
+    return "".join(
+        c if c.isascii() or (font and _has(font, c)) else c.encode("unicode_escape").decode()
+        for c in line
+    )
+
+
+@functools.cache
+def _has(font: ImageFont.FreeTypeFont, character: str) -> bool:
+    """Whether the font draws a character otherwise than one that no font has."""
+    drawn, unknown = (font.getmask(c) for c in (character, "\uffff"))
+    return (drawn.size, bytes(drawn)) != (unknown.size, bytes(unknown))
+
+
+@functools.lru_cache(64)
+def _sized(font: ImageFont.FreeTypeFont, height: int) -> ImageFont.FreeTypeFont:
+    """Return the font with lines of `height` pixels."""
+    return font.font_variant(size=max(1, round(0.8 * height)))

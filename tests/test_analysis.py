@@ -1,4 +1,5 @@
-"""tools/analysis.py against hand-made cases, literal loops, the project's scores and hotcoco."""
+"""Judged detections and their statistics against hand-made cases, literal loops, the data sets'
+scores and hotcoco."""
 
 from __future__ import annotations
 
@@ -9,24 +10,28 @@ import pytest
 
 from data.coco import COCODetection
 from data.curves import load_curves
-from data.voc0712 import VOCDetection
-from tools.analysis import (
+from data.judge import (
     CORRECT,
     ERRORS,
     IGNORED,
     KINDS,
     Found,
-    Judged,
-    Truth,
+    found_of,
+    judge,
+    match,
+    overlaps,
+)
+from data.truth import Truth
+from data.voc0712 import VOCDetection
+from data.voc_comp4 import read_comp4
+from data.voc_eval import evaluate_voc
+from tools.analysis import (
+    ap_by_iou,
     best_f1,
     calibration,
     confusion_matrix,
     error_counts,
-    found_of,
     gains,
-    judge,
-    missed_objects,
-    overlaps,
 )
 
 SQUARE = (0, 0, 100, 100)
@@ -111,10 +116,32 @@ def test_each_kind_of_error_by_hand(case, rule):
     objects, detections = truth(objects, rule), found(detections)
     judged = judge(objects, detections)
     assert [KINDS[k] for k in judged.kind] == kinds
-    assert missed_objects(objects, detections, judged, 0)[1].sum() == missed
-    counts = error_counts(objects, detections, judged, 2, 0)
+    assert judged.missed(0).sum() == missed
+    counts = error_counts(judged, 2, 0)
     assert counts.sum() == missed + sum(kind not in ("correct", "ignored") for kind in kinds)
     assert counts[:, ERRORS.index("missed")].sum() == missed
+
+
+def test_matching_by_hand():
+    # Boxes of 10 x 10; shifted by 3 columns: 70 / 130 = .54, by 4: 60 / 140 = .43
+    objects = truth([(0, (0, 0, 10, 10), 1), (0, (5, 0, 15, 10), 1), (0, (50, 50, 60, 60), 2)],
+                    "voc")  # fmt: skip
+    boxes = [
+        (3, 0, 13, 10),  # 54 % of the first, 8 shared columns of the second: 80 / 120 = .67
+        (5, 0, 15, 10),  # exactly the second
+        (0, 0, 10, 10),  # exactly the first
+        (50, 50, 60, 60),  # another class than the third
+        (53, 50, 63, 60),  # 54 % of the third
+        (54, 50, 64, 60),  # 43 % of it
+    ]
+    labels, scores = (1, 1, 1, 1, 2, 2), (0.8, 0.9, 0.7, 0.95, 0.3, 0.99)
+    rows = [(0, *row) for row in zip(boxes, labels, scores, strict=True)]
+    matched = match(objects, found(rows), (0.5, 0.4))
+    assert matched.tolist() == [[-1, 1, 0, -1, 2, -1], [-1, 1, 0, -1, -1, 2]]
+    rows[0] = (*rows[0][:3], 0.95)  # now the best
+    assert match(objects, found(rows), (0.5,))[0].tolist() == [1, -1, 0, -1, 2, -1]
+    objects.ignored[1] = True  # any number of detections finds it
+    assert match(objects, found(rows), (0.5,))[0].tolist() == [1, 1, 0, -1, 2, -1]
 
 
 def test_the_two_rules_differ_where_the_nearest_object_is_taken():
@@ -135,16 +162,16 @@ def test_an_edge_of_another_class_counts_as_the_rule_says():
         objects = truth([(0, SQUARE, 1)], rule)
         judged = judge(objects, other)
         assert KINDS[judged.kind[0]] == kind
-        assert confusion_matrix(objects, other, judged, 2, 0)[0].tolist() == row
+        assert confusion_matrix(judged, 2, 0)[0].tolist() == row
 
 
 def test_scores_decide_who_counts_and_who_is_missed():
     objects = truth([(0, SQUARE, 1), (1, SQUARE, 2)])
     detections = found([(0, SQUARE, 1, 0.3), (1, high(30), 2, 0.6)])
     judged = judge(objects, detections)
-    lost, missed = missed_objects(objects, detections, judged, 0.5)
-    assert lost.tolist() == [True, True] and missed.tolist() == [True, False]
-    counts = error_counts(objects, detections, judged, 2, 0.5)
+    assert judged.not_found(0.5).tolist() == [True, True]
+    assert judged.missed(0.5).tolist() == [True, False]
+    counts = error_counts(judged, 2, 0.5)
     assert dict(zip(ERRORS, counts.sum(0), strict=True)) == {
         "localisation": 1, "class": 0, "duplicate": 0, "both": 0, "background": 0, "missed": 1
     }  # fmt: skip
@@ -202,7 +229,7 @@ def literal_confusion(objects, detections, judged, classes, score):
 def test_confusion_matrix_is_that_of_a_literal_loop(rule, score):
     objects, detections = random_case(3, rule)
     judged = judge(objects, detections)
-    matrix = confusion_matrix(objects, detections, judged, 3, score)
+    matrix = confusion_matrix(judged, 3, score)
     assert matrix.tolist() == literal_confusion(objects, detections, judged, 3, score)
     assert matrix[:-1].sum() == (~objects.ignored).sum()  # every object once
     counted = (detections.scores >= score) & (judged.kind != IGNORED)
@@ -238,10 +265,10 @@ def test_nothing_at_all_is_no_error():
     objects = Truth(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool), "coco")
     detections = Found(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
     judged = judge(objects, detections)
-    assert judged == Judged(*judged) and len(judged.kind) == 0
-    assert not error_counts(objects, detections, judged, 2, 0).any()
-    assert not confusion_matrix(objects, detections, judged, 2, 0).any()
-    assert gains(objects, detections, judged, 2, "coco") == (0, dict.fromkeys(ERRORS, 0))
+    assert len(judged.kind) == 0
+    assert not error_counts(judged, 2, 0).any()
+    assert not confusion_matrix(judged, 2, 0).any()
+    assert gains(judged, 2, "coco") == (0, dict.fromkeys(ERRORS, 0))
 
 
 @pytest.mark.parametrize("metric", ["coco", "area", "voc07_11point"])
@@ -250,7 +277,7 @@ def test_a_class_that_is_not_asked_for_any_more_is_right_unless_something_false_
     one, nothing = (0, SQUARE, 1, 0.9), (2, SQUARE, 2, 0.8)  # of the second class none is found
     for rows, missed in (([one], 0.5), ([one, nothing], 0)):
         detections = found(rows)
-        base, rises = gains(objects, detections, judge(objects, detections), 2, metric)
+        base, rises = gains(judge(objects, detections), 2, metric)
         assert base == pytest.approx(0.5)
         assert rises == pytest.approx({**dict.fromkeys(ERRORS, 0), "missed": missed})
 
@@ -292,15 +319,20 @@ def test_voc_correct_detections_are_those_of_the_score(tmp_path, make_voc):
         hits = (judged.kind == CORRECT) & (detections.labels == label)
         points = curves.curve(name)["scores"]
         assert points == pytest.approx(np.sort(detections.scores[hits])[::-1], abs=1e-8)
+    files, _ = read_comp4(tmp_path / "out", "test", names, dataset.ids)
     for metric in ("area", "voc07_11point"):
-        base, rises = gains(read, detections, judged, 3, metric)
+        aps = ap_by_iou(judged, np.array([0.5, 0.75]), 3, metric)
+        for row, iou in zip(aps, (0.5, 0.75), strict=True):
+            wanted = evaluate_voc(files, dataset.annotations, names, iou)[metric]["per_class"]
+            assert row == pytest.approx([*wanted.values()], abs=1e-12)
+        base, rises = gains(judged, 3, metric)
         assert base == pytest.approx(result[metric]["mean"], abs=1e-12)
         assert all(rise > -1e-12 for rise in rises.values()) and sum(rises.values()) > 0.05
 
 
 @pytest.fixture
 def coco_case(tmp_path):
-    """(data set, truth as made, detections): 30 pictures, crowds among the objects."""
+    """(data set, truth as made, detections): 30 images, crowds among the objects."""
     objects, detections = random_case(7, "coco")
     root = tmp_path / "coco"
     (root / "annotations").mkdir(parents=True)
@@ -323,24 +355,18 @@ def coco_case(tmp_path):
     return COCODetection(root, [(None, "val")]), objects, detections
 
 
-def test_coco_truth_is_the_annotation_file(coco_case):
-    dataset, objects, _ = coco_case
-    read = dataset.truth()
-    for one, other in zip(read, objects, strict=True):
-        assert np.array_equal(one, other)
-    turned = COCODetection(dataset.root, [(None, "val")], classes=["class 3", "class 1"])
-    labels = turned.truth().labels
-    assert (labels == 1).sum() == (objects.labels == 3).sum()
-    assert (labels == 2).sum() == (objects.labels == 1).sum()
-
-
 def test_coco_ap_is_the_score_of_the_data_set(coco_case, tmp_path):
     dataset, objects, detections = coco_case
+    for one, other in zip(dataset.truth(), objects, strict=True):
+        assert np.array_equal(one, other)
     judged = judge(objects, detections)
     assert (judged.kind == IGNORED).sum() > 2
     result = dataset.evaluate(as_detections(detections, 30), tmp_path / "out")
-    base, _ = gains(objects, detections, judged, 3, "coco")
+    base, _ = gains(judged, 3, "coco")
     assert base == pytest.approx(result["stats"][1], abs=1e-12)
+    aps = ap_by_iou(judged, np.linspace(0.5, 0.95, 10), 3, "coco")
+    assert aps.mean(0) == pytest.approx([*result["per_class"].values()], abs=1e-12)
+    assert np.isnan(ap_by_iou(judged, [0.5], 4, "coco")[0, 3])  # has no objects
 
 
 @pytest.mark.parametrize("seed", [4, 5, 8])
@@ -349,7 +375,8 @@ def test_coco_errors_gains_and_calibration_are_hotcocos(seed, capsys):
     objects, detections = random_case(seed, "coco", ignored=0)
     # hotcoco lets the localisation and class errors of an object compete for being made right,
     # where the publication makes right the errors of one type: so here no object has both.
-    kind, about, _ = judge(objects, detections)
+    judged = judge(objects, detections)
+    kind, about = judged.kind, judged.objects
     mislocated = about[kind == KINDS.index("localisation")]
     alone = ~((kind == KINDS.index("class")) & np.isin(about, mislocated))
     assert 0 < (~alone).sum() < 30
@@ -376,12 +403,12 @@ def test_coco_errors_gains_and_calibration_are_hotcocos(seed, capsys):
     wanted = evaluation.tide_errors()
     short = {"localisation": "Loc", "class": "Cls", "duplicate": "Dupe", "both": "Both",
              "background": "Bkg", "missed": "Miss"}  # fmt: skip
-    counts = error_counts(objects, detections, judged, 3, 0).sum(0).tolist()
+    counts = error_counts(judged, 3, 0).sum(0).tolist()
     assert dict(zip(ERRORS, counts, strict=True)) == {
         name: wanted["counts"][key] for name, key in short.items()
     }
     assert all(counts)
-    base, rises = gains(objects, detections, judged, 3, "coco")
+    base, rises = gains(judged, 3, "coco")
     assert base == pytest.approx(wanted["ap_base"], abs=1e-12)
     assert rises == pytest.approx({n: wanted["delta_ap"][key] for n, key in short.items()})
     counted = judged.kind != IGNORED

@@ -284,7 +284,7 @@ def test_setup_takes_extensions_and_requirements_from_the_build(monkeypatch):
     assert all((ROOT / source).is_file() for e in passed["ext_modules"] for source in e.sources)
     assert passed["install_requires"] == build.requirements()
     extras = {name: set(packages) for name, packages in passed["extras_require"].items()}
-    assert set(extras) == {"test", "eval", "onnx", "openvino", "weights", "tensorboard"}
+    assert set(extras) == {"test", "eval", "onnx", "openvino", "weights", "report", "tensorboard"}
     assert extras["eval"] | extras["onnx"] | extras["openvino"] < extras["test"]
 
 

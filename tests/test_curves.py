@@ -1,7 +1,13 @@
+"""Precision-recall curves in a file, and curves of training logs in an image."""
+
+import json
+
+import cv2
 import numpy as np
 import pytest
 
 from data.curves import load_curves, write_curves
+from docs import curves as of_logs
 from utils.errors import UserError
 
 
@@ -25,14 +31,14 @@ def ragged(path, **change):
 def test_curve_of_coco_is_a_line_through_the_array(tmp_path):
     precision = dense(tmp_path / "curves.npz")
     curves = load_curves(tmp_path / "curves.npz")
-    assert curves.classes == ("dog", "Kühe")
-    assert curves.areas == ("all", "small", "medium", "large")
     curve = curves.curve("Kühe", "small", 0.75)
     assert np.array_equal(curve["precision"], precision[1, :, 1, 1])
     assert np.array_equal(curve["scores"], precision[1, :, 1, 1] / 2)
     assert curve["recall"].tolist() == [0, 0.5, 1]
-    assert np.array_equal(curves.curve("dog")["precision"], precision[0, :, 0, 0])
     assert all(len(column) == 0 for column in curves.curve("Kühe", "large").values())
+    for call in (("cat",), ("dog", "tiny"), ("dog", "all", 0.6)):
+        with pytest.raises(ValueError, match="dog, Kühe, all, small, .* IoU 0.5, 0.75"):
+            curves.curve(*call)
 
 
 def test_curve_of_voc_is_its_part_of_the_points(tmp_path):
@@ -44,31 +50,26 @@ def test_curve_of_voc_is_its_part_of_the_points(tmp_path):
         assert curves.curve(name, area)["scores"].tolist() == scores
 
 
-@pytest.mark.parametrize("call", [("cat",), ("dog", "tiny"), ("dog", "all", 0.6)])
-def test_curve_that_is_not_there_is_refused(tmp_path, call):
-    dense(tmp_path / "curves.npz")
-    with pytest.raises(ValueError, match="there are dog, Kühe, all, small, .* IoU 0.5, 0.75"):
-        load_curves(tmp_path / "curves.npz").curve(*call)
-
-
 def test_file_that_is_no_curves_is_refused(tmp_path):
     path = tmp_path / "curves.npz"
-    with pytest.raises(UserError, match="curves.npz: the curves cannot be read"):
-        load_curves(path)
-    for content in (b"", b"PK\x03\x04 cut off", b"text"):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="curves.npz: not a file of curves"):
+    writers = [
+        lambda: None,
+        *(lambda content=content: path.write_bytes(content) for content in (b"", b"PK cut", b"a")),
+        lambda: np.savez(path, precision=np.ones(3)),
+        lambda: np.savez(path, classes=np.array([{}], object)),  # a pickle is not opened
+        lambda: ragged(path, recall=np.ones(5)),
+        lambda: ragged(path, counts=np.ones((1, 2, 3), int)),
+    ]
+    for write in writers:
+        write()
+        with pytest.raises(UserError, match="curves.npz: .*curves"):
             load_curves(path)
-    np.save(path.open("wb"), np.ones(3))
-    with pytest.raises(UserError, match="not a file of curves"):
-        load_curves(path)
-    np.savez(path, precision=np.ones(3))
-    with pytest.raises(UserError, match="not a file of curves"):
-        load_curves(path)
-    np.savez(path, classes=np.array([{}], object))  # a pickle is not opened
-    with pytest.raises(UserError, match="not a file of curves"):
-        load_curves(path)
-    for change in ({"recall": np.ones(5)}, {"counts": np.ones((1, 2, 3), int)}):
-        ragged(path, **change)
-        with pytest.raises(UserError, match="its arrays do not belong together"):
-            load_curves(path)
+
+
+def test_curves_of_logs_are_drawn(tmp_path):
+    log, out = tmp_path / "log.jsonl", tmp_path / "new" / "out.png"
+    records = [{"epoch": e, "loss_loc": 1, "loss_conf": 4 / e, "value": e / 4} for e in (1, 2, 3)]
+    log.write_text("\n".join(map(json.dumps, records)))
+    assert of_logs.main([str(out), f"a={log}", f"b={log}"]) == 0
+    assert cv2.imread(str(out)).std() > 5
+    assert of_logs.main([str(out), f"a={tmp_path / 'none'}"]) == 2

@@ -1,20 +1,29 @@
 import cv2
 import numpy as np
 import pytest
+from PIL import ImageFont
 
+from data.judge import found_of, judge
+from data.truth import Truth
+from data.voc0712 import VOCDetection
 from inference.draw import (
+    GREEN,
+    GREY,
     LEGIBLE,
+    ORANGE,
+    RED,
     class_colour,
     contact_sheet,
     draw_caption,
     draw_comparison,
     draw_detections,
+    draw_examples,
     enlarge,
-    match_detections,
-    rank_by_errors,
+    escape,
+    find_font,
 )
+from utils.errors import UserError
 
-GREEN, RED, ORANGE, GREY = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
 NAMES = ("cat", "dog")
 
 
@@ -25,6 +34,14 @@ def shows(image, colour):
 def dets(boxes=(), scores=(), labels=()):
     boxes = np.array(boxes, np.float32).reshape(-1, 4)
     return {"boxes": boxes, "scores": np.float32(scores), "labels": np.int64(labels)}
+
+
+def judged(target, detections):
+    """One image; target: rows of box, label and whether it is ignored."""
+    rows = np.array(target, float).reshape(-1, 6)
+    truth = Truth(np.zeros(len(rows), int), rows[:, :4] + (0, 0, 1, 1), rows[:, 4].astype(int),
+                  rows[:, 5] > 0, "voc")  # fmt: skip
+    return judge(truth, found_of([detections], ["one"], 9))
 
 
 @pytest.mark.parametrize("height, width", [(16, 16), (1, 1), (3, 200), (48, 30), (300, 500)])
@@ -44,7 +61,7 @@ def test_no_boxes_gives_an_equal_copy():
     image = np.random.default_rng(0).integers(0, 256, (20, 30, 3), np.uint8)
     out = draw_detections(image, np.zeros((0, 4), np.float32), np.zeros(0, np.int64))
     assert (out == image).all() and not np.shares_memory(out, image)
-    out = draw_comparison(image, np.zeros((0, 5)), dets())
+    out = draw_comparison(image, judged([], dets()), 0)
     assert (out == image).all() and not np.shares_memory(out, image)
 
 
@@ -67,7 +84,7 @@ def test_outline_lies_on_the_box_and_the_inside_is_free():
 
 
 @pytest.mark.parametrize("box", [[0, 0, 40, 30], [170, 150, 199, 199], [-50, -50, 400, 400]])
-def test_label_stays_inside_the_picture(box):
+def test_label_stays_inside_the_image(box):
     image = np.full((200, 200, 3), 200, np.uint8)
     out = draw_detections(image, [box], [1], [0.5], ["rhinoceros"])
     filled = (out == class_colour(1)).all(axis=2).astype(np.uint8)
@@ -102,18 +119,58 @@ def test_label_colours_are_stable_and_distinct_and_text_contrasts():
         assert np.abs(text - luminance).max() > 100
 
 
-def test_characters_beyond_ascii_are_replaced_alike():
+def test_without_a_font_what_is_not_ascii_is_drawn_as_escapes():
     image = np.zeros((120, 160, 3), np.uint8)
 
     def drawn(name):
         return draw_detections(image, [[20, 40, 120, 100]], [1], names=[name])
 
-    assert (drawn("café") == drawn("cafe")).all()
-    assert (drawn("猫") == drawn("?")).all()
+    assert (drawn("café") == drawn(r"caf\xe9")).all()
+    assert (drawn("猫") == drawn(r"\u732b")).all()
+    assert (drawn("a\u2028\t b") == drawn("a b")).all()
     assert (drawn("a") != drawn("b")).any()
     assert (drawn("") != image).any()
     assert (draw_detections(image, [[20, 40, 120, 100]], [7]) ==
             draw_detections(image, [[20, 40, 120, 100]], [7], names=["7"] * 7)).all()  # fmt: skip
+
+
+@pytest.fixture
+def font_file(tmp_path):
+    """A font of ASCII and a few more characters that is always there: Pillow's own."""
+    path = tmp_path / "own.ttf"
+    path.write_bytes(ImageFont.load_default(20).path.getvalue())
+    return path
+
+
+def test_the_font_is_the_given_one_or_the_one_that_has_most_of_the_text(font_file, monkeypatch):
+    monkeypatch.setattr("inference.draw.FONT_FILES", ("nowhere.ttf", str(font_file)))
+    assert find_font(["plain"]) is None
+    assert find_font(["20°"]).path == find_font(["plain"], font_file).path == str(font_file)
+    assert escape("20° 猫", find_font(["20°"])) == r"20° \u732b"
+    monkeypatch.setattr("inference.draw.FONT_FILES", ())
+    assert find_font(["20°"]) is None and escape("20°") == r"20\xb0"
+
+
+def test_a_file_that_is_no_font_is_told(tmp_path):
+    (tmp_path / "a.ttf").write_text("no font")
+    for name in ("a.ttf", "none.ttf"):
+        with pytest.raises(UserError, match=rf"{name} .*\.ttf"):
+            find_font(["a"], tmp_path / name)
+
+
+@pytest.mark.parametrize("height, width", [(300, 400), (12, 20), (1, 1)])
+def test_a_font_draws_on_every_image(height, width, font_file):
+    image = np.full((height, width, 3), 128, np.uint8)
+    box, font = [[width * 0.2, height * 0.3, width * 0.8, height * 0.9]], find_font([], font_file)
+    names = ("20°", "20", "so long a name that no image has the room for it" * 3)
+    drawn = [draw_detections(image, box, [1], [0.5], [name], font) for name in names]
+    assert all(d.shape == image.shape and d.dtype == np.uint8 for d in drawn)
+    assert (image == 128).all()
+    if height > 100:
+        assert (drawn[0] != drawn[1]).any()
+        ground = np.array(class_colour(1), float)
+        tag = drawn[0][(drawn[0] != 128).any(2)].astype(float)
+        assert np.abs(tag - ground).max() > 100  # letters stand out
 
 
 def test_wrong_arguments_are_named():
@@ -130,109 +187,48 @@ def test_wrong_arguments_are_named():
         draw_detections(image, [[1, np.nan, 5, 5]], [1])
 
 
-def test_matching_by_hand():
-    # 10 x 10 pixel boxes; shifted by 3 columns: 70 / 130 = .54, by 4: 60 / 140 = .43
-    truth = np.array([[0, 0, 9, 9, 1], [5, 0, 14, 9, 1], [50, 50, 59, 59, 2]])
-    boxes = np.array([
-        [3, 0, 12, 9],  # 54 % of the first, 8 shared columns of the second: 80 / 120 = .67
-        [5, 0, 14, 9],  # exactly the second, best score
-        [0, 0, 9, 9],  # exactly the first
-        [50, 50, 59, 59],  # another class than the third
-        [53, 50, 62, 59],  # 54 % of the third
-        [54, 50, 63, 59],  # 43 % of it
-    ])  # fmt: skip
-    scores = [0.8, 0.9, 0.7, 0.95, 0.3, 0.99]
-    labels = [1, 1, 1, 1, 2, 2]
-    assert match_detections(boxes, labels, scores, truth).tolist() == [-1, 1, 0, -1, 2, -1]
-    # the lower score comes second
-    scores = [0.95, 0.9, 0.7, 0.95, 0.3, 0.99]
-    assert match_detections(boxes, labels, scores, truth).tolist() == [1, -1, 0, -1, 2, -1]
-    # a difficult box does not get used up
-    found = match_detections(boxes, labels, scores, truth, difficult=[False, True, False])
-    assert found.tolist() == [1, 1, 0, -1, 2, -1]
-    assert match_detections(boxes, labels, scores, truth, iou=0.4).tolist()[5] == 2
-
-
-def test_iou_of_exactly_the_threshold_does_not_count():
-    truth = np.array([[0, 0, 9, 9, 1]])
-    boxes = np.array([[0, 0, 9, 4]])  # 50 of 100 pixels
-    assert match_detections(boxes, [1], [0.5], truth).tolist() == [-1]
-    assert match_detections(boxes, [1], [0.5], truth, iou=0.49).tolist() == [0]
-
-
-def test_difficult_flags_must_be_those_of_the_truth():
-    image, truth = np.zeros((80, 80, 3), np.uint8), np.array([[0, 0, 9, 9, 1], [20, 20, 40, 40, 1]])
-    for call in (
-        lambda: match_detections(truth[:, :4], [1, 1], [0.9, 0.8], truth, [True]),
-        lambda: rank_by_errors([truth], [dets()], [[True]]),
-        lambda: draw_comparison(image, truth, dets(), NAMES, [True]),
-    ):
-        with pytest.raises(ValueError, match="1 difficult flags do not match 2 true boxes"):
-            call()
-
-
 @pytest.mark.parametrize("label", [-1, 0, 3])
 def test_label_without_a_name_is_refused(label):
     image, box = np.zeros((80, 80, 3), np.uint8), [10, 10, 40, 40]
     with pytest.raises(ValueError, match=f"label {label} does not fit 2 names"):
         draw_detections(image, [box], [label], names=NAMES)
     with pytest.raises(ValueError, match=f"label {label} does not fit 2 names"):
-        draw_comparison(image, np.array([[*box, label]]), dets(), NAMES)
+        draw_comparison(image, judged([[*box, label, False]], dets()), 0, NAMES)
 
 
-def test_matching_without_truth_or_detections():
-    box = np.array([[0, 0, 9, 9]], np.float32)
-    assert match_detections(box, [1], [0.5], np.zeros((0, 5))).tolist() == [-1]
-    none = match_detections(np.zeros((0, 4)), [], [], np.array([[0, 0, 9, 9, 1]]))
-    assert none.shape == (0,) and none.dtype == np.int64
-
-
-def test_errors_are_counted_and_ranked():
-    box, far = [10, 10, 29, 29], [50, 50, 69, 69]
-    truths = [
-        np.array([[*box, 1], [*far, 2]]),  # one found, one missed
-        np.zeros((0, 5)),  # nothing there, nothing said
-        np.array([[*box, 1], [*far, 2]]),  # both found
-        np.array([[*box, 1]]),  # wrong class: one false positive, one missed
-        np.array([[*box, 1]]),  # found twice; the low score does not count
-        np.array([[*box, 1], [*far, 2]]),  # both difficult: one found, one not
-    ]
-    detections = [
-        dets([box], [0.9], [1]),
-        dets(),
-        dets([far, box], [0.9, 0.5], [2, 1]),
-        dets([box], [0.9], [2]),
-        dets([box, box, far], [0.9, 0.8, 0.49], [1, 1, 1]),
-        dets([box, box], [0.9, 0.8], [1, 1]),
-    ]
-    difficult = [np.zeros(len(t), bool) for t in truths[:5]] + [np.ones(2, bool)]
-    order, counts = rank_by_errors(truths, detections, difficult)
-    assert counts.tolist() == [[1, 0, 1], [0, 0, 0], [2, 0, 0], [0, 1, 1], [1, 1, 0], [0, 0, 0]]
-    assert order.tolist() == [2, 1, 5, 0, 4, 3]
-    assert rank_by_errors(truths[5:], detections[5:])[1].tolist() == [[1, 1, 1]]
-    order, counts = rank_by_errors([], [])
-    assert order.shape == (0,) and counts.shape == (0, 3)
-    with pytest.raises(ValueError):
-        rank_by_errors(truths, detections[:2])
-
-
-@pytest.mark.parametrize("truth, hard, found, colours", [
+@pytest.mark.parametrize("there, ignored, found, colours", [
     (True, False, True, {GREEN}),
     (True, False, False, {ORANGE}),
     (False, False, True, {RED}),
     (True, True, True, {GREY}),
     (True, True, False, {GREY}),
 ])  # fmt: skip
-def test_comparison_shows_the_judgement_by_colour(truth, hard, found, colours):
+def test_comparison_shows_the_judgement_by_colour(there, ignored, found, colours):
     image = np.full((200, 200, 3), 250, np.uint8)
     box = [60, 60, 140, 140]
-    target = np.array([[*box, 2]] if truth else np.zeros((0, 5)))
+    target = [[*box, 2, ignored]] if there else []
     detections = dets([box, box], [0.9, 0.1], [2, 2]) if found else dets([box], [0.1], [2])
-    out = draw_comparison(image, target, detections, NAMES, np.full(len(target), hard))
+    out = draw_comparison(image, judged(target, detections), 0, NAMES)
     assert {c for c in (GREEN, RED, ORANGE, GREY) if shows(out, c)} == colours
     assert (image == 250).all()
     side = (out[75:125, 140] == next(iter(colours))).all(axis=1)
     assert side.all() if found else 0.2 < side.mean() < 0.8  # solid, or dashed
+
+
+def test_comparison_is_of_one_image_and_of_detections_of_the_score():
+    image, box = np.full((200, 200, 3), 250, np.uint8), [60, 60, 140, 140]
+    both = judged([[*box, 1, False]], dets([box], [0.4], [1]))
+    assert (draw_comparison(image, both, 1) == image).all()
+    assert shows(draw_comparison(image, both, 0), ORANGE)
+    assert shows(draw_comparison(image, both, 0, score=0.4), GREEN)
+
+
+def test_examples_do_not_miss_difficult_objects(tmp_path, make_voc):
+    objects = [("cat", (20, 20, 60, 60), True)]
+    root = make_voc(tmp_path / "data", {"test": {f"p{i}": objects for i in range(10)}})
+    sheet = draw_examples(VOCDetection(root, [(None, "test")]), [dets()] * 10, 4)
+    assert sheet.shape[1] > 4 * 320 and sheet.shape[0] < 2 * 320
+    assert shows(sheet, GREY) and not shows(sheet, ORANGE)
 
 
 def test_contact_sheet_letterboxes_in_reading_order():

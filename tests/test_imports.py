@@ -27,8 +27,6 @@ FLOORS = (
 ROOMS = [room for floor in FLOORS for room in floor]
 NOT_YET = (
     "benchmarks/forward.py",
-    "tools/chart.py",
-    "tools/report.py",
 )
 
 

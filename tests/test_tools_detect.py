@@ -31,7 +31,6 @@ import models
 from data.config import COCO_CLASSES
 from data.voc0712 import VOCDetection
 from data.voc_xml import read_annotation
-from inference import fonts
 from inference.draw import LEGIBLE
 from inference.predictor import Predictor
 from layers.detect import DetectConfig
@@ -755,12 +754,12 @@ def test_an_exported_file_keeps_its_higher_threshold(monkeypatch):
 
 
 def test_characters_that_no_font_has_are_told(monkeypatch, caplog):
-    monkeypatch.setattr(fonts, "FOLDERS", ())
-    assert detect.letters_for(["cell"], None) is None
-    assert detect.letters_for(["\U00012000"], None).missing == "\U00012000"  # cuneiform
-    assert '"\U00012000"' in caplog.text and "--font" in caplog.text
+    monkeypatch.setattr("inference.draw.FONT_FILES", ())
+    assert detect.font_for(["cell"], None) is None and not caplog.text
+    assert detect.font_for(["\U00012000"], None) is None  # cuneiform
+    assert "\U00012000 as \\U00012000" in caplog.text and "--font" in caplog.text
     with pytest.raises(UserError, match="none.ttf"):
-        detect.letters_for(["ü"], "none.ttf")
+        detect.font_for(["ü"], "none.ttf")
 
 
 # ---------------------------------------------------------------- the page

@@ -23,10 +23,10 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from PIL.ImageFont import FreeTypeFont
 
 from data.classes import parse_classes
-from inference.draw import draw_caption
-from inference.fonts import Lettering
+from inference.draw import draw_caption, escape, find_font
 from inference.predictor import Predictor
 from layers.detect import SUPPRESSION
 from tools.outputs import (
@@ -126,22 +126,22 @@ def find_objects(predictor: Predictor, frames: Sequence[Frame]) -> list[Found]:
     ]
 
 
-def letters_for(classes: Sequence[str], font: str | None) -> Lettering | None:
-    """Return fonts for class names that are not ASCII; warn of characters that no font has."""
-    if all(name.isascii() for name in classes):
-        return None
-    letters = Lettering(classes, font)
-    if letters.missing:
+def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont | None:
+    """Return the font for the class names; warn of names that it cannot draw."""
+    font = find_font(classes, file)
+    drawn = {name: escape(name, font) for name in classes}
+    if lacking := [f"{name} as {drawn[name]}" for name in classes if drawn[name] != name]:
         LOGGER.warning(
-            'no font here has "%s" of the class names, drawn as ?; give one that does with --font',
-            letters.missing,
+            "no font here has all letters of the class names, which are drawn with escapes (%s); "
+            "give a font that has them with --font",
+            ", ".join(lacking),
         )
-    return letters
+    return font
 
 
 def open_writers(
     folder: Path, args: argparse.Namespace, sources: Sequence[Source], classes: Sequence[str],
-    letters: Lettering | None, stack: ExitStack,
+    font: FreeTypeFont | None, stack: ExitStack,
 ) -> list[Writer]:  # fmt: skip
     """Return the writers that the options ask for; ``stack`` closes their files.
 
@@ -152,7 +152,7 @@ def open_writers(
     writers: list[Writer] = []
     # Those that refuse come first: the others replace the results of an earlier call.
     if args.draw:
-        writers.append(drawings := Drawings(folder, sources, classes, letters))
+        writers.append(drawings := Drawings(folder, sources, classes, font))
         stack.callback(drawings.close)
     writers += [Annotations(folder, k, sources, classes) for k in ANNOTATIONS if k in args.save]
     if "csv" in args.save:
@@ -176,12 +176,12 @@ def detect(args: argparse.Namespace) -> int:
             "%s %d, %d classes, on %s, scores over %g", info.version, info.size, len(info.classes),
             predictor.device, threshold,
         )  # fmt: skip
-        letters, start = letters_for(info.classes, args.font), time.monotonic()
+        font, start = font_for(info.classes, args.font), time.monotonic()
         # Entered before the files: a signal does not end the process while they are written.
         stop = stack.enter_context(StopSignal())
         writers: list[Writer] = []
         if args.out or not args.live:
-            writers = open_writers(folder, args, sources, info.classes, letters, stack)
+            writers = open_writers(folder, args, sources, info.classes, font, stack)
         output = Output(writers, args.workers, stack)
         reader = Reader(sources, 1 if args.live else args.batch_size, args.workers)
         objects, is_open = 0, True
@@ -191,7 +191,7 @@ def detect(args: argparse.Namespace) -> int:
                     objects += len(found.scores)
                     output.add(found)
                     if window:
-                        is_open = window.show(draw(found, info.classes, letters))
+                        is_open = window.show(draw(found, info.classes, font))
                 if stop.asked or not is_open:
                     break
         output.finish()

@@ -22,10 +22,10 @@ from typing import BinaryIO, NamedTuple, Protocol
 
 import cv2
 import numpy as np
+from PIL.ImageFont import FreeTypeFont
 
 from data.config import COCO_CLASSES
 from inference.draw import draw_detections, enlarge
-from inference.fonts import Lettering
 from tools.sources import Frame, Source, real_path
 from utils.errors import UserError
 from utils.files import atomic_write, check_writable
@@ -339,9 +339,9 @@ class Drawings:
 
     def __init__(
         self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
-        letters: Lettering | None,
+        font: FreeTypeFont | None,
     ) -> None:  # fmt: skip
-        self._folder, self._classes, self._letters = folder / self.place, classes, letters
+        self._folder, self._classes, self._font = folder / self.place, classes, font
         self._video: VideoFile | None = None
         inputs = {real_path(source.path) for source in sources if source.kind != "camera"}
         drawn: dict[Path, Source] = {}
@@ -357,7 +357,7 @@ class Drawings:
 
     def add(self, found: Found) -> None:
         path = self._path(found.frame.source)
-        image = draw(found, self._classes, self._letters)
+        image = draw(found, self._classes, self._font)
         if found.frame.number is not None:
             if self._video is None or self._video.path != path:
                 self.close()
@@ -384,10 +384,10 @@ class Drawings:
         return self._folder / name
 
 
-def draw(found: Found, classes: Sequence[str], letters: Lettering | None) -> np.ndarray:
+def draw(found: Found, classes: Sequence[str], font: FreeTypeFont | None) -> np.ndarray:
     """Return the image with its boxes. A small image is enlarged so that labels are legible."""
     image, boxes = enlarge(found.frame.image, found.boxes)
-    return draw_detections(image, boxes, found.labels, found.scores, classes, letters)
+    return draw_detections(image, boxes, found.labels, found.scores, classes, font)
 
 
 class VideoFile:

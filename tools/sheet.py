@@ -1,21 +1,23 @@
-"""A contact sheet of a test run: the pictures that went best and worst, truth and detections drawn.
+"""Draw a contact sheet of a test: its best and worst images with objects and detections.
 
-    python -m tools.sheet RUN_DIR [--output PNG] [--root DIR] [--score 0.4] [--pictures 8]
+    python -m tools.sheet RUN_DIR [--output PNG] [--root DIR] [--score 0.4] [--images 8]
 
-RUN_DIR is a folder with the results.json and detections.npz of a test on data in VOC layout, or a
-run, of which the newest test is taken.
+RUN_DIR is a folder with a test's results.json and detections.npz, or a run, whose newest test is
+taken.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from inference.draw import contact_sheet, draw_comparison, rank_by_errors
-from tools.chart import encode_png
+import cv2
+import numpy as np
+
+from data.judge import CORRECT, Judged, judge
+from inference.draw import contact_sheet, draw_comparison
 from tools.results import open_test
-from utils.arguments import fraction, positive
+from utils.arguments import Parser, fraction, positive
 from utils.errors import UserError, command
 from utils.files import atomic_write
 
@@ -25,68 +27,75 @@ def draw_sheet(
     path: Path | None = None,
     root: str | None = None,
     score: float = 0.4,
-    pictures: int = 8,
+    images: int = 8,
 ) -> Path:
-    """Write the sheet of a test's results, and return its path.
+    """Write the contact sheet of a test, and return its path.
 
     Args:
-        directory: of the results, or of a run, whose newest test is taken.
-        path: of the picture; None: detections.png beside the results.
+        directory: of a test, or of a run, whose newest test is taken.
+        path: the PNG; None: detections.png in the test's folder.
         root: of the data set; None: where the test found it.
-        score: detections below it are left out of the pictures and of their ranking.
-        pictures: how many of the best and how many of the worst are shown.
+        score: least score of the detections that are drawn and counted.
+        images: number of the best and number of the worst images.
 
     Raises:
-        UserError: no test there, not of a VOC layout, no data set, or ``path`` cannot be written.
+        UserError: no test there, no data set, no object in it, or ``path`` cannot be written.
     """
     test = open_test(directory, root)
-    if test.results["dataset"] != "VOC":
-        raise UserError(f"{test.directory} is of COCO data; sheets are drawn of VOC layouts")
     if test.dataset is None:
         raise UserError(test.notes[-1])
-    dataset, detections = test.dataset, test.detections
-    path = path or test.directory / "detections.png"
-    truths = [dataset.target(i) for i in range(len(dataset))]
-    difficult = [dataset.difficult(i) for i in range(len(dataset))]
-    order, counts = rank_by_errors(truths, detections, difficult, score_thresh=score)
-    # A picture without objects that nothing was found in is right, but there is nothing to see.
-    shown = [i for i in order if len(truths[i])]
-    if not shown:
-        raise UserError(f"{test.directory}: no picture of the test has an object to draw")
-    pictures = min(pictures, (len(shown) + 1) // 2)  # none is shown as good and as bad
-    best, worst = shown[:pictures], shown[pictures:][::-1][:pictures]
-    images, captions = [], []
+    dataset, path = test.dataset, path or test.directory / "detections.png"
+    judged = judge(dataset.truth(), test.found)
+    counts = count_errors(judged, score, len(dataset))
+    order = np.lexsort((-counts[:, 0], counts[:, 1] + counts[:, 2]))
+    # An image without objects and without detections is right, but shows nothing.
+    shown = order[np.isin(order, judged.truth.images)]
+    if not len(shown):
+        raise UserError(f"{test.directory}: no image of the test has an object to draw")
+    images = min(images, (len(shown) + 1) // 2)  # none is shown as good and as bad
+    best, worst = shown[:images], shown[images:][::-1][:images]
+    drawn, captions = [], []
     for kind, chosen in (("good", best), ("bad", worst)):
         for i in chosen:
-            images.append(
-                draw_comparison(
-                    dataset.pull_image(i), truths[i], detections[i], dataset.classes, difficult[i],
-                    score_thresh=score,
-                )
-            )  # fmt: skip
+            image = dataset.pull_image(i)
+            drawn.append(draw_comparison(image, judged, i, dataset.classes, score))
             correct, wrong, missed = counts[i]
             captions.append(f"{kind}: {dataset.ids[i]}  {correct} right, {wrong} wrong, "
                             f"{missed} missed")  # fmt: skip
     with atomic_write(path) as file:
-        file.write(encode_png(contact_sheet(images, 4, (400, 400), captions)))
+        file.write(cv2.imencode(".png", contact_sheet(drawn, 4, (400, 400), captions))[1])
     return path
+
+
+def count_errors(judged: Judged, score: float, images: int) -> np.ndarray:
+    """Return the correct detections, the wrong ones and the missed objects of each image.
+
+    int64 [images, 3], of detections of at least `score`.
+    """
+    counted, right = judged.counted(score), judged.kind == CORRECT
+    columns = (
+        judged.found.images[counted & right],
+        judged.found.images[counted & ~right],
+        judged.truth.images[judged.not_found(score)],
+    )
+    return np.stack([np.bincount(column, minlength=images) for column in columns], 1)
 
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(prog="python -m tools.sheet", description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m tools.sheet", description=__doc__.splitlines()[0])
     p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
     p.add_argument("--output", type=Path, metavar="PNG",
-                   help="the picture (default: detections.png in the test's folder)")  # fmt: skip
+                   help="the sheet (default: detections.png in the test's folder)")  # fmt: skip
     p.add_argument("--root", help="the data set, if it is no longer where the test found it")
     p.add_argument("--score", type=fraction, default=0.4, metavar="X",
                    help="least score of a detection (0.4)")  # fmt: skip
-    p.add_argument("--pictures", type=positive, default=8, metavar="N",
-                   help="best and worst pictures, each (8)")  # fmt: skip
+    p.add_argument("--images", type=positive, default=8, metavar="N",
+                   help="number of best and number of worst images (8)")  # fmt: skip
     args = p.parse_args(argv)
     if args.output and args.output.suffix.lower() != ".png":
-        p.error(f"--output {args.output}: the picture's name must end in .png")
-    path = draw_sheet(args.directory, args.output, args.root, args.score, args.pictures)
+        p.error(f"--output {args.output}: the sheet's name must end in .png")
+    path = draw_sheet(args.directory, args.output, args.root, args.score, args.images)
     print(f"{path}: green is found, red is wrong, dashed orange is missed, grey does not count")
     return 0
 

@@ -53,13 +53,14 @@ ONNX = ("onnx", "onnxscript")
 OPENVINO = ("openvino", "nncf")
 EXTRAS = {
     "test": (
-        "pytest", "pytest-xdist", "hypothesis", "ruff", "safetensors",
+        "pytest", "pytest-xdist", "hypothesis", "ruff", "safetensors", "matplotlib",
         *EVAL, *ONNX, "onnxruntime", *OPENVINO,
     ),  # fmt: skip
     "eval": EVAL,
     "onnx": (*ONNX, "onnxruntime"),
     "openvino": (*OPENVINO, *ONNX),
     "weights": ("safetensors", "gdown"),
+    "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),
 }
 OPENCV = (

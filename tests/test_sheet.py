@@ -1,0 +1,119 @@
+"""The contact sheet of a test."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+from test_analysis import found as detected
+from test_analysis import truth as objects
+
+from data.coco import COCODetection
+from data.detections import save_detections
+from data.judge import judge
+from data.voc0712 import VOCDetection
+from data.voc_eval import METRICS
+from tools import sheet
+
+
+@pytest.fixture
+def results(voc_folder, tmp_path):
+    """A folder of results in which t1 is all right and nothing is found in any other image."""
+    dataset = VOCDetection(voc_folder, [(None, "test")])
+    empty = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
+    detections = [empty] * len(dataset)
+    target = dataset.target(0)
+    detections[0] = {"boxes": target[:, :4], "scores": np.full(len(target), 0.9),
+                     "labels": target[:, 4].astype(int)}  # fmt: skip
+    folder = tmp_path / "results"
+    save_detections(folder / "detections.npz", dataset.ids, detections, {})
+    content = {"root": str(voc_folder), "sets": "test", "classes": list(dataset.classes),
+               "dataset": "VOC", "metric": METRICS["area"], "value": 0.5,
+               "per_class": dict.fromkeys(dataset.classes, 0.5)}  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(content))
+    return folder
+
+
+def test_sheet_shows_the_best_and_the_worst(results, tmp_path, monkeypatch, capsys):
+    captions = []
+    real = sheet.contact_sheet
+    monkeypatch.setattr(sheet, "contact_sheet", lambda *a: captions.extend(a[3]) or real(*a))
+    out = tmp_path / "new" / "sheet.png"
+    assert sheet.main([str(results), "--output", str(out), "--images", "1"]) == 0
+    assert captions == ["good: t1  1 right, 0 wrong, 0 missed",
+                        "bad: t2  0 right, 0 wrong, 2 missed"]  # fmt: skip
+    assert cv2.imread(str(out)) is not None
+    assert str(out) in capsys.readouterr().out
+
+
+def test_sheet_of_a_run_is_of_its_newest_test(results, tmp_path, capsys):
+    for number, name in enumerate(("early", "late")):
+        folder = tmp_path / "run" / "ss_predict" / name / "test"
+        shutil.copytree(results, folder)
+        os.utime(folder / "results.json", (number, number))
+    assert sheet.main([str(tmp_path / "run")]) == 0
+    assert [p.parent.parent.name for p in tmp_path.glob("run/**/*.png")] == ["late"]
+    assert capsys.readouterr().out.startswith(f"{folder / 'detections.png'}: ")
+
+
+def test_sheet_needs_the_data_set(results, tmp_path, capsys):
+    moved = Path(json.loads((results / "results.json").read_text())["root"])
+    moved.rename(tmp_path / "elsewhere")
+    assert sheet.main([str(results)]) == 2
+    assert "--root says where the data set is" in capsys.readouterr().err
+    assert sheet.main([str(results), "--root", str(tmp_path / "elsewhere")]) == 0
+
+
+def test_no_image_is_shown_as_good_and_as_bad(results, monkeypatch):
+    captions = []
+    real = sheet.contact_sheet
+    monkeypatch.setattr(sheet, "contact_sheet", lambda *a: captions.extend(a[3]) or real(*a))
+    assert sheet.main([str(results)]) == 0
+    names = [caption.split()[1] for caption in captions]
+    assert len(names) == len(set(names)) > 1
+
+
+def test_sheet_is_a_png(results, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        sheet.main([str(results), "--output", "sheet.jpg"])
+    assert "must end in .png" in capsys.readouterr().err
+
+
+def test_errors_of_each_image_are_counted():
+    one, other, far = (10, 10, 30, 30), (50, 50, 70, 70), (80, 80, 90, 90)
+    truth = [(0, one, 1), (0, other, 2), (2, one, 1), (2, other, 2), (3, one, 1), (4, one, 1),
+             (5, one, 1, True), (5, other, 2, True)]  # fmt: skip
+    found = [
+        (0, one, 1, 0.9),  # image 0: the other one is missed; image 1 is empty
+        (2, other, 2, 0.9), (2, one, 1, 0.5),
+        (3, one, 2, 0.9),  # another class: wrong, and the object is missed
+        (4, one, 1, 0.9), (4, one, 1, 0.8), (4, far, 1, 0.49),  # a duplicate; the last is below 0.5
+        (5, one, 1, 0.9), (5, one, 1, 0.8),  # ignored objects
+    ]  # fmt: skip
+    for rule in ("voc", "coco"):
+        counts = sheet.count_errors(judge(objects(truth, rule), detected(found)), 0.5, 7)
+        assert counts.tolist() == [[1, 0, 1], [0, 0, 0], [2, 0, 0], [0, 1, 1], [1, 1, 0],
+                                   [0, 0, 0], [0, 0, 0]]  # fmt: skip
+
+
+def test_sheet_of_coco_data(tmp_path, coco_folder):
+    dataset = COCODetection(coco_folder, [("2017", "val")])
+    empty = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
+    results = tmp_path / "results"
+    save_detections(results / "detections.npz", dataset.ids, [empty] * 2, {})
+    said = {"root": str(coco_folder), "sets": "2017_val", "classes": list(dataset.classes),
+            "dataset": "COCO", **dataset.evaluate([empty] * 2, results)}  # fmt: skip
+    (results / "results.json").write_text(json.dumps(said))
+    assert sheet.main([str(results)]) == 0
+    image = cv2.imread(str(results / "detections.png"))
+    assert (image == (0, 140, 255)).all(2).any()  # missed
+
+
+def test_folder_without_results_is_refused(tmp_path, capsys):
+    assert sheet.main([str(tmp_path)]) == 2
+    assert "no results.json" in capsys.readouterr().err

@@ -1,0 +1,208 @@
+"""Charts of a report by matplotlib: SVG inside the page, PNG and CSV in a folder beside it."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import re
+import warnings
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+from urllib.parse import quote
+
+import numpy as np
+from PIL import ImageFont
+
+from inference.draw import escape as escape_glyphs
+from tools.tables import Table
+from utils.errors import UserError
+from utils.files import atomic_write
+
+try:
+    import matplotlib
+    from matplotlib.figure import Figure
+    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.text import Text
+except ImportError:  # told by `check_matplotlib`
+    matplotlib = None
+
+INK = "#262626"  # of texts and axes; in a page it becomes the colour of the page's text
+# Okabe and Ito's colours, which everybody can tell apart, without the yellow, too pale for a line.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+MARKED = 20  # values of x up to which points are marked
+STYLE = {
+    "svg.fonttype": "none",  # texts stay texts
+    "svg.hashsalt": "ssd-hardnet",  # the same chart has the same bytes
+    "text.parse_math": False,  # a class name may have dollar signs
+    "font.family": "DejaVu Sans",  # comes with matplotlib
+    "figure.figsize": (5.6, 3.7),
+    "figure.subplot.bottom": 0.13,
+    "figure.subplot.left": 0.12,
+    "figure.subplot.right": 0.97,
+    "figure.subplot.top": 0.91,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "grid.alpha": 0.15,
+    "legend.frameon": False,
+    **dict.fromkeys(
+        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color",
+         "grid.color"), INK,
+    ),
+}  # fmt: skip
+
+
+def check_matplotlib() -> None:
+    """Raise UserError if matplotlib is not installed."""
+    if matplotlib is None:
+        raise UserError("charts need matplotlib: pip install matplotlib")
+
+
+class Folder:
+    """The folder of a report's figures; its methods write files and return HTML."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def write(self, name: str, content: bytes) -> str:
+        """Write a file; return a link to it."""
+        with atomic_write(self.path / name) as file:
+            file.write(content)
+        return f'<a href="{quote(self.path.name)}/{name}">{name.rpartition(".")[2].upper()}</a>'
+
+    def table(self, name: str, table: Table) -> str:
+        """Write a CSV, its cells empty where a value is NaN; return a link to it."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerows([_cell(value) for value in row] for row in (table.head, *table.rows))
+        return self.write(f"{name}.csv", text.getvalue().encode())
+
+    def chart(self, name: str, figure: Figure, table: Table, classes: Sequence[str] = ()) -> str:
+        """Write a chart as PNG and its table as CSV; return a <figure> with it and the links."""
+        svg = as_svg(figure, name, classes)  # before the PNG, which escapes texts
+        links = f"{self.table(name, table)} {self.write(f'{name}.png', as_png(figure))}"
+        return f'<figure>{svg}<p class="files">{links}</p></figure>'
+
+
+def _cell(value: object) -> object:
+    if isinstance(value, float):
+        return "" if math.isnan(value) else f"{value:.6g}"
+    return value
+
+
+def as_png(figure: Figure) -> bytes:
+    """Return the chart as a PNG on white; what its font lacks becomes an escape in the figure."""
+    font = ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans")))
+    for text in figure.findobj(Text):
+        text.set_text(escape_glyphs(text.get_text(), font))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(file := io.BytesIO(), format="png", dpi=120, metadata={"Software": None})
+    return file.getvalue()
+
+
+def as_svg(figure: Figure, name: str, classes: Sequence[str] = ()) -> str:
+    """Return the chart as an <svg> for a page, with its title as label and no background.
+
+    The line of class number n is a <g data-class="n"> whose title is the class's name. Every id
+    starts with ``name`` because several charts share a page.
+    """
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # the browser has more fonts
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(file := io.StringIO(), format="svg", metadata=nothing, transparent=True)
+    text = file.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    title = escape(figure.axes[0].get_title(loc="left"))
+    text = text.replace("<svg", f'<svg class="chart" role="img" aria-label="{title}"', 1)
+    for n, label in enumerate(classes):
+        mark = f'<g data-class="{n}"><title>{escape(label)}</title>'
+        text = text.replace(f'<g id="class-{n}">', mark)
+    return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+
+
+def draw_lines(
+    title: str,
+    table: Table,
+    x: str,
+    y: str,
+    classes: Sequence[str] = (),
+    ends: tuple[float, float] | None = None,
+    diagonal: bool = False,
+) -> Figure:
+    """Draw the lines of a table; a row is a point of the line that its first column names.
+
+    x, y: names of columns; values of x may be texts. A point that is NaN is left out. Beside lines
+    of classes, another one is in bold ink. ends: of the x axis; None: from 0 to the largest x.
+    diagonal: whether a dotted line leads from corner to corner.
+    """
+    points: dict[str, list[tuple]] = {}
+    columns = table.head.index(x), table.head.index(y)
+    for row in table.rows:
+        point = tuple(row[column] for column in columns)
+        if not math.isnan(point[1]):
+            points.setdefault(row[0], []).append(point)
+    ticks = list(dict.fromkeys(row[columns[0]] for row in table.rows))
+    top = max([1, *(row[columns[1]] for row in table.rows)])
+    places = {value: n if isinstance(value, str) else value for n, value in enumerate(ticks)}
+    marker = "o" if len(ticks) <= MARKED else None
+    with matplotlib.rc_context(STYLE):
+        figure = Figure()
+        axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
+        axes.set(xlim=ends or (0, max(1, *places.values())), ylim=(0, math.ceil(top)))
+        lines = {}
+        for k, (name, line) in enumerate(points.items()):
+            number = classes.index(name) if name in classes else k
+            bold = bool(classes) and name not in classes
+            (lines[name],) = axes.plot(
+                [places[place] for place, _ in line],
+                [value for _, value in line],
+                color=INK if bold else _colour(number, len(classes) or len(points)),
+                linewidth=2.8 if bold else 1.6,
+                marker=marker,
+                markersize=4,
+                clip_on=False,
+                gid=f"class-{number}" if name in classes else None,
+            )
+        if diagonal:
+            axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
+        if ticks and isinstance(ticks[0], str):
+            axes.set_xticks(range(len(ticks)), ticks)
+        if lines and len(classes) <= len(COLOURS):
+            axes.legend(lines.values(), lines.keys(), fontsize="small")
+    return figure
+
+
+def draw_matrix(title: str, table: Table) -> Figure:
+    """Draw counts as cells shaded by their share of the row.
+
+    The head of a table starts with "rows / columns", a row with its name. Row n is of class n.
+    """
+    (axes_names, *columns), rows = table.head, [row[0] for row in table.rows]
+    matrix = np.array([row[1:] for row in table.rows])
+    shares = matrix / matrix.sum(1, keepdims=True).clip(1)
+    cell, font = (0.5, 9) if len(rows) <= 25 else (0.25, 5)
+    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
+        size = (2 + cell * len(columns), 1.6 + cell * len(rows))
+        figure = Figure(figsize=size, layout="constrained")
+        ylabel, xlabel = axes_names.split(" / ")
+        axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+        axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
+        axes.set_xticks(range(len(columns)), columns, rotation=90)
+        axes.set_yticks(range(len(rows)), rows)
+        for n, label in enumerate(axes.get_yticklabels()):
+            label.set_gid(f"class-{n}")
+        for n, m in zip(*matrix.nonzero(), strict=True):
+            axes.text(m, n, str(matrix[n, m]), ha="center", va="center", fontsize=font,
+                      color="black", gid=f"class-{n}")  # fmt: skip
+    return figure
+
+
+def _colour(number: int, count: int) -> object:
+    """Return the colour of line ``number`` of ``count``, as matplotlib takes it."""
+    if count <= len(COLOURS):
+        return COLOURS[number]
+    return matplotlib.colormaps["turbo"](number / (count - 1))
