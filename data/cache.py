@@ -1,14 +1,13 @@
-"""Decoded pictures, kept for the next epoch: in shared memory, or in a folder.
+"""Decoded images, kept for the next epoch: in shared memory, or in a folder.
 
-A cache is called as a data set's ``pull_image`` in its place, by any number of loading processes at
-once, however they are started. Pictures are kept whole and as they were decoded, so every sample
-is the same, bit for bit, as without. What is returned may be read-only.
+A cache stands in for a data set's ``pull_image``, in any number of loading processes at once,
+however they are started. It keeps images whole and as they were decoded, so samples are equal bit
+for bit to those without a cache. The arrays it returns may be read-only.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
 import math
 import os
 import shutil
@@ -21,44 +20,56 @@ import cv2
 import numpy as np
 import torch
 
+from data import DetectionData
 from data.loading import SHARED_MEMORY
 from utils.errors import UserError
 
-MEMORY_SHARE = 0.8  # of what is free; the rest is for batches, the network and the system
+HEADER = 128  # bytes of an .npy file before the pixels
+MEMORY_SHARE = 0.8
+"""Share of the free memory that may be used; batches, the network and the system need the rest."""
 
 
-def open_cache(where: str, dataset) -> Callable[[int], np.ndarray] | None:
-    """The cache that --cache names: "off" (None), "memory", or a folder."""
+def open_cache(
+    where: str, dataset: DetectionData, processes: int = 1
+) -> Callable[[int], np.ndarray] | None:
+    """Return the cache that --cache names: "off" (None), "memory", or a folder.
+
+    processes: how many processes of this machine open such a cache from now on, this one included.
+    """
     if where == "off":
         return None
-    return MemoryCache(dataset) if where == "memory" else DiskCache(dataset, where)
+    return MemoryCache(dataset, processes) if where == "memory" else DiskCache(dataset, where)
 
 
 class MemoryCache:
-    """Pictures in one block of shared memory, reserved at once, filled as they are asked for.
+    """Images in one block of shared memory, reserved at once and filled as they are asked for.
 
-    A picture of another size than ``dataset.image_size`` says is decoded every time. Processes
-    that train together but were started apart have a block each.
+    An image whose size differs from ``dataset.image_size`` is decoded every time. Loading
+    processes share the block; each process of a distributed training has a block of its own.
+
+    Args:
+        processes: as for `open_cache`; their blocks must fit together.
 
     Raises:
-        UserError: the pictures do not fit into what is free of memory and of shared memory.
+        UserError: the blocks do not fit into the free memory and shared memory.
     """
 
-    def __init__(self, dataset):
+    def __init__(self, dataset: DetectionData, processes: int = 1) -> None:
         self.dataset = dataset
         sizes = np.array([dataset.image_size(i) for i in range(len(dataset))], np.int64)
         self.ends = np.cumsum(3 * sizes.prod(1))
-        need, free = int(self.ends[-1]), free_memory()
+        size, free = int(self.ends[-1]), free_memory()
+        times = f" in each of {processes} processes" if processes > 1 else ""
         refusal = (
-            f"--cache memory needs {_gb(need)} for {len(dataset)} decoded pictures, and of the "
-            f"{_gb(free)} that are free it takes {MEMORY_SHARE:.0%} at most; give a folder "
-            "(--cache DIR), or --cache off"
+            f"--cache memory needs {_gb(size)} for {len(dataset)} decoded images{times}, and may "
+            f"use {MEMORY_SHARE:.0%} of the {_gb(free)} that are free; give a folder (--cache DIR),"
+            " or --cache off"
         )
-        if need > MEMORY_SHARE * free:
+        if processes * size > MEMORY_SHARE * free:
             raise UserError(refusal)
         try:
-            self.pixels = torch.empty(need, dtype=torch.uint8).share_memory_()
-        except RuntimeError as error:  # another process was faster
+            self.pixels = torch.empty(size, dtype=torch.uint8).share_memory_()
+        except RuntimeError as error:  # another program took the memory meanwhile
             raise UserError(refusal) from error
         self.filled = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()
 
@@ -70,29 +81,29 @@ class MemoryCache:
             image = self.dataset.pull_image(index)
             if image.shape != place.shape:
                 return image
-            place[:] = image  # by several processes at once, maybe: they write the same
+            place[:] = image  # processes that do so at once write the same
             self.filled[index] = True
         place.flags.writeable = False
         return place
 
 
 class DiskCache:
-    """Pictures as uncompressed .npy files in a folder, which further runs use, too.
+    """Images as uncompressed .npy files in a folder, which later runs use, too.
 
-    A file's name stands for the picture's path, size and time of change and for what else decides
-    its pixels; files of pictures that have changed stay behind. A file that is cut off or not what
-    it should be is written anew; changed pixels in it are not noticed. A picture of another size
-    than ``dataset.image_size`` says is decoded every time.
+    A file's name is a hash of the image's path, size, time of change and whatever else decides its
+    pixels; files of images that have changed are left behind. A truncated or malformed file is
+    written anew; changed pixels in it are not noticed. An image whose size differs from
+    ``dataset.image_size`` is decoded every time.
 
     Raises:
-        UserError: the pictures that are not there yet do not fit on the disk, the folder cannot be
-            written to, or, later, a picture cannot be kept.
+        UserError: the missing images do not fit on the disk, the folder cannot be written to, or,
+            later, an image cannot be written.
     """
 
-    def __init__(self, dataset, directory: str | Path):
+    def __init__(self, dataset: DetectionData, directory: str | Path) -> None:
         self.dataset = dataset
         self.directory = Path(directory).expanduser()
-        # One array: of a list, each loading process would come to copy every object.
+        # An array, because loading processes would copy each object of a list.
         self.names = np.array([self._name(i) for i in range(len(dataset))])
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -103,10 +114,10 @@ class DiskCache:
                 f"--cache {directory}: {error.strerror}; give another folder"
             ) from error
         missing = [i for i, name in enumerate(self.names.tolist()) if name not in there]
-        need = sum(len(_header(s)) + int(np.prod(s)) for s in map(self._shape, missing))
+        need = sum(HEADER + int(np.prod(self._shape(i))) for i in missing)
         if need > free:
             raise UserError(
-                f"--cache {directory} needs {_gb(need)} for {len(missing)} decoded pictures, and "
+                f"--cache {directory} needs {_gb(need)} for {len(missing)} decoded images, and "
                 f"its disk has {_gb(free)} free; make room, give another folder, or --cache off"
             )
 
@@ -120,7 +131,7 @@ class DiskCache:
                     _write(path, image)
         except OSError as error:
             raise UserError(
-                f"{path}: the decoded picture cannot be kept ({error.strerror}); make room, give "
+                f"{path}: cannot write the decoded image ({error.strerror or error}); make room, give "
                 "another folder, or --cache off"
             ) from error
         return image
@@ -134,15 +145,15 @@ class DiskCache:
         try:
             stat = path.stat()
         except OSError as error:
-            raise UserError(f"{path}: the picture cannot be read ({error.strerror})") from error
-        # The annotated size decides whether a picture is turned, the version how it is decoded.
+            raise UserError(f"{path}: cannot read the image ({error.strerror})") from error
+        # The annotated size decides whether an image is turned, the version how it is decoded.
         known = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, self._shape(index)]
         text = repr([*known, cv2.__version__])
         return f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.npy"
 
 
 def free_memory() -> float:
-    """Bytes that are available to this process and fit into shared memory; inf: nobody knows."""
+    """Return the bytes of memory and of shared memory that are free; inf if it is unknown."""
     lines = dict(line.split(":") for line in _lines("/proc/meminfo"))
     room = [int(lines["MemAvailable"].split()[0]) * 1024] if "MemAvailable" in lines else []
     if os.path.isdir(SHARED_MEMORY):
@@ -165,32 +176,22 @@ def _gb(size: int) -> str:
     return f"{size / 1e9:.3g} GB"
 
 
-def _header(shape: tuple[int, int, int]) -> bytes:
-    """How the .npy file of a picture begins."""
-    file = io.BytesIO()
-    fields = {"descr": "|u1", "fortran_order": False, "shape": shape}
-    np.lib.format.write_array_header_1_0(file, fields)
-    return file.getvalue()
-
-
 def _read(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
-    """The picture, mapped into memory; None unless the file is a picture of that shape, whole."""
-    header = _header(shape)
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        if file.read(len(header)) == header and size == len(header) + np.prod(shape):
-            return np.asarray(np.memmap(file, np.uint8, "r", len(header), shape))
+    """Return the image, mapped into memory; None if the file does not hold all of that shape."""
+    with suppress(FileNotFoundError, ValueError):  # ValueError: not a whole .npy file
+        image = np.lib.format.open_memmap(path, mode="r")
+        if image.shape == shape and image.dtype == np.uint8:
+            return np.asarray(image)
     return None
 
 
 def _write(path: Path, image: np.ndarray) -> None:
-    # A name of its own, of which there is one even among containers that share the folder. It is
-    # not flushed to the disk: what a crash cuts off is written anew.
+    # The name is unique even among containers that share the folder. The file is not flushed to
+    # the disk: one that a crash cuts off is written anew.
     part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
     try:
         with open(part, "wb") as file:
-            file.write(_header(image.shape))
-            file.write(np.ascontiguousarray(image))
+            np.save(file, image)
         os.replace(part, path)
     except BaseException:
         with suppress(OSError):

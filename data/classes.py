@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 
 def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
-    """The class names as a tuple; UserError when one is empty, repeated or the background."""
+    """Return class names as a tuple. Raises UserError if one is empty, repeated or background."""
     names = tuple(name.strip() for name in classes)
     if not names or "" in names:
         raise UserError(f"{source}: a class name is empty")
@@ -18,22 +18,22 @@ def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
         raise UserError(f"{source}: class names must be unique, repeated: {', '.join(repeated)}")
     if background := {"background", "__background__"} & set(names):
         raise UserError(
-            f'{source}: leave "{background.pop()}" out, the background is no class of the data set'
+            f'{source}: leave "{background.pop()}" out; the background is not a class of the data'
         )
     return names
 
 
 def read_classes(path: Path) -> tuple[str, ...]:
-    """Class names from a file with one name a line; empty lines do not count."""
+    """Read class names from a file with one name a line; empty lines are left out."""
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: the class names cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot read the class names ({error})") from error
     return check_classes([line for line in lines if line.strip()], str(path))
 
 
 def parse_classes(text: str) -> tuple[str, ...]:
-    """The command line's --classes: "a,b,c", or a file with one name a line."""
+    """Read the value of --classes: "a,b,c", or a file with one name a line."""
     path = os.path.expanduser(text)
     if os.path.isfile(path):
         return read_classes(Path(path))

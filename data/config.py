@@ -13,10 +13,10 @@ INPUT_MEAN = (104.0, 117.0, 123.0)
 
 @dataclass(frozen=True)
 class PriorConfig:
-    """Where the prior boxes of one detector lie (SSD, arXiv 1512.02325, section 2.2).
+    """The prior boxes of one detector (SSD, arXiv 1512.02325, section 2.2).
 
-    Lengths are in pixels of the square network input. There is one entry per source map in
-    every tuple; everything else about the boxes (how many per cell, how many in all) is derived.
+    Lengths are in pixels of the square network input. Every tuple has one entry per source map.
+    The number of boxes follows from them.
     """
 
     size: int
@@ -33,11 +33,11 @@ class PriorConfig:
             for name in ("feature_maps", "steps", "min_sizes", "max_sizes", "aspect_ratios")
         }
         if len(set(lengths.values())) != 1:
-            raise ValueError(f"one entry per source map is needed in each of {lengths}")
+            raise ValueError(f"each of these needs one entry per source map: {lengths}")
 
     @property
     def boxes_per_cell(self) -> tuple[int, ...]:
-        """Two square boxes, and two boxes (upright and lying) for every aspect ratio."""
+        """Boxes per cell: two square ones, and an upright and a lying one for each aspect ratio."""
         return tuple(2 + 2 * len(ratios) for ratios in self.aspect_ratios)
 
     @property
@@ -53,7 +53,7 @@ def _ssd300(min_sizes: tuple[float, ...], last: float) -> PriorConfig:
         steps=(8, 16, 32, 64, 100, 300),
         min_sizes=min_sizes,
         max_sizes=(*min_sizes[1:], last),
-        # The first map has ratios 2 and 3, too: 11,620 priors, not the 8,732 of the SSD paper.
+        # As published, the first map has ratio 3, too: 11,620 priors. The SSD paper has 8,732.
         aspect_ratios=((2, 3),) * 4 + ((2,),) * 2,
     )
 
@@ -81,7 +81,7 @@ PRIORS = {
     ("COCO", 512): COCO_512,
 }
 
-# Published as COCO_mobile_300, for networks whose first source map has stride 16.
+# Published as COCO_mobile_300, for networks with stride 16 at the first source map.
 MOBILE_300 = PriorConfig(
     size=300,
     feature_maps=(19, 10, 5, 3, 2, 1),
@@ -92,12 +92,8 @@ MOBILE_300 = PriorConfig(
 )
 MOBILE_PRIORS = {("VOC", 300): MOBILE_300, ("COCO", 300): MOBILE_300}
 
-
 TRAINING_THRESHOLD = 0.01
-"""Lowest score that counts when a run is evaluated during training."""
-NMS_THRESHOLD = 0.45
-PER_CLASS = 50
-"""Most detections kept per class and image after non-maximum suppression."""
+"""Score threshold of the evaluations during training."""
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -117,5 +113,5 @@ COCO_CLASSES = (
     "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors",
     "teddy bear", "hair drier", "toothbrush",
 )
-"""The 80 classes of COCO in the order of their ids, which published detectors have."""
+"""The 80 classes of COCO by id: the order of labels in published detectors."""
 # fmt: on

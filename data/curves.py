@@ -1,10 +1,10 @@
 """Precision-recall curves of an evaluation, kept in one file for plots: `curves.npz`.
 
-Arrays of every file: `classes` str [K]; `areas` str [A], "all", "small", "medium" and "large";
-`ious` float64 [T]. Behind them, all float64 but the counts,
-COCO, as pycocotools accumulates them, at 100 detections a picture:
+Every file has `classes` str [K], `areas` str [A] ("all", "small", "medium" and "large") and `ious`
+float64 [T], and these arrays, float64 except `counts`:
+COCO, as pycocotools accumulates them, at 100 detections an image:
     `recall` [R]; `precision` and `scores` [T, R, K, A], -1 without ground truth
-VOC, a point for every correct detection, best score first:
+VOC, a point for each correct detection, best score first:
     `counts` int64 [T, K, A]; `recall`, `precision` and `scores` [counts.sum()], curve after curve
 """
 
@@ -21,7 +21,7 @@ from utils.errors import UserError
 from utils.files import atomic_write, load_arrays
 
 CURVES_FILE = "curves.npz"  # beside results.json
-# COCO's limits, in square pixels; an object on a limit is in both ranges.
+# COCO's limits, in square pixels. An object on a limit is in both ranges.
 SIZE_RANGES = {
     "all": (-math.inf, math.inf),
     "small": (0, 32**2),
@@ -33,7 +33,7 @@ SIZES = tuple(SIZE_RANGES)[1:]
 
 @dataclass(frozen=True)
 class Curves:
-    """Curves by class, size and IoU threshold; `arrays` as in the module's description."""
+    """Curves by class, size and IoU threshold. The module's description says what `arrays` hold."""
 
     classes: tuple[str, ...]
     areas: tuple[str, ...]
@@ -41,18 +41,19 @@ class Curves:
     arrays: dict[str, np.ndarray]
 
     def curve(self, name: str, area: str = "all", iou: float = 0.5) -> dict[str, np.ndarray]:
-        """{"recall", "precision", "scores"}, float64 [n] each, recall not falling.
+        """Return {"recall", "precision", "scores"}, float64 [n] each, by ascending recall.
 
-        VOC's has a point for every correct detection, the precision as it is. COCO's has one for
-        every recall threshold, none without ground truth; the precision is the best at that recall
-        or a higher one, and 0 like the score where that recall is not reached.
+        VOC's curve has a point for each correct detection, with its precision. COCO's has one for
+        each recall threshold, none without ground truth. Its precision is the best at that recall
+        or a higher one; precision and score are 0 where that recall is not reached.
 
-        ValueError: a class, area or threshold that is not there.
+        Raises:
+            ValueError: an unknown class, area or threshold.
         """
         near = np.flatnonzero(np.isclose(self.ious, iou, rtol=0, atol=1e-9))
         if name not in self.classes or area not in self.areas or not len(near):
             raise ValueError(
-                f"no curve of {name!r}, {area!r}, IoU {iou}; there are {', '.join(self.classes)},"
+                f"no curve of {name!r}, {area!r}, IoU {iou}; choose from {', '.join(self.classes)},"
                 f" {', '.join(self.areas)}, IoU {', '.join(f'{t:g}' for t in self.ious)}"
             )
         t, k, a = near[0], self.classes.index(name), self.areas.index(area)
@@ -73,7 +74,7 @@ class Curves:
 def write_curves(
     path: str | Path, classes: Sequence[str], ious: Sequence[float], **arrays: np.ndarray
 ) -> None:
-    """Write the arrays of `Curves`, each over all of `SIZE_RANGES`."""
+    """Write the arrays of `Curves`; they must cover all of `SIZE_RANGES`."""
     with atomic_write(path) as file:
         np.savez_compressed(
             file,
@@ -85,7 +86,7 @@ def write_curves(
 
 
 def load_curves(path: str | Path) -> Curves:
-    """Read what `write_curves` wrote; UserError where the file is missing or is something else."""
+    """Read what `write_curves` wrote. Raises UserError if the file is missing or another one."""
     try:
         arrays = load_arrays(path)
         classes, areas = (tuple(arrays.pop(key).tolist()) for key in ("classes", "areas"))
@@ -99,9 +100,9 @@ def load_curves(path: str | Path) -> Curves:
             dense = (shape[0], len(arrays["recall"]), *shape[1:])
             fits = arrays["precision"].shape == arrays["scores"].shape == dense
     except OSError as error:
-        raise UserError(f"{path}: the curves cannot be read ({error})") from error
+        raise UserError(f"{path}: cannot read the curves ({error})") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a file of curves ({error})") from error
     if not fits:
-        raise UserError(f"{path}: not a file of curves (its arrays do not belong together)")
+        raise UserError(f"{path}: not a file of curves (its arrays do not fit together)")
     return curves

@@ -11,22 +11,26 @@ import numpy as np
 from utils.errors import UserError
 from utils.files import atomic_write, load_arrays
 
-LARGEST = 1e100  # coordinate of a box: areas and sums of areas stay finite
-# What detections were made with before there was a choice; their files do not say it.
-FORMER_SUPPRESSION = {"nms": "hard", "class_agnostic": False, "background_shortcut": False}
+LARGEST = 1e100
+"""Largest coordinate of a box: areas and their sums stay finite."""
 
 
 def as_columns(
     detections: Sequence[dict], ids: Sequence, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Detections (one dict an image: boxes [n, 4], scores [n], labels [n]) of all images in a row.
+    """Join the detections of all images.
 
-    Returns int64 [N] positions in ``ids``, float64 [N] scores, int64 [N] labels, float64 [N, 4]
-    boxes.
+    Args:
+        detections: one dict an image with "boxes" [n, 4], "scores" [n] and "labels" [n]; n may
+            be 0.
+        ids: the images' names, for messages.
+
+    Returns:
+        int64 [N] positions in ``ids``, float64 [N] scores, int64 [N] labels, float64 [N, 4] boxes.
 
     Raises:
         ValueError: not one dict an image, arrays of different lengths in one, a label outside of
-            1..num_classes, a score or a box that is not finite, or a box beyond ``LARGEST``.
+            1..num_classes, a score or a box that is not finite, or a box beyond `LARGEST`.
     """
     if len(detections) != len(ids):
         raise ValueError(f"{len(detections)} detections for {len(ids)} images")
@@ -55,11 +59,11 @@ def as_columns(
 
 
 def save_detections(
-    path: Path, ids: list, detections: list[dict[str, np.ndarray]], made_by: dict
+    path: Path, ids: Sequence, detections: Sequence[dict[str, np.ndarray]], made_by: dict
 ) -> None:
-    """Write detections (one dict an image: boxes [n, 4], scores [n], labels [n]) to an .npz.
+    """Write detections, as in `as_columns`, to an .npz file.
 
-    ``made_by`` is plain JSON data that says which checkpoint, image sets and limits they are of.
+    made_by: plain JSON data that says which checkpoint, image sets and limits they are of.
     """
     with atomic_write(path) as file:
         np.savez_compressed(
@@ -73,52 +77,62 @@ def save_detections(
         )
 
 
-def load_detections(
-    path: Path, ids: list, made_by: dict
-) -> tuple[list[dict[str, np.ndarray]], dict]:
-    """Read back what ``save_detections`` wrote, if it was made by the same things.
+def _join(detections: Sequence[dict], key: str, empty: np.ndarray) -> np.ndarray:
+    return np.concatenate([empty, *(d[key] for d in detections)])
 
-    ``made_by`` may name fewer things than were saved; those named must be equal.
+
+def load_detections(
+    path: Path, ids: Sequence, made_by: dict
+) -> tuple[list[dict[str, np.ndarray]], dict]:
+    """Read what `save_detections` wrote.
+
+    made_by: what the detections must have been made with; it may name fewer things than the file.
 
     Returns:
-        The detections, and all that was saved of what made them.
+        The detections, and the file's own ``made_by``.
 
     Raises:
         UserError: no such file, a damaged one, or one of another checkpoint, image set or limit.
     """
-    again = "run the test without --retest"
+    again = "run the test again, without --retest"
     if not path.exists():
-        raise UserError(f"{path} does not exist: no detections to score again; {again} first")
+        raise UserError(f"{path} does not exist: no detections to score again; {again}")
     try:
-        saved = load_arrays(path)
-        found = json.loads(str(saved["made_by"]))
-        counts, columns = saved["counts"], [saved[k] for k in ("boxes", "scores", "labels")]
-        total = int(counts.sum())
-        shapes = [(total, 4), (total,), (total,)]
-        if (counts < 0).any() or [c.shape for c in columns] != shapes or type(found) is not dict:
-            raise ValueError("its arrays do not fit together")
-        parts = [np.split(column, np.cumsum(counts)[:-1]) for column in columns]
+        detections, found, names = _parse(load_arrays(path))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({error}); {again}") from error
-    if "thresholds" in found:
-        found.setdefault("suppression", FORMER_SUPPRESSION)
-    for key, value in made_by.items():
-        was, what = found.get(key), key
-        if was != value:
-            if isinstance(was, dict) and isinstance(value, dict):
-                part = next(
-                    k for k in {**value, **was}
-                    if k not in was or k not in value or was[k] != value[k]
-                )  # fmt: skip
-                was, value, what = was.get(part), value.get(part), f"{key}: {part}"
-            raise UserError(f"{path} was made with {what} {was!r}, not {value!r}; {again}")
-    if saved["ids"].tolist() != [str(i) for i in ids]:
-        raise UserError(f"{path} is of other pictures than the image set's; {again}")
-    return [
+    if difference := _difference(found, made_by):
+        what, was, wanted = difference
+        raise UserError(f"{path} was made with {what} {was!r}, not {wanted!r}; {again}")
+    if names != [str(i) for i in ids]:
+        raise UserError(f"{path} is of other images than the image set's; {again}")
+    return detections, found
+
+
+def _parse(saved: dict[str, np.ndarray]) -> tuple[list[dict[str, np.ndarray]], dict, list[str]]:
+    """Return the detections, ``made_by`` and the images' names in a file's arrays."""
+    found = json.loads(str(saved["made_by"]))
+    counts, columns = saved["counts"], [saved[k] for k in ("boxes", "scores", "labels")]
+    total = int(counts.sum())
+    shapes = [(total, 4), (total,), (total,)]
+    if (counts < 0).any() or [c.shape for c in columns] != shapes or type(found) is not dict:
+        raise ValueError("its arrays do not fit together")
+    parts = [np.split(column, np.cumsum(counts)[:-1]) for column in columns]
+    detections = [
         {"boxes": boxes, "scores": scores, "labels": labels}
         for boxes, scores, labels in zip(*parts, strict=True)
-    ], found
+    ]
+    return detections, found, saved["ids"].tolist()
 
 
-def _join(detections: list[dict[str, np.ndarray]], key: str, empty: np.ndarray) -> np.ndarray:
-    return np.concatenate([empty, *(d[key] for d in detections)])
+def _difference(found: dict, wanted: dict) -> tuple[str, object, object] | None:
+    """Return the first entry, or entry of an entry, of ``wanted`` that differs in ``found``."""
+    for key, value in wanted.items():
+        was = found.get(key)
+        if was != value and isinstance(was, dict) and isinstance(value, dict):
+            parts = {**value, **was}
+            part = next(k for k in parts if (was.get(k), k in was) != (value.get(k), k in value))
+            return f"{key}: {part}", was.get(part), value.get(part)
+        if was != value:
+            return key, was, value
+    return None

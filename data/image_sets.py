@@ -55,16 +55,22 @@ def sets_name(sets: Iterable[tuple[str | None, str]]) -> str:
 
 
 def first_with_objects(counts: Sequence[int], n: int, source: str) -> list[int]:
-    """Positions of the first n pictures that have objects; counts: how many each one has.
+    """Return the positions of the first ``n`` images that have objects.
 
-    UserError if there are fewer, `source` says of what. ValueError for n below 1.
+    Args:
+        counts: how many objects each image has.
+        source: what the images are of, for messages.
+
+    Raises:
+        UserError: fewer images have objects.
+        ValueError: ``n`` is below 1.
     """
     if n < 1:
-        raise ValueError(f"cannot keep {n} pictures, wanted 1 or more")
+        raise ValueError(f"cannot keep {n} images, wanted 1 or more")
     found = np.flatnonzero(counts)
     if len(found) < n:
         raise UserError(
-            f"{source}: {len(found)} of {len(counts)} pictures have objects, too few to keep {n};"
+            f"{source}: {len(found)} of {len(counts)} images have objects, too few to keep {n};"
             " ask for fewer (--overfit) or take another image set (--train_sets)"
         )
     return found[:n].tolist()

@@ -1,9 +1,9 @@
 """The augmentation of SSD (arXiv 1512.02325, section 2.2; the variant of Chainer-SSD and RFBNet).
 
-Every random function takes the `numpy.random.Generator` that it draws from, so a sample depends
-on nothing else. Pictures stay uint8 BGR [H,W,3]; the mean is subtracted later, on the device.
-A target is float32 [n,5]: x1, y1, x2, y2 in pixels, inside the picture and with an area, and a
-label; n may be 0. No function changes its arguments, but a returned array may be a view of one.
+Every random function draws only from the `numpy.random.Generator` that it is given. Images stay
+uint8 BGR [H, W, 3]; the mean is subtracted later, on the device. A target is float32 [n, 5] of
+x1, y1, x2, y2 in pixels, inside the image and with an area, and a label; n may be 0. No function
+changes its arguments, but a returned array may be a view of one.
 """
 
 from __future__ import annotations
@@ -26,89 +26,89 @@ INTERPOLATIONS = (
 class SSDAugmentation:
     """Random crop, photometric distortion, mirror, expansion and resize of one training sample.
 
-    Boxes narrower or lower than 1 % of the result are dropped. If that leaves none of those
-    given, the result is the untouched picture, resized, with all its boxes, however small. A
-    picture without boxes is distorted, mirrored and expanded, but never cropped.
+    Boxes narrower or lower than 1 % of the result are dropped. If none is left, the result is the
+    original image, resized, with all its boxes, however small. An image without boxes is
+    distorted, mirrored and expanded, but never cropped.
 
     Args:
         size: side of the square result.
-        mean: BGR colour around an expanded picture.
+        mean: BGR colour around an expanded image.
     """
 
-    def __init__(self, size: int, mean: tuple[float, float, float] = (104, 117, 123)):
+    def __init__(self, size: int, mean: tuple[float, float, float] = (104, 117, 123)) -> None:
         self.size = size
         self.mean = mean
 
     def __call__(
         self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return uint8 [size,size,3] and float32 [m,5], relative corners in 0..1 and the label."""
-        picture, boxes = random_crop(image, target, rng)
-        picture = photometric_distort(picture, rng)
-        # The published order is expand, mirror. The place on the canvas is uniform, hence its
-        # mirror image is too, and this order is the same with fewer pixels to move.
+        """Return uint8 [size, size, 3] and float32 [m, 5], corners in 0..1 and the label."""
+        result, boxes = random_crop(image, target, rng)
+        result = photometric_distort(result, rng)
+        # The published order is expand, mirror. The place on the canvas is uniform, and so is its
+        # mirror image: this order gives the same distribution and moves fewer pixels.
         if rng.random() < 0.5:
-            picture, boxes = mirror(picture, boxes)
-        canvas = expand(picture.shape[1], picture.shape[0], rng)
+            result, boxes = mirror(result, boxes)
+        canvas = expand(result.shape[1], result.shape[0], rng)
         interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))]
 
         large = (100 * (boxes[:, 2:4] - boxes[:, :2]) >= canvas[:2]).all(1)
         if large.any() or not len(target):
             boxes = boxes[large]
         else:
-            picture, boxes, canvas = image, target, (image.shape[1], image.shape[0], 0, 0)
-        return resize(picture, boxes, canvas, self.size, interpolation, self.mean)
+            result, boxes, canvas = image, target, (image.shape[1], image.shape[0], 0, 0)
+        return resize(result, boxes, canvas, self.size, interpolation, self.mean)
 
 
 class ResizeOnly:
-    """`SSDAugmentation` without randomness: the picture as evaluation sees it, and all boxes."""
+    """`SSDAugmentation` without randomness: the image as evaluation sees it, and all boxes."""
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self.size = size
 
     def __call__(
         self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Return uint8 [size,size,3] and float32 [n,5], relative corners in 0..1 and the label."""
+        """Return uint8 [size, size, 3] and float32 [n, 5], corners in 0..1 and the label."""
         canvas = (image.shape[1], image.shape[0], 0, 0)
         return resize(image, target, canvas, self.size, cv2.INTER_LINEAR, (0, 0, 0))
 
 
 class TestTransform:
-    """Bilinear resize to `size` x `size`, aspect ratio not kept: the input of evaluation."""
+    """Bilinear resize to `size` x `size`, without keeping the aspect ratio, for evaluation."""
 
-    __test__ = False  # not a test case, whatever pytest makes of the name
+    __test__ = False  # pytest takes the name for a test's
 
-    def __init__(self, size: int):
+    def __init__(self, size: int) -> None:
         self.size = size
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Return uint8 [size,size,3]."""
+        """Return uint8 [size, size, 3]."""
         return cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
 
 
 def random_crop(
     image: np.ndarray, target: np.ndarray, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Crop so that every box keeps a minimum IoU with the crop, itself drawn at random.
+    """Crop so that every box keeps a minimum IoU, drawn at random, with the crop.
 
-    Returns a view of the picture and the boxes whose centre lies inside it (at least one),
-    clipped and relative to its corner. Without boxes the picture stays whole.
+    Returns a view of the image, and the boxes whose centre lies inside it (at least one), clipped
+    and relative to its corner. An image without boxes stays whole.
     """
     if not len(target):
         return image, target
     extent = np.array((image.shape[1], image.shape[0]))
     low, high = target[:, :2], target[:, 2:4]
     centres, areas = (low + high) / 2, (high - low).prod(1)
-    while True:  # a choice without a valid crop is drawn again; "no crop" ends it in the end
+    while True:  # a minimum IoU without a valid crop is drawn again; "no crop" always ends
         min_iou = CROP_MIN_IOUS[rng.integers(len(CROP_MIN_IOUS))]
         if min_iou is None:
             return image, target
-        # An IoU is at most the smaller area by the larger, so for the limit m no crop is larger
-        # than the least box / m, nor smaller than the greatest * m: no try of these would be valid.
+        # An IoU is at most the smaller area / the larger. With the limit m, a valid crop is at most
+        # the smallest box / m and at least the largest * m; here it cannot be both.
         if areas.max() * min_iou**2 > areas.min():
             continue
-        # All tries at once; the first valid one counts, as if they had been drawn one by one.
+        # All tries are drawn at once; the first valid one counts, as if drawn one by one.
         scale = rng.uniform(0.3, 1, (CROP_TRIES, 1))
         aspect = np.sqrt(rng.uniform(np.maximum(0.5, scale**2), np.minimum(2, scale**-2)))
         sides = np.maximum(np.hstack((scale * aspect, scale / aspect)) * extent, 1).astype(int)
@@ -148,7 +148,7 @@ def adjust_colours(
 ) -> np.ndarray:
     """Add `brightness`, multiply by `contrast`, then turn the hue and scale the saturation.
 
-    The hue is OpenCV's 8-bit one, of 180 steps, and wraps; all else saturates at 0 and 255.
+    The hue is OpenCV's 8-bit one, of 180 steps, and wraps; other values saturate at 0 and 255.
     """
     levels = np.arange(256)
     if brightness != 0 or contrast != 1:
@@ -175,16 +175,16 @@ def mirror(image: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def expand(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
-    """Draw a canvas of up to 16 times the picture's area, and the picture's place on it.
+    """Draw a canvas of up to 16 times the image's area, and the image's place on it.
 
-    Returns (canvas width, canvas height, left, top); with probability 0.4 the canvas is the
-    picture. It is only drawn here: `resize` paints the result without it.
+    Returns (canvas width, canvas height, left, top). With probability 0.4 the canvas is the image.
+    No canvas is painted: `resize` paints the result directly.
     """
     if rng.random() >= EXPAND_PROBABILITY:
         return width, height, 0, 0
     scale = rng.uniform(1, 4)
     aspect = np.sqrt(rng.uniform(max(0.5, scale**-2), min(2, scale**2)))
-    # The bounds of `aspect` keep both sides at least the picture's; max() is for rounding alone.
+    # The bounds of `aspect` make both sides at least the image's; max() is for rounding.
     canvas_width = max(width, int(scale * aspect * width))
     canvas_height = max(height, int(scale / aspect * height))
     left = int(rng.integers(canvas_width - width + 1))
@@ -200,11 +200,12 @@ def resize(
     interpolation: int,
     fill: tuple[float, float, float],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Show the picture on its canvas (see `expand`), scaled to `size` x `size`.
+    """Return the image on its canvas (see `expand`), scaled to `size` x `size`, and its boxes.
 
-    The picture is scaled straight to its place, snapped to whole pixels of the result, and
-    framed with the colour `fill`: a canvas of a large photograph would take a gigabyte. The boxes
-    follow the snapped place. Returns uint8 [size,size,3] and float32 [n,5], relative corners.
+    The image is scaled directly to its place, rounded to whole pixels of the result, and framed
+    with the colour `fill`, because the canvas of a large photograph would take a gigabyte. The
+    boxes follow the rounded place. Returns uint8 [size, size, 3] and float32 [n, 5], corners
+    relative in 0..1 and the label.
     """
     height, width = image.shape[:2]
     canvas_width, canvas_height, left, top = canvas

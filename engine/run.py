@@ -161,7 +161,9 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
     data = train_set.fingerprint()
     _check_data(options, train_set, data, saved, path, world)
     test_set = _open_test_set(options, call) if options.test_frequency else None
-    pull = open_cache(options.cache, train_set)
+    # The first process of a machine makes sure that the caches of all of its processes fit.
+    processes = world.local_size if world.local_rank == 0 else 1
+    pull = open_cache(options.cache, train_set, processes)
     _check_memory(options, len(train_set), test_set is not None, world)
     folder = RunFolder(Path(), options)  # until every rank knows it
     return Run(options, device, train_set, pull, test_set, data, saved, path, start, folder)

@@ -99,15 +99,15 @@ def test_sample_is_the_augmented_item_of_the_data_set(dataset):
 
 
 def test_samples_differ_between_epochs_and_seeds(dataset):
-    pictures = [
+    images = [
         TrainingSet(dataset, SSDAugmentation(300), seed)[epoch, 0][0]
         for seed, epoch in ((0, 0), (0, 1), (1, 0))
     ]
-    assert not np.array_equal(pictures[0], pictures[1])
-    assert not np.array_equal(pictures[0], pictures[2])
+    assert not np.array_equal(images[0], images[1])
+    assert not np.array_equal(images[0], images[2])
 
 
-def test_test_sample_knows_the_size_of_its_picture(voc_folder):
+def test_test_sample_knows_the_size_of_its_image(voc_folder):
     dataset = VOCDetection(voc_folder, [(None, "test")])
     image, size = TestSet(dataset, TestTransform(300))[0]
     assert image.shape == (300, 300, 3)
@@ -118,7 +118,7 @@ def test_test_sample_knows_the_size_of_its_picture(voc_folder):
 def test_test_batches_of_all_processes_are_the_data_set(dataset, workers):
     samples = TestSet(dataset, TestTransform(300))
     found = {}
-    for rank in range(4):  # of 6 pictures: two processes have one
+    for rank in range(4):  # of 6 images: two processes have one
         share = Subset(samples, range(rank, len(samples), 4))
         batches = list(test_loader(share, 2, workers, pin_memory=False))
         images = [image for images, _ in batches for image in images]
@@ -199,7 +199,7 @@ def test_only_batch_is_shortened_to_equal_parts():
 def test_batch_that_cannot_be_divided_is_refused():
     with pytest.raises(ValueError, match="batch of 30 is no multiple of 4 parts"):
         EpochSampler(100, 30, 0, world=2, accumulate=2)
-    with pytest.raises(ValueError, match="3 pictures are fewer than the 4 parts"):
+    with pytest.raises(ValueError, match="3 images are fewer than the 4 parts"):
         EpochSampler(3, 32, 0, world=4)
 
 
@@ -232,7 +232,7 @@ def test_loading_processes_do_not_grow_over_the_epochs(dataset):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_picture_that_vanishes_is_told_in_the_readers_sentence_alone(dataset, workers):
+def test_image_that_vanishes_is_told_in_the_readers_sentence_alone(dataset, workers):
     loader = make_loader(dataset, workers, batch_size=1)
     path, told = dataset.image_path(4), ""
     others = multiprocessing.active_children()
@@ -245,7 +245,7 @@ def test_picture_that_vanishes_is_told_in_the_readers_sentence_alone(dataset, wo
                 path.unlink(missing_ok=True)
     except UserError as error:
         told = str(error)
-    assert told == f"{path}: the picture cannot be read (No such file or directory)"
+    assert told == f"{path}: cannot read the image (No such file or directory)"
     assert len(set(multiprocessing.active_children()) - set(others)) == workers
     # Left to the garbage collector, each would take PyTorch 5 seconds to end.
     del loader
@@ -324,7 +324,7 @@ def set_free(monkeypatch, mebibytes):
 
 
 def test_batches_under_way_must_fit_into_shared_memory(monkeypatch):
-    # A batch of 32 pictures of 512 x 512 takes 24 MiB; 2 processes have 2 each, one is in use.
+    # A batch of 32 images of 512 x 512 takes 24 MiB; 2 processes have 2 each, one is in use.
     set_free(monkeypatch, 120)
     check_shared_memory(2, 32, 512)
     set_free(monkeypatch, 119)

@@ -17,10 +17,9 @@ import torch
 from conftest import write_voc
 
 from data import DATASETS
-from data.config import PER_CLASS
 from engine.optim import LR_MILESTONES
 from engine.options import OPTIONS, default_text
-from layers.detect import SUPPRESSION
+from layers.detect import SUPPRESSION, DetectConfig
 from models import BACKBONES, build_net
 
 ROOT = Path(__file__).parent.parent
@@ -196,7 +195,7 @@ def test_options_of_detection_are_the_defaults():
         row = next(line for line in README.splitlines() if line.startswith(f"| `--{option} "))
         voc, coco = (f"{DATASETS[name].detection[field]:g} ({name})" for name in ("VOC", "COCO"))
         assert f": {voc}, {coco}" in row
-        assert option == "score_threshold" or f"at most {PER_CLASS} of a class" in row
+        assert option == "score_threshold" or f"at most {DetectConfig.per_class} of a class" in row
     row = next(line for line in README.splitlines() if line.startswith("| `--nms "))
     assert re.findall(r"soft[-\w]*", row)[:2] == list(SUPPRESSION)[1:]
 
