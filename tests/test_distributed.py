@@ -35,6 +35,7 @@ from program import __file__ as PROGRAM
 from tiny import PLAIN, TINY
 from torch import nn
 
+import engine.job
 import models
 import train_test
 from data.config import VOC_300
@@ -49,6 +50,7 @@ from engine.distributed import (
     join,
     leave,
 )
+from engine.job import run_job
 from engine.steps import TrainStep
 from layers import MultiBoxLoss, PriorBox
 from models import build_net
@@ -404,6 +406,28 @@ def test_one_process_decides_for_itself(alone):
 )
 def test_a_lost_process_is_told_from_a_misuse(error, lost):
     assert is_lost_connection(error) == lost
+
+
+def test_a_lost_process_is_reported_with_its_cause_and_a_misuse_passes(monkeypatch, capsys):
+    def run_with(error: Exception) -> int:
+        def train(*_):
+            raise error
+
+        return run_job("train_test.py", [], train, train)
+
+    lost = RuntimeError("Connection closed by peer [127.0.0.1]:4930\nmore")
+    with pytest.raises(ConnectionResetError):  # not of a file, and there is no other process
+        run_with(ConnectionResetError(104, "Connection reset by peer"))
+    monkeypatch.setattr(engine.job, "join", lambda: World(rank=1, size=2))
+    assert run_with(lost) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("[process 1] error: ") and error.count("\n") == 1
+    assert "Connection closed by peer [127.0.0.1]:4930" in error and "--resume auto" in error
+    with pytest.raises(RuntimeError, match="Duplicate GPU"):
+        run_with(dist.DistBackendError("ncclInvalidUsage: Duplicate GPU detected"))
+    assert run_with(RankZeroFailed()) == 2
+    assert run_with(FileNotFoundError(2, "No such file", "a.pth")) == 2
+    assert capsys.readouterr().err == "[process 1] error: a.pth: No such file\n"
 
 
 @pytest.mark.parametrize(
