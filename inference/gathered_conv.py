@@ -14,6 +14,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +51,6 @@ class GatheredWeight(nn.Module):
         self.widths = tuple(widths)
         self.kernel = kernel
         self.activation = activation
-
-    def extra_repr(self) -> str:
-        inputs = "+".join(map(str, self.widths))
-        return f"{inputs}, {len(self.bias)}, {self.kernel}x{self.kernel}, {self.activation}"
 
 
 def pack(weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str) -> GatheredWeight:
@@ -123,14 +120,21 @@ def gathered_conv2d(
         filters = x.new_empty(shape[1], inputs.shape[1], weight.kernel, weight.kernel)
         F.conv2d(inputs, filters, padding=weight.kernel // 2)
         return out
+    _launch(parts, weight, out)
+    return out
+
+
+def _launch(parts: Sequence[Tensor], weight: GatheredWeight, out: Tensor) -> None:
+    """Run the kernel: write the convolution of ``parts`` into ``out``."""
+    batch, outputs, height, width = out.shape
     rows = tuple(_row(part, f"part {i}") for i, part in enumerate(parts))
     out_row = _row(out, "out")
     pixels = batch * height * width
     if not pixels:
-        return out
+        return
     kernel = _kernel(out.device.type)
     with torch.cuda.device_of(out):  # Triton launches on the current device
-        kernel[lambda meta: (-(-pixels // meta["BLOCK_M"]) * -(-shape[1] // meta["BLOCK_N"]),)](
+        kernel[lambda meta: (-(-pixels // meta["BLOCK_M"]) * -(-outputs // meta["BLOCK_N"]),)](
             tuple(parts),
             weight.weight,
             weight.bias,
@@ -142,7 +146,7 @@ def gathered_conv2d(
             ROWS=rows,
             VECTORS=tuple(_vector(x, row) for x, row in zip(parts, rows, strict=True)),
             CHUNKS=tuple(_chunk(weight.kernel**2 * w, out.itemsize) for w in weight.widths),
-            OUTPUTS=shape[1],
+            OUTPUTS=outputs,
             OUT_ROW=out_row,
             OUT_VECTOR=_vector(out, out_row),
             COLUMNS=weight.weight.shape[1],
@@ -153,7 +157,6 @@ def gathered_conv2d(
             WIDEN=out.device.type == "cpu",
             enable_fp_fusion=True,
         )
-    return out
 
 
 def gather_blocks(net: nn.Module) -> None:
@@ -274,7 +277,7 @@ def _one_of(names: Sequence[object]) -> str:
 
 
 @cache
-def _kernel(device: str):
+def _kernel(device: str) -> Any:
     """Return the kernel; its first call compiles it, or it is interpreted."""
     global tl  # Triton looks names up in the module that a kernel is written in.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -308,7 +311,7 @@ def _kernel(device: str):
     return tune(jit)
 
 
-def _fitting(configs, arguments, **constants):
+def _fitting(configs: list[Any], arguments: dict, **constants: Any) -> list[Any]:
     """Keep tiles no wider than the outputs, yet wide enough to read each input only a few times."""
     outputs = constants["OUTPUTS"]
     widest = min(128, max(16, 1 << (outputs - 1).bit_length()))
