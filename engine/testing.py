@@ -162,7 +162,7 @@ def _stored(
         stored |= {"dataset": info.dataset}
         if "config" in saved:
             stored = Options.of({**saved["config"], "classes": saved["classes"]}, path).plain()
-        elif not info.assumed or info.dataset == "VOC":
+        elif not info.assumed:  # else the data tell which of the detector's classes they have
             stored["classes"] = list(info.classes)
     # A detector that was trained on the images of --overfit was tested on them.
     leave = {"train_sets", "save_folder", "overfit", *MACHINE}
