@@ -227,8 +227,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if html:
         with atomic_write(html) as file:
             file.write(check_page(report).encode("utf-8", "replace"))
-    if hasattr(sys.stdout, "reconfigure"):  # file names may have letters beyond its encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
     print(summary(report))
     if html:
         print(f"\nThe page with images is {html}")
