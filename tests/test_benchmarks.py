@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import math
 import os
+import time
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -17,7 +20,7 @@ from nms_routines import needs_torchvision
 from tiny import TINY
 
 import models
-from benchmarks import harness, loader, nms, scores, train
+from benchmarks import harness, loader, nms, on_gpu, scores, train
 from benchmarks.harness import CPU
 from data.coco import COCODetection
 from demo import shapes
@@ -238,3 +241,67 @@ def test_loader_notices_other_samples(voc_folder, monkeypatch):
     monkeypatch.setattr(loader, "open_cache", other)
     with pytest.raises(AssertionError, match="other samples"):
         loader.main(["--root", str(voc_folder), "--cache", "memory", "--rounds", "1"])
+
+
+# ---------------------------------------------------------------- the GPU script
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_line_of_the_gpu_script_is_understood(quick, tmp_path):
+    """By the parser of the program that it calls."""
+    from engine import options
+
+    settings = on_gpu.Settings(quick=quick, bccd="/data/B C", options="--lr 1e-3")
+    seen = set()
+    for part in on_gpu.PARTS.values():
+        for stage in part.stages(settings, tmp_path):
+            for _, line in stage.values():
+                argv = on_gpu.command_of(line, settings, Path("out.json"))[1:]
+                if argv[:2] == ["-m", "torch.distributed.run"]:
+                    argv = argv[5:]
+                if argv[0] == "-m" and argv[1].startswith("benchmarks."):
+                    importlib.import_module(argv[1]).parser().parse_args(argv[2:])
+                elif argv[0] == "train_test.py":
+                    options.parse(argv[1:])
+                else:
+                    assert argv[:2] == ["-m", "pytest"] or argv[0] in ("-c", "utils/build.py")
+                seen.add(argv[1] if argv[0] == "-m" else argv[0])
+    assert seen >= {"benchmarks.nms", "benchmarks.speed", "benchmarks.train", "train_test.py"}
+
+
+def test_parts_that_are_not_asked_for_get_no_time():
+    assert on_gpu.reserve([["step"], ["tests", "bccd"]]) == 40 + 150
+    assert on_gpu.reserve([[]]) == on_gpu.reserve([]) == 0
+
+
+def test_settings_are_those_of_the_environment():
+    env = {"DEVICE": "cpu", "QUICK": "1", "SEEDS": "3 4", "LIMIT": "30", "OUT": "x", "HOME": "/"}
+    expected = on_gpu.Settings("cpu", True, seeds="3 4", limit=30, out=Path("x"))
+    assert on_gpu.Settings.of(env) == expected and not expected.gpu
+
+
+def test_a_call_that_fails_or_hangs_stops_nothing_else(tmp_path, monkeypatch, capfd):
+    def stages(settings, folder):
+        return [
+            {"fails": (9, "-c 'print(1); raise SystemExit(3)'")},
+            {"hangs": (1.5, "-c 'import time; print(7, flush=True); time.sleep(60)'"),
+             "beside": (9, "-c 'print(6)'")},
+            {"works": (9, "-c 'print(5 * 5)'")},
+        ]  # fmt: skip
+
+    parts = {"one": on_gpu.Part(stages, 30, 5), "two": on_gpu.Part(stages, 9, 5, "bccd")}
+    monkeypatch.setattr(on_gpu, "PARTS", parts)
+    start = time.monotonic()
+    assert on_gpu.main([], on_gpu.Settings(out=tmp_path / "out")) == 1
+    assert time.monotonic() - start < 20
+    one, two = map(json.loads, (tmp_path / "out/results.jsonl").read_text().splitlines())
+    assert (one["status"], one["failed"], two["status"]) == (
+        "failed", ["fails", "hangs"], "needs bccd"
+    )  # fmt: skip
+    found = {name: (each["status"], each["lines"]) for name, each in one["results"].items()}
+    assert found == {
+        "fails": (3, ["1"]), "hangs": (None, ["7"]), "beside": (0, []), "works": (0, ["25"])
+    }  # fmt: skip
+    table = capfd.readouterr().out
+    assert "status 3" in table and "stopped" in table and "    25" in table
+    assert on_gpu.main(["three"], on_gpu.Settings(out=tmp_path)) == 2
