@@ -146,7 +146,7 @@ def test_every_fault_of_a_folder_is_told_at_once_as_the_reader_tells_it(tmp_path
     status, data = run(root, tmp_path)
     (errors,) = (f for f in data["findings"] if f["level"] == "error")
     assert (status, errors["part"], data["counts"]["error"]) == (1, "train", len(faults))
-    # The boxes of six annotations can be read, and belong to an image of a known size.
+    # The readable boxes of images with a known size.
     assert data["classes"]["dog"]["train"] == {"boxes": 6, "pictures": 6}
     for name, path in faults.items():
         (text,) = (text for text in errors["records"] if str(path) in text)
@@ -421,9 +421,8 @@ def test_the_page_is_one_file_with_the_images_and_names_are_escaped(tmp_path):
     text = check_page(report)
     elements = [*ElementTree.fromstring(text).iter()]
     assert any(name in (element.text or "") for element in elements)
-    # The box without area, the leak (two images); the unreadable image is not shown.
     images = [element.attrib["src"] for element in elements if element.tag == "img"]
-    assert len(images) >= 3
+    assert len(images) >= 3  # the box without area, and the leak (two images)
     assert all(source.startswith("data:image/jpeg;base64,") for source in images)
     assert not {"script", "link", "a"} & {element.tag for element in elements}
     assert "color-scheme: light dark" in text and "http" not in text
@@ -442,16 +441,11 @@ def test_the_page_marks_the_odd_box(tmp_path):
     assert red > green + 20  # the left side of the box, x = 59
 
 
-@pytest.mark.parametrize(
-    ("option", "value", "message"),
-    [("--root", "nowhere", "--root"), ("--train_sets", ",", "names no image set"),
-     ("--json", "/proc/none/x.json", "cannot be written"),
-     ("--html", "/proc/none/x.html", "cannot be written")],
-)  # fmt: skip
-def test_bad_usage_ends_with_2_and_a_sentence(voc_folder, option, value, message, capsys):
-    assert main(["--root", str(voc_folder), option, value]) == 2
+@pytest.mark.parametrize("option", ["--root", "--json", "--html"])
+def test_bad_usage_ends_with_2_and_a_sentence(voc_folder, option, capsys):
+    assert main(["--root", str(voc_folder), option, "/proc/none/x"]) == 2
     out, error = capsys.readouterr()
-    assert out == "" and error.startswith("error: ") and value in error and message in error
+    assert out == "" and error.startswith("error: ") and "/proc/none/x" in error
 
 
 def test_names_beyond_the_encoding_of_the_output_are_told(tmp_path, monkeypatch):
@@ -469,12 +463,10 @@ def test_names_beyond_the_encoding_of_the_output_are_told(tmp_path, monkeypatch)
 
 
 def test_options_are_those_of_training():
-    words = "--root R -d COCO --train-sets a --test_sets b --classes c".split()
-    given = module.parse(words)
+    given = module.parse("--root R -d COCO --train-sets a --test_sets b --classes c".split())
     assert given.pop("size") == [300, 512] and given.keys() <= OPTIONS.keys()
     options = resolve(given)
-    values = (options.dataset, options.train_sets, options.classes)
-    assert values == ("COCO", ((None, "a"),), ("c",))
+    assert (options.dataset, options.train_sets) == ("COCO", ((None, "a"),))
     with pytest.raises(SystemExit, match="2"):
         module.parse(["--size", "301"])
 
@@ -484,18 +476,14 @@ def test_options_are_those_of_training():
 
 PAGE = (ROOT / "docs" / "own_data.md").read_text("utf-8")
 BLOCKS = re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = [
-    shlex.split(line) for b in BLOCKS for line in b.splitlines() if line.startswith("python ")
-]
+COMMANDS = [shlex.split(line) for line in re.findall(r"^python .*", "".join(BLOCKS), re.MULTILINE)]
 SMALL = ["--max_iters", "1", "-b", "2", "--num_workers", "0", "--device", "cpu", "--amp", "off"]
 
 
 def test_lists_are_made_as_described(tmp_path):
     (block,) = (b for b in BLOCKS if b.startswith("mkdir"))
     names = [f"p{i}" for i in range(11)]
-    (tmp_path / "FOLDER" / "Annotations").mkdir(parents=True)
-    for name in names:
-        (tmp_path / "FOLDER" / "Annotations" / f"{name}.xml").touch()
+    write_voc(tmp_path / "FOLDER", {"all": dict.fromkeys(names, DOG)})
     subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True)
     sets = tmp_path / "FOLDER" / "ImageSets" / "Main"
     train, test = ((sets / f"{name}.txt").read_text().split() for name in ("trainval", "test"))

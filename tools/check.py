@@ -129,8 +129,7 @@ def summary(report: Report, shown: int = 5) -> str:
 def as_json(report: Report) -> dict:
     """Return the whole report as plain data."""
     parts = report.parts.items()
-    return {
-        **{name: getattr(report.options, name) for name in ("root", "dataset", "priors")},
+    return {name: getattr(report.options, name) for name in ("root", "dataset", "priors")} | {
         "sets": {name: {"names": report.sets(name), "pictures": len(part.sizes)}
                  for name, part in parts},
         "counts": report.counts(),
@@ -146,11 +145,9 @@ def as_json(report: Report) -> dict:
 def parse(argv: Sequence[str] | None) -> dict:
     """Return the given options by name."""
     priors, sizes = (list(dict.fromkeys(values)) for values in zip(*PRIORS, strict=True))
-    p = Parser(
-        prog="python -m tools.check", argument_default=argparse.SUPPRESS, allow_abbrev=False,
-        description="Check a data set before training, with the options of train_test.py.",
-        epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.",
-    )
+    p = Parser(prog="python -m tools.check", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+               description="Check a data set before training, with the options of train_test.py.",
+               epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.")
     for name in ("dataset", "root", "classes", "train_sets", "test_sets"):
         add_option(p, name)
     p.add_argument("-s", "--size", type=int, nargs="+", choices=sizes, default=sizes,
@@ -178,11 +175,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         close_logging()
     if data:
         write_json(data, as_json(report))
+    print(summary(report))
     if html:
         with atomic_write(html) as file:
             file.write(check_page(report).encode("utf-8", "replace"))
-    print(summary(report))
-    if html:
         print(f"\nThe page with images is {html}")
     counts = report.counts()
     return int(counts["error"] > 0 or (strict and counts["warning"] > 0))
