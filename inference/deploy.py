@@ -1,14 +1,15 @@
-"""An inference network equal to a trained detector: folded and merged.
+"""Turn a trained detector into a faster network with equal outputs, for inference only.
 
     deployed = deploy(net)
-    loc, conf = deployed(images)        # as net.eval()(images), to rounding
+    loc, conf = deployed(images)        # net.eval()(images), up to rounding
 """
 
 from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,22 +22,23 @@ from inference.gathered_conv import gather_blocks
 
 @torch.inference_mode(False)
 def deploy(net: nn.Module, gather: bool = False) -> Deployed:
-    """An inference network that computes what ``net`` does in evaluation mode.
+    """Return an inference network that computes what ``net`` computes in evaluation mode.
 
-    Batch norms are folded into their convolutions, ``L2Norm``'s scale into the heads behind it,
-    the location and the confidence head of a source map are one convolution, and weights lie
-    channels last. ``net`` stays as it is.
+    Batch norms are folded into their convolutions, and the scale of ``L2Norm`` into the heads
+    behind it. The location and confidence heads of a source map become one convolution. Weights lie
+    channels last. ``net`` does not change.
 
     Args:
         net: a detector of ``models.build_net``, on any device.
-        gather: the convolutions of HarD blocks read their inputs where they lie instead of from
-            a concatenation (``inference.gathered_conv``: Triton, on a GPU).
+        gather: convolutions of HarD blocks read their inputs where they lie, not from a
+            concatenation. Needs Triton and a GPU, see ``inference.gathered_conv``.
 
     Returns:
         A module in evaluation mode, without gradients, with the interface of ``net``.
 
     Raises:
-        ValueError: a network with a batch norm that does not follow a convolution of its own.
+        ValueError: a batch norm of ``net`` cannot be folded: it is not the only reader of one
+            convolution that runs once.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     _fold_batch_norms(net)
@@ -46,11 +48,13 @@ def deploy(net: nn.Module, gather: bool = False) -> Deployed:
 
 
 class Deployed(nn.Module):
-    """What ``deploy`` returns: images [B, 3, S, S] (BGR, 0..255 minus the mean) -> ``loc``
-    [B, P, 4] and ``conf`` [B, P, num_classes] logits, as the detector.
+    """Result of ``deploy``, with the interface of a detector.
 
-    For half precision it is converted, ``deployed.to(torch.bfloat16)``: under autocast weights
-    would be converted anew with every call. Images may be float32 all the same.
+    Images [B, 3, S, S] (BGR, 0..255 minus the mean) -> ``loc`` [B, P, 4] and ``conf`` [B, P,
+    num_classes], logits.
+
+    For half precision convert it, ``deployed.to(torch.bfloat16)``; autocast would convert the
+    weights in every call. Images may be float32 in any case.
     """
 
     def __init__(self, net: nn.Module) -> None:
@@ -82,7 +86,7 @@ class Deployed(nn.Module):
 
 
 class _Normalise(nn.Module):
-    """``L2Norm`` without its scale."""
+    """``L2Norm`` without its scale: x / max(||x||_2 over channels, eps)."""
 
     def __init__(self, eps: float) -> None:
         super().__init__()
@@ -91,36 +95,56 @@ class _Normalise(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         dtype = torch.promote_types(x.dtype, torch.float32)
         norm = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=dtype)
-        # Not their sum: exporters to ONNX drop so small a term, and 0 / 0 is left.
+        # Not norm + eps: ONNX exporters drop so small a term, which leaves 0 / 0.
         return (x / norm.clamp(min=self.eps)).to(x.dtype)
 
 
 class _Readers(TorchDispatchMode):
-    """How many operations have read a tensor, by its id."""
+    """Count the operations that read each tensor, by its id."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count: Counter[int] = Counter()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(
+        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
+    ) -> Any:
         self.count.update(id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         return func(*args, **(kwargs or {}))
 
 
 def _fold_batch_norms(net: nn.Module) -> None:
-    """Every batch norm into the convolution before it.
+    """Fold every batch norm into the convolution before it."""
+    convs = _convolutions_before(net)
+    for path, module in list(net.named_modules()):
+        for name, child in list(module.named_children()):
+            if not isinstance(child, nn.BatchNorm2d):
+                continue
+            if child not in convs:
+                where = f"{path}.{name}".lstrip(".")
+                raise ValueError(f"the batch norm {where} does not follow a convolution of its own")
+            conv = convs[child]
+            dtype = conv.weight.dtype
+            # Double precision: folding rounds once.
+            fused = fuse_conv_bn_eval(conv.double(), child.double()).to(dtype)
+            conv.weight, conv.bias = fused.weight, fused.bias
+            setattr(module, name, nn.Identity())
+    net.requires_grad_(False)
 
-    A run without data shows which that is, and that both run once and nothing lies between them or
-    reads the convolution's output beside the norm.
+
+def _convolutions_before(net: nn.Module) -> dict[nn.Module, nn.Module]:
+    """Return, for each batch norm that can be folded, the convolution to fold it into.
+
+    A run on the meta device finds them: both run once, and the norm alone reads the output of the
+    convolution.
     """
-    dtype = next(net.parameters()).dtype
     tensors = [*net.parameters(), *net.buffers()]
     shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors})
     readers, runs = _Readers(), Counter()
-    made: dict[int, tuple[nn.Module, Tensor, int]] = {}  # tensors are kept, so that ids stay theirs
+    made: dict[int, tuple[nn.Module, Tensor, int]] = {}  # keeps the tensors, so ids stay unique
     before: dict[nn.Module, tuple[nn.Module, Tensor, int]] = {}
 
-    def note(conv: nn.Module, _, output: Tensor) -> None:
+    def note(conv: nn.Module, _: tuple, output: Tensor) -> None:
         runs[conv] += 1
         made[id(output)] = (conv, output, readers.count[id(output)])
 
@@ -134,32 +158,19 @@ def _fold_batch_norms(net: nn.Module) -> None:
             module.register_forward_hook(note)
         elif isinstance(module, nn.BatchNorm2d):
             module.register_forward_pre_hook(find)
+    dtype = next(net.parameters()).dtype
     with torch.no_grad(), readers:
         shadow.sources(torch.empty(1, 3, 512, 512, dtype=dtype, device="meta"))
     real = dict(zip(shadow.modules(), net.modules(), strict=True))
-    convs = {
+    return {
         real[norm]: real[conv]
         for norm, (conv, output, earlier) in before.items()
         if runs[norm] == runs[conv] == readers.count[id(output)] - earlier == 1
     }
-    for path, module in list(net.named_modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, nn.BatchNorm2d):
-                if child not in convs:
-                    where = f"{path}.{name}".lstrip(".")
-                    raise ValueError(
-                        f"the batch norm {where} does not follow a convolution of its own"
-                    )
-                conv = convs[child]
-                # In double precision, so that folding rounds once.
-                fused = fuse_conv_bn_eval(conv.double(), child.double()).to(dtype)
-                conv.weight, conv.bias = fused.weight, fused.bias
-                setattr(module, name, nn.Identity())
-    net.requires_grad_(False)
 
 
 def _side_by_side(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
-    """One convolution with the outputs of all ``convs``, which share their input."""
+    """Return one convolution with the outputs of all ``convs``, which share their input."""
     first = convs[0]
     weight = torch.cat([conv.weight for conv in convs])
     bias = torch.cat([conv.bias for conv in convs])

@@ -125,7 +125,7 @@ def draw_comparison(
         colour = {CORRECT: GREEN, IGNORED: GREY}.get(judged.kind[k], RED)
         text = f"wrong {text}" if colour is RED else text
         items.append((found.boxes[k] - (0, 0, 1, 1), colour, text, False))
-    return _draw(image, items)
+    return _draw(image, items, find_font(names or ()))
 
 
 def draw_examples(
@@ -152,11 +152,12 @@ def draw_batch(
 
     images: BGR uint8 [B, 3, S, S]. targets: an image each, [n, 5], corners in 0..1 and the label.
     """
-    drawn = []
+    drawn, font = [], find_font(names)
     for image, target in zip(images[:most], targets, strict=False):
         boxes = target[:, :4].numpy() * image.shape[-1]
         pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-        drawn.append(draw_detections(pixels, boxes, target[:, 4].int().tolist(), names=names))
+        labels = target[:, 4].int().tolist()
+        drawn.append(draw_detections(pixels, boxes, labels, names=names, font=font))
     return contact_sheet(drawn, 4)
 
 

@@ -1,11 +1,10 @@
 """A convolution that reads its input from several tensors, without a concatenation (Triton).
 
     weight = pack(conv.weight, conv.bias, widths=[14, 24, 64], activation="relu")
-    y = gathered_conv2d([a, b, x], weight)  # relu(conv2d(cat([a, b, x], 1))), to rounding
+    y = gathered_conv2d([a, b, x], weight)  # relu(conv2d(cat([a, b, x], 1))), up to rounding
 
-For inference on a GPU: there are no gradients. Triton comes with PyTorch's CUDA builds; it is
-imported with the first call, and its interpreter (``TRITON_INTERPRET=1`` in the environment)
-computes on the CPU, slowly.
+For inference on a GPU, without gradients. Triton comes with PyTorch's CUDA builds. The first call
+imports it. Its interpreter (``TRITON_INTERPRET=1`` in the environment) computes on the CPU, slowly.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import os
 from collections.abc import Sequence
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,17 +26,17 @@ ACTIVATIONS = ("linear", "relu", "relu6")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PARTS = 9
 TILES = ((64, 16), (128, 16), (64, 32), (128, 32), (64, 64), (128, 64), (128, 128))
-"""Pixels x outputs that a program may make; the fastest is taken."""
+"""Candidate tiles of one program, pixels x outputs; autotuning takes the fastest."""
 MULTIPLE = 16
-"""Rows of a packed weight are as long as the next multiple of so many outputs, for the alignment
-that wide loads need."""
+"""Rows of a packed weight are padded to a multiple of this many outputs: wide loads need the
+alignment."""
 
 
 class GatheredWeight(nn.Module):
-    """A convolution's weights as the kernel reads them; made by ``pack``.
+    """The weights of a convolution as the kernel reads them; result of ``pack``.
 
-    ``weight`` [k * k * sum of widths, outputs up to a multiple of 16] has a row for every part, tap
-    and channel, in this order; ``bias`` [outputs]. Both are buffers, so that ``to`` moves them.
+    ``weight`` [k * k * sum of widths, outputs padded to a multiple of 16]: a row per part, tap and
+    channel, in this order. ``bias`` [outputs]. Both are buffers, so ``to`` moves them.
     """
 
     weight: Tensor
@@ -52,23 +52,19 @@ class GatheredWeight(nn.Module):
         self.kernel = kernel
         self.activation = activation
 
-    def extra_repr(self) -> str:
-        inputs = "+".join(map(str, self.widths))
-        return f"{inputs}, {len(self.bias)}, {self.kernel}x{self.kernel}, {self.activation}"
-
 
 def pack(weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str) -> GatheredWeight:
-    """Lay a convolution's weights out for ``gathered_conv2d``.
+    """Lay out the weights of a convolution for ``gathered_conv2d``.
 
     Args:
-        weight: [O, sum of widths, k, k] with k 1 or 3; the convolution has stride 1, padding
+        weight: [O, sum of widths, k, k] with k 1 or 3, of a convolution with stride 1, padding
             k // 2, dilation 1 and one group.
         bias: [O].
-        widths: channels of the 1 to 9 tensors that the input lies in, in order.
-        activation: what follows, "linear", "relu" or "relu6".
+        widths: channels of the 1 to 9 input tensors, in order.
+        activation: "linear", "relu" or "relu6", applied to the result.
 
     Raises:
-        ValueError: other shapes, widths that do not add up, an unknown activation or type.
+        ValueError: other shapes, widths that do not add up, an unknown activation or dtype.
     """
     outputs, inputs, *kernel = weight.shape
     if kernel not in ([1, 1], [3, 3]):
@@ -92,25 +88,25 @@ def pack(weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str) -
 def gathered_conv2d(
     parts: Sequence[Tensor], weight: GatheredWeight, out: Tensor | None = None
 ) -> Tensor:
-    """Convolution of the concatenation of ``parts``, bias and activation, in one kernel.
+    """Convolve the concatenation of ``parts``, add the bias, apply the activation, in one kernel.
 
-    Sums are made in float32; float32 itself is multiplied exactly, or as TF32 where
-    ``torch.backends.cuda.matmul.allow_tf32`` says so. The first call with a shape tries a few
-    tiles on the GPU, and keeps what it finds in Triton's cache; a CUDA graph can be captured after
-    it. On the meta device only shapes are propagated, as of one convolution.
+    Accumulates in float32. float32 inputs are multiplied exactly, or as TF32 if
+    ``torch.backends.cuda.matmul.allow_tf32`` is set. The first call with a shape times a few tiles
+    on the GPU and keeps the result in Triton's cache; later calls can be captured in a CUDA graph.
+    On the meta device only shapes are propagated, as by one convolution.
 
     Args:
-        parts: [B, C_k, H, W] of the weights' widths, type and device, channels last; each may be a
-            slice of the channels of a wider channels-last tensor.
+        parts: [B, C_k, H, W] each, with the widths, dtype and device of ``weight``, channels last.
+            A part may be a channel slice of a wider channels-last tensor.
         weight: from ``pack``.
-        out: [B, O, H, W], where the result is written: channels last, maybe a slice of the channels
-            of a wider tensor, but of other channels than the parts. None: a new tensor.
+        out: [B, O, H, W], receives the result: channels last, or a channel slice of a wider tensor
+            that does not overlap the parts. None: a new tensor.
 
     Returns:
         ``out``, [B, O, H, W].
 
     Raises:
-        ValueError: other widths, shapes, memory layout, type or device, or gradients are wanted.
+        ValueError: other widths, shapes, memory layout, dtype or device; a part needs a gradient.
         RuntimeError: Triton cannot be imported, or is too old.
     """
     x = _check(parts, weight)
@@ -124,14 +120,21 @@ def gathered_conv2d(
         filters = x.new_empty(shape[1], inputs.shape[1], weight.kernel, weight.kernel)
         F.conv2d(inputs, filters, padding=weight.kernel // 2)
         return out
+    _launch(parts, weight, out)
+    return out
+
+
+def _launch(parts: Sequence[Tensor], weight: GatheredWeight, out: Tensor) -> None:
+    """Run the kernel: write the convolution of ``parts`` into ``out``."""
+    batch, outputs, height, width = out.shape
     rows = tuple(_row(part, f"part {i}") for i, part in enumerate(parts))
     out_row = _row(out, "out")
     pixels = batch * height * width
     if not pixels:
-        return out
+        return
     kernel = _kernel(out.device.type)
     with torch.cuda.device_of(out):  # Triton launches on the current device
-        kernel[lambda meta: (-(-pixels // meta["BLOCK_M"]) * -(-shape[1] // meta["BLOCK_N"]),)](
+        kernel[lambda meta: (-(-pixels // meta["BLOCK_M"]) * -(-outputs // meta["BLOCK_N"]),)](
             tuple(parts),
             weight.weight,
             weight.bias,
@@ -143,7 +146,7 @@ def gathered_conv2d(
             ROWS=rows,
             VECTORS=tuple(_vector(x, row) for x, row in zip(parts, rows, strict=True)),
             CHUNKS=tuple(_chunk(weight.kernel**2 * w, out.itemsize) for w in weight.widths),
-            OUTPUTS=shape[1],
+            OUTPUTS=outputs,
             OUT_ROW=out_row,
             OUT_VECTOR=_vector(out, out_row),
             COLUMNS=weight.weight.shape[1],
@@ -154,12 +157,13 @@ def gathered_conv2d(
             WIDEN=out.device.type == "cpu",
             enable_fp_fusion=True,
         )
-    return out
 
 
 def gather_blocks(net: nn.Module) -> None:
-    """Replace every HarD block of a folded network, with the convolution behind it, by a
-    ``GatheredBlock``."""
+    """Replace each HarD block, with the convolution behind it, by a ``GatheredBlock``.
+
+    The batch norms of ``net`` are folded already.
+    """
     for module in list(net.modules()):
         for (name, block), (following, behind) in pairwise(list(module.named_children())):
             if isinstance(block, HarDBlock):
@@ -170,8 +174,8 @@ def gather_blocks(net: nn.Module) -> None:
 class GatheredBlock(nn.Module):
     """A HarD block and the convolution behind it: [B, C, H, W] -> [B, outputs, H, W].
 
-    Value 0 is the input, value l the output of layer l; ``links[l - 1]`` are the values that layer
-    l takes, in order. The last layer is the convolution behind the block.
+    Value 0 is the input, value l the output of layer l. ``links[l - 1]`` lists the values that
+    layer l reads. The last layer is the convolution behind the block.
     """
 
     def __init__(self, block: HarDBlock, behind: nn.Module) -> None:
@@ -199,14 +203,14 @@ class GatheredBlock(nn.Module):
 
 
 def _allow_tf32() -> bool:
-    """What the caller has set, in PyTorch's newer way (2.9) or the older one."""
+    """Return whether TF32 is allowed, by the setting of PyTorch 2.9 or the older one."""
     matmul = torch.backends.cuda.matmul
     newer = getattr(matmul, "fp32_precision", None)
     return matmul.allow_tf32 if newer is None else newer == "tf32"
 
 
 def _check(parts: Sequence[Tensor], weight: GatheredWeight) -> Tensor:
-    """The first of the parts, which must be what the weights are for."""
+    """Check all parts against the weights, and return the first."""
     if len(parts) != len(weight.widths):
         raise ValueError(f"{len(parts)} parts, the weights are for {len(weight.widths)}")
     if parts[0].ndim != 4:
@@ -229,7 +233,7 @@ def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], weight: Gathered
 
 
 def _row(x: Tensor, name: str) -> int:
-    """Elements between neighbouring pixels; those of all images are equally far apart."""
+    """Return the distance between neighbouring pixels in elements, equal over all images."""
     batch, channels, height, width = x.shape
     steps = (1, width, height * width)
     strides = (x.stride(3), x.stride(2), x.stride(0))
@@ -247,18 +251,18 @@ def _row(x: Tensor, name: str) -> int:
 
 
 def _vector(x: Tensor, row: int) -> int:
-    """Channels that one load may take: they are neighbours, and aligned at every pixel."""
+    """Return how many channels one load may read, so that it is aligned at every pixel."""
     most = 16 // x.itemsize
     return math.gcd(most, x.shape[1], row, x.data_ptr() // x.itemsize)
 
 
 def _chunk(terms: int, itemsize: int) -> int:
-    """Terms of a part's sum that a matrix product takes at once.
+    """Return how many terms of a part's sum one matrix product takes.
 
-    Taps and channels of a part count as one axis, as widths such as 14, 24 or 70 would waste
-    much of each tap: 9 x 14 terms fill two chunks of 64 to 98 %, tap by tap they would fill 22 %.
-    The longest chunk is taken (a row of the cache, 128 bytes, at most) that wastes at most a tenth
-    more than the shortest.
+    Taps and channels of a part form one axis: widths such as 14, 24 or 70 would waste much of each
+    tap. 9 x 14 terms fill two chunks of 64 to 98 %; tap by tap they would fill 22 %. Return the
+    longest chunk, up to 128 bytes (a cache line), that wastes at most a tenth more than the
+    shortest.
     """
     padded = {chunk: -(-terms // chunk) * chunk for chunk in (16, 32, 64)}
     fit = [c for c, n in padded.items() if c * itemsize <= 128 and n <= 1.1 * padded[16]]
@@ -273,8 +277,8 @@ def _one_of(names: Sequence[object]) -> str:
 
 
 @cache
-def _kernel(device: str):
-    """The kernel compiled at its first call, or interpreted."""
+def _kernel(device: str) -> Any:
+    """Return the kernel; its first call compiles it, or it is interpreted."""
     global tl  # Triton looks names up in the module that a kernel is written in.
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if device != "cuda" and not interpreted:
@@ -307,8 +311,8 @@ def _kernel(device: str):
     return tune(jit)
 
 
-def _fitting(configs, arguments, **constants):
-    """Tiles at most as wide as the outputs, and wide enough to read an input few times."""
+def _fitting(configs: list[Any], arguments: dict, **constants: Any) -> list[Any]:
+    """Keep tiles no wider than the outputs, yet wide enough to read each input only a few times."""
     outputs = constants["OUTPUTS"]
     widest = min(128, max(16, 1 << (outputs - 1).bit_length()))
     return [c for c in configs if widest // 4 <= c.kwargs["BLOCK_N"] <= widest]
@@ -339,7 +343,7 @@ def _convolve(
 ):
     """Triton: an implicit matrix product, [pixels, terms] x [terms, outputs] -> [pixels, outputs].
 
-    A program makes BLOCK_M pixels x BLOCK_N outputs, part after part in chunks of its terms.
+    A program computes BLOCK_M pixels x BLOCK_N outputs, part by part in chunks of terms.
     """
     TAPS: tl.constexpr = KERNEL * KERNEL
     BYTES: tl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8

@@ -88,8 +88,8 @@ class PairOfAPs:
 class Proof:
     """A comparison, and what was compared."""
 
-    pictures: int
-    """How many images."""
+    images: int
+    """How many were compared."""
     of: str
     """Where they lie."""
     score_floor: float
@@ -99,7 +99,7 @@ class Proof:
 
     def plain(self) -> dict[str, object]:
         """Return the proof as plain values for JSON."""
-        about = {"pictures": self.pictures, "of": self.of, "score_floor": self.score_floor}
+        about = {"pictures": self.images, "of": self.of, "score_floor": self.score_floor}
         ap = None if self.ap is None else asdict(self.ap)
         return {**about, **asdict(self.comparison), "ap": ap}
 
@@ -107,7 +107,7 @@ class Proof:
         """Return the proof in lines of text."""
         found = self.comparison
         lines = [
-            f"compared with PyTorch on {self.pictures} images ({self.of}):",
+            f"compared with PyTorch on {self.images} images ({self.of}):",
             f"  {found.boxes} boxes of score {self.score_floor:g} or more, "
             f"{found.unmatched_network} of the network's and {found.unmatched_file} of the "
             f"file's without a partner ({100 * found.matched:.2f} % matched)",

@@ -37,7 +37,7 @@ class BaseNetwork(nn.Sequential):
 def init_kaiming(module: nn.Module) -> None:
     """Initialise convolutions by Kaiming normal (fan-out) with zero bias, as HarDNet does."""
     for m in module.modules():
-        if isinstance(m, nn.Conv2d):
+        if isinstance(m, nn.Conv2d) and not m.weight.is_meta:  # there it is slow and has no effect
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
             if m.bias is not None:
                 nn.init.zeros_(m.bias)

@@ -78,7 +78,7 @@ def test_the_page_does_what_it_says(voc_folder, tmp_path, monkeypatch):
     assert {"inference", "torchvision", "data"} <= ran
     found = names["found"]
     assert len(found["boxes"]) > 0
-    assert names["drawn"].shape == names["picture"].shape
+    assert names["drawn"].shape == names["rgb"].shape
     assert names["image"].shape == (3, 300, 300) and names["image"].dtype == torch.float32
     if "torchmetrics" in ran:
         assert float(names["metric"].compute()["map"]) == pytest.approx(1)

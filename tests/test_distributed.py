@@ -35,6 +35,7 @@ from program import __file__ as PROGRAM
 from tiny import PLAIN, TINY
 from torch import nn
 
+import engine.job
 import models
 import train_test
 from data.config import VOC_300
@@ -49,6 +50,7 @@ from engine.distributed import (
     join,
     leave,
 )
+from engine.job import run_job
 from engine.steps import TrainStep
 from layers import MultiBoxLoss, PriorBox
 from models import build_net
@@ -74,24 +76,24 @@ class InDouble(nn.Module):
 
 
 def train_in_double(world: World, accumulate: int) -> dict:
-    """Losses and weights of 6 steps without batch normalisation."""
+    """Losses and weights of 4 steps without batch normalisation."""
     torch.manual_seed(0)
     net = build_net("plain", 300, 3).double()
     net.L2Norm = nn.Identity()  # it computes in float32
     forward = world.replicate(InDouble(net), torch.device("cpu"))
     rng = np.random.default_rng(1)
-    images = torch.from_numpy(rng.integers(0, 255, (24, 3, 300, 300), np.uint8))
-    corners = torch.from_numpy(rng.uniform(0, 0.6, (24, 3, 2)).astype(np.float32))
-    sides = torch.from_numpy(rng.uniform(0.1, 0.4, (24, 3, 2)).astype(np.float32))
-    labels = torch.from_numpy(rng.integers(1, 3, (24, 3, 1)).astype(np.float32))
+    images = torch.from_numpy(rng.integers(0, 255, (12, 3, 300, 300), np.uint8))
+    corners = torch.from_numpy(rng.uniform(0, 0.6, (12, 3, 2)).astype(np.float32))
+    sides = torch.from_numpy(rng.uniform(0.1, 0.4, (12, 3, 2)).astype(np.float32))
+    labels = torch.from_numpy(rng.integers(1, 3, (12, 3, 1)).astype(np.float32))
     targets = torch.cat([corners, corners + sides, labels], 2)
-    sampler = EpochSampler(24, 12, 0, world.rank, world.size, accumulate)
+    sampler = EpochSampler(12, 6, 0, world.rank, world.size, accumulate)
 
     optimizer = torch.optim.SGD(net.parameters(), 4e-3, momentum=0.9, weight_decay=5e-4)
     priors = PriorBox(VOC_300)()
     step = TrainStep(forward, MultiBoxLoss(3), priors, optimizer, clip_norm=20.0, world=world)
     losses, parts = [], []
-    for epoch in range(3):
+    for epoch in range(2):
         sampler.set_epoch(epoch, 0)
         for keys in sampler:
             indices = [index for _, index in keys]
@@ -404,6 +406,28 @@ def test_one_process_decides_for_itself(alone):
 )
 def test_a_lost_process_is_told_from_a_misuse(error, lost):
     assert is_lost_connection(error) == lost
+
+
+def test_a_lost_process_is_reported_with_its_cause_and_a_misuse_passes(monkeypatch, capsys):
+    def run_with(error: Exception) -> int:
+        def train(*_):
+            raise error
+
+        return run_job("train_test.py", [], train, train)
+
+    lost = RuntimeError("Connection closed by peer [127.0.0.1]:4930\nmore")
+    with pytest.raises(ConnectionResetError):  # not of a file, and there is no other process
+        run_with(ConnectionResetError(104, "Connection reset by peer"))
+    monkeypatch.setattr(engine.job, "join", lambda: World(rank=1, size=2))
+    assert run_with(lost) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("[process 1] error: ") and error.count("\n") == 1
+    assert "Connection closed by peer [127.0.0.1]:4930" in error and "--resume auto" in error
+    with pytest.raises(RuntimeError, match="Duplicate GPU"):
+        run_with(dist.DistBackendError("ncclInvalidUsage: Duplicate GPU detected"))
+    assert run_with(RankZeroFailed()) == 2
+    assert run_with(FileNotFoundError(2, "No such file", "a.pth")) == 2
+    assert capsys.readouterr().err == "[process 1] error: a.pth: No such file\n"
 
 
 @pytest.mark.parametrize(

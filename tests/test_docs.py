@@ -137,7 +137,7 @@ def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
     checkpoint = write_checkpoint(tmp_path / "best.pth", voc_folder)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "FOLDER").symlink_to(voc_folder)
-    (tmp_path / "PICTURES").symlink_to(voc_folder / "JPEGImages")
+    (tmp_path / "IMAGES").symlink_to(voc_folder / "JPEGImages")
     programs = {"train_test.py": train_test, "tools.detect": detect, "tools.export": export}
     commands = [line.split() for block in blocks("docs/exporting.md", "")
                 for line in block.splitlines() if line.startswith("python")]  # fmt: skip

@@ -13,7 +13,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from test_models import golden_weight
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -203,13 +202,17 @@ def test_what_is_not_a_number_reaches_its_neighbours_only(interpreted):
 
 def gathered_error() -> float:
     """Of a detector of three small HarD blocks, relative to its largest output."""
+    torch.manual_seed(0)
     spec = HarDNetSpec(
         stem=(4, 6), growth=(4, 6, 4), layers=(2, 2, 4), channels=(8, 10, 12), multiplier=1.7,
         pool_after={0: False, 1: False}, stride8_block=1, dilated_bridge=False,
         depthwise=True, activation=nn.ReLU6,
     )  # fmt: skip
     net = SSD(HarDNetBase(spec), ssd_extras(12, 300), VOC_300.boxes_per_cell, 3).eval()
-    net.load_state_dict({k: golden_weight(k, tuple(t.shape)) for k, t in net.state_dict().items()})
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
     images = torch.rand(1, 3, 300, 300, generator=torch.manual_seed(1)) * 99
     with torch.inference_mode():
         pairs = zip(deploy(net, gather=True)(images), net.double()(images.double()), strict=True)
@@ -225,7 +228,6 @@ def test_weights_move_and_change_their_type_as_a_module():
     assert [x.dtype for x in weight.bfloat16().state_dict().values()] == [torch.bfloat16] * 2
     assert weight.to("meta").weight.is_meta and weight.bias.is_meta
     assert list(weight.parameters()) == []
-    assert repr(weight) == "GatheredWeight(1+2, 5, 1x1, relu)"
 
 
 # ---------------------------------------------------------------- without computing

@@ -19,18 +19,18 @@ MEAN = (104.0, 117.0, 123.0)
 @pytest.mark.parametrize("side", [300, 512])
 @pytest.mark.parametrize("shape", [(480, 640), (500, 333), (72, 96), (1, 1), (2, 3), (1024, 600)])
 def test_resizes_to_the_bit_as_opencv(shape, side):
-    picture = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
-    expected = cv2.resize(picture, (side, side), interpolation=cv2.INTER_LINEAR)
-    images = Preprocess(side, MEAN, resize=True)(torch.from_numpy(picture)[None])
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
+    expected = cv2.resize(image, (side, side), interpolation=cv2.INTER_LINEAR)
+    images = Preprocess(side, MEAN, resize=True)(torch.from_numpy(image)[None])
     assert images.shape == (1, 3, side, side)
     found = images[0].permute(1, 2, 0).numpy() + np.float32(MEAN)
     np.testing.assert_array_equal(found, expected)
 
 
-def test_pictures_of_the_right_size_only_lose_the_mean():
-    pictures = torch.randint(0, 256, (2, 300, 300, 3), dtype=torch.uint8)
-    images = Preprocess(300, MEAN, resize=False)(pictures)
-    assert torch.equal(images, pictures.permute(0, 3, 1, 2) - torch.tensor(MEAN).view(3, 1, 1))
+def test_images_of_the_right_size_only_lose_the_mean():
+    images = torch.randint(0, 256, (2, 300, 300, 3), dtype=torch.uint8)
+    found = Preprocess(300, MEAN, resize=False)(images)
+    assert torch.equal(found, images.permute(0, 3, 1, 2) - torch.tensor(MEAN).view(3, 1, 1))
 
 
 def outputs(batch, background, seed=0):

@@ -29,8 +29,6 @@ LONG_FUNCTIONS = {"inference/gathered_conv.py:_convolve": 79}
 NOT_YET = {
     "data/coco.py": 401,
     "benchmarks/speed.py": 894,
-    "layers/detect.py:forward": 68,
-    "inference/gathered_conv.py:gathered_conv2d": 66,
     "benchmarks/loader.py:main": 79,
     "benchmarks/on_gpu.py:_figures": 62,
 }

@@ -1,6 +1,8 @@
-"""One object from pictures to detections, beside the loop that evaluates."""
+"""Predictor finds what the evaluation finds, stage by stage."""
 
 from __future__ import annotations
+
+from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -32,7 +34,7 @@ def file(net, tmp_path_factory):
     return path
 
 
-def pictures(*sizes: tuple[int, int]) -> list[np.ndarray]:
+def made_up(*sizes: tuple[int, int]) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
     return [
         cv2.resize(rng.integers(0, 256, (9, 9, 3), np.uint8), size, interpolation=cv2.INTER_CUBIC)
@@ -66,9 +68,9 @@ def assert_same(found: list[dict], wanted: list[dict]) -> None:
 
 def test_finds_what_the_evaluation_finds(net, file, tmp_path):
     predictor = Predictor(file)
-    assert (predictor.info.version, predictor.info.size) == (VERSION, 300)
+    assert (predictor.file, predictor.info.version) == ("voc.pth", VERSION)
     assert predictor.info.classes == VOC_CLASSES
-    images = pictures((64, 48), (30, 100))
+    images = made_up((64, 48), (30, 100))
     found = predictor(images)
     chosen = {"conf_thresh": 0.03, "top_k": 300}
     assert_same(found, evaluated(net, images, VOC_300, **chosen))
@@ -76,19 +78,24 @@ def test_finds_what_the_evaluation_finds(net, file, tmp_path):
     assert found[0]["names"] == [VOC_CLASSES[k - 1] for k in found[0]["labels"].tolist()]
     types = {key: value.dtype for key, value in found[0].items() if key != "names"}
     assert types == {"boxes": torch.float32, "scores": torch.float32, "labels": torch.int64}
-    # A picture by itself, as an array and as a file.
-    cv2.imwrite(str(tmp_path / "picture.png"), images[0])
-    for picture in (images[0], tmp_path / "picture.png", str(tmp_path / "picture.png")):
-        one = predictor(picture)
+    # A single image, as an array and as a file.
+    cv2.imwrite(str(tmp_path / "image.png"), images[0])
+    for image in (images[0], tmp_path / "image.png", str(tmp_path / "image.png")):
+        one = predictor(image)
         assert one["names"] == found[0]["names"]
         torch.testing.assert_close(one["boxes"], found[0]["boxes"])
 
 
 def test_options_mean_what_those_of_the_evaluation_mean(net, file):
-    images = pictures((64, 48))
+    images = made_up((64, 48))
     predictor = Predictor(file, score_threshold=0.04, max_detections=7, nms="soft")
     chosen = {"conf_thresh": 0.04, "top_k": 7, "nms": "soft"}
     assert_same(predictor(images), evaluated(net, images, VOC_300, **chosen))
+    predictor.config = replace(predictor.config, top_k=3, nms="hard")
+    chosen |= {"top_k": 3, "nms": "hard"}
+    assert_same(predictor(images), evaluated(net, images, VOC_300, **chosen))
+    with pytest.raises(ValueError, match="conf_thresh 2 "):
+        Predictor(file, score_threshold=2)
 
 
 def test_prior_boxes_and_thresholds_are_those_of_the_weights(tmp_path):
@@ -97,7 +104,7 @@ def test_prior_boxes_and_thresholds_are_those_of_the_weights(tmp_path):
     for head in coco.conf:
         head.bias.data[7::81] += 4  # a class over the threshold
     torch.save(coco.state_dict(), tmp_path / "coco.pth")
-    images = pictures((64, 48))
+    images = made_up((64, 48))
     predictor = Predictor(tmp_path / "coco.pth")
     assert predictor.info.classes == COCO_CLASSES
     found = predictor(images)
@@ -107,7 +114,7 @@ def test_prior_boxes_and_thresholds_are_those_of_the_weights(tmp_path):
 
 def test_the_stages_one_by_one_are_the_whole(file):
     predictor = Predictor(file, amp="bf16")
-    images = pictures((64, 48), (50, 50))
+    images = made_up((64, 48), (50, 50))
     outputs = predictor.forward(predictor.preprocess(images))
     assert outputs["loc"].shape == (2, 11620, 4) and outputs["conf"].shape == (2, 11620, 21)
     found = predictor.postprocess(outputs, [(64, 48), (50, 50)])
@@ -115,10 +122,10 @@ def test_the_stages_one_by_one_are_the_whole(file):
         assert all(torch.equal(part[key], whole[key]) for key in part)
 
 
-def test_no_pictures_and_no_detections(file):
+def test_no_images_and_no_detections(file):
     predictor = Predictor(file, score_threshold=1)
     assert predictor([]) == []
-    (found,) = predictor(pictures((20, 20)))
+    (found,) = predictor(made_up((20, 20)))
     assert found["boxes"].shape == (0, 4) and found["names"] == [] and len(found["labels"]) == 0
 
 

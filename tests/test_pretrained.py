@@ -12,7 +12,6 @@ import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -164,33 +163,25 @@ def test_download_is_verified_and_put_in_place(offer, files, tmp_path, capsys, h
     assert path.read_bytes() == files["base"].read_bytes()
 
 
-def test_a_file_without_a_published_hash_is_judged_by_its_tensors(offer, files, tmp_path, capsys):
-    name, command = "vgg16-reducedfc", ["download", "vgg16-reducedfc", "--to", str(tmp_path)]
-    offer(name, "base")
-    assert main(command) == 2
-    error = capsys.readouterr().err
-    assert "its tensors are not those of --basenet of SSD_vgg" in error
-    assert f"put it at {tmp_path / 'vgg16_reducedfc.pth'}" in error
-    assert os.listdir(tmp_path) == []
-    offer(name, "base", versions=("SSD_HarDNet68",))
-    assert main(command) == 0
-    assert os.listdir(tmp_path) == ["vgg16_reducedfc.pth"]
-
-
-@pytest.mark.parametrize("kind", ["old", "detector"])
-def test_a_detector_of_drive_is_judged_by_its_tensors_but_counters(
-    files, tmp_path, monkeypatch, kind
+@pytest.mark.parametrize(
+    ("name", "kind", "fitting"),
+    [
+        ("vgg16-reducedfc", "base", {"versions": ("SSD_HarDNet68",)}),
+        ("ssd512-hardnet68-coco", "old", {"size": 300, "num_classes": 21}),
+    ],
+)
+def test_a_file_without_a_published_hash_is_judged_by_its_tensors(
+    offer, files, tmp_path, name, kind, fitting
 ):
-    def download(output, **options):
-        Path(output).write_bytes(files[kind].read_bytes())
-        return output
-
-    monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download=download))
-    name = "ssd512-hardnet68-coco"
-    with pytest.raises(UserError, match="its tensors are not those of SSD_HarDNet68 at 512, 81"):
+    offer(name, kind)
+    row = published(name)
+    with pytest.raises(UserError) as caught:
         pretrained.download(name, tmp_path)
-    row = replace(published(name), size=300, num_classes=21)
-    monkeypatch.setattr(pretrained, "PUBLISHED", (row,))
+    message = str(caught.value)
+    assert f"its tensors are not those of {row.fits}" in message
+    assert f"put it at {tmp_path / row.file}" in message
+    assert os.listdir(tmp_path) == []
+    offer(name, kind, **fitting)
     assert pretrained.download(name, tmp_path).read_bytes() == files[kind].read_bytes()
 
 
@@ -334,7 +325,7 @@ def test_vgg16_reducedfc_has_the_positions_of_the_published_list():
 
 
 @pytest.mark.parametrize("kind", ["detector", "parallel", "old"])
-def test_a_detector_is_named_with_its_hashes(files, capsys, kind):
+def test_a_detector_is_named_with_its_hashes(files, kind):
     found = examine(files[kind])
     assert (found.version, found.size, found.num_classes) == ("SSD_HarDNet68", 300, 21)
     assert found.missing == found.unused == found.wrong == []
@@ -343,8 +334,6 @@ def test_a_detector_is_named_with_its_hashes(files, capsys, kind):
     assert kind == "old" or found.tensors == 425
     assert (sha256(files[kind]).endswith(found.sha256[:8]), found.origin) == (True, None)
     assert found.git_blob == git(files[kind])[4:]
-    assert main(["inspect", str(files[kind])]) == 0
-    assert "SSD_HarDNet68 at 300, 21 classes with background" in capsys.readouterr().out
 
 
 def test_a_base_file_and_a_classifier_say_what_they_start(files, capsys):
@@ -387,10 +376,12 @@ def test_what_cannot_be_compared_is_said(files, monkeypatch, capsys):
 
 
 def test_a_published_file_is_recognised_by_its_hash(files, monkeypatch, capsys):
-    row = replace(published("hardnet68-base"), checksum=git(files["base"]))
+    row = replace(published("ssd512-hardnet68-coco"), checksum=git(files["detector"]))
     monkeypatch.setattr(pretrained, "PUBLISHED", (row,))
-    assert main(["inspect", str(files["base"])]) == 0
-    assert "hardnet68-base, https://raw.githubusercontent.com" in capsys.readouterr().out
+    assert main(["inspect", str(files["detector"])]) == 0
+    printed = capsys.readouterr().out
+    assert "ssd512-hardnet68-coco, https://drive.google.com" in printed
+    assert "SSD_HarDNet68 at 300, 21 classes with background" in printed
 
 
 # ---------------------------------------------------------------- convert

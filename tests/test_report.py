@@ -196,7 +196,7 @@ def test_every_chart_has_its_classes_an_image_and_a_table(made):
     loss = [row for row in table(results / "report", "training_loss") if row["part"] == "loss"]
     assert [(row["epoch"], row["loss"]) for row in loss] == [("1", "4"), ("2", "2.5"), ("3", "2")]
     means = [row for row in table(results / "report", "training_score") if row["class"] == MEAN]
-    assert [(row["epoch"], row["ap"]) for row in means] == [("2", "0.25"), ("3", "0.5")]
+    assert [(row["epoch"], row["AP"]) for row in means] == [("2", "0.25"), ("3", "0.5")]
 
 
 def test_charts_are_the_same_every_time_and_draw_any_name():
@@ -258,7 +258,7 @@ def test_page_of_the_documentation_names_every_option(capsys):
 def test_ap_is_that_of_the_evaluator(made):
     (results, dataset), said = made, json.loads((made[0] / "results.json").read_text())
     names, folder = dataset.classes, results / "report"
-    by_iou = {(row["class"], row["iou"]): row["ap"] for row in table(folder, "ap_by_iou")}
+    by_iou = {(row["class"], row["IoU"]): row["AP"] for row in table(folder, "ap_by_iou")}
     assert len(by_iou) == 40
     read, _ = read_comp4(results, "test", names, dataset.ids)
     for iou in ("0.5", "0.75", "0.95"):
@@ -369,7 +369,7 @@ def test_mistakes_are_listed_and_shown(tmp_path, make_voc):
         ("background", "b", "two", ""),
         ("missed", "a", "two", "a"),
     ]
-    assert [float(row["iou"] or 0) for row in rows[:2]] == pytest.approx([29**2 / 30**2, 1])
+    assert [float(row["IoU"] or 0) for row in rows[:2]] == pytest.approx([29**2 / 30**2, 1])
     captions = [text for _, text in Page(path).all("figcaption")]
     assert "a 0.80, IoU 0.93 with aone" in captions and "a, missedtwo" in captions
     kinds = [attributes["data-kind"] for attributes, _ in Page(path).all("section")]

@@ -9,7 +9,6 @@ Exit status: 0 done, 1 the file differs too much, or unexpected failure, 2 bad u
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,13 +17,13 @@ from data.classes import parse_classes
 from inference.export import IMAGES, ExportOptions, export
 from inference.formats import FORMATS, PRECISIONS
 from inference.proof import TOLERANCE, TooDifferent
-from utils.arguments import count, fraction, number, positive
+from utils.arguments import Parser, count, fraction, number, positive
 from utils.errors import command
 
 
 def parse(argv: Sequence[str] | None) -> ExportOptions:
     """Read the command line."""
-    p = argparse.ArgumentParser(
+    p = Parser(
         prog="python -m tools.export", description=__doc__.splitlines()[0], allow_abbrev=False
     )
     # fmt: off
@@ -35,7 +34,7 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
     p.add_argument("--output", metavar="FILE", type=Path, help="(default: beside the checkpoint)")
     p.add_argument("--preprocess", action="store_true",
                    help="the graph takes uint8 BGR images; with --dynamic of any size")
-    p.add_argument("--with-nms", "--with_nms", action="store_true",
+    p.add_argument("--with-nms", action="store_true",
                    help="the graph gives detections in pixels instead of the network's outputs")
     p.add_argument("--dynamic", action="store_true", help="the graph takes any number of images")
     p.add_argument("--classes", metavar="NAMES",

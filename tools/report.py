@@ -58,11 +58,11 @@ class Curves(NamedTuple):
 
 CURVES = {
     "precision_recall": Curves(f"Precision over recall at IoU {FOREGROUND}", "recall", "precision"),
-    "ap_by_iou": Curves("AP by the IoU that is needed", "iou", "ap", (0.5, 0.95)),
-    "ap_by_size": Curves("AP by the size of objects", "size", "ap", (-0.5, 2.5)),
+    "ap_by_iou": Curves("AP by the IoU that is needed", "IoU", "AP", (0.5, 0.95)),
+    "ap_by_size": Curves("AP by the size of objects", "size", "AP", (-0.5, 2.5)),
     "calibration": Curves("Calibration", "score", "correct", diagonal=True),
     "training_loss": Curves("Training loss", "epoch", "loss", None),
-    "training_score": Curves("Score on the test set while training", "epoch", "ap", None),
+    "training_score": Curves("Score on the test set while training", "epoch", "AP", None),
 }
 
 

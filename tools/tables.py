@@ -95,13 +95,13 @@ def score_tables(of: Study) -> dict[str, Table]:
     if results.per_size:
         aps = [[results.per_size.get(name, {}).get(size, math.nan) for name in of.classes]
                for size in SIZES]  # fmt: skip
-        tables["ap_by_size"] = _tidy(("class", "size", "ap"), of.classes, SIZES, aps)
+        tables["ap_by_size"] = _tidy(("class", "size", "AP"), of.classes, SIZES, aps)
         columns |= {f"AP {size}": row for size, row in zip(SIZES, aps, strict=True)}
     if of.judged:
         aps = ap_by_iou(of.judged, IOUS, len(of.classes), results.average)
         # The mean counts a class without objects as the data set's own score does.
         aps = np.where(np.isnan(aps), columns[results.metric], aps).tolist()
-        tables["ap_by_iou"] = _tidy(("class", "iou", "ap"), of.classes, IOUS.tolist(), aps)
+        tables["ap_by_iou"] = _tidy(("class", "IoU", "AP"), of.classes, IOUS.tolist(), aps)
         columns |= {"AP at 0.5": aps[0], "AP at 0.75": aps[5]}
         tables["calibration"] = _calibration(of)
     if results.per_class:
@@ -192,7 +192,7 @@ def _mistakes(of: Study, mistakes: Iterable[Mistake]) -> Table:
         name = of.classes[m.label - 1]
         rows.append((m.kind, name, ids[m.image], m.score, m.overlap, *box, *there))
     sides = ("x1", "y1", "x2", "y2")
-    head = ("type", "class", "image", "score", "iou", *sides, "object")
+    head = ("type", "class", "image", "score", "IoU", *sides, "object")
     return Table((*head, *(f"object_{side}" for side in sides)), rows)
 
 
@@ -208,7 +208,7 @@ def training_tables(of: Study) -> dict[str, Table]:
             for point in zip(epochs, values, strict=True)]  # fmt: skip
     tested = [e for e in of.log if not math.isnan(e.value)]
     aps = [[e.per_class.get(name, math.nan) for name in of.classes] for e in tested]
-    score = _tidy(("class", "epoch", "ap"), of.classes, [e.epoch for e in tested], aps,
+    score = _tidy(("class", "epoch", "AP"), of.classes, [e.epoch for e in tested], aps,
                   [e.value for e in tested])  # fmt: skip
     tables = {"training_loss": Table(("part", "epoch", "loss"), loss), "training_score": score}
     return {name: table for name, table in tables.items() if table.rows}
