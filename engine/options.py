@@ -183,19 +183,21 @@ class Options(Checked):
         return {**values, **lists, "classes": list(self.classes) if self.classes else None}
 
     @classmethod
-    def of(cls, config: object, path: Path) -> Options:
-        """Return the options that the checkpoint ``path`` stores as its configuration.
+    def of(cls, saved: Mapping[str, object], path: Path) -> Options:
+        """Return the options that the checkpoint ``saved``, read from ``path``, was made with.
 
         An option that the file does not have takes its default.
 
         Raises:
-            UserError: the configuration is no dict, or a value breaks its option's rule.
+            UserError: the file has no configuration, or a value breaks its option's rule.
         """
+        config = saved.get("config")
         if not isinstance(config, Mapping):
             raise UserError(f"{path} has no configuration; is it a checkpoint of this program?")
         known = {spec.name for spec in dataclasses.fields(cls)}
+        values = {key: value for key, value in config.items() if key in known}
         try:
-            return cls(**{key: value for key, value in config.items() if key in known})
+            return cls(**{**values, "classes": saved.get("classes")})
         except UserError as error:
             raise UserError(f"{path}: its configuration cannot be read: {error}") from error
 

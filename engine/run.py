@@ -122,7 +122,7 @@ def open_run(call: Call, given: Mapping[str, object], world: World) -> Run:
     Raises:
         UserError: options, checkpoint and data do not fit together.
     """
-    found = world.decide(lambda: _as_text(find_checkpoint(call, given)))
+    found = world.decide(lambda: str(find_checkpoint(call, given) or ""))
     path = Path(found) if found else None
     run = world.in_turn(lambda: _read_run(call, given, path, world))
     if call.resume == "auto" and path is None:
@@ -131,17 +131,15 @@ def open_run(call: Call, given: Mapping[str, object], world: World) -> Run:
     return dataclasses.replace(run, folder=RunFolder(folder, run.options, world.main))
 
 
-def _as_text(path: Path | None) -> str | None:
-    return str(path) if path else None
-
-
 def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world: World) -> Run:
     """Return the run without its folder."""
     check_training(call, given)
     saved, start, stored = None, None, {}
     if path is not None:
         saved = load_checkpoint(path)
-        before = Options.of(stored_options(saved, path), path)
+        if "optimizer" not in saved:
+            raise UserError(f"{path} holds weights only; start a run from them with --resume_net")
+        before = Options.of(saved, path)
         check_resumed(given, before)
         stored = before.plain()
     if call.resume_net:
@@ -159,7 +157,13 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
     train_set = open_dataset(options, call, "train_sets")
     options = dataclasses.replace(options, classes=tuple(train_set.classes))
     data = train_set.fingerprint()
-    _check_data(options, train_set, data, saved, path, world)
+    _check_data(options, data, saved, path)
+    parts = world.size * options.accumulate
+    if len(train_set) < parts:
+        raise UserError(
+            f"{len(train_set)} images cannot be cut into {parts} parts, {world.size} processes "
+            f"with {options.accumulate} accumulation steps each; use fewer"
+        )
     test_set = _open_test_set(options, call) if options.test_frequency else None
     # The first process of a machine makes sure that the caches of all of its processes fit.
     processes = world.local_size if world.local_rank == 0 else 1
@@ -169,41 +173,17 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
     return Run(options, device, train_set, pull, test_set, data, saved, path, start, folder)
 
 
-def stored_options(saved: dict, path: Path) -> dict:
-    """Return the configuration of a training checkpoint, with its classes.
-
-    Raises:
-        UserError: the checkpoint holds weights only, or no configuration of this program.
-    """
-    if "optimizer" not in saved:
-        raise UserError(f"{path} holds weights only; start a run from them with --resume_net")
-    if not isinstance(saved.get("config"), dict):
-        raise UserError(f"{path} has no configuration; is it a checkpoint of this program?")
-    return {**saved["config"], "classes": saved.get("classes")}
-
-
-def _check_data(
-    options: Options,
-    train_set: DetectionData,
-    data: dict,
-    saved: dict | None,
-    path: Path | None,
-    world: World,
-) -> None:
-    parts = world.size * options.accumulate
-    if len(train_set) < parts:
-        raise UserError(
-            f"{len(train_set)} images cannot be cut into {parts} parts, {world.size} processes "
-            f"with {options.accumulate} accumulation steps each; use fewer"
-        )
-    if saved and saved.get("data") != data:
-        before = saved.get("data") or {}
-        what = [key for key in data if data[key] != before.get(key)]
-        raise UserError(
-            f"{path} was trained on other data than {options.root} holds now (different: "
-            f"{', '.join(what)}; {before.get('images')} and {data['images']} images), so its run "
-            "cannot continue; start a new one from its weights with --resume_net"
-        )
+def _check_data(options: Options, data: dict, saved: dict | None, path: Path | None) -> None:
+    """Refuse to resume a run whose training data have changed."""
+    if not saved or saved.get("data") == data:
+        return
+    before = saved.get("data") or {}
+    what = ", ".join(key for key in data if data[key] != before.get(key))
+    raise UserError(
+        f"{path} was trained on other data than {options.root} holds now (different: {what}; "
+        f"{before.get('images')} and {data['images']} images), so its run cannot continue; start "
+        "a new one from its weights with --resume_net"
+    )
 
 
 def _check_memory(options: Options, images: int, tested: bool, world: World) -> None:

@@ -161,8 +161,8 @@ def _stored(
     if given.get("dataset", info.dataset) == info.dataset:
         stored |= {"dataset": info.dataset}
         if "config" in saved:
-            stored = Options.of({**saved["config"], "classes": saved["classes"]}, path).plain()
-        elif not info.assumed or info.dataset == "VOC":
+            stored = Options.of(saved, path).plain()
+        elif not info.assumed:  # else the data tell which of the detector's classes they have
             stored["classes"] = list(info.classes)
     # A detector that was trained on the images of --overfit was tested on them.
     leave = {"train_sets", "save_folder", "overfit", *MACHINE}

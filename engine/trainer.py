@@ -257,7 +257,7 @@ class Trainer:
         """Draw the images of a step for TensorBoard."""
         if self.options.send_images_to_visdom:
             draw = partial(draw_batch, done.images, done.targets, self.options.classes)
-            self.log.picture(self.state.step, "training pictures", draw)
+            self.log.image(self.state.step, "training images", draw)
 
     def _read(self, leave: int, progress: Progress | None = None) -> None:
         """Add the results of the unread steps to the totals, but for the latest ``leave``.
@@ -357,7 +357,7 @@ class Trainer:
             self.state.best = {"step": step, "value": value, "metric": metric}
         self.log.scalars(step, {metric: value})
         if self.options.send_images_to_visdom:
-            self.log.picture(step, "detections", self.evaluate.draw)
+            self.log.image(step, "detections", self.evaluate.draw)
         return {key: results[key] for key in ("metric", "value", "per_class")}
 
     # ------------------------------------------------------------ state

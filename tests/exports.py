@@ -32,7 +32,7 @@ def write_checkpoint(path: Path, root: Path, version: str = "tiny") -> Path:
     torch.manual_seed(1)
     net = spread_scores(build_net(version, 300, len(CLASSES) + 1))
     given = {"version": version, "size": 300, "root": str(root), "classes": CLASSES}
-    config = Options.of(given, path).plain()
+    config = Options.of({"config": given, "classes": CLASSES}, path).plain()
     save_checkpoint(path, {"model": net.state_dict(), "config": config, "classes": CLASSES})
     return path
 

@@ -99,7 +99,7 @@ BAD_VALUES = [
 def test_a_value_keeps_its_rule_from_python_and_from_a_checkpoint(name, value):
     for make in (
         lambda: Options(**{name: value}),
-        lambda: Options.of({name: value}, Path("run/last.pth")),
+        lambda: Options.of({"config": {name: value}, name: value}, Path("run/last.pth")),
     ):
         with pytest.raises(UserError) as error:
             make()
@@ -110,12 +110,13 @@ def test_a_value_keeps_its_rule_from_python_and_from_a_checkpoint(name, value):
 
 def test_a_configuration_comes_back_from_its_plain_form():
     options = resolve({"recipe": "modern", "train_sets": "2012_train,own", "classes": "a,b"})
-    assert Options.of(options.plain(), Path("x")) == options
+    saved = {"config": options.plain(), "classes": ["a", "b"]}
+    assert Options.of(saved, Path("x")) == options
     without = {key: value for key, value in options.plain().items() if key != "clip_norm"}
-    assert Options.of(without, Path("x")).clip_norm == 0
+    assert Options.of({"config": without}, Path("x")).clip_norm == 0
     for config in (None, [], 5):
         with pytest.raises(UserError, match=r"x\.pth"):
-            Options.of(config, Path("x.pth"))
+            Options.of({"config": config}, Path("x.pth"))
 
 
 # ---------------------------------------------------------------- what wins

@@ -219,8 +219,8 @@ def test_tensorboard_gets_scalars_and_pictures_with_their_boxes(call):
     scalars = {"loss", "loss_loc", "loss_conf", "lr", "images_per_second", "waiting_for_data"}
     assert scalars | {"VOC area AP@.5"} == set(events.Tags()["scalars"])
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
-    assert set(events.Tags()["images"]) == {"training pictures", "detections"}
-    (picture,) = events.Images("training pictures")
+    assert set(events.Tags()["images"]) == {"training images", "detections"}
+    (picture,) = events.Images("training images")
     assert picture.width > 300  # several pictures beside each other
 
 

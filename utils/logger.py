@@ -139,7 +139,7 @@ class RunLog:
                 if value is not None:
                     self.writer.add_scalar(name, value, step)
 
-    def picture(self, step: int, name: str, draw: Callable[[], np.ndarray]) -> None:
+    def image(self, step: int, name: str, draw: Callable[[], np.ndarray]) -> None:
         """Send the image that ``draw()`` returns, uint8 [H, W, 3] BGR, to TensorBoard.
 
         Without TensorBoard it is not called.
