@@ -131,8 +131,8 @@ class DiskCache:
                     _write(path, image)
         except OSError as error:
             raise UserError(
-                f"{path}: cannot write the decoded image ({error.strerror or error}); make room, "
-                "give another folder, or --cache off"
+                f"{path}: cannot write the decoded image ({error.strerror or error}); make "
+                "room, give another folder, or --cache off"
             ) from error
         return image
 

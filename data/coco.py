@@ -94,7 +94,7 @@ class COCODetection:
         self.classes = tuple(known if classes is None else classes)
         self.category_ids = {k: known[name] for k, name in enumerate(self.classes, 1)}
         self.category_labels = {id: label for label, id in self.category_ids.items()}
-        self._digest = digest(self.classes, *(each for file in files for each in _content(file)))
+        self._digest = digest(self.classes, *(file.digest() for file in files))
         # What follows goes to every loader process. Arrays are shared there, or copied whole where
         # processes are not forked; of a list each object would be copied when it is first used.
         ids = np.concatenate([file.image_ids for file in files])
@@ -120,10 +120,7 @@ class COCODetection:
         image, target = self.pull_image(index), self.target(index)
         return self.transform(image, target) if self.transform else (image, target)
 
-    @staticmethod
-    def list_image_sets(root: str | Path) -> list[ImageSet]:
-        """Return the image sets under ``root`` that have an annotation file."""
-        return list_image_sets(root)
+    list_image_sets = staticmethod(list_image_sets)
 
     def image_path(self, index: int) -> Path:
         """Return the image's file."""
@@ -237,9 +234,7 @@ class COCODetection:
         and is also packed into a .zip of the same stem for the evaluation server.
 
         Args:
-            detections: one dict an image, in the data set's order, with "boxes" float32 [n, 4],
-                (x1, y1, x2, y2) in pixels, "scores" float32 [n] and "labels" int64 [n], from 1;
-                n may be 0.
+            detections: see `data.DetectionData.evaluate`.
             name: of the detector; letters, digits and . + - _.
 
         Returns:
@@ -390,12 +385,3 @@ class COCODetection:
         """Return the data set's label of each box, int64 [m]; a file's follow its category ids."""
         label_of = [self.category_labels[id] for id in file.category_ids.tolist()]
         return np.array(label_of, np.int64)[file.labels - 1]
-
-
-def _content(file: COCOAnnotations) -> tuple:
-    """Return everything of an annotation file that training and scoring depend on."""
-    return (
-        file.categories(),
-        *(file.image_ids, file.sizes, file.offsets),
-        *(file.boxes, file.labels, file.areas, file.crowds),
-    )

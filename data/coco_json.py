@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data.detections import LARGEST
+from data.truth import digest
 from utils.errors import UserError
 
 # ---------------------------------------------------------------- any JSON file
@@ -146,6 +147,12 @@ class COCOAnnotations:
     def categories(self) -> dict[str, int]:
         """Return class name -> category id, by id."""
         return dict(zip(self.classes, self.category_ids.tolist(), strict=True))
+
+    def digest(self) -> str:
+        """Return the sha256 of everything that training and scoring depend on."""
+        images = (self.image_ids, self.sizes, self.offsets)
+        boxes = (self.boxes, self.labels, self.areas, self.crowds)
+        return digest(self.categories(), *images, *boxes)
 
     def owners(self) -> np.ndarray:
         """Return the position of each box's image, int64 [M]."""

@@ -136,10 +136,7 @@ class VOCDetection:
         image, target = self.pull_image(index), self.target(index)
         return self.transform(image, target) if self.transform else (image, target)
 
-    @staticmethod
-    def list_image_sets(root: str | Path) -> list[ImageSet]:
-        """Return the image sets under ``root``; none if it does not exist."""
-        return list_image_sets(root)
+    list_image_sets = staticmethod(list_image_sets)
 
     def image_path(self, index: int) -> Path:
         """Return the image's file."""
@@ -229,11 +226,7 @@ class VOCDetection:
     ) -> dict:
         """Write comp4 files into ``directory`` and score them with both VOC metrics.
 
-        Args:
-            detections: one dict an image, in the data set's order, with "boxes" float32 [n, 4],
-                (x1, y1, x2, y2) in pixels counted from 0, "scores" [n] and "labels" [n]; n may
-                be 0.
-            name: of the detector; comp4 files do not hold it.
+        Arguments as in `data.DetectionData.evaluate`; comp4 files do not hold ``name``.
 
         Returns:
             {"metric", "value" (mean over classes), "per_class", "iou", "image_set",

@@ -1,6 +1,7 @@
 """COCO scores: the published numbers on real detections, and hand-computed small cases."""
 
 import importlib.metadata
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ GOLDENS = Path(__file__).parent / "goldens"
 
 @pytest.fixture(scope="module")
 def golden(tmp_path_factory):
-    """(annotation file, results file, the twelve expected numbers) of 79 pictures of val2017."""
+    """(annotation file, results file, the twelve expected numbers) of 79 images of val2017."""
     figures = np.load(GOLDENS / "coco_eval_val2017.npz")
     ids, sizes, categories, truth_ids = (
         figures[key].tolist() for key in ("image_id", "image_size", "category_id", "truth_id")
@@ -163,7 +164,7 @@ def random_set(rng, path):
 
     Equal scores and overlaps, crowds, equal annotation ids and id 0, ids over 2**53, boxes without
     area and on the limits of the sizes, categories without objects or detections, more than 100
-    detections of a category in a picture, sets of one picture, without objects, without detections.
+    detections of a category in an image, sets of one image, without objects, without detections.
     """
     count, classes = int(rng.choice([1, 2, 5, 20])), int(rng.choice([1, 3, 8]))
     ids = np.sort(rng.choice(rng.choice([50, 2**60]), count, replace=False))
@@ -218,15 +219,16 @@ def random_set(rng, path):
     return COCOResults(ids[found_image], categories[found_label], found, scores)
 
 
+@pytest.mark.parametrize("sets", [40, pytest.param(120, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_backend_equals_the_reference_on_random_sets(tmp_path, backend):
+def test_backend_equals_the_reference_on_random_sets(tmp_path, backend, sets):
     require(backend)
     values = set()
-    for seed in range(120):
+    for seed in range(sets):
         results = random_set(np.random.default_rng(seed), tmp_path / "truth.json")
         report = assert_equal_to_reference(results, tmp_path / "truth.json", backend, tmp_path)
         values.update(report["stats"])
-    assert {-1, 0} < values and len(values) > 200  # the sets are neither all empty nor alike
+    assert {-1, 0} < values and len(values) > 1.6 * sets  # the sets are neither all empty nor alike
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
@@ -250,37 +252,29 @@ def test_backend_that_is_not_installed_is_named(small, monkeypatch, capsys, tmp_
     assert f"pip install {backend}" in capsys.readouterr().err
 
 
-def stub(monkeypatch, name, **content):
-    module = ModuleType(name)
-    vars(module).update(content)
-    monkeypatch.setitem(sys.modules, name, module)
-
-
-def version_is(monkeypatch, version):
+@pytest.mark.parametrize(
+    ("version", "content", "said"),
+    [
+        ("1.1.0", {"COCO": SimpleNamespace()}, r"need hotcoco>=1\.2, found 1\.1\.0 .*install -U"),
+        ("1.1.0", {"COCO": SimpleNamespace(from_arrays=None)}, None),
+        (None, {"COCO": SimpleNamespace(from_arrays=None), "__version__": "1.1.0"}, None),
+    ],
+)
+def test_version_of_a_backend_is_named_and_an_old_one_refused(monkeypatch, version, content, said):
     def find(name):
-        if version is None:
+        if version is None:  # a module without a package's metadata
             raise importlib.metadata.PackageNotFoundError(name)
         return version
 
+    module = ModuleType("hotcoco")
+    vars(module).update(content)
     monkeypatch.setattr(importlib.metadata, "version", find)
-
-
-def test_hotcoco_without_columns_is_refused_with_the_version_wanted(small, monkeypatch):
-    version_is(monkeypatch, "1.1.0")
-    stub(monkeypatch, "hotcoco", COCO=SimpleNamespace())
-    with pytest.raises(UserError, match=r"need hotcoco>=1\.2, found 1\.1\.0 \(pip install -U hotc"):
-        evaluate_coco([], small, "hotcoco")
-    stub(monkeypatch, "hotcoco", COCO=SimpleNamespace(from_arrays=None))
-    assert load_backend("hotcoco")[1] == "hotcoco 1.1.0"
-
-
-def test_backend_without_a_packages_metadata_has_the_modules_version(monkeypatch):
-    version_is(monkeypatch, None)
-    content = {"COCO": SimpleNamespace(from_arrays=None)}
-    stub(monkeypatch, "hotcoco", **content, __version__="1.9")
-    assert load_backend("hotcoco")[1] == "hotcoco 1.9"
-    stub(monkeypatch, "hotcoco", **content)
-    assert load_backend("hotcoco")[1] == "hotcoco of unknown version"
+    monkeypatch.setitem(sys.modules, "hotcoco", module)
+    if said:
+        with pytest.raises(UserError, match=said):
+            load_backend("hotcoco")
+    else:
+        assert load_backend("hotcoco")[1] == "hotcoco 1.1.0"
 
 
 @pytest.mark.parametrize(
@@ -306,7 +300,7 @@ def test_backend_of_no_name_is_refused(small):
 
 @pytest.fixture
 def small(tmp_path):
-    """Two dogs in picture 1, a crowd of cats in picture 2, no oar; annotation ids from 0."""
+    """Two dogs in image 1, a crowd of cats in image 2, no oar; annotation ids from 0."""
     boxes = [(1, 3, [0, 0, 40, 40], 0), (1, 3, [50, 0, 40, 40], 0), (2, 7, [0, 0, 40, 40], 1)]
     document = {
         "images": [{"id": id, "width": 100, "height": 100} for id in (2, 1)],
@@ -358,7 +352,7 @@ def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, tmp_
 
 
 def test_note_on_zero_is_true_of_the_hundred_best_alone(small):
-    # The exact one is the 101st of its class in the picture, or the 100th.
+    # The exact one is the 101st of its class in the image, or the 100th.
     wrong, exact = [result([200, 200, 9, 9])] * 100, [result([0, 0, 40, 40], score=0.5)]
     report = evaluate_coco(wrong + exact, small)
     assert report["stats"][0] == report["stats"][8] == 0
@@ -385,12 +379,7 @@ def test_annotations_without_boxes_score_minus_one(small, backend):
         ({"a": 1}, "has no list of results"),
         ([5], r"results\[0\] needs a whole number as 'image_id', found None"),
         ([result([0, 0, 4, 4]), result([0, 0, 4])], r"results\[1\].* 4 finite numbers as 'bbox'"),
-        (
-            [result([0, 0, 1e160, 1e160])],
-            r"results\[0\] needs 4 numbers up to 1e\+100 as 'bbox', f",
-        ),
         ([result([0, 0, 4, 4], score=float("nan"))], ".*a finite number as 'score', found nan"),
-        ([result([0, 0, 4, 4], score=None)], ".*a finite number as 'score', found None"),
         (
             [result([0, 0, 4, 4]), *(result([0, 0, 4, 4], image_id=id) for id in (5, 6))],
             r"results\[1\] has the image_id 5, which .*truth.json does not list, like 2 of 3;"
@@ -435,7 +424,7 @@ def test_command_line_scores_the_classes_asked_for(small, tmp_path, capsys):
     assert "results[0] has the category_id 7" in capsys.readouterr().err
 
 
-def test_pictures_asked_for_are_scored_as_if_there_were_no_others(golden, tmp_path):
+def test_images_asked_for_are_scored_as_if_there_were_no_others(golden, tmp_path):
     truth, results, _ = golden
     document, records = json.loads(truth.read_text()), json.loads(results.read_text())
     ids = [image["id"] for image in document["images"][1::3]]
@@ -472,10 +461,15 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
 
     truth, results, expected = golden
     assert main([str(results), str(truth), "--json", str(tmp_path / "out.json")]) == 0
-    table = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr().out
+    table = printed.splitlines()
     report = json.loads((tmp_path / "out.json").read_text())
     assert report == evaluate_coco(results, truth)
     assert list(report)[:2] == ["stats", "per_category"]
+    for backend in BACKENDS[1:]:
+        if importlib.util.find_spec(backend.replace("-", "_")):
+            assert main([str(results), str(truth), "--eval-backend", backend]) == 0
+            assert capsys.readouterr().out == printed
     assert table[12:] == notes(report) and len(table) == 13
 
     reference = COCO(str(truth))
@@ -487,20 +481,6 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
     theirs = capsys.readouterr().out.splitlines()
     assert [line[:-6] for line in table[:12]] == [line[:-5] for line in theirs]
     assert [float(line[-6:]) for line in table[:12]] == pytest.approx(expected, abs=5e-5)
-
-
-@pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_command_line_takes_a_backend(golden, tmp_path, capsys, backend):
-    require(backend)
-    truth, results, _ = golden
-    tables = []
-    for name in (BACKENDS[0], backend):
-        out = tmp_path / f"{name}.json"
-        args = [str(results), str(truth), "--eval-backend", name, "--json", str(out)]
-        assert main(args) == 0
-        tables.append(capsys.readouterr().out)
-        assert json.loads(out.read_text())["backend"].startswith(f"{name} ")
-    assert tables[0] == tables[1]
 
 
 def test_command_line_refuses_a_bad_call(small, tmp_path, capsys):

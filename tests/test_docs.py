@@ -5,15 +5,22 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import sys
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
+import cv2
+import numpy as np
 import pytest
 import torch
+from test_data import members
+from tiny import TINY
 
-from data import build_dataset
+from data import DATASETS, DetectionData, build_dataset, default_sets
 from models import BACKBONES, build_net
 from models.pretrained import published
+from train_test import main
 
 ROOT = Path(__file__).parent.parent
 ROOMS = "utils|data|layers|models|inference|engine|tools|demo|docs|benchmarks|tests"
@@ -68,9 +75,6 @@ def test_a_backbone_is_added_as_described(monkeypatch):
 
 
 def test_a_data_set_is_converted_as_described(coco_folder, tmp_path):
-    import cv2
-    import numpy as np
-
     names: dict = {}
     exec(blocks("docs/extending.md", "python")[1], names)
     for folder in ("annotations", "val"):
@@ -91,12 +95,36 @@ def test_a_data_set_is_converted_as_described(coco_folder, tmp_path):
     assert dataset.target(1).shape == (0, 5)
 
 
-def test_members_of_a_reader_that_are_listed_are_there(voc_folder):
-    dataset = build_dataset("VOC", str(voc_folder), [(None, "test")])
-    text = (ROOT / "docs" / "extending.md").read_text("utf-8")
-    members = set(re.findall(r"`ds\.(\w+)", text))
-    assert len(members) >= 10
-    assert all(hasattr(dataset, member) for member in members)
+def test_a_third_data_set_is_a_file_and_a_row(tmp_path, monkeypatch, capsys):
+    """It is read, trained on for two steps and tested, through the program."""
+    reader, row = blocks("docs/extending.md", "python")[2:4]
+    for name in ("train", "test"):
+        rows = []
+        for i in range(3):
+            image = np.full((60, 80, 3), 40 * i, np.uint8)
+            cv2.imwrite(str(tmp_path / f"{name}{i}.png"), image)
+            rows += [f"{name}{i}.png,80,60,dog,5,6,40,50", f"{name}{i}.png,80,60,cat,30,10,70,30"]
+        (tmp_path / f"{name}.csv").write_text("\n".join(rows[:-1]) + "\n")
+    module = ModuleType("data.tables")
+    exec(reader, vars(module))
+    monkeypatch.setitem(sys.modules, "data.tables", module)
+    monkeypatch.setitem(BACKBONES, "tiny", TINY)
+    monkeypatch.setitem(DATASETS, "tables", None)  # taken out again after the test
+    exec(row, {})
+    dataset = build_dataset("tables", tmp_path, default_sets("tables", tmp_path)[0])
+    for name in members(DetectionData):
+        assert callable(getattr(dataset, name)), name
+    assert dataset.classes == ("cat", "dog") and len(dataset.truth().boxes) == 5
+    dataset.keep_first(1)
+    assert dataset.ids == ["train0.png"] and dataset.target(0).shape == (2, 5)
+    common = ["--root", str(tmp_path), "--device", "cpu", "--num_workers", "0"]
+    run = ["-d", "tables", "-v", "tiny", "-s", "300", "-b", "2", "-max", "2", "--date", "a",
+           "--save_folder", str(tmp_path / "out")]  # fmt: skip
+    assert main([*run, *common, "--max_iters", "2"]) == 0, capsys.readouterr().err
+    path = tmp_path / "out" / "tiny_300" / "a" / "Final_tiny_tables.pth"
+    assert main(["--test", str(path), *common]) == 0, capsys.readouterr().err
+    results = json.loads((path.parent / "ss_predict" / path.stem / "test/results.json").read_text())
+    assert list(results["per_class"]) == ["cat", "dog"] and results["images"] == 3
 
 
 def test_commands_that_reproduce_name_what_there_is():

@@ -1,6 +1,5 @@
 import errno
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -113,7 +112,7 @@ def slow_average_precisions(detections, annotations, name, low=-np.inf, high=np.
     return eleven, area
 
 
-@pytest.mark.parametrize("seed", range(40))
+@pytest.mark.parametrize("seed", range(16))
 def test_ap_equals_a_slow_reference(seed, tmp_path):
     rng = np.random.default_rng(seed)
     classes, grid = ("a", "b", "c"), 4 if seed % 2 else 1  # a coarse grid gives equal overlaps
@@ -183,7 +182,7 @@ HALF = (0, 0, 9, 9), (0, 0, 9, 19)  # IoU exactly 0.5 in pixel convention
         ([(0, 0.9, *HALF[1]), (0, 0.8, *HALF[1])], False, [1, 1], [1, 0.5]),  # the second is wrong
         ([(0, 0.8, *HALF[1]), (0, 0.9, 50, 50, 60, 60)], False, [0, 1], [0, 0.5]),
         ([(0, 0.9, *HALF[1]), (0, 0.8, *HALF[1])], True, [0, 0], [0, 0]),  # neither way
-        ([(1, 0.9, *HALF[1])], False, [0], [0]),  # no object of the class in that picture
+        ([(1, 0.9, *HALF[1])], False, [0], [0]),  # no object of the class in that image
     ],
 )
 def test_rule_by_hand(rows, difficult, recall, precision):
@@ -306,20 +305,9 @@ def test_class_name_that_no_file_can_have_is_escaped(tmp_path):
     assert [len(read[name].scores) for name in names] == [1, 1, 1, 1]
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"labels": [0]}, "image x: detection with label 0 of 1"),
-        ({"labels": [2]}, "image x: detection with label 2 of 1"),
-        ({"scores": [np.nan]}, "image x: .*score nan"),
-        ({"boxes": [[0, 0, np.inf, 1]]}, "image x: .*box .*inf"),
-        ({"boxes": [[0, 0, 1e160, 1e160]]}, "image x: .*box .*e\\+160"),
-        ({"boxes": np.zeros((2, 4))}, "image x: 1 scores, 1 labels and 2 boxes"),
-    ],
-)
-def test_wrong_detections_are_not_written(tmp_path, change, message):
-    found = {"boxes": [[0, 0, 1, 1]], "scores": [0.5], "labels": [1]} | change
-    with pytest.raises(ValueError, match=message):
+def test_wrong_detections_are_not_written(tmp_path):
+    found = {"boxes": [[0, 0, 1, 1]], "scores": [np.nan], "labels": [1]}
+    with pytest.raises(ValueError, match="image x: .*score nan"):
         write_comp4(tmp_path, "test", ["cat"], ["x"], [found])
     assert not any(tmp_path.iterdir())
 
@@ -366,30 +354,27 @@ def test_numbers_are_read_to_the_last_bit(tmp_path):
         assert np.array_equal(read.boxes, values[:, 1:] - 1)
 
 
-def test_lines_are_told_apart_though_ids_are_numbers(tmp_path):
-    # Of 7 and of 5 fields, they make two lines of 6.
-    (tmp_path / "comp4_det_test_cat.txt").write_text("1 2 3 4 5 6 2\n0.5 1 2 3 4\n")
-    with pytest.raises(UserError, match=r'_cat\.txt:1: image id "1 2" is not in the image set'):
-        read_comp4(tmp_path, "test", ["cat"], ["1", "2"])
-
-
 @pytest.mark.parametrize(
-    "text", [" x 0.5 1 2 3\n4", "x 0.5  1 2 3\n", "x 0.5 1 2 3\n", "x 0.5  1 2 3\n" * 6]
+    ("text", "message"),
+    [
+        # Of 7 and of 5 fields, they make two lines of 6.
+        ("1 2 3 4 5 6 2\n0.5 1 2 3 4\n", r':1: image id "1 2" is not in the image set'),
+        # As many gaps as in whole lines, or as many words.
+        (" 1 0.5 1 2 3\n4", ":1: .* is not of the form"),
+        ("1 0.5  1 2 3\n", ":1: .* is not of the form"),
+        ("1 0.5  1 2 3\n" * 6, ":1: .* is not of the form"),
+        ("1 0.5 1 2 3 4\n1 0.5 1 2 3\n", ':2: "1 0.5 1 2 3" is not of the form'),
+        ("1 0.5 1 2 3 4\n\n1 high 1 2 3 4\n", ':3: "1 high 1 2 3 4" is not of the form'),
+        ("1 0.5 1 2 3 4\n1 nan 1 2 3 4\n", ":2: .* is not of the form"),
+        ("1\n", ":1: .* is not of the form"),
+        ("1 0.5 1 2 3 4\ny 0.5 1 2 3 4\n", r':2: image id "y" is not in the image set'),
+    ],
 )
-def test_spaces_do_not_stand_in_for_a_missing_number(tmp_path, text):
-    # As many gaps as in whole lines, or as many words.
-    (tmp_path / "comp4_det_test_1.txt").write_text(text.replace("x", "1"))
-    with pytest.raises(UserError, match=r"_1\.txt:1: .* is not of the form"):
-        read_comp4(tmp_path, "test", ["1"], ["1"])
-
-
-@pytest.mark.parametrize("line", ["x 0.5 1 2 3", "x high 1 2 3 4", "x nan 1 2 3 4", "x"])
-def test_malformed_line_is_refused_by_file_and_line(tmp_path, line):
-    for number, gap in ((2, "\n"), (3, "\n\n")):
-        (tmp_path / "comp4_det_test_cat.txt").write_text(f"x 0.5 1 2 3 4{gap}{line}\n")
-        message = re.escape(f'comp4_det_test_cat.txt:{number}: "{line}" is not of the form')
-        with pytest.raises(UserError, match=message):
-            read_comp4(tmp_path, "test", ["cat"], ["x"])
+def test_malformed_line_is_refused_by_file_and_line(tmp_path, text, message):
+    path = tmp_path / "comp4_det_test_cat.txt"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"{path}{message}"):
+        read_comp4(tmp_path, "test", ["cat"], ["1", "2"])
 
 
 def test_ids_with_spaces_and_folders_are_read_back(tmp_path):
@@ -398,12 +383,6 @@ def test_ids_with_spaces_and_folders_are_read_back(tmp_path):
     write_comp4(tmp_path, "test", ["cat"], ids, [found] * 3)
     read, _ = read_comp4(tmp_path, "test", ["cat"], ids)
     assert read["cat"].images.tolist() == [0, 1, 2]
-
-
-def test_unknown_image_id_is_refused_by_file_and_line(tmp_path):
-    (tmp_path / "comp4_det_test_cat.txt").write_text("x 0.5 1 2 3 4\ny 0.5 1 2 3 4\n")
-    with pytest.raises(UserError, match=r'_cat\.txt:2: image id "y" is not in the image set'):
-        read_comp4(tmp_path, "test", ["cat"], ["x"])
 
 
 # ---- command line
@@ -422,7 +401,7 @@ def scored(voc_folder, tmp_path):
     return data, tmp_path / "out", data.evaluate(detections, tmp_path / "out")
 
 
-def test_command_line_gives_the_numbers_of_evaluate_without_pictures(scored, tmp_path, capsys):
+def test_command_line_gives_the_numbers_of_evaluate_without_images(scored, tmp_path, capsys):
     data, folder, result = scored
     for path in (data.root / "JPEGImages").iterdir():
         path.unlink()

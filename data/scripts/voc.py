@@ -26,7 +26,7 @@ ARCHIVES = {
 
 
 def count_complete(year_dir: Path, image_set: str) -> int:
-    """Number of images in an image set; 0 unless all have their image and annotation."""
+    """Return the number of images in an image set; 0 if a file or an annotation is missing."""
     listing = year_dir / "ImageSets" / "Main" / f"{image_set}.txt"
     if not listing.is_file():
         return 0
@@ -42,9 +42,10 @@ def count_complete(year_dir: Path, image_set: str) -> int:
 
 
 def get_voc(year: str, root: Path, url_base: str = URL_BASE) -> None:
-    """Bring the archives of a year under `root`, skipping those already unpacked in full.
+    """Download and unpack the archives of a year below ``root``, except those that are complete.
 
-    Raises UserError if an archive cannot be had, or lacks what its image set lists.
+    Raises:
+        UserError: an archive cannot be downloaded, or lacks files that its image set lists.
     """
     year_dir = root / "VOCdevkit" / f"VOC{year}"
     for image_set, name, md5, count in ARCHIVES[year]:
@@ -58,8 +59,8 @@ def get_voc(year: str, root: Path, url_base: str = URL_BASE) -> None:
         extract_tar(archive, root)
         if count_complete(year_dir, image_set) != count:
             raise UserError(
-                f"{archive} was unpacked, yet {year_dir} lacks images or annotations of "
-                f"{image_set}, which has {count}: remove that folder and run again"
+                f"{archive} is unpacked, but {year_dir} lacks some of the {count} images or "
+                f"annotations of {image_set}; remove that folder and run again"
             )
         print(f"{year_dir}: {image_set}, {count} images ({archive} is no longer needed)")
 
