@@ -7,16 +7,17 @@ nor PyTorch nor pycocotools.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Sequence
+import os
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
-from data.image_sets import ImageSet
-from data.skips import Skip
-from data.truth import Truth
+from data.image_sets import ImageSet, sets_name
+from data.skips import Skip, report_lines
+from data.truth import Truth, digest
+from utils.errors import UserError
 
 _EXPORTS = {
     "COCODetection": "data.coco",
@@ -32,13 +33,14 @@ def __getattr__(name: str) -> object:
     return getattr(importlib.import_module(_EXPORTS[name]), name)
 
 
-class DetectionData(Protocol):
-    """What training, testing and the tools ask of a data set.
+class DetectionData:
+    """Base class of the readers: samples of some image sets, and their score.
 
     A reader is constructed as ``Reader(root, image_sets, classes=..., **options)`` with the
-    options of its row in `DATASETS`. It raises UserError for missing or malformed files. Given a
-    list as ``faults``, it goes on where it can, for ``tools.check``: it adds the sentence to the
-    list, or leaves it to ``pull_image`` to raise.
+    options of its row in `DATASETS`. It sets the attributes below and adds the methods that raise
+    NotImplementedError here. It raises UserError for missing or malformed files. Given a list as
+    ``faults``, it goes on where it can, for ``tools.check``: it adds the sentence to the list, or
+    leaves it to ``pull_image`` to raise.
     """
 
     ids: list
@@ -47,52 +49,40 @@ class DetectionData(Protocol):
     """Class names without background; label k is ``classes[k - 1]``."""
     skipped: list[Skip]
     """What the reader changed or left out."""
+    sizes: np.ndarray
+    """int64 [N, 2], width and height of each image."""
+    rows: np.ndarray
+    """float32 [M, 5], the targets of all images in a row."""
+    offsets: np.ndarray
+    """int64 [N + 1]; image i has ``rows[offsets[i]:offsets[i + 1]]``."""
 
-    def __len__(self) -> int:
-        """Return the number of images."""
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (``pull_image(index)``, ``target(index)``)."""
+    def __init__(
+        self, root: str | Path, image_sets: Sequence[ImageSet], transform: Callable | None = None
+    ) -> None:
+        self.root = Path(os.path.expanduser(root))
+        self.image_sets = image_sets
+        self.transform = transform
+        self.skipped = []
 
     @staticmethod
     def list_image_sets(root: str | Path) -> list[ImageSet]:
         """Return the image sets under ``root``; none if it does not exist."""
+        raise NotImplementedError
 
     def image_path(self, index: int) -> Path:
         """Return the image's file."""
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Return (width, height) in pixels without decoding the image."""
+        raise NotImplementedError
 
     def pull_image(self, index: int) -> np.ndarray:
-        """Return the image, BGR uint8 [H, W, 3]. Raises UserError if it cannot be read."""
+        """Return the image, BGR uint8 [H, W, 3].
 
-    def target(self, index: int) -> np.ndarray:
-        """Return the objects to train on, float32 [n, 5], n may be 0.
-
-        A row is x1, y1, x2, y2 in pixels counted from 0, inside the image, and the label.
+        Raises UserError if it cannot be read, or if its size is not the annotated one.
         """
-
-    def keep_first(self, n: int) -> None:
-        """Keep only the first ``n`` images that have an object; they are then scored alone.
-
-        Raises UserError if there are fewer, ValueError for ``n`` below 1.
-        """
-
-    def report(self) -> list[str]:
-        """Return `skipped` as lines for the log."""
-
-    def check_scorable(self) -> None:
-        """Raise UserError if `evaluate` cannot score these image sets."""
+        raise NotImplementedError
 
     def truth(self) -> Truth:
-        """Return the objects that `evaluate` scores against."""
-
-    def fingerprint(self) -> dict:
-        """Return plain JSON data that is equal for equal images, annotations and options.
-
-        "images" is the number of images.
-        """
+        """Return the objects that `evaluate` scores against, nothing clipped or dropped."""
+        raise NotImplementedError
 
     def evaluate(
         self, detections: Sequence[dict], directory: str | Path, name: str = "SSD"
@@ -106,6 +96,72 @@ class DetectionData(Protocol):
         Returns a dict with at least "metric" (str), "value" (float, None without ground truth),
         "per_class" (class -> float) and "notes" (lines for the log).
         """
+        raise NotImplementedError
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return (`pull_image`, `target`), transformed if there is a transform."""
+        image, target = self.pull_image(index), self.target(index)
+        return self.transform(image, target) if self.transform else (image, target)
+
+    def image_size(self, index: int) -> tuple[int, int]:
+        """Return (width, height) in pixels without decoding the image."""
+        width, height = self.sizes[index].tolist()
+        return width, height
+
+    def target(self, index: int) -> np.ndarray:
+        """Return the objects to train on, float32 [n, 5], n may be 0.
+
+        A row is x1, y1, x2, y2 in pixels counted from 0, inside the image, and the label.
+        """
+        index = range(len(self))[index]
+        return self.rows[self.offsets[index] : self.offsets[index + 1]].copy()
+
+    def keep_first(self, n: int) -> None:
+        """Keep only the first ``n`` images that have an object; they are then scored alone.
+
+        Raises UserError if there are fewer, ValueError for ``n`` below 1.
+        """
+        if n < 1:
+            raise ValueError(f"cannot keep {n} images, wanted 1 or more")
+        counts = np.diff(self.offsets)
+        kept = np.flatnonzero(counts)[:n].tolist()
+        if len(kept) < n:
+            raise UserError(
+                f"{self.root}: {sets_name(self.image_sets)}: {len(kept)} of {len(self)} images have"
+                f" objects, too few to keep {n}; ask for fewer (--overfit) or take another image"
+                " set (--train_sets)"
+            )
+        self.rows = np.concatenate([self.target(i) for i in kept])
+        self.offsets = np.append(0, np.cumsum(counts[kept]))
+        self.sizes = self.sizes[kept]
+        self.ids = [self.ids[i] for i in kept]
+        index = {old: new for new, old in enumerate(kept)} | {None: None}
+        self.skipped = [
+            skip._replace(image=index[skip.image]) for skip in self.skipped if skip.image in index
+        ]
+        self._keep(kept)
+
+    def _keep(self, kept: list[int]) -> None:
+        """Keep these images in what else a reader holds of each image."""
+
+    def report(self) -> list[str]:
+        """Return `skipped` as lines for the log."""
+        return report_lines(self.skipped)
+
+    def check_scorable(self) -> None:
+        """Raise UserError if `evaluate` cannot score these image sets."""
+
+    def fingerprint(self) -> dict:
+        """Return plain JSON data that is equal for equal images, annotations and options.
+
+        "images" is the number of images.
+        """
+        annotations = digest(self.classes, *self.truth()[:4], self.sizes)
+        return {"images": len(self), "ids": digest(self.ids), "annotations": annotations}
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from data import DetectionData
 from data.coco_eval import evaluate_coco, load_backend, notes
 from data.coco_json import COCOAnnotations, read_annotations
 from data.coco_layout import (
@@ -24,8 +24,8 @@ from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
 from data.detections import as_columns
 from data.image import read_image
-from data.image_sets import ImageSet, first_with_objects, sets_name
-from data.skips import Skip, SkipKind, keep_images, report_lines
+from data.image_sets import ImageSet
+from data.skips import Skip, SkipKind
 from data.truth import Truth, digest
 from utils.errors import UserError
 
@@ -41,8 +41,8 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     return np.hstack([start, np.minimum(sizes - 1, start + np.maximum(boxes[:, 2:] - 1, 0))])
 
 
-class COCODetection:
-    """Samples of COCO image sets; a `data.DetectionData`.
+class COCODetection(DetectionData):
+    """Samples of COCO image sets.
 
     ``ds[i]`` is (image, target): BGR uint8 [H, W, 3] and float32 [n, 5] of x1, y1, x2, y2 in
     pixels and the label, from 1; n may be 0, and is in a test split. Boxes without area or wholly
@@ -78,12 +78,9 @@ class COCODetection:
     ) -> None:
         if not image_sets:
             raise ValueError("image_sets is empty, expected e.g. [('2017', 'val')]")
-        self.root = Path(os.path.expanduser(root))
-        self.image_sets = [normalise(*each) for each in image_sets]
-        self.transform = transform
+        super().__init__(root, [normalise(*each) for each in image_sets], transform)
         self.crowds = crowds
         self.eval_backend = eval_backend
-        self.skipped: list[Skip] = []
         self._turned: set[Path] = set()
         files = [self._read(image_set, classes) for image_set in self.image_sets]
         self._files = [file.path for file in files]
@@ -106,30 +103,16 @@ class COCODetection:
         ]
         self._folders, names = zip(*places, strict=True)
         self._names = np.concatenate(names)
-        self._sizes = np.concatenate([file.sizes for file in files])
+        self.sizes = np.concatenate([file.sizes for file in files])
         starts = np.cumsum([0, *(len(file.image_ids) for file in files)])
         targets, counts = zip(*map(self._targets, files, starts.tolist()), strict=True)
-        self._boxes = np.concatenate(targets)
-        self._offsets = np.append(0, np.cumsum(np.concatenate(counts)))
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (`pull_image`, `target`), transformed if there is a transform."""
-        image, target = self.pull_image(index), self.target(index)
-        return self.transform(image, target) if self.transform else (image, target)
+        self.rows = np.concatenate(targets)
+        self.offsets = np.append(0, np.cumsum(np.concatenate(counts)))
 
     list_image_sets = staticmethod(list_image_sets)
 
     def image_path(self, index: int) -> Path:
-        """Return the image's file."""
         return self._folders[self._set_of[index]] / str(self._names[index])
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Return (width, height) in pixels, as the annotation file says."""
-        width, height = self._sizes[index].tolist()
-        return width, height
 
     def pull_image(self, index: int) -> np.ndarray:
         """Return the image, BGR uint8 [H, W, 3], of the size that its boxes are for.
@@ -159,39 +142,14 @@ class COCODetection:
             )  # fmt: skip
         return stored
 
-    def target(self, index: int) -> np.ndarray:
-        """Return the objects to train on, float32 [n, 5]: x1, y1, x2, y2 in pixels, label."""
-        index = range(len(self))[index]
-        return self._boxes[self._offsets[index] : self._offsets[index + 1]].copy()
-
-    def report(self) -> list[str]:
-        """Return `skipped` as lines for the log."""
-        return report_lines(self.skipped)
-
-    def keep_first(self, n: int) -> None:
-        """Keep only the first ``n`` images with an object in their target.
-
-        `evaluate` then scores these images alone. Image sets without one of them leave
-        ``image_sets``.
-
-        Raises:
-            UserError: fewer images have an object, as in a test split.
-            ValueError: ``n`` is below 1.
-        """
-        counts = np.diff(self._offsets)
-        kept = first_with_objects(counts, n, f"{self.root}: {sets_name(self.image_sets)}")
-        self._boxes = np.concatenate([self.target(i) for i in kept])
-        self.ids = [self.ids[i] for i in kept]
-        self._names, self._sizes = self._names[kept], self._sizes[kept]
-        self._offsets = np.append(0, np.cumsum(counts[kept]))
-        self.skipped = keep_images(self.skipped, kept)
+    def _keep(self, kept: list[int]) -> None:
+        self._names = self._names[kept]
         used, self._set_of = np.unique(self._set_of[kept], return_inverse=True)
         self.image_sets, self._files, self._folders = (
             [items[s] for s in used] for items in (self.image_sets, self._files, self._folders)
         )
 
     def check_scorable(self) -> None:
-        """Raise UserError if `evaluate` cannot score: several image sets, or no such backend."""
         if len(self.image_sets) > 1:
             sets = ", ".join(map(str, self.image_sets))
             raise UserError(f"{self.root}: COCO scores one image set at a time, not {sets}")
@@ -199,10 +157,7 @@ class COCODetection:
             load_backend(self.eval_backend)
 
     def truth(self) -> Truth:
-        """Return the objects that `evaluate` scores against, nothing clipped or dropped.
-
-        The annotation files are read again.
-        """
+        """Return the objects to score against; the annotation files are read again."""
         parts = []
         for k, path in enumerate(self._files):
             images = np.flatnonzero(self._set_of == k)
@@ -218,9 +173,7 @@ class COCODetection:
         After `keep_first`, changed annotations of the other images still count.
         """
         return {
-            "images": len(self),
-            "ids": digest(self.ids),
-            "annotations": self._digest,
+            "images": len(self), "ids": digest(self.ids), "annotations": self._digest,
             "crowds": self.crowds,
         }
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
-
-import numpy as np
 
 from utils.errors import UserError
 
@@ -52,25 +50,3 @@ def parse_image_sets(text: str, existing: Collection[ImageSet] = ()) -> list[Ima
 def sets_name(sets: Iterable[tuple[str | None, str]]) -> str:
     """Return one name for several image sets, fit for a folder: "2007_trainval+2012_trainval"."""
     return re.sub(r"[/\\]", "_", "+".join(str(ImageSet(*each)) for each in sets))
-
-
-def first_with_objects(counts: Sequence[int], n: int, source: str) -> list[int]:
-    """Return the positions of the first ``n`` images that have objects.
-
-    Args:
-        counts: how many objects each image has.
-        source: what the images are of, for messages.
-
-    Raises:
-        UserError: fewer images have objects.
-        ValueError: ``n`` is below 1.
-    """
-    if n < 1:
-        raise ValueError(f"cannot keep {n} images, wanted 1 or more")
-    found = np.flatnonzero(counts)
-    if len(found) < n:
-        raise UserError(
-            f"{source}: {len(found)} of {len(counts)} images have objects, too few to keep {n};"
-            " ask for fewer (--overfit) or take another image set (--train_sets)"
-        )
-    return found[:n].tolist()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple
 
@@ -50,9 +50,3 @@ def report_lines(skipped: Iterable[Skip]) -> list[str]:
     for skip in skipped:
         details.setdefault(skip.kind, []).append(skip.detail)
     return [f"{kind.text}: {len(found)}, e.g. {found[0]}" for kind, found in details.items()]
-
-
-def keep_images(skipped: Iterable[Skip], kept: Sequence[int]) -> list[Skip]:
-    """Return the records of the images ``kept``, with their new indices, and those of no image."""
-    index = {old: new for new, old in enumerate(kept)} | {None: None}
-    return [skip._replace(image=index[skip.image]) for skip in skipped if skip.image in index]

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from data import DetectionData
 from data.curves import CURVES_FILE
 from data.image import IMAGE_SUFFIXES, read_image
-from data.image_sets import ImageSet, first_with_objects, sets_name
-from data.skips import Skip, SkipKind, keep_images, report_lines
-from data.truth import Truth, digest
+from data.image_sets import ImageSet, sets_name
+from data.skips import Skip, SkipKind
+from data.truth import Truth
 from data.voc_comp4 import read_comp4, write_comp4
 from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
 from data.voc_xml import (
@@ -26,8 +26,8 @@ from data.voc_xml import (
 from utils.errors import UserError
 
 
-class VOCDetection:
-    """Samples of a VOC devkit or of a folder in VOC layout; a `data.DetectionData`.
+class VOCDetection(DetectionData):
+    """Samples of a VOC devkit or of a folder in VOC layout.
 
     ``ds[i]`` is (image, target): BGR uint8 [H, W, 3] and float32 [n, 5] of x1, y1, x2, y2 in
     pixels counted from 0 and the label, from 1; n may be 0. Targets hold the objects of known
@@ -65,17 +65,14 @@ class VOCDetection:
         classes: Sequence[str] | None = None,
         faults: list[str] | None = None,
     ) -> None:
-        self.root = Path(os.path.expanduser(root))
-        self.image_sets = [ImageSet(year or None, name) for year, name in image_sets]
-        self.transform = transform
-        loaded = load_annotations(self.root, self.image_sets, classes, faults)
+        sets = [ImageSet(year or None, name) for year, name in image_sets]
+        super().__init__(root, sets, transform)
+        loaded = load_annotations(self.root, sets, classes, faults)
         self.ids, self.annotations, self.classes = loaded.ids, loaded.annotations, loaded.classes
         self.skipped = loaded.skipped
         self._scored = self.classes
         self._paths = _find_images(loaded, faults)
-        self._sizes: list[tuple[int, int]] = []
-        self._targets: list[np.ndarray] = []
-        self._difficult: list[np.ndarray] = []
+        sizes, targets = [], []
         for index, annotation in enumerate(self.annotations):
             try:
                 size = self._find_size(index)
@@ -84,8 +81,11 @@ class VOCDetection:
                     raise
                 faults.append(str(error))
                 annotation, size = Annotation.empty(annotation.path), (1, 1)
-            self._sizes.append(size)
-            self._add_target(index, annotation, size)
+            sizes.append(size)
+            targets.append(self._make_target(index, annotation, size))
+        self.sizes = np.array(sizes, np.int64)
+        self.rows = np.concatenate(targets)
+        self.offsets = np.cumsum([0, *map(len, targets)])
 
     def _find_size(self, index: int) -> tuple[int, int]:
         """Return (width, height) of the annotation, or of the image where that is in doubt."""
@@ -99,7 +99,9 @@ class VOCDetection:
             self.skipped.append(Skip(SkipKind.SIZE_SWAPPED, index, None, detail))
         return found
 
-    def _add_target(self, index: int, annotation: Annotation, size: tuple[int, int]) -> None:
+    def _make_target(
+        self, index: int, annotation: Annotation, size: tuple[int, int]
+    ) -> np.ndarray:
         labels = self._labels(annotation)
         boxes = annotation.boxes
         clipped = boxes.clip(0, np.subtract((*size, *size), 1))
@@ -120,80 +122,42 @@ class VOCDetection:
                 )
                 self.skipped.append(Skip(kind, index, tuple(boxes[k].tolist()), detail))
         keep = known & area & inside
-        self._targets.append(np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32))
-        self._difficult.append(annotation.difficult[keep])
+        return np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32)
 
     def _labels(self, annotation: Annotation) -> np.ndarray:
         """Return the label of each object, int64 [n]; 0 for an unknown class."""
         label_of = {name: label for label, name in enumerate(self.classes, 1)}
         return np.array([label_of.get(name, 0) for name in annotation.names], np.int64)
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return (`pull_image`, `target`), transformed if there is a transform."""
-        image, target = self.pull_image(index), self.target(index)
-        return self.transform(image, target) if self.transform else (image, target)
-
     list_image_sets = staticmethod(list_image_sets)
 
     def image_path(self, index: int) -> Path:
-        """Return the image's file."""
         return self._paths[index]
-
-    def image_size(self, index: int) -> tuple[int, int]:
-        """Return (width, height) of the annotation, or of the image where a box leaves that."""
-        return self._sizes[index]
 
     def pull_image(self, index: int) -> np.ndarray:
         """Return the image, BGR uint8 [H, W, 3].
 
-        A <size> with width and height swapped is accepted if all boxes lie inside the image.
+        <size> may differ by a pixel of rounding, or have width and height swapped if all boxes lie
+        inside the image.
 
         Raises:
-            UserError: the image cannot be read, <size> differs from it by more than a pixel of
-                rounding, or the boxes are for the image before its EXIF orientation.
+            UserError: the image cannot be read, <size> is of another image, or the boxes are for
+                the image before its EXIF orientation.
         """
         path = self._paths[index]
         image = read_image(path)
         _checked_size(image, path, self.annotations[index])
         return image
 
-    def target(self, index: int) -> np.ndarray:
-        """Return the objects to train on, float32 [n, 5]: x1, y1, x2, y2 in pixels, label."""
-        return self._targets[index].copy()
-
-    def difficult(self, index: int) -> np.ndarray:
-        """Return which rows of ``target(index)`` are difficult objects, bool [n]."""
-        return self._difficult[index].copy()
-
-    def report(self) -> list[str]:
-        """Return `skipped` as lines for the log."""
-        return report_lines(self.skipped)
-
-    def keep_first(self, n: int) -> None:
-        """Keep only the first ``n`` images with an object in their target.
-
-        `evaluate` then scores these images, and of the classes those with ground truth in them, so
-        that perfect detections score 1.
-
-        Raises:
-            UserError: fewer images have an object.
-            ValueError: ``n`` is below 1.
-        """
-        counts = [len(target) for target in self._targets]
-        kept = first_with_objects(counts, n, f"{self.root}: {sets_name(self.image_sets)}")
-        for name in ("ids", "annotations", "_paths", "_sizes", "_targets", "_difficult"):
-            setattr(self, name, [getattr(self, name)[i] for i in kept])
-        self.skipped = keep_images(self.skipped, kept)
+    def _keep(self, kept: list[int]) -> None:
+        self.annotations = [self.annotations[i] for i in kept]
+        self._paths = [self._paths[i] for i in kept]
         truth = self.truth()
         counted = np.unique(truth.labels[~truth.ignored])
         # Where all objects are difficult there is nothing to score; the notes of a score say so.
         self._scored = tuple(self.classes[label - 1] for label in counted) or self.classes
 
     def check_scorable(self) -> None:
-        """Raise UserError if `evaluate` cannot score these image sets: an id in two years."""
         if len(set(self.ids)) < len(self):
             raise UserError(
                 f"{self.root}: images of different years have the same id, and comp4 files cannot "
@@ -201,7 +165,6 @@ class VOCDetection:
             )
 
     def truth(self) -> Truth:
-        """Return the objects that `evaluate` scores against, nothing clipped or dropped."""
         labels = [self._labels(annotation) for annotation in self.annotations]
         images = np.repeat(np.arange(len(labels)), [len(each) for each in labels])
         boxes = [annotation.boxes + (0, 0, 1, 1) for annotation in self.annotations]
@@ -211,15 +174,6 @@ class VOCDetection:
         ignored = np.concatenate([np.empty(0, bool), *difficult])
         known = labels > 0
         return Truth(images[known], boxes[known], labels[known], ignored[known], "voc")
-
-    def fingerprint(self) -> dict:
-        """Return plain data that is equal for equal ids, sizes, objects and difficult flags."""
-        objects = [*self.truth()[:4], np.array(self._sizes)]
-        return {
-            "images": len(self),
-            "ids": digest(self.ids),
-            "annotations": digest(self.classes, *objects),
-        }
 
     def evaluate(
         self, detections: Sequence[dict], directory: str | Path, name: str = "SSD"

@@ -159,7 +159,7 @@ def test_loader_processes_get_arrays_and_no_records(tmp_path):
                 assert not (isinstance(item, dict) and "bbox" in item)
     dataset.keep_first(4)
     assert len(ForkingPickler.dumps(dataset)) < before / 10
-    assert dataset._offsets[-1] == 103 and dataset._boxes.base is None
+    assert dataset.offsets[-1] == 103 and dataset.rows.base is None
 
 
 def test_reading_writes_nothing_under_the_root(tmp_path):

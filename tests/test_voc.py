@@ -75,7 +75,7 @@ def test_labels_follow_the_classes_and_difficult_objects_are_trained_on(voc_fold
     assert empty.shape == (0, 5) and empty.dtype == np.float32
 
 
-def test_difficult_flags_are_in_step_with_the_target(dataset):
+def test_difficult_objects_are_trained_on_and_ignored_by_a_score(dataset):
     objects = [
         ("dog", (1, 1, 9, 9), True),
         ("cat", (1, 1, 9, 9), True),  # of no known class
@@ -85,7 +85,6 @@ def test_difficult_flags_are_in_step_with_the_target(dataset):
     ]
     data = dataset({"a": objects}, classes=["dog"])
     assert data.target(0)[:, 0].tolist() == [0, 19, 49]
-    assert data.difficult(0).tolist() == [True, False, True] and data.difficult(0).dtype == bool
     truth = data.truth()
     assert truth.boxes.tolist() == [
         [0, 0, 9, 9], [4, 4, 5, 9], [19, 19, 40, 40], [49, 19, 70, 40],
@@ -396,7 +395,7 @@ def test_first_images_are_scored_as_a_set_of_only_them(voc_folder, dataset, tmp_
 def test_image_of_difficult_objects_alone_is_kept(voc_devkit, dataset, tmp_path):
     data = VOCDetection(voc_devkit, [("2007", "trainval")])
     data.keep_first(2)
-    assert data.ids == ["000001", "000002"] and data.difficult(1).tolist() == [True]
+    assert data.ids == ["000001", "000002"] and len(data.target(1)) == 1
     result = data.evaluate(as_detections(data), tmp_path / "out")
     assert result["per_class"] == pytest.approx({"dog": 1, "person": 1})
     data = dataset({"a": [("dog", (1, 1, 9, 9), True)], "b": []})
