@@ -20,9 +20,7 @@ from data.truth import Truth, digest
 from utils.errors import UserError
 
 _EXPORTS = {
-    "COCODetection": "data.coco",
-    "VOCDetection": "data.voc0712",
-    "VOC_CLASSES": "data.config",
+    "COCODetection": "data.coco", "VOCDetection": "data.voc0712", "VOC_CLASSES": "data.config",
     "detection_collate": "data.loading",
 }
 
@@ -213,11 +211,8 @@ DATASETS = {
 
 
 def build_dataset(
-    name: str,
-    root: str | Path,
-    image_sets: Collection[tuple[str | None, str]],
-    classes: Sequence[str] | None = None,
-    **options: object,
+    name: str, root: str | Path, image_sets: Collection[tuple[str | None, str]],
+    classes: Sequence[str] | None = None, **options: object,
 ) -> DetectionData:
     """Open the data set ``name`` (a key of `DATASETS`) under ``root``.
 

@@ -212,13 +212,8 @@ class COCODetection(DetectionData):
         path = Path(directory) / f"detections_{split}_results.json"
         write_results(path, results)
         report = {
-            "metric": "COCO AP",
-            "value": None,
-            "per_class": {},
-            "iou": "0.50:0.95",
-            "max_dets": 100,
-            "image_set": str(image_set),
-            "results": path.name,
+            "metric": "COCO AP", "value": None, "per_class": {}, "iou": "0.50:0.95",
+            "max_dets": 100, "image_set": str(image_set), "results": path.name,
         }
         return report | (self._pack(path) if test else self._score(results, Path(directory)))
 
@@ -233,12 +228,8 @@ class COCODetection(DetectionData):
 
     def _score(self, results: COCOResults, directory: Path) -> dict:
         scored = evaluate_coco(
-            results,
-            self._files[0],
-            self.eval_backend,
-            curves=directory / CURVES_FILE,
-            classes=self.classes,
-            images=self.ids,
+            results, self._files[0], self.eval_backend, curves=directory / CURVES_FILE,
+            classes=self.classes, images=self.ids,
         )
         return {
             "value": scored["stats"][0],

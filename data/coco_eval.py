@@ -30,18 +30,10 @@ from utils.files import check_writable, write_json
 BACKENDS = ("pycocotools", "hotcoco", "faster-coco-eval")
 """What can compute the metrics. The first is the reference and the default."""
 STATS = (
-    ("AP", "0.50:0.95", "all", 100),
-    ("AP", "0.50", "all", 100),
-    ("AP", "0.75", "all", 100),
-    ("AP", "0.50:0.95", "small", 100),
-    ("AP", "0.50:0.95", "medium", 100),
-    ("AP", "0.50:0.95", "large", 100),
-    ("AR", "0.50:0.95", "all", 1),
-    ("AR", "0.50:0.95", "all", 10),
-    ("AR", "0.50:0.95", "all", 100),
-    ("AR", "0.50:0.95", "small", 100),
-    ("AR", "0.50:0.95", "medium", 100),
-    ("AR", "0.50:0.95", "large", 100),
+    ("AP", "0.50:0.95", "all", 100), ("AP", "0.50", "all", 100), ("AP", "0.75", "all", 100),
+    *(("AP", "0.50:0.95", size, 100) for size in SIZES),
+    *(("AR", "0.50:0.95", "all", count) for count in (1, 10, 100)),
+    *(("AR", "0.50:0.95", size, 100) for size in SIZES),
 )
 """(metric, IoU, area, detections an image) of each number, in the order of pycocotools' stats."""
 
@@ -103,12 +95,8 @@ def _at_most_100(evaluation: object, key: str) -> np.ndarray:
 
 def _write_curves(path: str | Path, truth: COCOAnnotations, evaluation: object) -> None:
     write_curves(
-        path,
-        truth.classes,
-        evaluation.params.iouThrs,
-        recall=np.array(evaluation.params.recThrs),
-        precision=_at_most_100(evaluation, "precision"),
-        scores=_at_most_100(evaluation, "scores"),
+        path, truth.classes, evaluation.params.iouThrs, recall=np.array(evaluation.params.recThrs),
+        precision=_at_most_100(evaluation, "precision"), scores=_at_most_100(evaluation, "scores"),
     )
 
 
@@ -192,13 +180,8 @@ def _import_backend(name: str) -> Callable[..., object]:
 
 
 def _evaluate_dicts(
-    COCO: type,
-    COCOeval: type,
-    truth: COCOAnnotations,
-    images: np.ndarray,
-    categories: np.ndarray,
-    boxes: np.ndarray,
-    scores: np.ndarray,
+    COCO: type, COCOeval: type, truth: COCOAnnotations, images: np.ndarray, categories: np.ndarray,
+    boxes: np.ndarray, scores: np.ndarray,
 ) -> object:
     """Evaluate by pycocotools' interface, in which every box is a dict."""
     columns = {"image_id": 1 + truth.owners(), "category_id": truth.labels, "bbox": truth.boxes}
@@ -227,20 +210,12 @@ def _index(COCO: type, truth: COCOAnnotations, columns: dict[str, np.ndarray]) -
 
 
 def _evaluate_arrays(
-    hotcoco: object,
-    truth: COCOAnnotations,
-    images: np.ndarray,
-    categories: np.ndarray,
-    boxes: np.ndarray,
-    scores: np.ndarray,
+    hotcoco: object, truth: COCOAnnotations, images: np.ndarray, categories: np.ndarray,
+    boxes: np.ndarray, scores: np.ndarray,
 ) -> object:
     """Evaluate by hotcoco's interface for columns."""
     objects = hotcoco.COCO.from_arrays(
-        *_lists(truth).values(),
-        1 + truth.owners(),
-        truth.labels,
-        truth.boxes,
-        area=truth.areas,
+        *_lists(truth).values(), 1 + truth.owners(), truth.labels, truth.boxes, area=truth.areas,
         iscrowd=truth.crowds,
     )
     found = objects.load_res(np.column_stack([images, boxes, scores, categories]))
@@ -262,8 +237,7 @@ def _lists(truth: COCOAnnotations) -> dict:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m data.coco_eval",
-        description=__doc__,
+        prog="python -m data.coco_eval", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("results", help="results JSON, or the .zip of a test split")

@@ -65,8 +65,7 @@ def write_archive(path: Path) -> Path:
     """Pack a results JSON into a .zip of the same stem, and return that."""
     archive = path.with_suffix(".zip")
     with (
-        atomic_write(archive) as file,
-        zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members,
+        atomic_write(archive) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members
     ):
         members.write(path, path.name)
     return archive

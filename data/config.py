@@ -46,50 +46,36 @@ class PriorConfig:
         return sum(n * a for n, a in zip(cells, self.boxes_per_cell, strict=True))
 
 
-def _ssd300(min_sizes: tuple[float, ...], last: float) -> PriorConfig:
+def _ssd(
+    size: int, maps: dict[int, float], min_sizes: tuple[float, ...], last: float
+) -> PriorConfig:
+    """Return the prior boxes of SSD; ``maps``: the side of each source map and its step."""
     return PriorConfig(
-        size=300,
-        feature_maps=(38, 19, 10, 5, 3, 1),
-        steps=(8, 16, 32, 64, 100, 300),
+        size=size,
+        feature_maps=tuple(maps),
+        steps=tuple(maps.values()),
         min_sizes=min_sizes,
         max_sizes=(*min_sizes[1:], last),
-        # As published, the first map has ratio 3, too: 11,620 priors. The SSD paper has 8,732.
-        aspect_ratios=((2, 3),) * 4 + ((2,),) * 2,
+        # As published, the first map of SSD300 has ratio 3, too: 11,620 priors. The SSD paper has
+        # 8,732.
+        aspect_ratios=((2, 3),) * (len(maps) - 2) + ((2,),) * 2,
     )
 
 
-def _ssd512(min_sizes: tuple[float, ...], last: float) -> PriorConfig:
-    return PriorConfig(
-        size=512,
-        feature_maps=(64, 32, 16, 8, 4, 2, 1),
-        steps=(8, 16, 32, 64, 128, 256, 512),
-        min_sizes=min_sizes,
-        max_sizes=(*min_sizes[1:], last),
-        aspect_ratios=((2, 3),) * 5 + ((2,),) * 2,
-    )
-
-
-VOC_300 = _ssd300((30, 60, 111, 162, 213, 264), 315)
-COCO_300 = _ssd300((21, 45, 99, 153, 207, 261), 315)
-VOC_512 = _ssd512((35.84, 76.8, 153.6, 230.4, 307.2, 384, 460.8), 537.6)
-COCO_512 = _ssd512((20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8), 542.72)
+_MAPS_300 = {38: 8, 19: 16, 10: 32, 5: 64, 3: 100, 1: 300}
+_MAPS_512 = {64: 8, 32: 16, 16: 32, 8: 64, 4: 128, 2: 256, 1: 512}
+VOC_300 = _ssd(300, _MAPS_300, (30, 60, 111, 162, 213, 264), 315)
+COCO_300 = _ssd(300, _MAPS_300, (21, 45, 99, 153, 207, 261), 315)
+VOC_512 = _ssd(512, _MAPS_512, (35.84, 76.8, 153.6, 230.4, 307.2, 384, 460.8), 537.6)
+COCO_512 = _ssd(512, _MAPS_512, (20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8), 542.72)
 
 PRIORS = {
-    ("VOC", 300): VOC_300,
-    ("VOC", 512): VOC_512,
-    ("COCO", 300): COCO_300,
-    ("COCO", 512): COCO_512,
+    ("VOC", 300): VOC_300, ("VOC", 512): VOC_512, ("COCO", 300): COCO_300, ("COCO", 512): COCO_512,
 }
 
 # Published as COCO_mobile_300, for networks with stride 16 at the first source map.
-MOBILE_300 = PriorConfig(
-    size=300,
-    feature_maps=(19, 10, 5, 3, 2, 1),
-    steps=(16, 32, 64, 100, 150, 300),
-    min_sizes=(45, 90, 135, 180, 225, 270),
-    max_sizes=(90, 135, 180, 225, 270, 315),
-    aspect_ratios=((2, 3),) * 4 + ((2,),) * 2,
-)
+_MAPS_MOBILE = {19: 16, 10: 32, 5: 64, 3: 100, 2: 150, 1: 300}
+MOBILE_300 = _ssd(300, _MAPS_MOBILE, (45, 90, 135, 180, 225, 270), 315)
 MOBILE_PRIORS = {("VOC", 300): MOBILE_300, ("COCO", 300): MOBILE_300}
 
 TRAINING_THRESHOLD = 0.01

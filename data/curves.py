@@ -23,9 +23,7 @@ from utils.files import atomic_write, load_arrays
 CURVES_FILE = "curves.npz"  # beside results.json
 # COCO's limits, in square pixels. An object on a limit is in both ranges.
 SIZE_RANGES = {
-    "all": (-math.inf, math.inf),
-    "small": (0, 32**2),
-    "medium": (32**2, 96**2),
+    "all": (-math.inf, math.inf), "small": (0, 32**2), "medium": (32**2, 96**2),
     "large": (96**2, 1e5**2),
 }
 SIZES = tuple(SIZE_RANGES)[1:]
@@ -77,11 +75,8 @@ def write_curves(
     """Write the arrays of `Curves`; they must cover all of `SIZE_RANGES`."""
     with atomic_write(path) as file:
         np.savez_compressed(
-            file,
-            classes=np.array(classes, str),
-            areas=np.array([*SIZE_RANGES]),
-            ious=np.array(ious, np.float64),
-            **arrays,
+            file, classes=np.array(classes, str), areas=np.array([*SIZE_RANGES]),
+            ious=np.array(ious, np.float64), **arrays,
         )
 
 

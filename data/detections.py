@@ -65,20 +65,18 @@ def save_detections(
 
     made_by: plain JSON data that says which checkpoint, image sets and limits they are of.
     """
+    arrays = {
+        "ids": np.array([str(i) for i in ids], np.str_),
+        "counts": np.array([len(each["scores"]) for each in detections], np.int64),
+    }
+    for key, empty in (
+        ("boxes", np.zeros((0, 4), np.float32)),
+        ("scores", np.zeros(0, np.float32)),
+        ("labels", np.zeros(0, np.int64)),
+    ):
+        arrays[key] = np.concatenate([empty, *(each[key] for each in detections)])
     with atomic_write(path) as file:
-        np.savez_compressed(
-            file,
-            ids=np.array([str(i) for i in ids], dtype=np.str_),
-            counts=np.array([len(d["scores"]) for d in detections], np.int64),
-            boxes=_join(detections, "boxes", np.zeros((0, 4), np.float32)),
-            scores=_join(detections, "scores", np.zeros(0, np.float32)),
-            labels=_join(detections, "labels", np.zeros(0, np.int64)),
-            made_by=np.array(json.dumps(made_by)),
-        )
-
-
-def _join(detections: Sequence[dict], key: str, empty: np.ndarray) -> np.ndarray:
-    return np.concatenate([empty, *(d[key] for d in detections)])
+        np.savez_compressed(file, **arrays, made_by=np.array(json.dumps(made_by)))
 
 
 def load_detections(

@@ -58,10 +58,7 @@ class TrainingSet(Dataset):
     """
 
     def __init__(
-        self,
-        dataset: DetectionData,
-        augment: Callable,
-        seed: int,
+        self, dataset: DetectionData, augment: Callable, seed: int,
         pull: Callable[[int], np.ndarray] | None = None,
     ) -> None:
         self.dataset = dataset
@@ -118,12 +115,7 @@ class EpochSampler(Sampler):
     """
 
     def __init__(
-        self,
-        length: int,
-        batch_size: int,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
+        self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1,
         accumulate: int = 1,
     ) -> None:
         self.parts = world * accumulate

@@ -15,11 +15,7 @@ CROP_MIN_IOUS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: no crop; 0: no lim
 CROP_TRIES = 50
 EXPAND_PROBABILITY = 0.6
 INTERPOLATIONS = (
-    cv2.INTER_LINEAR,
-    cv2.INTER_CUBIC,
-    cv2.INTER_AREA,
-    cv2.INTER_NEAREST,
-    cv2.INTER_LANCZOS4,
+    cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4,
 )
 
 
@@ -140,10 +136,7 @@ def photometric_distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarr
 
 
 def adjust_colours(
-    image: np.ndarray,
-    brightness: float = 0,
-    contrast: float = 1,
-    hue: int = 0,
+    image: np.ndarray, brightness: float = 0, contrast: float = 1, hue: int = 0,
     saturation: float = 1,
 ) -> np.ndarray:
     """Add `brightness`, multiply by `contrast`, then turn the hue and scale the saturation.
@@ -193,12 +186,8 @@ def expand(width: int, height: int, rng: np.random.Generator) -> tuple[int, int,
 
 
 def resize(
-    image: np.ndarray,
-    target: np.ndarray,
-    canvas: tuple[int, int, int, int],
-    size: int,
-    interpolation: int,
-    fill: tuple[float, float, float],
+    image: np.ndarray, target: np.ndarray, canvas: tuple[int, int, int, int], size: int,
+    interpolation: int, fill: tuple[float, float, float],
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the image on its canvas (see `expand`), scaled to `size` x `size`, and its boxes.
 

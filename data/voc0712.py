@@ -9,20 +9,13 @@ import numpy as np
 
 from data import DetectionData
 from data.curves import CURVES_FILE
-from data.image import IMAGE_SUFFIXES, read_image
+from data.image import read_image
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.truth import Truth
 from data.voc_comp4 import read_comp4, write_comp4
 from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
-from data.voc_xml import (
-    Annotation,
-    FileFinder,
-    VOCAnnotations,
-    list_image_sets,
-    load_annotations,
-    refuse_missing,
-)
+from data.voc_xml import Annotation, find_images, list_image_sets, load_annotations
 from utils.errors import UserError
 
 
@@ -71,7 +64,7 @@ class VOCDetection(DetectionData):
         self.ids, self.annotations, self.classes = loaded.ids, loaded.annotations, loaded.classes
         self.skipped = loaded.skipped
         self._scored = self.classes
-        self._paths = _find_images(loaded, faults)
+        self._paths = find_images(loaded, faults)
         sizes, targets = [], []
         for index, annotation in enumerate(self.annotations):
             try:
@@ -242,17 +235,3 @@ def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tupl
 
 def _near(a: tuple[int, int], b: tuple[int, int]) -> bool:
     return abs(a[0] - b[0]) <= 1 and abs(a[1] - b[1]) <= 1
-
-
-def _find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
-    """Return the image files. Raises UserError for missing ones, unless there are ``faults``."""
-    finder = FileFinder(IMAGE_SUFFIXES)
-    wanted = [(f / "JPEGImages", i) for f, i in zip(loaded.folders, loaded.ids, strict=True)]
-    found = [finder.find(*each) for each in wanted]
-    if faults is None:
-        refuse_missing(
-            f"image ({'/'.join(IMAGE_SUFFIXES)})",
-            [folder / i for (folder, i), path in zip(wanted, found, strict=True) if path is None],
-        )
-    usual = [folder / f"{i}{IMAGE_SUFFIXES[0]}" for folder, i in wanted]
-    return [path or other for path, other in zip(found, usual, strict=True)]

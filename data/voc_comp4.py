@@ -35,10 +35,7 @@ def comp4_path(directory: str | Path, image_set: str, name: str) -> Path:
 
 
 def write_comp4(
-    directory: str | Path,
-    image_set: str,
-    classes: Sequence[str],
-    ids: Sequence[str],
+    directory: str | Path, image_set: str, classes: Sequence[str], ids: Sequence[str],
     detections: Sequence[dict],
 ) -> None:
     """Write a comp4 file for each class, also for one without detections.

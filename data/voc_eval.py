@@ -47,10 +47,8 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, metric: str) ->
 
 
 def evaluate_voc(
-    detections: dict[str, ClassDetections],
-    annotations: Sequence[Annotation],
-    classes: Sequence[str],
-    iou: float = 0.5,
+    detections: dict[str, ClassDetections], annotations: Sequence[Annotation],
+    classes: Sequence[str], iou: float = 0.5,
 ) -> dict:
     """Score detections as the published devkits do; images are positions in ``annotations``.
 

@@ -9,7 +9,6 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -78,20 +77,18 @@ def _read_box(element: ElementTree.Element, where: str) -> list[float]:
     bndbox = element.find("bndbox")
     if bndbox is None:
         raise UserError(f"{where} has no <bndbox>")
-    return [_read_coordinate(bndbox, tag, where) for tag in ("xmin", "ymin", "xmax", "ymax")]
-
-
-def _read_coordinate(bndbox: ElementTree.Element, tag: str, where: str) -> float:
-    text = bndbox.findtext(tag)
-    if text is None:
-        raise UserError(f"{where}: <bndbox> has no <{tag}>")
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f'{where}: <{tag}> is "{text.strip()}", expected a number')
-    return value
+    box = []
+    for tag in ("xmin", "ymin", "xmax", "ymax"):
+        text = bndbox.findtext(tag)
+        if text is None:
+            raise UserError(f"{where}: <bndbox> has no <{tag}>")
+        try:
+            box.append(float(text))
+        except ValueError:
+            box.append(math.nan)
+        if not math.isfinite(box[-1]):
+            raise UserError(f'{where}: <{tag}> is "{text.strip()}", expected a number')
+    return box
 
 
 def _read_difficult(element: ElementTree.Element, where: str) -> bool:
@@ -112,7 +109,7 @@ def _read_size(root: ElementTree.Element) -> tuple[int, int] | None:
 # ---------------------------------------------------------------- folders and image sets
 
 
-class FileFinder:
+class _FileFinder:
     """Finds files by id and suffix; each folder is listed once.
 
     One listing is faster than several stat calls an id, most of all on network disks.
@@ -124,9 +121,8 @@ class FileFinder:
         self.suffixes = suffixes
         self._listings: dict[Path, dict[str, Path]] = {}
 
-    def find(self, folder: Path, image_id: str) -> Path | None:
-        """Return the file of an id, which may hold folders; None if it does not exist."""
-        path = folder / image_id
+    def find(self, path: Path) -> Path | None:
+        """Return the file of a path without suffix; None if it does not exist."""
         if path.parent not in self._listings:
             self._listings[path.parent] = self._list(path.parent)
         return self._listings[path.parent].get(path.name)
@@ -142,7 +138,7 @@ class FileFinder:
         return {Path(name).stem: folder / name for name in names}
 
 
-def refuse_missing(what: str, paths: Sequence[Path]) -> None:
+def _refuse_missing(what: str, paths: Sequence[Path]) -> None:
     """Raise UserError if ``paths``, missing files of the kind ``what``, is not empty."""
     if paths:
         first = ", ".join(str(path) for path in paths[:10]) + (", ..." if len(paths) > 10 else "")
@@ -194,17 +190,10 @@ def _find_set(root: Path, image_set: ImageSet) -> tuple[Path, Path]:
     )
 
 
-class _Listed(NamedTuple):
-    """One line of an image set."""
-
-    where: str  # file and line
-    folder: Path  # holds Annotations/ and JPEGImages/
-    id: str
-    path: Path | None  # annotation file; None if it does not exist
-
-
-def _list_images(root: Path, image_set: ImageSet, finder: FileFinder) -> Iterator[_Listed]:
-    """Yield the images of an image set.
+def _list_images(
+    root: Path, image_set: ImageSet, finder: _FileFinder
+) -> Iterator[tuple[str, Path, str, Path | None]]:
+    """Yield (file and line, folder, id, annotation file or None) of each image of an image set.
 
     A line is an id, which may hold spaces and folders. Two additions are understood: the flag
     after the id in the official files of one class, and an image suffix. They are part of the id
@@ -221,9 +210,9 @@ def _list_images(root: Path, image_set: ImageSet, finder: FileFinder) -> Iterato
         plain = re.sub(r"\s+(-1|0|1)$", "", line)
         stem, suffix = os.path.splitext(plain)
         ids = dict.fromkeys([line, plain, stem if suffix.lower() in IMAGE_SUFFIXES else plain])
-        found = ((each, finder.find(folder / "Annotations", each)) for each in ids)
+        found = ((each, finder.find(folder / "Annotations" / each)) for each in ids)
         missing = (" or ".join(ids), None)
-        yield _Listed(f"{path}:{number}", folder, *next((f for f in found if f[1]), missing))
+        yield f"{path}:{number}", folder, *next((f for f in found if f[1]), missing)
 
 
 # ---------------------------------------------------------------- all annotations
@@ -244,31 +233,29 @@ class VOCAnnotations:
 
 
 def load_annotations(
-    root: str | Path,
-    image_sets: Sequence[tuple[str | None, str]],
-    classes: Sequence[str] | None = None,
-    faults: list[str] | None = None,
+    root: str | Path, image_sets: Sequence[tuple[str | None, str]],
+    classes: Sequence[str] | None = None, faults: list[str] | None = None,
 ) -> VOCAnnotations:
     """Read the annotations of image sets; arguments and errors as of ``VOCDetection``."""
     root = Path(os.path.expanduser(root))
-    finder = FileFinder((".xml",))
+    finder = _FileFinder((".xml",))
     first: dict[tuple[Path, str], int] = {}
     paths, missing, skipped = [], [], []
     for year, name in image_sets:
-        for line in _list_images(root, ImageSet(year or None, name), finder):
-            key = (line.folder, line.id)
-            if key in first:
-                detail = f"{line.where}: {line.id}"
+        listed = _list_images(root, ImageSet(year or None, name), finder)
+        for where, folder, image_id, path in listed:
+            if (key := (folder, image_id)) in first:
+                detail = f"{where}: {image_id}"
                 skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, first[key], None, detail))
                 continue
             first[key] = len(first)
-            paths.append(line.path or line.folder / "Annotations" / f"{line.id}.xml")
-            missing += [paths[-1]] if line.path is None else []
+            paths.append(path or folder / "Annotations" / f"{image_id}.xml")
+            missing += [] if path else [paths[-1]]
     what = f"{root}: the image set {', '.join(str(ImageSet(*each)) for each in image_sets)}"
     if not paths:
         raise UserError(f"{what} lists no image")
     if faults is None:
-        refuse_missing("annotation", missing)
+        _refuse_missing("annotation", missing)
     annotations = [_read_or_note(path, faults) for path in paths]
     classes = _choose_classes(root, image_sets, classes, annotations, faults)
     _check_objects(what, annotations, classes, faults)
@@ -289,11 +276,8 @@ def _read_or_note(path: Path, faults: list[str] | None) -> Annotation:
 
 
 def _choose_classes(
-    root: Path,
-    image_sets: Sequence[tuple[str | None, str]],
-    classes: Sequence[str] | None,
-    annotations: Sequence[Annotation],
-    faults: list[str] | None,
+    root: Path, image_sets: Sequence[tuple[str | None, str]], classes: Sequence[str] | None,
+    annotations: Sequence[Annotation], faults: list[str] | None,
 ) -> tuple[str, ...]:
     """Return the classes that are given, declared, VOC's, or found; see ``VOCDetection``."""
     if classes is not None:
@@ -304,19 +288,16 @@ def _choose_classes(
     if any(year for year, _ in image_sets) and names <= set(VOC_CLASSES):
         return VOC_CLASSES
     # The names in all image sets, so that each of them is read with the same classes.
-    finder = FileFinder((".xml",))
+    finder = _FileFinder((".xml",))
     listed = (_list_images(root, each, finder) for each in list_image_sets(root))
-    others = {line.path for lines in listed for line in lines}
+    others = {path for lines in listed for *_, path in lines}
     others -= {None, *(annotation.path for annotation in annotations)}
     found = names.union(*(_read_or_note(path, faults).names for path in sorted(others)))
     return check_classes(sorted(found), str(root)) if found else ()
 
 
 def _check_objects(
-    what: str,
-    annotations: Sequence[Annotation],
-    classes: Sequence[str],
-    faults: list[str] | None,
+    what: str, annotations: Sequence[Annotation], classes: Sequence[str], faults: list[str] | None
 ) -> None:
     """Raise UserError, or append to ``faults``, if no object is of one of the classes."""
     names = {name for annotation in annotations for name in annotation.names}
@@ -338,3 +319,17 @@ def _unknown_objects(annotations: Sequence[Annotation], classes: Sequence[str]) 
                 detail = f'{annotation.path}: object {k + 1} ("{name}")'
                 box = tuple(annotation.boxes[k].tolist())
                 yield Skip(SkipKind.UNKNOWN_CLASS, image, box, detail)
+
+
+def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
+    """Return the image files. Raises UserError for missing ones, unless there are ``faults``."""
+    finder = _FileFinder(IMAGE_SUFFIXES)
+    wanted = [f / "JPEGImages" / i for f, i in zip(loaded.folders, loaded.ids, strict=True)]
+    found = [finder.find(path) for path in wanted]
+    if faults is None:
+        missing = [path for path, file in zip(wanted, found, strict=True) if file is None]
+        _refuse_missing(f"image ({'/'.join(IMAGE_SUFFIXES)})", missing)
+    return [
+        file or path.with_name(path.name + IMAGE_SUFFIXES[0])
+        for path, file in zip(wanted, found, strict=True)
+    ]

@@ -73,15 +73,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("year", choices=ARCHIVES)
     parser.add_argument(
-        "--root",
-        type=Path,
-        default=Path("~/data"),
+        "--root", type=Path, default=Path("~/data"),
         help="folder that gets VOCdevkit/ (default: %(default)s)",
     )
     parser.add_argument(
-        "--url-base",
-        default=URL_BASE,
-        metavar="URL",
+        "--url-base", default=URL_BASE, metavar="URL",
         help="mirror that holds voc2007/ and voc2012/ (default: %(default)s)",
     )
     args = parser.parse_args(argv)
