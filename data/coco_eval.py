@@ -22,7 +22,7 @@ import numpy as np
 
 from data.classes import parse_classes
 from data.coco_json import COCOAnnotations, read_annotations, read_json
-from data.coco_results import COCOResults, check_submission
+from data.coco_results import COCO_FIELDS, COCOResults, check_submission
 from data.curves import SIZES, write_curves
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
@@ -82,28 +82,18 @@ def evaluate_coco(
     # Ids by position, from 1: exact in any number format, and in the order of the file's own.
     image, category = (1 + each for each in results.positions_in(truth, source))
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = evaluate(truth, image, category, results.boxes, results.scores)
-    if curves is not None:
-        _write_curves(curves, truth, evaluation)
-    return _report(truth, evaluation) | {"backend": version}
-
-
-def _at_most_100(evaluation: object, key: str) -> np.ndarray:
-    """Return an array of an evaluation, [IoU, recall, category, area range], -1 for no truth."""
-    return np.ascontiguousarray(evaluation.eval[key][..., -1])  # of 1, 10 and 100 detections
-
-
-def _write_curves(path: str | Path, truth: COCOAnnotations, evaluation: object) -> None:
-    write_curves(
-        path, truth.classes, evaluation.params.iouThrs, recall=np.array(evaluation.params.recThrs),
-        precision=_at_most_100(evaluation, "precision"), scores=_at_most_100(evaluation, "scores"),
+        evaluation = evaluate(truth, COCOResults(image, category, results.boxes, results.scores))
+    precision, scores = (
+        np.ascontiguousarray(evaluation.eval[key][..., -1])  # of 1, 10 and 100 detections
+        for key in ("precision", "scores")  # [IoU, recall, category, area range], -1 for no truth
     )
-
-
-def _report(truth: COCOAnnotations, evaluation: object) -> dict:
+    if curves is not None:
+        ious, recall = evaluation.params.iouThrs, np.array(evaluation.params.recThrs)
+        write_curves(
+            curves, truth.classes, ious, recall=recall, precision=precision, scores=scores
+        )
     stats = np.asarray(evaluation.stats).tolist()
-    means = _at_most_100(evaluation, "precision").mean(axis=(0, 1)).tolist()  # [category][area]
-    by_name = dict(zip(truth.classes, means, strict=True))
+    by_name = dict(zip(truth.classes, precision.mean(axis=(0, 1)).tolist(), strict=True))
     return {
         "stats": stats,
         "per_category": {name: aps[0] for name, aps in by_name.items()},
@@ -111,6 +101,7 @@ def _report(truth: COCOAnnotations, evaluation: object) -> dict:
         "per_category_per_size": {
             name: dict(zip(SIZES, aps[1:], strict=True)) for name, aps in by_name.items()
         },
+        "backend": version,
     }
 
 
@@ -135,8 +126,8 @@ def load_backend(name: str) -> tuple[Callable[..., object], str]:
     """Import a backend.
 
     Returns:
-        evaluate(truth, images, categories, boxes, scores), with positions from 1, and
-        "name version". What ``evaluate`` returns has pycocotools' ``stats``, ``eval``, ``params``.
+        evaluate(truth, results), with positions from 1 as ids of the results, and "name version".
+        What ``evaluate`` returns has pycocotools' ``stats``, ``eval`` and ``params``.
 
     Raises:
         UserError: its package is not installed, too old or broken.
@@ -180,15 +171,13 @@ def _import_backend(name: str) -> Callable[..., object]:
 
 
 def _evaluate_dicts(
-    COCO: type, COCOeval: type, truth: COCOAnnotations, images: np.ndarray, categories: np.ndarray,
-    boxes: np.ndarray, scores: np.ndarray,
+    COCO: type, COCOeval: type, truth: COCOAnnotations, results: COCOResults
 ) -> object:
     """Evaluate by pycocotools' interface, in which every box is a dict."""
     columns = {"image_id": 1 + truth.owners(), "category_id": truth.labels, "bbox": truth.boxes}
     objects = _index(COCO, truth, columns | {"area": truth.areas, "iscrowd": truth.crowds})
-    columns = {"image_id": images, "category_id": categories, "bbox": boxes}
-    areas = boxes[:, 2] * boxes[:, 3]
-    found = _index(COCO, truth, columns | {"area": areas, "score": scores})
+    columns = dict(zip(COCO_FIELDS, results, strict=True))
+    found = _index(COCO, truth, columns | {"area": results.boxes[:, 2:].prod(1)})
     evaluation = COCOeval(objects, found, "bbox")
     evaluation.evaluate()
     evaluation.accumulate()
@@ -209,16 +198,14 @@ def _index(COCO: type, truth: COCOAnnotations, columns: dict[str, np.ndarray]) -
     return coco
 
 
-def _evaluate_arrays(
-    hotcoco: object, truth: COCOAnnotations, images: np.ndarray, categories: np.ndarray,
-    boxes: np.ndarray, scores: np.ndarray,
-) -> object:
+def _evaluate_arrays(hotcoco: object, truth: COCOAnnotations, results: COCOResults) -> object:
     """Evaluate by hotcoco's interface for columns."""
     objects = hotcoco.COCO.from_arrays(
         *_lists(truth).values(), 1 + truth.owners(), truth.labels, truth.boxes, area=truth.areas,
         iscrowd=truth.crowds,
     )
-    found = objects.load_res(np.column_stack([images, boxes, scores, categories]))
+    image, category, boxes, scores = results
+    found = objects.load_res(np.column_stack([image, boxes, scores, category]))
     evaluation = hotcoco.COCOeval(objects, found, "bbox")
     evaluation.run()
     return evaluation
@@ -270,10 +257,8 @@ def main(argv: list[str] | None = None) -> int:
         write_json(args.json, report)
     for (metric, iou, area, count), value in zip(STATS, report["stats"], strict=True):
         long = {"AP": "Average Precision", "AR": "Average Recall"}[metric]
-        print(
-            f" {long:<18} ({metric}) @[ IoU={iou:<9} | area={area:>6s} | maxDets={count:>3d} ]"
-            f" = {value:0.4f}"
-        )
+        where = f"IoU={iou:<9} | area={area:>6s} | maxDets={count:>3d}"
+        print(f" {long:<18} ({metric}) @[ {where} ] = {value:0.4f}")
     for line in notes(report):
         print(line)
     return 0
