@@ -110,9 +110,8 @@ class DiskCache:
             there = set(os.listdir(self.directory))
             free = shutil.disk_usage(self.directory).free
         except OSError as error:
-            raise UserError(
-                f"--cache {directory}: {error.strerror}; give another folder"
-            ) from error
+            fault = f"--cache {directory}: {error.strerror}; give another folder"
+            raise UserError(fault) from error
         missing = [i for i, name in enumerate(self.names.tolist()) if name not in there]
         need = sum(HEADER + int(np.prod(self._shape(i))) for i in missing)
         if need > free:

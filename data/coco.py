@@ -118,10 +118,7 @@ class COCODetection(DetectionData):
         """Return the image, BGR uint8 [H, W, 3], of the size that its boxes are for.
 
         An image that an EXIF tag turns, but that was annotated as it is stored, is read as stored;
-        the log says so once.
-
-        Raises:
-            UserError: the image cannot be read or has another size.
+        the log says so once. Raises UserError if it cannot be read or has another size.
         """
         path, size = self.image_path(index), self.image_size(index)
         image = read_image(path)
@@ -207,7 +204,8 @@ class COCODetection(DetectionData):
             raise ValueError(f"{name!r} cannot be in the name of a submitted file")
         self.check_scorable()
         results = self._results(detections)
-        [image_set], test = self.image_sets, is_test_split(self._files[0])
+        [image_set], [file] = self.image_sets, self._files
+        test = is_test_split(file)
         split = f"{file_stem(image_set)}_{name}" if test else file_stem(image_set)
         path = Path(directory) / f"detections_{split}_results.json"
         write_results(path, results)
@@ -215,29 +213,25 @@ class COCODetection(DetectionData):
             "metric": "COCO AP", "value": None, "per_class": {}, "iou": "0.50:0.95",
             "max_dets": 100, "image_set": str(image_set), "results": path.name,
         }
-        return report | (self._pack(path) if test else self._score(results, Path(directory)))
-
-    def _pack(self, path: Path) -> dict:
-        """Pack a results file for the evaluation server."""
+        if not test:
+            return report | self._score(results, Path(directory))
         archive = write_archive(path)
         note = (
-            f"{archive}: no score here, {self._files[0].name} has no ground truth; the evaluation"
-            " server takes this file"
+            f"{archive}: no score here, {file.name} has no ground truth; the evaluation server"
+            " takes this file"
         )
-        return {"archive": archive.name, "notes": [note]}
+        return report | {"archive": archive.name, "notes": [note]}
 
     def _score(self, results: COCOResults, directory: Path) -> dict:
+        curves = directory / CURVES_FILE
         scored = evaluate_coco(
-            results, self._files[0], self.eval_backend, curves=directory / CURVES_FILE,
-            classes=self.classes, images=self.ids,
+            results, self._files[0], self.eval_backend, curves, self.classes, self.ids
         )
         return {
             "value": scored["stats"][0],
             "per_class": scored["per_category"],
-            "per_size": scored["per_size"],
             "per_class_per_size": scored["per_category_per_size"],
-            "stats": scored["stats"],
-            "backend": scored["backend"],
+            **{key: scored[key] for key in ("per_size", "stats", "backend")},
             "curves": CURVES_FILE,
             "notes": notes(scored),
         }
@@ -247,8 +241,6 @@ class COCODetection(DetectionData):
         boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2] + 1]).round(4)
         categories = np.array(list(self.category_ids.values()))[labels - 1]
         return COCOResults(np.array(self.ids)[images], categories, boxes, scores)
-
-    # ------------------------------------------------------------ reading
 
     def _read(self, image_set: ImageSet, classes: Sequence[str] | None) -> COCOAnnotations:
         path = find_annotations(self.root, image_set)
@@ -275,7 +267,6 @@ class COCODetection(DetectionData):
     def _find_images(
         self, file: COCOAnnotations, image_set: ImageSet, faults: list[str] | None
     ) -> tuple[Path, np.ndarray]:
-        """Return the folder with the images of a file, and their names in it, str [N]."""
         found = find_images(self.root, file, image_set)
         if found.missing and faults is None:
             more = " ..." if len(found.missing) > 10 else ""
@@ -294,13 +285,13 @@ class COCODetection(DetectionData):
         start: index of the file's first image in the data set.
         """
         owners = file.owners()
-        sizes = file.sizes[owners]
+        sizes, low = file.sizes[owners], file.boxes[:, :2]
+        high = low + file.boxes[:, 2:]
         corners = clip_boxes(file.boxes, sizes)
         # 0.01: what COCO's two decimals leave of a box that touches the border.
-        beyond = np.maximum(-file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:] - sizes)
+        beyond = np.maximum(-low, high - sizes) > 0.01
         # Clipping would move some of these in.
-        outside = (file.boxes[:, :2] + file.boxes[:, 2:] <= 0) | (file.boxes[:, :2] >= sizes)
-        outside = outside.any(1)
+        outside = ((high <= 0) | (low >= sizes)).any(1)
         # A box of one pixel has x2 = x1, and neither an IoU nor a logarithm of its width.
         flat = ~outside & (corners[:, 2:] <= corners[:, :2]).any(1)
         empty = ~outside & ~flat & (file.areas <= 0)
@@ -312,7 +303,7 @@ class COCODetection(DetectionData):
             (SkipKind.BOX_WITHOUT_AREA, flat),
             (SkipKind.AREA_NOT_POSITIVE, empty),
             (SkipKind.CROWD, crowd),
-            (SkipKind.BOX_CLIPPED, kept & (beyond > 0.01).any(1)),
+            (SkipKind.BOX_CLIPPED, kept & beyond.any(1)),
         ):
             for n in np.flatnonzero(rows):
                 x, y, w, h = bbox = file.boxes[n].tolist()
@@ -326,6 +317,5 @@ class COCODetection(DetectionData):
         return target, np.bincount(owners[kept], minlength=len(file.image_ids))
 
     def _labels(self, file: COCOAnnotations) -> np.ndarray:
-        """Return the data set's label of each box, int64 [m]; a file's follow its category ids."""
         label_of = [self.category_labels[id] for id in file.category_ids.tolist()]
         return np.array(label_of, np.int64)[file.labels - 1]

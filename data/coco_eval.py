@@ -92,8 +92,13 @@ def evaluate_coco(
         write_curves(
             curves, truth.classes, ious, recall=recall, precision=precision, scores=scores
         )
-    stats = np.asarray(evaluation.stats).tolist()
-    by_name = dict(zip(truth.classes, precision.mean(axis=(0, 1)).tolist(), strict=True))
+    return _report(truth, evaluation.stats, precision) | {"backend": version}
+
+
+def _report(truth: COCOAnnotations, stats: np.ndarray, precision: np.ndarray) -> dict:
+    stats = np.asarray(stats).tolist()
+    means = precision.mean(axis=(0, 1)).tolist()  # [category][area]
+    by_name = dict(zip(truth.classes, means, strict=True))
     return {
         "stats": stats,
         "per_category": {name: aps[0] for name, aps in by_name.items()},
@@ -101,7 +106,6 @@ def evaluate_coco(
         "per_category_per_size": {
             name: dict(zip(SIZES, aps[1:], strict=True)) for name, aps in by_name.items()
         },
-        "backend": version,
     }
 
 
@@ -117,9 +121,6 @@ def notes(report: dict) -> list[str]:
     if absent:
         lines += [f"no ground truth (-1) for {len(absent)} classes: {', '.join(absent)}"]
     return lines
-
-
-# ---------------------------------------------------------------- backends
 
 
 def load_backend(name: str) -> tuple[Callable[..., object], str]:
@@ -173,7 +174,6 @@ def _import_backend(name: str) -> Callable[..., object]:
 def _evaluate_dicts(
     COCO: type, COCOeval: type, truth: COCOAnnotations, results: COCOResults
 ) -> object:
-    """Evaluate by pycocotools' interface, in which every box is a dict."""
     columns = {"image_id": 1 + truth.owners(), "category_id": truth.labels, "bbox": truth.boxes}
     objects = _index(COCO, truth, columns | {"area": truth.areas, "iscrowd": truth.crowds})
     columns = dict(zip(COCO_FIELDS, results, strict=True))
@@ -199,7 +199,6 @@ def _index(COCO: type, truth: COCOAnnotations, columns: dict[str, np.ndarray]) -
 
 
 def _evaluate_arrays(hotcoco: object, truth: COCOAnnotations, results: COCOResults) -> object:
-    """Evaluate by hotcoco's interface for columns."""
     objects = hotcoco.COCO.from_arrays(
         *_lists(truth).values(), 1 + truth.owners(), truth.labels, truth.boxes, area=truth.areas,
         iscrowd=truth.crowds,
@@ -217,9 +216,6 @@ def _lists(truth: COCOAnnotations) -> dict:
         "images": [{"id": id} for id in range(1, len(truth.image_ids) + 1)],
         "categories": [{"id": id, "name": name} for id, name in enumerate(truth.classes, 1)],
     }
-
-
-# ---------------------------------------------------------------- command line
 
 
 def _parser() -> argparse.ArgumentParser:

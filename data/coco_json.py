@@ -14,8 +14,6 @@ from data.detections import LARGEST
 from data.truth import digest
 from utils.errors import UserError
 
-# ---------------------------------------------------------------- any JSON file
-
 
 def read_json(path: str | Path, object_hook: Callable[[dict], object] | None = None) -> object:
     """Parse a JSON file. Raises UserError if it cannot be read or is not JSON."""
@@ -121,9 +119,6 @@ def positions(
             f" {len(unknown)} of {len(values)}; it lists {len(known)}, {known[0]} to {known[-1]}"
         )
     return index
-
-
-# ---------------------------------------------------------------- annotation files
 
 
 @dataclass(frozen=True)
@@ -258,7 +253,6 @@ def _without_outline(record: dict) -> dict:
 
 
 def _by_id(path: str | Path, kind: str, document: dict) -> tuple[np.ndarray, list[dict]]:
-    """Return the ids of a list, ascending, and its objects in this order."""
     records = Records(path, kind, document.get(kind))
     known, first, counts = np.unique(records.integers("id"), return_index=True, return_counts=True)
     if not len(known):

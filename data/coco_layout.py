@@ -128,7 +128,6 @@ def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> Image
 
 
 def _names_in(folder: Path, prefix: str, file: COCOAnnotations) -> tuple[list[str], list[str]]:
-    """Return the names of a file's images in ``folder``, and those that do not exist."""
     existing = set(os.listdir(folder))
     names, missing = [], []
     for id, name in zip(file.image_ids.tolist(), file.file_names.tolist(), strict=True):

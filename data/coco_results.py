@@ -99,7 +99,6 @@ def check_submission(archive: str | Path, annotations_path: str | Path) -> int:
 
 
 def _read_archive(archive: str | Path, split: str) -> tuple[str, object]:
-    """Return the name and the parsed content of the only file in a submission."""
     try:
         with zipfile.ZipFile(archive) as members:
             names = members.namelist()

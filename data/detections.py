@@ -70,8 +70,7 @@ def save_detections(
         "counts": np.array([len(each["scores"]) for each in detections], np.int64),
     }
     for key, empty in (
-        ("boxes", np.zeros((0, 4), np.float32)),
-        ("scores", np.zeros(0, np.float32)),
+        ("boxes", np.zeros((0, 4), np.float32)), ("scores", np.zeros(0, np.float32)),
         ("labels", np.zeros(0, np.int64)),
     ):
         arrays[key] = np.concatenate([empty, *(each[key] for each in detections)])
@@ -108,7 +107,6 @@ def load_detections(
 
 
 def _parse(saved: dict[str, np.ndarray]) -> tuple[list[dict[str, np.ndarray]], dict, list[str]]:
-    """Return the detections, ``made_by`` and the images' names in a file's arrays."""
     found = json.loads(str(saved["made_by"]))
     counts, columns = saved["counts"], [saved[k] for k in ("boxes", "scores", "labels")]
     total = int(counts.sum())

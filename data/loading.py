@@ -48,8 +48,7 @@ def detection_collate(batch: list[tuple]) -> tuple:
 class TrainingSet(Dataset):
     """Augmented samples: item (epoch, index) -> (uint8 [S, S, 3], float32 [n, 5], index).
 
-    The random numbers of a sample come from (seed, epoch, index), so neither the number of loading
-    processes nor the place in a batch changes it.
+    The random numbers of a sample come from (seed, epoch, index), wherever it is loaded.
 
     Args:
         augment: called as augment(image, target, rng), such as `data.transforms.SSDAugmentation`.

@@ -81,7 +81,6 @@ class VOCDetection(DetectionData):
         self.offsets = np.cumsum([0, *map(len, targets)])
 
     def _find_size(self, index: int) -> tuple[int, int]:
-        """Return (width, height) of the annotation, or of the image where that is in doubt."""
         annotation, path = self.annotations[index], self._paths[index]
         size = annotation.size
         if size is not None and (annotation.boxes[:, 2:] <= np.subtract(size, 1)).all():

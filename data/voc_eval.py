@@ -96,7 +96,11 @@ def evaluate_voc(
         elif not len(found.scores):
             result["notes"].append(f"0 detections for class {name}: its AP is 0")
     for metric in METRICS:
-        result[metric] |= _means(result[metric])
+        aps = result[metric]
+        aps["mean"] = float(np.mean(list(aps["per_class"].values())))
+        for size in SIZES:
+            known = [ap[size] for ap in aps["per_class_per_size"].values() if ap[size] > -1]
+            aps["per_size"][size] = float(np.mean(known)) if known else -1.0
     return result
 
 
@@ -130,7 +134,6 @@ class _Objects(NamedTuple):
 def _class_curves(
     found: ClassDetections, objects: _Objects, iou: float
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
-    """Return the curves, and the number of objects that count, of each size of one class."""
     # The published code sorts unstably: its order of equal scores depends on the processor.
     order = np.argsort(-found.scores, kind="stable")
     boxes, counted = found.boxes[order], ~objects.difficult
@@ -144,15 +147,6 @@ def _class_curves(
         curves[size] = {"scores": found.scores[order], "recall": recall, "precision": precision}
         totals[size] = int(valid.sum())
     return curves, totals
-
-
-def _means(aps: dict) -> dict:
-    """Return "mean" and "per_size" of the APs of all classes; -1 where no class has a size."""
-    sizes = {}
-    for size in SIZES:
-        known = [ap[size] for ap in aps["per_class_per_size"].values() if ap[size] > -1]
-        sizes[size] = float(np.mean(known)) if known else -1.0
-    return {"mean": float(np.mean(list(aps["per_class"].values()))), "per_size": sizes}
 
 
 def _match(
@@ -237,7 +231,6 @@ def _find_year(root: Path, image_set: str) -> str | None:
 
 
 def _table(result: dict) -> str:
-    """Return counts and AP of each class, and below them the means over classes, by size."""
     width = max(map(len, (*result["ground_truths"], "mean, medium")))
     lines = [f"{'class':{width}}  ground truths  detections  " + "  ".join(METRICS.values())]
     for name, total in result["ground_truths"].items():

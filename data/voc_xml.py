@@ -106,9 +106,6 @@ def _read_size(root: ElementTree.Element) -> tuple[int, int] | None:
     return (width, height) if width > 0 and height > 0 else None
 
 
-# ---------------------------------------------------------------- folders and image sets
-
-
 class _FileFinder:
     """Finds files by id and suffix; each folder is listed once.
 
@@ -139,7 +136,6 @@ class _FileFinder:
 
 
 def _refuse_missing(what: str, paths: Sequence[Path]) -> None:
-    """Raise UserError if ``paths``, missing files of the kind ``what``, is not empty."""
     if paths:
         first = ", ".join(str(path) for path in paths[:10]) + (", ..." if len(paths) > 10 else "")
         raise UserError(f"{len(paths)} {what} file(s) of the image set missing: {first}")
@@ -166,7 +162,6 @@ def list_image_sets(root: str | Path) -> list[ImageSet]:
 
 
 def _find_set(root: Path, image_set: ImageSet) -> tuple[Path, Path]:
-    """Return the folder that holds Annotations/, and the list file of an image set."""
     if not os.path.isdir(root):  # False, too, for a name that no file system takes
         raise UserError(
             f"{root}: no such data set folder; give the right one with --root "
@@ -213,9 +208,6 @@ def _list_images(
         found = ((each, finder.find(folder / "Annotations" / each)) for each in ids)
         missing = (" or ".join(ids), None)
         yield f"{path}:{number}", folder, *next((f for f in found if f[1]), missing)
-
-
-# ---------------------------------------------------------------- all annotations
 
 
 @dataclass(frozen=True)
@@ -265,7 +257,6 @@ def load_annotations(
 
 
 def _read_or_note(path: Path, faults: list[str] | None) -> Annotation:
-    """Read an annotation. With ``faults``, append an error there and return no objects."""
     try:
         return read_annotation(path)
     except UserError as error:
@@ -279,7 +270,6 @@ def _choose_classes(
     root: Path, image_sets: Sequence[tuple[str | None, str]], classes: Sequence[str] | None,
     annotations: Sequence[Annotation], faults: list[str] | None,
 ) -> tuple[str, ...]:
-    """Return the classes that are given, declared, VOC's, or found; see ``VOCDetection``."""
     if classes is not None:
         return check_classes(classes, "classes")
     if (root / "classes.txt").is_file():
@@ -299,7 +289,6 @@ def _choose_classes(
 def _check_objects(
     what: str, annotations: Sequence[Annotation], classes: Sequence[str], faults: list[str] | None
 ) -> None:
-    """Raise UserError, or append to ``faults``, if no object is of one of the classes."""
     names = {name for annotation in annotations for name in annotation.names}
     if names & set(classes):
         return
