@@ -57,25 +57,14 @@ def assert_same_batches(ours, theirs):
         assert all(torch.equal(x, y) for x, y in zip(ta, tb, strict=True))
 
 
-# ---------------------------------------------------------------- batches
-
-
-def test_collate_keeps_an_image_without_boxes():
-    images = [np.full((4, 4, 3), i, np.uint8) for i in range(2)]
+def test_collate_puts_channels_first_and_keeps_an_image_without_boxes():
+    images = np.random.default_rng(0).integers(0, 256, (2, 5, 5, 3), np.uint8)
     targets = [np.zeros((0, 5), np.float32), np.ones((2, 5), np.float32)]
     stacked, boxes = detection_collate(list(zip(images, targets, strict=True)))
-    assert stacked.shape == (2, 3, 4, 4)
-    assert stacked.dtype == torch.uint8
-    assert (stacked[1] == 1).all()
+    assert np.array_equal(stacked, images.transpose(0, 3, 1, 2)) and stacked.dtype == torch.uint8
     assert [b.shape for b in boxes] == [(0, 5), (2, 5)]
-
-
-def test_collate_puts_the_channels_of_arrays_first_and_takes_tensors_as_they_are():
-    image = np.random.default_rng(0).integers(0, 256, (5, 5, 3), np.uint8)
-    (arrays,) = detection_collate([(image,)] * 2)
-    (tensors,) = detection_collate([(torch.from_numpy(image.transpose(2, 0, 1).copy()),)] * 2)
-    assert arrays[1, 2, 3, 4] == image[3, 4, 2]
-    assert torch.equal(arrays, tensors)
+    tensors = torch.from_numpy(images.transpose(0, 3, 1, 2).copy())
+    assert torch.equal(detection_collate([(image,) for image in tensors])[0], stacked)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -89,29 +78,13 @@ def test_batch_of_a_loader_is_the_collated_samples(dataset, workers):
     assert len({target.untyped_storage().data_ptr() for target in targets}) == 1
 
 
-def test_sample_is_the_augmented_item_of_the_data_set(dataset):
+def test_sample_is_the_item_of_the_data_set_augmented_by_seed_epoch_and_index(dataset):
     augment = SSDAugmentation(300)
-    image, target, index = TrainingSet(dataset, augment, seed=7)[4, 1]
-    expected = augment(*dataset[1], np.random.default_rng((7, 4, 1)))
-    np.testing.assert_array_equal(image, expected[0])
-    np.testing.assert_array_equal(target, expected[1])
-    assert index == 1
-
-
-def test_samples_differ_between_epochs_and_seeds(dataset):
-    images = [
-        TrainingSet(dataset, SSDAugmentation(300), seed)[epoch, 0][0]
-        for seed, epoch in ((0, 0), (0, 1), (1, 0))
-    ]
-    assert not np.array_equal(images[0], images[1])
-    assert not np.array_equal(images[0], images[2])
-
-
-def test_test_sample_knows_the_size_of_its_image(voc_folder):
-    dataset = VOCDetection(voc_folder, [(None, "test")])
-    image, size = TestSet(dataset, TestTransform(300))[0]
-    assert image.shape == (300, 300, 3)
-    assert size.tolist() == [96, 72]
+    for seed, epoch in ((7, 4), (7, 5), (8, 4)):
+        image, target, index = TrainingSet(dataset, augment, seed)[epoch, 1]
+        expected = augment(*dataset[1], np.random.default_rng((seed, epoch, 1)))
+        assert np.array_equal(image, expected[0]) and np.array_equal(target, expected[1])
+        assert index == 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -129,34 +102,18 @@ def test_test_batches_of_all_processes_are_the_data_set(dataset, workers):
         np.testing.assert_array_equal(image.permute(1, 2, 0), samples[index][0])
 
 
-# ---------------------------------------------------------------- order
-
-
 def test_every_epoch_shuffles_anew_and_leaves_the_small_rest_out():
     sampler = EpochSampler(10, 3, seed=5)
     first, again = list(sampler), list(sampler)
-    assert first == again
-    assert [len(batch) for batch in first] == [3, 3, 3]
+    assert first == again and [len(batch) for batch in first] == [3, 3, 3]
     used = [index for batch in first for _, index in batch]
     assert len(set(used)) == 9
     sampler.set_epoch(1, 0)
     second = list(sampler)
     assert [i for b in second for _, i in b] != used
     assert {epoch for batch in second for epoch, _ in batch} == {1}
-
-
-def test_sampler_starts_where_an_interrupted_epoch_stopped():
-    sampler = EpochSampler(10, 3, seed=5)
-    sampler.set_epoch(4, 0)
-    whole = list(sampler)
-    sampler.set_epoch(4, 2)
-    assert list(sampler) == whole[2:]
-
-
-def test_data_set_smaller_than_a_batch_is_one_batch():
-    sampler = EpochSampler(2, 32, seed=0)
-    assert len(sampler) == sampler.steps == 1
-    assert [len(batch) for batch in sampler] == [2]
+    sampler.set_epoch(1, 2)  # where an interrupted epoch stopped
+    assert list(sampler) == second[2:]
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -166,8 +123,7 @@ def test_a_step_is_the_same_however_it_is_divided(world, accumulate):
     samplers = [EpochSampler(50, 16, 5, rank, world, accumulate) for rank in range(world)]
     for sampler in samplers:
         sampler.set_epoch(3, 1)
-        assert sampler.steps == 3
-        assert len(sampler) == 3 * accumulate
+        assert sampler.steps == 3 and len(sampler) == 3 * accumulate
         assert sampler.batch(2) == order[32:48]
     batches = [list(sampler) for sampler in samplers]
     for step in (1, 2):
@@ -179,20 +135,10 @@ def test_a_step_is_the_same_however_it_is_divided(world, accumulate):
         assert found == [(3, i) for i in order[16 * step : 16 * step + 16]]
 
 
-def test_divided_samples_are_those_of_one_process(dataset):
-    (images, targets, indices), *_ = make_loader(dataset, 0, batch_size=4)
-    ranks = [list(make_loader(dataset, 0, 4, rank=r, world=2, accumulate=2)) for r in range(2)]
-    parts = [ranks[rank][micro] for micro in range(2) for rank in range(2)]
-    assert torch.equal(torch.cat([part[0] for part in parts]), images)
-    assert [index for part in parts for index in part[2]] == indices
-    found = [target for part in parts for target in part[1]]
-    assert all(torch.equal(a, b) for a, b in zip(found, targets, strict=True))
-
-
 def test_only_batch_is_shortened_to_equal_parts():
+    assert [len(batch) for batch in EpochSampler(2, 32, seed=0)] == [2]
     samplers = [EpochSampler(11, 32, 0, rank, 2, 2) for rank in range(2)]
     assert [[len(part) for part in sampler] for sampler in samplers] == [[2, 2], [2, 2]]
-    assert samplers[0].steps == 1
     assert samplers[0].batch(0) == np.random.default_rng((0, 0)).permutation(11)[:8].tolist()
 
 
@@ -203,13 +149,9 @@ def test_batch_that_cannot_be_divided_is_refused():
         EpochSampler(3, 32, 0, world=4)
 
 
-# ---------------------------------------------------------------- loading processes
-
-
-@pytest.mark.parametrize("workers", [1, 3])
-def test_number_of_workers_changes_no_sample(dataset, workers):
+def test_number_of_workers_changes_no_sample(dataset):
     expected = epochs_of(make_loader(dataset, 0), range(2))
-    assert_same_batches(epochs_of(make_loader(dataset, workers), range(2)), expected)
+    assert_same_batches(epochs_of(make_loader(dataset, 1), range(2)), expected)
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
@@ -222,12 +164,11 @@ def test_loading_processes_do_not_grow_over_the_epochs(dataset):
         pages = [int(Path(f"/proc/{p.pid}/statm").read_text().split()[1]) for p in processes]
         return np.array(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
-    before = set(p.pid for p in multiprocessing.active_children())
-    assert not before
+    assert not multiprocessing.active_children()
     epochs_of(loader, range(5))
     first = resident()
-    epochs_of(loader, range(5, 45))
-    # Were each of the 120 samples of a process kept, it would hold 31 MiB more.
+    epochs_of(loader, range(5, 35))
+    # Were each of the 90 samples of a process kept, it would hold 23 MiB more.
     assert (resident() - first < 8).all()
 
 
@@ -285,19 +226,13 @@ except Exception as error:
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
 def test_killed_loading_process_is_told_with_the_fix_when_the_next_batch_is_due(voc_folder):
     done = subprocess.run(
-        [sys.executable, "-c", DYING, voc_folder, "2"],
-        cwd=Path(__file__).parent.parent,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+        [sys.executable, "-c", DYING, voc_folder, "2"], cwd=Path(__file__).parent.parent,
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
     undisturbed, error = done.stdout.splitlines()
     assert undisturbed == "the step was not disturbed"
-    assert error == (
-        "UserError from RuntimeError: a loading process died (SIGKILL), mostly for want of memory "
-        "or shared memory; give fewer --num_workers, or more of both (docker run --memory, "
-        "--shm-size)"
-    )
+    assert error.startswith("UserError from RuntimeError: a loading process died (SIGKILL)")
+    assert "--num_workers" in error and "--shm-size" in error
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -314,9 +249,6 @@ def test_pinned_batches_are_the_same(dataset, workers):
         assert all(target.is_pinned() for target in targets)
 
 
-# ---------------------------------------------------------------- shared memory
-
-
 def set_free(monkeypatch, mebibytes):
     usage = type("Usage", (), {"free": mebibytes * 2**20})
     monkeypatch.setattr(loading.shutil, "disk_usage", lambda path: usage)
@@ -328,12 +260,9 @@ def test_batches_under_way_must_fit_into_shared_memory(monkeypatch):
     set_free(monkeypatch, 120)
     check_shared_memory(2, 32, 512)
     set_free(monkeypatch, 119)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"--num_workers 2 needs 120 MiB .* has 119 MiB free; give "
+                       "--num_workers 1, .*--shm-size=1g"):  # fmt: skip
         check_shared_memory(2, 32, 512)
-    assert str(error.value) == (
-        "--num_workers 2 needs 120 MiB of shared memory for its batches, and /dev/shm has 119 MiB "
-        "free; give --num_workers 1, or with Docker more shared memory (docker run --shm-size=1g)"
-    )
     with pytest.raises(UserError, match=r"needs 480 MiB .* give --num_workers 0,"):
         check_shared_memory(2, 32, 512, processes=4)
     set_free(monkeypatch, 0)

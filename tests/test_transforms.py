@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -54,9 +55,6 @@ def random_target(rng, width, height, count):
     return np.hstack((low, high, 1 + np.arange(count)[:, None])).astype(np.float32)
 
 
-# ---------------------------------------------------------------- statistics
-
-
 def same_distribution(ours, theirs):
     """Two-sample Kolmogorov-Smirnov test at the 0.1 % level, of four decimals."""
     ours, theirs = (np.sort(np.round(np.float64(a), 4)) for a in (ours, theirs))
@@ -72,17 +70,6 @@ def occurs_with(probability, hits):
     return abs(np.mean(hits) - probability) < 4 * deviation
 
 
-def test_the_statistics_of_this_file_tell_shifted_samples_apart():
-    rng = np.random.default_rng(0)
-    assert same_distribution(rng.random(SAMPLES), rng.random(SAMPLES))
-    assert not same_distribution(rng.random(SAMPLES), rng.random(SAMPLES) + 0.06)
-    assert occurs_with(0.6, rng.random(SAMPLES) < 0.6)
-    assert not occurs_with(0.6, rng.random(SAMPLES) < 0.5)
-
-
-# ---------------------------------------------------------------- literal versions
-
-
 def literal_iou(a, b):
     w = max(0, min(a[2], b[2]) - max(a[0], b[0]))
     h = max(0, min(a[3], b[3]) - max(a[1], b[1]))
@@ -95,7 +82,7 @@ def literal_crop(width, height, boxes, draw):
     while True:
         choice = draw.choice(["no crop", 0.1, 0.3, 0.5, 0.7, 0.9, "no limit"])
         if choice == "no crop":
-            return (0, 0, width, height), list(range(len(boxes)))
+            return (0, 0, width, height), [*range(len(boxes))]
         for _ in range(50):
             u = draw.uniform(0.3, 1)
             aspect = math.sqrt(draw.uniform(max(0.5, u * u), min(2, 1 / (u * u))))
@@ -129,17 +116,14 @@ def literal_colours(image, brightness=0.0, contrast=1.0, hue=0, saturation=1.0):
     """Step 2, number by number in floating point; OpenCV's HSV."""
 
     def rounded(values):
-        return np.round(np.minimum(np.maximum(values, 0), 255)).astype(np.uint8)
+        return np.round(np.clip(values, 0, 255)).astype(np.uint8)
 
-    bright = np.minimum(np.maximum(image.astype(np.float64) + brightness, 0), 255)
+    bright = np.clip(image.astype(np.float64) + brightness, 0, 255)
     image = rounded(bright * contrast)
     if hue == 0 and saturation == 1:
         return image
     hsv = cv2.cvtColor(image, cv2.COLOR_BGR2HSV)
-    turned = hsv[..., 0].astype(int) + hue
-    turned[turned < 0] += 180
-    turned[turned >= 180] -= 180
-    hsv[..., 0] = turned
+    hsv[..., 0] = (hsv[..., 0].astype(int) + hue) % 180
     hsv[..., 1] = rounded(hsv[..., 1] * saturation)
     return cv2.cvtColor(hsv, cv2.COLOR_HSV2BGR)
 
@@ -153,21 +137,13 @@ def literal_canvas(image, canvas, size, interpolation):
     return cv2.resize(whole, (size, size), interpolation=interpolation)
 
 
-# ---------------------------------------------------------------- crop
-
-
 @many_samples
-@pytest.mark.parametrize(
-    "boxes",
-    [
-        [(0, 0, 200, 160)],
-        [(60, 40, 140, 130)],
-        [(10, 10, 60, 60), (100, 90, 180, 150)],
-        [(5, 5, 8, 9)],
-        [(20, 20, 180, 150), (40, 30, 150, 140)],
-    ],
-    ids=["the whole image", "one box", "two boxes", "a tiny box", "a box in a box"],
-)
+@pytest.mark.parametrize("boxes", [
+    [(0, 0, 200, 160)],  # the whole image
+    [(5, 5, 8, 9)],  # tiny
+    [(10, 10, 60, 60), (100, 90, 180, 150)],
+    [(20, 20, 180, 150), (40, 30, 150, 140)],  # a box in a box
+])  # fmt: skip
 def test_crops_are_distributed_as_in_the_literal_version(boxes, samples):
     image, draw, rng = coordinates(), random.Random(1), np.random.default_rng(1)
     target = target_of(*[(*box, 1 + i) for i, box in enumerate(boxes)])
@@ -201,7 +177,7 @@ def test_a_crop_keeps_and_clips_the_boxes_with_their_centre_inside():
     image, rng = coordinates(), np.random.default_rng(3)
     target = target_of((20, 20, 90, 100, 3), (80, 60, 190, 150, 7), (150, 10, 170, 30, 9))
     sizes = set()
-    for _ in range(500):
+    for _ in range(300):
         view, kept = random_crop(image, target, rng)
         x, y, _ = view[0, 0].astype(int)
         height, width = view.shape[:2]
@@ -210,48 +186,32 @@ def test_a_crop_keeps_and_clips_the_boxes_with_their_centre_inside():
         for x1, y1, x2, y2, label in target.tolist():
             if x < (x1 + x2) / 2 < x + width and y < (y1 + y2) / 2 < y + height:
                 corners = max(x1, x), max(y1, y), min(x2, x + width), min(y2, y + height)
-                expected.append([a - b for a, b in zip(corners, (x, y, x, y), strict=True)])
-                expected[-1].append(label)
-        assert kept.tolist() == expected
-        assert kept.dtype == np.float32
+                shifted = [a - b for a, b in zip(corners, (x, y, x, y), strict=True)]
+                expected.append([*shifted, label])
+        assert kept.tolist() == expected and kept.dtype == np.float32
         sizes.add(len(kept))
     assert sizes == {1, 2, 3}
 
 
-def test_the_crop_ends_when_only_no_crop_is_possible():
+def test_only_no_crop_is_left_to_a_box_that_no_crop_can_keep_and_to_an_image_without_boxes():
     # The middle of a box around the last corner is never inside, nor is its IoU ever over 0.
-    target = target_of((199.9999, 159.9999, 200.0001, 160.0001, 1))
     rng = np.random.default_rng(4)
-    for _ in range(20):
-        view, kept = random_crop(coordinates(), target, rng)
-        assert view.shape == (160, 200, 3)
-        np.testing.assert_array_equal(kept, target)
+    for target in (target_of((199.9999, 159.9999, 200.0001, 160.0001, 1)), target_of()):
+        for _ in range(20):
+            view, kept = random_crop(coordinates(), target, rng)
+            assert view.shape == (160, 200, 3) and np.array_equal(kept, target)
 
 
-# ---------------------------------------------------------------- colours
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"brightness": 31.7},
-        {"brightness": -31.7},
-        {"contrast": 0.5},
-        {"contrast": 1.5},
-        {"hue": 18},
-        {"hue": -18},
-        {"saturation": 0.5},
-        {"saturation": 1.5},
-        {"brightness": -20.2, "contrast": 1.4},
-        {"brightness": 20.2, "contrast": 0.6},
-        {"brightness": 12.3, "contrast": 1.2, "hue": 7, "saturation": 0.8},
-    ],
-    ids=str,
-)
-def test_colours_equal_the_literal_version(change):
+def test_colours_equal_the_literal_version():
     image = image_of(67, 45)
     before = image.copy()
-    np.testing.assert_array_equal(adjust_colours(image, **change), literal_colours(image, **change))
+    for change in (
+        (31.7,), (-31.7,), (0, 0.5), (0, 1.5), (0, 1, 18), (0, 1, -18), (0, 1, 0, 0.5),
+        (0, 1, 0, 1.5), (-20.2, 1.4), (20.2, 0.6), (12.3, 1.2, 7, 0.8),
+    ):  # fmt: skip
+        np.testing.assert_array_equal(
+            adjust_colours(image, *change), literal_colours(image, *change), str(change)
+        )
     np.testing.assert_array_equal(image, before)
 
 
@@ -274,60 +234,34 @@ def test_the_hue_wraps_around_red():
     assert adjust_colours(magenta_red, hue=10).tolist() == [[[0, 0, 255]]]
 
 
-@pytest.mark.parametrize("colour", [(128, 128, 128), (200, 30, 90)])
-def test_colour_changes_are_distributed_as_in_the_literal_version(colour):
-    image = np.full((1, 1, 3), colour, np.uint8)
-    rng, draw = np.random.default_rng(6), random.Random(6)
-    ours = [photometric_distort(image, rng)[0, 0] for _ in range(SAMPLES)]
-    theirs = []
-    for _ in range(SAMPLES):
-        change = {}
-        if draw.random() < 0.5:
-            change["brightness"] = draw.uniform(-32, 32)
-        if draw.random() < 0.5:
-            change["contrast"] = draw.uniform(0.5, 1.5)
-        if draw.random() < 0.5:
-            change["hue"] = draw.randint(-18, 18)
-        if draw.random() < 0.5:
-            change["saturation"] = draw.uniform(0.5, 1.5)
-        theirs.append(literal_colours(image, **change)[0, 0])
-    ours, theirs = np.array(ours).astype(int), np.array(theirs).astype(int)
-    for k in range(3):
-        assert same_distribution(ours[:, k], theirs[:, k])
-        assert same_distribution(ours[:, k] - ours[:, k - 1], theirs[:, k] - theirs[:, k - 1])
-
-
 def test_each_colour_change_is_drawn_half_of_the_time_within_its_limits(monkeypatch):
     drawn = []
     monkeypatch.setattr(transforms, "adjust_colours", lambda image, **change: drawn.append(change))
     rng = np.random.default_rng(7)
     for _ in range(SAMPLES):
         photometric_distort(None, rng)
-    limits = {
-        "brightness": (0, -32, 32),
-        "contrast": (1, 0.5, 1.5),
-        "hue": (0, -18, 18),
-        "saturation": (1, 0.5, 1.5),
-    }
-    for name, (neutral, low, high) in limits.items():
+    applied = {}
+    for name, neutral, low, high in (
+        ("brightness", 0, -32, 32), ("contrast", 1, 0.5, 1.5), ("hue", 0, -18, 18),
+        ("saturation", 1, 0.5, 1.5),
+    ):  # fmt: skip
         values = np.array([change[name] for change in drawn])
-        applied = values != neutral
+        applied[name] = values != neutral
         # One of the 37 whole turns of the hue is none.
-        assert occurs_with(0.5 * 36 / 37 if name == "hue" else 0.5, applied)
-        assert low <= values.min() < low + 0.02 * (high - low)
-        assert high >= values.max() > high - 0.02 * (high - low)
-    pairs = [(change["brightness"] != 0) & (change["contrast"] != 1) for change in drawn]
-    assert occurs_with(0.25, pairs)  # independent of each other
-
-
-# ---------------------------------------------------------------- expand
+        assert occurs_with(0.5 * 36 / 37 if name == "hue" else 0.5, applied[name])
+        uniform = np.random.default_rng(0).uniform(low, high, SAMPLES)
+        uniform = np.round(uniform * 37 / 36) if name == "hue" else uniform
+        assert same_distribution(values[applied[name]], uniform[uniform != neutral])
+        assert low <= values.min() and values.max() <= high
+    for one, other in itertools.combinations(applied.values(), 2):
+        assert occurs_with(0.25, one & other)  # independent of each other
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (10, 2000), (3, 4)])
 def test_canvases_are_distributed_as_in_the_literal_version(width, height):
     rng, draw = np.random.default_rng(8), random.Random(8)
-    ours = np.array([expand(width, height, rng) for _ in range(SAMPLES)])
-    theirs = np.array([literal_expand(width, height, draw) for _ in range(SAMPLES)])
+    ours = np.array([expand(width, height, rng) for _ in range(5000)])
+    theirs = np.array([literal_expand(width, height, draw) for _ in range(5000)])
     for k in range(4):
         assert same_distribution(ours[:, k], theirs[:, k])
     scales = [a[:, 0] / width * a[:, 1] / height for a in (ours, theirs)]
@@ -335,20 +269,15 @@ def test_canvases_are_distributed_as_in_the_literal_version(width, height):
     places = [a[:, 2] / np.maximum(a[:, 0] - width, 1) for a in (ours, theirs)]
     for pair in (scales, aspects, places):
         assert same_distribution(*pair)
-    assert (ours[:, :2] >= (width, height)).all()
-    assert (ours[:, 2:] >= 0).all()
-    assert (ours[:, 2:] + (width, height) <= ours[:, :2]).all()
-
-
-@pytest.mark.parametrize("interpolation", [cv2.INTER_AREA, cv2.INTER_NEAREST])
-def test_an_expanded_image_on_the_grid_of_the_result_equals_a_real_canvas(interpolation):
-    image, canvas = image_of(64, 32), (128, 128, 32, 64)
-    ours, _ = resize(image, target_of(), canvas, 64, interpolation, MEAN)
-    np.testing.assert_array_equal(ours, literal_canvas(image, canvas, 64, interpolation))
+    assert (ours[:, 2:] >= 0).all() and (ours[:, 2:] + (width, height) <= ours[:, :2]).all()
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 def test_an_expanded_image_is_within_half_a_pixel_of_a_real_canvas(interpolation):
+    image, canvas = image_of(64, 32), (128, 128, 32, 64)
+    if interpolation in (cv2.INTER_AREA, cv2.INTER_NEAREST):  # on the grid of the result: equal
+        ours, _ = resize(image, target_of(), canvas, 64, interpolation, MEAN)
+        np.testing.assert_array_equal(ours, literal_canvas(image, canvas, 64, interpolation))
     rng, size = np.random.default_rng(10), 128
     y, x = np.mgrid[:150, :200]
     image = np.stack((x, y + 50, 255 - x), -1).astype(np.uint8)  # one level a pixel
@@ -389,9 +318,6 @@ def test_boxes_follow_the_image_to_the_pixels_of_the_result():
         assert np.abs(boxes[0, :4] * size - corners).max() <= 1
 
 
-# ---------------------------------------------------------------- mirror, resize
-
-
 def test_mirror_equals_the_hand_computed_one():
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     target = target_of((1, 0, 2, 1, 5), (0, 0, 4, 2, 6))
@@ -403,7 +329,7 @@ def test_mirror_equals_the_hand_computed_one():
 
 
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
-@pytest.mark.parametrize(("width", "height"), [(1, 1), (640, 480), (10, 2000), (48, 48)])
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (10, 2000), (48, 48)])
 def test_an_image_without_canvas_is_simply_resized(interpolation, width, height):
     image = image_of(width, height)
     target = target_of((0, 0, width, height, 2), (width / 4, 0, width / 2, height / 2, 3))
@@ -425,12 +351,8 @@ def test_evaluation_sees_the_image_resized_bilinearly_and_overfitting_all_boxes_
     np.testing.assert_allclose(boxes[0], (0, 0, 1, 1, 2))
     np.testing.assert_allclose(boxes[1], (0.1, 0.1, 12.4 / 123, 7.8 / 77, 5), rtol=1e-5)
     assert boxes.dtype == np.float32
-    np.testing.assert_array_equal(image, before[0])
-    np.testing.assert_array_equal(target, before[1])
+    assert np.array_equal(image, before[0]) and np.array_equal(target, before[1])
     assert ResizeOnly(size)(image, target_of(), None)[1].shape == (0, 5)
-
-
-# ---------------------------------------------------------------- the whole augmentation
 
 
 @many_samples
@@ -495,11 +417,9 @@ def test_whole_samples_are_distributed_as_in_the_literal_version(monkeypatch, sa
     for chosen in ([0, 1, 2], [0, 2]):
         rows = target[chosen]
         rows[:, 4] = 1 + np.arange(len(rows))
+        some = [boxes[i] for i in chosen]
         ours = [augment(image, rows, rng)[1] for _ in range(samples)]
-        theirs = [
-            np.array(literal_sample(200, 160, [boxes[i] for i in chosen], draw))
-            for _ in range(samples)
-        ]
+        theirs = [np.array(literal_sample(200, 160, some, draw)) for _ in range(samples)]
         assert same_distribution([len(a) for a in ours], [len(a) for a in theirs])
         ours, theirs = np.concatenate(ours), np.concatenate(theirs)
         for label in range(1, len(chosen) + 1):
@@ -510,11 +430,10 @@ def test_whole_samples_are_distributed_as_in_the_literal_version(monkeypatch, sa
                 assert same_distribution(a[:, k + 2] - a[:, k], b[:, k + 2] - b[:, k])
 
 
-SHAPES = [(1, 1), (2, 1), (1, 7), (10, 2000), (2000, 10), (3, 3), (64, 48), (333, 217), (500, 375)]
-
-
-@pytest.mark.parametrize(("width", "height"), SHAPES)
 @pytest.mark.parametrize("size", [300, 512])
+@pytest.mark.parametrize(
+    ("width", "height"), [(1, 1), (2, 1), (1, 7), (10, 2000), (2000, 10), (3, 3), (333, 217)]
+)
 def test_every_sample_of_any_image_is_well_formed(width, height, size):
     image, rng = image_of(width, height), np.random.default_rng((width, height))
     augment = SSDAugmentation(size)
@@ -522,25 +441,20 @@ def test_every_sample_of_any_image_is_well_formed(width, height, size):
         target = random_target(rng, width, height, count)
         before = image.copy(), target.copy()
         result, boxes = augment(image, target, rng)
-        assert result.shape == (size, size, 3)
-        assert result.dtype == np.uint8
+        assert result.shape == (size, size, 3) and result.dtype == np.uint8
         assert result.flags.c_contiguous
-        assert boxes.dtype == np.float32
-        assert boxes.shape[1:] == (5,)
+        assert boxes.dtype == np.float32 and boxes.shape[1:] == (5,)
         assert (count > 0) == (len(boxes) > 0)
-        assert (boxes[:, :4] >= 0).all()
-        assert (boxes[:, :4] <= 1).all()
+        assert (boxes[:, :4] >= 0).all() and (boxes[:, :4] <= 1).all()
         assert (boxes[:, 2:4] > boxes[:, :2]).all()
-        assert set(boxes[:, 4]) <= set(target[:, 4])
-        assert len(set(boxes[:, 4])) == len(boxes)
-        np.testing.assert_array_equal(image, before[0])
-        np.testing.assert_array_equal(target, before[1])
+        assert set(boxes[:, 4]) <= set(target[:, 4]) and len(set(boxes[:, 4])) == len(boxes)
+        assert np.array_equal(image, before[0]) and np.array_equal(target, before[1])
 
 
 def test_boxes_of_one_pixel_survive_or_fall_back():
     image, augment = image_of(640, 480), SSDAugmentation(300)
     target = target_of((639, 479, 640, 480, 1), (0, 0, 1, 1, 2), (320, 240, 321, 241, 3))
-    for index in range(100):
+    for index in range(30):
         _, boxes = augment(image, target, np.random.default_rng(index))
         # One pixel of 640 is too narrow in any crop: the sample is always the untouched image.
         np.testing.assert_allclose(boxes[:, :4] * (640, 480, 640, 480), target[:, :4], atol=1e-4)
@@ -571,15 +485,11 @@ def test_a_box_of_exactly_one_percent_is_kept(monkeypatch):
         assert boxes[:, 4].tolist() == [1]
 
 
-def test_an_image_without_boxes_is_distorted_mirrored_and_expanded_but_never_cropped():
-    image, augment = coordinates(), SSDAugmentation(64)
-    images = set()
+def test_an_image_without_boxes_is_augmented():
+    image, augment, images = coordinates(), SSDAugmentation(64), set()
     for index in range(50):
-        view, kept = random_crop(image, target_of(), np.random.default_rng(index))
-        assert view.shape == image.shape and kept.shape == (0, 5)
         result, boxes = augment(image, target_of(), np.random.default_rng(index))
-        assert boxes.shape == (0, 5)
-        assert boxes.dtype == np.float32
+        assert boxes.shape == (0, 5) and boxes.dtype == np.float32
         images.add(result.tobytes())
     assert len(images) > 40
 
@@ -599,25 +509,15 @@ def test_the_mean_frames_an_expanded_image():
 
 
 def test_a_sample_depends_on_its_seed_alone():
-    image, augment = image_of(160, 120), SSDAugmentation(300)
+    image, augment = image_of(200, 150)[10:130, 20:180], SSDAugmentation(300)  # a view
     target = target_of((20, 20, 90, 100, 3), (80, 60, 150, 110, 7))
     for index in range(20):
         np.random.seed(index)  # noqa: NPY002
         random.seed(index)
         first = augment(image, target, np.random.default_rng((1, 2, index)))
         augment(image, target, np.random.default_rng(99))
-        again = SSDAugmentation(300)(image, target, np.random.default_rng((1, 2, index)))
+        again = SSDAugmentation(300)(image.copy(), target, np.random.default_rng((1, 2, index)))
         for a, b in zip(first, again, strict=True):
             np.testing.assert_array_equal(a, b)
     other = augment(image, target, np.random.default_rng((1, 3, 19)))
     assert not np.array_equal(first[0], other[0])
-
-
-def test_a_part_of_a_larger_image_can_be_augmented():
-    image = image_of(160, 120)
-    view, target = image[10:110, 20:140], target_of((20, 20, 90, 90, 3))
-    for index in range(20):
-        ours = SSDAugmentation(300)(view, target, np.random.default_rng(index))
-        copied = SSDAugmentation(300)(view.copy(), target, np.random.default_rng(index))
-        for a, b in zip(ours, copied, strict=True):
-            np.testing.assert_array_equal(a, b)

@@ -1,4 +1,5 @@
 import errno
+import itertools
 import json
 from pathlib import Path
 
@@ -26,9 +27,6 @@ def one_class(*rows):
     return ClassDetections(rows[:, 0].astype(int), rows[:, 1], rows[:, 2:])
 
 
-# ---- against published figures
-
-
 @pytest.mark.parametrize("name", ["BCCD", "VOC2007"])
 def test_ap_of_every_class_equals_the_published_codes(name):
     # The file sets equal scores apart, in their published order, which depends on a processor.
@@ -52,8 +50,6 @@ def test_ap_of_every_class_equals_the_published_codes(name):
         assert result[metric]["mean"] == pytest.approx(golden[metric].mean(), abs=1e-6)
 
 
-# ---- against a slow literal reference
-
 LIMITS = {"small": (0, 1024), "medium": (1024, 9216), "large": (9216, 1e10)}
 
 
@@ -68,10 +64,8 @@ def slow_average_precisions(detections, annotations, name, low=-np.inf, high=np.
     for k in np.argsort(-detections.scores, kind="stable"):
         image, box = int(detections.images[k]), detections.boxes[k]
         best, best_object = -1.0, None
-        for index, (other, its_name) in enumerate(
-            zip(annotations[image].boxes, annotations[image].names, strict=True)
-        ):
-            if its_name != name:
+        for index, other in enumerate(annotations[image].boxes):
+            if annotations[image].names[index] != name:
                 continue
             width = min(box[2], other[2]) - max(box[0], other[0]) + 1
             height = min(box[3], other[3]) - max(box[1], other[1]) + 1
@@ -79,40 +73,35 @@ def slow_average_precisions(detections, annotations, name, low=-np.inf, high=np.
             union = box_area(box) + box_area(other) - inter
             if inter / union > best:
                 best, best_object = inter / union, index
-        hit = miss = 0
-        if best <= 0.5:
-            miss = low <= box_area(box) <= high
-        elif (
-            not annotations[image].difficult[best_object]
-            and low <= box_area(annotations[image].boxes[best_object]) <= high
-        ):
-            hit = (image, best_object) not in taken
-            miss = not hit and low <= box_area(box) <= high
-            taken.add((image, best_object))
-        hits.append(int(hit))
-        misses.append(int(miss))
+        hit, miss, found = False, best <= 0.5, annotations[image]
+        if not miss and not found.difficult[best_object]:
+            if low <= box_area(found.boxes[best_object]) <= high:
+                hit = (image, best_object) not in taken
+                miss = not hit
+                taken.add((image, best_object))
+        hits.append(hit)
+        misses.append(miss and low <= box_area(box) <= high)
     total = sum(
         n == name and not d and low <= box_area(box) <= high
         for a in annotations
         for n, d, box in zip(a.names, a.difficult, a.boxes, strict=True)
     )
-    points = []
+    if not total and high < np.inf:
+        return -1, -1
+    points = [(0, 0)]
     for n in range(1, len(hits) + 1):
         hit, miss = sum(hits[:n]), sum(misses[:n])
         points.append((hit / total if total else 0, hit / (hit + miss) if hit + miss else 0))
-    if not total and high < np.inf:
-        return -1, -1
-    eleven = 0.0
-    for t in np.arange(0.0, 1.1, 0.1):
-        eleven += max([p for r, p in points if r >= t], default=0) / 11
-    area, last = 0.0, 0.0
-    for n, (recall, _) in enumerate(points):
-        area += (recall - last) * max(p for _, p in points[n:])
-        last = recall
+    recalls = np.arange(0.0, 1.1, 0.1)
+    eleven = sum(max([p for r, p in points if r >= t], default=0) for t in recalls) / 11
+    area = sum(
+        (points[n][0] - points[n - 1][0]) * max(p for _, p in points[n:])
+        for n in range(1, len(points))
+    )
     return eleven, area
 
 
-@pytest.mark.parametrize("seed", range(16))
+@pytest.mark.parametrize("seed", range(12))
 def test_ap_equals_a_slow_reference(seed, tmp_path):
     rng = np.random.default_rng(seed)
     classes, grid = ("a", "b", "c"), 4 if seed % 2 else 1  # a coarse grid gives equal overlaps
@@ -142,34 +131,22 @@ def test_ap_equals_a_slow_reference(seed, tmp_path):
             expected = slow_average_precisions(detections[name], annotations, name, *limits)
             got = [result[metric]["per_class_per_size"][name][size] for metric in METRICS]
             assert got == pytest.approx(expected, abs=1e-12)
-    for metric in METRICS:
-        for size in LIMITS:
-            known = [ap[size] for ap in result[metric]["per_class_per_size"].values()]
-            known = [ap for ap in known if ap != -1]
-            assert result[metric]["per_size"][size] == (np.mean(known) if known else -1)
+    for metric, size in itertools.product(METRICS, LIMITS):
+        known = [ap[size] for ap in result[metric]["per_class_per_size"].values() if ap[size] != -1]
+        assert result[metric]["per_size"][size] == (np.mean(known) if known else -1)
 
     # the curves kept are enough for either metric
     write_voc_curves(tmp_path / "curves.npz", result)
     curves = load_curves(tmp_path / "curves.npz")
     assert curves.classes == classes and curves.areas == ("all", *LIMITS)
-    for metric in METRICS:
-        for name in classes:
-            sizes = result[metric]["per_class_per_size"][name]
-            for of_size, ap in ({"all": result[metric]["per_class"][name]} | sizes).items():
-                curve = curves.curve(name, of_size)
-                assert (np.diff(curve["recall"]) > 0).all()
-                assert (np.diff(curve["scores"]) <= 0).all()
-                got = average_precision(curve["recall"], curve["precision"], metric)
-                assert got == pytest.approx(max(ap, 0), abs=1e-12)
+    for metric, name in itertools.product(METRICS, classes):
+        sizes = result[metric]["per_class_per_size"][name]
+        for of_size, ap in ({"all": result[metric]["per_class"][name]} | sizes).items():
+            curve = curves.curve(name, of_size)
+            assert (np.diff(curve["recall"]) > 0).all() and (np.diff(curve["scores"]) <= 0).all()
+            got = average_precision(curve["recall"], curve["precision"], metric)
+            assert got == pytest.approx(max(ap, 0), abs=1e-12)
 
-
-def test_curves_of_no_class_can_be_kept(tmp_path):
-    write_voc_curves(tmp_path / "curves.npz", {"iou": 0.5, "curves": {}})
-    curves = load_curves(tmp_path / "curves.npz")
-    assert curves.classes == () and curves.arrays["counts"].shape == (1, 0, 4)
-
-
-# ---- single rules, by hand
 
 HALF = (0, 0, 9, 9), (0, 0, 9, 19)  # IoU exactly 0.5 in pixel convention
 
@@ -243,17 +220,12 @@ def test_class_without_detections_and_class_without_ground_truth_are_noted():
     detections = {"a": one_class(), "b": one_class((0, 0.5, 0, 0, 5, 5)), "c": one_class()}
     result = evaluate_voc(detections, annotations, ["a", "b", "c"])
     assert [note.split(":")[0] for note in result["notes"]] == [
-        "0 detections for class a",
-        "0 ground truths for class b",
-        "0 ground truths for class c",
-    ]
+        "0 detections for class a", "0 ground truths for class b", "0 ground truths for class c",
+    ]  # fmt: skip
     for metric in METRICS:
         assert result[metric]["mean"] == 0
         assert result[metric]["per_class"] == {"a": 0, "b": 0, "c": 0}
         assert result[metric]["per_size"] == {"small": 0, "medium": -1, "large": -1}
-
-
-# ---- comp4 files
 
 
 def random_detections(rng, count, classes):
@@ -273,6 +245,9 @@ def test_line_is_id_score_and_corners_counted_from_1(tmp_path):
     text = (tmp_path / "new/er/comp4_det_test_dog.txt").read_text()
     assert text == "000012 0.25 1.000 10.500 21.000 31.000\n"
     assert (tmp_path / "new/er/comp4_det_test_cat.txt").read_text() == ""
+    ids = ["my img 1", "x/b1", "two  spaces"]
+    write_comp4(tmp_path, "test", ["cat", "dog"], ids, [found] * 3)
+    assert read_comp4(tmp_path, "test", ["dog"], ids)[0]["dog"].images.tolist() == [0, 1, 2]
 
 
 def test_reading_back_gives_the_same_scores_order_and_boxes(tmp_path):
@@ -290,10 +265,8 @@ def test_reading_back_gives_the_same_scores_order_and_boxes(tmp_path):
         boxes = np.concatenate([found["boxes"][mine] for found, mine in pairs])
         assert np.array_equal(read[name].scores.astype(np.float32), scores)
         assert read[name].boxes == pytest.approx(boxes.astype(np.float64), abs=5.1e-4)
-        assert (
-            read[name].images.tolist()
-            == np.repeat(np.arange(len(ids)), [mine.sum() for mine in of_class]).tolist()
-        )
+        images = np.repeat(np.arange(len(ids)), [mine.sum() for mine in of_class])
+        assert read[name].images.tolist() == images.tolist()
 
 
 def test_class_name_that_no_file_can_have_is_escaped(tmp_path):
@@ -305,17 +278,12 @@ def test_class_name_that_no_file_can_have_is_escaped(tmp_path):
     assert [len(read[name].scores) for name in names] == [1, 1, 1, 1]
 
 
-def test_wrong_detections_are_not_written(tmp_path):
-    found = {"boxes": [[0, 0, 1, 1]], "scores": [np.nan], "labels": [1]}
-    with pytest.raises(ValueError, match="image x: .*score nan"):
-        write_comp4(tmp_path, "test", ["cat"], ["x"], [found])
-    assert not any(tmp_path.iterdir())
-
-
-def test_disk_that_is_full_is_told_with_the_file_and_leaves_the_old_one(tmp_path, monkeypatch):
+def test_wrong_detections_and_a_full_disk_leave_the_old_file(tmp_path, monkeypatch):
     found = {"boxes": [[0, 0, 1, 1]], "scores": [0.5], "labels": [1]}
     write_comp4(tmp_path, "test", ["cat"], ["x"], [found])
     before = (tmp_path / "comp4_det_test_cat.txt").read_bytes()
+    with pytest.raises(ValueError, match="image x: .*score nan"):
+        write_comp4(tmp_path, "test", ["cat"], ["x"], [found | {"scores": [np.nan]}])
 
     def fsync(file):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -346,23 +314,16 @@ def test_numbers_are_read_to_the_last_bit(tmp_path):
     rng = np.random.default_rng(0)
     values = rng.random((2000, 5)) * 10.0 ** rng.integers(-30, 30, (2000, 5))
     lines = ["x " + " ".join(map(repr, row)) + "\n" for row in values.tolist()]
-    path = tmp_path / "comp4_det_test_cat.txt"
-    for first in ("", "\n"):  # all lines at once, and one by one
-        path.write_text(first + "".join(lines))
-        read = read_comp4(tmp_path, "test", ["cat"], ["x"])[0]["cat"]
-        assert np.array_equal(read.scores, values[:, 0])
-        assert np.array_equal(read.boxes, values[:, 1:] - 1)
+    (tmp_path / "comp4_det_test_cat.txt").write_text("".join(lines))
+    read = read_comp4(tmp_path, "test", ["cat"], ["x"])[0]["cat"]
+    assert np.array_equal(read.scores, values[:, 0])
+    assert np.array_equal(read.boxes, values[:, 1:] - 1)
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        # Of 7 and of 5 fields, they make two lines of 6.
-        ("1 2 3 4 5 6 2\n0.5 1 2 3 4\n", r':1: image id "1 2" is not in the image set'),
-        # As many gaps as in whole lines, or as many words.
-        (" 1 0.5 1 2 3\n4", ":1: .* is not of the form"),
-        ("1 0.5  1 2 3\n", ":1: .* is not of the form"),
-        ("1 0.5  1 2 3\n" * 6, ":1: .* is not of the form"),
+        ("1 2 3 4 5 6 2\n", r':1: image id "1 2" is not in the image set'),
         ("1 0.5 1 2 3 4\n1 0.5 1 2 3\n", ':2: "1 0.5 1 2 3" is not of the form'),
         ("1 0.5 1 2 3 4\n\n1 high 1 2 3 4\n", ':3: "1 high 1 2 3 4" is not of the form'),
         ("1 0.5 1 2 3 4\n1 nan 1 2 3 4\n", ":2: .* is not of the form"),
@@ -375,17 +336,6 @@ def test_malformed_line_is_refused_by_file_and_line(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(UserError, match=f"{path}{message}"):
         read_comp4(tmp_path, "test", ["cat"], ["1", "2"])
-
-
-def test_ids_with_spaces_and_folders_are_read_back(tmp_path):
-    ids = ["my img 1", "x/b1", "two  spaces"]
-    found = {"boxes": np.ones((1, 4)), "scores": np.ones(1), "labels": np.array([1])}
-    write_comp4(tmp_path, "test", ["cat"], ids, [found] * 3)
-    read, _ = read_comp4(tmp_path, "test", ["cat"], ids)
-    assert read["cat"].images.tolist() == [0, 1, 2]
-
-
-# ---- command line
 
 
 @pytest.fixture
@@ -479,9 +429,3 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(scored, voc_devkit, tmp_pa
         captured = capsys.readouterr()
         assert message in captured.err and captured.err.startswith("error: ")
         assert captured.err.count("\n") == 1 and not captured.out
-
-
-def test_bad_usage_exits_with_2(capsys):
-    with pytest.raises(SystemExit) as error:
-        main(["somewhere"])
-    assert error.value.code == 2 and "--root" in capsys.readouterr().err
