@@ -47,36 +47,27 @@ def golden(tmp_path_factory):
     return folder / "truth.json", folder / "results.json", expected
 
 
-def test_twelve_numbers_of_real_detections(golden):
+def test_real_detections_score_the_published_numbers_and_a_category_those_of_itself(golden):
     truth, results, expected = golden
-    report = evaluate_coco(results, truth)
-    np.testing.assert_allclose(report["stats"], expected, rtol=0, atol=1e-12)
-    assert evaluate_coco(json.loads(results.read_text()), truth) == report
-
-
-def test_ap_per_category_and_size_is_that_of_the_category_alone(golden):
-    truth, results, _ = golden
-    whole = evaluate_coco(results, truth)
+    records = json.loads(results.read_text())
+    whole = evaluate_coco(records, truth)
+    assert records == json.loads(results.read_text())  # left alone
+    np.testing.assert_allclose(whole["stats"], expected, rtol=0, atol=1e-12)
     report, sizes = whole["per_category"], whole["per_category_per_size"]
     assert len(report) == 80
     known = [ap for ap in report.values() if ap > -1]
     for n, size in enumerate(SIZES, 3):
         mean = np.mean([ap[size] for ap in sizes.values() if ap[size] > -1])
         assert whole["per_size"][size] == whole["stats"][n] == pytest.approx(mean, abs=1e-12)
-    assert np.mean(known) == pytest.approx(evaluate_coco(results, truth)["stats"][0], abs=1e-12)
+    assert np.mean(known) == pytest.approx(expected[0], abs=1e-12)
     document = json.loads(truth.read_text())
-    for id in (1, 62):
-        alone = {
-            "images": document["images"],
-            "categories": [c for c in document["categories"] if c["id"] == id],
-            "annotations": [a for a in document["annotations"] if a["category_id"] == id],
-        }
-        path = truth.with_name(f"only_{id}.json")
-        path.write_text(json.dumps(alone))
-        chosen = [r for r in json.loads(results.read_text()) if r["category_id"] == id]
-        alone = evaluate_coco(chosen, path)["stats"]
-        assert report[f"category {id}"] == pytest.approx(alone[0], abs=1e-12)
-        assert list(sizes[f"category {id}"].values()) == pytest.approx(alone[3:6], abs=1e-12)
+    document["categories"] = [c for c in document["categories"] if c["id"] == 62]
+    document["annotations"] = [a for a in document["annotations"] if a["category_id"] == 62]
+    path = truth.with_name("only_62.json")
+    path.write_text(json.dumps(document))
+    alone = evaluate_coco([r for r in records if r["category_id"] == 62], path)["stats"]
+    assert report["category 62"] == pytest.approx(alone[0], abs=1e-12)
+    assert list(sizes["category 62"].values()) == pytest.approx(alone[3:6], abs=1e-12)
 
 
 def test_real_ground_truth_as_detections_scores_one(golden):
@@ -87,16 +78,6 @@ def test_real_ground_truth_as_detections_scores_one(golden):
     report = evaluate_coco(results, truth)
     assert report["stats"][:6] == pytest.approx([1] * 6)
     assert sum(ap == -1 for ap in report["per_category"].values()) == 2
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_is_printed_and_the_given_list_is_left_alone(golden, capfd, backend):
-    require(backend)
-    truth, results, _ = golden
-    records = json.loads(results.read_text())
-    evaluate_coco(records, truth, backend)
-    assert records == json.loads(results.read_text())
-    assert capfd.readouterr() == ("", "")
 
 
 def test_curves_give_the_ap(golden, tmp_path):
@@ -116,9 +97,6 @@ def test_curves_give_the_ap(golden, tmp_path):
             for c in found:
                 assert len(c["recall"]) == len(c["scores"]) == 101
                 assert (np.diff(c["precision"]) <= 0).all() and (np.diff(c["scores"]) <= 0).all()
-
-
-# ---- the fast backends against pycocotools
 
 
 def require(backend):
@@ -152,11 +130,12 @@ def assert_equal_to_reference(results, truth, backend, folder):
 
 
 @pytest.mark.parametrize("backend", BACKENDS[1:])
-def test_backend_equals_the_reference_on_real_detections(golden, tmp_path, backend):
+def test_backend_equals_the_reference_on_real_detections(golden, tmp_path, backend, capfd):
     require(backend)
     truth, results, expected = golden
     report = assert_equal_to_reference(results, truth, backend, tmp_path)
     np.testing.assert_allclose(report["stats"], expected, rtol=0, atol=1e-12)
+    assert capfd.readouterr() == ("", "")  # nothing is printed
 
 
 def random_set(rng, path):
@@ -191,11 +170,8 @@ def random_set(rng, path):
         "categories": [{"id": id, "name": f"category {id}"} for id in categories.tolist()],
         "annotations": [
             {
-                "id": 0 if equal_ids else n,
-                "image_id": int(ids[image[n]]),
-                "category_id": int(categories[label[n]]),
-                "bbox": boxes[n].tolist(),
-                "area": areas[n],
+                "id": 0 if equal_ids else n, "image_id": int(ids[image[n]]), "area": areas[n],
+                "category_id": int(categories[label[n]]), "bbox": boxes[n].tolist(),
                 "iscrowd": int(rng.random() < 0.15),
             }
             for n in range(objects)
@@ -245,11 +221,11 @@ def test_backend_uses_the_hundred_best_of_a_category_in_the_order_given(small, t
 def test_backend_that_is_not_installed_is_named(small, monkeypatch, capsys, tmp_path, backend):
     for module in ("hotcoco", "faster_coco_eval", "pycocotools.coco"):
         monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(UserError, match=rf"{backend} .*\(pip install {backend}\)"):
-        evaluate_coco([], small, backend)
     (tmp_path / "empty.json").write_text("[]")
     assert main([str(tmp_path / "empty.json"), str(small), "--eval-backend", backend]) == 2
-    assert f"pip install {backend}" in capsys.readouterr().err
+    assert f"{backend} need it installed (pip install {backend})" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="'fastest' is not one of pycocotools, hotcoco, faster"):
+        evaluate_coco([], small, "fastest")
 
 
 @pytest.mark.parametrize(
@@ -293,11 +269,6 @@ def test_backend_that_is_broken_says_why(tmp_path, monkeypatch, error, said):
         load_backend("hotcoco")
 
 
-def test_backend_of_no_name_is_refused(small):
-    with pytest.raises(ValueError, match="'fastest' is not one of pycocotools, hotcoco, faster"):
-        evaluate_coco([], small, "fastest")
-
-
 @pytest.fixture
 def small(tmp_path):
     """Two dogs in image 1, a crowd of cats in image 2, no oar; annotation ids from 0."""
@@ -319,16 +290,12 @@ def result(bbox, image_id=1, category_id=3, score=0.9):
     return {"image_id": image_id, "category_id": category_id, "bbox": bbox, "score": score}
 
 
-def test_one_of_two_objects_found_by_hand(small):
+def test_scores_by_hand(small):
     # Recall 1/2 reaches 51 of the 101 recall points, 0 to .50, at precision 1.
     report = evaluate_coco([result([0, 0, 40, 40])], small)
     assert report["per_category"] == {"dog": pytest.approx(51 / 101), "cat": -1, "oar": -1}
     ap, ar = 51 / 101, 0.5
-    expected = [ap, ap, ap, -1, ap, -1, ar, ar, ar, -1, ar, -1]
-    assert report["stats"] == pytest.approx(expected)
-
-
-def test_overlap_decides_at_which_iou_a_detection_counts(small):
+    assert report["stats"] == pytest.approx([ap, ap, ap, -1, ap, -1, ar, ar, ar, -1, ar, -1])
     # IoU 30/40 = .75 counts at .50 .55 .60 .65 .70 .75, six of ten.
     report = evaluate_coco([result([0, 0, 30, 40]), result([50, 0, 40, 30])], small)
     assert report["stats"][:3] == pytest.approx([0.6, 1, 1])
@@ -347,8 +314,6 @@ def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, tmp_
         " by IoU 0.50 or more",
         "no ground truth (-1) for 2 classes: cat, oar",
     ]
-    (tmp_path / "empty.json").write_text("[]")
-    assert evaluate_coco(tmp_path / "empty.json", small, backend) == report
 
 
 def test_note_on_zero_is_true_of_the_hundred_best_alone(small):
@@ -399,13 +364,19 @@ def test_results_that_cannot_be_scored_are_named(small, tmp_path, results, messa
 
 
 def test_files_that_cannot_be_read_are_named(small, tmp_path):
-    with pytest.raises(UserError, match="none.json: cannot be read"):
-        evaluate_coco(tmp_path / "none.json", small)
-    with pytest.raises(UserError, match="none.json: cannot be read"):
-        evaluate_coco([], tmp_path / "none.json")
     (tmp_path / "half.json").write_text('[{"image_id":')
-    with pytest.raises(UserError, match="half.json: not a JSON file"):
-        evaluate_coco(tmp_path / "half.json", small)
+    for results, truth, message in (
+        (tmp_path / "none.json", small, "none.json: cannot be read"),
+        ([], tmp_path / "none.json", "none.json: cannot be read"),
+        (tmp_path / "half.json", small, "half.json: not a JSON file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            evaluate_coco(results, truth)
+    document = json.loads(small.read_text())
+    del document["annotations"]
+    small.write_text(json.dumps(document))
+    with pytest.raises(UserError, match="truth.json: has no list of annotations"):
+        evaluate_coco([], small)
 
 
 def test_command_line_scores_the_classes_asked_for(small, tmp_path, capsys):
@@ -434,10 +405,8 @@ def test_images_asked_for_are_scored_as_if_there_were_no_others(golden, tmp_path
     of_them = [record for record in records if record["image_id"] in ids]
     report = evaluate_coco(of_them, truth, images=ids[::-1])
     assert report == evaluate_coco(of_them, tmp_path / "part.json") and report["stats"][0] > 0
-    part, expected = (
-        read_annotations(truth).of_images(ids),
-        read_annotations(tmp_path / "part.json"),
-    )
+    part = read_annotations(truth).of_images(ids)
+    expected = read_annotations(tmp_path / "part.json")
     for name in ("image_ids", "file_names", "sizes", "offsets", "boxes", "labels", "areas",
                  "crowds", "annotation_ids", "category_ids", "classes"):  # fmt: skip
         np.testing.assert_array_equal(getattr(part, name), getattr(expected, name))
@@ -445,14 +414,6 @@ def test_images_asked_for_are_scored_as_if_there_were_no_others(golden, tmp_path
         evaluate_coco(records, truth, images=ids)
     with pytest.raises(UserError, match=r"truth.json: chosen\[1\] has the image_id -5, which"):
         evaluate_coco([], truth, images=[ids[0], -5])
-
-
-def test_test_set_has_nothing_to_score_against(small):
-    document = json.loads(small.read_text())
-    del document["annotations"]
-    small.write_text(json.dumps(document))
-    with pytest.raises(UserError, match="truth.json: has no list of annotations"):
-        evaluate_coco([], small)
 
 
 def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path, capsys):
@@ -466,10 +427,9 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
     report = json.loads((tmp_path / "out.json").read_text())
     assert report == evaluate_coco(results, truth)
     assert list(report)[:2] == ["stats", "per_category"]
-    for backend in BACKENDS[1:]:
-        if importlib.util.find_spec(backend.replace("-", "_")):
-            assert main([str(results), str(truth), "--eval-backend", backend]) == 0
-            assert capsys.readouterr().out == printed
+    if importlib.util.find_spec("hotcoco"):
+        assert main([str(results), str(truth), "--eval-backend", "hotcoco"]) == 0
+        assert capsys.readouterr().out == printed
     assert table[12:] == notes(report) and len(table) == 13
 
     reference = COCO(str(truth))

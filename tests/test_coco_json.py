@@ -18,8 +18,6 @@ FILE = "annotations/instances_val2017.json"
 IMAGE = {"id": 9, "width": WIDTH, "height": HEIGHT}
 BOX = annotation(17, 9, [10, 5, 20, 10])
 
-# ---- malformed files
-
 
 @pytest.mark.parametrize(
     ("document", "message"),
@@ -67,11 +65,6 @@ def test_malformed_file_is_refused_by_record_and_value(tmp_path, document, messa
         read_annotations(path)
 
 
-def test_file_that_cannot_be_read_is_refused(tmp_path):
-    with pytest.raises(UserError, match="none.json: cannot be read"):
-        read_annotations(tmp_path / "none.json")
-
-
 def test_whole_floats_and_booleans_and_missing_fields_are_accepted(tmp_path):
     least = {"image_id": 9, "category_id": 3, "bbox": [10, 5, 20, 10]}
     boxes = [BOX, {**BOX, "id": 18, "area": None, "iscrowd": True, "image_id": 9.0}, least]
@@ -80,9 +73,6 @@ def test_whole_floats_and_booleans_and_missing_fields_are_accepted(tmp_path):
     assert file.sizes.tolist() == [[WIDTH, HEIGHT]] and file.sizes.dtype == np.int64
     assert file.crowds.tolist() == [False, True, False]
     assert file.areas.tolist() == [200, 200, 200] and file.annotation_ids == [17, 18, None]
-
-
-# ---- where files and images lie
 
 
 @pytest.mark.parametrize(
@@ -227,8 +217,6 @@ def test_missing_images_are_counted_and_the_first_ten_named(tmp_path):
     with pytest.raises(UserError, match=message):
         COCODetection(tmp_path, [("2017", "test-dev")])
 
-
-# ---- files for the evaluation server
 
 FIT = {"image_id": 1, "category_id": 3, "bbox": [1, 2.5, 3, 4], "score": 0.5}
 NAME = "detections_test-dev2017_SSD512-HarDNet68_results.json"

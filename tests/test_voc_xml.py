@@ -23,9 +23,6 @@ def load(root, name="test", year=None, **options):
     return load_annotations(root, [(year, name)], **options)
 
 
-# ---- one annotation
-
-
 def test_annotation_is_read_with_boxes_counted_from_0(tmp_path):
     path = tmp_path / "a.xml"
     write_annotation(path, [("dog", (2, 3, 10, 20)), ("cat", (1, 1, 96, 72), True)])
@@ -35,17 +32,14 @@ def test_annotation_is_read_with_boxes_counted_from_0(tmp_path):
     assert found.difficult.tolist() == [False, True]
 
 
-def test_annotation_without_objects_has_empty_arrays(tmp_path):
-    found = read_annotation(xml(tmp_path, "<annotation/>"))
-    assert found.boxes.shape == (0, 4) and found.difficult.shape == (0,) and found.names == ()
-
-
 @pytest.mark.parametrize(
     "size", ["", "<size/>", "<size><width>0</width><height>0</height></size>",
              "<size><width/><height>8</height></size>"]
 )  # fmt: skip
-def test_size_that_is_missing_or_0_is_none(tmp_path, size):
-    assert read_annotation(xml(tmp_path, f"<annotation>{size}</annotation>")).size is None
+def test_annotation_without_size_and_objects_is_empty(tmp_path, size):
+    found = read_annotation(xml(tmp_path, f"<annotation>{size}</annotation>"))
+    assert found.boxes.shape == (0, 4) and found.difficult.shape == (0,)
+    assert found.names == () and found.size is None
 
 
 def test_float_coordinates_are_kept_and_parts_of_an_object_ignored(tmp_path):
@@ -82,28 +76,20 @@ def test_malformed_annotation_is_refused_by_file_and_place(tmp_path, text, messa
         read_annotation(path)
 
 
-@pytest.mark.parametrize(
-    "text", ["", '<?xml version="1.0" encoding="klingon"?><annotation/>'], ids=["empty", "encoding"]
-)
-def test_file_that_is_no_xml_is_refused(tmp_path, text):
-    with pytest.raises(UserError, match=r"a\.xml.*: malformed XML"):
-        read_annotation(xml(tmp_path, text))
+def test_file_that_is_no_xml_is_refused(tmp_path):
+    for text in ("", '<?xml version="1.0" encoding="klingon"?><annotation/>'):
+        with pytest.raises(UserError, match=r"a\.xml.*: malformed XML"):
+            read_annotation(xml(tmp_path, text))
 
 
-# ---- image sets
-
-
-def test_split_file_may_stand_in_image_sets_itself(voc_folder):
-    (voc_folder / "ImageSets/Main/test.txt").rename(voc_folder / "ImageSets/mine.txt")
-    assert len(load(voc_folder, "mine").ids) == 4
-
-
-def test_parent_of_the_devkit_and_a_year_folder_are_found(voc_devkit):
+def test_places_of_a_devkit_and_of_a_list_of_images(voc_devkit, voc_folder):
     for root in (voc_devkit.parent, voc_devkit / "VOC2007"):
         assert len(load(root, "test", "2007").ids) == 3
-
-
-def test_split_file_may_have_columns_blank_lines_and_a_byte_order_mark(voc_folder):
+    (voc_folder / "ImageSets/Main/test.txt").rename(voc_folder / "ImageSets/mine.txt")
+    path = voc_folder / "Annotations/t1.xml"
+    path.rename(path.with_suffix(".XML"))
+    assert len(load(voc_folder, "mine").ids) == 4
+    # columns, blank lines and a byte order mark
     (voc_folder / "ImageSets/Main/cell_test.txt").write_text("\ufefft1  1\r\n\nt4 -1\n\n", "utf-8")
     assert load(voc_folder, "cell_test").ids == ["t1", "t4"]
 
@@ -140,24 +126,16 @@ def test_id_is_the_line_without_flag_and_image_suffix(tmp_path, image_id, line):
     assert found.ids == [image_id] and found.annotations[0].path == path
 
 
-def test_id_without_an_annotation_is_refused_with_all_that_was_looked_for(voc_folder):
-    (voc_folder / "ImageSets/Main/test.txt").write_text("no/b9.jpg 1\n")
-    with pytest.raises(UserError, match=r"^1 annotation .*/no/b9\.jpg 1 or .* or no/b9\.xml"):
-        load(voc_folder)
-
-
-def test_missing_annotations_are_refused_all_at_once(voc_folder):
-    names = [f"x{i}" for i in range(12)]
-    (voc_folder / "ImageSets/Main/test.txt").write_text("\n".join(["t1", *names]))
-    message = r"^12 annotation file.* missing: .*x0\.xml.*x9\.xml, \.\.\.$"
-    with pytest.raises(UserError, match=message):
-        load(voc_folder)
-
-
-def test_suffix_of_an_annotation_may_have_any_case(voc_folder):
-    path = voc_folder / "Annotations/t1.xml"
-    path.rename(path.with_suffix(".XML"))
-    assert len(load(voc_folder).ids) == 4
+def test_annotations_that_are_missing_and_a_set_without_images_are_refused(voc_folder):
+    names = "\n".join(f"x{i}" for i in range(12))
+    for text, message in (
+        ("no/b9.jpg 1\n", r"^1 annotation .*/no/b9\.jpg 1 or .* or no/b9\.xml"),
+        (f"t1\n{names}", r"^12 annotation file.* missing: .*x0\.xml.*x9\.xml, \.\.\.$"),
+        ("\n", f"{voc_folder}: the image set test lists no image"),
+    ):
+        (voc_folder / "ImageSets/Main/test.txt").write_text(text)
+        with pytest.raises(UserError, match=message):
+            load(voc_folder)
 
 
 @pytest.mark.parametrize("root", ["nowhere", "n" * 300, "~no such user/nowhere"])
@@ -184,15 +162,6 @@ def test_images_and_annotations_in_one_folder_are_sent_to_the_page(tmp_path):
     write_annotation(tmp_path / "a.xml", [("dog", (1, 1, 5, 5))])
     with pytest.raises(UserError, match="Annotations/ and JPEGImages/ .*docs/own_data.md"):
         load(tmp_path, "trainval", "2007")
-
-
-def test_empty_set_is_refused(voc_folder):
-    (voc_folder / "ImageSets/Main/test.txt").write_text("\n")
-    with pytest.raises(UserError, match=f"{voc_folder}: the image set test lists no image"):
-        load(voc_folder)
-
-
-# ---- classes
 
 
 @pytest.mark.parametrize("declared", ["rod\n\ncell\nplatelet\n", None])
@@ -263,16 +232,11 @@ def test_classes_of_the_command_line_are_names_or_a_file(tmp_path):
     (tmp_path / "names.txt").write_text("cell\ncell\n")
     with pytest.raises(UserError, match=r"names\.txt: .*repeated: cell"):
         parse_classes(str(tmp_path / "names.txt"))
-
-
-def test_classes_that_no_path_can_be_are_names():
+    # names that no path can be
     names = [f"class {i}" for i in range(80)]
     assert parse_classes(",".join(names)) == tuple(names)
     assert parse_classes("~no such user,bar") == ("~no such user", "bar")
     assert parse_classes("a\0,b") == ("a\0", "b")
-
-
-# ---- faults, for the check of a data set
 
 
 def test_faults_are_collected_and_their_images_have_no_objects(voc_folder):
