@@ -188,24 +188,16 @@ class DataSetRow:
 
 DATASETS = {
     "VOC": DataSetRow(
-        reader="data.voc0712:VOCDetection",
-        folder="VOCdevkit",
-        detection={"conf_thresh": 0.03, "top_k": 300},
-        epochs=300,
-        weight_decay=5e-4,
+        reader="data.voc0712:VOCDetection", folder="VOCdevkit",
+        detection={"conf_thresh": 0.03, "top_k": 300}, epochs=300, weight_decay=5e-4,
         train_sets=(ImageSet("2007", "trainval"), ImageSet("2012", "trainval")),
         test_sets=(ImageSet("2007", "test"),),
     ),
     "COCO": DataSetRow(
-        reader="data.coco:COCODetection",
-        folder="COCO",
-        detection={"conf_thresh": 0.02, "top_k": 200},
-        epochs=150,
-        weight_decay=1e-4,
-        train_sets=(ImageSet("2017", "train"),),
-        test_sets=(ImageSet("2017", "val"),),
-        options=frozenset({"crowds", "eval_backend"}),
-        priors="COCO",
+        reader="data.coco:COCODetection", folder="COCO",
+        detection={"conf_thresh": 0.02, "top_k": 200}, epochs=150, weight_decay=1e-4,
+        train_sets=(ImageSet("2017", "train"),), test_sets=(ImageSet("2017", "val"),),
+        options=frozenset({"crowds", "eval_backend"}), priors="COCO",
     ),
 }
 
@@ -214,16 +206,10 @@ def build_dataset(
     name: str, root: str | Path, image_sets: Collection[tuple[str | None, str]],
     classes: Sequence[str] | None = None, **options: object,
 ) -> DetectionData:
-    """Open the data set ``name`` (a key of `DATASETS`) under ``root``.
+    """Open image sets, (year, name) pairs, of the data set ``name`` (a key of `DATASETS`).
 
-    Args:
-        image_sets: (year, name) pairs, such as `ImageSet`.
-        classes: names to read; None: those that the data set declares or holds.
-        options: passed to the reader.
-
-    Raises:
-        ValueError: unknown ``name``.
-        UserError: whatever the reader refuses.
+    classes: names to read; None: those that the data set declares or holds. options: passed to
+    the reader. Raises ValueError for an unknown ``name``, UserError for what the reader refuses.
     """
     return _reader(name)(root, image_sets, classes=classes, **options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,21 +12,18 @@ from torch.utils.data import Dataset
 from data import DetectionData
 
 
+@dataclass
 class TorchvisionDataset(Dataset):
     """Samples for ``torchvision.transforms.v2``, which transforms images and boxes together.
 
     A sample is (image, target): uint8 ``tv_tensors.Image`` [3, H, W], RGB, and a dict of "boxes",
     ``tv_tensors.BoundingBoxes`` float32 [n, 4] in XYXY format, "labels" int64 [n] in 1..C (0 is the
     background), and "image_id", the sample's index. n may be 0. torchvision's detectors are trained
-    on such targets.
-
-    Args:
-        transforms: called as transforms(image, target), e.g. a ``v2.Compose``.
+    on such targets. ``transforms`` is called as transforms(image, target), e.g. a ``v2.Compose``.
     """
 
-    def __init__(self, dataset: DetectionData, transforms: Callable | None = None) -> None:
-        self.dataset = dataset
-        self.transforms = transforms
+    dataset: DetectionData
+    transforms: Callable | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -34,7 +34,7 @@ def open_cache(
 ) -> Callable[[int], np.ndarray] | None:
     """Return the cache that --cache names: "off" (None), "memory", or a folder.
 
-    processes: how many processes of this machine open such a cache from now on, this one included.
+    processes: how many processes of this machine open such a cache, this one included.
     """
     if where == "off":
         return None
@@ -45,13 +45,8 @@ class MemoryCache:
     """Images in one block of shared memory, reserved at once and filled as they are asked for.
 
     An image whose size differs from ``dataset.image_size`` is decoded every time. Loading
-    processes share the block; each process of a distributed training has a block of its own.
-
-    Args:
-        processes: as for `open_cache`; their blocks must fit together.
-
-    Raises:
-        UserError: the blocks do not fit into the free memory and shared memory.
+    processes share the block; each of the ``processes`` of a distributed training has its own.
+    Raises UserError if these blocks do not fit together into the free memory and shared memory.
     """
 
     def __init__(self, dataset: DetectionData, processes: int = 1) -> None:
@@ -93,11 +88,8 @@ class DiskCache:
     A file's name is a hash of the image's path, size, time of change and whatever else decides its
     pixels; files of images that have changed are left behind. A truncated or malformed file is
     written anew; changed pixels in it are not noticed. An image whose size differs from
-    ``dataset.image_size`` is decoded every time.
-
-    Raises:
-        UserError: the missing images do not fit on the disk, the folder cannot be written to, or,
-            later, an image cannot be written.
+    ``dataset.image_size`` is decoded every time. Raises UserError if the missing images do not fit
+    on the disk, the folder cannot be written to, or, later, an image cannot be written.
     """
 
     def __init__(self, dataset: DetectionData, directory: str | Path) -> None:

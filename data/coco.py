@@ -67,14 +67,9 @@ class COCODetection(DetectionData):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        image_sets: Sequence[tuple[str | None, str]],
-        transform: Callable | None = None,
-        classes: Sequence[str] | None = None,
-        crowds: bool = True,
-        eval_backend: str = "pycocotools",
-        faults: list[str] | None = None,
+        self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
+        transform: Callable | None = None, classes: Sequence[str] | None = None,
+        crowds: bool = True, eval_backend: str = "pycocotools", faults: list[str] | None = None,
     ) -> None:
         if not image_sets:
             raise ValueError("image_sets is empty, expected e.g. [('2017', 'val')]")
@@ -228,11 +223,9 @@ class COCODetection(DetectionData):
             results, self._files[0], self.eval_backend, curves, self.classes, self.ids
         )
         return {
-            "value": scored["stats"][0],
-            "per_class": scored["per_category"],
+            "value": scored["stats"][0], "per_class": scored["per_category"],
             "per_class_per_size": scored["per_category_per_size"],
-            **{key: scored[key] for key in ("per_size", "stats", "backend")},
-            "curves": CURVES_FILE,
+            **{key: scored[key] for key in ("per_size", "stats", "backend")}, "curves": CURVES_FILE,
             "notes": notes(scored),
         }
 
@@ -299,10 +292,8 @@ class COCODetection(DetectionData):
         crowd = kept & file.crowds & (not self.crowds)
         kept &= ~crowd
         for kind, rows in (
-            (SkipKind.BOX_OUTSIDE, outside),
-            (SkipKind.BOX_WITHOUT_AREA, flat),
-            (SkipKind.AREA_NOT_POSITIVE, empty),
-            (SkipKind.CROWD, crowd),
+            (SkipKind.BOX_OUTSIDE, outside), (SkipKind.BOX_WITHOUT_AREA, flat),
+            (SkipKind.AREA_NOT_POSITIVE, empty), (SkipKind.CROWD, crowd),
             (SkipKind.BOX_CLIPPED, kept & beyond.any(1)),
         ):
             for n in np.flatnonzero(rows):

@@ -39,12 +39,9 @@ STATS = (
 
 
 def evaluate_coco(
-    results: str | Path | list[dict] | COCOResults,
-    annotations_path: str | Path,
-    backend: str = "pycocotools",
-    curves: str | Path | None = None,
-    classes: Sequence[str] | None = None,
-    images: Sequence[int] | None = None,
+    results: str | Path | list[dict] | COCOResults, annotations_path: str | Path,
+    backend: str = "pycocotools", curves: str | Path | None = None,
+    classes: Sequence[str] | None = None, images: Sequence[int] | None = None,
 ) -> dict:
     """Score detections over all images of an annotation file, with pycocotools' defaults.
 
@@ -124,15 +121,11 @@ def notes(report: dict) -> list[str]:
 
 
 def load_backend(name: str) -> tuple[Callable[..., object], str]:
-    """Import a backend.
+    """Import a backend; return evaluate(truth, results) and "name version".
 
-    Returns:
-        evaluate(truth, results), with positions from 1 as ids of the results, and "name version".
-        What ``evaluate`` returns has pycocotools' ``stats``, ``eval`` and ``params``.
-
-    Raises:
-        UserError: its package is not installed, too old or broken.
-        ValueError: ``name`` is not in `BACKENDS`.
+    The ids of these results are positions from 1. What ``evaluate`` returns has pycocotools'
+    ``stats``, ``eval`` and ``params``. Raises UserError for a package that is not installed, too
+    old or broken, ValueError for a ``name`` that is not in `BACKENDS`.
     """
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is not one of {', '.join(BACKENDS)}")

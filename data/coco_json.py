@@ -100,15 +100,10 @@ def _fits(value: object, shape: tuple[int, ...], dtype: type) -> bool:
 def positions(
     where: str, field: str, values: np.ndarray, known: np.ndarray, path: Path
 ) -> np.ndarray:
-    """Return the positions of ``values`` in ``known``, int64 [n].
+    """Return the positions of ``values`` in ``known``, the ascending ids of a file: int64 [n].
 
-    Args:
-        where: what holds the values, for messages, such as "FILE: annotations".
-        field: their field.
-        known: ascending ids of the annotation file ``path``.
-
-    Raises:
-        UserError: some values are not known; the message names the first.
+    where, field: what holds the values, such as "FILE: annotations", for the UserError that names
+    the first value that is not known.
     """
     index = np.searchsorted(known, values).clip(max=len(known) - 1)
     unknown = np.flatnonzero(known[index] != values)
@@ -156,9 +151,7 @@ class COCOAnnotations:
     def of_classes(self, classes: Sequence[str]) -> COCOAnnotations:
         """Return these categories, in the order of their ids, all images, and their boxes.
 
-        Raises:
-            UserError: an unknown name.
-            ValueError: a name given twice.
+        Raises UserError for an unknown name, ValueError for one given twice.
         """
         if len(set(classes)) < len(classes):
             raise ValueError(f"classes must be unique, got {', '.join(classes)}")
@@ -170,18 +163,13 @@ class COCOAnnotations:
         chosen = np.array([name in classes for name in self.classes])
         part = self._of_boxes(chosen[self.labels - 1])
         return replace(
-            part,
-            category_ids=self.category_ids[chosen],
+            part, category_ids=self.category_ids[chosen],
             classes=tuple(name for name in self.classes if name in classes),
             labels=np.cumsum(chosen)[part.labels - 1],
         )
 
     def of_images(self, ids: Sequence[int]) -> COCOAnnotations:
-        """Return these images, in the order of their ids, all categories, and their boxes.
-
-        Raises:
-            UserError: an unknown id.
-        """
+        """Return these images by id, all categories, and their boxes; UserError: unknown id."""
         ids = np.asarray(ids, np.int64)
         chosen = np.zeros(len(self.image_ids), bool)
         where = f"{self.path}: chosen"
@@ -196,18 +184,14 @@ class COCOAnnotations:
     def _of_boxes(self, kept: np.ndarray) -> COCOAnnotations:
         """Return all images and categories with the boxes that are ``kept``, bool [M]."""
         return replace(
-            self,
-            offsets=np.append(0, np.cumsum(kept))[self.offsets],
+            self, offsets=np.append(0, np.cumsum(kept))[self.offsets],
             annotation_ids=[self.annotation_ids[n] for n in np.flatnonzero(kept)],
             **{name: getattr(self, name)[kept] for name in ("boxes", "labels", "areas", "crowds")},
         )
 
 
 def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
-    """Read a COCO annotation file.
-
-    Args:
-        boxes: whether the file has annotations; an image_info file has none.
+    """Read a COCO annotation file; without ``boxes`` an image_info file, which has no annotations.
 
     Raises:
         UserError: not JSON, missing or malformed fields, an id that occurs twice, or an annotation

@@ -18,15 +18,10 @@ LARGEST = 1e100
 def as_columns(
     detections: Sequence[dict], ids: Sequence, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Join the detections of all images.
+    """Join the detections of all images, one dict an image: "boxes" [n, 4], "scores", "labels" [n].
 
-    Args:
-        detections: one dict an image with "boxes" [n, 4], "scores" [n] and "labels" [n]; n may
-            be 0.
-        ids: the images' names, for messages.
-
-    Returns:
-        int64 [N] positions in ``ids``, float64 [N] scores, int64 [N] labels, float64 [N, 4] boxes.
+    n may be 0. Returns int64 [N] positions in ``ids`` (the images' names), float64 [N] scores,
+    int64 [N] labels and float64 [N, 4] boxes.
 
     Raises:
         ValueError: not one dict an image, arrays of different lengths in one, a label outside of
@@ -81,15 +76,11 @@ def save_detections(
 def load_detections(
     path: Path, ids: Sequence, made_by: dict
 ) -> tuple[list[dict[str, np.ndarray]], dict]:
-    """Read what `save_detections` wrote.
+    """Return the detections that `save_detections` wrote, and the file's own ``made_by``.
 
     made_by: what the detections must have been made with; it may name fewer things than the file.
-
-    Returns:
-        The detections, and the file's own ``made_by``.
-
-    Raises:
-        UserError: no such file, a damaged one, or one of another checkpoint, image set or limit.
+    Raises UserError for no such file, a damaged one, or one of another checkpoint, image set or
+    limit.
     """
     again = "run the test again, without --retest"
     if not path.exists():

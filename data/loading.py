@@ -9,6 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import cv2
 import numpy as np
@@ -28,14 +29,10 @@ SHARED_MEMORY = "/dev/shm"
 def detection_collate(batch: list[tuple]) -> tuple:
     """Join samples of one size to a batch.
 
-    Args:
-        batch: tuples of an image, an array [S, S, 3] or a tensor [3, S, S], and further arrays,
-            tensors or numbers.
-
-    Returns:
-        The images as one tensor [B, 3, S, S] of their type, in channels-last memory if they were
-        arrays, then a list for each further item. Targets stay one tensor [n, 5] an image, since n
-        differs and may be 0.
+    A sample is an image, an array [S, S, 3] or a tensor [3, S, S], and further arrays, tensors or
+    numbers. Returns the images as one tensor [B, 3, S, S] of their type, in channels-last memory
+    if they were arrays, then a list for each further item. Targets stay one tensor [n, 5] an
+    image, since n differs and may be 0.
     """
     images, *rest = zip(*batch, strict=True)
     stacked = default_collate(list(images))  # a loading process writes it to shared memory directly
@@ -75,14 +72,13 @@ class TrainingSet(Dataset):
         return image, target, index
 
 
+@dataclass
 class TestSet(Dataset):
     """Images at network size: item index -> (uint8 [S, S, 3], int64 (width, height))."""
 
+    dataset: DetectionData
+    transform: Callable
     __test__ = False  # pytest takes the name for a test's
-
-    def __init__(self, dataset: DetectionData, transform: Callable) -> None:
-        self.dataset = dataset
-        self.transform = transform
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -221,15 +217,12 @@ test_loader.__test__ = False
 
 
 def check_shared_memory(workers: int, batch_size: int, size: int, processes: int = 1) -> None:
-    """Check that the prefetched batches fit into the system's shared memory.
+    """Raise UserError if the prefetched batches do not fit into the system's shared memory.
 
-    Args:
-        workers: loading processes of a loader.
-        batch_size: images of one of its (micro-)batches, [3, size, size].
-        processes: how many such loaders run on this machine.
+    A loading process would die of it without a message.
 
-    Raises:
-        UserError: they do not fit. A loading process would die of it without a message.
+    workers: loading processes of a loader. processes: how many such loaders run on this machine.
+    batch_size: images of one of its (micro-)batches, [3, size, size].
     """
     if not workers or not os.path.isdir(SHARED_MEMORY):
         return
@@ -262,14 +255,14 @@ def _start_worker(_: int) -> None:
         os.setpgid(0, 0)
 
 
+@dataclass
 class _Caught(Dataset):
     """Lists of items, or the UserError that one of them raised, as a value.
 
     PyTorch would put the traceback of a loading process into the text of a raised error.
     """
 
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
+    dataset: Dataset
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -8,6 +8,8 @@ changes its arguments, but a returned array may be a view of one.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import cv2
 import numpy as np
 
@@ -19,6 +21,7 @@ INTERPOLATIONS = (
 )
 
 
+@dataclass
 class SSDAugmentation:
     """Random crop, photometric distortion, mirror, expansion and resize of one training sample.
 
@@ -26,14 +29,11 @@ class SSDAugmentation:
     original image, resized, with all its boxes, however small. An image without boxes is
     distorted, mirrored and expanded, but never cropped.
 
-    Args:
-        size: side of the square result.
-        mean: BGR colour around an expanded image.
+    size: side of the square result. mean: BGR colour around an expanded image.
     """
 
-    def __init__(self, size: int, mean: tuple[float, float, float] = (104, 117, 123)) -> None:
-        self.size = size
-        self.mean = mean
+    size: int
+    mean: tuple[float, float, float] = (104, 117, 123)
 
     def __call__(
         self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator
@@ -56,11 +56,11 @@ class SSDAugmentation:
         return resize(result, boxes, canvas, self.size, interpolation, self.mean)
 
 
+@dataclass
 class ResizeOnly:
     """`SSDAugmentation` without randomness: the image as evaluation sees it, and all boxes."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    size: int
 
     def __call__(
         self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator | None = None
@@ -70,13 +70,12 @@ class ResizeOnly:
         return resize(image, target, canvas, self.size, cv2.INTER_LINEAR, (0, 0, 0))
 
 
+@dataclass
 class TestTransform:
     """Bilinear resize to `size` x `size`, without keeping the aspect ratio, for evaluation."""
 
+    size: int
     __test__ = False  # pytest takes the name for a test's
-
-    def __init__(self, size: int) -> None:
-        self.size = size
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Return uint8 [size, size, 3]."""
@@ -127,8 +126,7 @@ def photometric_distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarr
     """Change brightness, contrast, hue and saturation, each with probability 1/2."""
     brightness, contrast, hue, saturation = rng.random(4) < 0.5
     return adjust_colours(
-        image,
-        brightness=rng.uniform(-32, 32) if brightness else 0,
+        image, brightness=rng.uniform(-32, 32) if brightness else 0,
         contrast=rng.uniform(0.5, 1.5) if contrast else 1,
         hue=rng.integers(-18, 18, endpoint=True) if hue else 0,
         saturation=rng.uniform(0.5, 1.5) if saturation else 1,

@@ -51,11 +51,8 @@ class VOCDetection(DetectionData):
     """
 
     def __init__(
-        self,
-        root: str | Path,
-        image_sets: Sequence[tuple[str | None, str]],
-        transform: Callable | None = None,
-        classes: Sequence[str] | None = None,
+        self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
+        transform: Callable | None = None, classes: Sequence[str] | None = None,
         faults: list[str] | None = None,
     ) -> None:
         sets = [ImageSet(year or None, name) for year, name in image_sets]
@@ -130,11 +127,8 @@ class VOCDetection(DetectionData):
         """Return the image, BGR uint8 [H, W, 3].
 
         <size> may differ by a pixel of rounding, or have width and height swapped if all boxes lie
-        inside the image.
-
-        Raises:
-            UserError: the image cannot be read, <size> is of another image, or the boxes are for
-                the image before its EXIF orientation.
+        inside the image. Raises UserError if the image cannot be read, <size> is of another image,
+        or the boxes are for the image before its EXIF orientation.
         """
         path = self._paths[index]
         image = read_image(path)
@@ -201,12 +195,9 @@ class VOCDetection(DetectionData):
         main = "voc07_11point" if old else "area"
         write_voc_curves(Path(directory) / CURVES_FILE, result)
         return {
-            "metric": METRICS[main],
-            "value": result[main]["mean"],
+            "metric": METRICS[main], "value": result[main]["mean"],
             **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
-            "image_set": image_set,
-            **result,
-            "curves": CURVES_FILE,
+            "image_set": image_set, **result, "curves": CURVES_FILE,
         }
 
 

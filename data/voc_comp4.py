@@ -43,13 +43,8 @@ def write_comp4(
     A line is `id score x1 y1 x2 y2`, in pixels counted from 1. Scores keep all bits of a float32,
     and so their order; boxes are rounded to 1/1000 pixel.
 
-    Args:
-        detections: one dict an id with "boxes" [n, 4], (x1, y1, x2, y2) in pixels counted from 0,
-            "scores" [n] and "labels" [n]; label k is ``classes[k - 1]``.
-
-    Raises:
-        ValueError: malformed detections, see `data.detections.as_columns`.
-        UserError: a file that cannot be written.
+    detections: one dict an id as in `data.detections.as_columns`, which says what is malformed.
+    Raises UserError for a file that cannot be written.
     """
     images, scores, labels, boxes = as_columns(detections, ids, len(classes))
     boxes = boxes + 1
@@ -69,14 +64,10 @@ def write_comp4(
 def read_comp4(
     directory: str | Path, image_set: str, classes: Sequence[str], ids: Sequence[str]
 ) -> tuple[dict[str, ClassDetections], list[str]]:
-    """Read the comp4 files of an image set.
+    """Return {class: detections} of an image set, and a line for each file that does not exist.
 
-    Returns:
-        {class: detections}, and a line for the log for each file that does not exist.
-
-    Raises:
-        UserError: no file at all, a malformed line, or an image id that is not in ``ids``. The
-            message names the file and the line.
+    Raises UserError, with file and line, for no file at all, a malformed line, or an image id that
+    is not in ``ids``.
     """
     paths = {name: comp4_path(directory, image_set, name) for name in classes}
     missing = {name: path for name, path in paths.items() if not path.is_file()}
