@@ -3,11 +3,11 @@
     python -m benchmarks.loader --root VOCdevkit [--size 512 300] [--workers 2] [--json OUT]
 
 The claim: reading, augmentation and collation together reach at least 0.4 of the rate at which
-OpenCV alone decodes the pictures, in one process on one core. It is the path of training, from
-``VOCDetection`` to the batches of ``training_loader``, in a process that is set up as a loading
-process is. The files are in the page cache after the first round, which does not count. --workers
-adds as many loading processes on all cores, --cache the samples from decoded pictures; the first
-batches of all have to be the same, bit for bit.
+OpenCV alone decodes the images, in one process on one core. The path is that of training, from
+``VOCDetection`` to the batches of ``training_loader``, in a process set up as a loading process.
+The files are in the page cache after the first round, which does not count. --workers adds loading
+processes on all cores, --cache the samples from decoded images; the first batches of all must be
+equal bit by bit.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import argparse
 import contextlib
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -24,21 +24,21 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.timing import CPU, machine, medians, write
+from benchmarks.harness import CPU, machine, race, write
 from data.cache import open_cache
 from data.image_sets import parse_image_sets
 from data.loading import EpochSampler, Loader, TrainingSet, set_up_loading, training_loader
 from data.transforms import SSDAugmentation
-from data.voc0712 import VOCDetection
-from data.voc_xml import list_image_sets
-from utils.errors import UserError
+from data.voc0712 import VOCDetection, list_image_sets
+from utils.arguments import positive
+from utils.errors import UserError, command
 
 SEED = 0
 
 
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
-    """Be a loading process, on one core where the system can bind a process to it."""
+    """Be a loading process, bound to one core if the system can do that."""
     threads, cv2_threads = torch.get_num_threads(), cv2.getNumThreads()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
     if cores:
@@ -55,7 +55,7 @@ def one_core() -> Iterator[None]:
 
 
 def open_sets(root: Path, sets: str | None) -> VOCDetection:
-    """The image sets of --sets, else every trainval set that ``root`` has."""
+    """Open the image sets ``sets``, by default every trainval set under ``root``."""
     existing = list_image_sets(root)
     usual = [each for each in existing if each.name == "trainval"]
     chosen = parse_image_sets(sets, existing) if sets else usual
@@ -65,7 +65,7 @@ def open_sets(root: Path, sets: str | None) -> VOCDetection:
 
 
 def spans(sampler: EpochSampler, steps: int) -> Iterator[tuple[int, int]]:
-    """(epoch, first step in it) that yield so many steps in all."""
+    """Yield (epoch, first step in it) of ``steps`` steps in all."""
     epoch = 0
     while steps > 0:
         yield epoch, max(0, sampler.steps - steps)
@@ -74,14 +74,15 @@ def spans(sampler: EpochSampler, steps: int) -> Iterator[tuple[int, int]]:
 
 
 def load(loader: Loader, steps: int) -> None:
-    for span in spans(loader.batch_sampler, steps):
-        loader.batch_sampler.set_epoch(*span)
-        for _ in loader:
-            pass
+    with contextlib.nullcontext() if loader.num_workers else one_core():
+        for span in spans(loader.batch_sampler, steps):
+            loader.batch_sampler.set_epoch(*span)
+            for _ in loader:
+                pass
 
 
 def files(dataset: VOCDetection, sampler: EpochSampler, steps: int) -> list[str]:
-    """The files that ``load`` reads, in its order."""
+    """Return the files that `load` reads, in its order."""
     found = []
     for epoch, start in spans(sampler, steps):
         sampler.set_epoch(epoch, start)
@@ -90,62 +91,70 @@ def files(dataset: VOCDetection, sampler: EpochSampler, steps: int) -> list[str]
     return found
 
 
+def imread(paths: list[str]) -> None:
+    with one_core():
+        for path in paths:
+            cv2.imread(path)
+
+
 def first_batch(loader: Loader) -> list[torch.Tensor]:
     loader.batch_sampler.set_epoch(0, 0)
     images, targets, _ = next(iter(loader))
     return [images, *targets]
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--root", type=Path, required=True, help="a devkit, or a folder in VOC layout")
-    p.add_argument("--sets", help="e.g. 2007_trainval,2012_trainval; default: all trainval sets")
-    p.add_argument("--size", type=int, nargs="+", default=[512])
-    p.add_argument("--batch", type=int, default=32)
-    p.add_argument("--pictures", type=int, default=384, help="of a round, at least")
-    p.add_argument("--rounds", type=int, default=7)
-    p.add_argument("--workers", type=int, nargs="+", default=[], help="loading processes")
-    p.add_argument("--cache", help="memory, or a folder: time samples from decoded pictures, too")
-    p.add_argument("--json", type=Path, help="a file, or - for the last line of the output")
-    args = p.parse_args(argv)
-    try:
-        dataset = open_sets(args.root, args.sets)
-        pull = open_cache(args.cache or "off", dataset)
-    except UserError as error:
-        p.error(str(error))
+def loaders_of(
+    args: argparse.Namespace, dataset: VOCDetection, pull: Callable[[int], np.ndarray] | None
+) -> dict[tuple[int, str], Loader]:
+    """Return the loaders to time by (size, what); they give the same samples.
 
-    def loader(size: int, workers: int, pull) -> Loader:
-        samples = TrainingSet(dataset, SSDAugmentation(size), SEED, pull)
-        sampler = EpochSampler(len(dataset), args.batch, SEED)
-        return training_loader(samples, sampler, workers, pin_memory=False)
-
-    loaders = {}
+    Raises:
+        AssertionError: one does not.
+    """
+    ways = {"one core": (0, None)}
+    if pull:
+        ways[f"one core, --cache {args.cache}"] = 0, pull
+    ways |= {f"{workers} processes": (workers, None) for workers in args.workers}
+    loaders: dict[tuple[int, str], Loader] = {}
     for size in args.size:
-        plain = loaders[size, "one core"] = loader(size, 0, None)
-        if pull:
-            loaders[size, f"one core, --cache {args.cache}"] = loader(size, 0, pull)
-        for workers in args.workers:
-            loaders[size, f"{workers} processes"] = loader(size, workers, None)
-        expected = first_batch(plain)
-        for key, other in loaders.items():
-            if key[0] == size and not all(map(torch.equal, first_batch(other), expected)):
-                raise AssertionError(f"{key}: other samples")
+        for what, (workers, source) in ways.items():
+            samples = TrainingSet(dataset, SSDAugmentation(size), SEED, source)
+            sampler = EpochSampler(len(dataset), args.batch, SEED)
+            loader = training_loader(samples, sampler, workers, pin_memory=False)
+            expected = first_batch(loaders.setdefault((size, "one core"), loader))
+            if not all(map(torch.equal, first_batch(loader), expected)):
+                raise AssertionError(f"{size} px, {what}: other samples")
+            loaders[size, what] = loader
+    return loaders
 
-    sampler = plain.batch_sampler
-    steps = -(-args.pictures // sampler.batch_size)
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.loader", description=__doc__.split("\n")[0]
+    )
+    p.add_argument("--root", type=Path, required=True, help="a devkit, or a folder in VOC layout")
+    p.add_argument("--sets", help="e.g. 2007_trainval,2012_trainval (all trainval sets)")
+    p.add_argument("--size", type=positive, nargs="+", default=[512])
+    p.add_argument("--batch", type=positive, default=32)
+    p.add_argument("--images", type=positive, default=384, help="least number a round")
+    p.add_argument("--rounds", type=positive, default=7)
+    p.add_argument("--workers", type=positive, nargs="+", default=[], help="loading processes")
+    p.add_argument("--cache", help="memory, or a folder: time samples from decoded images, too")
+    p.add_argument("--json", type=Path, metavar="OUT", help="a file; -: the last line of output")
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    dataset = open_sets(args.root, args.sets)
+    loaders = loaders_of(args, dataset, open_cache(args.cache or "off", dataset))
+    sampler = loaders[args.size[0], "one core"].batch_sampler
+    steps = -(-args.images // sampler.batch_size)
     paths = files(dataset, sampler, steps)
-
-    def imread() -> None:
-        with one_core():
-            for path in paths:
-                cv2.imread(path)
-
-    def run(loader: Loader) -> None:
-        with contextlib.nullcontext() if loader.num_workers else one_core():
-            load(loader, steps)
-
-    calls = {"cv2.imread": imread} | {key: partial(run, loaders[key]) for key in loaders}
-    times = medians(calls, args.rounds, CPU, warm_up=1)
+    calls = {"cv2.imread": partial(imread, paths)}
+    calls |= {key: partial(load, loader, steps) for key, loader in loaders.items()}
+    times, _ = race(calls, args.rounds, CPU, warm_up=1)
     rates = {key: len(paths) / seconds for key, seconds in times.items()}
     decoded = rates.pop("cv2.imread")
     rows = [
@@ -154,25 +163,19 @@ def main(argv: list[str] | None = None) -> int:
     ]
     sets = ",".join(map(str, dataset.image_sets))
     print(machine(CPU))
-    print(f"{len(dataset)} pictures ({sets}), {len(paths)} a round; {decoded:.0f} a second decoded")
+    print(f"{len(dataset)} images ({sets}), {len(paths)} a round; {decoded:.0f} a second decoded")
     for row in rows:
         rate = f"{row['samples_per_second']:7.1f} samples/s"
         print(f"{row['size']:4} {row['what']:28} {rate}   x{row['ratio']:.3f} of cv2.imread")
     content = {
         "samples_per_second_one_core": rows[0]["samples_per_second"],
-        "cv2_imread_per_second": decoded,
-        "ratio": rows[0]["ratio"],
-        "size": args.size[0],
-        "batch": sampler.batch_size,
-        "pictures": len(dataset),
-        "rows": rows,
+        "cv2_imread_per_second": decoded, "ratio": rows[0]["ratio"], "size": args.size[0],
+        "batch": sampler.batch_size, "pictures": len(dataset), "rows": rows,
         "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "opencv": cv2.__version__,
+            "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "opencv": cv2.__version__,
         },
-    }
+    }  # fmt: skip
     write(args.json, CPU, **content)
     return 0
 

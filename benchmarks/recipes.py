@@ -1,11 +1,10 @@
-"""The recipes beside each other, part by part: every variant with several seeds, and a table.
+"""AP of the training recipes, part by part: every variant with several seeds, as a table.
 
     python -m benchmarks.recipes --root BCCD [--runs runs/ablation] [--version SSD_HarDNet39ds]
-                            [--epochs 20] [--seeds 3] [--amp bf16]
+        [--epochs 20] [--seeds 3] [--amp bf16]
 
-Runs that are there already are not repeated, and what was interrupted goes on. All runs keep a
-moving average of their weights, which changes nothing in how they train: a run is scored with it
-and without.
+Finished runs are not repeated; an interrupted run is resumed. Every run keeps a moving average of
+its weights, which does not change the training, and is scored with it and without it.
 """
 
 from __future__ import annotations
@@ -16,7 +15,9 @@ import statistics
 from pathlib import Path
 
 import train_test
+from utils.arguments import positive
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.errors import command
 
 SGD = ("--lr", "2e-3")
 COSINE = (*SGD, "--warm_epoch", "3", "--schedule", "cosine")
@@ -30,13 +31,9 @@ VARIANTS = {
 SIZE = 300
 
 
-def folder_name(variant: str, seed: int) -> str:
-    return f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
-
-
 def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
-    """Train a variant, unless that is done; returns the run's folder."""
-    name = folder_name(variant, seed)
+    """Train a variant, unless that is done; return the run's folder."""
+    name = f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
     run = args.runs / f"{args.version}_{SIZE}" / name
     if not (run / f"Final_{args.version}_VOC.pth").is_file():
         status = train_test.main(
@@ -52,7 +49,7 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
 
 
 def scores(args: argparse.Namespace, run: Path) -> dict[str, tuple[float, dict[str, float]]]:
-    """AP (area metric) of a run, its mean and per class: of the average and of the raw weights."""
+    """Return the AP (area metric), mean and per class, of the average and of the raw weights."""
     raw = run / "raw.pth"
     found = run / "ss_predict" / raw.stem / "test" / "results.json"
     if not found.is_file():
@@ -75,16 +72,23 @@ def shown(values: list[float]) -> str:
     return f"{statistics.mean(values):.3f}{spread}"
 
 
-def main(argv: list[str] | None = None) -> int:
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.recipes", description=__doc__.split("\n")[0]
+    )
     p.add_argument("--root", type=Path, required=True, help="BCCD, or any folder in VOC layout")
     p.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     p.add_argument("--version", default="SSD_HarDNet39ds")
-    p.add_argument("--epochs", type=int, default=20)
-    p.add_argument("--seeds", type=int, default=3)
+    p.add_argument("--epochs", type=positive, default=20)
+    p.add_argument("--seeds", type=positive, default=3)
     p.add_argument("--amp", default="bf16")
     p.add_argument("--num_workers", type=int, default=2)
-    args = p.parse_args(argv)
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    args = parser().parse_args(argv)
     found: dict[str, list] = {variant: [] for variant in VARIANTS}
     for seed in range(args.seeds):
         for variant in VARIANTS:

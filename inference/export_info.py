@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from data import DATASETS
@@ -16,10 +16,7 @@ INFO_KEY = "ssd_hardnet"
 """Key of the description in ONNX's metadata and in OpenVINO's runtime information."""
 FORMAT = 1
 
-_DETECTOR = ("version", "size", "dataset", "priors")
-_GRAPH = ("preprocess", "nms", "dynamic", "precision")
-_ORIGIN = ("checkpoint", "versions")
-_DETECTION = ("conf_thresh", "nms_thresh", "per_class", "top_k")
+_DETECTOR = ("version", "size", "classes", "dataset", "priors")
 _KINDS = {
     "format": int, "version": str, "size": int, "classes": list, "dataset": str, "priors": str,
     "variance": list, "mean": list, "preprocess": bool, "nms": bool, "dynamic": bool,
@@ -44,30 +41,28 @@ class ExportInfo:
     preprocess: bool
     """Whether the graph takes uint8 images and subtracts the mean itself."""
     nms: bool
-    """Whether the graph decodes boxes and suppresses itself."""
+    """Whether the graph gives detections, not the outputs of the network."""
     dynamic: bool
     """Whether the graph takes batches of any size, and with ``preprocess`` images of any size."""
     precision: str
     """fp32, bf16, fp16 or int8."""
     detection: DetectConfig
-    """Built into the graph if ``nms``, else the default of whoever runs it. NMS is hard and per
-    class."""
+    """Built into the graph if ``nms``, else the default of whoever runs it."""
     checkpoint: dict[str, str]
     """"file" and "sha256" of the exported checkpoint."""
     versions: dict[str, str]
-    """Package -> version, of what wrote the file."""
+    """Versions of the packages that wrote the file."""
     calibration: dict[str, object] | None = None
     """Of INT8: "pictures", how many images, and "of", where they lie."""
 
     def __post_init__(self) -> None:
-        detector = self.detector
-        if not (detector.classes and all(isinstance(name, str) for name in detector.classes)):
-            raise ValueError(f"classes {list(detector.classes)}")
-        if detector.dataset not in DATASETS:
-            raise ValueError(f"dataset {detector.dataset!r}, which is not in {', '.join(DATASETS)}")
-        detector.prior_config()
-        for name, count in (("variance", 2), ("mean", 3)):
-            values = getattr(self, name)
+        classes, dataset = self.detector.classes, self.detector.dataset
+        if not (classes and all(isinstance(name, str) for name in classes)):
+            raise ValueError(f"classes {list(classes)}")
+        if dataset not in DATASETS:
+            raise ValueError(f"dataset {dataset!r}, which is none of {', '.join(DATASETS)}")
+        self.detector.prior_config()
+        for name, values, count in (("variance", self.variance, 2), ("mean", self.mean, 3)):
             if len(values) != count or not all(map(_is_positive, values)):
                 raise ValueError(f"{name} {list(values)}")
 
@@ -91,19 +86,9 @@ class ExportInfo:
 
     def plain(self) -> dict[str, object]:
         """Return the description as plain values for JSON, as ``parse`` takes it."""
-        stored = {
-            "format": FORMAT,
-            **{key: getattr(self.detector, key) for key in _DETECTOR},
-            "classes": list(self.detector.classes),
-            "variance": list(self.variance),
-            "mean": list(self.mean),
-            **{key: getattr(self, key) for key in _GRAPH},
-            "detection": {key: getattr(self.detection, key) for key in _DETECTION},
-            **{key: getattr(self, key) for key in _ORIGIN},
-        }
-        if self.calibration:
-            stored["calibration"] = self.calibration
-        return stored
+        stored = asdict(self)
+        detector = stored.pop("detector")
+        return {"format": FORMAT, **{key: detector[key] for key in _DETECTOR}, **stored}
 
     @classmethod
     def parse(cls, text: str | None, path: Path) -> ExportInfo:
@@ -129,21 +114,14 @@ class ExportInfo:
         for key, kind in _KINDS.items():
             if not isinstance(stored[key], kind):
                 raise ValueError(f"{key} {stored[key]!r}")
-        limits = {key: stored["detection"][key] for key in _DETECTION}
         try:
-            detection = DetectConfig(**limits)
+            detection = DetectConfig(**stored["detection"])
         except (ValueError, TypeError) as error:
-            raise ValueError(f"detection {limits}") from error
-        return cls(
-            DetectorInfo(
-                **{key: stored[key] for key in _DETECTOR}, classes=tuple(stored["classes"])
-            ),
-            variance=tuple(stored["variance"]),
-            mean=tuple(stored["mean"]),
-            detection=detection,
-            calibration=stored.get("calibration"),
-            **{key: stored[key] for key in (*_GRAPH, *_ORIGIN)},
-        )
+            raise ValueError(f"detection {stored['detection']}") from error
+        values = {key: tuple(x) if isinstance(x, list) else x for key, x in stored.items()}
+        detector = DetectorInfo(**{key: values[key] for key in _DETECTOR})
+        others = {spec.name for spec in fields(cls)} - {"detector", "detection"}
+        return cls(detector, detection=detection, **{key: values.get(key) for key in others})
 
 
 def _is_positive(value: object) -> bool:

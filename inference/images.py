@@ -57,20 +57,15 @@ class TrainedOn:
             UserError: the configuration is damaged.
         """
         config = saved.get("config", {})
+        root, *sets = (config.get(key) for key in ("root", "train_sets", "test_sets"))
         try:
-            return cls(
-                _absolute(config["root"]) if "root" in config else None,
-                *(tuple(ImageSet(*pair) for pair in config.get(key, ())) for key in _SETS),
-            )
+            train, test = (tuple(ImageSet(*pair) for pair in pairs or ()) for pairs in sets)
+            return cls(_absolute(root) if root else None, train, test)
         except TypeError as error:
-            wrong = {key: config.get(key) for key in ("root", *_SETS)}
             raise UserError(
-                f"{path}: its configuration has {wrong}, which is not valid; give a checkpoint of "
-                "this program"
+                f"{path}: its configuration has root {root!r} and image sets {sets}, which is not "
+                "valid; give a checkpoint of this program"
             ) from error
-
-
-_SETS = ("train_sets", "test_sets")
 
 
 def find_images(

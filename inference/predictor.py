@@ -45,14 +45,8 @@ class Predictor:
         threads: CPU threads of an exported file's runtime; None: the runtime chooses. For a
             checkpoint use ``torch.set_num_threads``.
 
-    Attributes:
-        file: name of the file.
-        info: what the detector is, ``models.info.DetectorInfo``.
-        exported: the exported file in its runtime; None for a checkpoint.
-        device: where the network runs.
-        net: the deployed network of a checkpoint.
-        priors: prior boxes [P, 4], centre-size, relative.
-        detect: the ``Detect`` layer of ``config``.
+    Attributes: ``file``, its name; ``info``, a ``DetectorInfo``; ``config``, a ``DetectConfig``;
+    ``device``; ``exported``, the file in its runtime, None for a checkpoint.
 
     Raises:
         UserError: the file is no detector, options contradict it, or the device does not exist.

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,16 +27,17 @@ Arrays = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much an exported file may differ from the network."""
+    """How much an exported file may differ from the network.
+
+    ``matched``: least share of boxes with a partner. ``score`` and ``pixels``: largest differences
+    of partners, None: any. ``ap``: largest loss in points (100 x AP); on 72 images of BCCD rounding
+    moves a tenth.
+    """
 
     matched: float
-    """Least share of boxes that have a partner."""
     score: float | None = None
-    """Largest score difference of partners; None: any."""
     pixels: float | None = None
-    """Largest coordinate difference of partners; None: any."""
     ap: float = 0.3
-    """Largest loss of AP, in points (100 x AP). On 72 images of BCCD rounding moves a tenth."""
 
 
 TOLERANCE = {
@@ -55,32 +57,31 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two lists of detections, box by box."""
+    """Two lists of detections, box by box.
+
+    ``boxes`` of either list reach the score floor; ``unmatched_...`` of them have no partner,
+    ``matched`` is the share that has one, None without boxes. The others are the largest
+    differences, and the least IoU, of partners, None without partners.
+    """
 
     boxes: int
-    """Boxes of either list that reach the score floor."""
     unmatched_network: int
     unmatched_file: int
-    """Those of each list without a partner."""
     matched: float | None
-    """Share of the boxes with a partner; None without boxes."""
     score_difference: float | None
     pixel_difference: float | None
     least_iou: float | None
-    """Extremes over the partners; None without partners. Pixels: of a coordinate."""
 
 
-@dataclass(frozen=True)
-class PairOfAPs:
-    """One metric of the network and of the file, 0..1."""
+class APs(NamedTuple):
+    """The AP of the network and of the file, 0..1."""
 
     metric: str
     network: float
     file: float
 
-    @property
     def lost(self) -> float:
-        """Points of AP that the file loses."""
+        """Return the points of AP that the file loses."""
         return 100 * (self.network - self.file)
 
 
@@ -89,19 +90,15 @@ class Proof:
     """A comparison, and what was compared."""
 
     images: int
-    """How many were compared."""
-    of: str
-    """Where they lie."""
+    of: str  # the folder of the images
     score_floor: float
     comparison: Comparison
-    ap: PairOfAPs | None
-    """None without ground truth."""
+    ap: APs | None  # None without ground truth
 
     def plain(self) -> dict[str, object]:
         """Return the proof as plain values for JSON."""
         about = {"pictures": self.images, "of": self.of, "score_floor": self.score_floor}
-        ap = None if self.ap is None else asdict(self.ap)
-        return {**about, **asdict(self.comparison), "ap": ap}
+        return {**about, **asdict(self.comparison), "ap": self.ap and self.ap._asdict()}
 
     def lines(self) -> list[str]:
         """Return the proof in lines of text."""
@@ -122,7 +119,7 @@ class Proof:
         else:
             lines.append(
                 f"  {self.ap.metric}: {self.ap.network:.4f} in PyTorch, {self.ap.file:.4f} in the "
-                f"file ({-self.ap.lost:+.2f} points)"
+                f"file ({-self.ap.lost():+.2f} points)"
             )
         return lines
 
@@ -190,7 +187,7 @@ def _arrays(found: Sequence[dict]) -> list[Arrays]:
 
 def _average_precisions(
     images: Images, expected: Sequence[Arrays], found: Sequence[Arrays]
-) -> PairOfAPs | None:
+) -> APs | None:
     results = []
     for detections in (expected, found):
         with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +195,7 @@ def _average_precisions(
     by_network, by_file = results
     if by_network["value"] is None:
         return None
-    return PairOfAPs(by_network["metric"], by_network["value"], by_file["value"])
+    return APs(by_network["metric"], by_network["value"], by_file["value"])
 
 
 def compare(expected: Sequence[Arrays], found: Sequence[Arrays], floor: float) -> Comparison:
@@ -249,7 +246,7 @@ def _partners(one: Arrays, other: Arrays) -> tuple[np.ndarray, np.ndarray, np.nd
     return a, b, table[a, b]
 
 
-def excess(comparison: Comparison, tolerance: Tolerance, ap: PairOfAPs | None = None) -> str:
+def excess(comparison: Comparison, tolerance: Tolerance, ap: APs | None = None) -> str:
     """Return what exceeds the tolerance, in words; empty if nothing does."""
     if comparison.matched < tolerance.matched:
         return (
@@ -264,6 +261,6 @@ def excess(comparison: Comparison, tolerance: Tolerance, ap: PairOfAPs | None = 
     ):
         if limit is not None and (difference or 0) > limit:
             return f"{what} differs by {difference:.4g}, {limit:g} is allowed"
-    if ap is not None and ap.lost > tolerance.ap:
-        return f"it loses {ap.lost:.2f} points of AP, {tolerance.ap:g} are allowed"
+    if ap is not None and ap.lost() > tolerance.ap:
+        return f"it loses {ap.lost():.2f} points of AP, {tolerance.ap:g} are allowed"
     return ""

@@ -16,6 +16,7 @@ if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
 import cv2
 import numpy as np
 import pytest
+import torch
 from hypothesis import settings
 
 # For --hypothesis-profile fuzz: minutes in place of seconds.
@@ -23,6 +24,13 @@ settings.register_profile("fuzz", max_examples=5000, deadline=None)
 
 VOC_IMAGE_SIZE = (96, 72)  # width, height
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_collection_modifyitems(items):
+    """Skip the tests marked gpu on a machine without one."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
 @pytest.fixture(autouse=True, scope="session")

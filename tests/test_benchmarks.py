@@ -1,179 +1,212 @@
-"""The benchmarks, tiny: they run, compare what they say, and notice a wrong result."""
+"""The benchmarks, tiny: they run, compare what they time, and notice a wrong result."""
 
+from __future__ import annotations
+
+import importlib
+import itertools
 import json
+import math
 import os
-import re
-import subprocess
+import time
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
 
 import cv2
+import numpy as np
 import pytest
 import torch
 from nms_routines import needs_torchvision
 from tiny import TINY
 
 import models
-from benchmarks import (
-    coco_eval,
-    coco_load,
-    detect,
-    loader,
-    loss,
-    memory,
-    network,
-    nms,
-    step,
-    timing,
-    voc_eval,
-)
-from benchmarks.timing import CPU
+from benchmarks import harness, loader, nms, on_gpu, scores, train
+from benchmarks.harness import CPU
 from data.coco import COCODetection
 from demo import shapes
+from utils.errors import UserError
 
 
-def test_medians_take_turns_and_leave_the_warm_up_out(monkeypatch):
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+
+
+# ---------------------------------------------------------------- harness
+
+
+def test_calls_take_turns_and_the_warm_up_is_not_kept(monkeypatch):
     clock = iter([0, 9, 9, 18, 18, 20, 20, 21, 21, 25, 25, 28, 28, 31, 31, 40])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(clock))
     called = []
-    calls = {name: lambda name=name: called.append(name) for name in "ab"}
-    assert timing.medians(calls, rounds=3, device=CPU, warm_up=1) == {"a": 3, "b": 3}
+    calls = {name: lambda name=name: called.append(name) or len(called) for name in "ab"}
+    assert harness.race(calls, 3, CPU, warm_up=1) == ({"a": 3, "b": 3}, {"a": 7, "b": 8})
     assert called == ["a", "b"] * 4
 
 
-def test_file_says_the_machine_and_is_left_out_without_a_path(tmp_path):
-    timing.write(tmp_path / "new" / "out.json", CPU, rows=[1])
-    content = json.loads((tmp_path / "new" / "out.json").read_text())
-    assert content == {"machine": timing.machine(CPU), "rows": [1]}
-    assert "CPU threads, PyTorch " in content["machine"]
-    timing.write(None, CPU, rows=[1])
+@pytest.mark.parametrize("error", [{}, {"error": "out of memory"}])
+def test_rows_are_printed_and_kept_as_they_come(tmp_path, capsys, error):
+    out = tmp_path / "new" / "out.json"
 
+    def rows(args, device):
+        yield {"network": "SSD_vgg", "seconds": {"ours": 0.00125}, "n": [1, 2.5]} | error
+        assert len(json.loads(out.read_text())["rows"]) == 1
+        yield {"n": 3}
 
-def test_network_gives_ratios_to_vgg(tmp_path, capsys, monkeypatch):
-    def measure(device, size, batch, amp, rounds):
-        return {version: 2 for version in network.BACKBONES}
-
-    monkeypatch.setattr(network, "measure", measure)
-    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    out = tmp_path / "out.json"
-    args = ["--device", "cpu", "--size", "300", "--batch", "4", "--amp", "off", "--json", str(out)]
-    assert network.main(args) == 0
-    first, _, row = capsys.readouterr().out.splitlines()
+    status = harness.run(harness.options(rows, 5, device=False), ["--json", str(out)])
+    assert status == bool(error)
+    first, row, last = capsys.readouterr().out.splitlines()
+    assert row.startswith("SSD_vgg; ms ours 1.25; n 1 2.5") and last == "n 3"
     content = json.loads(out.read_text())
-    assert first == content["machine"] == timing.machine(CPU)
-    assert re.match(r" 300 +4 off +2\.0 img/s  x1\.00 ", row)
-    assert [row["batch"] for row in content["rows"]] == [4]
+    assert content["machine"] == first == harness.machine(CPU) and content["rows"][1] == {"n": 3}
 
 
-@needs_torchvision
-def test_nms_gives_ratios_and_keeps_torchvisions_boxes(tmp_path, capsys):
-    out = tmp_path / "out.json"
-    args = ["--boxes", "300", "--classes", "1", "5", "--rounds", "1", "--json", str(out)]
-    assert nms.main(args) == 0
-    text = capsys.readouterr().out
-    assert re.search(
-        r"^   300 boxes,  5 classes, +\d+ kept: .* torchvision .*, x[\d.]+$", text, re.M
-    )
-    assert [row["classes"] for row in json.loads(out.read_text())["rows"]] == [1, 5]
+def series(rng, median, noise=0.02, rounds=10):
+    return (median * np.exp(rng.normal(0, noise, rounds))).tolist()
 
 
-@needs_torchvision
-def test_nms_notices_another_box(monkeypatch):
-    right = nms.batched_nms
-    monkeypatch.setattr(nms, "batched_nms", lambda b, s, g, t, n, pixel: right(b, s, g, t, n, True))
-    with pytest.raises(AssertionError, match="other boxes"):
-        nms.main(["--boxes", "3000", "--classes", "1", "--rounds", "1"])
+def test_equal_times_give_evidence_no_more_often_than_the_confidence_says():
+    rng = np.random.default_rng(0)
+    found = [harness.ratio(series(rng, 1), series(rng, 1), 0.9) for _ in range(1000)]
+    assert 0.05 < np.mean([not low <= 1 <= high for _, low, high in found]) < 0.11
 
 
-@needs_torchvision
-def test_detect_gives_ratios_to_the_plain_way_and_the_network(tmp_path, capsys):
-    out = tmp_path / "out.json"
-    assert detect.main(["--rounds", "1", "--amp", "off", "--json", str(out)]) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"^crowded: 14\d,\d{3} scores over 0.02 a picture$", text, re.M)
-    assert re.search(r"^trained: [2-9]\d\d scores over 0.02 a picture$", text, re.M)
-    assert re.search(r"^  forward off .* Detect takes [\d.]+% of it$", text, re.M)
-    rows = json.loads(out.read_text())["rows"]
-    assert set(rows["trained"]["seconds"]) == {"Detect", "plain", "forward off"}
+def test_the_interval_is_that_of_the_tables_of_mann_and_whitney():
+    """Of 5 against 5 times the third pair from either end, as the critical value of U is 2."""
+    before, after = [1, 2, 3, 4, 5], [16, 32, 64, 128, 256]
+    pairs = sorted(b / a for a, b in itertools.product(before, after))
+    assert harness.ratio(before, after, 0.95) == pytest.approx((pairs[12], pairs[2], pairs[-3]))
+    for wrong in ([], [0.0]):
+        with pytest.raises(ValueError, match="times"):
+            harness.ratio([1.0], wrong)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "rounds", "verdict"),
+    [(0.5, 10, "holds"), (0.6, 10, "does not hold"), (0.55, 10, "no evidence"),
+     (0.5, 2, "no evidence")],
+)  # fmt: skip
+def test_a_claim_holds_where_the_interval_is_below_its_limit(ratio, rounds, verdict):
+    rng = np.random.default_rng(0)
+    found = harness.claim(0.55, series(rng, 1, rounds=rounds), series(rng, ratio, rounds=rounds))
+    assert found["verdict"] == verdict
+    assert (found["interval"] is None) == (rounds == 2)
+
+
+# ---------------------------------------------------------------- each of them
+
+ON = "--device cpu --rounds 1 --amp off"
+COCO = "coco --rounds 1 --images 20 --detections 30"
+VOC = "voc --rounds 1 --images 30 --detections 20"
+LOSS = f"loss {ON} --batch 2 --size 300 --classes 5"
+MEMORY = f"memory {ON} --size 300 --version tiny"
+SUPPRESS = "suppress --device cpu --rounds 1 --boxes 3000"
+needs_hotcoco = pytest.mark.skipif(not find_spec("hotcoco"), reason="hotcoco is not installed")
+
+
+def rows_of(capsys, module, argv):
+    """The rows of a benchmark, by the last line of its output."""
+    assert module.main([*argv.split(), "--json", "-"]) == 0
+    return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+
+
+@pytest.mark.parametrize(
+    ("module", "argv", "holds"),
+    [
+        pytest.param(nms, f"{SUPPRESS} --classes 1 5 --batch 2",
+                     lambda one, five: 0 < one["kept"] < five["kept"] < 6000,
+                     marks=needs_torchvision),
+        pytest.param(nms, f"detect {ON}",
+                     lambda crowded, trained: crowded["scores"] // 10_000 == 14
+                     and 200 < trained["scores"] < 1000 and "forward off" in trained["seconds"],
+                     marks=needs_torchvision),
+        pytest.param(scores, f"{COCO} --commands",
+                     lambda *rows: [row["result"] for row in rows if "hotcoco" in row["scorer"]]
+                     == ["every digit equal", "the same table"], marks=needs_hotcoco),
+        (scores, VOC, lambda row: row["detections"] == 600 and 0.1 < row["AP"]["area"] < 0.9),
+        (scores, "load --rounds 1 --images 300 --boxes 2000", lambda text, coco, reader:
+         reader["MiB"]["worker"] < coco["MiB"]["worker"] and reader["MiB"]["sent"] < 0.2),
+        (train, LOSS, lambda row: row["ratio"] == row["seconds"]["ours"]
+         / row["seconds"]["published"]),
+        (train, MEMORY, lambda row: row["kept"]["plain"] > 1 and row["peak"]["plain"] > 100),
+    ],
+)  # fmt: skip
+def test_benchmark_runs_and_compares(capsys, monkeypatch, tiny, module, argv, holds):
+    monkeypatch.setattr(nms, "build_net", lambda *a: torch.nn.Conv2d(3, 1, 1))
+    monkeypatch.setattr(scores, "in_a_process", scores.measure)
+    monkeypatch.setattr(train, "peak", lambda call, device, *rest: train.peak_rss(*rest, 1))
+    assert holds(*rows_of(capsys, module, argv))
+
+
+def other_gradients(net, images, priors, amp, recompute):
+    return (torch.tensor(recompute),)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "wrong", "argv", "message"),
+    [
+        pytest.param(nms, "batched_nms", partial(nms.batched_nms, method="gaussian"),
+                     f"{SUPPRESS} --classes 1", "other boxes", marks=needs_torchvision),
+        pytest.param(scores, "by_backend", lambda *a: [0.1 + 1e-16] * 12, COCO, "hotcoco",
+                     marks=needs_hotcoco),
+        pytest.param(scores, "by_backend", lambda *a: [math.nan] * 12, COCO, "hotcoco",
+                     marks=needs_hotcoco),
+        pytest.param(scores, "by_command", lambda name, *a: name, f"{COCO} --commands",
+                     "hotcoco prints", marks=needs_hotcoco),
+        (scores, "loop", lambda *a: ([1.0], [1.0]), VOC, "another recall"),
+        (train, "VARIANCE", (0.1, 0.1), LOSS, "not close"),
+        (train, "gradients", other_gradients, MEMORY, "tiny off: .* other gradients"),
+    ],
+)  # fmt: skip
+def test_another_result_is_noticed(monkeypatch, tiny, module, name, wrong, argv, message):
+    monkeypatch.setattr(module, name, wrong)
+    with pytest.raises(AssertionError, match=message):
+        module.main(argv.split())
 
 
 @pytest.mark.parametrize("key", ["labels", "boxes", "scores"])
-def test_detect_notices_another_detection(key):
+def test_another_detection_is_noticed(key):
     found = {"boxes": torch.ones(2, 4), "scores": torch.ones(2), "labels": torch.ones(2)}
-    detect.check([found], [found])
+    nms.check([found], [found])
     with pytest.raises(AssertionError):
-        detect.check([found], [found | {key: found[key] + 0.1}])
+        nms.check([found], [found | {key: found[key] + 0.1}])
 
 
-def test_coco_eval_gives_ratios_and_equal_digits(tmp_path, capsys):
-    pytest.importorskip("hotcoco")
-    out = tmp_path / "out.json"
-    args = ["--images", "20", "--detections", "30", "--rounds", "1", "--commands"]
-    assert coco_eval.main([*args, "--json", str(out)]) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"^20 pictures, 140 objects, 600 detections", text, re.M)
-    assert re.search(r"^pycocotools itself .* x1\.0 ", text, re.M)
-    assert re.search(r"^hotcoco 1\.\S+ .* s   x[\d.]+ +every digit equal$", text, re.M)
-    assert re.search(r"^command, pycocotools .* x1\.0$", text, re.M)
-    assert re.search(r"^command, hotcoco .* x[\d.]+$", text, re.M)
-    content = json.loads(out.read_text())
-    stats = content["stats"]["pycocotools itself"]
-    assert 0.01 < stats[0] < 0.99 and -1 not in stats
-    assert {"pycocotools itself", "command, pycocotools", "command, hotcoco"} <= set(
-        content["seconds"]
-    )
+def test_made_up_annotations_are_readable(tmp_path):
+    scores.make_root(tmp_path, 300, 2000)
+    dataset = COCODetection(tmp_path, [("2017", "train")])
+    assert len(dataset) == 300 and sum(len(dataset.target(i)) for i in range(300)) == 2000
 
 
-@pytest.mark.parametrize("wrong", [lambda v: v + 1e-16, lambda v: float("nan")])
-def test_coco_eval_notices_a_wrong_digit(monkeypatch, wrong):
-    pytest.importorskip("hotcoco")
-    right = coco_eval.by_backend
-    monkeypatch.setattr(coco_eval, "by_backend", lambda *a: [wrong(v) for v in right(*a)])
-    with pytest.raises(AssertionError, match="hotcoco"):
-        coco_eval.main(["--images", "5", "--detections", "5", "--rounds", "1"])
+def test_step_gives_the_same_losses_by_both_ways(voc_folder, capsys, tiny):
+    line = f"step --root {voc_folder} --version tiny --batch 2 --lr 1e-4 --amp off --rounds 12"
+    (row,) = rows_of(capsys, train, f"{line} --device cpu")
+    assert len(row["losses"]["plain"]) == 2
+    assert row["losses"]["ours"] == pytest.approx(row["losses"]["plain"], rel=1e-3)
+    assert set(row["images a second"]) == {"plain", "ours", "rounding"}
 
 
-def test_coco_eval_notices_another_table(monkeypatch):
-    pytest.importorskip("hotcoco")
-
-    def run(line, **options):
-        return subprocess.CompletedProcess(line, 0, stdout=f"by {line[-1]}")
-
-    monkeypatch.setattr(coco_eval.subprocess, "run", run)
-    with pytest.raises(AssertionError, match="command, hotcoco prints\nby hotcoco"):
-        coco_eval.main(["--images", "5", "--detections", "5", "--rounds", "1", "--commands"])
+def test_step_draws_images_where_none_are_given(monkeypatch):
+    monkeypatch.setattr(train, "make_dataset", lambda root, *n: shapes.make_dataset(root, 4, 1))
+    batches, num_classes = train.batches_of(None, 300, 2, 3)
+    assert [len(images) for images, *_ in batches] == [2, 2, 2]
+    assert num_classes == 1 + len(shapes.CLASSES)
 
 
-def test_voc_eval_gives_seconds_and_equal_curves(tmp_path, capsys):
-    out = tmp_path / "out.json"
-    args = ["--images", "30", "--detections", "20", "--rounds", "1", "--json", str(out)]
-    assert voc_eval.main(args) == 0
-    text = capsys.readouterr().out
-    assert re.search(
-        r"^30 pictures, \d+ objects, 600 detections; VOC07 .* 0\.[1-9]\d+,", text, re.M
-    )
-    assert re.search(r"^read and score them .* s   x[\d.]+$", text, re.M)
-    assert "every point of every curve equal" in text
-    assert set(json.loads(out.read_text())["seconds"]) == {"write", "read", "score", "loop"}
+# ---------------------------------------------------------------- loader
 
 
-def test_voc_eval_notices_a_wrong_curve(monkeypatch):
-    right = voc_eval.loop
-    monkeypatch.setattr(voc_eval, "loop", lambda *a: [v * (1 - 1e-15) for v in right(*a)])
-    with pytest.raises(AssertionError, match="the recalls differ"):
-        voc_eval.main(["--images", "5", "--detections", "5", "--rounds", "1"])
+def affinity():
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 
 def test_loader_gives_the_ratio_to_imread_of_the_same_files(voc_folder, capsys):
     cores, threads = affinity(), (torch.get_num_threads(), cv2.getNumThreads())
-    args = ["--root", str(voc_folder), "--size", "300", "512", "--batch", "2", "--pictures", "7"]
-    args += ["--rounds", "1", "--workers", "1", "--cache", "memory", "--json", "-"]
-    assert loader.main(args) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"^6 pictures \(trainval\), 8 a round; \d+ a second decoded$", text, re.M)
-    assert re.search(r"^ 512 1 processes  .* samples/s   x[\d.]+ of cv2.imread$", text, re.M)
-    content = json.loads(text.splitlines()[-1])
-    assert content["size"] == 300
-    assert content["pictures"] == 6
-    assert content["machine"] == timing.machine(CPU)
+    line = ["--root", str(voc_folder), "--size", "300", "512", "--batch", "2", "--images", "7"]
+    line += ["--rounds", "1", "--workers", "1", "--cache", "memory", "--json", "-"]
+    assert loader.main(line) == 0
+    content = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (content["size"], content["pictures"], content["batch"]) == (300, 6, 2)
     rates = content["samples_per_second_one_core"], content["cv2_imread_per_second"]
     assert content["ratio"] == pytest.approx(rates[0] / rates[1])
     assert [(row["size"], row["what"]) for row in content["rows"]] == [
@@ -182,10 +215,6 @@ def test_loader_gives_the_ratio_to_imread_of_the_same_files(voc_folder, capsys):
         for what in ("one core", "one core, --cache memory", "1 processes")
     ]
     assert (cores, threads) == (affinity(), (torch.get_num_threads(), cv2.getNumThreads()))
-
-
-def affinity():
-    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
 
 def test_loader_reads_the_files_of_its_batches(voc_folder):
@@ -198,101 +227,81 @@ def test_loader_reads_the_files_of_its_batches(voc_folder):
     assert loader.files(dataset, sampler, steps=4) == expected
 
 
-def test_loader_takes_all_trainval_sets_of_a_devkit_and_those_that_are_named(voc_devkit):
+def test_loader_takes_all_trainval_sets_or_those_that_are_named(voc_devkit, tmp_path):
     assert len(loader.open_sets(voc_devkit, None)) == 5
     assert len(loader.open_sets(voc_devkit, "2007_trainval,2007_test")) == 6
-
-
-def test_loader_refuses_a_folder_without_sets(tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        loader.main(["--root", str(tmp_path)])
-    assert error.value.code == 2
-    assert f"{tmp_path}: no image set trainval; name others with --sets" in capsys.readouterr().err
+    with pytest.raises(UserError, match=f"{tmp_path}/none.*--sets"):
+        loader.open_sets(tmp_path / "none", None)
 
 
 def test_loader_notices_other_samples(voc_folder, monkeypatch):
-    monkeypatch.setattr(
-        loader, "open_cache", lambda where, dataset: lambda i: dataset.pull_image(5 - i)
-    )
+    def other(where, dataset):
+        return lambda i: dataset.pull_image(5 - i)
+
+    monkeypatch.setattr(loader, "open_cache", other)
     with pytest.raises(AssertionError, match="other samples"):
         loader.main(["--root", str(voc_folder), "--cache", "memory", "--rounds", "1"])
 
 
-def test_loss_gives_the_ratio_to_the_published_routine(capsys):
-    args = ["--device", "cpu", "--batch", "2", "--size", "300", "--classes", "5", "--rounds", "1"]
-    assert loss.main([*args, "--json", "-"]) == 0
-    *_, text, last = capsys.readouterr().out.splitlines()
-    assert re.search(
-        r"^bf16 ours +[\d.]+ ms, published +[\d.]+ ms, ratio [\d.]+ \(x[\d.]+\)$", text
-    )
-    content = json.loads(last)
-    assert [row["amp"] for row in content["rows"]] == ["off", "bf16"]
-    for row in content["rows"]:
-        assert row["ratio"] == row["seconds"]["ours"] / row["seconds"]["published"]
+# ---------------------------------------------------------------- the GPU script
 
 
-def test_loss_notices_another_value(monkeypatch):
-    right = loss.published
-    monkeypatch.setattr(loss, "published", lambda *a: [1.001 * value for value in right(*a)])
-    with pytest.raises(AssertionError, match="not close"):
-        loss.main(["--batch", "1", "--size", "300", "--classes", "5", "--device", "cpu"])
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_line_of_the_gpu_script_is_understood(quick, tmp_path):
+    """By the parser of the program that it calls."""
+    from engine import options
+
+    settings = on_gpu.Settings(quick=quick, bccd="/data/B C", options="--lr 1e-3")
+    seen = set()
+    for part in on_gpu.PARTS.values():
+        for stage in part.stages(settings, tmp_path):
+            for _, line in stage.values():
+                argv = on_gpu.command_of(line, settings, Path("out.json"))[1:]
+                if argv[:2] == ["-m", "torch.distributed.run"]:
+                    argv = argv[5:]
+                if argv[0] == "-m" and argv[1].startswith("benchmarks."):
+                    importlib.import_module(argv[1]).parser().parse_args(argv[2:])
+                elif argv[0] == "train_test.py":
+                    options.parse(argv[1:])
+                else:
+                    assert argv[:2] == ["-m", "pytest"] or argv[0] in ("-c", "utils/build.py")
+                seen.add(argv[1] if argv[0] == "-m" else argv[0])
+    assert seen >= {"benchmarks.nms", "benchmarks.speed", "benchmarks.train", "train_test.py"}
 
 
-def test_memory_gives_what_recomputation_saves(tmp_path, capsys):
-    out = tmp_path / "out.json"
-    args = ["--device", "cpu", "--size", "300", "--versions", "SSD_HarDNet68", "--amp", "off"]
-    assert memory.main([*args, "--rounds", "1", "--json", str(out)]) == 0
-    line = capsys.readouterr().out.splitlines()[-1]
-    assert re.match(
-        r"SSD_HarDNet68   off   kept +[\d.]+ -> +[\d.]+ \(x0\.6\d\),  "
-        r"peak +[\d.]+ -> .*,  step .* s x[\d.]+$",
-        line,
-    )
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["kept"]["plain"] > 100 * 2**20
-    assert set(row["seconds"]) == {"plain", "recomputed"}
+def test_parts_that_are_not_asked_for_get_no_time():
+    assert on_gpu.reserve([["step"], ["tests", "bccd"]]) == 40 + 150
+    assert on_gpu.reserve([[]]) == on_gpu.reserve([]) == 0
 
 
-def test_memory_notices_another_gradient(monkeypatch):
-    def step_call(net, images, priors, amp, recompute):
-        return lambda: (torch.tensor(recompute),)
-
-    monkeypatch.setattr(memory, "step_call", step_call)
-    with pytest.raises(AssertionError, match="SSD_HarDNet68 off: .* other gradients"):
-        memory.main(["--device", "cpu", "--size", "300", "--amp", "off"])
+def test_settings_are_those_of_the_environment():
+    env = {"DEVICE": "cpu", "QUICK": "1", "SEEDS": "3 4", "LIMIT": "30", "OUT": "x", "HOME": "/"}
+    expected = on_gpu.Settings("cpu", True, seeds="3 4", limit=30, out=Path("x"))
+    assert on_gpu.Settings.of(env) == expected and not expected.gpu
 
 
-def test_step_gives_the_ratio_and_both_loss_curves(voc_folder, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
-    out = tmp_path / "out.json"
-    args = ["--root", str(voc_folder), "--version", "tiny", "--batch", "2", "--steps", "12"]
-    assert step.main([*args, "--lr", "1e-4", "--amp", "off", "--json", str(out)]) == 0
-    text = capsys.readouterr().out
-    assert re.search(r"^loss of steps +1- 10:  plain +[\d.]+  ours +[\d.]+  rounding ", text, re.M)
-    content = json.loads(out.read_text())
-    assert content["ratio"] == content["seconds"]["plain"] / content["seconds"]["ours"]
-    plain, ours = (content["losses"][lane] for lane in ("plain", "ours"))
-    assert len(plain) == 12
-    assert ours == pytest.approx(plain, rel=1e-3)  # float32 both: the same losses by two routines
+def test_a_call_that_fails_or_hangs_stops_nothing_else(tmp_path, monkeypatch, capfd):
+    def stages(settings, folder):
+        return [
+            {"fails": (9, "-c 'print(1); raise SystemExit(3)'")},
+            {"hangs": (1.5, "-c 'import time; print(7, flush=True); time.sleep(60)'"),
+             "beside": (9, "-c 'print(6)'")},
+            {"works": (9, "-c 'print(5 * 5)'")},
+        ]  # fmt: skip
 
-
-def test_step_draws_pictures_where_none_are_given(monkeypatch):
-    monkeypatch.setattr(step, "make_dataset", lambda root, *counts: shapes.make_dataset(root, 4, 1))
-    batches, num_classes = step.batches_of(None, 300, 2, 3)
-    assert [len(images) for images, *_ in batches] == [2, 2, 2]
-    assert num_classes == 1 + len(shapes.CLASSES)
-
-
-def test_benchmark_of_loading_says_seconds_and_memory(tmp_path, capsys):
-    out = tmp_path / "out.json"
-    args = ["--images", "300", "--boxes", "2000", "--rounds", "1", "--json", str(out)]
-    assert coco_load.main(args) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[1].startswith("300 pictures, 2000 boxes, a file of 1 MB")
-    assert [line.split()[0] for line in lines[2:]] == ["json.load", "pycocotools", "reader"]
-    found = json.loads(out.read_text())["medians"]
-    assert found["reader"]["worker"] < found["pycocotools"]["worker"]
-    assert found["reader"]["sent"] < 0.2
-    coco_load.make_root(tmp_path, 300, 2000)
-    dataset = COCODetection(tmp_path, [("2017", "train")])
-    assert len(dataset) == 300 and sum(len(dataset.target(i)) for i in range(300)) == 2000
+    parts = {"one": on_gpu.Part(stages, 30, 5), "two": on_gpu.Part(stages, 9, 5, "bccd")}
+    monkeypatch.setattr(on_gpu, "PARTS", parts)
+    start = time.monotonic()
+    assert on_gpu.main([], on_gpu.Settings(out=tmp_path / "out")) == 1
+    assert time.monotonic() - start < 20
+    one, two = map(json.loads, (tmp_path / "out/results.jsonl").read_text().splitlines())
+    assert (one["status"], one["failed"], two["status"]) == (
+        "failed", ["fails", "hangs"], "needs bccd"
+    )  # fmt: skip
+    found = {name: (each["status"], each["lines"]) for name, each in one["results"].items()}
+    assert found == {
+        "fails": (3, ["1"]), "hangs": (None, ["7"]), "beside": (0, []), "works": (0, ["25"])
+    }  # fmt: skip
+    table = capfd.readouterr().out
+    assert "status 3" in table and "stopped" in table and "    25" in table
+    assert on_gpu.main(["three"], on_gpu.Settings(out=tmp_path)) == 2

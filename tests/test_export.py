@@ -27,8 +27,8 @@ from inference.images import TrainedOn, find_images
 from inference.predictor import Predictor
 from inference.proof import (
     TOLERANCE,
+    APs,
     Comparison,
-    PairOfAPs,
     TooDifferent,
     compare,
     excess,
@@ -389,7 +389,7 @@ def test_a_partner_is_one_box_of_the_image_near_by_of_any_score():
 )
 def test_what_is_over_the_tolerance_is_said(change, ap, problem):
     found = replace(Comparison(9, 0, 0, 1.0, 1e-6, 0.01, 0.99), **change)
-    aps = ap and PairOfAPs("AP", 0.5, ap)
+    aps = ap and APs("AP", 0.5, ap)
     assert excess(found, TOLERANCE["fp32"], aps).partition(" (a barely")[0] == problem
 
 

@@ -223,30 +223,7 @@ def test_a_deployed_network_of_gathered_blocks_equals_the_plain_one(interpreted)
     assert interpreted(gathered_error) < 1e-5
 
 
-def test_weights_move_and_change_their_type_as_a_module():
-    weight = pack(torch.randn(5, 3, 1, 1), torch.randn(5), [1, 2], "relu")
-    assert [x.dtype for x in weight.bfloat16().state_dict().values()] == [torch.bfloat16] * 2
-    assert weight.to("meta").weight.is_meta and weight.bias.is_meta
-    assert list(weight.parameters()) == []
-
-
 # ---------------------------------------------------------------- without computing
-
-
-class Counted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = pack(torch.randn(7, 3, 3, 3), torch.randn(7), [1, 2], "relu")
-
-    def forward(self, images: Tensor) -> Tensor:
-        return gathered_conv2d([images[:, :1], images[:, 1:]], self.weight)
-
-
-def test_meta_device_propagates_shapes_which_profile_counts_as_one_convolution():
-    result = profile(Counted(), 8)
-    (layer,) = result.layers
-    assert (layer.kind, layer.output) == ("conv 3x3", (1, 7, 8, 8))
-    assert (result.macs, result.cio, result.concat) == (27 * 7 * 64, 10 * 64, 0)
 
 
 def test_a_deployed_network_of_gathered_blocks_copies_nothing():

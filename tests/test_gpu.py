@@ -12,10 +12,7 @@ from models import BACKBONES, build_net
 from utils.checkpoint import load_checkpoint
 from utils.nms import METHODS, backend, backend_reason, backends, batched_nms, nms
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
-]
+pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
@@ -155,23 +152,9 @@ def test_training_testing_and_resuming_run_at_each_precision(amp, voc_folder, tm
     from train_test import main
 
     common = [
-        "-d",
-        "VOC",
-        "--root",
-        str(voc_folder),
-        "-s",
-        "300",
-        "-b",
-        "2",
-        "--device",
-        "cuda",
-        "--num_workers",
-        "1",
-        "--save_folder",
-        str(tmp_path),
-        "--date",
-        "run",
-    ]
+        "-d", "VOC", "--root", str(voc_folder), "-s", "300", "-b", "2", "--device", "cuda",
+        "--num_workers", "1", "--save_folder", str(tmp_path), "--date", "run",
+    ]  # fmt: skip
     assert main([*common, "--amp", amp, "-max", "2", "--max_iters", "1"]) == 0
     assert main([*common, "--resume", "auto"]) == 0
     final = tmp_path / "SSD_HarDNet68_300" / "run" / "Final_SSD_HarDNet68_VOC.pth"

@@ -25,9 +25,6 @@ FLOORS = (
 )
 """A room imports from itself and from the rooms of lower floors."""
 ROOMS = [room for floor in FLOORS for room in floor]
-NOT_YET = (
-    "benchmarks/forward.py",
-)
 
 
 def files_of(room: str) -> list[Path]:
@@ -69,9 +66,8 @@ def test_a_room_imports_only_what_lies_below_it(floor):
     for room in FLOORS[floor]:
         for path in files_of(room):
             for name, inside in own_imports(path):
-                if path.relative_to(ROOT).as_posix() not in NOT_YET:
-                    assert name.split(".")[0] in below | {room}, f"{path} imports {name}"
-                    assert not inside, f"{path} imports {name} inside a function"
+                assert name.split(".")[0] in below | {room}, f"{path} imports {name}"
+                assert not inside, f"{path} imports {name} inside a function"
 
 
 def test_no_modules_import_each_other_in_a_circle():

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.memory import Allocations, kept
+from benchmarks.train import Allocations, kept
 from models import build_net
 from models.base import concatenate, recompute_concatenations
 from utils.device import autocast

@@ -154,7 +154,7 @@ def detection(**changes: object) -> str:
         (changed(dataset="other"), "dataset 'other'"),
         (changed(priors="other"), "no prior boxes for the data set 'other'"),
         (changed(detection=5), "detection 5"),
-        (changed(detection={}), "no 'conf_thresh'"),
+        (detection(other=1), "detection {"),
         (detection(top_k=0), "detection {"),
         (detection(nms_thresh="0.45"), "detection {"),
         (detection(conf_thresh=2), "detection {"),
@@ -172,8 +172,13 @@ def test_a_description_that_is_not_ours_is_refused(text, problem):
 
 def test_a_description_is_read_as_it_was_written():
     for more in ({}, {"calibration": {"pictures": 3, "of": "folder"}, "nms": True}):
-        plain = ExportInfo.parse(changed(**more), Path("x.onnx")).plain()
-        assert plain == {**DESCRIPTION, **more}
+        info = ExportInfo.parse(changed(**more), Path("x.onnx"))
+        assert info.detector.classes == ("a",) and info.nms == bool(more)
+        assert info.detection == DetectConfig(0.03, 0.45, 50, 300)
+        stored = info.plain()
+        assert stored.pop("detection").items() >= DESCRIPTION["detection"].items()
+        assert stored.keys() >= DESCRIPTION.keys() - {"detection"}
+        assert ExportInfo.parse(json.dumps(info.plain()), Path("x.onnx")) == info
 
 
 def test_a_runtime_that_is_missing_is_named_with_its_installation(tmp_path, monkeypatch):

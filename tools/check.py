@@ -5,8 +5,8 @@
 
 An error stops training (a missing, damaged or wrongly sized image, a malformed annotation) or makes
 the score worthless (a test image that is a training image). A warning is a loss that training does
-not report: boxes that the reader drops, near copies of images, boxes that hardly any prior box
-fits. Exit status: 0 no errors, 1 errors (with --strict: or warnings), 2 bad usage, 130 interrupted.
+not report: boxes that the reader drops, near copies of images, boxes that few prior boxes fit.
+Exit status: 0 no errors, 1 errors (with --strict: or warnings), 2 bad usage, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ import argparse
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,8 +25,8 @@ from data.config import PRIORS
 from data.skips import SkipKind
 from engine.options import Options, add_option
 from engine.resolve import resolve
-from tools.findings import BOTH, Count, Part, Record, Report
-from tools.image_check import Scan, check_copies, check_orientations, scan_images
+from tools.findings import BOTH, Fit, Part, Record, Report
+from tools.image_check import Scan, check_copies, scan_images
 from tools.page import check_page
 from tools.prior_fit import check_priors
 from utils.arguments import Parser
@@ -36,19 +35,10 @@ from utils.files import atomic_write, check_writable, write_json
 from utils.logger import close_logging, setup_logging
 
 
-def check(
-    options: Options,
-    sizes: tuple[int, ...] = (300, 512),
-    progress: Callable[[str, int, int], None] = lambda part, done, total: None,
-) -> Report:
-    """Look at everything that training would read; report every fault instead of the first.
+def check(options: Options, sizes: tuple[int, ...] = (300, 512)) -> Report:
+    """Read everything that training would read; report every fault, not only the first.
 
-    Args:
-        sizes: inputs of the network to judge prior boxes at.
-        progress: called as progress(part, images done, images in all).
-
-    Raises:
-        UserError: the root is no folder.
+    sizes: input sizes to judge prior boxes at. Raises UserError if the root is no folder.
     """
     if not Path(options.root).is_dir():
         raise UserError(f"{options.root}: no such data set folder; give its place with --root")
@@ -63,45 +53,45 @@ def check(
             continue
         classes = classes or tuple(dataset.classes) or None  # training's classes are tested
         report.parts[name] = Part.of(dataset)
-        scans[name] = scan_images(dataset, partial(progress, name))
-        _check_faults(report, name, faults, scans[name])
-        check_orientations(report, name, scans[name])
-        _check_skipped(report, name)
+        scans[name] = scan_images(dataset, name)
+        _check_images(report, name, faults, scans[name])
         _check_boxes(report, name)
-    _check_scorable(report)
+    if "test" in report.parts:
+        try:
+            report.parts["test"].dataset.check_scorable()
+        except UserError as error:
+            report.add("error", "test", "image sets that cannot be scored", [Record(str(error))])
     _check_classes(report)
     check_copies(report, scans)
     check_priors(report)
     return report
 
 
-def _check_faults(report: Report, name: str, faults: list[str], scans: list[Scan]) -> None:
-    """Add what the reader refused, when it opened the data set or when it read an image."""
+def _check_images(report: Report, name: str, faults: list[str], scans: list[Scan]) -> None:
     images = {scan.fault: ((name, i),) for i, scan in enumerate(scans) if scan.fault}
     records = [Record(text, images.get(text, ())) for text in dict.fromkeys([*faults, *images])]
     report.add("error", name, "record that training stops at", records)
+    turned = [(name, i) for i, scan in enumerate(scans) if scan.turned]
+    what = "image that an EXIF orientation turns: its boxes may be for the image before or after it"
+    report.add("warning", name, what, [Record(str(report.path(x)), (x,)) for x in turned])
 
 
-def _check_skipped(report: Report, name: str) -> None:
-    """Add what the reader changed or left out."""
+def _check_boxes(report: Report, name: str) -> None:
+    part = report.parts[name]
     kinds: dict[SkipKind, list[Record]] = defaultdict(list)
-    for skip in report.parts[name].dataset.skipped:
+    for skip in part.dataset.skipped:
         images = () if skip.image is None else ((name, skip.image),)
         kinds[skip.kind].append(Record(skip.detail, images, skip.box))
     for kind, records in kinds.items():
         asked = kind is SkipKind.CLASSES_LEFT_OUT and report.options.classes
         report.add("note" if asked else kind.level, name, kind.text, records)
-
-
-def _check_boxes(report: Report, name: str) -> None:
-    part = report.parts[name]
     sides, sizes = part.boxes[:, 2:] - part.boxes[:, :2], part.sizes[part.images]
     tiny = []
     for k in np.flatnonzero((100 * sides < sizes).any(1)):  # the rule of SSDAugmentation
         image = (name, int(part.images[k]))
         label, (width, height) = part.dataset.classes[part.labels[k] - 1], sides[k]
-        text = f"{report.path(image)}: {label}, {width:.4g} x {height:.4g}"
-        text += f" in {sizes[k, 0]} x {sizes[k, 1]}"
+        text = (f"{report.path(image)}: {label}, {width:.4g} x {height:.4g}"
+                f" in {sizes[k, 0]} x {sizes[k, 1]}")
         tiny.append(Record(text, (image,), tuple(part.boxes[k].tolist())))
     if name == "train":  # a test drops no box
         what = "tiny box, a side under 1 % of the image's (dropped unless a crop enlarges it)"
@@ -111,36 +101,18 @@ def _check_boxes(report: Report, name: str) -> None:
         report.add("note", name, "images without an object", [Record(text)])
 
 
-def _check_scorable(report: Report) -> None:
-    if "test" in report.parts:
-        try:
-            report.parts["test"].dataset.check_scorable()
-        except UserError as error:
-            report.add("error", "test", "image sets that cannot be scored", [Record(str(error))])
-
-
 def _check_classes(report: Report) -> None:
-    """Count the boxes of every class; add classes without boxes, and names that look alike."""
+    classes = report.classes()
     for name, part in report.parts.items():
-        pairs = np.unique([part.images, part.labels], axis=1)
-        length = len(part.dataset.classes) + 1
-        boxes, images = (np.bincount(k, minlength=length) for k in (part.labels, pairs[1]))
-        for label, class_name in enumerate(part.dataset.classes, 1):
-            count = Count(int(boxes[label]), int(images[label]))
-            report.classes.setdefault(class_name, {})[name] = count
-    for name, level in (("train", "warning"), ("test", "note")):
-        missing = [key for key, row in report.classes.items() if not row.get(name, Count()).boxes]
-        # A test split of COCO has no boxes at all.
-        if name in report.parts and (name == "train" or len(missing) < len(report.classes)):
+        missing = [key for key in classes if not part.of_class(key).any()]
+        if name == "train" or len(missing) < len(classes):  # a test split of COCO has no boxes
+            level = "warning" if name == "train" else "note"
             report.add(level, name, f"class without a box to {name} on", map(Record, missing))
     alike = defaultdict(list)
-    for class_name in report.classes:
-        alike[re.sub(r"[\s_-]", "", class_name).casefold()].append(class_name)
+    for key in classes:
+        alike[re.sub(r"[\s_-]", "", key).casefold()].append(key)
     groups = [Record(", ".join(names)) for names in alike.values() if len(names) > 1]
-    report.add("warning", BOTH, "classes whose names differ in case or spaces alone", groups)
-
-
-# ---------------------------------------------------------------- output
+    report.add("warning", BOTH, "classes whose names differ only in case or spaces", groups)
 
 
 def summary(report: Report, shown: int = 5) -> str:
@@ -156,61 +128,40 @@ def summary(report: Report, shown: int = 5) -> str:
 
 def as_json(report: Report) -> dict:
     """Return the whole report as plain data."""
-    return {
-        "root": report.options.root,
-        "dataset": report.options.dataset,
-        "priors": report.options.priors,
-        "sets": {
-            name: {"names": report.sets(name), "pictures": len(part.sizes)}
-            for name, part in report.parts.items()
-        },
+    parts = report.parts.items()
+    return {name: getattr(report.options, name) for name in ("root", "dataset", "priors")} | {
+        "sets": {name: {"names": report.sets(name), "pictures": len(part.sizes)}
+                 for name, part in parts},
         "counts": report.counts(),
-        "findings": [
-            finding._asdict() | {"records": [record.text for record in finding.records]}
-            for finding in report.findings
-        ],
-        "classes": {
-            name: {part: {"boxes": n, "pictures": m} for part, (n, m) in row.items()}
-            for name, row in report.classes.items()
-        },
-        "fits": [
-            {"class" if key == "name" else key: value for key, value in fit._asdict().items()}
-            for fit in report.fits
-        ],
+        "findings": [finding._asdict() | {"records": [record.text for record in finding.records]}
+                     for finding in report.findings],
+        "classes": {key: {name: dict(zip(("boxes", "pictures"), part.count(key), strict=True))
+                          for name, part in parts} for key in report.classes()},
+        "fits": [dict(zip(("class", *Fit._fields[1:]), fit, strict=True)) for fit in report.fits],
         "advice": report.advice,
     }
 
 
-# ---------------------------------------------------------------- command line
-
-
 def parse(argv: Sequence[str] | None) -> dict:
-    """Return the options that are given, by name."""
+    """Return the given options by name."""
     priors, sizes = (list(dict.fromkeys(values)) for values in zip(*PRIORS, strict=True))
-    p = Parser(
-        prog="python -m tools.check",
-        description="Check a data set before training. Options mean what those of train_test.py "
-        "mean.",
-        epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.",
-        argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
-    )
+    p = Parser(prog="python -m tools.check", argument_default=argparse.SUPPRESS, allow_abbrev=False,
+               description="Check a data set before training, with the options of train_test.py.",
+               epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.")
     for name in ("dataset", "root", "classes", "train_sets", "test_sets"):
         add_option(p, name)
-    # fmt: off
     p.add_argument("-s", "--size", type=int, nargs="+", choices=sizes, default=sizes,
-                   help="of the network's input, for the fit of the prior boxes (default: all)")
+                   help="input sizes to judge prior boxes at (default: all)")
     p.add_argument("--priors", choices=priors, help="whose prior boxes (default: --dataset's)")
     p.add_argument("--json", metavar="OUT", help="write every record to this file")
-    p.add_argument("--html", metavar="OUT", help="write a page with the images in question")
-    p.add_argument("--strict", action="store_true", help="exit with 1 for warnings, too")
-    # fmt: on
+    p.add_argument("--html", metavar="OUT", help="write a page with the images that are at fault")
+    p.add_argument("--strict", action="store_true", help="exit with status 1 also for warnings")
     return vars(p.parse_args(argv))
 
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line; return the exit status."""
     given = parse(argv)
     data, html = given.pop("json", None), given.pop("html", None)
     sizes, strict = tuple(dict.fromkeys(given.pop("size"))), given.pop("strict", False)
@@ -219,27 +170,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(path)
     setup_logging(quiet=True)  # the readers' warnings are findings
     try:
-        report = check(options, sizes, _show_progress)
+        report = check(options, sizes)
     finally:
         close_logging()
     if data:
         write_json(data, as_json(report))
+    print(summary(report))
     if html:
         with atomic_write(html) as file:
             file.write(check_page(report).encode("utf-8", "replace"))
-    if hasattr(sys.stdout, "reconfigure"):  # file names may have letters beyond its encoding
-        sys.stdout.reconfigure(errors="backslashreplace")
-    print(summary(report))
-    if html:
         print(f"\nThe page with images is {html}")
     counts = report.counts()
     return int(counts["error"] > 0 or (strict and counts["warning"] > 0))
-
-
-def _show_progress(part: str, done: int, total: int) -> None:
-    if sys.stderr.isatty():
-        end = "\r\033[K" if done == total else ""
-        print(f"\r{part}: {done:,} of {total:,} images{end}", end="", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What a data check finds: findings, counts of boxes, fits of prior boxes, and their text."""
+"""The results of a data check: findings, counts of boxes, fits of prior boxes, and their text."""
 
 from __future__ import annotations
 
@@ -15,19 +15,17 @@ from engine.options import Options
 
 LEVELS = ("error", "warning", "note")
 BOTH = "train and test"
-MATCHED = Options.jaccard_threshold
-"""IoU from which a prior box is positive in training."""
-
-Image = tuple[str, int]
-"""A part, "train" or "test", and the index of an image in it."""
+MATCHED = Options.jaccard_threshold  # IoU from which a prior box is positive in training
+Image = tuple[str, int]  # "train" or "test", and the index of an image
 
 
 class Part(NamedTuple):
     """A data set with all its boxes as columns.
 
-    sizes: int64 [N, 2], (width, height) of every image in pixels. images: int64 [M], ascending, the
-    image of every box. boxes: float64 [M, 4], (x1, y1, x2, y2) in pixels counted from 0. labels:
-    int64 [M], from 1.
+    sizes: int64 [N, 2], (width, height) of every image in pixels.
+    images: int64 [M], ascending, the image of every box; M may be 0.
+    boxes: float64 [M, 4], (x1, y1, x2, y2) in pixels counted from 0.
+    labels: int64 [M], from 1.
     """
 
     dataset: DetectionData
@@ -39,11 +37,20 @@ class Part(NamedTuple):
     @classmethod
     def of(cls, dataset: DetectionData) -> Part:
         targets = [dataset.target(i) for i in range(len(dataset))]
-        sizes = [dataset.image_size(i) for i in range(len(dataset))]
+        sizes = np.array([dataset.image_size(i) for i in range(len(dataset))]).reshape(-1, 2)
         images = np.repeat(np.arange(len(dataset)), [len(target) for target in targets])
         rows = np.concatenate([np.zeros((0, 5)), *targets])
-        labels = rows[:, 4].astype(np.int64)
-        return cls(dataset, np.array(sizes).reshape(-1, 2), images, rows[:, :4], labels)
+        return cls(dataset, sizes, images, rows[:, :4], rows[:, 4].astype(np.int64))
+
+    def of_class(self, name: str) -> np.ndarray:
+        """Return which boxes are of the class, bool [M]."""
+        # A class that the data set lacks gets the label behind the last one.
+        return self.labels == [*self.dataset.classes, name].index(name) + 1
+
+    def count(self, name: str) -> tuple[int, int]:
+        """Return the number of boxes of a class and of images that have one."""
+        images = self.images[self.of_class(name)]
+        return len(images), len(np.unique(images))
 
 
 class Record(NamedTuple):
@@ -66,18 +73,11 @@ class Finding(NamedTuple):
         return f"{self.level}, {self.part}: {self.what}: {len(self.records):,}"
 
 
-class Count(NamedTuple):
-    """Boxes of a class, and images that have one."""
-
-    boxes: int = 0
-    images: int = 0
-
-
 class Fit(NamedTuple):
     """How well prior boxes fit the boxes of a class.
 
-    share: of the boxes that reach the IoU `MATCHED` with a prior box. mean: of the best IoU.
-    claimed: boxes below `MATCHED`; each only claims the prior box nearest to it.
+    share: boxes that reach the IoU `MATCHED` with a prior box, 0 to 1. mean: mean of the best IoU.
+    claimed: number of the other boxes; each only claims the prior box that it overlaps most.
     """
 
     name: str
@@ -91,33 +91,34 @@ class Fit(NamedTuple):
 
 @dataclass
 class Report:
-    """All that a check found.
+    """All results of a check.
 
-    options: of the training to check for. sizes: inputs of the network to judge prior boxes at.
-    parts: "train" and "test", without one that could not be opened. classes: class name -> part ->
-    count. advice: lines on classes that the prior boxes fit badly.
+    options: of the training that the data are for. sizes: input sizes to judge prior boxes at.
+    parts: "train" and "test"; a part that could not be opened is left out. advice: lines on classes
+    that the prior boxes fit badly.
     """
 
     options: Options
     sizes: tuple[int, ...]
     parts: dict[str, Part] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    classes: dict[str, dict[str, Count]] = field(default_factory=dict)
     fits: list[Fit] = field(default_factory=list)
     advice: list[str] = field(default_factory=list)
 
     def add(self, level: str, part: str, what: str, records: Iterable[Record]) -> None:
-        """Add a finding and keep the order by level. Without records there is no finding."""
+        """Add a finding, sorted by level; do nothing without records."""
         if records := list(records):
             self.findings.append(Finding(level, part, what, records))
             self.findings.sort(key=lambda finding: LEVELS.index(finding.level))
 
     def counts(self) -> dict[str, int]:
         """Return level -> number of records."""
-        return {
-            level: sum(len(found.records) for found in self.findings if found.level == level)
-            for level in LEVELS
-        }
+        return {level: sum(len(f.records) for f in self.findings if f.level == level)
+                for level in LEVELS}
+
+    def classes(self) -> list[str]:
+        """Return the names of all classes."""
+        return [*dict.fromkeys(n for part in self.parts.values() for n in part.dataset.classes)]
 
     def path(self, image: Image) -> Path:
         part, index = image
@@ -125,22 +126,21 @@ class Report:
 
     def sets(self, part: str) -> str:
         """Return the names of the image sets of a part."""
-        return sets_name({"train": self.options.train_sets, "test": self.options.test_sets}[part])
+        return sets_name(getattr(self.options, f"{part}_sets"))
 
     def titles(self) -> list[str]:
         """Return a line on each part."""
-        return [
-            f"{name}: {self.sets(name)} of {self.options.root}, {len(part.sizes):,} images,"
-            f" {len(part.boxes):,} boxes"
-            for name, part in self.parts.items()
-        ]
+        root = self.options.root
+        return [f"{name}: {self.sets(name)} of {root}, {len(part.sizes):,} images,"
+                f" {len(part.boxes):,} boxes" for name, part in self.parts.items()]
 
     def conclusion(self) -> str:
         """Return the tables of classes and of fits, the advice and the verdict."""
-        lines = []
-        if self.classes:
-            heads = ["class", *(text for p in self.parts for text in (f"{p} boxes", "images"))]
-            lines += _columns([heads, *map(self._counts_of, self.classes)])
+        counts = [["class", *(text for name in self.parts for text in (f"{name} boxes", "images"))]]
+        for key in self.classes():
+            numbers = [number for part in self.parts.values() for number in part.count(key)]
+            counts.append([key, *(f"{number:,}" for number in numbers)])
+        lines = _columns(counts)
         if self.fits:
             heads = dict.fromkeys(f"{fit.priors} {fit.size}" for fit in self.fits)
             rows: dict[str, list[str]] = {}
@@ -148,20 +148,12 @@ class Report:
                 rows.setdefault(fit.name, [fit.name]).append(f"{fit.share:.1%}")
             lines += ["", f"boxes that reach an IoU of {MATCHED} with a prior box of"]
             lines += _columns([["class", *heads], *rows.values()])
-        lines += ["", *self.advice, ""]
-        lines += [", ".join(f"{n:,} {level}{'s' * (n != 1)}" for level, n in self.counts().items())]
-        return "\n".join(lines)
-
-    def _counts_of(self, name: str) -> list[str]:
-        counts = [self.classes[name].get(part, Count()) for part in self.parts]
-        return [name, *(f"{number:,}" for count in counts for number in count)]
+        verdict = ", ".join(f"{n:,} {level}{'s' * (n != 1)}" for level, n in self.counts().items())
+        return "\n".join([*lines, "", *self.advice, "", verdict])
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
-    """Return rows as lines, the first column aligned left and the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        f"{first:<{widths[0]}}"
-        + "".join(f"{text:>{width + 3}}" for text, width in zip(others, widths[1:], strict=True))
-        for first, *others in rows
-    ]
+    """Return rows as lines: the first column aligned left, the others right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    line = f"{{:<{first}}}" + "".join(f"{{:>{width + 3}}}" for width in others)
+    return [line.format(*row) for row in rows]

@@ -1,8 +1,7 @@
-"""The HTML page of a data check, and parts of which pages in one file are made."""
+"""The HTML page of a data check."""
 
 from __future__ import annotations
 
-import base64
 from collections import defaultdict
 from html import escape
 
@@ -11,8 +10,10 @@ import numpy as np
 
 from tools.findings import Finding, Record, Report
 from tools.image_check import read
+from tools.mistakes import as_jpeg
 
-STYLE = """
+HEAD = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>
+<meta name="viewport" content="width=device-width"/><title>Data check</title><style>
 :root { color-scheme: light dark; }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem;
   overflow-wrap: anywhere; }
@@ -22,31 +23,16 @@ pre { overflow-x: auto; white-space: pre-wrap; }
 figure { margin: 0; width: min-content; min-width: 13rem; }
 figure div { display: flex; gap: .5rem; }
 figcaption { font-size: .8rem; }
-"""
+</style></head><body><h1>Data check</h1>"""
 SIDE = 208  # pixels of the longer side of an image
 TRUE, ODD = (90, 200, 90), (40, 30, 230)  # BGR of boxes
 
 
-def page(title: str, body: str) -> str:
-    """Return a whole page; `body` is HTML."""
-    return (
-        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/><meta name="viewport" '
-        f'content="width=device-width"/><title>{escape(title)}</title><style>{STYLE}</style></head>'
-        f"<body><h1>{escape(title)}</h1>\n{body}\n</body></html>\n"
-    )
-
-
-def image(pixels: np.ndarray) -> str:
-    """Return an image, BGR uint8 [H, W, 3], as a JPEG inside the page."""
-    data = base64.b64encode(cv2.imencode(".jpg", pixels)[1]).decode()
-    return f'<img alt="" src="data:image/jpeg;base64,{data}"/>'
-
-
 def check_page(report: Report, shown: int = 12) -> str:
-    """Return the report of a data check; each finding shows its first `shown` images."""
-    parts = [f"<p>{escape(title)}</p>" for title in report.titles()]
-    parts += [_finding(report, finding, shown) for finding in report.findings]
-    return page("Data check", "\n".join([*parts, f"<pre>{escape(report.conclusion())}</pre>"]))
+    """Return a data check as one HTML page; each finding shows its first `shown` images."""
+    lines = [HEAD, *(f"<p>{escape(title)}</p>" for title in report.titles())]
+    lines += [_finding(report, finding, shown) for finding in report.findings]
+    return "\n".join([*lines, f"<pre>{escape(report.conclusion())}</pre></body></html>\n"])
 
 
 def _finding(report: Report, finding: Finding, shown: int) -> str:
@@ -59,8 +45,10 @@ def _finding(report: Report, finding: Finding, shown: int) -> str:
         lines = [record.text.replace(f"{report.options.root}/", "") for record in records[:4]]
         lines += [f"and {len(records) - 4:,} more"] if len(records) > 4 else []
         text = "<br/>".join(map(escape, lines))
-        if images := "".join(map(image, _draw(report, records))):
-            figures += f"<figure><div>{images}</div><figcaption>{text}</figcaption></figure>"
+        if images := _draw(report, records):
+            links = (f"data:image/jpeg;base64,{as_jpeg(image)}" for image in images)
+            row = "".join(f'<img alt="" src="{link}"/>' for link in links)
+            figures += f"<figure><div>{row}</div><figcaption>{text}</figcaption></figure>"
         else:
             items += f"<li>{text}</li>"
     if len(groups) > shown:

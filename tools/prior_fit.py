@@ -1,4 +1,4 @@
-"""How well prior boxes fit the boxes of a data set, and which ones would fit better."""
+"""How well prior boxes fit the boxes of a data set, and which prior boxes would fit better."""
 
 from __future__ import annotations
 
@@ -11,28 +11,24 @@ from data.config import PRIORS, PriorConfig
 from layers import PriorBox
 from tools.findings import MATCHED, Fit, Part, Record, Report
 
-LOW_SHARE = 0.9
-"""A class fits if this share of its boxes reaches the IoU `MATCHED` with some prior box."""
-SAMPLE = 20_000
-"""Most boxes that sizes of prior boxes are fitted to."""
+LOW_SHARE = 0.9  # a class fits if this share of its boxes reaches the IoU `MATCHED`
+SAMPLE = 20_000  # most boxes that sizes of prior boxes are fitted to
 
 
 def best_overlaps(config: PriorConfig, boxes: np.ndarray) -> np.ndarray:
     """Return the IoU of every box with the prior box that it overlaps most, float64 [n].
 
-    Of the prior boxes of one shape, this is one whose centre is nearest along both axes. So a few
-    dozen prior boxes are compared instead of thousands.
-
-    Args:
-        boxes: [n, 4], (x1, y1, x2, y2) relative to the image; n may be 0.
+    boxes: [n, 4], (x1, y1, x2, y2) relative to the image; n may be 0. Among prior boxes of one
+    shape, a box overlaps most the one with the nearest centre. So each box is compared with one
+    prior box of every shape, a few dozen instead of thousands.
     """
     priors = PriorBox(config)().double().numpy()
     low, high = boxes[:, :2].astype(np.float64), boxes[:, 2:].astype(np.float64)
     area = (high - low).prod(1)
     best, start = np.zeros(len(boxes)), 0
     for side, shapes in zip(config.feature_maps, config.boxes_per_cell, strict=True):
-        cells = priors[start : start + side * side * shapes].reshape(side, side, shapes, 4)
-        start += side * side * shapes
+        end = start + side * side * shapes
+        cells, start = priors[start:end].reshape(side, side, shapes, 4), end
         axis = cells[0, :, 0, 0]  # of rows as of columns
         centre = axis[np.searchsorted((axis[1:] + axis[:-1]) / 2, (low + high) / 2)]
         for shape in cells[0, 0, :, 2:]:
@@ -45,22 +41,18 @@ def best_overlaps(config: PriorConfig, boxes: np.ndarray) -> np.ndarray:
 def check_priors(report: Report) -> None:
     """Add the fit of every class, and a warning with advice on classes that fit badly.
 
-    The boxes are those of the training part, or of the test part if that alone could be opened.
+    The boxes are those of the training part, or of the test part if only this could be opened.
     """
     if not report.parts:
         return
     name, part = next(iter(report.parts.items()))
-    priors, sizes = report.options.priors, report.sizes
-    boxes = part.boxes / np.tile(part.sizes[part.images], 2)
-    best = {
-        (kind, size): best_overlaps(PRIORS[kind, size], boxes)
-        for size in sizes
-        for kind in dict.fromkeys(kind for kind, _ in PRIORS)
-    }
+    priors, boxes = report.options.priors, part.boxes / np.tile(part.sizes[part.images], 2)
+    best = {key: best_overlaps(PRIORS[key], boxes) for key in PRIORS if key[1] in report.sizes}
     report.fits = [fit for key in best for fit in _fits(part, best[key], *key)]
-    for size in sizes:
-        own = [fit for fit in report.fits if (fit.priors, fit.size) == (priors, size)]
-        low = sorted((fit for fit in own if fit.share < LOW_SHARE), key=lambda fit: -fit.claimed)
+    for size in report.sizes:
+        low = [fit for fit in report.fits
+               if (fit.priors, fit.size) == (priors, size) and fit.share < LOW_SHARE]
+        low.sort(key=lambda fit: -fit.claimed)
         records = [_record(name, part, best[priors, size], fit) for fit in low]
         what = f"class that fits the prior boxes badly at {size} (IoU {MATCHED})"
         report.add("warning", name, what, records)
@@ -68,35 +60,26 @@ def check_priors(report: Report) -> None:
             report.advice += _advice(low, part, boxes, best)
 
 
-def _of_class(part: Part, name: str) -> np.ndarray:
-    """Return which boxes are of the class, bool [M]."""
-    return part.labels == part.dataset.classes.index(name) + 1
-
-
 def _fits(part: Part, overlaps: np.ndarray, priors: str, size: int) -> Iterator[Fit]:
     for name in part.dataset.classes:
-        own = overlaps[_of_class(part, name)]
+        own = overlaps[part.of_class(name)]
         if len(own):
             claimed = int((own < MATCHED).sum())
             yield Fit(name, size, priors, len(own), _share(own), float(own.mean()), claimed)
 
 
 def _record(name: str, part: Part, overlaps: np.ndarray, fit: Fit) -> Record:
-    """Return the record of a class that fits badly, with its worst box."""
-    worst = np.where(_of_class(part, fit.name), overlaps, np.inf).argmin()
-    text = (
-        f"{fit.name}: {fit.share:.0%} of {fit.boxes} boxes reach it, the others only claim the"
-        f" prior box nearest to them, the worst at an IoU of {overlaps[worst]:.2f}"
-    )
+    worst = np.where(part.of_class(fit.name), overlaps, np.inf).argmin()
+    text = (f"{fit.name}: {fit.share:.0%} of {fit.boxes} boxes reach it. Each other box only claims"
+            f" the prior box that it overlaps most, the worst with an IoU of {overlaps[worst]:.2f}")
     return Record(text, ((name, int(part.images[worst])),), tuple(part.boxes[worst].tolist()))
 
 
-def _advice(
-    low: list[Fit], part: Part, boxes: np.ndarray, best: dict[tuple[str, int], np.ndarray]
-) -> Iterator[str]:
-    """Yield what the boxes of the classes in `low` are like, then each change that helps them."""
+def _advice(low: list[Fit], part: Part, boxes: np.ndarray,
+            best: dict[tuple[str, int], np.ndarray]) -> Iterator[str]:
+    """Yield a description of the boxes of the classes in `low`, then each change that helps."""
     priors, size = low[0].priors, low[0].size
-    config, rows = PRIORS[priors, size], np.any([_of_class(part, f.name) for f in low], axis=0)
+    config, rows = PRIORS[priors, size], np.any([part.of_class(f.name) for f in low], axis=0)
     here = _share(best[priors, size][rows])
     sides = (boxes[rows, 2:] - boxes[rows, :2]) * size
     small, large = np.quantile(np.sqrt(sides.prod(1)), (0.1, 0.9))
@@ -104,18 +87,17 @@ def _advice(
     names = ", ".join(fit.name for fit in low[:5]) + (" ..." if len(low) > 5 else "")
     yield (
         f"At {size}, {here:.1%} of the {rows.sum()} boxes of {names} reach an IoU of {MATCHED} with"
-        f" a prior box. Eight in ten are {small:.0f} to {large:.0f} px large (root of the area);"
-        f" one in ten is over {long:.1f} times as long as wide. Prior boxes begin at"
-        f" {config.min_sizes[0]:g} px and are up to {max(map(max, config.aspect_ratios))} times as"
-        " long as wide."
+        f" a prior box. Eight in ten are {small:.0f} to {large:.0f} px large (root of the area)."
+        f" One in ten is over {long:.1f} times as long as wide. The smallest prior box has"
+        f" {config.min_sizes[0]:g} px; prior boxes are at most"
+        f" {max(map(max, config.aspect_ratios))} times as long as wide."
     )
     changes = {f"-s {s}": best[kind, s] for kind, s in best if kind == priors and s != size}
-    others = {PRIORS[kind, s]: best[kind, s] for kind, s in best if kind != priors and s == size}
-    fitted = _fitted(config, boxes, part.labels)
-    for other, overlaps in {**others, fitted: best_overlaps(fitted, boxes)}.items():
-        numbers = ", ".join(f"{side:g}" for side in other.min_sizes)
-        line = f"{priors}_{size} = _ssd{size}(({numbers}), {other.max_sizes[-1]:g})"
-        changes[f"{line} in data/config.py"] = overlaps
+    presets = [PRIORS[kind, s] for kind, s in best if kind != priors and s == size]
+    for preset in (*presets, _fitted(config, boxes, part.labels)):
+        numbers = ", ".join(f"{side:g}" for side in preset.min_sizes)
+        line = f"{priors}_{size} = _ssd{size}(({numbers}), {preset.max_sizes[-1]:g})"
+        changes[f"{line} in data/config.py"] = best_overlaps(preset, boxes)
     for change, overlaps in sorted(changes.items(), key=lambda item: -_share(item[1][rows])):
         if _share(overlaps[rows]) > here + 0.01:
             yield f"  {change}: {_share(overlaps[rows]):.1%} ({_share(overlaps):.1%} of all boxes)"
@@ -126,11 +108,11 @@ def _share(overlaps: np.ndarray) -> float:
 
 
 def _fitted(config: PriorConfig, boxes: np.ndarray, labels: np.ndarray) -> PriorConfig:
-    """Return the preset with the sizes that fit these boxes best, by the mean share of classes.
+    """Return the preset with the sizes of prior boxes that fit best, by the mean share of classes.
 
-    As in SSD, the first source map has its own size and the others have evenly spaced sizes up to
-    the preset's last one. The search tries first sizes among those of the boxes, and steps to the
-    second size.
+    As in SSD, the first source map has its own size, and the other maps have evenly spaced sizes
+    up to the preset's last size. The search tries quantiles of the boxes' sizes as first size, and
+    its multiples as second size.
     """
     if len(boxes) > SAMPLE:
         chosen = np.random.default_rng(0).choice(len(boxes), SAMPLE, replace=False)
@@ -145,8 +127,6 @@ def _fitted(config: PriorConfig, boxes: np.ndarray, labels: np.ndarray) -> Prior
             max_sizes = (*sizes[1:], config.max_sizes[-1])
             candidates.append(replace(config, min_sizes=sizes, max_sizes=max_sizes))
     classes = [labels == label for label in np.unique(labels)]
-    shares = []
-    for candidate in candidates:
-        overlaps = best_overlaps(candidate, boxes)
-        shares.append(np.mean([_share(overlaps[own]) for own in classes]))
+    overlaps = (best_overlaps(candidate, boxes) for candidate in candidates)
+    shares = [np.mean([_share(best[own]) for own in classes]) for best in overlaps]
     return candidates[np.argmax(shares)]

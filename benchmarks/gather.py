@@ -1,0 +1,91 @@
+"""Compile a share of the gathered convolutions, so that several processes fill Triton's cache.
+
+    python -m benchmarks.gather --share K/N [--batch 1] [--device cuda]
+
+Every layer's shape is a program of its own, and several tiles are tried for each; one process would
+compile for many minutes. The K-th of N processes (0 to N - 1) compiles its share of the layers of
+SSD512-HarDNet68 for one of `FEW_TILES`; `benchmarks.speed --few_tiles` then tries these alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from benchmarks.harness import Rows, options, run
+from inference import gathered_conv
+from inference.deploy import deploy
+from models import build_net
+from utils.errors import command
+
+FEW_TILES = ((64, 16), (128, 32), (128, 64))
+"""Every number of outputs of a layer fits at least one of them."""
+
+
+def choose_tiles(tiles: Sequence[tuple[int, int]]) -> None:
+    """Let the gathered convolutions try these tiles only, and briefly."""
+    import triton
+    from triton.testing import do_bench
+
+    gathered_conv.TILES = tiles
+    triton.autotune = partial(
+        triton.autotune,
+        do_bench=lambda call, quantiles: do_bench(call, warmup=5, rep=20, quantiles=quantiles),
+    )
+
+
+class Share:
+    """Runs every ``of``-th different convolution; the others give zeros."""
+
+    def __init__(self, number: int, of: int) -> None:
+        self.number, self.of = number, of
+        self.seen: dict[tuple, int] = {}
+        self.run = gathered_conv.gathered_conv2d
+
+    def __call__(
+        self, parts: Sequence[Tensor], weight: gathered_conv.GatheredWeight, out: None = None
+    ) -> Tensor:
+        x, outputs = parts[0], len(weight.bias)
+        key = (weight.widths, outputs, weight.kernel, weight.activation, x.shape)
+        turn = self.seen.setdefault(key, len(self.seen))
+        if turn % self.of == self.number:
+            return self.run(parts, weight, out)
+        zeros = x.new_zeros(len(x), outputs, *x.shape[2:])
+        return zeros.to(memory_format=torch.channels_last)
+
+
+def warm(args: argparse.Namespace, device: torch.device) -> Rows:
+    """Yield one row, the number of layers that were compiled."""
+    number, of = args.share
+    tiles = len(FEW_TILES)
+    choose_tiles((FEW_TILES[number % tiles],))
+    share = Share(number // tiles, max(of // tiles, 1))
+    gathered_conv.gathered_conv2d = share
+    net = deploy(build_net("SSD_HarDNet68", 512, 81), gather=True).to(device, torch.bfloat16)
+    with torch.inference_mode():
+        net(torch.zeros(args.batch, 3, 512, 512, device=device))
+    yield {"share": args.share, "layers": len(share.seen)}
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.gather", description=__doc__.split("\n")[0],
+        parents=[options(warm, 1)],
+    )  # fmt: skip
+    p.add_argument("--share", required=True, metavar="K/N",
+                   type=lambda text: tuple(map(int, text.split("/"))))  # fmt: skip
+    p.add_argument("--batch", type=int, default=1)
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    return run(parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,283 @@
+"""Networks to time, and the routes through them from image files to boxes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import cv2
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from benchmarks.harness import now
+from benchmarks.limits import tensor_float
+from benchmarks.nms import plain_detections
+from data.config import INPUT_MEAN
+from data.image import read_image
+from inference.deploy import deploy
+from inference.predictor import Predictor
+from models import build_net
+from models.info import load_detector
+from utils.checkpoint import sha256_of
+from utils.device import AMP_TYPES, autocast
+
+STAGES = ("decode", "preprocess", "forward", "postprocess")
+PRECISIONS = {"off": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "fp16"}
+"""Values of --amp -> precisions."""
+CLASSES = 81
+SCORES_OVER = 300
+"""Scores over the threshold that new weights give an image."""
+
+
+# ---------------------------------------------------------------- networks and images
+
+
+@dataclass(frozen=True)
+class Network:
+    """A detector to time."""
+
+    name: str
+    file: Path
+    net: nn.Module
+    """As it was trained: float32, channels first, in evaluation mode."""
+    predictor: Predictor
+
+
+def open_network(file: Path, device: torch.device) -> Network:
+    """Open a checkpoint."""
+    net, info = load_detector(file)
+    return Network(info.version, file, net.to(device), Predictor(file, device=str(device)))
+
+
+def make_images(folder: Path, count: int = 8, width: int = 640, height: int = 480) -> list[Path]:
+    """Write JPEG files of soft colours and noise, about as large as photographs."""
+    rng, files = np.random.default_rng(0), []
+    for i in range(count):
+        colours = rng.integers(0, 256, (9, 12, 3), np.uint8)
+        image = cv2.resize(colours, (width, height), interpolation=cv2.INTER_CUBIC)
+        image = np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+        files.append(folder / f"{i}.jpg")
+        cv2.imwrite(str(files[-1]), image)
+    return files
+
+
+def new_weights(version: str, size: int, folder: Path, files: Sequence[Path]) -> Path:
+    """Write a checkpoint of new weights, always the same, and return it; see `stretch`."""
+    torch.manual_seed(0)
+    images = [cv2.resize(read_image(file), (size, size)) for file in files[:2] * 2][:2]
+    net = build_net(version, size, CLASSES)
+    stretch(net, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) - mean_of())
+    path = folder / f"{version}_{size}.pth"
+    classes = [f"class {k}" for k in range(1, CLASSES)]
+    config = {"version": version, "size": size, "dataset": "COCO", "priors": "COCO"}
+    torch.save({"model": net.state_dict(), "classes": classes, "config": config}, path)
+    return path
+
+
+def mean_of() -> Tensor:
+    return torch.tensor(INPUT_MEAN, dtype=torch.float32)[:, None, None]
+
+
+@torch.no_grad()
+def stretch(net: nn.Module, images: Tensor, threshold: float = 0.02) -> None:
+    """Give new weights outputs in the shape of a trained network's.
+
+    Batch norms take the statistics of ``images``. Offsets get a standard deviation of 0.5 and
+    logits of 3. The background is raised until an image has ``SCORES_OVER`` scores over
+    ``threshold``.
+    """
+    for norm in net.modules():
+        if isinstance(norm, nn.BatchNorm2d):
+            norm.momentum = None  # the mean of all batches, here one
+            norm.reset_running_stats()
+    net.train()(images)
+    logits = []
+    for x, *heads in zip(net.eval().sources(images), net.loc, net.conf, strict=True):
+        for head, deviation in zip(heads, (0.5, 3), strict=True):
+            outputs = head(x)
+            centre = outputs.mean((0, 2, 3))
+            spread = (outputs - centre[:, None, None]).square().mean().sqrt()
+            # Similar images hardly differ in a map of one cell.
+            scale = deviation / spread.clamp_min(0.01 * outputs.square().mean().sqrt())
+            head.weight *= scale
+            head.bias.copy_((head.bias - centre) * scale)
+        logits.append(head(x).permute(0, 2, 3, 1).reshape(-1, net.num_classes))
+    background, others = torch.cat(logits).double().split([1, net.num_classes - 1], 1)
+    # A score stays over the threshold as long as the background is raised by less than this.
+    room = (others.exp() / threshold - others.exp().sum(1, keepdim=True)).log() - background
+    most = room.nan_to_num(-torch.inf).flatten().topk(SCORES_OVER * len(images)).values
+    for head in net.conf:
+        head.bias[:: net.num_classes] += most[-1]
+
+
+# ---------------------------------------------------------------- routes
+
+
+class Plain(Predictor):
+    """The stages of a straightforward program, with the detections of ``Predictor``."""
+
+    def __init__(self, network: Network, amp: str) -> None:
+        vars(self).update(vars(network.predictor))
+        self.net, self.amp = network.net, amp
+
+    def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
+        pixels = self.stack(images).to(self.device).float().contiguous()
+        return pixels - mean_of().to(self.device)
+
+    def forward(self, batch: Tensor) -> dict[str, Tensor]:
+        with autocast(self.device, self.amp):
+            return super().forward(batch)
+
+    @torch.inference_mode()
+    def postprocess(
+        self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        found = plain_detections(self.detect, outputs["loc"], outputs["conf"], self.priors, sizes)
+        return [{key: value.cpu() for key, value in each.items()} for each in found]
+
+
+class Graphed:
+    """A network in a CUDA graph, captured with the first batch.
+
+    Batches must have one shape. The next call overwrites the outputs.
+    """
+
+    def __init__(self, net: nn.Module) -> None:
+        self.net = net
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        if self.graph is None:
+            self._capture(images)
+        self.images.copy_(images)
+        self.graph.replay()
+        return self.outputs
+
+    def _capture(self, images: Tensor) -> None:
+        self.images = images.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # algorithms are chosen, kernels compiled
+                self.net(self.images)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self.outputs = self.net(self.images)
+        self.graph = graph
+
+
+def compiled(net: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    """Compile by TorchInductor, on a GPU into CUDA graphs. Call it within `compilations`.
+
+    What does not fit into one graph is an error, else it would silently run in eager mode.
+    """
+    mode = "reduce-overhead" if next(net.parameters()).is_cuda else None
+    return torch.compile(net, mode=mode, fullgraph=True, dynamic=False)
+
+
+@contextmanager
+def compilations(device: torch.device) -> Iterator[None]:
+    """Compile anew within the block: generated code contains the number of threads.
+
+    On a CPU weights are frozen, and can then be packed. Freezing is no option of ``torch.compile``,
+    as tracing must know of it, too. All networks share one limit, since they share a class.
+    """
+    torch.compiler.reset()
+    with (
+        torch._dynamo.config.patch(cache_size_limit=256),
+        torch._inductor.config.patch(freezing=device.type == "cpu"),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a deployed network runs."""
+
+    wrap: Callable[[nn.Module], Callable] = lambda net: net
+    gather: bool = False
+    """As in ``inference.deploy.deploy``."""
+    gpu: bool = False
+    """Whether it needs a GPU."""
+
+
+WAYS = {
+    "deployed": Way(),
+    "compiled": Way(compiled),
+    "graph": Way(Graphed, gpu=True),
+    "gather": Way(gather=True, gpu=True),
+    "gather_graph": Way(Graphed, gather=True, gpu=True),
+}
+"""Routes by name, beside "plain"."""
+
+
+@dataclass
+class Route:
+    """A way from image files to boxes, and its measurements."""
+
+    network: Network
+    name: str
+    precision: str
+    predictor: Predictor
+    module: nn.Module
+    """The network whose traffic is counted."""
+    row: dict = field(default_factory=dict)
+    times: dict[str, list[float]] = field(default_factory=dict)
+    """Seconds of every round, by stage."""
+
+    def run(self, files: Sequence[Path]) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
+        """Return the seconds of each stage and of all, and the detections."""
+        device, seconds, found = self.predictor.device, dict.fromkeys(STAGES, 0.0), []
+        with tensor_float(self.precision == "tf32"):
+            marks = [now(device)]
+            images = [read_image(file) for file in files]
+            marks.append(now(device))
+            for group in self.predictor.batches(images):
+                batch = self.predictor.preprocess(group)
+                marks.append(now(device))
+                outputs = self.predictor.forward(batch)
+                marks.append(now(device))
+                sizes = [(image.shape[1], image.shape[0]) for image in group]
+                found += self.predictor.postprocess(outputs, sizes)
+                marks.append(now(device))
+        laps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        for k, lap in enumerate(laps):
+            seconds[STAGES[0 if k == 0 else 1 + (k - 1) % 3]] += lap
+        return {**seconds, "total": marks[-1] - marks[0]}, found
+
+    def forward(self, batch: Tensor) -> dict[str, float]:
+        """Return the seconds of a forward pass."""
+        with tensor_float(self.precision == "tf32"):
+            start = now(self.predictor.device)
+            self.predictor.forward(batch)
+            return {"forward": now(self.predictor.device) - start}
+
+
+def routes_of(
+    network: Network, names: Sequence[str], amps: Sequence[str], exported: Sequence[Path] = (),
+    threads: int | None = None,
+) -> Iterator[Route]:  # fmt: skip
+    """Yield the routes of a network. On a CPU plain is the baseline, in float32 only."""
+    device = network.predictor.device
+    for name in names:
+        for amp in amps:
+            mode = "off" if amp == "tf32" else amp
+            if name != "plain":
+                predictor = copy.copy(network.predictor)
+                module = deploy(network.net, WAYS[name].gather).to(device, AMP_TYPES[mode])
+                predictor.net = WAYS[name].wrap(module)
+            elif device.type == "cpu" and amp != "off":
+                continue
+            else:
+                predictor, module = Plain(network, mode), network.net
+            yield Route(network, name, PRECISIONS[amp], predictor, module)
+    for file in exported:
+        predictor = Predictor(file, threads=threads)
+        info = predictor.exported.info
+        if info.checkpoint["sha256"] == sha256_of(network.file):
+            yield Route(network, file.name, info.precision, predictor, network.net)

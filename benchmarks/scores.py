@@ -1,0 +1,447 @@
+"""Scoring of detections and reading of annotations, beside the usual programs for it.
+
+    python -m benchmarks.scores coco [--images 5000] [--detections 100] [--commands]
+    python -m benchmarks.scores voc [--images 4952] [--detections 200]
+    python -m benchmarks.scores load [--images 118287] [--boxes 860001] [--rounds 3] [--json OUT]
+
+All data are made up. `coco` claims: for 5,000 images with 100 detections each, hotcoco is at least
+20 times faster than pycocotools, and every digit is equal. Many scores are equal, some objects are
+crowds. --commands also times `python -m data.coco_eval` on files; all backends must print the same.
+
+`voc` claims: 4,952 images and 20 classes, as in VOC2007 test, take less than two seconds. Both
+ways start from comp4 files and annotations in memory. The loop follows the published code,
+detection by detection, for all object sizes together; every point of every curve must be equal.
+
+`load` claims: reading train2017's annotations takes about as long as `json.load` alone and less
+memory than pycocotools, above all in loading processes. Every measurement is a process of its own,
+and subtracts the memory of the imports. A loading process is asked once for every target and image
+path; its memory is what it shares with no other process (USS).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.reduction import ForkingPickler
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from benchmarks.harness import Rows, options, race, run, turns
+from data.coco import COCODetection
+from data.coco_eval import BACKENDS, evaluate_coco, load_backend
+from data.config import VOC_CLASSES
+from data.voc_comp4 import comp4_path, read_comp4, write_comp4
+from data.voc_eval import METRICS, evaluate_voc
+from data.voc_xml import Annotation
+from utils.arguments import positive
+from utils.errors import UserError, command
+
+CATEGORIES = 80
+REFERENCE = "pycocotools itself"
+
+
+@dataclass(frozen=True)
+class MadeUp:
+    """Objects and detections, both in the order of their images. Boxes are x, y, width, height."""
+
+    image: np.ndarray
+    label: np.ndarray
+    boxes: np.ndarray
+    found_image: np.ndarray
+    found_label: np.ndarray
+    found_boxes: np.ndarray
+    right: np.ndarray
+    """Whether a detection lies near an object of its class."""
+
+
+def make_up(
+    images: int, objects: int, detections: int, classes: int, size: Sequence[int]
+) -> MadeUp:
+    """Return ``objects`` in all and ``detections`` an image; some classes are rare.
+
+    Three in five detections lie near an object of their image, the others anywhere.
+    """
+    rng = np.random.default_rng(0)
+    image = np.sort(rng.integers(0, images, objects))
+    label = np.minimum(rng.geometric(4 / classes, objects), classes)
+    sides = np.exp(rng.normal(4, 1, (objects, 2))).clip(2, 0.8 * np.array(size))
+    boxes = np.hstack([rng.random((objects, 2)) * (size - sides), sides])
+    owner, total = np.repeat(np.arange(images), detections), images * detections
+    first, last = (np.searchsorted(image, owner, side) for side in ("left", "right"))
+    near = (rng.random(total) < 0.6) & (last > first)
+    source = np.where(near, first + (rng.random(total) * (last - first)).astype(int), 0)
+    found = boxes[source] + rng.normal(0, 0.1, (total, 4)) * np.tile(boxes[source, 2:], 2)
+    found[~near] = (rng.random((total, 4)) * [400, 300, 200, 150])[~near]
+    found[:, 2:] = found[:, 2:].clip(1)
+    right = near & (rng.random(total) < 0.7)
+    found_label = np.where(right, label[source], rng.integers(1, classes + 1, total))
+    return MadeUp(image, label, boxes, owner, found_label, found, right)
+
+
+# ---------------------------------------------------------------- COCO
+
+
+def make_coco(images: int, detections: int) -> tuple[dict, list[dict]]:
+    """Return (annotation document, detections), with 7 objects an image as in val2017."""
+    made = make_up(images, 7 * images, detections, CATEGORIES, (640, 480))
+    rng = np.random.default_rng(1)
+    count, total = len(made.image), len(made.found_image)
+    areas = (made.boxes[:, 2:].prod(1) * rng.uniform(0.4, 1, count)).round(4)
+    crowds = (rng.random(count) < 0.01).astype(int)
+    scores = (rng.random(total) * np.where(made.right, 1, 0.7)).round(3)
+    document = {
+        "images": [{"id": id, "width": 640, "height": 480} for id in range(1, images + 1)],
+        "categories": [{"id": id, "name": f"category {id}"} for id in range(1, CATEGORIES + 1)],
+        "annotations": records(
+            id=np.arange(1, count + 1), image_id=made.image + 1, category_id=made.label,
+            bbox=made.boxes.round(2), area=areas, iscrowd=crowds,
+        ),
+    }  # fmt: skip
+    return document, records(
+        image_id=made.found_image + 1, category_id=made.found_label,
+        bbox=made.found_boxes.round(4), score=scores,
+    )  # fmt: skip
+
+
+def records(**columns: np.ndarray) -> list[dict]:
+    """Return one dict a row."""
+    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def plain_coco(found: list[dict], truth: Path) -> list[float]:
+    """Return the twelve numbers by pycocotools, used as its own example does."""
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        objects = COCO(str(truth))
+        evaluation = COCOeval(objects, objects.loadRes(found), "bbox")
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    return evaluation.stats.tolist()
+
+
+def by_backend(backend: str, found: list[dict], truth: Path) -> list[float]:
+    return evaluate_coco(found, truth, backend)["stats"]
+
+
+def by_command(backend: str, results: Path, truth: Path) -> str:
+    """Return what `python -m data.coco_eval` prints."""
+    line = [sys.executable, "-m", "data.coco_eval", results, truth, "--eval-backend", backend]
+    return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def difference(name: str, ours: object, theirs: object) -> str:
+    """Return how two backends differ, in words; raise AssertionError if they differ too much.
+
+    hotcoco and the printed tables must equal pycocotools'. faster-coco-eval may differ by rounding.
+    """
+    if isinstance(ours, str):
+        if ours != theirs:
+            raise AssertionError(f"{name} prints\n{ours}and pycocotools\n{theirs}")
+        return "the same table"
+    gap = np.abs(np.subtract(ours, theirs)).max()
+    if not gap <= (0 if name.startswith("hotcoco") else 1e-14):  # NaN fails, too
+        raise AssertionError(f"{name}: {ours}, pycocotools: {theirs}")
+    return "every digit equal" if gap == 0 else f"differs by {gap:.1e} at most"
+
+
+def coco(args: argparse.Namespace, device: torch.device) -> Rows:
+    """Yield one row a backend, and one a command."""
+    versions = {}
+    for backend in BACKENDS:
+        with contextlib.suppress(UserError):  # not installed
+            _, versions[backend] = load_backend(backend)
+    document, found = make_coco(args.images, args.detections)
+    written_into = [dict(record) for record in found]  # pycocotools adds keys
+    with tempfile.TemporaryDirectory() as folder:
+        truth, results = Path(folder, "truth.json"), Path(folder, "results.json")
+        truth.write_text(json.dumps(document))
+        results.write_text(json.dumps(found))
+        calls = {REFERENCE: partial(plain_coco, written_into, truth)}
+        calls |= {
+            versions[b]: partial(by_backend, b, found, truth) for b in versions if b != BACKENDS[0]
+        }
+        if args.commands:
+            calls |= {f"command, {b}": partial(by_command, b, results, truth) for b in versions}
+        times, outcomes = race(calls, args.rounds, device, warm_up=0)
+    for name in times:
+        reference = f"command, {BACKENDS[0]}" if name.startswith("command") else REFERENCE
+        yield {
+            "scorer": name, "images": args.images, "detections": len(found),
+            "seconds": {"median": times[name]}, "times faster": times[reference] / times[name],
+            "result": difference(name, outcomes[name], outcomes[reference]),
+        }  # fmt: skip
+
+
+# ---------------------------------------------------------------- VOC
+
+
+def make_voc(images: int, detections: int) -> tuple[list[Annotation], list[dict]]:
+    """Return (annotations, detections) of each image, 2.4 objects an image as in VOC2007 test."""
+    made = make_up(images, int(2.4 * images), detections, len(VOC_CLASSES), (500, 375))
+    rng, total = np.random.default_rng(1), len(made.found_image)
+    names = np.array(VOC_CLASSES)[made.label - 1]
+    difficult = rng.random(len(made.image)) < 0.15
+    boxes, found = (
+        np.hstack([x[:, :2], x[:, :2] + x[:, 2:]]) for x in (made.boxes.round(), made.found_boxes)
+    )
+    scores = (1 + rng.permutation(total)) / (total + 1)  # ties would depend on the way to sort
+    annotations, results = [], []
+    for i in range(images):
+        mine = slice(*np.searchsorted(made.image, [i, i + 1]))
+        each = tuple(names[mine].tolist()), boxes[mine], difficult[mine]
+        annotations.append(Annotation(Path("made.xml"), (500, 375), *each))
+        mine = slice(i * detections, (i + 1) * detections)
+        columns = {"boxes": found, "scores": scores}
+        result = {key: column[mine].astype(np.float32) for key, column in columns.items()}
+        results.append({**result, "labels": made.found_label[mine]})
+    return annotations, results
+
+
+def loop(folder: Path, ids: list[str], annotations: list[Annotation], name: str) -> tuple:
+    """Return (recall, precision) of one class, line by line and detection by detection."""
+    objects, total = {}, 0
+    for image_id, annotation in zip(ids, annotations, strict=True):
+        mine = [k for k, other in enumerate(annotation.names) if other == name]
+        difficult = annotation.difficult[mine]
+        objects[image_id] = (annotation.boxes[mine] + 1, difficult, [False] * len(mine))
+        total += int((~difficult).sum())
+    with open(comp4_path(folder, "test", name)) as file:
+        lines = [line.strip().split(" ") for line in file]
+    scores = np.array([float(fields[1]) for fields in lines])
+    boxes = np.array([[float(value) for value in fields[2:]] for fields in lines]).reshape(-1, 4)
+    correct, wrong = np.zeros(len(lines)), np.zeros(len(lines))
+    for n, k in enumerate(np.argsort(-scores)):
+        truth, difficult, taken = objects[lines[k][0]]
+        box, best = boxes[k], -np.inf
+        if len(truth):
+            width = np.minimum(truth[:, 2], box[2]) - np.maximum(truth[:, 0], box[0]) + 1
+            height = np.minimum(truth[:, 3], box[3]) - np.maximum(truth[:, 1], box[1]) + 1
+            shared = np.maximum(width, 0) * np.maximum(height, 0)
+            area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
+            areas = (truth[:, 2] - truth[:, 0] + 1) * (truth[:, 3] - truth[:, 1] + 1)
+            overlaps = shared / (area + areas - shared)
+            best, which = overlaps.max(), overlaps.argmax()
+        if best <= 0.5:
+            wrong[n] = 1
+        elif not difficult[which]:
+            (wrong if taken[which] else correct)[n] = 1
+            taken[which] = True
+    hits, misses = correct.cumsum(), wrong.cumsum()
+    return hits / max(total, 1), hits / np.maximum(hits + misses, 1)
+
+
+def score(folder: Path, ids: list[str], annotations: list[Annotation]) -> dict:
+    found, _ = read_comp4(folder, "test", VOC_CLASSES, ids)
+    return evaluate_voc(found, annotations, VOC_CLASSES)
+
+
+def loops(folder: Path, ids: list[str], annotations: list[Annotation]) -> dict[str, tuple]:
+    return {name: loop(folder, ids, annotations, name) for name in VOC_CLASSES}
+
+
+def voc(args: argparse.Namespace, device: torch.device) -> Rows:
+    """Yield one row."""
+    annotations, results = make_voc(args.images, args.detections)
+    ids = [f"{n:06d}" for n in range(args.images)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_comp4(folder, "test", VOC_CLASSES, ids, results)
+        ways = {"ours": score, "loop": loops}
+        calls = {name: partial(way, Path(folder), ids, annotations) for name, way in ways.items()}
+        times, outcomes = race(calls, args.rounds, device, warm_up=0)
+    result = outcomes["ours"]
+    for name, curves in outcomes["loop"].items():
+        for key, points in zip(("recall", "precision"), curves, strict=True):
+            if not np.array_equal(result["curves"][name]["all"][key], points):
+                raise AssertionError(f"{name}: another {key} than the loop's")
+    yield {
+        "images": args.images, "objects": sum(len(each.names) for each in annotations),
+        "detections": sum(result["detections"].values()), "seconds": times,
+        "times faster": times["loop"] / times["ours"],
+        "AP": {metric: result[metric]["mean"] for metric in METRICS},
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------- loading
+
+
+def make_root(root: Path, images: int, boxes: int) -> Path:
+    """Write a COCO root with a train2017 of this size and empty images; return its annotations.
+
+    Records are as long as the real ones, with outlines, licences and links.
+    """
+    rng = np.random.default_rng(0)
+    made = make_up(images, boxes, 0, CATEGORIES, (640, 480))
+    ids = np.sort(rng.choice(581_929, images, replace=False)).tolist()
+    points = rng.geometric(1 / 20, boxes) + 3
+    (root / "annotations").mkdir(parents=True)
+    (root / "train2017").mkdir()
+    for id in ids:
+        (root / "train2017" / f"{id:012d}.jpg").touch()
+
+    def image(id: int) -> dict:
+        name = f"{id:012d}.jpg"
+        return {
+            "license": 3, "file_name": name, "height": 480, "width": 640, "id": id,
+            "coco_url": f"http://images.cocodataset.org/train2017/{name}",
+            "date_captured": "2013-11-14 11:18:45",
+            "flickr_url": f"http://farm9.staticflickr.com/8186/{id:010d}_3c2b1d6d41_z.jpg",
+        }  # fmt: skip
+
+    def annotation(n: int) -> dict:
+        box, crowd = made.boxes[n], n % 86 == 0  # 10,000 of 860,001
+        outline = (rng.random((points[n], 2)) * box[2:] + box[:2]).round(2).ravel().tolist()
+        runs = {"counts": [n % 997] * 200, "size": [480, 640]}
+        return {
+            "segmentation": runs if crowd else [outline], "area": round(0.6 * box[2:].prod(), 4),
+            "iscrowd": int(crowd), "image_id": ids[made.image[n]], "bbox": box.round(2).tolist(),
+            "category_id": int(made.label[n]), "id": 900_000 + n,
+        }  # fmt: skip
+
+    categories = [{"id": k, "name": f"category {k}"} for k in range(1, CATEGORIES + 1)]
+    parts = {  # as text, which is smaller than the records
+        "info": '{"year": 2017}', "licenses": "[]", "categories": json.dumps(categories),
+        "images": f"[{', '.join(json.dumps(image(id)) for id in ids)}]",
+        "annotations": f"[{', '.join(json.dumps(annotation(n)) for n in range(boxes))}]",
+    }  # fmt: skip
+    path = root / "annotations" / "instances_train2017.json"
+    path.write_text("{" + ", ".join(f'"{key}": {text}' for key, text in parts.items()) + "}")
+    return path
+
+
+def status(field: str, file: str = "status") -> float:
+    """Return the sum in MiB of the fields of this process in /proc whose names start so."""
+    lines = Path("/proc/self", file).read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def load_json(path: Path) -> Callable[[], object]:
+    with open(path) as file:
+        kept = json.load(file)
+    return kept.clear  # keeps the records in memory
+
+
+def load_pycocotools(path: Path) -> Callable[[], object]:
+    from pycocotools.coco import COCO
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        return partial(walk_coco, COCO(str(path)))
+
+
+def load_reader(path: Path) -> Callable[[], object]:
+    return partial(walk_reader, COCODetection(path.parent.parent, [("2017", "train")]))
+
+
+def walk_coco(coco: object) -> None:
+    """Ask pycocotools for every target and image, as a data set would."""
+    for id in coco.imgs:
+        coco.loadAnns(coco.getAnnIds(id)), coco.loadImgs(id)
+
+
+def walk_reader(dataset: COCODetection) -> None:
+    """Ask the reader for all that a loading process does, except the content of the images."""
+    for i in range(len(dataset)):
+        dataset.target(i), dataset.image_path(i), dataset.image_size(i)
+
+
+class InWorker(Dataset):
+    """One item: the MiB that a loading process shares with no other, due to the walk."""
+
+    def __init__(self, walk: Callable[[], object]) -> None:
+        self.walk = walk
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, _: int) -> float:
+        before = status("Private_", "smaps_rollup")
+        self.walk()
+        return status("Private_", "smaps_rollup") - before
+
+
+LOADERS = {"json.load": load_json, "pycocotools": load_pycocotools, "reader": load_reader}
+
+
+def measure(name: str, path: Path) -> dict[str, float]:
+    """Return seconds and MiB of one loader in this process, which must be a new one."""
+    from pycocotools.coco import COCO  # noqa: F401  its memory is not the loader's
+
+    before, start = status("VmRSS"), time.perf_counter()
+    walk = LOADERS[name](path)
+    report = {"seconds": time.perf_counter() - start}
+    report["peak"] = status("VmHWM") - before
+    report["left"] = status("VmRSS") - before
+    if name != "json.load":
+        context = {"num_workers": 1, "multiprocessing_context": "fork"}
+        report["worker"] = next(iter(DataLoader(InWorker(walk), batch_size=None, **context)))
+    if name == "reader":
+        report["sent"] = len(ForkingPickler.dumps(walk)) / 2**20  # to a spawned process
+    return report
+
+
+def in_a_process(name: str, path: Path) -> dict[str, float]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
+        return executor.submit(measure, name, path).result()
+
+
+def load(args: argparse.Namespace, device: torch.device) -> Rows:
+    """Yield one row a loader."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = make_root(Path(folder), args.images, args.boxes)
+        size = path.stat().st_size / 1e6
+        rounds = turns({n: partial(in_a_process, n, path) for n in LOADERS}, args.rounds, 0)
+    for name, found in rounds.items():
+        median = {key: statistics.median(each[key] for each in found) for key in found[0]}
+        seconds = median.pop("seconds")
+        yield {
+            "loader": name, "images": args.images, "boxes": args.boxes, "MB": size,
+            "seconds": {"median": seconds}, "MiB": median,
+        }  # fmt: skip
+
+
+# ---------------------------------------------------------------- command line
+
+
+def parser() -> argparse.ArgumentParser:
+    p = argparse.ArgumentParser(
+        prog="python -m benchmarks.scores", description=__doc__.split("\n")[0]
+    )
+    commands = p.add_subparsers(required=True, metavar="COMMAND")
+    q = commands.add_parser("coco", parents=[options(coco, 3, False)], help="COCO's numbers")
+    q.add_argument("--images", type=positive, default=5000)
+    q.add_argument("--detections", type=positive, default=100, help="an image")
+    q.add_argument("--commands", action="store_true", help="time the command line, too")
+    q = commands.add_parser("voc", parents=[options(voc, 3, False)], help="VOC's precision")
+    q.add_argument("--images", type=positive, default=4952)
+    q.add_argument("--detections", type=positive, default=200, help="an image")
+    q = commands.add_parser("load", parents=[options(load, 3, False)], help="COCO's annotations")
+    q.add_argument("--images", type=positive, default=118_287)
+    q.add_argument("--boxes", type=positive, default=860_001)
+    return p
+
+
+@command
+def main(argv: list[str] | None = None) -> int:
+    return run(parser(), argv)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
