@@ -543,7 +543,7 @@ def test_folder_without_a_test_is_refused(tmp_path, capsys, content):
 
 
 def test_wrong_root_and_options_are_refused(results, tmp_path, capsys, make_voc):
-    for root, message in ((tmp_path / "none", "no such data set folder"), (None, "other pictures")):
+    for root, message in ((tmp_path / "none", "no such data set folder"), (None, "other images")):
         names = ("Zelle é", "&lt;script>alert(\"x\")&lt;/script>&amp;", "bolt")
         objects = [(name, (1, 1, 9, 9)) for name in names]
         root = root or make_voc(tmp_path / "other", {"test": {"z": objects}})
