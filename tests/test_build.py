@@ -305,7 +305,7 @@ def test_only_what_is_missing_or_too_old_is_installed(monkeypatch):
     everything = {
         "torch": "2.10.0+cpu", "torchvision": "0.25.0+cpu", "numpy": "2.0.0rc1",
         "opencv_contrib_python": "5.0.0.93", "pycocotools": "2.0.8", "cython": "3.0a1",
-        "setuptools": "80.1",
+        "setuptools": "80.1", "pillow": "10.1.0",
     }  # fmt: skip
     installed(monkeypatch, **everything)
     assert build.missing() == []
