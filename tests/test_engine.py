@@ -147,7 +147,7 @@ def test_detections_round_trip_and_belong_to_what_made_them(tmp_path):
             np.testing.assert_array_equal(a[key], b[key].astype(a[key].dtype))
     with pytest.raises(UserError, match="checkpoint: sha256 'ab', not 'cd'; run the test without"):
         load_detections(path, ["a", "b", "ü"], {"checkpoint": {"sha256": "cd"}})
-    with pytest.raises(UserError, match="other pictures"):
+    with pytest.raises(UserError, match="other images"):
         load_detections(path, ["a", "b"], made_by)
     whole = path.read_bytes()
     for content in (b"", whole[:100], whole[:300] + b"x" * 50 + whole[350:], b"\x93NUMPY rubbish"):
