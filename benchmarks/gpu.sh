@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in one call; benchmarks/gpu/README.md lists the results.
+# Everything that needs a GPU, in one call; benchmarks/gpu/README.md has the results.
 #
 #   BCCD=FOLDER benchmarks/gpu.sh [PART ...]      all parts, or some:
 #

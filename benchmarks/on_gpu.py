@@ -1,4 +1,4 @@
-"""Everything that waits for a GPU, part by part; `benchmarks/gpu.sh` calls it and says how.
+"""Everything that needs a GPU, part by part; `benchmarks/gpu.sh` calls it and says how.
 
 Every call has its own limit of time, and its failure stops nothing else. The limits of a part's
 stages add up to at most the part's, those of all parts to at most `Settings.limit`.
