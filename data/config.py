@@ -6,6 +6,7 @@ Nothing is read or computed on import; every class below is a frozen record of n
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 INPUT_MEAN = (104.0, 117.0, 123.0)
 """Per-channel mean in BGR order, subtracted from pixel values in 0..255 (std is 1)."""
@@ -62,20 +63,20 @@ def _ssd(
     )
 
 
-_MAPS_300 = {38: 8, 19: 16, 10: 32, 5: 64, 3: 100, 1: 300}
-_MAPS_512 = {64: 8, 32: 16, 16: 32, 8: 64, 4: 128, 2: 256, 1: 512}
-VOC_300 = _ssd(300, _MAPS_300, (30, 60, 111, 162, 213, 264), 315)
-COCO_300 = _ssd(300, _MAPS_300, (21, 45, 99, 153, 207, 261), 315)
-VOC_512 = _ssd(512, _MAPS_512, (35.84, 76.8, 153.6, 230.4, 307.2, 384, 460.8), 537.6)
-COCO_512 = _ssd(512, _MAPS_512, (20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8), 542.72)
+_ssd300 = partial(_ssd, 300, {38: 8, 19: 16, 10: 32, 5: 64, 3: 100, 1: 300})
+_ssd512 = partial(_ssd, 512, {64: 8, 32: 16, 16: 32, 8: 64, 4: 128, 2: 256, 1: 512})
+VOC_300 = _ssd300((30, 60, 111, 162, 213, 264), 315)
+COCO_300 = _ssd300((21, 45, 99, 153, 207, 261), 315)
+VOC_512 = _ssd512((35.84, 76.8, 153.6, 230.4, 307.2, 384, 460.8), 537.6)
+COCO_512 = _ssd512((20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8), 542.72)
 
 PRIORS = {
     ("VOC", 300): VOC_300, ("VOC", 512): VOC_512, ("COCO", 300): COCO_300, ("COCO", 512): COCO_512,
 }
 
 # Published as COCO_mobile_300, for networks with stride 16 at the first source map.
-_MAPS_MOBILE = {19: 16, 10: 32, 5: 64, 3: 100, 2: 150, 1: 300}
-MOBILE_300 = _ssd(300, _MAPS_MOBILE, (45, 90, 135, 180, 225, 270), 315)
+_MOBILE_MAPS = {19: 16, 10: 32, 5: 64, 3: 100, 2: 150, 1: 300}
+MOBILE_300 = _ssd(300, _MOBILE_MAPS, (45, 90, 135, 180, 225, 270), 315)
 MOBILE_PRIORS = {("VOC", 300): MOBILE_300, ("COCO", 300): MOBILE_300}
 
 TRAINING_THRESHOLD = 0.01

@@ -201,27 +201,6 @@ def test_boxes_without_area_are_dropped_and_clipped_ones_kept_and_both_recorded(
     assert len(dataset.truth().boxes) == 10
 
 
-def test_fingerprint_follows_ids_annotations_and_options_and_not_the_place(tmp_path):
-    def of(change=None, ids=(42, 9), **options):
-        """Of a new root each time."""
-        of.count += 1
-        box = annotation(1, 9, [10, 5, 20, 10]) | (change or {})
-        root = write_val2017(tmp_path / str(of.count), [box], ids)
-        return json.loads(json.dumps(read(root, **options).fingerprint()))
-
-    of.count = 0
-    first = of()
-    assert first == of() and first["images"] == 2
-    changed = [
-        of({"bbox": [10, 5, 20, 11]}), of({"category_id": 7}), of({"iscrowd": 1}),
-        of(crowds=False), of(ids=(42, 9, 8)), of(classes=["dog"]),
-    ]  # fmt: skip
-    assert len({json.dumps(each) for each in [first, *changed]}) == 7
-    dataset = read(tmp_path / "1")
-    dataset.keep_first(1)
-    assert dataset.fingerprint()["ids"] != first["ids"] and dataset.fingerprint()["images"] == 1
-
-
 def test_image_that_cannot_be_used_is_named_when_it_is_read(tmp_path):
     dataset = read(write_val2017(tmp_path, [], ids=(7, 9, 42)))
     small = cv2.imencode(".png", np.zeros((20, 30, 3), np.uint8))[1].tobytes()
@@ -391,59 +370,6 @@ def test_backend_that_is_missing_is_told_before_there_are_detections(tmp_path, m
     COCODetection(tmp_path, [("2024", "test")], eval_backend="hotcoco").check_scorable()
 
 
-def some_boxes():
-    """Objects of four of the images 1 to 6; 2 has none, and that of 4 has no area."""
-    return [
-        annotation(1, 5, [3, 3, 20, 20], 7), annotation(2, 1, [10, 5, 20, 10], 90),
-        annotation(3, 4, [10, 5, 1, 10], 3), annotation(4, 3, [0.5, 1.25, 8, 4], 3),
-        annotation(5, 1, [30, 5, 20, 12], 3), annotation(6, 6, [1, 1, 9, 9], 7),
-    ]  # fmt: skip
-
-
-def test_first_images_with_objects_are_kept_as_they_are(tmp_path):
-    whole = read(write_val2017(tmp_path, some_boxes(), ids=(6, 5, 4, 3, 2, 1)))
-    dataset = read(tmp_path)
-    with pytest.raises(UserError, match=f"{tmp_path}: 2017_val: 4 of 6 .* keep 5; .*--overfit"):
-        dataset.keep_first(5)
-    with pytest.raises(ValueError, match="cannot keep -1 "):
-        dataset.keep_first(-1)
-    assert len(dataset) == 6
-    dataset.keep_first(3)
-    assert len(dataset) == 3 and dataset.ids == [1, 3, 5] and dataset.classes == whole.classes
-    for i, before in enumerate([0, 2, 4]):
-        image, target = dataset[i]
-        assert np.array_equal(image, whole[before][0])
-        assert target.tolist() == dataset.target(i).tolist() == whole.target(before).tolist()
-        assert dataset.image_path(i) == whole.image_path(before)
-        assert dataset.image_size(i) == whole.image_size(before)
-    assert dataset.target(-1).tolist() == [[3, 3, 22, 22, 2]]
-    assert len(whole.skipped) == 1 and dataset.skipped == []  # it is about image 4
-    assert dataset.truth().images.tolist() == [0, 0, 1, 2]
-    with pytest.raises(IndexError):
-        dataset.target(3)
-    dataset.keep_first(1)
-    assert dataset.ids == [1] and len(dataset.target(0)) == 2
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_first_images_are_scored_as_a_set_of_only_them(tmp_path, backend):
-    pytest.importorskip(backend.replace("-", "_"))
-    boxes = some_boxes()
-    dataset = read(write_val2017(tmp_path / "all", boxes, range(1, 7)), eval_backend=backend)
-    dataset.keep_first(2)
-    of_them = [box for box in boxes if box["image_id"] in (1, 3)]
-    only = read(write_val2017(tmp_path / "only", of_them, ids=(1, 3)), eval_backend=backend)
-    detections = perfect(dataset)
-    report = dataset.evaluate(detections, tmp_path / "out")
-    assert report["value"] == pytest.approx(1)
-    assert report["per_class"] == pytest.approx({"dog": 1, "kite": -1, "oar": 1})
-    assert report == only.evaluate(perfect(only), tmp_path / "out")
-    detections[0]["boxes"] += np.float32(2)
-    report = dataset.evaluate(detections, tmp_path / "out")
-    assert 0 < report["value"] < 1
-    assert report == only.evaluate(detections, tmp_path / "out")
-
-
 def test_image_sets_without_an_image_kept_are_gone(tmp_path):
     write_val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)])
     boxes = [annotation(1, 5, [0, 0, 4, 4]), annotation(2, 4, [3, 0, 4, 4])]
@@ -462,5 +388,3 @@ def test_image_sets_without_an_image_kept_are_gone(tmp_path):
     dataset.check_scorable()
     report = dataset.evaluate(perfect(dataset), tmp_path / "out")
     assert report["image_set"] == "2017_train" and report["value"] == pytest.approx(1)
-
-

@@ -303,21 +303,6 @@ def test_an_expanded_image_is_within_half_a_pixel_of_a_real_canvas(interpolation
         assert boxes[0, 4] == 4
 
 
-def test_boxes_follow_the_image_to_the_pixels_of_the_result():
-    # A white box on black: where the result turns white is where the returned box says.
-    rng, size = np.random.default_rng(11), 300
-    for _ in range(30):
-        image = np.zeros((240, 320, 3), np.uint8)
-        image[60:180, 80:240] = 255
-        canvas = expand(320, 240, rng)
-        result, boxes = resize(
-            image, target_of((80, 60, 240, 180, 1)), canvas, size, cv2.INTER_AREA, (0, 0, 0)
-        )
-        rows, columns = (np.flatnonzero(result[..., 0].max(k) > 127) for k in (1, 0))
-        corners = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-        assert np.abs(boxes[0, :4] * size - corners).max() <= 1
-
-
 def test_mirror_equals_the_hand_computed_one():
     image = np.arange(24, dtype=np.uint8).reshape(2, 4, 3)
     target = target_of((1, 0, 2, 1, 5), (0, 0, 4, 2, 6))

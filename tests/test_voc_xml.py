@@ -82,16 +82,15 @@ def test_file_that_is_no_xml_is_refused(tmp_path):
             read_annotation(xml(tmp_path, text))
 
 
-def test_places_of_a_devkit_and_of_a_list_of_images(voc_devkit, voc_folder):
+def test_image_sets_are_found_and_read_in_every_usual_form(voc_folder, voc_devkit):
     for root in (voc_devkit.parent, voc_devkit / "VOC2007"):
         assert len(load(root, "test", "2007").ids) == 3
+    (voc_folder / "ImageSets/Main/cell_test.txt").write_text("\ufefft1  1\r\n\nt4 -1\n\n", "utf-8")
+    assert load(voc_folder, "cell_test").ids == ["t1", "t4"]
     (voc_folder / "ImageSets/Main/test.txt").rename(voc_folder / "ImageSets/mine.txt")
     path = voc_folder / "Annotations/t1.xml"
     path.rename(path.with_suffix(".XML"))
     assert len(load(voc_folder, "mine").ids) == 4
-    # columns, blank lines and a byte order mark
-    (voc_folder / "ImageSets/Main/cell_test.txt").write_text("\ufefft1  1\r\n\nt4 -1\n\n", "utf-8")
-    assert load(voc_folder, "cell_test").ids == ["t1", "t4"]
 
 
 def test_image_listed_twice_is_taken_once_and_recorded(voc_folder):
@@ -126,16 +125,18 @@ def test_id_is_the_line_without_flag_and_image_suffix(tmp_path, image_id, line):
     assert found.ids == [image_id] and found.annotations[0].path == path
 
 
-def test_annotations_that_are_missing_and_a_set_without_images_are_refused(voc_folder):
-    names = "\n".join(f"x{i}" for i in range(12))
-    for text, message in (
-        ("no/b9.jpg 1\n", r"^1 annotation .*/no/b9\.jpg 1 or .* or no/b9\.xml"),
-        (f"t1\n{names}", r"^12 annotation file.* missing: .*x0\.xml.*x9\.xml, \.\.\.$"),
-        ("\n", f"{voc_folder}: the image set test lists no image"),
-    ):
-        (voc_folder / "ImageSets/Main/test.txt").write_text(text)
-        with pytest.raises(UserError, match=message):
-            load(voc_folder)
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["t1", *(f"x{i}" for i in range(12))], r"^12 .* missing: .*x0\.xml.*x9\.xml, \.\.\.$"),
+        (["no/b9.jpg 1"], r"^1 annotation .*/no/b9\.jpg 1 or .* or no/b9\.xml"),
+        ([""], "the image set test lists no image"),
+    ],
+)
+def test_missing_annotations_are_refused_all_at_once(voc_folder, lines, message):
+    (voc_folder / "ImageSets/Main/test.txt").write_text("\n".join(lines))
+    with pytest.raises(UserError, match=message):
+        load(voc_folder)
 
 
 @pytest.mark.parametrize("root", ["nowhere", "n" * 300, "~no such user/nowhere"])
