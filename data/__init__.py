@@ -38,7 +38,8 @@ class DetectionData:
     options of its row in `DATASETS`. It sets the attributes below and adds the methods that raise
     NotImplementedError here. It raises UserError for missing or malformed files. Given a list as
     ``faults``, it goes on where it can, for ``tools.check``: it adds the sentence to the list, or
-    leaves it to ``pull_image`` to raise.
+    leaves it to ``pull_image`` to raise. ``transform`` is called as transform(image, target) on
+    every sample.
     """
 
     ids: list

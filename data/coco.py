@@ -54,7 +54,6 @@ class COCODetection(DetectionData):
     Args:
         root: a folder laid out as `data.coco_layout` describes.
         image_sets: (year, name) pairs such as ("2017", "val"); the year may be None.
-        transform: called as transform(image, target) on every sample.
         classes: names of the categories to read, in the order of their labels; None: all, by id.
         crowds: whether boxes around crowds are targets like other boxes, as published. A score
             always treats them as COCO does.
@@ -178,9 +177,7 @@ class COCODetection(DetectionData):
         x2 - x1 + 1, y2 - y1 + 1. That of a test split is detections_<split>_<name>_results.json,
         and is also packed into a .zip of the same stem for the evaluation server.
 
-        Args:
-            detections: see `data.DetectionData.evaluate`.
-            name: of the detector; letters, digits and . + - _.
+        name: of the detector; letters, digits and . + - _.
 
         Returns:
             {"metric", "value" (AP at [.5:.95]), "per_class" (the same a class), "iou",
@@ -191,9 +188,8 @@ class COCODetection(DetectionData):
             "value" is None, "per_class" is empty, "archive" names the .zip, and numbers are left
             out.
 
-        Raises:
-            ValueError: malformed detections (see `data.detections.as_columns`) or ``name``.
-            UserError: a file that cannot be written.
+        Raises ValueError for malformed detections (see `data.detections.as_columns`) or ``name``,
+        UserError for a file that cannot be written.
         """
         if not re.fullmatch(r"[\w.+-]+", name, re.ASCII):
             raise ValueError(f"{name!r} cannot be in the name of a submitted file")

@@ -37,7 +37,6 @@ class VOCDetection(DetectionData):
         image_sets: (year, name) pairs such as ("2007", "trainval"), year None in a folder without
             years. A set is read from ImageSets/Main/<name>.txt or ImageSets/<name>.txt: one id a
             line, which may hold spaces and folders.
-        transform: called as transform(image, target) on every sample.
         classes: names without background; label k is ``classes[k - 1]``. None: those of
             root/classes.txt, else `VOC_CLASSES` in a devkit whose chosen sets name no other, else
             all names in the annotations of root's image sets, sorted.

@@ -72,10 +72,8 @@ def test_published_80_labels_and_ids_up_to_90_map_both_ways(tmp_path):
 
 def test_chosen_classes_are_labelled_in_their_order_and_scored_alone(tmp_path):
     boxes = [
-        annotation(1, 9, [10, 5, 20, 10], 90),
-        annotation(2, 42, [1, 2, 8, 8], 3),
-        annotation(3, 42, [2, 3, 9, 9], 7),
-        annotation(4, 42, [20, 3, 9, 9], 90),
+        annotation(1, 9, [10, 5, 20, 10], 90), annotation(2, 42, [1, 2, 8, 8], 3),
+        annotation(3, 42, [2, 3, 9, 9], 7), annotation(4, 42, [20, 3, 9, 9], 90),
     ]
     write_val2017(tmp_path, boxes)
     dataset = read(tmp_path, classes=["oar", "dog"])

@@ -147,12 +147,8 @@ def test_subset_of_another_split_takes_its_images_from_there_and_says_so(tmp_pat
 @pytest.mark.parametrize(
     ("folder", "name"),
     [
-        ("train", "a b.png"),
-        ("train", "cam 1/x/0001.JPG"),
-        ("images/train", "0001.png"),
-        ("images", "Ünï/0001.png"),
-        (".", "train/0001.png"),
-        (".", "images/train/0001.png"),
+        ("train", "a b.png"), ("train", "cam 1/x/0001.JPG"), ("images/train", "0001.png"),
+        ("images", "Ünï/0001.png"), (".", "train/0001.png"), (".", "images/train/0001.png"),
         (".", "pictures/0001.png"),
     ],
 )

@@ -28,12 +28,9 @@ from utils.errors import UserError
 @pytest.mark.parametrize(
     ("text", "year", "name"),
     [
-        ("2007_trainval", "2007", "trainval"),
-        ("trainval", None, "trainval"),
-        ("val2017", None, "val2017"),
-        ("my_own_set", None, "my_own_set"),
-        ("2012_my_set", "2012", "my_set"),
-        ("2012_", None, "2012_"),
+        ("2007_trainval", "2007", "trainval"), ("trainval", None, "trainval"),
+        ("val2017", None, "val2017"), ("my_own_set", None, "my_own_set"),
+        ("2012_my_set", "2012", "my_set"), ("2012_", None, "2012_"),
     ],
 )
 def test_image_set_is_parsed_and_written_back(text, year, name):
@@ -252,8 +249,7 @@ def test_fingerprint_follows_ids_annotations_and_options_and_not_the_place(make)
 def test_report_has_a_line_for_every_kind():
     clipped, crowd = SkipKind.BOX_CLIPPED, SkipKind.CROWD
     skipped = [
-        Skip(clipped, 0, (0.0, 1.0, 2.0, 3.0), "a.xml: object 1"),
-        Skip(crowd, 2, None, "b"),
+        Skip(clipped, 0, (0.0, 1.0, 2.0, 3.0), "a.xml: object 1"), Skip(crowd, 2, None, "b"),
         Skip(clipped, 1, None, "c.xml: object 2"),
     ]
     assert report_lines(skipped) == [

@@ -59,10 +59,8 @@ def huge_png():
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        (None, r"cannot read .*No such file"),
-        (b"", "empty; copy or download"),
-        (b"<html>404</html>", "not an image"),
-        (huge_png(), "decode"),
+        (None, r"cannot read .*No such file"), (b"", "empty; copy or download"),
+        (b"<html>404</html>", "not an image"), (huge_png(), "decode"),
     ],
 )
 def test_file_that_is_no_image_is_refused(tmp_path, data, message):

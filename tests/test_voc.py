@@ -214,8 +214,7 @@ def test_perfect_detections_score_1_and_a_class_without_objects_is_named(voc_fol
     with pytest.raises(ValueError, match="3 detections for 4 images"):
         data.evaluate(as_detections(data)[:3], tmp_path)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        *(f"comp4_det_test_{name}.txt" for name in data.classes),
-        result["curves"],
+        *(f"comp4_det_test_{name}.txt" for name in data.classes), result["curves"],
     ]
     assert load_curves(tmp_path / "out/curves.npz").curve("rod")["recall"].tolist() == [0.5, 1]
     for key in ("per_size", "per_class_per_size"):

@@ -297,8 +297,7 @@ def test_wrong_detections_and_a_full_disk_leave_the_old_file(tmp_path, monkeypat
 @pytest.mark.parametrize(
     "text",
     [
-        "x 0.5 1 2 3 4\nä 1e-3 -1 2.5 +3 4\n",
-        "x 0.5 1 2 3 4\r\nä 1e-3 -1 2.5 +3 4\r\n",
+        "x 0.5 1 2 3 4\nä 1e-3 -1 2.5 +3 4\n", "x 0.5 1 2 3 4\r\nä 1e-3 -1 2.5 +3 4\r\n",
         "\ufeffx 0.5 1 2 3 4\nä 1e-3 -1 2.5 +3 4",
         "\n x  0.5\t1 2 3 4 \n\n\nä 1e-3 -1 2.5 +3 4\n \n",
     ],

@@ -181,8 +181,7 @@ def test_given_classes_come_before_declared_ones_before_all_names_in_the_sets(vo
 @pytest.mark.parametrize(
     ("names", "classes"),
     [
-        (("person", "dog"), VOC_CLASSES),
-        (("screw",), ("screw",)),
+        (("person", "dog"), VOC_CLASSES), (("screw",), ("screw",)),
         (("person", "helmet"), ("helmet", "person")),
     ],
 )
@@ -215,10 +214,8 @@ def test_set_without_an_object_of_the_classes_is_refused_with_the_names_found(
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["cell", "rod", "cell"], "repeated: cell"),
-        (["cell", " "], "class name is empty"),
-        ([], "class name is empty"),
-        (["background", "cell"], 'leave "background" out'),
+        (["cell", "rod", "cell"], "repeated: cell"), (["cell", " "], "class name is empty"),
+        ([], "class name is empty"), (["background", "cell"], 'leave "background" out'),
     ],
 )
 def test_bad_class_names_are_refused(voc_folder, classes, message):
