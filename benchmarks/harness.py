@@ -28,11 +28,12 @@ Rows = Iterator[dict[str, object]]
 Calls = Mapping[Hashable, Callable[[], object]]
 
 
-def program(name: str, doc: str) -> argparse.ArgumentParser:
+def program(name: str, doc: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Return the parser of a benchmark, described by the first line of its module."""
     return argparse.ArgumentParser(
-        prog=f"python -m benchmarks.{name}", description=doc.split("\n")[0], allow_abbrev=False
-    )
+        f"python -m benchmarks.{name}", description=doc.split("\n")[0], parents=parents,
+        allow_abbrev=False,
+    )  # fmt: skip
 
 
 def options(

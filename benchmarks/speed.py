@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import gather, limits
-from benchmarks.harness import Rows, claim, options, run, turns, using_threads
+from benchmarks.harness import Rows, claim, options, program, run, turns, using_threads
 from benchmarks.routes import (
     PRECISIONS,
     WAYS,
@@ -277,10 +277,7 @@ def measure_all(
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed", description=__doc__.split("\n")[0], allow_abbrev=False,
-        parents=[options(speed, 15)],
-    )  # fmt: skip
+    p = program("speed", __doc__, options(speed, 15))
     # fmt: off
     p.add_argument("--version", nargs="+", choices=BACKBONES, metavar="VERSION",
                    help=f"networks, with new weights (all): {', '.join(BACKBONES)}")

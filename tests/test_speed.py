@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-from dataclasses import replace
 
 import cv2
 import numpy as np
@@ -219,7 +218,7 @@ def test_more_networks_are_compiled_than_the_compiler_keeps(detector):
     folder, checkpoint = detector
     names = [f"tiny{i}" for i in range(9)]
     counters.clear()
-    networks = [replace(routes.open_network(checkpoint, CPU), name=name) for name in names]
+    networks = [routes.open_network(checkpoint, CPU)._replace(name=name) for name in names]
     setting = speed.Setting(speed.files_of(folder), 1, 1, 1, False)
     with speed.using_threads(1), routes.compilations(CPU):
         found = speed.measure(
