@@ -9,8 +9,10 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import NormalDist
 
@@ -55,9 +57,9 @@ def options(
     return p
 
 
-def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None) -> int:
     """Run a benchmark: print its rows as they come, and keep them as JSON. Return its status."""
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     device = choose_device(args.device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # as train_test.py
@@ -161,6 +163,18 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def process_memory(field: str, file: str = "status") -> float:
+    """Return the sum in MiB of the fields of this process in /proc whose names start so."""
+    lines = Path("/proc/self", file).read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def in_a_process(call: Callable, *arguments: object) -> object:
+    """Return the result of a call in a new process, whose memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
 
 
 def ratio(

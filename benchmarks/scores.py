@@ -24,14 +24,12 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -41,6 +39,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from benchmarks import harness
 from benchmarks.harness import Rows, options, program, race, run, turns
 from data.coco import COCODetection
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend
@@ -328,12 +327,6 @@ def annotation_records(made: MadeUp, ids: list[int], rng: np.random.Generator) -
         }  # fmt: skip
 
 
-def status(field: str, file: str = "status") -> float:
-    """Return the sum in MiB of the fields of this process in /proc whose names start so."""
-    lines = Path("/proc/self", file).read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
 def load_json(path: Path) -> Callable[[], object]:
     return json.loads(path.read_text()).clear  # keeps the records in memory
 
@@ -363,9 +356,9 @@ def walk_reader(dataset: COCODetection) -> None:
 
 def unshared(walk: Callable[[], object]) -> float:
     """Return the MiB that a walk adds to those that this process shares with no other."""
-    before = status("Private_", "smaps_rollup")
+    before = harness.process_memory("Private_", "smaps_rollup")
     walk()
-    return status("Private_", "smaps_rollup") - before
+    return harness.process_memory("Private_", "smaps_rollup") - before
 
 
 LOADERS = {"json.load": load_json, "pycocotools": load_pycocotools, "reader": load_reader}
@@ -375,11 +368,11 @@ def measure(name: str, path: Path) -> dict[str, float]:
     """Return seconds and MiB of one loader in this process, which must be a new one."""
     from pycocotools.coco import COCO  # noqa: F401  its memory is not the loader's
 
-    before, start = status("VmRSS"), time.perf_counter()
+    before, start = harness.process_memory("VmRSS"), time.perf_counter()
     walk = LOADERS[name](path)
     report = {"seconds": time.perf_counter() - start}
-    report["peak"] = status("VmHWM") - before
-    report["left"] = status("VmRSS") - before
+    report["peak"] = harness.process_memory("VmHWM") - before
+    report["left"] = harness.process_memory("VmRSS") - before
     if name != "json.load":
         process = {"num_workers": 1, "multiprocessing_context": "fork"}
         loader = DataLoader([walk], batch_size=None, collate_fn=unshared, **process)
@@ -389,17 +382,13 @@ def measure(name: str, path: Path) -> dict[str, float]:
     return report
 
 
-def in_a_process(name: str, path: Path) -> dict[str, float]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(measure, name, path).result()
-
-
 def load(args: argparse.Namespace, device: torch.device) -> Rows:
     """Yield one row a loader."""
     with tempfile.TemporaryDirectory() as folder:
         path = make_root(Path(folder), args.images, args.boxes)
         size = path.stat().st_size / 1e6
-        rounds = turns({n: partial(in_a_process, n, path) for n in LOADERS}, args.rounds, 0)
+        calls = {name: partial(harness.in_a_process, measure, name, path) for name in LOADERS}
+        rounds = turns(calls, args.rounds, warm_up=0)
     for name, found in rounds.items():
         median = {key: statistics.median(each[key] for each in found) for key in found[0]}
         seconds = median.pop("seconds")
@@ -425,10 +414,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    return run(parser(), argv)
-
+main = command(partial(run, parser))
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -25,14 +25,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
-from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -42,6 +39,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks import harness
 from benchmarks.harness import Rows, now, options, program, race, run
 from data.config import INPUT_MEAN, PRIORS
 from data.loading import EpochSampler, TrainingSet, training_loader
@@ -287,24 +285,22 @@ def build(
     return net, to_input(pixels, INPUT_MEAN, device), priors
 
 
-def peak_rss(version: str, size: int, batch: int, amp: str, recompute: bool, threads: int) -> int:
-    """Return the largest memory in bytes of this process, a new one, after one step (on Linux)."""
+def peak_rss(version: str, size: int, batch: int, amp: str, recompute: bool, threads: int) -> float:
+    """Return the largest memory in MiB of this process, a new one, after one step (on Linux)."""
     torch.set_num_threads(threads)
     net, images, priors = build(version, size, batch, torch.device("cpu"))
     gradients(net, images, priors, amp, recompute)
     # getrusage would begin with the memory of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)[1]) * 1024
+    return harness.process_memory("VmHWM")
 
 
-def peak(call: Callable[[], object], device: torch.device, *arguments: str | int | bool) -> int:
-    """Return the largest memory of a step: of CUDA tensors by ``call``, else by ``peak_rss``."""
+def peak(call: Callable[[], object], device: torch.device, *arguments: object) -> float:
+    """Return the largest MiB of a step: of CUDA tensors by ``call``, else by ``peak_rss``."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         call()
-        return torch.cuda.max_memory_allocated()
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(peak_rss, *arguments, torch.get_num_threads()).result()
+        return torch.cuda.max_memory_allocated() / 2**20
+    return harness.in_a_process(peak_rss, *arguments, torch.get_num_threads())
 
 
 def memory(args: argparse.Namespace, device: torch.device) -> Rows:
@@ -324,11 +320,11 @@ def memory(args: argparse.Namespace, device: torch.device) -> Rows:
             raise AssertionError(f"{version} {amp}: recomputation gives other gradients")
         results.clear()
         step = version, args.size, args.batch, amp
-        peaks = {m: peak(call, device, *step, modes[m]) / 2**20 for m, call in calls.items()}
+        peaks = {mode: peak(call, device, *step, modes[mode]) for mode, call in calls.items()}
         yield {
             "network": version, "size": args.size, "batch": args.batch, "amp": amp,
-            "kept": more, "peak": peaks,
-            "seconds": times, "ratio": times["recomputed"] / times["plain"],
+            "kept": more, "peak": peaks, "seconds": times,
+            "ratio": times["recomputed"] / times["plain"],
         }  # fmt: skip
 
 
@@ -357,10 +353,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    return run(parser(), argv)
-
+main = command(partial(run, parser))
 
 if __name__ == "__main__":
     raise SystemExit(main())
