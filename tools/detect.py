@@ -107,7 +107,7 @@ def find_objects(predictor: Predictor, frames: Sequence[Frame]) -> list[Found]:
     ]
 
 
-def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont | None:
+def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
     """Return the font for the class names; warn of names that it cannot draw."""
     font = find_font(classes, file)
     drawn = {name: escape(name, font) for name in classes}

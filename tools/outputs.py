@@ -95,7 +95,7 @@ class Output:
 
 def open_writers(
     folder: Path, kinds: Collection[str], sources: Sequence[Source], classes: Sequence[str],
-    font: FreeTypeFont | None, stack: ExitStack,
+    font: FreeTypeFont, stack: ExitStack,
 ) -> list[Writer]:  # fmt: skip
     """Return the writers of some kinds: json, csv, voc, yolo, drawn; ``stack`` closes their files.
 
@@ -351,9 +351,8 @@ class Drawings:
     in_order = False
 
     def __init__(
-        self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
-        font: FreeTypeFont | None,
-    ) -> None:  # fmt: skip
+        self, folder: Path, sources: Sequence[Source], classes: Sequence[str], font: FreeTypeFont
+    ) -> None:
         self._folder, self._classes, self._font = folder / self.place, classes, font
         self._video: VideoFile | None = None
         inputs = {real_path(source.path) for source in sources if source.kind != "camera"}
@@ -397,7 +396,7 @@ class Drawings:
         return self._folder / name
 
 
-def draw(found: Found, classes: Sequence[str], font: FreeTypeFont | None) -> np.ndarray:
+def draw(found: Found, classes: Sequence[str], font: FreeTypeFont) -> np.ndarray:
     """Return the image with its boxes. A small image is enlarged so that labels are legible."""
     image, boxes = enlarge(found.frame.image, found.boxes)
     return draw_detections(image, boxes, found.labels, found.scores, classes, font)
