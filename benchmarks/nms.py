@@ -168,7 +168,7 @@ def detect(args: argparse.Namespace, device: torch.device) -> Rows:
         yield {
             "outputs": make.__name__, "batch": args.batch, "scores": int(over.sum()) // args.batch,
             "seconds": times, "times faster": times["plain"] / times["Detect"],
-            **{f"share of {name}": times["Detect"] / times[name] for name in list(times)[2:]},
+            **{f"share of {k}": times["Detect"] / x for k, x in times.items() if "forward" in k},
         }  # fmt: skip
 
 

@@ -255,15 +255,12 @@ def test_annotations_of_voc_and_yolo():
     ]
 
 
-def test_a_reader_keeps_thin_boxes_of_voc():
+def test_a_reader_keeps_thin_boxes_of_voc(make_voc):
     boxes = [[10.2, 10.2, 10.4, 20], [98.6, 30, 140, 40], [5, 48.7, 9, 49], [-3, 2, 0.3, 8]]
-    for folder in ("Annotations", "ImageSets/Main"):
-        Path("voc", folder).mkdir(parents=True)
-    image_file("voc/JPEGImages/a.jpg", (100, 50))
+    folder = make_voc(Path("voc"), {"all": {"a": []}}, (100, 50))
     found = found_in("a.jpg", boxes, [1] * 4)
-    Path("voc/Annotations/a.xml").write_bytes(voc_xml(found, ("cat",)))
-    Path("voc/ImageSets/Main/all.txt").write_text("a\n")
-    dataset = VOCDetection("voc", [(None, "all")], classes=("cat",))
+    (folder / "Annotations/a.xml").write_bytes(voc_xml(found, ("cat",)))
+    dataset = VOCDetection(folder, [(None, "all")], classes=("cat",))
     assert dataset.target(0)[:, :4].tolist() == [
         [10, 10, 11, 20], [98, 30, 99, 40], [5, 48, 9, 49], [0, 2, 1, 8],
     ]  # fmt: skip
@@ -570,8 +567,8 @@ def test_a_video_is_drawn_and_its_boxes_have_frame_and_time(name, size, weights,
     assert times == {(k, k / 10) for k in range(7)}
     assert {row["frame"] for row in rows() if row["file"] == "a.jpg"} == {""}
     images = read("images.json")["images"]
-    assert [image["id"] for image in images] == list(range(1, 9))
-    assert [image.get("frame") for image in images] == [*range(7), None]
+    numbers = [(image["id"], image.get("frame")) for image in images]
+    assert numbers == [*((k + 1, k) for k in range(7)), (8, None)]
     assert files(OUT / "yolo/labels") == {"a.txt", *(f"{name}/{k:06d}.txt" for k in range(7))}
     assert "1 images, 7 video frames: " in capsys.readouterr().out
     # The same network on the same frame alone
