@@ -138,6 +138,13 @@ def test_benchmark_runs_and_compares(capsys, monkeypatch, tiny, module, argv, ho
     assert holds(*rows_of(capsys, module, argv))
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_no_two_boxes_have_the_same_score(batch):
+    """Routines order boxes of equal score by class or by position."""
+    _, scores, groups = nms.make_boxes(10_000, 80, batch)
+    assert len(scores.unique()) == 10_000 * batch and len(groups.unique()) == 80 * batch
+
+
 def other_gradients(net, images, priors, amp, recompute):
     return (torch.tensor(recompute),)
 
@@ -272,6 +279,17 @@ def test_every_line_of_the_gpu_script_is_understood(quick, tmp_path):
 def test_parts_that_are_not_asked_for_get_no_time():
     assert on_gpu.reserve([["step"], ["tests", "bccd"]]) == 40 + 150
     assert on_gpu.reserve([[]]) == on_gpu.reserve([]) == 0
+
+
+def test_every_call_has_its_time():
+    """Limits of stages within those of their part, parts within the limit of everything."""
+    settings = on_gpu.Settings(bccd="/data")
+    for name, part in on_gpu.PARTS.items():
+        stages = part.stages(settings, Path("runs"))
+        assert sum(max(limit for limit, _ in x.values()) for x in stages) <= part.limit, name
+    alone = [part.limit for name, part in on_gpu.PARTS.items() if name not in on_gpu.TOGETHER]
+    together = max(on_gpu.PARTS[name].limit for name in on_gpu.TOGETHER)
+    assert sum(alone) + together <= settings.limit
 
 
 def test_settings_are_those_of_the_environment():
