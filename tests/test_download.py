@@ -273,10 +273,11 @@ def test_voc_counts_are_the_official_ones():
 
 
 @pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
-@pytest.mark.parametrize("year", ["2007", "2012"])
-def test_voc_shell_scripts_work_from_any_folder(year, tmp_path):
+def test_voc_shell_scripts_work_from_any_folder(tmp_path):
     """Even beside folders of the names that the project's have."""
-    script = ROOT / "data" / "scripts" / f"VOC{year}.sh"
+    first, script = (ROOT / "data" / "scripts" / f"VOC{year}.sh" for year in (2007, 2012))
+    lines, first_lines = (file.read_text().splitlines()[2:] for file in (script, first))
+    assert [line.replace("2007", "2012") for line in first_lines] == lines
     (tmp_path / "utils").mkdir()
     (tmp_path / "utils" / "__init__.py").write_text("raise SystemExit('a stranger')\n")
     python = tmp_path / "python3"
@@ -285,5 +286,5 @@ def test_voc_shell_scripts_work_from_any_folder(year, tmp_path):
     environment = {**os.environ, "PATH": os.pathsep.join([str(tmp_path), os.environ["PATH"]])}
     command = [script, "--root", "x", "--url-base", "nowhere"]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout == f"{ROOT}/data/scripts/voc.py {year} --root x --url-base nowhere\n"
+    assert done.stdout == f"{ROOT}/data/scripts/voc.py 2012 --root x --url-base nowhere\n"
     assert done.returncode == 2 and "unknown url type: 'nowhere/" in done.stderr
