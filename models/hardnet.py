@@ -126,10 +126,8 @@ class HarDBlock(nn.Module):
         self.links = [harmonic_links(i) for i in range(1, n_layers + 1)]
         self.outputs = [i for i in range(1, n_layers + 1) if i % 2 == 1 or i == n_layers]
         self.out_channels = sum(widths[i] for i in self.outputs)
-        self.layers = nn.ModuleList(
-            layer(sum(widths[j] for j in links), widths[i])
-            for i, links in enumerate(self.links, start=1)
-        )
+        self.layers = nn.ModuleList(layer(sum(widths[j] for j in links), widths[i])
+                                    for i, links in enumerate(self.links, start=1))
 
     def forward(self, x: Tensor) -> Tensor:
         values = [x]

@@ -75,13 +75,11 @@ def hide_cython(tree):
 
 def fake_torch(tree, cuda="13.0", gpus=()):
     """Add a PyTorch for a CUDA version (None: the CPU) that sees GPUs of these capabilities."""
-    (tree / "torch.py").write_text(
-        "from types import SimpleNamespace\n"
-        "__version__ = '2.9.0'\n"
-        f"version = SimpleNamespace(cuda={cuda!r})\n"
-        f"cuda = SimpleNamespace(device_count=lambda: {len(gpus)},"
-        f" get_device_capability={tuple(gpus)}.__getitem__)\n"
-    )
+    (tree / "torch.py").write_text("from types import SimpleNamespace\n"
+                                   "__version__ = '2.9.0'\n"
+                                   f"version = SimpleNamespace(cuda={cuda!r})\n"
+                                   f"cuda = SimpleNamespace(device_count=lambda: {len(gpus)},"
+                                   f" get_device_capability={tuple(gpus)}.__getitem__)\n")
 
 
 @needs_compiler

@@ -35,11 +35,8 @@ def file(tmp_path_factory) -> Path:
 
 
 def test_every_network_and_size_has_an_entry_with_help():
-    expected = {
-        f"{version.split('_')[0].lower()}{size}_{version.split('_')[1].lower()}"
-        for version, row in BACKBONES.items()
-        for size in row.sizes
-    }
+    expected = {f"{version.split('_')[0].lower()}{size}_{version.split('_')[1].lower()}"
+                for version, row in BACKBONES.items() for size in row.sizes}
     assert {"ssd512_hardnet68", "ssd512_hardnet85", "rfb512_hardnet68", "ssd300_vgg"} < expected
     # The rule of torch.hub.list.
     public = {n for n, value in vars(hubconf).items() if callable(value) and n[0] != "_"}

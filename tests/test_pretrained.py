@@ -36,10 +36,8 @@ def base_of(version: str) -> dict[str, Tensor]:
 
 def full_of(value: float, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Tensors of the shapes of ``state``, full of one number that is stored once."""
-    return {
-        prefix + key: torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
-        for key, tensor in state.items()
-    }
+    return {prefix + key: torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
+            for key, tensor in state.items()}
 
 
 @pytest.fixture(scope="module")

@@ -266,10 +266,8 @@ def _compiled_for(library: Path) -> str:
 
     Another process loads it: a process cannot replace a library that it has loaded.
     """
-    program = (
-        "import ctypes, sys; ask = ctypes.CDLL(sys.argv[1]).nms_architectures; "
-        "ask.restype = ctypes.c_char_p; print(ask().decode())"
-    )
+    program = ("import ctypes, sys; ask = ctypes.CDLL(sys.argv[1]).nms_architectures; "
+               "ask.restype = ctypes.c_char_p; print(ask().decode())")
     question = [sys.executable, "-c", program, library.resolve()]
     return subprocess.run(question, capture_output=True, text=True).stdout.strip()
 
@@ -341,10 +339,8 @@ def main() -> int:
         lines = missing(args.missing)
     elif args.check:
         nms = importlib.import_module("utils.nms")  # here: building works without PyTorch
-        lines = [
-            f"NMS on the {name}: {nms.backend(device)} ({nms.backend_reason(device)})"
-            for name, device in (("CPU", "cpu"), ("GPU", "cuda"))
-        ]
+        lines = [f"NMS on the {name}: {nms.backend(device)} ({nms.backend_reason(device)})"
+                 for name, device in (("CPU", "cpu"), ("GPU", "cuda"))]
     else:
         lines = build()
     for line in lines:

@@ -143,10 +143,8 @@ def batched_nms(
 def _check_shapes(boxes: Tensor, scores: Tensor, groups: Tensor) -> None:
     count = len(boxes)
     if boxes.shape != (count, 4) or scores.shape != (count,) or groups.shape != (count,):
-        raise ValueError(
-            f"boxes {list(boxes.shape)}, scores {list(scores.shape)} and groups "
-            f"{list(groups.shape)} should be [N, 4], [N] and [N]"
-        )
+        raise ValueError(f"boxes {list(boxes.shape)}, scores {list(scores.shape)} and groups "
+                         f"{list(groups.shape)} should be [N, 4], [N] and [N]")
 
 
 def _check_numbers(thresh: float, limit: int, method: str, sigma: float, min_score: float) -> None:
