@@ -228,7 +228,7 @@ def gathered_error() -> float:
     spec = HarDNetSpec(
         stem=(4, 6), growth=(4, 6, 4), layers=(2, 2, 4), channels=(8, 10, 12), multiplier=1.7,
         pool_after={0: False, 1: False}, stride8_block=1, dilated_bridge=False,
-        depthwise=True, activation=nn.ReLU6,
+        depthwise=True,
     )  # fmt: skip
     net = SSD(HarDNetBase(spec), ssd_extras(12, 300), VOC_300.boxes_per_cell, 3).eval()
     for norm in net.modules():
