@@ -22,7 +22,7 @@ class Images:
     about: str
     """Where they lie, for people."""
     items: Sequence[int] | Sequence[Path]
-    """Indices into ``dataset``; without one, files."""
+    """Indices of ``dataset``; without one, files."""
     dataset: DetectionData | None = None
     scored: bool = False
     """Whether ``items`` are all images of ``dataset``, which has ground truth to score against."""
@@ -38,7 +38,7 @@ class Images:
     def batches(self, size: int) -> Iterator[list[np.ndarray]]:
         """Yield all images, ``size`` at a time."""
         for start in range(0, len(self), size):
-            yield [self.read(i) for i in range(start, min(start + size, len(self)))]
+            yield [self.read(i) for i in range(len(self))[start : start + size]]
 
 
 @dataclass(frozen=True)
@@ -90,24 +90,20 @@ def find_images(
     Raises:
         UserError: ``root`` has no images, or ``sets`` are given for a plain folder.
     """
-    if root is None:
-        if trained_on.root is None or not trained_on.root.is_dir():
+    folder = _absolute(root) if root else trained_on.root
+    if folder is None or not folder.is_dir():
+        if root is None:
             return None
-        folder = trained_on.root
-    else:
-        folder = _absolute(root)
-        if not folder.is_dir():
-            raise UserError(f"{folder} does not exist; give a folder of images or a data set")
+        raise UserError(f"{folder} does not exist; give a folder of images or a data set")
     existing = list_sets(detector.dataset, folder)
     if not existing:
         return _in_folder(folder, sets, limit, detector.dataset, training)
-    own = trained_on.train_sets if training else trained_on.test_sets
     if sets:
         chosen = tuple(parse_image_sets(sets, existing))
-    elif own and folder == trained_on.root:
-        chosen = own
     else:
         train, test = default_sets(detector.dataset, folder)
+        if folder == trained_on.root:
+            train, test = trained_on.train_sets or train, trained_on.test_sets or test
         chosen = train if training else test
     dataset = build_dataset(detector.dataset, folder, chosen, detector.classes)
     about = f"{folder} {sets_name(chosen)}"

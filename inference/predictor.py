@@ -91,14 +91,10 @@ class Predictor:
             config, variance = self.info.detection(), self.info.prior_config().variance
         self.priors = PriorBox(self.info.prior_config()).to(self.device)()
         self.detect = Detect.of(config, variance)
-        asked = {"conf_thresh": score_threshold, "top_k": max_detections}
         self.config = replace(
-            config,
-            nms=nms,
-            class_agnostic=class_agnostic,
-            background_shortcut=background_shortcut,
-            **{key: value for key, value in asked.items() if value is not None},
-        )
+            config.with_limits(score_threshold, max_detections),
+            nms=nms, class_agnostic=class_agnostic, background_shortcut=background_shortcut,
+        )  # fmt: skip
 
     @property
     def config(self) -> DetectConfig:
@@ -114,12 +110,8 @@ class Predictor:
     def config(self, config: DetectConfig) -> None:
         if self.exported is not None and self.exported.info.nms:
             inside = self.exported.info.detection
-            possible = replace(
-                inside,
-                conf_thresh=max(inside.conf_thresh, config.conf_thresh),
-                top_k=min(inside.top_k, config.top_k),
-            )
-            if config != possible:
+            threshold = max(inside.conf_thresh, config.conf_thresh)
+            if config != inside.with_limits(threshold, min(inside.top_k, config.top_k)):
                 raise UserError(
                     f"{self.exported.path} has its non-maximum suppression inside: hard, per "
                     f"class, scores over {inside.conf_thresh:g}, at most {inside.top_k} detections "
@@ -158,8 +150,8 @@ class Predictor:
         """
         step = max(len(images), 1)
         if self.exported is not None:
-            info, shapes = self.exported.info, {image.shape for image in images}
-            if not info.dynamic or (info.preprocess and len(shapes) > 1):
+            info = self.exported.info
+            if not info.dynamic or (info.preprocess and len({x.shape for x in images}) > 1):
                 step = 1
         for start in range(0, len(images), step):
             yield images[start : start + step]
@@ -215,11 +207,10 @@ class Predictor:
         if not all(outputs[key].isfinite().all() for key in ("boxes", "scores")):
             raise FloatingPointError("a detection contains NaN or infinity")
         over = outputs["scores"] > self.config.conf_thresh
-        found = []
-        for i in range(len(sizes)):
-            rows = (over & (outputs["image"] == i)).nonzero().flatten()[: self.config.top_k]
-            found.append({key: outputs[key][rows] for key in ("boxes", "scores", "labels")})
-        return found
+        return [
+            {key: outputs[key][mine][: self.config.top_k] for key in ("boxes", "scores", "labels")}
+            for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))
+        ]
 
 
 def _load(image: Image) -> np.ndarray:

@@ -45,10 +45,7 @@ def test_detections_equal_the_published_ones(name, routine):
     golden = np.load(GOLDENS / f"detect_{name}.npz")
     loc, conf, priors = golden_outputs(golden)
     detect = Detect(
-        conf_thresh=float(golden["conf_thresh"]),
-        nms_thresh=float(golden["nms_thresh"]),
-        per_class=int(golden["per_class"]),
-        top_k=int(golden["top_k"]),
+        *(golden[key].item() for key in ("conf_thresh", "nms_thresh", "per_class", "top_k"))
     )
     with using(routine):
         (found,) = detect(loc, conf, priors, [(int(golden["width"]), int(golden["height"]))])
@@ -145,12 +142,9 @@ def test_equals_the_literal_steps(nms, class_agnostic, background_shortcut):
     conf = conf.round()
     conf[..., 0] += 4
     chosen = {
-        "conf_thresh": 0.01,
-        "nms": nms,
-        "class_agnostic": class_agnostic,
-        "background_shortcut": background_shortcut,
-        "per_class": 20,
-    }
+        "conf_thresh": 0.01, "nms": nms, "class_agnostic": class_agnostic,
+        "background_shortcut": background_shortcut, "per_class": 20,
+    }  # fmt: skip
     (found,) = Detect(**chosen)(loc, conf, priors, [(640, 480)])
     expected = literal_detect(loc[0], conf[0], priors, (640, 480), **chosen)
     assert 60 < len(found["scores"]) <= 80  # classes are at their limit
@@ -244,11 +238,12 @@ def test_empty_batch_gives_an_empty_list():
 
 def test_inputs_that_do_not_fit_are_refused():
     loc, conf, priors = random_outputs(2)
-    with pytest.raises(ValueError, match="1 image sizes"):
-        Detect()(loc, conf, priors, [(10, 10)])
-    with pytest.raises(ValueError, match="32756 priors"):
-        Detect()(loc, conf, PriorBox(config.VOC_512)(), [(10, 10)] * 2)
-    with pytest.raises(ValueError, match=r"conf \[2, 100, 4\]"):
-        Detect()(loc, conf[:, :100], priors, [(10, 10)] * 2)
-    with pytest.raises(ValueError, match=r"conf \[2, 11620, 1\]"):
-        Detect()(loc, conf[..., :1], priors, [(10, 10)] * 2)
+    sizes = [(10, 10)] * 2
+    for wrong, problem in (
+        ((conf, priors, sizes[:1]), "1 image sizes"),
+        ((conf, PriorBox(config.VOC_512)(), sizes), "32756 priors"),
+        ((conf[:, :100], priors, sizes), r"conf \[2, 100, 4\]"),
+        ((conf[..., :1], priors, sizes), r"conf \[2, 11620, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            Detect()(loc, *wrong)

@@ -275,7 +275,7 @@ def test_wrong_results_are_refused():
     [
         ({"weight": torch.ones(4, 5, 5, 5)}, "the kernel is 5x5, should be 1x1 or 3x3"),
         ({"widths": [2, 2]}, r"the widths \[2, 2\] do not add up to 5 input channels"),
-        ({"activation": "gelu"}, "the activation is 'gelu', should be one of linear, relu, relu6"),
+        ({"activation": "gelu"}, "the activation is 'gelu', should be linear, relu or relu6"),
         ({"weight": torch.ones(4, 5, 1, 1).double()}, "the weights are torch.float64, should be"),
     ],
 )
