@@ -4,8 +4,10 @@
     python -m benchmarks.nms detect [--batch 1] [--amp off bf16] [--device cuda] [--json OUT]
 
 `suppress` claims: class-aware NMS of 10,000 boxes is at least 3 times faster than
-`torchvision.ops.batched_nms`. Both use the plain box convention and must keep the same boxes in the
-same order.
+`torchvision.ops.batched_nms`, both in the plain box convention. A CPU must keep torchvision's boxes
+in torchvision's order, a GPU those that our routine keeps on the CPU. torchvision's GPU routine is
+no reference: its compiler contracts products and sums, and up to 25,000 boxes it shifts each class
+by the largest coordinate, which takes digits of float32 from the coordinates.
 
 `detect` claims, for SSD512 with COCO's 80 classes: with 140,000 scores over the threshold, as in
 the first epochs of training, `Detect` is at least 10 times faster than softmax, decoding of every
@@ -23,7 +25,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import Rows, options, race, run
+from benchmarks.harness import CPU, Rows, options, race, run
 from data.config import COCO_512
 from layers import Detect, PriorBox
 from layers.boxes import decode, iou, to_corners
@@ -77,7 +79,11 @@ def suppress(args: argparse.Namespace, device: torch.device) -> Rows:
         }
         times, results = race(calls, args.rounds, device)
         kept, _ = results["ours"]
-        if not torch.equal(kept, results["torchvision"]):
+        if device == CPU:
+            expected = results["torchvision"]
+        else:
+            expected, _ = batched_nms(*(x.cpu() for x in boxes), IOU, count, pixel=False)
+        if not torch.equal(kept.cpu(), expected):
             raise AssertionError(f"{count} boxes, {classes} classes: other boxes are kept")
         yield {
             "batch": batch, "boxes": count, "classes": classes, "kept": len(kept),

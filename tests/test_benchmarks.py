@@ -138,6 +138,13 @@ def test_benchmark_runs_and_compares(capsys, monkeypatch, tiny, module, argv, ho
     assert holds(*rows_of(capsys, module, argv))
 
 
+@pytest.mark.parametrize("batch", [1, 8])
+def test_no_two_boxes_have_the_same_score(batch):
+    """Routines order boxes of equal score by class or by position."""
+    _, scores, groups = nms.make_boxes(10_000, 80, batch)
+    assert len(scores.unique()) == 10_000 * batch and len(groups.unique()) == 80 * batch
+
+
 def other_gradients(net, images, priors, amp, recompute):
     return (torch.tensor(recompute),)
 
