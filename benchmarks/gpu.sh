@@ -1,20 +1,20 @@
 #!/usr/bin/env bash
-# Everything that waits for a GPU, in one call; benchmarks/gpu/README.md lists the results.
+# Everything that needs a GPU, in one call; benchmarks/gpu/README.md has the results.
 #
 #   BCCD=FOLDER benchmarks/gpu.sh [PART ...]      all parts, or some:
 #
-#   build   compile the routines, test the CUDA suppression, fill the compilers' caches
+#   build   compile the routines, fill torch.compile's cache
 #   nms     suppression beside torchvision's, and from outputs to detections
 #   speed   forward passes of four networks by each route, from files to boxes
+#   step    training step, loss, loading
 #   gather  the gathered convolutions beside the other routes
-#   step    training step, loss, loading, memory
-#   tests   the other tests marked gpu          these three run at the same time
+#   tests   the tests marked gpu                these three run at the same time
 #   bccd    training, several seeds
 #   nccl    torchrun with one process, exact resuming
 #
 # Every part and every call has a limit of time, and a failure stops nothing else. A table is
 # printed last. OUT=FOLDER (runs/gpu) gets log.txt and results.jsonl, a line a part.
-# BCCD=FOLDER: BCCD in VOC layout. EPOCHS=60, SEEDS="0 1 2", OPTIONS="more options of train_test.py".
-# LIMIT=570: seconds of everything. DEVICE=cpu QUICK=1 tries the script itself with tiny inputs.
+# BCCD=FOLDER: BCCD in VOC layout. EPOCHS=60, SEEDS="0 1", OPTIONS="more options of train_test.py".
+# LIMIT=720: seconds of everything. DEVICE=cpu QUICK=1 tries the script itself with tiny inputs.
 cd "$(dirname "$0")/.." || exit
 exec "${PYTHON:-python3}" -m benchmarks.on_gpu "$@"

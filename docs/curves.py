@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
             if not math.isnan(epoch.value):
                 score.append((name, epoch.epoch, epoch.value))
     charts = [
-        draw_lines(title, Table(("run", "epoch", y), rows), "epoch", y)
+        draw_lines(title, Table(("run", "epoch", y), rows))
         for title, y, rows in (("Training loss", "loss", loss), ("Test AP", "AP", score))
     ]
     images = [cv2.imdecode(np.frombuffer(as_png(chart), np.uint8), 1) for chart in charts]

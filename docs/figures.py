@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,8 @@ from matplotlib.path import Path as Curve
 from data.config import PRIORS
 from models.hardnet import HARDNET_SPECS, HarDBlock
 from models.ssd import ssd_extras
+from utils.errors import command
+from utils.files import atomic_write
 
 WIDTH, HEIGHT = 1600, 1150
 OUT = Path(__file__).resolve().parents[1] / "ReadmeImg" / "architecture.png"
@@ -50,11 +51,10 @@ class Canvas:
         self.axes.plot(*np.transpose(points), color=color, linewidth=0.72 * thickness,
                        solid_joinstyle="miter", zorder=1)  # fmt: skip
 
-    def arrow(
-        self, points: Sequence, color: str, thickness: float = 2, curve: bool = False
-    ) -> None:
-        """Draw a line with a head at its last point, or a Bezier curve of four points."""
-        codes = [Curve.MOVETO, *[Curve.CURVE4 if curve else Curve.LINETO] * (len(points) - 1)]
+    def arrow(self, points: Sequence, color: str, thickness: float = 2) -> None:
+        """Draw an arrow between two points, or along a Bezier curve of four."""
+        codes = [Curve.MOVETO] + [Curve.CURVE4 if len(points) == 4 else Curve.LINETO] * (
+            len(points) - 1)  # fmt: skip
         self.axes.add_patch(FancyArrowPatch(
             path=Curve(points, codes), arrowstyle="-|>", mutation_scale=9 + 1.6 * thickness,
             color=color, linewidth=0.72 * thickness, shrinkA=0, shrinkB=0, joinstyle="miter",
@@ -80,10 +80,6 @@ class Canvas:
                                va="center_baseline", weight="bold" if bold else "normal", zorder=1)
         width = drawn.get_window_extent(self.canvas.get_renderer()).width
         drawn.set_fontsize(0.63 * size * min(1, room / width))
-
-    def png(self) -> bytes:
-        self.canvas.print_png(file := io.BytesIO(), metadata={"Software": None})
-        return file.getvalue()
 
 
 def _light(color: str, share: float = 0.82) -> tuple[float, ...]:
@@ -117,17 +113,15 @@ def draw_block(canvas: Canvas) -> None:
                 x2, y2 = xs[layer] - shift, tops[layer] - 2
                 lift = 34 + 40 * 1.78**hop
                 points = [(x1, y1), (x1, y1 - lift), (x2, y2 - lift), (x2, y2)]
-            canvas.arrow(points, HOPS[hop], thick[source], curve=hop > 0)
+            canvas.arrow(points, HOPS[hop], thick[source])
 
     canvas.arrow([(xs[block.outputs[0]], bus), (xs[-1] + 110, bus)], BLUE, 3)
     for n in block.outputs:
         canvas.line([(xs[n], row), (xs[n], bus)], BLUE, 3)
     for n, (x, top, width) in enumerate(zip(xs, tops, channels, strict=True)):
-        solid = n in block.outputs
         edge = BLUE if n else GREY
-        fill = BLUE if solid else _light(edge)
+        fill, color = (BLUE, WHITE) if n in block.outputs else (_light(edge), INK)
         canvas.box(x - half, top, x + half, 2 * row - top, fill, edge)
-        color = WHITE if solid else INK
         canvas.text(x, row - 11, str(n) if n else "input", 20 if n else 17, color, bold=True)
         canvas.text(x, row + 14, f"{width} ch", 15, color)
 
@@ -140,15 +134,16 @@ def _draw_rule(canvas: Canvas, x: float, bus: float, layers: int, out_channels: 
     canvas.text(x + 98, bus - 13, f"output {out_channels} ch", 18, WHITE, bold=True)
     canvas.text(x + 98, bus + 14, "odd layers + last", 15, WHITE)
 
-    canvas.text(x, 150, "Layer n reads layer n - 2ⁱ", 16, bold=True, align="left", room=210)
-    canvas.text(x, 174, "for every 2ⁱ dividing n", 16, bold=True, align="left")
+    for y, text in (
+        (150, "Layer n reads layer n - 2ⁱ"), (174, "for every 2ⁱ dividing n"),
+        (322, "Width k, times m for"), (346, "every link with i > 0"),
+    ):  # fmt: skip
+        canvas.text(x, y, text, bold=True, align="left", room=210)
+    canvas.text(x, 374, "(drawn as thickness)", 16, GREY, align="left")
     for hop, color in enumerate(HOPS[: layers.bit_length()]):
         y = 206 + 26 * hop
         canvas.arrow([(x, y), (x + 42, y)], color, 3)
-        canvas.text(x + 54, y, f"i = {hop}:  n - {2**hop}", 16, align="left")
-    canvas.text(x, 322, "Width k, times m for", 16, bold=True, align="left")
-    canvas.text(x, 346, "every link with i > 0", 16, bold=True, align="left")
-    canvas.text(x, 374, "(drawn as thickness)", 16, GREY, align="left")
+        canvas.text(x + 54, y, f"i = {hop}:  n - {2**hop}", align="left")
 
 
 class Step(NamedTuple):
@@ -250,34 +245,30 @@ def _draw_priors(
 ) -> None:
     """Draw the number of prior boxes and what becomes of them into a box (x1, y1, x2, y2)."""
     x1, y1, x2, _ = box
-    middle, terms = (x1 + x2) / 2, []
-    for boxes in (6, 4):
-        sides = [f"{step.side}²" for step in steps if step.boxes == boxes]
-        terms.append(f"{boxes} ({' + '.join(sides)})")
+    terms = [f"{boxes} ({' + '.join(f'{s.side}²' for s in steps if s.boxes == boxes)})"
+             for boxes in (6, 4)]  # fmt: skip
     canvas.box(*box, ORANGE)
-    count = f"{PRIOR_BOXES.num_priors:,} prior boxes"
-    canvas.text(middle, y1 + 36, count, 25, WHITE, bold=True)
-    canvas.text(middle, y1 + 76, f"P = {' + '.join(terms)}", 16, WHITE, room=x2 - x1 - 40)
-    canvas.text(middle, y1 + 106, "loc [B, P, 4]      conf [B, P, C classes]", 16, WHITE)
-    canvas.text(middle, y1 + 144, "softmax, decode, NMS per class", 18, WHITE, bold=True)
+    for y, size, text in (
+        (36, 25, f"{PRIOR_BOXES.num_priors:,} prior boxes"),
+        (76, 16, f"P = {' + '.join(terms)}"),
+        (106, 16, "loc [B, P, 4]      conf [B, P, C classes]"),
+        (144, 18, "softmax, decode, NMS per class"),
+    ):
+        canvas.text((x1 + x2) / 2, y1 + y, text, size, WHITE, size > 16, room=x2 - x1 - 40)
 
 
-def architecture() -> bytes:
-    """Return the image, a PNG of WIDTH x HEIGHT pixels."""
-    with matplotlib.rc_context({"font.family": "DejaVu Sans"}):
+@command
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m docs.figures", description=__doc__)
+    parser.add_argument("--out", type=Path, default=OUT, help="PNG to write (%(default)s)")
+    out = parser.parse_args(argv).out
+    with matplotlib.rc_context({"font.family": "DejaVu Sans"}), atomic_write(out) as file:
         canvas = Canvas(WIDTH, HEIGHT)
         draw_block(canvas)
         canvas.line([(40, 550), (WIDTH - 40, 550)], PALE)
         draw_detector(canvas, 550)
-        return canvas.png()
-
-
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m docs.figures", description=__doc__)
-    parser.add_argument("--out", type=Path, default=OUT, help="PNG to write (%(default)s)")
-    out = parser.parse_args(argv).out
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_bytes(architecture())
+        canvas.canvas.print_png(file, metadata={"Software": None})
+    return 0
 
 
 if __name__ == "__main__":

@@ -64,13 +64,17 @@ def detect_set(
     try:
         found = detect_all(net, detect, priors, loader, options.amp, advance)
     except FloatingPointError as error:
-        raise UserError(
-            f"the network's output is not finite ({error}); its weights have diverged, or their "
-            "file is damaged"
-        ) from error
+        raise UserError(_not_finite(error, options.amp)) from error
     finally:
         progress.close()
     return world.collect(found, len(dataset))
+
+
+def _not_finite(error: FloatingPointError, amp: str) -> str:
+    causes = "its weights have diverged, or their file is damaged"
+    if amp == "fp16":
+        causes = f"--amp fp16 ends at 65504, --amp bf16 and off do not; or {causes}"
+    return f"the network's output is not finite ({error}); {causes}"
 
 
 def detect_exported(

@@ -1,9 +1,8 @@
 """Images for people: boxes with labels, judged detections, contact sheets.
 
 Everywhere, images are BGR uint8 [H, W, 3] and are never changed; boxes are (x1, y1, x2, y2) in
-pixels counted from 0; label k is names[k - 1], or the number itself without names. OpenCV's own
-font has ASCII only. Other text needs a font file (`find_font`); what the font lacks is drawn as
-escapes.
+pixels counted from 0; label k is names[k - 1], or the number itself without names. A font comes
+from `find_font`; characters that it lacks are drawn as escapes.
 """
 
 from __future__ import annotations
@@ -11,24 +10,26 @@ from __future__ import annotations
 import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+from PIL.ImageFont import FreeTypeFont
 from torch import Tensor
 
 from data import DetectionData
 from data.judge import CORRECT, IGNORED, Found, Judged, found_of, judge
 from utils.errors import UserError
 
-FONT = cv2.FONT_HERSHEY_SIMPLEX
 FONT_FILES = (
     "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf",  # Linux
     "Arial Unicode.ttf", "msyh.ttc", "arial.ttf",  # macOS, Windows
 )  # fmt: skip
 """Font files to look for in the system's folders, those with the most scripts first."""
 GREEN, RED, ORANGE, GREY = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
 LEGIBLE = 256
 """Least pixels of an image's shorter side at which labels leave its objects in sight."""
 
@@ -47,7 +48,7 @@ def draw_detections(
     labels: Sequence[int],
     scores: Sequence[float] | None = None,
     names: Sequence[str] | None = None,
-    font: ImageFont.FreeTypeFont | None = None,
+    font: FreeTypeFont | None = None,
 ) -> np.ndarray:
     """Return a copy of the image with every box and its label, in the class's colour.
 
@@ -59,23 +60,18 @@ def draw_detections(
         boxes: [n, 4], n may be 0.
         labels: [n], from 1.
         scores: [n], or None to leave them out.
-        font: for the names, from `find_font`.
+        font: for the names; None: Pillow's own, for ASCII.
 
     Raises:
         ValueError: another image dtype or shape, lengths that differ, a coordinate that is NaN, or
             a label without a name.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
-    counts = [len(boxes), len(labels), len(boxes) if scores is None else len(scores)]
-    if len(set(counts)) > 1:
-        raise ValueError("{} boxes, {} labels and {} scores do not match".format(*counts))
-    order = range(len(boxes)) if scores is None else np.argsort(np.asarray(scores), kind="stable")
-    items = []
-    for k in order:
-        label = int(labels[k])
-        text = _name(label, names) if scores is None else _scored(label, scores[k], names)
-        items.append((boxes[k], class_colour(label), text, False))
-    return _draw(image, items, font)
+    values = [None] * len(boxes) if scores is None else scores
+    items = [(box, class_colour(int(label)), _text(label, names, score), False)
+             for box, label, score in zip(boxes, labels, values, strict=True)]  # fmt: skip
+    order = range(len(items)) if scores is None else np.argsort(np.asarray(scores), kind="stable")
+    return _draw(image, [items[k] for k in order], font or find_font())
 
 
 def enlarge(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +91,7 @@ def enlarge(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def draw_caption(image: np.ndarray, text: str) -> None:
     """Write a line of text, white on black, into the image's upper left corner."""
-    _draw_tag(image, text, (0, 0, 0), (0, 0, 0), below=False, font=None)
+    _draw_tag(image, text, (0, 0, 0), BLACK, below=False, font=find_font())
 
 
 def draw_comparison(
@@ -118,12 +114,11 @@ def draw_comparison(
     items = []
     for k in np.setdiff1d(np.flatnonzero(truth.images == index), hit):
         colour, prefix = (GREY, "ignored") if truth.ignored[k] else (ORANGE, "missed")
-        text = f"{prefix} {_name(truth.labels[k], names)}"
+        text = f"{prefix} {_text(truth.labels[k], names)}"
         items.append((truth.boxes[k] - (0, 0, 1, 1), colour, text, True))
     for k in rows:
-        text = _scored(found.labels[k], found.scores[k], names)
         colour = {CORRECT: GREEN, IGNORED: GREY}.get(judged.kind[k], RED)
-        text = f"wrong {text}" if colour is RED else text
+        text = "wrong " * (colour is RED) + _text(found.labels[k], names, found.scores[k])
         items.append((found.boxes[k] - (0, 0, 1, 1), colour, text, False))
     return _draw(image, items, find_font(names or ()))
 
@@ -139,9 +134,7 @@ def draw_examples(
     found = found_of(detections, dataset.ids, len(dataset.classes))
     found = Found(*(column[np.isin(found.images, chosen)] for column in found))
     judged = judge(dataset.truth(), found)
-    images = [
-        draw_comparison(dataset.pull_image(i), judged, i, dataset.classes) for i in chosen
-    ]
+    images = [draw_comparison(dataset.pull_image(i), judged, i, dataset.classes) for i in chosen]
     return contact_sheet(images, 4)
 
 
@@ -154,9 +147,8 @@ def draw_batch(
     """
     drawn, font = [], find_font(names)
     for image, target in zip(images[:most], targets, strict=False):
-        boxes = target[:, :4].numpy() * image.shape[-1]
-        pixels = np.ascontiguousarray(image.permute(1, 2, 0).numpy())
-        labels = target[:, 4].int().tolist()
+        boxes, labels = target[:, :4].numpy() * image.shape[-1], target[:, 4].int().tolist()
+        pixels = image.permute(1, 2, 0).numpy()
         drawn.append(draw_detections(pixels, boxes, labels, names=names, font=font))
     return contact_sheet(drawn, 4)
 
@@ -165,54 +157,47 @@ def contact_sheet(
     images: Sequence[np.ndarray],
     columns: int,
     cell: tuple[int, int] = (320, 320),
-    captions: Sequence[str] | None = None,
+    captions: Sequence[str] = (),
 ) -> np.ndarray:
     """Return images in rows of `columns`, each letterboxed into a cell of (width, height) pixels.
 
-    captions: a line of text under each image, set smaller where it is too long for the cell.
-
-    ValueError: no images, columns below 1, or another number of captions.
+    captions: none, or a line of text under each image, set smaller where the cell has no room.
     """
-    if not images or columns < 1:
-        raise ValueError(f"cannot lay out {len(images)} images in {columns} columns")
-    if captions is not None and len(captions) != len(images):
-        raise ValueError(f"{len(images)} images do not match {len(captions)} captions")
     columns = min(columns, len(images))
-    rows = -(-len(images) // columns)
     width, height = cell
-    gap, strip = 8, 0 if captions is None else 26
+    gap, strip, font = 8, 26 if captions else 0, find_font(captions)
     step_x, step_y = width + gap, height + strip + gap
+    rows = -(-len(images) // columns)
     sheet = np.full((rows * step_y + gap, columns * step_x + gap, 3), 236, np.uint8)
     for k, image in enumerate(images):
         x, y = gap + k % columns * step_x, gap + k // columns * step_y
-        scale = min(width / image.shape[1], height / image.shape[0])
-        w, h = (max(1, round(side * scale)) for side in image.shape[1::-1])
-        shrunk = cv2.resize(image, (w, h), interpolation=cv2.INTER_AREA if scale < 1
-                            else cv2.INTER_LINEAR)  # fmt: skip
         sheet[y : y + height, x : x + width] = 216
+        image = resize(image, min(width / image.shape[1], height / image.shape[0]))
+        h, w = image.shape[:2]
         top, left = y + (height - h) // 2, x + (width - w) // 2
-        sheet[top : top + h, left : left + w] = shrunk
-        if captions is not None:
-            _write(sheet[y + height : y + height + strip, x : x + width], captions[k])
+        sheet[top : top + h, left : left + w] = image
+        if captions:
+            area = sheet[y + height : y + height + strip, x : x + width]
+            _write(area, escape(captions[k], font), (40, 40, 40), font)
     return sheet
 
 
-def _name(label: float, names: Sequence[str] | None) -> str:
-    if names is None:
-        return str(int(label))
-    if not 1 <= label <= len(names):
+def resize(image: np.ndarray, scale: float) -> np.ndarray:
+    """Return an image with its sides scaled, each at least 1 pixel."""
+    size = [max(1, round(side * scale)) for side in image.shape[1::-1]]
+    return cv2.resize(image, size, interpolation=cv2.INTER_AREA if scale < 1 else cv2.INTER_LINEAR)
+
+
+def _text(label: float, names: Sequence[str] | None, score: float | None = None) -> str:
+    """Return the name of a label, and the score."""
+    if names is not None and not 1 <= label <= len(names):
         raise ValueError(f"label {label:g} does not fit {len(names)} names, 1 is the first")
-    return names[int(label) - 1]
-
-
-def _scored(label: float, score: float, names: Sequence[str] | None) -> str:
-    return f"{_name(label, names)} {score:.2f}"
+    name = str(int(label)) if names is None else names[int(label) - 1]
+    return name if score is None else f"{name} {score:.2f}"
 
 
 def _draw(
-    image: np.ndarray,
-    items: Sequence[tuple[np.ndarray, tuple, str, bool]],
-    font: ImageFont.FreeTypeFont | None = None,
+    image: np.ndarray, items: Sequence[tuple[np.ndarray, tuple, str, bool]], font: FreeTypeFont
 ) -> np.ndarray:
     """Draw (box, colour, text, dashed) on a copy: the last on top, texts over all boxes."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
@@ -230,10 +215,10 @@ def _draw(
         corners.append((x1, y1, y2))
         ring = np.array([(x1, y1), (x2, y1), (x2, y2), (x1, y2)], np.int32)
         paths = _dashes(ring, 5 * line) if dashed else [ring]
-        for ink, thickness in (((0, 0, 0), line + 2), (colour, line)):  # a rim, for any ground
+        for ink, thickness in ((BLACK, line + 2), (colour, line)):  # a rim, for any ground
             cv2.polylines(canvas, paths, not dashed, ink, thickness)
-    for (_, colour, text, dashed), (x1, y1, y2) in zip(items, corners, strict=True):
-        _draw_tag(canvas, text, (x1, y1, y2), colour, dashed, font)
+    for (_, colour, text, dashed), corner in zip(items, corners, strict=True):
+        _draw_tag(canvas, text, corner, colour, dashed, font)
     return canvas
 
 
@@ -242,9 +227,8 @@ def _dashes(ring: np.ndarray, length: int) -> list[np.ndarray]:
     dashes = []
     for start, end in zip(ring, np.roll(ring, -1, axis=0), strict=True):
         count = max(1, round(np.abs(end - start).max() / (2 * length)))
-        for t in (np.arange(count)[:, None] + (-0.25, 0.25)) / count:
-            t = np.clip(t, 0, 1)[:, None]
-            dashes.append(np.round(start + t * (end - start)).astype(np.int32))
+        ends = ((np.arange(count)[:, None] + (-0.25, 0.25)) / count).clip(0, 1)
+        dashes += [*np.round(start + ends[..., None] * (end - start)).astype(np.int32)]
     return dashes
 
 
@@ -254,7 +238,7 @@ def _draw_tag(
     corner: tuple[int, int, int],
     colour: tuple[int, int, int],
     below: bool,
-    font: ImageFont.FreeTypeFont | None,
+    font: FreeTypeFont,
 ) -> None:
     """Write text on a filled tag at the corner (left, top, bottom) of a box.
 
@@ -264,65 +248,33 @@ def _draw_tag(
     height, width = canvas.shape[:2]
     h = min(max(round(min(height, width) / 19), 15), 60, max(1, height // 3))
     text = escape(text, font)
-    if font is None:
-        text_width, text_height = _text_size(text, 1, 1)
-        w = round(h * (0.6 * text_width / text_height + 0.5))
-    else:
-        w = round(_sized(font, h).getlength(text) + 0.5 * h)
-    w = max(1, min(w, width))
+    w = min(round(_sized(font, h).getlength(text) + 0.5 * h) or 1, width)
     x, above, under = corner[0], corner[1] - h, corner[2]
     y = (under if under + h <= height else above) if below else (above if above >= 0 else under)
     x, y = max(0, min(x, width - w)), max(0, min(y, height - h))
     tag = canvas[y : y + h, x : x + w]
     tag[:] = colour
-    b, g, r = colour
-    ink = (0, 0, 0) if 0.114 * b + 0.587 * g + 0.299 * r > 127 else (255, 255, 255)
-    _write(tag, text, ink, font)
+    _write(tag, text, BLACK if np.dot(colour, (0.114, 0.587, 0.299)) > 127 else WHITE, font)
 
 
-def _write(
-    area: np.ndarray,
-    text: str,
-    ink: tuple[int, int, int] = (40, 40, 40),
-    font: ImageFont.FreeTypeFont | None = None,
-) -> None:
+def _write(area: np.ndarray, text: str, ink: tuple[int, int, int], font: FreeTypeFont) -> None:
     """Write text centred in an area (a view, changed in place), in the largest size that fits."""
     height, width = area.shape[:2]
-    text = escape(text, font)
-    patch = np.ascontiguousarray(area)
-    if font is not None:
-        length = _sized(font, height).getlength(text)
-        font = _sized(font, int(height * min(1, 0.94 * width / max(length, 1))))
-        drawn = Image.fromarray(patch)
-        ImageDraw.Draw(drawn).text((width / 2, height / 2), text, ink, font, anchor="mm")
-        area[:] = drawn
-        return
-    w, h = _text_size(text, 1, 1)
-    scale = min(0.58 * height / h, 0.94 * width / max(w, 1))
-    thickness = max(1, round(1.2 * scale))
-    w, h = _text_size(text, scale, thickness)
-    start = ((width - w) // 2, (height + h) // 2)
-    cv2.putText(patch, text, start, FONT, scale, ink, thickness, cv2.LINE_AA)
-    area[:] = patch
-
-
-def _text_size(text: str, scale: float, thickness: int) -> tuple[int, int]:
-    """Return the width of a text and the height of a capital, which no text's letters change."""
-    (width, _), _ = cv2.getTextSize(text, FONT, scale, thickness)
-    (_, height), _ = cv2.getTextSize("X", FONT, scale, thickness)
-    return width, height
+    length = _sized(font, height).getlength(text)
+    font = _sized(font, int(height * min(1, 0.94 * width / max(length, 1))))
+    drawn = Image.fromarray(np.ascontiguousarray(area))
+    ImageDraw.Draw(drawn).text((width / 2, height / 2), text, ink, font, anchor="mm")
+    area[:] = drawn
 
 
 # ---------------------------------------------------------------- fonts
 
 
-def find_font(
-    texts: Iterable[str], file: str | Path | None = None
-) -> ImageFont.FreeTypeFont | None:
-    """Return a font for some texts; None stands for OpenCV's own, which has ASCII only.
+def find_font(texts: Iterable[str] = (), file: str | Path | None = None) -> FreeTypeFont:
+    """Return the font that has most of some texts' characters.
 
     texts: what will be drawn. file: a font file (.ttf, .otf, .ttc) to use whatever the texts are;
-    without it, the one of `FONT_FILES` that has most of their characters beyond ASCII.
+    None: Pillow's own font, which has no letters beyond ASCII, or one of `FONT_FILES`.
 
     UserError: ``file`` is not a font.
     """
@@ -334,32 +286,36 @@ def find_font(
                 f"{file} cannot be used as a font ({error}); give a .ttf, .otf or .ttc"
             ) from error
     wanted = {character for text in texts for character in text if not character.isascii()}
-    fonts: list[ImageFont.FreeTypeFont] = []
-    for name in FONT_FILES if wanted else ():
-        try:
+    fonts = _fonts(FONT_FILES if wanted else ())
+    return max(fonts, key=lambda font: sum(_has(font, c) for c in wanted))
+
+
+@functools.cache
+def _fonts(files: tuple[str, ...]) -> list[FreeTypeFont]:
+    """Return Pillow's own font and those of the files that the system has."""
+    fonts = [ImageFont.load_default(20)]
+    for name in files:
+        with suppress(OSError):
             fonts.append(ImageFont.truetype(name))
-        except OSError:
-            continue
-    return max(fonts, key=lambda font: sum(_has(font, c) for c in wanted), default=None)
+    return fonts
 
 
-def escape(text: str, font: ImageFont.FreeTypeFont | None = None) -> str:
+def escape(text: str, font: FreeTypeFont) -> str:
     """Return one line of text with escapes for what the font lacks: "caf\\xe9" for "café"."""
     line = " ".join(unicodedata.normalize("NFC", text).split())
     return "".join(
-        c if c.isascii() or (font and _has(font, c)) else c.encode("unicode_escape").decode()
-        for c in line
+        c if c.isascii() or _has(font, c) else c.encode("unicode_escape").decode() for c in line
     )
 
 
 @functools.cache
-def _has(font: ImageFont.FreeTypeFont, character: str) -> bool:
+def _has(font: FreeTypeFont, character: str) -> bool:
     """Whether the font draws a character otherwise than one that no font has."""
     drawn, unknown = (font.getmask(c) for c in (character, "\uffff"))
     return (drawn.size, bytes(drawn)) != (unknown.size, bytes(unknown))
 
 
 @functools.lru_cache(64)
-def _sized(font: ImageFont.FreeTypeFont, height: int) -> ImageFont.FreeTypeFont:
+def _sized(font: FreeTypeFont, height: int) -> FreeTypeFont:
     """Return the font with lines of `height` pixels."""
     return font.font_variant(size=max(1, round(0.8 * height)))

@@ -3,51 +3,35 @@ scores and hotcoco."""
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
+from coco_files import annotation, write_set
 
 from data.coco import COCODetection
 from data.curves import load_curves
-from data.judge import (
-    CORRECT,
-    ERRORS,
-    IGNORED,
-    KINDS,
-    Found,
-    found_of,
-    judge,
-    match,
-    overlaps,
-)
+from data.judge import CORRECT, ERRORS, IGNORED, KINDS, Found, found_of, judge, match, overlaps
 from data.truth import Truth
 from data.voc0712 import VOCDetection
 from data.voc_comp4 import read_comp4
 from data.voc_eval import evaluate_voc
-from tools.analysis import (
-    ap_by_iou,
-    best_f1,
-    calibration,
-    confusion_matrix,
-    error_counts,
-    gains,
-)
+from tools.analysis import ap_by_iou, best_f1, calibration, confusion_matrix, error_counts, gains
 
 SQUARE = (0, 0, 100, 100)
 
 
 def truth(rows, rule="coco"):
     """rows: (image, (x1, y1, x2, y2), label[, ignored])."""
-    images, boxes, labels, ignored = zip(*((*row, 0)[:4] for row in rows), strict=True)
-    return Truth(np.array(images), np.array(boxes, float), np.array(labels),
-                 np.array(ignored, bool), rule)  # fmt: skip
+    columns = zip(*((*row, 0)[:4] for row in rows), strict=True) if rows else [()] * 4
+    images, boxes, labels, ignored = columns
+    return Truth(np.array(images, int), np.array(boxes, float).reshape(-1, 4),
+                 np.array(labels, int), np.array(ignored, bool), rule)  # fmt: skip
 
 
 def found(rows):
     """rows: (image, (x1, y1, x2, y2), label, score)."""
-    images, boxes, labels, scores = zip(*rows, strict=True)
-    return Found(np.array(images), np.array(boxes, float), np.array(labels), np.array(scores))
+    images, boxes, labels, scores = zip(*rows, strict=True) if rows else [()] * 4
+    return Found(np.array(images, int), np.array(boxes, float).reshape(-1, 4),
+                 np.array(labels, int), np.array(scores, float))  # fmt: skip
 
 
 def high(height, left=0):
@@ -74,52 +58,41 @@ def random_case(seed, rule, images=30, classes=3, ignored=0.1):
     return truth(objects, rule), found(detections)
 
 
-CASES = {
-    "correct": ([(0, SQUARE, 1)], [(0, high(51), 1, 0.9)], ["correct"], 0),
-    "localisation": ([(0, SQUARE, 1)], [(0, high(49), 1, 0.9)], ["localisation"], 0),
-    "least localisation": ([(0, SQUARE, 1)], [(0, high(10), 1, 0.9)], ["localisation"], 0),
-    "class": ([(0, SQUARE, 2)], [(0, high(80), 1, 0.9)], ["class"], 0),
-    "duplicate": (
-        [(0, SQUARE, 1)],
-        [(0, high(80), 1, 0.8), (0, high(70), 1, 0.9)],
-        ["duplicate", "correct"],
-        0,
-    ),
-    "both": ([(0, SQUARE, 2)], [(0, high(30), 1, 0.9)], ["both"], 1),
-    "background": ([(0, SQUARE, 1)], [(0, high(9), 1, 0.9)], ["background"], 1),
-    "other image": ([(0, SQUARE, 1)], [(1, SQUARE, 1, 0.9)], ["background"], 1),
+ONE = [(0, SQUARE, 1)]
+CASES = {  # objects, detections, their kinds, missed objects
+    "correct": (ONE, [(0, high(51), 1, 0.9)], ["correct"], 0),
+    "localisation": (ONE, [(0, high(49), 1, 0.9)], ["localisation"], 0),
+    "least localisation": (ONE, [(0, high(10), 1, 0.9)], ["localisation"], 0),
+    "class": (ONE, [(0, high(80), 2, 0.9)], ["class"], 0),
+    "duplicate": (ONE, [(0, high(80), 1, 0.8), (0, high(70), 1, 0.9)], ["duplicate", "correct"], 0),
+    "both": (ONE, [(0, high(30), 2, 0.9)], ["both"], 1),
+    "background": (ONE, [(0, high(9), 1, 0.9)], ["background"], 1),
+    "other image": (ONE, [(1, SQUARE, 1, 0.9)], ["background"], 1),
     "localisation before class": (
-        [(0, high(30), 1), (0, high(60), 2)],
-        [(0, SQUARE, 1, 0.9)],
-        ["localisation"],
-        1,
-    ),
+        [(0, high(30), 1), (0, high(60), 2)], [(0, SQUARE, 1, 0.9)], ["localisation"], 1),
     "class before duplicate": (
-        [(0, high(90), 1), (0, high(60), 2)],
-        [(0, high(90), 1, 0.95), (0, SQUARE, 1, 0.9)],
-        ["correct", "class"],
-        0,
-    ),
+        [(0, high(90), 1), (0, high(60), 2)], [(0, high(90), 1, 0.95), (0, SQUARE, 1, 0.9)],
+        ["correct", "class"], 0),
     "ignored": (
-        [(0, SQUARE, 1, True)],
-        [(0, SQUARE, 1, 0.9), (0, SQUARE, 1, 0.8), (0, SQUARE, 2, 0.8)],
-        ["ignored", "ignored", "background"],
-        0,
-    ),
-}
+        [(0, SQUARE, 1, True)], [(0, SQUARE, label, 0.9) for label in (1, 1, 2)],
+        ["ignored", "ignored", "background"], 0),
+    "nothing": ([], [], [], 0),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("rule", ["voc", "coco"])
 @pytest.mark.parametrize("case", CASES)
 def test_each_kind_of_error_by_hand(case, rule):
     objects, detections, kinds, missed = CASES[case]
-    objects, detections = truth(objects, rule), found(detections)
-    judged = judge(objects, detections)
+    judged = judge(truth(objects, rule), found(detections))
     assert [KINDS[k] for k in judged.kind] == kinds
     assert judged.missed(0).sum() == missed
     counts = error_counts(judged, 2, 0)
     assert counts.sum() == missed + sum(kind not in ("correct", "ignored") for kind in kinds)
     assert counts[:, ERRORS.index("missed")].sum() == missed
+    if not kinds:
+        assert not confusion_matrix(judged, 2, 0).any()
+        assert gains(judged, 2, "coco") == (0, dict.fromkeys(ERRORS, 0))
 
 
 def test_matching_by_hand():
@@ -144,7 +117,7 @@ def test_matching_by_hand():
     assert match(objects, found(rows), (0.5,))[0].tolist() == [1, 1, 0, -1, 2, -1]
 
 
-def test_the_two_rules_differ_where_the_nearest_object_is_taken():
+def test_the_two_rules_differ_in_the_object_that_is_taken_and_at_the_edge():
     objects = [(0, SQUARE, 1), (0, (0, 0, 100, 75), 1)]
     detections = found([(0, SQUARE, 1, 0.9), (0, high(95), 1, 0.8)])
     assert judge(truth(objects, "coco"), detections).objects.tolist() == [0, 1]
@@ -154,13 +127,9 @@ def test_the_two_rules_differ_where_the_nearest_object_is_taken():
     assert judge(truth([(0, SQUARE, 1)], "coco"), edge).kind.tolist() == [CORRECT]
     judged = judge(truth([(0, SQUARE, 1)], "voc"), edge)
     assert KINDS[judged.kind[0]] == "localisation" and judged.overlaps.tolist() == [0.5]
-
-
-def test_an_edge_of_another_class_counts_as_the_rule_says():
     other = found([(0, high(50), 2, 0.9)])
     for rule, kind, row in (("coco", "class", [0, 1, 0]), ("voc", "both", [0, 0, 1])):
-        objects = truth([(0, SQUARE, 1)], rule)
-        judged = judge(objects, other)
+        judged = judge(truth([(0, SQUARE, 1)], rule), other)
         assert KINDS[judged.kind[0]] == kind
         assert confusion_matrix(judged, 2, 0)[0].tolist() == row
 
@@ -171,10 +140,9 @@ def test_scores_decide_who_counts_and_who_is_missed():
     judged = judge(objects, detections)
     assert judged.not_found(0.5).tolist() == [True, True]
     assert judged.missed(0.5).tolist() == [True, False]
-    counts = error_counts(judged, 2, 0.5)
-    assert dict(zip(ERRORS, counts.sum(0), strict=True)) == {
-        "localisation": 1, "class": 0, "duplicate": 0, "both": 0, "background": 0, "missed": 1
-    }  # fmt: skip
+    counts = error_counts(judged, 2, 0.5).sum(0)
+    assert dict(zip(ERRORS, counts, strict=True)) == dict.fromkeys(ERRORS, 0) | {
+        "localisation": 1, "missed": 1}  # fmt: skip
 
 
 def test_overlap_is_that_of_a_literal_loop():
@@ -204,21 +172,15 @@ def literal_confusion(objects, detections, judged, classes, score):
         else:
             rest.append(n)
     for n in rest:
-        best, taken = 0, None
+        best, taken, row = 0, None, classes
         for m in sorted(left):
-            if objects.images[m] != detections.images[n]:
-                continue
-            if objects.labels[m] == detections.labels[n]:
-                continue
-            iou = overlaps(detections.boxes[n : n + 1], objects.boxes[m : m + 1])[0, 0]
-            if iou >= 0.5 and iou > best:
-                best, taken = iou, m
-        column = detections.labels[n] - 1
-        if taken is None:
-            table[classes][column] += 1
-        else:
-            table[objects.labels[taken] - 1][column] += 1
-            left.remove(taken)
+            if (objects.images[m] == detections.images[n]
+                    and objects.labels[m] != detections.labels[n]):  # fmt: skip
+                iou = overlaps(detections.boxes[n : n + 1], objects.boxes[m : m + 1])[0, 0]
+                if iou >= 0.5 and iou > best:
+                    best, taken, row = iou, m, objects.labels[m] - 1
+        table[row][detections.labels[n] - 1] += 1
+        left.discard(taken)
     for m in left:
         table[objects.labels[m] - 1][classes] += 1
     return table
@@ -261,16 +223,6 @@ def test_best_f1_by_hand():
         assert value == 0 and np.isnan(score)
 
 
-def test_nothing_at_all_is_no_error():
-    objects = Truth(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0, bool), "coco")
-    detections = Found(np.zeros(0, int), np.zeros((0, 4)), np.zeros(0, int), np.zeros(0))
-    judged = judge(objects, detections)
-    assert len(judged.kind) == 0
-    assert not error_counts(judged, 2, 0).any()
-    assert not confusion_matrix(judged, 2, 0).any()
-    assert gains(judged, 2, "coco") == (0, dict.fromkeys(ERRORS, 0))
-
-
 @pytest.mark.parametrize("metric", ["coco", "area", "voc07_11point"])
 def test_a_class_that_is_not_asked_for_any_more_is_right_unless_something_false_is_left(metric):
     objects = truth([(0, SQUARE, 1), (1, SQUARE, 2)], "coco" if metric == "coco" else "voc")
@@ -287,12 +239,9 @@ def test_a_class_that_is_not_asked_for_any_more_is_right_unless_something_false_
 
 def as_detections(detections, count):
     """What a data set's `evaluate` takes."""
-    rows = [detections.images == i for i in range(count)]
-    boxes = detections.boxes - (0, 0, 1, 1)
-    return [
-        {"boxes": boxes[r], "scores": detections.scores[r], "labels": detections.labels[r]}
-        for r in rows
-    ]
+    columns = detections._replace(boxes=detections.boxes - (0, 0, 1, 1))._asdict()
+    return [{key: column[detections.images == i] for key, column in columns.items()}
+            for i in range(count)]  # fmt: skip
 
 
 def test_voc_correct_detections_are_those_of_the_score(tmp_path, make_voc):
@@ -330,33 +279,16 @@ def test_voc_correct_detections_are_those_of_the_score(tmp_path, make_voc):
         assert all(rise > -1e-12 for rise in rises.values()) and sum(rises.values()) > 0.05
 
 
-@pytest.fixture
-def coco_case(tmp_path):
-    """(data set, truth as made, detections): 30 images, crowds among the objects."""
-    objects, detections = random_case(7, "coco")
-    root = tmp_path / "coco"
-    (root / "annotations").mkdir(parents=True)
-    (root / "val").mkdir()
-    annotations = []
-    for n, (i, (x1, y1, x2, y2), label, crowd) in enumerate(zip(*objects[:4], strict=True), 1):
-        box = [float(v) for v in (x1, y1, x2 - x1, y2 - y1)]
-        owner = {"id": n, "image_id": 10 + int(i), "category_id": int(4 * label)}
-        annotations.append(
-            {**owner, "bbox": box, "area": box[2] * box[3], "iscrowd": int(crowd)}
-        )
-    images = [{"id": 10 + i, "file_name": f"{i}.jpg", "width": 300, "height": 300}
-              for i in range(30)]  # fmt: skip
-    for image in images:
-        (root / "val" / image["file_name"]).write_bytes(b"")
-    categories = [{"id": 4 * k, "name": f"class {k}"} for k in (1, 2, 3)]
-    document = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations" / "instances_val.json").write_text(json.dumps(document))
+def test_coco_ap_is_the_score_of_the_data_set(tmp_path):
+    objects, detections = random_case(7, "coco")  # with crowds
+    sides = np.hstack([objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]])
+    rows = [annotation(n, 10 + i, box, 4 * label, iscrowd=int(crowd)) for n, (i, box, label, crowd)
+            in enumerate(zip(objects.images.tolist(), sides.tolist(), objects.labels.tolist(),
+                             objects.ignored, strict=True), 1)]  # fmt: skip
+    root = write_set(tmp_path, "instances_val.json", "val", {10 + i: f"{i}.jpg" for i in range(30)},
+                     rows, categories=[{"id": 4 * k, "name": f"class {k}"} for k in (1, 2, 3)])
+    dataset = COCODetection(root, [(None, "val")])
     detections = detections._replace(boxes=detections.boxes.round(3))
-    return COCODetection(root, [(None, "val")]), objects, detections
-
-
-def test_coco_ap_is_the_score_of_the_data_set(coco_case, tmp_path):
-    dataset, objects, detections = coco_case
     for one, other in zip(dataset.truth(), objects, strict=True):
         assert np.array_equal(one, other)
     judged = judge(objects, detections)
@@ -384,13 +316,9 @@ def test_coco_errors_gains_and_calibration_are_hotcocos(seed, capsys):
     sides = np.hstack([objects.boxes[:, :2], objects.boxes[:, 2:] - objects.boxes[:, :2]])
     reference = hotcoco.COCO.from_arrays(
         [{"id": i + 1, "width": 300, "height": 300} for i in range(30)],
-        [{"id": k, "name": str(k)} for k in (1, 2, 3)],
-        objects.images + 1,
-        objects.labels,
-        sides,
-        area=sides[:, 2:].prod(1),
-        iscrowd=objects.ignored,
-    )
+        [{"id": k, "name": str(k)} for k in (1, 2, 3)], objects.images + 1, objects.labels, sides,
+        area=sides[:, 2:].prod(1), iscrowd=objects.ignored,
+    )  # fmt: skip
     columns = [detections.images + 1, detections.boxes[:, :2],
                detections.boxes[:, 2:] - detections.boxes[:, :2], detections.scores,
                detections.labels]  # fmt: skip
@@ -400,17 +328,12 @@ def test_coco_errors_gains_and_calibration_are_hotcocos(seed, capsys):
     capsys.readouterr()
     judged = judge(objects, detections)
     assert set(detections.labels[judged.kind == CORRECT]) == {1, 2, 3}  # each is asked for
-    wanted = evaluation.tide_errors()
-    short = {"localisation": "Loc", "class": "Cls", "duplicate": "Dupe", "both": "Both",
-             "background": "Bkg", "missed": "Miss"}  # fmt: skip
+    wanted, short = evaluation.tide_errors(), ("Loc", "Cls", "Dupe", "Both", "Bkg", "Miss")
     counts = error_counts(judged, 3, 0).sum(0).tolist()
-    assert dict(zip(ERRORS, counts, strict=True)) == {
-        name: wanted["counts"][key] for name, key in short.items()
-    }
-    assert all(counts)
+    assert counts == [wanted["counts"][key] for key in short] and all(counts)
     base, rises = gains(judged, 3, "coco")
     assert base == pytest.approx(wanted["ap_base"], abs=1e-12)
-    assert rises == pytest.approx({n: wanted["delta_ap"][key] for n, key in short.items()})
+    assert [*rises.values()] == pytest.approx([wanted["delta_ap"][key] for key in short])
     counted = judged.kind != IGNORED
     ours = calibration(detections.scores[counted], judged.kind[counted] == CORRECT)
     theirs = evaluation.calibration()

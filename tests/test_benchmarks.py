@@ -281,6 +281,17 @@ def test_parts_that_are_not_asked_for_get_no_time():
     assert on_gpu.reserve([[]]) == on_gpu.reserve([]) == 0
 
 
+def test_every_call_has_its_time():
+    """Limits of stages within those of their part, parts within the limit of everything."""
+    settings = on_gpu.Settings(bccd="/data")
+    for name, part in on_gpu.PARTS.items():
+        stages = part.stages(settings, Path("runs"))
+        assert sum(max(limit for limit, _ in x.values()) for x in stages) <= part.limit, name
+    alone = [part.limit for name, part in on_gpu.PARTS.items() if name not in on_gpu.TOGETHER]
+    together = max(on_gpu.PARTS[name].limit for name in on_gpu.TOGETHER)
+    assert sum(alone) + together <= settings.limit
+
+
 def test_settings_are_those_of_the_environment():
     env = {"DEVICE": "cpu", "QUICK": "1", "SEEDS": "3 4", "LIMIT": "30", "OUT": "x", "HOME": "/"}
     expected = on_gpu.Settings("cpu", True, seeds="3 4", limit=30, out=Path("x"))

@@ -176,6 +176,8 @@ def test_cuda_is_compiled_for_the_architectures_asked_for_and_again_for_others(t
     assert compile_in(tree, TORCH_CUDA_ARCH_LIST="8.0;9.0+PTX")[1] == f"up to date, {both[9:]}"
     assert embedded(library, "elf") in (None, {"sm_80", "sm_90"})
     assert embedded(library, "ptx") in (None, {"sm_90"})
+    code = cuobjdump("--dump-ptx", library)
+    assert code is None or ("div.rn.f32" in code and "fma.rn.f32" not in code)  # as on the CPU
     library.write_bytes(b"not a library")
     assert compile_in(tree, TORCH_CUDA_ARCH_LIST="9.0")[1] == "compiled for 9.0"
 
@@ -192,12 +194,15 @@ def test_cuda_is_compiled_for_the_architectures_asked_for_and_again_for_others(t
 
 def embedded(library, kind):
     """Return the targets of a library's machine code ("elf") or "ptx", None without a tool."""
+    listed = cuobjdump(f"--list-{kind}", library)
+    return None if listed is None else set(re.findall(r"sm_\d+", listed))
+
+
+def cuobjdump(option, library):
     triton = importlib.util.find_spec("triton")
     beside = Path(triton.origin).parent / "backends/nvidia/bin" if triton else ""
-    cuobjdump = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(beside))
-    if cuobjdump is None:
-        return None
-    return set(re.findall(r"sm_\d+", run(cuobjdump, f"--list-{kind}", library, cwd=ROOT).stdout))
+    tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=str(beside))
+    return None if tool is None else run(tool, option, library, cwd=ROOT).stdout
 
 
 @needs_sh
@@ -305,7 +310,7 @@ def test_only_what_is_missing_or_too_old_is_installed(monkeypatch):
     everything = {
         "torch": "2.10.0+cpu", "torchvision": "0.25.0+cpu", "numpy": "2.0.0rc1",
         "opencv_contrib_python": "5.0.0.93", "pycocotools": "2.0.8", "cython": "3.0a1",
-        "setuptools": "80.1",
+        "setuptools": "80.1", "pillow": "10.1.0",
     }  # fmt: skip
     installed(monkeypatch, **everything)
     assert build.missing() == []

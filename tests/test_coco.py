@@ -101,18 +101,6 @@ def test_chosen_classes_are_labelled_in_their_order_and_scored_alone(tmp_path):
         read(tmp_path, classes=["dog", "dog"])
 
 
-def test_transform_gets_image_and_a_target_of_its_own(tmp_path):
-    def transform(image, target):
-        target *= 2
-        return image[:1], target
-
-    root = write_val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10])])
-    dataset = read(root, transform=transform)
-    for _ in range(2):
-        image, target = dataset[1]
-        assert image.shape == (1, WIDTH, 3) and target.tolist() == [[20, 10, 58, 28, 2]]
-
-
 def test_sets_are_joined_in_order(tmp_path):
     write_val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10])])
     boxes = [annotation(1, 5, [0, 0, 4, 4]), annotation(2, 4, [3, 0, 0, 4])]
@@ -160,12 +148,6 @@ def test_loader_processes_get_arrays_and_no_records(tmp_path):
     dataset.keep_first(4)
     assert len(ForkingPickler.dumps(dataset)) < before / 10
     assert dataset._offsets[-1] == 103 and dataset._boxes.base is None
-
-
-def test_reading_writes_nothing_under_the_root(tmp_path):
-    before = sorted(write_val2017(tmp_path, []).rglob("*"))
-    read(tmp_path)[0]
-    assert sorted(tmp_path.rglob("*")) == before
 
 
 # ---- boxes that are dropped or changed
@@ -228,34 +210,6 @@ def test_boxes_without_area_are_dropped_and_clipped_ones_kept_and_both_recorded(
         "instances_val2017.json: annotation 5 of image 9, bbox [50.0, -2.0, 20.0, 10.0]",
     )
     assert len(dataset.truth().boxes) == 10
-
-
-# ---- fingerprint
-
-
-def test_fingerprint_follows_ids_annotations_and_options_and_not_the_place(tmp_path):
-    def of(change=None, ids=(42, 9), **options):
-        """Of a new root each time."""
-        of.count += 1
-        box = annotation(1, 9, [10, 5, 20, 10]) | (change or {})
-        root = write_val2017(tmp_path / str(of.count), [box], ids)
-        return json.loads(json.dumps(read(root, **options).fingerprint()))
-
-    of.count = 0
-    first = of()
-    assert first == of() and first["images"] == 2
-    changed = [
-        of({"bbox": [10, 5, 20, 11]}),
-        of({"category_id": 7}),
-        of({"iscrowd": 1}),
-        of(crowds=False),
-        of(ids=(42, 9, 8)),
-        of(classes=["dog"]),
-    ]
-    assert len({json.dumps(each) for each in [first, *changed]}) == 7
-    dataset = read(tmp_path / "1")
-    dataset.keep_first(1)
-    assert dataset.fingerprint()["ids"] != first["ids"] and dataset.fingerprint()["images"] == 1
 
 
 # ---- images that are not what the annotation says
@@ -437,57 +391,6 @@ def test_backend_that_is_missing_is_told_before_there_are_detections(tmp_path, m
 # ---- the first images alone
 
 
-def some_boxes():
-    """Objects of four of the images 1 to 6; 2 has none, and that of 4 has no area."""
-    return [
-        annotation(1, 5, [3, 3, 20, 20], 7),
-        annotation(2, 1, [10, 5, 20, 10], 90),
-        annotation(3, 4, [10, 5, 1, 10], 3),
-        annotation(4, 3, [0.5, 1.25, 8, 4], 3),
-        annotation(5, 1, [30, 5, 20, 12], 3),
-        annotation(6, 6, [1, 1, 9, 9], 7),
-    ]
-
-
-def test_first_images_with_objects_are_kept_as_they_are(tmp_path):
-    whole = read(write_val2017(tmp_path, some_boxes(), ids=(6, 5, 4, 3, 2, 1)))
-    dataset = read(tmp_path)
-    dataset.keep_first(3)
-    assert len(dataset) == 3 and dataset.ids == [1, 3, 5] and dataset.classes == whole.classes
-    for i, before in enumerate([0, 2, 4]):
-        image, target = dataset[i]
-        assert np.array_equal(image, whole[before][0])
-        assert target.tolist() == dataset.target(i).tolist() == whole.target(before).tolist()
-        assert dataset.image_path(i) == whole.image_path(before)
-        assert dataset.image_size(i) == whole.image_size(before)
-    assert dataset.target(-1).tolist() == [[3, 3, 22, 22, 2]]
-    assert len(whole.skipped) == 1 and dataset.skipped == []  # it is about image 4
-    assert dataset.truth().images.tolist() == [0, 0, 1, 2]
-    with pytest.raises(IndexError):
-        dataset.target(3)
-    dataset.keep_first(1)
-    assert dataset.ids == [1] and len(dataset.target(0)) == 2
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_first_images_are_scored_as_a_set_of_only_them(tmp_path, backend):
-    pytest.importorskip(backend.replace("-", "_"))
-    boxes = some_boxes()
-    dataset = read(write_val2017(tmp_path / "all", boxes, range(1, 7)), eval_backend=backend)
-    dataset.keep_first(2)
-    of_them = [box for box in boxes if box["image_id"] in (1, 3)]
-    only = read(write_val2017(tmp_path / "only", of_them, ids=(1, 3)), eval_backend=backend)
-    detections = perfect(dataset)
-    report = dataset.evaluate(detections, tmp_path / "out")
-    assert report["value"] == pytest.approx(1)
-    assert report["per_class"] == pytest.approx({"dog": 1, "kite": -1, "oar": 1})
-    assert report == only.evaluate(perfect(only), tmp_path / "out")
-    detections[0]["boxes"] += np.float32(2)
-    report = dataset.evaluate(detections, tmp_path / "out")
-    assert 0 < report["value"] < 1
-    assert report == only.evaluate(detections, tmp_path / "out")
-
-
 def test_image_sets_without_an_image_kept_are_gone(tmp_path):
     write_val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)])
     boxes = [annotation(1, 5, [0, 0, 4, 4]), annotation(2, 4, [3, 0, 4, 4])]
@@ -506,12 +409,3 @@ def test_image_sets_without_an_image_kept_are_gone(tmp_path):
     dataset.check_scorable()
     report = dataset.evaluate(perfect(dataset), tmp_path / "out")
     assert report["image_set"] == "2017_train" and report["value"] == pytest.approx(1)
-
-
-def test_more_images_than_have_objects_cannot_be_kept(tmp_path):
-    dataset = read(write_val2017(tmp_path, some_boxes(), ids=range(1, 7)))
-    with pytest.raises(UserError, match=f"{tmp_path}: 2017_val: 4 of 6 .* keep 5; .*--overfit"):
-        dataset.keep_first(5)
-    with pytest.raises(ValueError, match="cannot keep -1 "):
-        dataset.keep_first(-1)
-    assert len(dataset) == 6

@@ -79,16 +79,6 @@ def test_ap_per_category_and_size_is_that_of_the_category_alone(golden):
         assert list(sizes[f"category {id}"].values()) == pytest.approx(alone[3:6], abs=1e-12)
 
 
-def test_real_ground_truth_as_detections_scores_one(golden):
-    truth, _, _ = golden
-    boxes = json.loads(truth.read_text())["annotations"]
-    fields = ("image_id", "category_id", "bbox")
-    results = [{f: b[f] for f in fields} | {"score": 1.0} for b in boxes if not b["iscrowd"]]
-    report = evaluate_coco(results, truth)
-    assert report["stats"][:6] == pytest.approx([1] * 6)
-    assert sum(ap == -1 for ap in report["per_category"].values()) == 2
-
-
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_nothing_is_printed_and_the_given_list_is_left_alone(golden, capfd, backend):
     require(backend)

@@ -1,8 +1,13 @@
 """What is common to all data sets: image sets by name, rows, the protocol, records left out."""
 
 import inspect
+import itertools
+import json
 
+import cv2
+import numpy as np
 import pytest
+from conftest import VOC_IMAGE_SIZE
 
 from data import (
     DATASETS,
@@ -107,10 +112,6 @@ def test_readers_have_the_attributes_of_the_protocol(voc_folder, coco_folder):
     for name, root, sets in (("VOC", voc_folder, "test"), ("COCO", coco_folder, "val2017")):
         dataset = build_dataset(name, root, [(None, sets)])
         assert all(hasattr(dataset, name) for name in DetectionData.__annotations__)
-        for i in range(len(dataset)):
-            image, target = dataset[i]
-            assert image.shape == (*dataset.image_size(i)[::-1], 3)
-            assert target.tolist() == dataset.target(i).tolist()
 
 
 def test_row_names_the_options_that_its_reader_takes():
@@ -118,6 +119,156 @@ def test_row_names_the_options_that_its_reader_takes():
     for name, row in DATASETS.items():
         assert row.reader.rpartition(":")[2] == readers[name].__name__
         assert row.options <= inspect.signature(readers[name]).parameters.keys()
+
+
+# ---- what every reader does, on the same images and boxes
+
+SAMPLES = {
+    "1": [("cell", (5, 5, 40, 40)), ("rod", (50, 10, 90, 30))],
+    "2": [],
+    "3": [("cell", (20, 20, 70, 60))],
+    "4": [("rod", (60, 40, 500, 60))],  # leaves the image
+    "5": [("cell", (1, 1, 96, 72)), ("disc", (30, 30, 30, 30))],  # VOC: without area
+}
+
+
+def write_coco(root, samples):
+    """The samples of `write_voc` as a COCO set; a difficult object becomes a crowd."""
+    names = sorted({name for objects in samples.values() for name, *_ in objects})
+    images, annotations = [], []
+    for id, objects in samples.items():
+        width, height = VOC_IMAGE_SIZE
+        images.append({"id": int(id), "file_name": f"{id}.jpg", "width": width, "height": height})
+        for name, (x1, y1, x2, y2), *flag in objects:
+            annotations.append({
+                "image_id": int(id), "category_id": 1 + names.index(name), "iscrowd": int(*flag),
+                "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
+            })  # fmt: skip
+    categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
+    document = {"images": images, "annotations": annotations, "categories": categories}
+    (root / "annotations").mkdir()
+    (root / "annotations" / "instances_train.json").write_text(json.dumps(document))
+    (root / "JPEGImages").rename(root / "train")
+
+
+@pytest.fixture(params=["VOC", "COCO"])
+def make(request, tmp_path, make_voc):
+    """make(samples): a new data set each time, of the classes of all samples."""
+    count = itertools.count()
+
+    def make(samples, **options):
+        root = make_voc(tmp_path / str(next(count)), {"train": samples})
+        if request.param == "COCO":
+            write_coco(root, samples)
+        return build_dataset(request.param, root, [(None, "train")], **options)
+
+    make.voc = request.param == "VOC"
+    return make
+
+
+def perfect(dataset, move=0):
+    targets = [dataset.target(i) for i in range(len(dataset))]
+    return [
+        {"boxes": t[:, :4] + np.float32(move), "scores": np.linspace(0.9, 0.5, len(t)),
+         "labels": t[:, 4].astype(np.int64)}
+        for t in targets
+    ]  # fmt: skip
+
+
+def test_sample_is_a_bgr_image_and_a_target_of_its_own(make):
+    dataset = make(SAMPLES)
+    assert len(list(dataset)) == 5 and [*map(str, dataset.ids)] == list(SAMPLES)
+    image, target = dataset[0]
+    assert np.array_equal(image, cv2.imread(str(dataset.image_path(0))))
+    assert image.dtype == np.uint8 and image.shape == (*dataset.image_size(0)[::-1], 3)
+    assert target.tolist() == [[4, 4, 39, 39, 1], [49, 9, 89, 29, 3]]  # cell, disc, rod
+    assert target.dtype == dataset.target(1).dtype == np.float32
+    assert dataset.target(1).shape == (0, 5) and dataset.target(-2)[0, 2] == VOC_IMAGE_SIZE[0] - 1
+    dataset.transform = lambda image, target: (image[:1], np.multiply(target, 2, out=target))
+    for _ in range(2):
+        assert dataset[0][0].shape[0] == 1 and dataset[0][1][0].tolist() == [8, 8, 78, 78, 2]
+    with pytest.raises(IndexError):
+        dataset.target(5)
+
+
+def test_images_are_not_opened_by_the_constructor_and_nothing_is_written(make):
+    dataset = make({key: SAMPLES[key] for key in ("1", "3")})
+    dataset.image_path(0).write_bytes(b"")
+    before = {path: path.stat().st_mtime_ns for path in dataset.root.rglob("*")}
+    again = type(dataset)(dataset.root, dataset.image_sets)
+    assert {path: path.stat().st_mtime_ns for path in dataset.root.rglob("*")} == before
+    with pytest.raises(UserError, match=f"^{again.image_path(0)}: .*empty"):
+        again[0]
+
+
+def test_truth_is_as_annotated(make):
+    truth = make(SAMPLES | {"1": [("cell", (5, 5, 40, 40), True)]}).truth()
+    assert truth.images.tolist() == [0, 2, 3, 4, 4]
+    assert truth.boxes[:3].tolist() == [[4, 4, 40, 40], [19, 19, 70, 60], [59, 39, 500, 60]]
+    assert truth.labels.tolist() == [1, 1, 3, 1, 2]
+    assert truth.ignored.tolist() == [True, False, False, False, False]
+
+
+def test_perfect_detections_score_one(make, tmp_path):
+    dataset = make({key: SAMPLES[key] for key in "123"})
+    result = dataset.evaluate(perfect(dataset), tmp_path / "out", name="net")
+    assert result["value"] == pytest.approx(1) and result["notes"] == []
+    assert result["per_class"] == pytest.approx({"cell": 1, "rod": 1})
+    assert (tmp_path / "out" / result["curves"]).is_file() and json.dumps(result)
+    with pytest.raises(ValueError, match="2 detections for 3 images"):
+        dataset.evaluate(perfect(dataset)[:2], tmp_path / "other")
+    assert not (tmp_path / "other").exists()
+
+
+def test_first_images_are_kept_as_they_are_and_scored_alone(make, tmp_path):
+    whole, dataset = make(SAMPLES), make(SAMPLES)
+    kept = [0, 2, 3]
+    dataset.keep_first(3)
+    assert dataset.ids == [whole.ids[i] for i in kept] and dataset.classes == whole.classes
+    for i, before in enumerate(kept):
+        for one, other in zip(dataset[i], whole[before], strict=True):
+            assert np.array_equal(one, other)
+        assert dataset.image_path(i).name == whole.image_path(before).name
+    # What is left out of other images is of no more interest.
+    assert [(skip.kind, skip.image) for skip in dataset.skipped] == [(SkipKind.BOX_CLIPPED, 2)]
+    assert {skip.image for skip in whole.skipped} == {3, 4}
+    assert dataset.truth().images.tolist() == [0, 0, 1, 2]
+    only = make({whole_id: SAMPLES[whole_id] for whole_id in "134"})
+    for move in (0, 9):
+        result, expected = (
+            d.evaluate(perfect(d, move), tmp_path / "out") for d in (dataset, only)
+        )
+        assert result["value"] == expected["value"] and "disc" in result.pop("notes")[-1]
+    dataset.keep_first(1)
+    assert [*map(str, dataset.ids)] == ["1"]
+
+
+def test_more_images_than_have_objects_cannot_be_kept(make):
+    dataset = make({key: SAMPLES[key] for key in "123"})
+    with pytest.raises(UserError, match=f"{dataset.root}: train: 2 of 3 .* keep 3; .*--overfit"):
+        dataset.keep_first(3)
+    with pytest.raises(ValueError, match="cannot keep 0 "):
+        dataset.keep_first(0)
+    assert len(dataset) == 3
+
+
+def test_fingerprint_follows_ids_annotations_and_options_and_not_the_place(make):
+    first, box = make(SAMPLES), ("cell", (20, 20, 70, 60))
+    assert make(SAMPLES).fingerprint() == first.fingerprint()
+    assert json.loads(json.dumps(first.fingerprint()))["images"] == 5
+    changed = [
+        make(SAMPLES | {"3": [("cell", (20, 20, 70, 61))]}),
+        make(SAMPLES | {"3": [("rod", box[1])]}),
+        make(SAMPLES | {"3": [(*box, True)]}),  # difficult, or a crowd
+        make(SAMPLES | {"3": []}),
+        make({key if key != "3" else "9": SAMPLES[key] for key in SAMPLES}),
+        make(SAMPLES, classes=["rod", "disc", "cell"]),
+        make(SAMPLES, classes=["cell"]),
+        *([] if make.voc else [make(SAMPLES, crowds=False)]),
+    ]
+    first.keep_first(2)
+    found = [json.dumps(dataset.fingerprint()) for dataset in [make(SAMPLES), first, *changed]]
+    assert len(set(found)) == len(found)
 
 
 # ---- what a reader left out

@@ -35,7 +35,7 @@ def test_detections_are_read_back_if_they_were_made_by_the_same_things(tmp_path)
 
 def test_file_that_is_missing_or_damaged_is_refused(tmp_path):
     path = tmp_path / "d.npz"
-    with pytest.raises(UserError, match=f"{path} does not exist; .*without --retest"):
+    with pytest.raises(UserError, match=f"{path} does not exist: .*without --retest"):
         load_detections(path, [], {})
     path.write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(UserError, match=f"{path} is damaged"):

@@ -1,4 +1,4 @@
-"""The two loops, and kept detections."""
+"""One training step, and detection over a data set."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from tiny import TINY
 
 import models
 from data.config import INPUT_MEAN, VOC_300
-from data.detections import load_detections, save_detections
 from engine.steps import TrainStep, detect_all
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import build_net
 from utils.device import to_input
-from utils.errors import UserError
 
 # ---------------------------------------------------------------- loops
 
@@ -125,41 +123,3 @@ def test_detection_restores_the_mode_and_equals_the_net_by_hand(tiny_net):
     for a, b in zip(found, expected, strict=True):
         np.testing.assert_allclose(a["boxes"], b["boxes"], rtol=1e-4, atol=1e-2)
         np.testing.assert_array_equal(a["labels"], b["labels"])
-
-
-# ---------------------------------------------------------------- kept detections
-
-
-def test_detections_round_trip_and_belong_to_what_made_them(tmp_path):
-    path = tmp_path / "d.npz"
-    rng = np.random.default_rng(0)
-    found = [
-        {"boxes": rng.random((n, 4), np.float32), "scores": rng.random(n),
-         "labels": np.arange(n)}
-        for n in (2, 0, 3)
-    ]  # fmt: skip
-    made_by = {"checkpoint": {"sha256": "ab"}, "sets": "test"}
-    save_detections(path, ["a", "b", "ü"], found, made_by)
-    loaded, saved_by = load_detections(path, ["a", "b", "ü"], {"sets": "test"})
-    assert saved_by == made_by
-    for a, b in zip(loaded, found, strict=True):
-        for key in b:
-            np.testing.assert_array_equal(a[key], b[key].astype(a[key].dtype))
-    with pytest.raises(UserError, match="checkpoint: sha256 'ab', not 'cd'; run the test without"):
-        load_detections(path, ["a", "b", "ü"], {"checkpoint": {"sha256": "cd"}})
-    with pytest.raises(UserError, match="other pictures"):
-        load_detections(path, ["a", "b"], made_by)
-    whole = path.read_bytes()
-    for content in (b"", whole[:100], whole[:300] + b"x" * 50 + whole[350:], b"\x93NUMPY rubbish"):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match=r"d\.npz is damaged"):
-            load_detections(path, ["a", "b", "ü"], made_by)
-    with pytest.raises(UserError, match="does not exist"):
-        load_detections(tmp_path / "x.npz", [], made_by)
-
-
-def test_no_detections_in_any_picture_round_trip(tmp_path):
-    empty = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
-    save_detections(tmp_path / "d.npz", [1, 2], [empty] * 2, {})
-    loaded, _ = load_detections(tmp_path / "d.npz", [1, 2], {})
-    assert [d["boxes"].shape for d in loaded] == [(0, 4)] * 2

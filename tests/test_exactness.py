@@ -29,9 +29,10 @@ from program import (
 )
 from tiny import TINY
 
+import engine.evaluate
+import engine.folder
 import engine.trainer
 import models
-import train_test
 from train_test import main
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -392,7 +393,7 @@ def test_best_checkpoint_is_that_of_the_first_of_the_best_scores(train, monkeypa
         value = scores[int(directory.parent.name.removeprefix("epoch_"))]
         return {"metric": "AP", "value": value, "per_class": {}}
 
-    monkeypatch.setattr(train_test, "score", score)
+    monkeypatch.setattr(engine.evaluate, "score", score)
     common = ("-max", 6, "--test_frequency", 1, "--save_frequency", 1)
     found = []
     for stop in range(3, 19, 3):
@@ -426,9 +427,9 @@ def test_checkpoints_by_the_minute_lie_inside_epochs_and_are_exact(train, monkey
             steps.append(state["step"])
             shutil.copy(path, train.folder / f"{state['step']}.pth")
 
-    save = engine.trainer.save_checkpoint
+    save = engine.folder.save_checkpoint
     with monkeypatch.context() as patch:
-        patch.setattr(engine.trainer, "save_checkpoint", keep)
+        patch.setattr(engine.folder, "save_checkpoint", keep)
         patch.setattr(engine.trainer, "time", SimpleNamespace(monotonic=monotonic))
         assert train("a", "--save_minutes", 1) == 0
     assert sorted(set(steps)) == list(range(1, 13))

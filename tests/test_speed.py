@@ -17,6 +17,7 @@ import models
 from benchmarks import harness, limits, routes, speed
 from benchmarks.harness import CPU
 from data.config import INPUT_MEAN
+from inference import gathered_conv
 from inference.predictor import Predictor
 from tools.traffic import Profile
 from utils.checkpoint import sha256_of
@@ -233,12 +234,24 @@ def test_more_networks_are_compiled_than_the_compiler_keeps(detector):
 
 
 @pytest.mark.gpu
-def test_every_route_on_a_gpu(capsys):
-    args = ["--version", "SSD_HarDNet39ds", "--size", 300, "--batch", 1, 2, "--rounds", 2]
-    args += ["--routes", "plain", *routes.WAYS, "--amp", *routes.PRECISIONS, "--limits"]
-    assert speed.main([*map(str, args), "--device", "cuda", "--json", "-"]) == 0
+@pytest.mark.parametrize(
+    ("ways", "amps"),
+    [(["deployed", "graph"], [*routes.PRECISIONS]), ([*routes.WAYS], ["bf16"])],
+    ids=["precisions", "routes"],
+)
+def test_every_route_on_a_gpu(capsys, monkeypatch, ways, amps):
+    # One tile: every trial of another one compiles all layers again.
+    monkeypatch.setattr(gathered_conv, "TILES", ((64, 32),))
+    monkeypatch.setattr(gathered_conv, "_fitting", lambda configs, *_, **__: configs)
+    args = ["--version", "SSD_HarDNet39ds", "--size", 300, "--batch", 2, "--rounds", 2]
+    args += ["--routes", "plain", *ways, "--amp", *amps, "--limits"]
+    gathered_conv._kernel.cache_clear()
+    try:
+        assert speed.main([*map(str, args), "--device", "cuda", "--json", "-"]) == 0
+    finally:
+        gathered_conv._kernel.cache_clear()
     _, *rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
-    assert len(rows) == 2 * (1 + len(routes.WAYS)) * len(routes.PRECISIONS)
+    assert len(rows) == (1 + len(ways)) * len(amps)
     for row in rows:
         assert row["MiB"] > 0 and row["matched"] > 0.5
         assert row["shares"].keys() == {"bandwidth", "operations"}

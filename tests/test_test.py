@@ -13,6 +13,7 @@ import torch
 from tiny import TINY
 
 import engine.evaluate
+import engine.resolve
 import models
 import train_test
 from data import voc_eval
@@ -159,6 +160,19 @@ def test_weights_that_diverged_are_told(call, trained, capsys):
     torch.save(saved, trained)
     assert call("--test", trained) == 2
     assert "output is not finite (conf contains NaN or +infinity)" in capsys.readouterr().err
+
+
+def test_an_overflow_of_fp16_is_told_with_the_precisions_that_hold_more(
+    call, trained, capsys, monkeypatch
+):
+    def overflow(net, detect, priors, loader, amp, advance):
+        raise FloatingPointError("conf contains NaN or +infinity")
+
+    monkeypatch.setattr(engine.evaluate, "detect_all", overflow)
+    monkeypatch.setattr(engine.resolve, "choose_device", lambda *_: torch.device("cpu"))
+    assert call("--test", trained, "--amp", "fp16") == 2
+    error = capsys.readouterr().err
+    assert "--amp fp16 ends at 65504" in error and "--amp bf16" in error
 
 
 def test_retest_refuses_detections_of_other_weights(call, trained, capsys):

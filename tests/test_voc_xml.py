@@ -93,19 +93,15 @@ def test_file_that_is_no_xml_is_refused(tmp_path, text):
 # ---- image sets
 
 
-def test_split_file_may_stand_in_image_sets_itself(voc_folder):
-    (voc_folder / "ImageSets/Main/test.txt").rename(voc_folder / "ImageSets/mine.txt")
-    assert len(load(voc_folder, "mine").ids) == 4
-
-
-def test_parent_of_the_devkit_and_a_year_folder_are_found(voc_devkit):
+def test_image_sets_are_found_and_read_in_every_usual_form(voc_folder, voc_devkit):
     for root in (voc_devkit.parent, voc_devkit / "VOC2007"):
         assert len(load(root, "test", "2007").ids) == 3
-
-
-def test_split_file_may_have_columns_blank_lines_and_a_byte_order_mark(voc_folder):
     (voc_folder / "ImageSets/Main/cell_test.txt").write_text("\ufefft1  1\r\n\nt4 -1\n\n", "utf-8")
     assert load(voc_folder, "cell_test").ids == ["t1", "t4"]
+    (voc_folder / "ImageSets/Main/test.txt").rename(voc_folder / "ImageSets/mine.txt")
+    path = voc_folder / "Annotations/t1.xml"
+    path.rename(path.with_suffix(".XML"))
+    assert len(load(voc_folder, "mine").ids) == 4
 
 
 def test_image_listed_twice_is_taken_once_and_recorded(voc_folder):
@@ -140,24 +136,18 @@ def test_id_is_the_line_without_flag_and_image_suffix(tmp_path, image_id, line):
     assert found.ids == [image_id] and found.annotations[0].path == path
 
 
-def test_id_without_an_annotation_is_refused_with_all_that_was_looked_for(voc_folder):
-    (voc_folder / "ImageSets/Main/test.txt").write_text("no/b9.jpg 1\n")
-    with pytest.raises(UserError, match=r"^1 annotation .*/no/b9\.jpg 1 or .* or no/b9\.xml"):
-        load(voc_folder)
-
-
-def test_missing_annotations_are_refused_all_at_once(voc_folder):
-    names = [f"x{i}" for i in range(12)]
-    (voc_folder / "ImageSets/Main/test.txt").write_text("\n".join(["t1", *names]))
-    message = r"^12 annotation file.* missing: .*x0\.xml.*x9\.xml, \.\.\.$"
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (["t1", *(f"x{i}" for i in range(12))], r"^12 .* missing: .*x0\.xml.*x9\.xml, \.\.\.$"),
+        (["no/b9.jpg 1"], r"^1 annotation .*/no/b9\.jpg 1 or .* or no/b9\.xml"),
+        ([""], "the image set test lists no image"),
+    ],
+)
+def test_missing_annotations_are_refused_all_at_once(voc_folder, lines, message):
+    (voc_folder / "ImageSets/Main/test.txt").write_text("\n".join(lines))
     with pytest.raises(UserError, match=message):
         load(voc_folder)
-
-
-def test_suffix_of_an_annotation_may_have_any_case(voc_folder):
-    path = voc_folder / "Annotations/t1.xml"
-    path.rename(path.with_suffix(".XML"))
-    assert len(load(voc_folder).ids) == 4
 
 
 @pytest.mark.parametrize("root", ["nowhere", "n" * 300, "~no such user/nowhere"])
@@ -184,12 +174,6 @@ def test_images_and_annotations_in_one_folder_are_sent_to_the_page(tmp_path):
     write_annotation(tmp_path / "a.xml", [("dog", (1, 1, 5, 5))])
     with pytest.raises(UserError, match="Annotations/ and JPEGImages/ .*docs/own_data.md"):
         load(tmp_path, "trainval", "2007")
-
-
-def test_empty_set_is_refused(voc_folder):
-    (voc_folder / "ImageSets/Main/test.txt").write_text("\n")
-    with pytest.raises(UserError, match=f"{voc_folder}: the image set test lists no image"):
-        load(voc_folder)
 
 
 # ---- classes

@@ -6,27 +6,17 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.judge import (
-    CLASS,
-    CORRECT,
-    ERRORS,
-    LOCALISATION,
-    Judged,
-    is_match,
-    match,
-    pairs,
-)
+from data.judge import CLASS, CORRECT, KINDS, LOCALISATION, Judged, is_match, match, pairs
 from data.voc_eval import average_precision
 
 
 class Calibration(NamedTuple):
-    """Scores in bins: edges float64 [B + 1] and, by bin, the following.
+    """Scores in B bins.
 
     counts: int64 [B]. confidence, precision: float64 [B], mean score and share of correct
     detections, NaN for an empty bin. error: the expected calibration error, NaN without detections.
     """
 
-    edges: np.ndarray
     counts: np.ndarray
     confidence: np.ndarray
     precision: np.ndarray
@@ -36,15 +26,12 @@ class Calibration(NamedTuple):
 def error_counts(judged: Judged, num_classes: int, score: float) -> np.ndarray:
     """Return the errors of detections of at least `score`, and missed objects, by class.
 
-    int64 [num_classes, len(ERRORS)]. A detection counts for the class that it claims.
+    int64 [num_classes, len(data.judge.ERRORS)]. A detection counts for the class that it claims.
     """
-    counted = judged.counted(score)
-    counts = np.zeros((num_classes, len(ERRORS)), np.int64)
-    for column in range(len(ERRORS) - 1):
-        of_kind = counted & (judged.kind == LOCALISATION + column)
-        counts[:, column] = _per_class(judged.found.labels[of_kind], num_classes)
-    counts[:, -1] = _per_class(judged.truth.labels[judged.missed(score)], num_classes)
-    return counts
+    counted, labels = judged.counted(score), judged.found.labels
+    columns = [labels[counted & (judged.kind == kind)] for kind in range(LOCALISATION, len(KINDS))]
+    columns.append(judged.truth.labels[judged.missed(score)])
+    return np.stack([_per_class(column, num_classes) for column in columns], 1)
 
 
 def gains(judged: Judged, num_classes: int, metric: str) -> tuple[float, dict[str, float]]:
@@ -56,33 +43,29 @@ def gains(judged: Judged, num_classes: int, metric: str) -> tuple[float, dict[st
     removed otherwise, like every other error. Missed objects are no longer asked for. The AP of a
     class without objects left is then 1, or 0 if it has detections that are wrong.
     """
-    truth, found, kind, objects = judged.truth, judged.found, judged.kind, judged.objects
-    counted = judged.counted(-np.inf)
+    truth, found, objects = judged.truth, judged.found, judged.objects
+    counted, right = judged.counted(-np.inf), judged.kind == CORRECT
     totals = _per_class(truth.labels[~truth.ignored], num_classes)
-    asked = totals > 0
 
     def mean_ap(
-        correct: np.ndarray, kept: np.ndarray, labels: np.ndarray, totals: np.ndarray
+        correct: np.ndarray, kept: np.ndarray, labels: np.ndarray, wanted: np.ndarray
     ) -> float:
-        aps = _class_aps(found.scores[kept], correct[kept], labels[kept], totals, metric)
-        return float(aps[asked].mean()) if asked.any() else 0.0
+        aps = _class_aps(found.scores[kept], correct[kept], labels[kept], wanted, metric)
+        return float(aps[totals > 0].mean()) if totals.any() else 0.0
 
-    base = mean_ap(kind == CORRECT, counted, found.labels, totals)
+    base = mean_ap(right, counted, found.labels, totals)
     free = np.append(judged.not_found(-np.inf), False)  # -1, no object, is the last
     rises = {}
-    for number, name in enumerate(ERRORS, LOCALISATION):
-        correct, kept, labels, wanted = kind == CORRECT, counted, found.labels, totals
-        if name == "missed":
-            missed = truth.labels[judged.missed(-np.inf)]
-            wanted = totals - _per_class(missed, num_classes)
-        else:
-            kept = counted & (kind != number)
-            if number in (LOCALISATION, CLASS):
-                right = _best_of_each(judged, (kind == number) & free[objects])
-                correct, labels = correct.copy(), labels.copy()
-                correct[right] = kept[right] = True
-                labels[right] = truth.labels[objects[right]]
-        rises[name] = mean_ap(correct, kept, labels, wanted) - base
+    for number, name in enumerate(KINDS[LOCALISATION:], LOCALISATION):
+        of_kind, correct, labels = judged.kind == number, right.copy(), found.labels.copy()
+        kept = counted & ~of_kind
+        if number in (LOCALISATION, CLASS):
+            mended = _best_of_each(judged, of_kind & free[objects])
+            correct[mended] = kept[mended] = True
+            labels[mended] = truth.labels[objects[mended]]
+        rises[name] = mean_ap(correct, kept, labels, totals) - base
+    wanted = totals - _per_class(truth.labels[judged.missed(-np.inf)], num_classes)
+    rises["missed"] = mean_ap(right, counted, found.labels, wanted) - base
     return base, rises
 
 
@@ -135,15 +118,14 @@ def calibration(scores: np.ndarray, correct: np.ndarray, bins: int = 10) -> Cali
     expected calibration error is the mean over detections of |precision - mean score| of their
     bins (Guo et al. 2017, arXiv 1706.04599).
     """
-    edges = np.linspace(0, 1, bins + 1)
-    where = np.searchsorted(edges[1:-1], scores, side="right")
+    where = np.searchsorted(np.linspace(0, 1, bins + 1)[1:-1], scores, side="right")
     counts = np.bincount(where, minlength=bins)
     with np.errstate(invalid="ignore"):
         confidence = np.bincount(where, scores, bins) / counts
         precision = np.bincount(where, correct, bins) / counts
     gaps = np.abs(precision - confidence)[counts > 0] * counts[counts > 0]
     error = float(gaps.sum() / len(scores)) if len(scores) else np.nan
-    return Calibration(edges, counts, confidence, precision, error)
+    return Calibration(counts, confidence, precision, error)
 
 
 def best_f1(scores: np.ndarray, correct: np.ndarray, total: int) -> tuple[float, float]:
@@ -152,12 +134,12 @@ def best_f1(scores: np.ndarray, correct: np.ndarray, total: int) -> tuple[float,
     scores [N], correct bool [N], total: number of objects. (0, NaN) if no object is found.
     """
     order = np.argsort(-scores, kind="stable")
-    hits = correct[order].cumsum()
-    last = np.append(scores[order][1:] != scores[order][:-1], True)[: len(order)]  # of its score
-    if not total or not len(order) or not hits[-1]:
+    scores, hits = scores[order], correct[order].cumsum()
+    last = np.append(scores[1:] != scores[:-1], True)[: len(order)]  # of its score
+    if not hits.any():
         return 0.0, np.nan
     f1 = np.where(last, 2 * hits / (np.arange(1, len(order) + 1) + total), 0)
-    return float(f1.max()), float(scores[order][f1.argmax()])
+    return float(f1.max()), float(scores[f1.argmax()])
 
 
 def _per_class(labels: np.ndarray, num_classes: int) -> np.ndarray:
@@ -165,7 +147,7 @@ def _per_class(labels: np.ndarray, num_classes: int) -> np.ndarray:
 
 
 def _best_of_each(judged: Judged, chosen: np.ndarray) -> np.ndarray:
-    """Return the rows of the best of the `chosen` detections, bool [N], about each object."""
+    """Return the rows of the best `chosen` detection, bool [N], about each object."""
     rows = np.flatnonzero(chosen)
     rows = rows[np.argsort(-judged.found.scores[rows], kind="stable")]
     return rows[np.unique(judged.objects[rows], return_index=True)[1]]

@@ -126,7 +126,7 @@ def find_objects(predictor: Predictor, frames: Sequence[Frame]) -> list[Found]:
     ]
 
 
-def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont | None:
+def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
     """Return the font for the class names; warn of names that it cannot draw."""
     font = find_font(classes, file)
     drawn = {name: escape(name, font) for name in classes}
@@ -141,7 +141,7 @@ def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont | None:
 
 def open_writers(
     folder: Path, args: argparse.Namespace, sources: Sequence[Source], classes: Sequence[str],
-    font: FreeTypeFont | None, stack: ExitStack,
+    font: FreeTypeFont, stack: ExitStack,
 ) -> list[Writer]:  # fmt: skip
     """Return the writers that the options ask for; ``stack`` closes their files.
 

@@ -23,7 +23,7 @@ from utils.files import atomic_write
 try:
     import matplotlib
     from matplotlib.figure import Figure
-    from matplotlib.font_manager import FontProperties, findfont
+    from matplotlib.font_manager import findfont
     from matplotlib.text import Text
 except ImportError:  # told by `check_matplotlib`
     matplotlib = None
@@ -37,22 +37,15 @@ STYLE = {
     "svg.hashsalt": "ssd-hardnet",  # the same chart has the same bytes
     "text.parse_math": False,  # a class name may have dollar signs
     "font.family": "DejaVu Sans",  # comes with matplotlib
-    "figure.figsize": (5.6, 3.7),
-    "figure.subplot.bottom": 0.13,
-    "figure.subplot.left": 0.12,
-    "figure.subplot.right": 0.97,
-    "figure.subplot.top": 0.91,
-    "axes.grid": True,
+    "figure.constrained_layout.use": True,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "axes.titlelocation": "left",
     "axes.titleweight": "bold",
     "grid.alpha": 0.15,
     "legend.frameon": False,
-    **dict.fromkeys(
-        ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color",
-         "grid.color"), INK,
-    ),
+    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
+                     "ytick.color", "grid.color"), INK),
 }  # fmt: skip
 
 
@@ -76,9 +69,12 @@ class Folder:
 
     def table(self, name: str, table: Table) -> str:
         """Write a CSV, its cells empty where a value is NaN; return a link to it."""
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerows([_cell(value) for value in row] for row in (table.head, *table.rows))
+        writer = csv.writer(text := io.StringIO(), lineterminator="\n")
+        for row in (table.head, *table.rows):
+            writer.writerow(
+                (f"{value:.6g}" if value == value else "") if isinstance(value, float) else value
+                for value in row
+            )
         return self.write(f"{name}.csv", text.getvalue().encode())
 
     def chart(self, name: str, figure: Figure, table: Table, classes: Sequence[str] = ()) -> str:
@@ -88,15 +84,9 @@ class Folder:
         return f'<figure>{svg}<p class="files">{links}</p></figure>'
 
 
-def _cell(value: object) -> object:
-    if isinstance(value, float):
-        return "" if math.isnan(value) else f"{value:.6g}"
-    return value
-
-
 def as_png(figure: Figure) -> bytes:
     """Return the chart as a PNG on white; what its font lacks becomes an escape in the figure."""
-    font = ImageFont.truetype(findfont(FontProperties(family="DejaVu Sans")))
+    font = ImageFont.truetype(findfont("DejaVu Sans"))
     for text in figure.findobj(Text):
         text.set_text(escape_glyphs(text.get_text(), font))
     with matplotlib.rc_context(STYLE):
@@ -124,56 +114,41 @@ def as_svg(figure: Figure, name: str, classes: Sequence[str] = ()) -> str:
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 
-def draw_lines(
-    title: str,
-    table: Table,
-    x: str,
-    y: str,
-    classes: Sequence[str] = (),
-    ends: tuple[float, float] | None = None,
-    diagonal: bool = False,
-) -> Figure:
-    """Draw the lines of a table; a row is a point of the line that its first column names.
+def draw_lines(title: str, table: Table, classes: Sequence[str] = ()) -> Figure:
+    """Draw a table of lines.
 
-    x, y: names of columns; values of x may be texts. A point that is NaN is left out. Beside lines
-    of classes, another one is in bold ink. ends: of the x axis; None: from 0 to the largest x.
-    diagonal: whether a dotted line leads from corner to corner.
+    A point whose y is NaN is left out; x may be texts. Beside lines of classes, another one is in
+    bold ink.
     """
-    points: dict[str, list[tuple]] = {}
-    columns = table.head.index(x), table.head.index(y)
-    for row in table.rows:
-        point = tuple(row[column] for column in columns)
-        if not math.isnan(point[1]):
-            points.setdefault(row[0], []).append(point)
-    ticks = list(dict.fromkeys(row[columns[0]] for row in table.rows))
-    top = max([1, *(row[columns[1]] for row in table.rows)])
-    places = {value: n if isinstance(value, str) else value for n, value in enumerate(ticks)}
-    marker = "o" if len(ticks) <= MARKED else None
-    with matplotlib.rc_context(STYLE):
-        figure = Figure()
-        axes = figure.add_subplot(title=title, xlabel=x, ylabel=y)
-        axes.set(xlim=ends or (0, max(1, *places.values())), ylim=(0, math.ceil(top)))
-        lines = {}
-        for k, (name, line) in enumerate(points.items()):
+    lines: dict[str, list[tuple]] = {}
+    for name, x, y, *_ in table.rows:
+        if not math.isnan(y):
+            lines.setdefault(name, []).append((x, y))
+    places, count = [row[1] for row in table.rows], len(classes) or len(lines)
+    colours = COLOURS
+    if count > len(COLOURS):
+        colours = matplotlib.colormaps["turbo"](np.linspace(0, 1, count))
+    with matplotlib.rc_context({**STYLE, "axes.grid": True}):
+        axes = Figure(figsize=(5.6, 3.7)).add_subplot(
+            title=title, xlabel=table.head[1], ylabel=table.head[2]
+        )
+        axes.xaxis.update_units(places)  # texts in the table's order
+        for k, (name, points) in enumerate(lines.items()):
             number = classes.index(name) if name in classes else k
             bold = bool(classes) and name not in classes
-            (lines[name],) = axes.plot(
-                [places[place] for place, _ in line],
-                [value for _, value in line],
-                color=INK if bold else _colour(number, len(classes) or len(points)),
+            axes.plot(
+                *zip(*points, strict=True),
+                color=INK if bold else colours[number],
                 linewidth=2.8 if bold else 1.6,
-                marker=marker,
+                marker="o" if len(set(places)) <= MARKED else None,
                 markersize=4,
                 clip_on=False,
                 gid=f"class-{number}" if name in classes else None,
             )
-        if diagonal:
-            axes.plot([0, 1], [0, 1], ":", color=INK, linewidth=1)
-        if ticks and isinstance(ticks[0], str):
-            axes.set_xticks(range(len(ticks)), ticks)
         if lines and len(classes) <= len(COLOURS):
-            axes.legend(lines.values(), lines.keys(), fontsize="small")
-    return figure
+            axes.legend(axes.lines, list(lines), fontsize="small")  # also names like "_a"
+        axes.set_ylim(0, max([1, *(y for points in lines.values() for _, y in points)]))
+    return axes.figure
 
 
 def draw_matrix(title: str, table: Table) -> Figure:
@@ -183,13 +158,12 @@ def draw_matrix(title: str, table: Table) -> Figure:
     """
     (axes_names, *columns), rows = table.head, [row[0] for row in table.rows]
     matrix = np.array([row[1:] for row in table.rows])
-    shares = matrix / matrix.sum(1, keepdims=True).clip(1)
     cell, font = (0.5, 9) if len(rows) <= 25 else (0.25, 5)
-    with matplotlib.rc_context({**STYLE, "axes.grid": False}):
-        size = (2 + cell * len(columns), 1.6 + cell * len(rows))
-        figure = Figure(figsize=size, layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(2 + cell * len(columns), 1.6 + cell * len(rows)))
         ylabel, xlabel = axes_names.split(" / ")
         axes = figure.add_subplot(title=title, xlabel=xlabel, ylabel=ylabel)
+        shares = matrix / matrix.sum(1, keepdims=True).clip(1)
         axes.imshow(shares, cmap="Blues", vmin=0, vmax=1.3, aspect="auto")
         axes.set_xticks(range(len(columns)), columns, rotation=90)
         axes.set_yticks(range(len(rows)), rows)
@@ -199,10 +173,3 @@ def draw_matrix(title: str, table: Table) -> Figure:
             axes.text(m, n, str(matrix[n, m]), ha="center", va="center", fontsize=font,
                       color="black", gid=f"class-{n}")  # fmt: skip
     return figure
-
-
-def _colour(number: int, count: int) -> object:
-    """Return the colour of line ``number`` of ``count``, as matplotlib takes it."""
-    if count <= len(COLOURS):
-        return COLOURS[number]
-    return matplotlib.colormaps["turbo"](number / (count - 1))

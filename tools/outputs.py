@@ -339,7 +339,7 @@ class Drawings:
 
     def __init__(
         self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
-        font: FreeTypeFont | None,
+        font: FreeTypeFont,
     ) -> None:  # fmt: skip
         self._folder, self._classes, self._font = folder / self.place, classes, font
         self._video: VideoFile | None = None
@@ -384,7 +384,7 @@ class Drawings:
         return self._folder / name
 
 
-def draw(found: Found, classes: Sequence[str], font: FreeTypeFont | None) -> np.ndarray:
+def draw(found: Found, classes: Sequence[str], font: FreeTypeFont) -> np.ndarray:
     """Return the image with its boxes. A small image is enlarged so that labels are legible."""
     image, boxes = enlarge(found.frame.image, found.boxes)
     return draw_detections(image, boxes, found.labels, found.scores, classes, font)

@@ -14,7 +14,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from data.judge import CORRECT, Judged, judge
+from data.judge import CORRECT, Judged
 from inference.draw import contact_sheet, draw_comparison
 from tools.results import open_test
 from utils.arguments import Parser, fraction, positive
@@ -31,21 +31,16 @@ def draw_sheet(
 ) -> Path:
     """Write the contact sheet of a test, and return its path.
 
-    Args:
-        directory: of a test, or of a run, whose newest test is taken.
-        path: the PNG; None: detections.png in the test's folder.
-        root: of the data set; None: where the test found it.
-        score: least score of the detections that are drawn and counted.
-        images: number of the best and number of the worst images.
+    directory: of a test, or of a run, whose newest test is taken. path: the PNG; None:
+    detections.png in the test's folder. root: of the data set; None: where the test found it.
+    score: least score of the detections that count. images: number of the best, and of the worst.
 
-    Raises:
-        UserError: no test there, no data set, no object in it, or ``path`` cannot be written.
+    UserError: no test there, no data set, no object in it, or ``path`` cannot be written.
     """
     test = open_test(directory, root)
     if test.dataset is None:
         raise UserError(test.notes[-1])
-    dataset, path = test.dataset, path or test.directory / "detections.png"
-    judged = judge(dataset.truth(), test.found)
+    dataset, judged, path = test.dataset, test.judged, path or test.directory / "detections.png"
     counts = count_errors(judged, score, len(dataset))
     order = np.lexsort((-counts[:, 0], counts[:, 1] + counts[:, 2]))
     # An image without objects and without detections is right, but shows nothing.
@@ -53,15 +48,12 @@ def draw_sheet(
     if not len(shown):
         raise UserError(f"{test.directory}: no image of the test has an object to draw")
     images = min(images, (len(shown) + 1) // 2)  # none is shown as good and as bad
-    best, worst = shown[:images], shown[images:][::-1][:images]
-    drawn, captions = [], []
-    for kind, chosen in (("good", best), ("bad", worst)):
-        for i in chosen:
-            image = dataset.pull_image(i)
-            drawn.append(draw_comparison(image, judged, i, dataset.classes, score))
-            correct, wrong, missed = counts[i]
-            captions.append(f"{kind}: {dataset.ids[i]}  {correct} right, {wrong} wrong, "
-                            f"{missed} missed")  # fmt: skip
+    chosen = [*shown[:images], *shown[images:][::-1][:images]]
+    drawn = [draw_comparison(dataset.pull_image(i), judged, i, dataset.classes, score)
+             for i in chosen]  # fmt: skip
+    captions = ["{}: {}  {} right, {} wrong, {} missed".format(
+                    "good" if n < images else "bad", dataset.ids[i], *counts[i])
+                for n, i in enumerate(chosen)]  # fmt: skip
     with atomic_write(path) as file:
         file.write(cv2.imencode(".png", contact_sheet(drawn, 4, (400, 400), captions))[1])
     return path
@@ -73,11 +65,8 @@ def count_errors(judged: Judged, score: float, images: int) -> np.ndarray:
     int64 [images, 3], of detections of at least `score`.
     """
     counted, right = judged.counted(score), judged.kind == CORRECT
-    columns = (
-        judged.found.images[counted & right],
-        judged.found.images[counted & ~right],
-        judged.truth.images[judged.not_found(score)],
-    )
+    columns = (judged.found.images[counted & right], judged.found.images[counted & ~right],
+               judged.truth.images[judged.not_found(score)])  # fmt: skip
     return np.stack([np.bincount(column, minlength=images) for column in columns], 1)
 
 
@@ -86,12 +75,12 @@ def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="python -m tools.sheet", description=__doc__.splitlines()[0])
     p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
     p.add_argument("--output", type=Path, metavar="PNG",
-                   help="the sheet (default: detections.png in the test's folder)")  # fmt: skip
+                   help="the sheet (default: detections.png in the test's folder)")
     p.add_argument("--root", help="the data set, if it is no longer where the test found it")
     p.add_argument("--score", type=fraction, default=0.4, metavar="X",
-                   help="least score of a detection (0.4)")  # fmt: skip
+                   help="least score of a detection (0.4)")
     p.add_argument("--images", type=positive, default=8, metavar="N",
-                   help="number of best and number of worst images (8)")  # fmt: skip
+                   help="number of best and number of worst images (8)")
     args = p.parse_args(argv)
     if args.output and args.output.suffix.lower() != ".png":
         p.error(f"--output {args.output}: the sheet's name must end in .png")

@@ -44,6 +44,7 @@ CORE = (
     "torchvision",
     "numpy>=1.26",
     "opencv-python-headless>=4.8",
+    "pillow>=10.1",
     "pycocotools>=2.0.8",
     "cython>=3",
     "setuptools>=64",
