@@ -33,9 +33,6 @@ def deploy(net: nn.Module, gather: bool = False) -> Deployed:
         gather: convolutions of HarD blocks read their inputs where they lie, not from a
             concatenation. Needs Triton and a GPU, see ``inference.gathered_conv``.
 
-    Returns:
-        A module in evaluation mode, without gradients, with the interface of ``net``.
-
     Raises:
         ValueError: a batch norm of ``net`` cannot be folded: it is not the only reader of one
             convolution that runs once.
@@ -48,10 +45,7 @@ def deploy(net: nn.Module, gather: bool = False) -> Deployed:
 
 
 class Deployed(nn.Module):
-    """Result of ``deploy``, with the interface of a detector.
-
-    Images [B, 3, S, S] (BGR, 0..255 minus the mean) -> ``loc`` [B, P, 4] and ``conf`` [B, P,
-    num_classes], logits.
+    """Result of ``deploy``, with the interface of a detector (``models.ssd.Detector``).
 
     For half precision convert it, ``deployed.to(torch.bfloat16)``; autocast would convert the
     weights in every call. Images may be float32 in any case.

@@ -117,10 +117,7 @@ def _check(options: ExportOptions, form: Format, output: Path) -> None:
         )
     bf16 = (options.format, precision) == ("openvino", "bf16")
     if bf16 and options.preprocess and options.dynamic:
-        raise UserError(
-            "OpenVINO would resize images in bfloat16, too, which is too coarse; leave "
-            "--preprocess or --dynamic out"
-        )
+        raise UserError("resizing in bf16 is too coarse; leave --preprocess or --dynamic out")
     for option in ("calibrate", "calibrate_sets"):
         if getattr(options, option) is not None and precision != "int8":
             raise UserError(f"--{option} goes with --precision int8")

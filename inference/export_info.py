@@ -70,11 +70,10 @@ class ExportInfo:
     def inputs(self) -> dict[str, str]:
         """Name of each input of the graph -> its type and shape in words."""
         side, batch = self.detector.size, "B" if self.dynamic else "1"
+        shape = "H, W" if self.preprocess and self.dynamic else f"{side}, {side}"
+        inputs = {"images": f"float32 [{batch}, 3, {shape}], BGR minus the mean"}
         if self.preprocess:
-            shape = "H, W" if self.dynamic else f"{side}, {side}"
             inputs = {"pictures": f"uint8 [{batch}, {shape}, 3], BGR"}
-        else:
-            inputs = {"images": f"float32 [{batch}, 3, {side}, {side}], BGR minus the mean"}
         if self.nms:
             inputs["sizes"] = f"float32 [{batch}, 2], width and height"
         return inputs

@@ -53,12 +53,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def write(
     form: str, net: nn.Module, info: ExportInfo, path: Path, calibration: Images | None
 ) -> None:
-    """Write a network as a file of the format ``form``, a key of `FORMATS`.
+    """Write a network in evaluation mode as a file of the format ``form``, a key of `FORMATS`.
 
-    Args:
-        net: a detector of ``models.build_net`` in evaluation mode.
-        info: what the graph takes and gives.
-        calibration: images that INT8 takes its ranges from.
+    INT8 takes its ranges from the images ``calibration``.
 
     Raises:
         UserError: the exporter cannot write this network.
@@ -97,25 +94,20 @@ def build_graph(net: nn.Module, info: ExportInfo) -> Graph:
     return Graph(deploy(net), before, PRECISIONS[info.precision] or torch.float32).eval()
 
 
-def _example(info: ExportInfo) -> tuple[Tensor, dict[int, torch.export.Dim]]:
-    """Return an input to trace a graph with, and its dimensions that may change."""
+def _network_as_onnx(net: nn.Module, info: ExportInfo) -> OnnxModel:
+    """Return the graph up to "loc" and "conf"."""
     side, batch = info.detector.size, 2 if info.dynamic else 1
-    images, free = torch.zeros(batch, 3, side, side), {0: torch.export.Dim("batch", min=1)}
+    images, free = torch.zeros(batch, 3, side, side), ["batch"]
     if info.preprocess:
         height, width = (side + 20, side + 40) if info.dynamic else (side, side)
         images = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
-        free |= {1: torch.export.Dim("height", min=1), 2: torch.export.Dim("width", min=1)}
-    return images, free if info.dynamic else {}
-
-
-def _network_as_onnx(net: nn.Module, info: ExportInfo) -> OnnxModel:
-    """Return the graph up to "loc" and "conf"."""
-    images, free = _example(info)
+        free = ["batch", "height", "width"]
+    dimensions = {i: torch.export.Dim(name, min=1) for i, name in enumerate(free)}
     with torch.no_grad(), _quiet():
         return torch.onnx.export(
             build_graph(net, info), (images,), dynamo=True, verbose=False,
             input_names=["pictures" if info.preprocess else "images"], output_names=["loc", "conf"],
-            dynamic_shapes=(free,) if info.dynamic else None,
+            dynamic_shapes=(dimensions,) if info.dynamic else None,
         ).model_proto  # fmt: skip
 
 

@@ -98,7 +98,7 @@ def gathered_conv2d(
             that does not overlap the parts. None: a new tensor.
 
     Returns:
-        ``out``, [B, O, H, W].
+        ``out``.
 
     Raises:
         ValueError: other widths, shapes, memory layout, dtype or device; a part needs a gradient.
@@ -128,7 +128,6 @@ def gathered_conv2d(
 
 
 def _launch(parts: Sequence[Tensor], weight: GatheredWeight, out: Tensor) -> None:
-    """Run the kernel: write the convolution of ``parts`` into ``out``."""
     batch, outputs, height, width = out.shape
     rows = tuple(_row(part, f"part {i}") for i, part in enumerate(parts))
     out_row = _row(out, "out")

@@ -68,14 +68,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def detect_onnx(
-    priors: Tensor,
-    num_classes: int,
-    variance: Sequence[float],
-    config: DetectConfig,
-    *,
-    opset: int,
-    ir_version: int,
-) -> Any:
+    priors: Tensor, num_classes: int, variance: Sequence[float], config: DetectConfig,
+    *, opset: int, ir_version: int,
+) -> Any:  # fmt: skip
     """Return ``Detect`` with hard NMS per class as an ``onnx.ModelProto``.
 
     Inputs of the model: "loc" float32 [B, P, 4], "conf" float32 [B, P, C] and "sizes" float32
@@ -90,7 +85,6 @@ def detect_onnx(
     Args:
         priors: [P, 4], centre-size, relative.
         num_classes: C, including background.
-        variance: of the box encoding.
         config: its first four fields count.
 
     Raises:

@@ -69,28 +69,21 @@ class TrainedOn:
 
 
 def find_images(
-    root: str | None,
-    sets: str | None,
-    limit: int,
-    trained_on: TrainedOn,
-    detector: DetectorInfo,
+    root: str | None, sets: str | None, limit: int, trained_on: TrainedOn, detector: DetectorInfo,
     training: bool = False,
-) -> Images | None:
+) -> Images | None:  # fmt: skip
     """Find at most ``limit`` (0: all) images of a data set's image sets, or of a plain folder.
 
     Args:
-        root: the data set or folder; None: that of ``trained_on``.
+        root: the data set or folder; None: that of ``trained_on``, if it exists, else return None.
         sets: names of image sets, separated by commas; None: those of ``trained_on`` if the root is
             its own, else the published ones.
         training: whether these are images to calibrate with: training images, not scored.
 
-    Returns:
-        None where no root is given and that of ``trained_on`` does not exist.
-
     Raises:
         UserError: ``root`` has no images, or ``sets`` are given for a plain folder.
     """
-    folder = _absolute(root) if root else trained_on.root
+    folder = trained_on.root if root is None else _absolute(root)
     if folder is None or not folder.is_dir():
         if root is None:
             return None
@@ -124,10 +117,7 @@ def _in_folder(folder: Path, sets: str | None, limit: int, dataset: str, trainin
         )
     if sets:
         option = "--calibrate_sets" if training else "--sets"
-        raise UserError(
-            f"{folder} is a plain folder of images, without image sets; leave {option} {sets} out "
-            f"or give a data set in {dataset} layout"
-        )
+        raise UserError(f"{folder} is a plain folder of images; leave {option} {sets} out")
     return Images(str(folder), _spread(files, limit))
 
 

@@ -54,19 +54,11 @@ class Predictor:
     """
 
     def __init__(
-        self,
-        file: str | PathLike,
-        *,
-        device: str = "auto",
-        amp: str = "off",
-        classes: Sequence[str] | None = None,
-        score_threshold: float | None = None,
-        max_detections: int | None = None,
-        nms: str = "hard",
-        class_agnostic: bool = False,
-        background_shortcut: bool = False,
-        threads: int | None = None,
-    ) -> None:
+        self, file: str | PathLike, *, device: str = "auto", amp: str = "off",
+        classes: Sequence[str] | None = None, score_threshold: float | None = None,
+        max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
+        background_shortcut: bool = False, threads: int | None = None,
+    ) -> None:  # fmt: skip
         path = Path(file)
         self.file = path.name
         self.exported: ExportedModel | None = None
@@ -168,8 +160,7 @@ class Predictor:
 
     def stack(self, images: Sequence[np.ndarray]) -> Tensor:
         """Return the images resized: uint8 [B, 3, S, S], channels last."""
-        resize = TestTransform(self.info.size)
-        stacked = np.stack([resize(image) for image in images])
+        stacked = np.stack([*map(TestTransform(self.info.size), images)])
         return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
     @torch.inference_mode()

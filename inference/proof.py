@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from data import DetectionData
-from data.transforms import TestTransform
 from inference.export_info import ExportInfo
 from inference.images import Images
 from inference.predictor import Predictor
@@ -135,13 +134,11 @@ def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof
         UserError: the network finds no box to compare, or gives NaN or infinity.
         TooDifferent: the file gives NaN or infinity.
     """
-    predictor, resize = Predictor(path), TestTransform(info.detector.size)
-    detect = Detect.of(info.detection, info.variance)
+    predictor, detect = Predictor(path), Detect.of(info.detection, info.variance)
     priors = PriorBox(info.detector.prior_config())()
     expected, found = [], []
     for batch in images.batches(BATCH if info.dynamic else 1):
-        stacked = torch.from_numpy(np.stack([resize(image) for image in batch]))
-        loc, conf = net(to_input(stacked.permute(0, 3, 1, 2), info.mean, priors.device))
+        loc, conf = net(to_input(predictor.stack(batch), info.mean, priors.device))
         sizes = [(image.shape[1], image.shape[0]) for image in batch]
         try:
             expected += _arrays(detect(loc, conf, priors, sizes))

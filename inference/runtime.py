@@ -26,7 +26,6 @@ from utils.logger import LOGGER
 Arrays = dict[str, np.ndarray]
 
 
-
 @dataclass(frozen=True)
 class ExportedModel:
     """An exported detector, ready to run."""
@@ -162,8 +161,7 @@ def cpu_has_bf16() -> bool:
 def _onnx(path: Path, threads: int | None) -> ExportedModel:
     ort = import_package("onnxruntime", "onnx")
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = threads or 0
+    options.log_severity_level, options.intra_op_num_threads = 3, threads or 0  # 3: errors
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # kinds of its own

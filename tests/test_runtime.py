@@ -33,14 +33,12 @@ def tiny(monkeypatch):
 
 
 def test_files_have_an_identity(tmp_path):
-    for name in ("x.onnx", "x.xml", "x.bin"):
-        (tmp_path / name).write_text(name)
-    named = {
-        name: {"file": name, "sha256": sha256_of(tmp_path / name)}
-        for name in ("x.onnx", "x.xml", "x.bin")
-    }
-    assert identity(tmp_path / "x.onnx") == named["x.onnx"]
-    assert identity(tmp_path / "x.xml") == named["x.xml"] | {"weights": named["x.bin"]}
+    files = [tmp_path / name for name in ("x.onnx", "x.xml", "x.bin")]
+    for file in files:
+        file.write_text(file.name)
+    graph, model, weights = ({"file": f.name, "sha256": sha256_of(f)} for f in files)
+    assert identity(files[0]) == graph
+    assert identity(files[1]) == {**model, "weights": weights}
 
 
 # ---------------------------------------------------------------- what is refused
@@ -154,7 +152,6 @@ def test_a_runtime_that_is_missing_is_named_with_its_installation(tmp_path, monk
         file = tmp_path / f"x{suffix}"
         file.touch()
         file.with_suffix(".bin").touch()
-        with pytest.raises(
-            UserError, match=f"{package} cannot be imported .*pip install {package}"
-        ):
+        told = f"{package} cannot be imported .*pip install {package}"
+        with pytest.raises(UserError, match=told):
             open_model(file)
