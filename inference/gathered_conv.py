@@ -1,6 +1,6 @@
 """A convolution that reads its input from several tensors, without a concatenation (Triton).
 
-    weight = pack(conv.weight, conv.bias, widths=[14, 24, 64], activation="relu")
+    weight = GatheredWeight(conv.weight, conv.bias, widths=[14, 24, 64], activation="relu")
     y = gathered_conv2d([a, b, x], weight)  # relu(conv2d(cat([a, b, x], 1))), up to rounding
 
 For inference on a GPU, without gradients. Triton comes with PyTorch's CUDA builds. The first call
@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from models.hardnet import HarDBlock
 
-ACTIVATIONS = ("linear", "relu", "relu6")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PARTS = 9
 TILES = ((64, 16), (128, 16), (64, 32), (128, 32), (64, 64), (128, 64), (128, 128))
@@ -30,28 +29,12 @@ TILES = ((64, 16), (128, 16), (64, 32), (128, 32), (64, 64), (128, 64), (128, 12
 
 
 class GatheredWeight(nn.Module):
-    """The weights of a convolution as the kernel reads them; result of ``pack``.
+    """The weights of a convolution as the kernel reads them.
 
-    ``weight`` [k * k * sum of widths, outputs padded to a multiple of 16]: a row per part, tap and
-    channel, in this order. ``bias`` [outputs]. Both are buffers, so ``to`` moves them.
-    """
+    ``weight`` [k * k * sum of widths, O padded to a multiple of 16]: a row per part, tap and
+    channel, in this order. ``bias`` [O]. Both are buffers, so ``to`` moves them.
 
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor, widths: Sequence[int], kernel: int, activation: str
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.widths, self.kernel, self.activation = tuple(widths), kernel, activation
-
-
-def pack(weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str) -> GatheredWeight:
-    """Lay out the weights of a convolution for ``gathered_conv2d``.
-
-    Args:
+    Args of the constructor:
         weight: [O, sum of widths, k, k] with k 1 or 3, of a convolution with stride 1, padding
             k // 2, dilation 1 and one group.
         bias: [O].
@@ -61,23 +44,33 @@ def pack(weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str) -
     Raises:
         ValueError: other shapes, widths that do not add up, an unknown activation or dtype.
     """
-    outputs, inputs, *kernel = weight.shape
-    if kernel not in ([1, 1], [3, 3]):
-        raise ValueError(f"the kernel is {'x'.join(map(str, kernel))}, should be 1x1 or 3x3")
-    if tuple(bias.shape) != (outputs,):
-        raise ValueError(f"the bias is {list(bias.shape)}, should be [{outputs}]")
-    if not 1 <= len(widths) <= MAX_PARTS:
-        raise ValueError(f"{len(widths)} parts, should be 1 to {MAX_PARTS}")
-    if min(widths) < 1 or sum(widths) != inputs:
-        raise ValueError(f"the widths {list(widths)} do not add up to {inputs} input channels")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"the activation is {activation!r}, should be linear, relu or relu6")
-    if weight.dtype not in DTYPES:
-        raise ValueError(f"the weights are {weight.dtype}, should be float32, bfloat16 or float16")
-    parts = weight.detach().split(list(widths), 1)
-    rows = torch.cat([part.permute(2, 3, 1, 0).reshape(-1, outputs) for part in parts])
-    rows = F.pad(rows, (0, -outputs % 16))  # wide loads need the alignment
-    return GatheredWeight(rows, bias.detach().clone(), widths, kernel[0], activation)
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str
+    ) -> None:
+        super().__init__()
+        outputs, inputs, *kernel = weight.shape
+        if kernel not in ([1, 1], [3, 3]):
+            raise ValueError(f"the kernel is {'x'.join(map(str, kernel))}, should be 1x1 or 3x3")
+        if bias.shape != (outputs,):
+            raise ValueError(f"the bias is {list(bias.shape)}, should be [{outputs}]")
+        if not 1 <= len(widths) <= MAX_PARTS:
+            raise ValueError(f"{len(widths)} parts, should be 1 to {MAX_PARTS}")
+        if min(widths) < 1 or sum(widths) != inputs:
+            raise ValueError(f"the widths {list(widths)} do not add up to {inputs} input channels")
+        if activation not in ("linear", "relu", "relu6"):
+            raise ValueError(f"the activation is {activation!r}, should be linear, relu or relu6")
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"the weights are {weight.dtype}, not float32, bfloat16 or float16")
+        self.widths, self.kernel, self.activation = tuple(widths), kernel[0], activation
+        parts = weight.detach().split(list(widths), 1)
+        rows = torch.cat([part.permute(2, 3, 1, 0).reshape(-1, outputs) for part in parts])
+        # Wide loads need the alignment.
+        self.register_buffer("weight", F.pad(rows, (0, -outputs % 16)))
+        self.register_buffer("bias", bias.detach().clone())
 
 
 def gathered_conv2d(
@@ -93,7 +86,6 @@ def gathered_conv2d(
     Args:
         parts: [B, C_k, H, W] each, with the widths, dtype and device of ``weight``, channels last.
             A part may be a channel slice of a wider channels-last tensor.
-        weight: from ``pack``.
         out: [B, O, H, W], receives the result: channels last, or a channel slice of a wider tensor
             that does not overlap the parts. None: a new tensor.
 
@@ -178,7 +170,9 @@ class GatheredBlock(nn.Module):
         ]
         widths = [layers[0][0].in_channels, *(conv.out_channels for conv, *_ in layers)]
         self.convs = nn.ModuleList(
-            pack(conv.weight, conv.bias, [widths[i] for i in links], type(act).__name__.lower())
+            GatheredWeight(
+                conv.weight, conv.bias, [widths[i] for i in links], type(act).__name__.lower()
+            )
             for links, (conv, act, *_) in zip(self.links, layers, strict=True)
         )
         self.rest = nn.ModuleList(nn.Sequential(*rest) for _, _, *rest in layers)

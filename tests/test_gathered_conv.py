@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from data.config import VOC_300
 from inference import gathered_conv
 from inference.deploy import deploy
-from inference.gathered_conv import DTYPES, GatheredBlock, GatheredWeight, gathered_conv2d, pack
+from inference.gathered_conv import DTYPES, GatheredBlock, GatheredWeight, gathered_conv2d
 from models import BACKBONES, build_net
 from models.ssd import SSD, ssd_extras
 from tools.traffic import profile
@@ -127,7 +127,7 @@ def compare(
     widths, outputs, kernel, activation, dtype=torch.float32, size=(2, 5, 7), device="cpu"
 ) -> None:
     parts, weight, bias = made_up(widths, outputs, kernel, dtype, size, device)
-    result = gathered_conv2d(parts, pack(weight, bias, widths, activation))
+    result = gathered_conv2d(parts, GatheredWeight(weight, bias, widths, activation))
     assert result.is_contiguous(memory_format=torch.channels_last)
     check(result, parts, weight, bias, activation)
 
@@ -184,7 +184,7 @@ def use_slices() -> None:
     before = whole.clone()
     out = whole[:, 45:55]
     slices = [whole[:, at : at + width] for width, at in zip(widths, first, strict=True)]
-    assert gathered_conv2d(slices, pack(weight, bias, widths, "relu"), out) is out
+    assert gathered_conv2d(slices, GatheredWeight(weight, bias, widths, "relu"), out) is out
     check(out, parts, weight, bias, "relu")
     before[:, 45:55] = out
     torch.testing.assert_close(whole, before, rtol=0, atol=0, equal_nan=True)
@@ -194,7 +194,7 @@ def propagate_nan() -> None:
     """To its neighbours only."""
     parts, weight, bias = made_up((3, 4), 2, 3, torch.float32)
     parts[1][0, 2, 0, 0] = torch.nan
-    result = gathered_conv2d(parts, pack(weight, bias, (3, 4), "relu6"))
+    result = gathered_conv2d(parts, GatheredWeight(weight, bias, (3, 4), "relu6"))
     expected = reference(parts, weight, bias, "relu6")
     assert torch.equal(result.isnan(), expected.isnan()) and result.isnan().sum() == 8
 
@@ -231,7 +231,7 @@ def test_a_deployed_network_of_gathered_blocks_copies_nothing():
 
 def call(change=list, out=None) -> Tensor:
     parts, weight, bias = made_up((2, 3), 4, 3, torch.float32)
-    return gathered_conv2d(change(parts), pack(weight, bias, (2, 3), "relu"), out)
+    return gathered_conv2d(change(parts), GatheredWeight(weight, bias, (2, 3), "relu"), out)
 
 
 @pytest.mark.parametrize(
@@ -258,10 +258,10 @@ def test_wrong_weights_are_refused():
         ({"weight": torch.ones(4, 5, 5, 5)}, "the kernel is 5x5, should be 1x1 or 3x3"),
         ({"widths": [2, 2]}, r"the widths \[2, 2\] do not add up to 5 input channels"),
         ({"activation": "gelu"}, "the activation is 'gelu', should be linear, relu or relu6"),
-        ({"weight": torch.ones(4, 5, 1, 1).double()}, "the weights are torch.float64, should be"),
+        ({"weight": torch.ones(4, 5, 1, 1).double()}, "the weights are torch.float64, not"),
     ):
         with pytest.raises(ValueError, match=sentence):
-            pack(**{**right, "activation": "relu", **change})
+            GatheredWeight(**{**right, "activation": "relu", **change})
 
 
 def test_nothing_is_computed_without_pixels():
@@ -325,8 +325,8 @@ def test_compiles_for_a_gpu_with_matrix_units_and_wide_loads(
 ):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    weight = pack(torch.randn(40, 102, 3, 3), torch.randn(40), (14, 24, 64), "relu").to(dtype)
-    asm = compiled(weight, capability, (64, 32), row=102 + 2)
+    weight = GatheredWeight(torch.randn(40, 102, 3, 3), torch.randn(40), (14, 24, 64), "relu")
+    asm = compiled(weight.to(dtype), capability, (64, 32), row=102 + 2)
     assert asm["cubin"].startswith(b"\x7fELF")
     if dtype != torch.float32:
         unit = r"wgmma\.mma_async\S+m64n32k16" if capability == 90 else r"mma\.sync\S+m16n8k16"
@@ -381,7 +381,7 @@ def test_gpu_slices_the_fastest_tile_and_a_captured_graph():
     whole = torch.cat([torch.full_like(parts[0][:, :1], torch.nan), *parts], 1)
     whole = whole.to(memory_format=torch.channels_last)
     slices = whole[:, 1:].split(widths, 1)
-    packed = pack(weight, bias, widths, "relu")
+    packed = GatheredWeight(weight, bias, widths, "relu")
     out = torch.empty_like(whole)[:, 3 : 3 + outputs]
     check(gathered_conv2d(slices, packed, out), parts, weight, bias, "relu")
     out.zero_()
@@ -395,7 +395,7 @@ def test_gpu_slices_the_fastest_tile_and_a_captured_graph():
 @on_gpu
 def test_gpu_tf32_is_a_choice(monkeypatch):
     parts, weight, bias = made_up((14, 24), 20, 3, torch.float32, (1, 9, 9), "cuda")
-    packed = pack(weight, bias, (14, 24), "linear")
+    packed = GatheredWeight(weight, bias, (14, 24), "linear")
     exact = reference(parts, weight, bias, "linear")
     errors = []
     for allowed in (False, True):
