@@ -152,10 +152,9 @@ def test_mistakes_are_told(file, tmp_path):
     for options, message in (
         ({"amp": "half"}, "amp is 'half', should be one of off, bf16, fp16"),
         ({"threads": 2}, "threads is for exported files"),
+        ({"device": "gpu"}, "--device gpu is unknown"),
         ({"classes": ["a", "b"]}, "has the 20 classes aeroplane, .*, not a, b; leave"),
     ):
         with pytest.raises(UserError, match=message):
             Predictor(file, **options)
     assert Predictor(file, classes=VOC_CLASSES).info.classes == VOC_CLASSES
-    with pytest.raises(UserError, match="--device gpu is unknown"):
-        Predictor(file, device="gpu")
