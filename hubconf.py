@@ -36,11 +36,8 @@ def predictor(file: str, **options) -> _Predictor:
 
 
 def _builder(name: str, version: str, size: int) -> _Callable[..., torch.nn.Module]:
-    def build(
-        pretrained: bool | str = False,
-        num_classes: int | None = None,
-        classes: _Sequence[str] | None = None,
-    ) -> torch.nn.Module:
+    def build(pretrained: bool | str = False, num_classes: int | None = None,
+              classes: _Sequence[str] | None = None) -> torch.nn.Module:
         weights = _published(name, version, size) if pretrained is True else pretrained
         if not weights:
             return _build_net(version, size, 81 if num_classes is None else num_classes)

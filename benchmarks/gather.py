@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Rows, options, run
+from benchmarks.harness import Rows, options, program, run
 from inference import gathered_conv
 from inference.deploy import deploy
 from models import build_net
@@ -58,34 +58,31 @@ class Share:
         return zeros.to(memory_format=torch.channels_last)
 
 
+def share(text: str) -> tuple[int, int]:
+    number, of = map(int, text.split("/"))
+    return number, of
+
+
 def warm(args: argparse.Namespace, device: torch.device) -> Rows:
     """Yield one row, the number of layers that were compiled."""
     number, of = args.share
     tiles = len(FEW_TILES)
     choose_tiles((FEW_TILES[number % tiles],))
-    share = Share(number // tiles, max(of // tiles, 1))
-    gathered_conv.gathered_conv2d = share
+    gathered_conv.gathered_conv2d = some = Share(number // tiles, max(of // tiles, 1))
     net = deploy(build_net("SSD_HarDNet68", 512, 81), gather=True).to(device, torch.bfloat16)
     with torch.inference_mode():
         net(torch.zeros(args.batch, 3, 512, 512, device=device))
-    yield {"share": args.share, "layers": len(share.seen)}
+    yield {"share": args.share, "layers": len(some.seen)}
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.gather", description=__doc__.split("\n")[0],
-        parents=[options(warm, 1)],
-    )  # fmt: skip
-    p.add_argument("--share", required=True, metavar="K/N",
-                   type=lambda text: tuple(map(int, text.split("/"))))  # fmt: skip
+    p = program("gather", __doc__, options(warm, 1))
+    p.add_argument("--share", required=True, metavar="K/N", type=share)
     p.add_argument("--batch", type=int, default=1)
     return p
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    return run(parser(), argv)
-
+main = command(partial(run, parser))
 
 if __name__ == "__main__":
     raise SystemExit(main())

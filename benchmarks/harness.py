@@ -9,11 +9,14 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import NormalDist
-from typing import TypeVar
 
+import cv2
 import numpy as np
 import torch
 
@@ -22,15 +25,17 @@ from utils.device import choose_device
 from utils.files import write_json
 
 CPU = torch.device("cpu")
-CONFIDENCE = 0.99
-
 Rows = Iterator[dict[str, object]]
 """Results of a benchmark. A row with an "error" makes its exit status 1."""
-Key = TypeVar("Key", bound=Hashable)
-Result = TypeVar("Result")
+Calls = Mapping[Hashable, Callable[[], object]]
 
 
-# ---------------------------------------------------------------- options and output
+def program(name: str, doc: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Return the parser of a benchmark, described by the first line of its module."""
+    return argparse.ArgumentParser(
+        f"python -m benchmarks.{name}", description=doc.split("\n")[0], parents=parents,
+        allow_abbrev=False,
+    )  # fmt: skip
 
 
 def options(
@@ -44,17 +49,17 @@ def options(
         device: whether it also runs on a GPU.
     """
     p = argparse.ArgumentParser(add_help=False)
+    p.set_defaults(rows=rows, device="cpu")
     if device:
         p.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     p.add_argument("--rounds", type=positive, default=rounds, help="timed rounds (%(default)s)")
     p.add_argument("--json", type=Path, metavar="OUT", help="a file; -: the last line of output")
-    p.set_defaults(rows=rows, device="cpu") if not device else p.set_defaults(rows=rows)
     return p
 
 
-def run(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> int:
+def run(parser: Callable[[], argparse.ArgumentParser], argv: Sequence[str] | None) -> int:
     """Run a benchmark: print its rows as they come, and keep them as JSON. Return its status."""
-    args = parser.parse_args(argv)
+    args = parser().parse_args(argv)
     device = choose_device(args.device)
     if device.type == "cuda":
         torch.backends.cudnn.benchmark = True  # as train_test.py
@@ -110,17 +115,12 @@ def write(path: Path | None, device: torch.device, **content: object) -> None:
         write_json(path, content)
 
 
-# ---------------------------------------------------------------- time
-
-
-def turns(
-    calls: Mapping[Key, Callable[[], Result]], rounds: int, warm_up: int = 2
-) -> dict[Key, list[Result]]:
+def turns(calls: Calls, rounds: int, warm_up: int = 2) -> dict[Hashable, list]:
     """Return every call's results. The calls take turns, so that a disturbance meets all of them.
 
     The first ``warm_up`` rounds are not kept: caches fill and algorithms are chosen in them.
     """
-    results: dict[Key, list[Result]] = {name: [] for name in calls}
+    results: dict[Hashable, list] = {name: [] for name in calls}
     for turn in range(-warm_up, rounds):
         for name, call in calls.items():
             result = call()
@@ -130,19 +130,32 @@ def turns(
 
 
 def race(
-    calls: Mapping[Key, Callable[[], Result]], rounds: int, device: torch.device, warm_up: int = 2
-) -> tuple[dict[Key, float], dict[Key, Result]]:
+    calls: Calls, rounds: int, device: torch.device, warm_up: int = 2
+) -> tuple[dict[Hashable, float], dict]:
     """Return the median wall seconds of each call and its last result; see `turns`."""
-    results: dict[Key, Result] = {}
+    results: dict = {}
     timed = {name: partial(_timed, name, call, device, results) for name, call in calls.items()}
     times = turns(timed, rounds, warm_up)
     return {name: statistics.median(x) for name, x in times.items()}, results
 
 
-def _timed(name: Key, call: Callable, device: torch.device, results: dict[Key, object]) -> float:
+def _timed(name: Hashable, call: Callable, device: torch.device, results: dict) -> float:
     start = now(device)
     results[name] = call()
     return now(device) - start
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Use ``count`` threads of PyTorch and OpenCV within the block."""
+    before = torch.get_num_threads(), cv2.getNumThreads()
+    try:
+        torch.set_num_threads(count)
+        cv2.setNumThreads(count)
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        cv2.setNumThreads(before[1])
 
 
 def now(device: torch.device) -> float:
@@ -152,11 +165,20 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-# ---------------------------------------------------------------- evidence
+def process_memory(field: str, file: str = "status") -> float:
+    """Return the sum in MiB of the fields of this process in /proc whose names start so."""
+    lines = Path("/proc/self", file).read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
+
+
+def in_a_process(call: Callable, *arguments: object) -> object:
+    """Return the result of a call in a new process, whose memory is its own."""
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(call, *arguments).result()
 
 
 def ratio(
-    before: Sequence[float], after: Sequence[float], confidence: float = CONFIDENCE
+    before: Sequence[float], after: Sequence[float], confidence: float = 0.99
 ) -> tuple[float, float, float]:
     """Return the ratio of the times ``after`` to the times ``before``, and its interval.
 

@@ -24,7 +24,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.harness import CPU, machine, race, write
+from benchmarks.harness import CPU, machine, program, race, using_threads, write
 from data.cache import open_cache
 from data.image_sets import parse_image_sets
 from data.loading import EpochSampler, Loader, TrainingSet, set_up_loading, training_loader
@@ -39,19 +39,16 @@ SEED = 0
 @contextlib.contextmanager
 def one_core() -> Iterator[None]:
     """Be a loading process, bound to one core if the system can do that."""
-    threads, cv2_threads = torch.get_num_threads(), cv2.getNumThreads()
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
-    if cores:
-        os.sched_setaffinity(0, {max(cores)})
-    torch.set_num_threads(1)
-    set_up_loading()
-    try:
-        yield
-    finally:
+    with using_threads(1):
+        set_up_loading()
         if cores:
-            os.sched_setaffinity(0, cores)
-        torch.set_num_threads(threads)
-        cv2.setNumThreads(cv2_threads)
+            os.sched_setaffinity(0, {max(cores)})
+        try:
+            yield
+        finally:
+            if cores:
+                os.sched_setaffinity(0, cores)
 
 
 def open_sets(root: Path, sets: str | None) -> VOCDetection:
@@ -64,31 +61,28 @@ def open_sets(root: Path, sets: str | None) -> VOCDetection:
     return VOCDetection(root, chosen)
 
 
-def spans(sampler: EpochSampler, steps: int) -> Iterator[tuple[int, int]]:
-    """Yield (epoch, first step in it) of ``steps`` steps in all."""
-    epoch = 0
-    while steps > 0:
-        yield epoch, max(0, sampler.steps - steps)
-        steps -= sampler.steps
-        epoch += 1
+def spans(sampler: EpochSampler, steps: int) -> Iterator[None]:
+    """Set ``sampler`` to each of the epochs that make ``steps`` steps; of the last only its end."""
+    for epoch in range(-(-steps // sampler.steps)):
+        sampler.set_epoch(epoch, max(0, (epoch + 1) * sampler.steps - steps))
+        yield
 
 
 def load(loader: Loader, steps: int) -> None:
     with contextlib.nullcontext() if loader.num_workers else one_core():
-        for span in spans(loader.batch_sampler, steps):
-            loader.batch_sampler.set_epoch(*span)
+        for _ in spans(loader.batch_sampler, steps):
             for _ in loader:
                 pass
 
 
 def files(dataset: VOCDetection, sampler: EpochSampler, steps: int) -> list[str]:
     """Return the files that `load` reads, in its order."""
-    found = []
-    for epoch, start in spans(sampler, steps):
-        sampler.set_epoch(epoch, start)
-        for step in range(start, sampler.steps):
-            found += [str(dataset.image_path(i)) for i in sampler.batch(step)]
-    return found
+    return [
+        str(dataset.image_path(i))
+        for _ in spans(sampler, steps)
+        for batch in sampler
+        for _, i in batch
+    ]
 
 
 def imread(paths: list[str]) -> None:
@@ -129,9 +123,7 @@ def loaders_of(
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.loader", description=__doc__.split("\n")[0]
-    )
+    p = program("loader", __doc__)
     p.add_argument("--root", type=Path, required=True, help="a devkit, or a folder in VOC layout")
     p.add_argument("--sets", help="e.g. 2007_trainval,2012_trainval (all trainval sets)")
     p.add_argument("--size", type=positive, nargs="+", default=[512])

@@ -25,7 +25,7 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import CPU, Rows, options, race, run
+from benchmarks.harness import CPU, Rows, options, program, race, run
 from data.config import COCO_512
 from layers import Detect, PriorBox
 from layers.boxes import decode, iou, to_corners
@@ -40,9 +40,6 @@ CLASSES = 81
 SIZE = (640, 480)
 
 
-# ---------------------------------------------------------------- suppression
-
-
 def make_boxes(count: int, classes: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """Return boxes [N, 4], scores [N] and groups [N] of ``batch`` images of ``count`` boxes each.
 
@@ -50,10 +47,7 @@ def make_boxes(count: int, classes: int, batch: int = 1) -> tuple[Tensor, Tensor
     640 x 480 pixels. No two scores are equal.
     """
     generator = torch.Generator().manual_seed(0)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
-
+    uniform = partial(torch.rand, generator=generator)
     total, image = batch * count, torch.tensor([640.0, 480.0])
     centres, sides = uniform(100, 2) * image, 16 + uniform(100, 2) * 200
     owner = torch.randint(0, 100, (total,), generator=generator)
@@ -90,9 +84,6 @@ def suppress(args: argparse.Namespace, device: torch.device) -> Rows:
             "by": backend(device.type), "seconds": times,
             "times faster": times["torchvision"] / times["ours"],
         }  # fmt: skip
-
-
-# ---------------------------------------------------------------- detection
 
 
 def plain_detections(
@@ -177,17 +168,12 @@ def detect(args: argparse.Namespace, device: torch.device) -> Rows:
         yield {
             "outputs": make.__name__, "batch": args.batch, "scores": int(over.sum()) // args.batch,
             "seconds": times, "times faster": times["plain"] / times["Detect"],
-        } | {
-            f"share of {name}": times["Detect"] / seconds
-            for name, seconds in times.items() if name.startswith("forward")
+            **{f"share of {k}": times["Detect"] / x for k, x in times.items() if "forward" in k},
         }  # fmt: skip
 
 
-# ---------------------------------------------------------------- command line
-
-
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(prog="python -m benchmarks.nms", description=__doc__.split("\n")[0])
+    p = program("nms", __doc__)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     q = commands.add_parser("suppress", parents=[options(suppress, 20)], help="NMS alone")
     q.add_argument("--boxes", type=positive, nargs="+", default=[1000, 10_000], help="an image")
@@ -200,10 +186,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    return run(parser(), argv)
-
+main = command(partial(run, parser))
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -15,6 +15,7 @@ import statistics
 from pathlib import Path
 
 import train_test
+from benchmarks.harness import program
 from utils.arguments import positive
 from utils.checkpoint import load_checkpoint, save_checkpoint
 from utils.errors import command
@@ -31,20 +32,23 @@ VARIANTS = {
 SIZE = 300
 
 
+def call(args: argparse.Namespace, *options: str) -> None:
+    loading = ["--num_workers", str(args.num_workers)]
+    if status := train_test.main([*options, "--amp", args.amp, *loading]):
+        raise SystemExit(status)
+
+
 def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
     """Train a variant, unless that is done; return the run's folder."""
     name = f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
     run = args.runs / f"{args.version}_{SIZE}" / name
     if not (run / f"Final_{args.version}_VOC.pth").is_file():
-        status = train_test.main(
-            ["-d", "VOC", "-v", args.version, "-s", str(SIZE), "--root", str(args.root),
-             "-b", "8", "-max", str(args.epochs), "--seed", str(seed),
-             "--ema", "0.9998", *VARIANTS[variant], "--amp", args.amp, "--date", name,
-             "--save_folder", str(args.runs), "--num_workers", str(args.num_workers),
-             "--test_frequency", "1000", "--save_frequency", "0", "--resume", "auto"]
+        call(
+            args, "-d", "VOC", "-v", args.version, "-s", str(SIZE), "--root", str(args.root),
+            "-b", "8", "-max", str(args.epochs), "--seed", str(seed), "--ema", "0.9998",
+            *VARIANTS[variant], "--date", name, "--save_folder", str(args.runs),
+            "--test_frequency", "1000", "--save_frequency", "0", "--resume", "auto",
         )  # fmt: skip
-        if status:
-            raise SystemExit(status)
     return run
 
 
@@ -56,12 +60,7 @@ def scores(args: argparse.Namespace, run: Path) -> dict[str, tuple[float, dict[s
         saved = load_checkpoint(run / f"Final_{args.version}_VOC.pth")
         saved["model"] = saved.pop("raw_model")
         save_checkpoint(raw, saved)
-        status = train_test.main(
-            ["--test", str(raw), "--score_threshold", "0.01", "--amp", args.amp,
-             "--num_workers", str(args.num_workers)]
-        )  # fmt: skip
-        if status:
-            raise SystemExit(status)
+        call(args, "--test", str(raw), "--score_threshold", "0.01")
     paths = {"average": run / "ss_predict" / "final" / "test" / "results.json", "raw": found}
     results = {key: json.loads(path.read_text())["area"] for key, path in paths.items()}
     return {key: (result["mean"], result["per_class"]) for key, result in results.items()}
@@ -73,9 +72,7 @@ def shown(values: list[float]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.recipes", description=__doc__.split("\n")[0]
-    )
+    p = program("recipes", __doc__)
     p.add_argument("--root", type=Path, required=True, help="BCCD, or any folder in VOC layout")
     p.add_argument("--runs", type=Path, default=Path("runs/ablation"))
     p.add_argument("--version", default="SSD_HarDNet39ds")

@@ -6,7 +6,9 @@ import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -28,16 +30,13 @@ from utils.device import AMP_TYPES, autocast
 STAGES = ("decode", "preprocess", "forward", "postprocess")
 PRECISIONS = {"off": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "fp16"}
 """Values of --amp -> precisions."""
+MEAN = torch.tensor(INPUT_MEAN, dtype=torch.float32)[:, None, None]
 CLASSES = 81
 SCORES_OVER = 300
 """Scores over the threshold that new weights give an image."""
 
 
-# ---------------------------------------------------------------- networks and images
-
-
-@dataclass(frozen=True)
-class Network:
+class Network(NamedTuple):
     """A detector to time."""
 
     name: str
@@ -70,16 +69,12 @@ def new_weights(version: str, size: int, folder: Path, files: Sequence[Path]) ->
     torch.manual_seed(0)
     images = [cv2.resize(read_image(file), (size, size)) for file in files[:2] * 2][:2]
     net = build_net(version, size, CLASSES)
-    stretch(net, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) - mean_of())
+    stretch(net, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) - MEAN)
     path = folder / f"{version}_{size}.pth"
     classes = [f"class {k}" for k in range(1, CLASSES)]
     config = {"version": version, "size": size, "dataset": "COCO", "priors": "COCO"}
     torch.save({"model": net.state_dict(), "classes": classes, "config": config}, path)
     return path
-
-
-def mean_of() -> Tensor:
-    return torch.tensor(INPUT_MEAN, dtype=torch.float32)[:, None, None]
 
 
 @torch.no_grad()
@@ -126,7 +121,7 @@ class Plain(Predictor):
 
     def preprocess(self, images: Sequence[np.ndarray]) -> Tensor:
         pixels = self.stack(images).to(self.device).float().contiguous()
-        return pixels - mean_of().to(self.device)
+        return pixels - MEAN.to(self.device)
 
     def forward(self, batch: Tensor) -> dict[str, Tensor]:
         with autocast(self.device, self.amp):
@@ -147,8 +142,7 @@ class Graphed:
     """
 
     def __init__(self, net: nn.Module) -> None:
-        self.net = net
-        self.graph: torch.cuda.CUDAGraph | None = None
+        self.net, self.graph = net, None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self.graph is None:
@@ -195,13 +189,11 @@ def compilations(device: torch.device) -> Iterator[None]:
         yield
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a deployed network runs."""
+class Way(NamedTuple):
+    """How a deployed network runs; ``gather`` is that of ``inference.deploy.deploy``."""
 
     wrap: Callable[[nn.Module], Callable] = lambda net: net
     gather: bool = False
-    """As in ``inference.deploy.deploy``."""
     gpu: bool = False
     """Whether it needs a GPU."""
 
@@ -232,30 +224,33 @@ class Route:
 
     def run(self, files: Sequence[Path]) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
         """Return the seconds of each stage and of all, and the detections."""
-        device, seconds, found = self.predictor.device, dict.fromkeys(STAGES, 0.0), []
+        predictor, seconds, found = self.predictor, dict.fromkeys(STAGES, 0.0), []
+        stage = partial(_stage, seconds, predictor.device)
         with tensor_float(self.precision == "tf32"):
-            marks = [now(device)]
-            images = [read_image(file) for file in files]
-            marks.append(now(device))
-            for group in self.predictor.batches(images):
-                batch = self.predictor.preprocess(group)
-                marks.append(now(device))
-                outputs = self.predictor.forward(batch)
-                marks.append(now(device))
+            images = stage("decode", lambda: [read_image(file) for file in files])
+            for group in predictor.batches(images):
+                batch = stage("preprocess", predictor.preprocess, group)
+                outputs = stage("forward", predictor.forward, batch)
                 sizes = [(image.shape[1], image.shape[0]) for image in group]
-                found += self.predictor.postprocess(outputs, sizes)
-                marks.append(now(device))
-        laps = [after - before for before, after in zip(marks, marks[1:], strict=False)]
-        for k, lap in enumerate(laps):
-            seconds[STAGES[0 if k == 0 else 1 + (k - 1) % 3]] += lap
-        return {**seconds, "total": marks[-1] - marks[0]}, found
+                found += stage("postprocess", predictor.postprocess, outputs, sizes)
+        return {**seconds, "total": sum(seconds.values())}, found
 
     def forward(self, batch: Tensor) -> dict[str, float]:
         """Return the seconds of a forward pass."""
+        seconds = {"forward": 0.0}
         with tensor_float(self.precision == "tf32"):
-            start = now(self.predictor.device)
-            self.predictor.forward(batch)
-            return {"forward": now(self.predictor.device) - start}
+            _stage(seconds, self.predictor.device, "forward", self.predictor.forward, batch)
+        return seconds
+
+
+def _stage(
+    seconds: dict[str, float], device: torch.device, name: str, call: Callable, *arguments: object
+) -> object:
+    """Return the result of a call, and add its time to that of its stage."""
+    start = now(device)
+    result = call(*arguments)
+    seconds[name] += now(device) - start
+    return result
 
 
 def routes_of(

@@ -24,24 +24,23 @@ import argparse
 import contextlib
 import io
 import json
-import multiprocessing
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from benchmarks.harness import Rows, options, race, run, turns
+from benchmarks import harness
+from benchmarks.harness import Rows, options, program, race, run, turns
 from data.coco import COCODetection
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend
 from data.config import VOC_CLASSES
@@ -51,12 +50,11 @@ from data.voc_xml import Annotation
 from utils.arguments import positive
 from utils.errors import UserError, command
 
-CATEGORIES = 80
+CATEGORIES = [{"id": id, "name": f"category {id}"} for id in range(1, 81)]
 REFERENCE = "pycocotools itself"
 
 
-@dataclass(frozen=True)
-class MadeUp:
+class MadeUp(NamedTuple):
     """Objects and detections, both in the order of their images. Boxes are x, y, width, height."""
 
     image: np.ndarray
@@ -70,7 +68,7 @@ class MadeUp:
 
 
 def make_up(
-    images: int, objects: int, detections: int, classes: int, size: Sequence[int]
+    images: int, objects: int, detections: int, classes: int, size: Sequence[int] = (640, 480)
 ) -> MadeUp:
     """Return ``objects`` in all and ``detections`` an image; some classes are rare.
 
@@ -98,7 +96,7 @@ def make_up(
 
 def make_coco(images: int, detections: int) -> tuple[dict, list[dict]]:
     """Return (annotation document, detections), with 7 objects an image as in val2017."""
-    made = make_up(images, 7 * images, detections, CATEGORIES, (640, 480))
+    made = make_up(images, 7 * images, detections, len(CATEGORIES))
     rng = np.random.default_rng(1)
     count, total = len(made.image), len(made.found_image)
     areas = (made.boxes[:, 2:].prod(1) * rng.uniform(0.4, 1, count)).round(4)
@@ -106,7 +104,7 @@ def make_coco(images: int, detections: int) -> tuple[dict, list[dict]]:
     scores = (rng.random(total) * np.where(made.right, 1, 0.7)).round(3)
     document = {
         "images": [{"id": id, "width": 640, "height": 480} for id in range(1, images + 1)],
-        "categories": [{"id": id, "name": f"category {id}"} for id in range(1, CATEGORIES + 1)],
+        "categories": CATEGORIES,
         "annotations": records(
             id=np.arange(1, count + 1), image_id=made.image + 1, category_id=made.label,
             bbox=made.boxes.round(2), area=areas, iscrowd=crowds,
@@ -231,22 +229,23 @@ def loop(folder: Path, ids: list[str], annotations: list[Annotation], name: str)
     correct, wrong = np.zeros(len(lines)), np.zeros(len(lines))
     for n, k in enumerate(np.argsort(-scores)):
         truth, difficult, taken = objects[lines[k][0]]
-        box, best = boxes[k], -np.inf
-        if len(truth):
-            width = np.minimum(truth[:, 2], box[2]) - np.maximum(truth[:, 0], box[0]) + 1
-            height = np.minimum(truth[:, 3], box[3]) - np.maximum(truth[:, 1], box[1]) + 1
-            shared = np.maximum(width, 0) * np.maximum(height, 0)
-            area = (box[2] - box[0] + 1) * (box[3] - box[1] + 1)
-            areas = (truth[:, 2] - truth[:, 0] + 1) * (truth[:, 3] - truth[:, 1] + 1)
-            overlaps = shared / (area + areas - shared)
-            best, which = overlaps.max(), overlaps.argmax()
-        if best <= 0.5:
+        overlaps = overlaps_of(truth, boxes[k])
+        which = overlaps.argmax() if len(truth) else None
+        if which is None or overlaps[which] <= 0.5:
             wrong[n] = 1
         elif not difficult[which]:
             (wrong if taken[which] else correct)[n] = 1
             taken[which] = True
     hits, misses = correct.cumsum(), wrong.cumsum()
     return hits / max(total, 1), hits / np.maximum(hits + misses, 1)
+
+
+def overlaps_of(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Return the IoU of each of some boxes with one, both ends inside the box."""
+    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
+    shared = np.maximum(high - low + 1, 0).prod(1)
+    area, areas = (box[2:] - box[:2] + 1).prod(), (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
+    return shared / (area + areas - shared)
 
 
 def score(folder: Path, ids: list[str], annotations: list[Annotation]) -> dict:
@@ -289,54 +288,47 @@ def make_root(root: Path, images: int, boxes: int) -> Path:
     Records are as long as the real ones, with outlines, licences and links.
     """
     rng = np.random.default_rng(0)
-    made = make_up(images, boxes, 0, CATEGORIES, (640, 480))
+    made = make_up(images, boxes, 0, len(CATEGORIES))
     ids = np.sort(rng.choice(581_929, images, replace=False)).tolist()
-    points = rng.geometric(1 / 20, boxes) + 3
     (root / "annotations").mkdir(parents=True)
     (root / "train2017").mkdir()
     for id in ids:
         (root / "train2017" / f"{id:012d}.jpg").touch()
+    path = root / "annotations" / "instances_train2017.json"
+    images, boxes = map(image_record, ids), annotation_records(made, ids, rng)
+    with open(path, "w") as file:
+        file.write(f'{{"categories": {json.dumps(CATEGORIES)}')
+        for key, each in {"images": images, "annotations": boxes}.items():
+            # As text they take less memory than as records.
+            file.write(f', "{key}": [{", ".join(map(json.dumps, each))}]')
+        file.write("}")
+    return path
 
-    def image(id: int) -> dict:
-        name = f"{id:012d}.jpg"
-        return {
-            "license": 3, "file_name": name, "height": 480, "width": 640, "id": id,
-            "coco_url": f"http://images.cocodataset.org/train2017/{name}",
-            "date_captured": "2013-11-14 11:18:45",
-            "flickr_url": f"http://farm9.staticflickr.com/8186/{id:010d}_3c2b1d6d41_z.jpg",
-        }  # fmt: skip
 
-    def annotation(n: int) -> dict:
-        box, crowd = made.boxes[n], n % 86 == 0  # 10,000 of 860,001
+def image_record(id: int) -> dict:
+    name = f"{id:012d}.jpg"
+    return {
+        "license": 3, "file_name": name, "height": 480, "width": 640, "id": id,
+        "coco_url": f"http://images.cocodataset.org/train2017/{name}",
+        "date_captured": "2013-11-14 11:18:45",
+        "flickr_url": f"http://farm9.staticflickr.com/8186/{id:010d}_3c2b1d6d41_z.jpg",
+    }  # fmt: skip
+
+
+def annotation_records(made: MadeUp, ids: list[int], rng: np.random.Generator) -> Iterator[dict]:
+    points = rng.geometric(1 / 20, len(made.boxes)) + 3
+    for n, box in enumerate(made.boxes):
         outline = (rng.random((points[n], 2)) * box[2:] + box[:2]).round(2).ravel().tolist()
-        runs = {"counts": [n % 997] * 200, "size": [480, 640]}
-        return {
+        runs, crowd = {"counts": [n % 997] * 200, "size": [480, 640]}, n % 86 == 0
+        yield {
             "segmentation": runs if crowd else [outline], "area": round(0.6 * box[2:].prod(), 4),
             "iscrowd": int(crowd), "image_id": ids[made.image[n]], "bbox": box.round(2).tolist(),
             "category_id": int(made.label[n]), "id": 900_000 + n,
         }  # fmt: skip
 
-    categories = [{"id": k, "name": f"category {k}"} for k in range(1, CATEGORIES + 1)]
-    parts = {  # as text, which is smaller than the records
-        "info": '{"year": 2017}', "licenses": "[]", "categories": json.dumps(categories),
-        "images": f"[{', '.join(json.dumps(image(id)) for id in ids)}]",
-        "annotations": f"[{', '.join(json.dumps(annotation(n)) for n in range(boxes))}]",
-    }  # fmt: skip
-    path = root / "annotations" / "instances_train2017.json"
-    path.write_text("{" + ", ".join(f'"{key}": {text}' for key, text in parts.items()) + "}")
-    return path
-
-
-def status(field: str, file: str = "status") -> float:
-    """Return the sum in MiB of the fields of this process in /proc whose names start so."""
-    lines = Path("/proc/self", file).read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
 
 def load_json(path: Path) -> Callable[[], object]:
-    with open(path) as file:
-        kept = json.load(file)
-    return kept.clear  # keeps the records in memory
+    return json.loads(path.read_text()).clear  # keeps the records in memory
 
 
 def load_pycocotools(path: Path) -> Callable[[], object]:
@@ -362,19 +354,11 @@ def walk_reader(dataset: COCODetection) -> None:
         dataset.target(i), dataset.image_path(i), dataset.image_size(i)
 
 
-class InWorker(Dataset):
-    """One item: the MiB that a loading process shares with no other, due to the walk."""
-
-    def __init__(self, walk: Callable[[], object]) -> None:
-        self.walk = walk
-
-    def __len__(self) -> int:
-        return 1
-
-    def __getitem__(self, _: int) -> float:
-        before = status("Private_", "smaps_rollup")
-        self.walk()
-        return status("Private_", "smaps_rollup") - before
+def unshared(walk: Callable[[], object]) -> float:
+    """Return the MiB that a walk adds to those that this process shares with no other."""
+    before = harness.process_memory("Private_", "smaps_rollup")
+    walk()
+    return harness.process_memory("Private_", "smaps_rollup") - before
 
 
 LOADERS = {"json.load": load_json, "pycocotools": load_pycocotools, "reader": load_reader}
@@ -384,22 +368,18 @@ def measure(name: str, path: Path) -> dict[str, float]:
     """Return seconds and MiB of one loader in this process, which must be a new one."""
     from pycocotools.coco import COCO  # noqa: F401  its memory is not the loader's
 
-    before, start = status("VmRSS"), time.perf_counter()
+    before, start = harness.process_memory("VmRSS"), time.perf_counter()
     walk = LOADERS[name](path)
     report = {"seconds": time.perf_counter() - start}
-    report["peak"] = status("VmHWM") - before
-    report["left"] = status("VmRSS") - before
+    report["peak"] = harness.process_memory("VmHWM") - before
+    report["left"] = harness.process_memory("VmRSS") - before
     if name != "json.load":
-        context = {"num_workers": 1, "multiprocessing_context": "fork"}
-        report["worker"] = next(iter(DataLoader(InWorker(walk), batch_size=None, **context)))
+        process = {"num_workers": 1, "multiprocessing_context": "fork"}
+        loader = DataLoader([walk], batch_size=None, collate_fn=unshared, **process)
+        report["worker"] = next(iter(loader))
     if name == "reader":
         report["sent"] = len(ForkingPickler.dumps(walk)) / 2**20  # to a spawned process
     return report
-
-
-def in_a_process(name: str, path: Path) -> dict[str, float]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as executor:
-        return executor.submit(measure, name, path).result()
 
 
 def load(args: argparse.Namespace, device: torch.device) -> Rows:
@@ -407,7 +387,8 @@ def load(args: argparse.Namespace, device: torch.device) -> Rows:
     with tempfile.TemporaryDirectory() as folder:
         path = make_root(Path(folder), args.images, args.boxes)
         size = path.stat().st_size / 1e6
-        rounds = turns({n: partial(in_a_process, n, path) for n in LOADERS}, args.rounds, 0)
+        calls = {name: partial(harness.in_a_process, measure, name, path) for name in LOADERS}
+        rounds = turns(calls, args.rounds, warm_up=0)
     for name, found in rounds.items():
         median = {key: statistics.median(each[key] for each in found) for key in found[0]}
         seconds = median.pop("seconds")
@@ -417,13 +398,8 @@ def load(args: argparse.Namespace, device: torch.device) -> Rows:
         }  # fmt: skip
 
 
-# ---------------------------------------------------------------- command line
-
-
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.scores", description=__doc__.split("\n")[0]
-    )
+    p = program("scores", __doc__)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     q = commands.add_parser("coco", parents=[options(coco, 3, False)], help="COCO's numbers")
     q.add_argument("--images", type=positive, default=5000)
@@ -438,10 +414,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    return run(parser(), argv)
-
+main = command(partial(run, parser))
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -28,16 +28,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import cv2
 import torch
+from torch import Tensor
 
 from benchmarks import gather, limits
-from benchmarks.harness import Rows, claim, options, run, turns
+from benchmarks.harness import Rows, claim, options, program, run, turns, using_threads
 from benchmarks.routes import (
     PRECISIONS,
     WAYS,
@@ -66,18 +66,8 @@ TOLERANCE = Tolerance(0.995, score=0.01, pixels=1)
 """For float32: rounding alone moves a score of ResNet101 by 0.001 with new weights."""
 
 
-class Claim(NamedTuple):
-    """A network's forward pass takes at most ``limit`` of another's time, at 512."""
-
-    faster: str
-    slower: str
-    limit: float
-
-
-CLAIMS = (
-    Claim("SSD_HarDNet68", "SSD_vgg", 0.55),
-    Claim("SSD_HarDNet85", "SSD_resnet101", 1.0),
-)
+CLAIMS = (("SSD_HarDNet68", "SSD_vgg", 0.55), ("SSD_HarDNet85", "SSD_resnet101", 1.0))
+"""The first network's forward pass takes at most this share of the second's time, at 512."""
 
 
 class Setting(NamedTuple):
@@ -89,9 +79,6 @@ class Setting(NamedTuple):
     rounds: int
     forward: bool
     """Whether the forward pass alone is timed."""
-
-
-# ---------------------------------------------------------------- measurement
 
 
 def measure(
@@ -156,11 +143,8 @@ def agreement(route: Route, expected: Sequence[dict], files: Sequence[Path], bat
     found: list[dict] = []
     for start in range(0, len(files), batch):
         found += route.run([files[i % len(files)] for i in range(start, start + batch)])[1]
-    both = (
-        [{key: each[key].numpy() for key in each} for each in some]
-        for some in (expected, found[: len(files)])
-    )
-    result = compare(*both, floor=route.predictor.detect.config.conf_thresh + MARGIN)
+    floor = route.predictor.detect.config.conf_thresh + MARGIN
+    result = compare(arrays(expected), arrays(found[: len(files)]), floor=floor)
     if not result.boxes:
         raise UserError(
             f"{route.network.file} finds nothing on the first {len(files)} images, so the routes "
@@ -172,6 +156,10 @@ def agreement(route: Route, expected: Sequence[dict], files: Sequence[Path], bat
     if gpu:
         row["MiB"] = (torch.cuda.max_memory_allocated(device) - before) / 2**20
     return row
+
+
+def arrays(found: Sequence[dict[str, Tensor]]) -> list[dict]:
+    return [{key: value.numpy() for key, value in each.items()} for each in found]
 
 
 def rows_of(routes: Sequence[Route], setting: Setting, ceiling: dict | None) -> Rows:
@@ -210,22 +198,6 @@ def claims(routes: Sequence[Route], setting: Setting) -> Rows:
                     "claim": f"time of {faster} / {slower}", "route": how[0], "precision": how[1],
                     "batch": setting.batch, **claim(limit, before, times),
                 }  # fmt: skip
-
-
-@contextmanager
-def using_threads(count: int) -> Iterator[None]:
-    """Use ``count`` threads of PyTorch and OpenCV within the block."""
-    before = torch.get_num_threads(), cv2.getNumThreads()
-    try:
-        torch.set_num_threads(count)
-        cv2.setNumThreads(count)
-        yield
-    finally:
-        torch.set_num_threads(before[0])
-        cv2.setNumThreads(before[1])
-
-
-# ---------------------------------------------------------------- command line
 
 
 def check(args: argparse.Namespace, device: torch.device) -> None:
@@ -305,10 +277,7 @@ def measure_all(
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.speed", description=__doc__.split("\n")[0], allow_abbrev=False,
-        parents=[options(speed, 15)],
-    )  # fmt: skip
+    p = program("speed", __doc__, options(speed, 15))
     # fmt: off
     p.add_argument("--version", nargs="+", choices=BACKBONES, metavar="VERSION",
                    help=f"networks, with new weights (all): {', '.join(BACKBONES)}")
@@ -331,10 +300,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    return run(parser(), argv)
-
+main = command(partial(run, parser))
 
 if __name__ == "__main__":
     raise SystemExit(main())

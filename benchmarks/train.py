@@ -25,13 +25,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import re
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -41,7 +39,8 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.harness import Rows, now, options, race, run
+from benchmarks import harness
+from benchmarks.harness import Rows, now, options, program, race, run
 from data.config import INPUT_MEAN, PRIORS
 from data.loading import EpochSampler, TrainingSet, training_loader
 from data.transforms import SSDAugmentation
@@ -49,7 +48,7 @@ from data.voc0712 import VOCDetection
 from demo.shapes import make_dataset
 from engine.steps import Batch, TrainStep
 from layers import MultiBoxLoss, PriorBox
-from layers.boxes import encode, to_corners
+from layers.boxes import encode, iou, to_corners
 from models import BACKBONES, build_net, prior_config
 from utils.arguments import number, positive
 from utils.device import AMP_TYPES, autocast, to_input
@@ -59,58 +58,41 @@ VARIANCE = (0.1, 0.2)
 CLASSES = 81
 WARM_UP = 2
 """Steps that are not timed."""
-MEAN_OF = 10
-"""Steps whose mean loss is shown."""
 TARGET = torch.tensor([[0.1, 0.2, 0.5, 0.6, 1.0], [0.4, 0.4, 0.9, 0.8, 2.0]])
 
 
 # ---------------------------------------------------------------- loss
 
 
-class PublishedLoss:
-    """The published matching and loss, written from its description, as ``MultiBoxLoss``."""
-
-    def __call__(
-        self, outputs: tuple[Tensor, Tensor], priors: Tensor, targets: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        labels, offsets = self.match(targets, priors)
-        return self.loss(outputs, labels, offsets, (labels > 0).sum())
+class PublishedLoss(MultiBoxLoss):
+    """The published matching and loss, written from its description; every image needs a box."""
 
     @torch.no_grad()
     def match(self, targets: Sequence[Tensor], priors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return labels [B, P] and offsets [B, P, 4]; every image needs a box."""
-        found = [self._match(target.to(priors.device), priors) for target in targets]
+        found = [self._match_one(target.to(priors.device), priors) for target in targets]
         labels, offsets = zip(*found, strict=True)
         return torch.stack(labels), torch.stack(offsets)
 
     def loss(
         self, outputs: tuple[Tensor, Tensor], labels: Tensor, offsets: Tensor, count: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return (location loss, confidence loss), both divided by ``count``."""
         loc, conf = (x.float() for x in outputs)
         positive = labels > 0
         mask = positive.unsqueeze(2).expand_as(loc)
-        loss_loc = F.smooth_l1_loss(
-            loc[mask].view(-1, 4), offsets[mask].view(-1, 4), reduction="sum"
-        )
+        given, wanted = (x[mask].view(-1, 4) for x in (loc, offsets))
+        loss_loc = F.smooth_l1_loss(given, wanted, reduction="sum")
         rows = conf.view(-1, conf.shape[2])
         mining = rows.logsumexp(1, keepdim=True) - rows.gather(1, labels.view(-1, 1))
         mining = mining.view_as(labels).masked_fill(positive, 0)
         rank = mining.sort(1, descending=True).indices.sort(1).indices
-        wanted = (3 * positive.sum(1, keepdim=True)).clamp(max=labels.shape[1] - 1)
-        chosen = positive | (rank < wanted)
+        negatives = (3 * positive.sum(1, keepdim=True)).clamp(max=labels.shape[1] - 1)
+        chosen = positive | (rank < negatives)
         picked = conf[chosen.unsqueeze(2).expand_as(conf)].view(-1, conf.shape[2])
         loss_conf = F.cross_entropy(picked, labels[chosen], reduction="sum")
         return loss_loc / count, loss_conf / count
 
-    @staticmethod
-    def _match(target: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = target[:, :4], to_corners(priors)
-        low = torch.maximum(a[:, None, :2], b[None, :, :2])
-        high = torch.minimum(a[:, None, 2:], b[None, :, 2:])
-        shared = (high - low).clamp(min=0).prod(2)
-        area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(1) for x in (a, b))
-        overlaps = shared / (area_a[:, None] + area_b[None] - shared)
+    def _match_one(self, target: Tensor, priors: Tensor) -> tuple[Tensor, Tensor]:
+        overlaps = iou(target[:, :4], to_corners(priors))
         best_prior = overlaps.max(1).indices
         best_overlap, best_box = overlaps.max(0)
         best_overlap.index_fill_(0, best_prior, 2)
@@ -145,19 +127,16 @@ def loss(args: argparse.Namespace, device: torch.device) -> Rows:
     """Yield one row a precision."""
     priors = PriorBox(PRIORS["COCO", args.size]).to(device)()
     targets = make_targets(args.batch, args.classes)
-    criteria = {"ours": MultiBoxLoss(args.classes), "published": PublishedLoss()}
+    criteria = {"ours": MultiBoxLoss(args.classes), "published": PublishedLoss(args.classes)}
     for amp in args.amp:
         generator = torch.Generator().manual_seed(1)
         outputs = [
             torch.randn(args.batch, len(priors), width, generator=generator)
-            .to(device, AMP_TYPES[amp] or torch.float32)
-            .requires_grad_()
+            .to(device, AMP_TYPES[amp] or torch.float32).requires_grad_()
             for width in (4, args.classes)
-        ]
-        calls = {
-            name: partial(with_gradients, criterion, outputs, priors, targets)
-            for name, criterion in criteria.items()
-        }
+        ]  # fmt: skip
+        rest = outputs, priors, targets
+        calls = {name: partial(with_gradients, each, *rest) for name, each in criteria.items()}
         times, results = race(calls, args.rounds, device)
         torch.testing.assert_close(results["ours"], results["published"])
         yield {
@@ -185,14 +164,14 @@ def lanes_of(net: nn.Module, priors: Tensor, amp: str, compiled: bool) -> dict[s
     first = ChannelsFirst(copy.deepcopy(net))
     ours, last = (copy.deepcopy(net).to(memory_format=torch.channels_last) for _ in range(2))
     parts = {
-        "plain": (first, PublishedLoss(), "off"),
-        "ours": (torch.compile(ours) if compiled else ours, MultiBoxLoss(net.num_classes), amp),
-        "rounding": (last, PublishedLoss(), "off"),
+        "plain": (first, PublishedLoss, "off"),
+        "ours": (torch.compile(ours) if compiled else ours, MultiBoxLoss, amp),
+        "rounding": (last, PublishedLoss, "off"),
     }
     lanes = {}
     for name, (lane, criterion, precision) in parts.items():
         optimizer = torch.optim.SGD(lane.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
-        lanes[name] = TrainStep(lane, criterion, priors, optimizer, amp=precision)
+        lanes[name] = TrainStep(lane, criterion(net.num_classes), priors, optimizer, amp=precision)
     return lanes
 
 
@@ -215,6 +194,11 @@ def batches_of(root: Path | None, size: int, batch: int, steps: int) -> tuple[li
     return found[:steps], len(dataset.classes) + 1
 
 
+def means(values: Sequence[float], count: int = 10) -> list[float]:
+    """Return the mean of every ``count`` values."""
+    return [statistics.mean(values[i : i + count]) for i in range(0, len(values), count)]
+
+
 def step(args: argparse.Namespace, device: torch.device) -> Rows:
     """Yield one row a network; losses are means of ten steps."""
     steps = WARM_UP + args.rounds
@@ -235,14 +219,10 @@ def step(args: argparse.Namespace, device: torch.device) -> Rows:
         median = {name: statistics.median(values[WARM_UP:]) for name, values in seconds.items()}
         yield {
             "network": version, "size": args.size, "batch": args.batch, "amp": args.amp,
-            "compiled": args.compile, "images a second": {
-                name: args.batch / each for name, each in median.items()
-            },
-            "times faster": median["plain"] / median["ours"], "losses": {
-                name: [statistics.mean(values[i : i + MEAN_OF]) for i in
-                       range(0, len(values), MEAN_OF)]
-                for name, values in losses.items()
-            },
+            "compiled": args.compile,
+            "images a second": {name: args.batch / each for name, each in median.items()},
+            "times faster": median["plain"] / median["ours"],
+            "losses": {name: means(values) for name, values in losses.items()},
         }  # fmt: skip
 
 
@@ -305,24 +285,22 @@ def build(
     return net, to_input(pixels, INPUT_MEAN, device), priors
 
 
-def peak_rss(version: str, size: int, batch: int, amp: str, recompute: bool, threads: int) -> int:
-    """Return the largest memory in bytes of this process, a new one, after one step (on Linux)."""
+def peak_rss(version: str, size: int, batch: int, amp: str, recompute: bool, threads: int) -> float:
+    """Return the largest memory in MiB of this process, a new one, after one step (on Linux)."""
     torch.set_num_threads(threads)
     net, images, priors = build(version, size, batch, torch.device("cpu"))
     gradients(net, images, priors, amp, recompute)
     # getrusage would begin with the memory of the process that started this one.
-    status = Path("/proc/self/status").read_text()
-    return int(re.search(r"^VmHWM:\s+(\d+) kB$", status, re.M)[1]) * 1024
+    return harness.process_memory("VmHWM")
 
 
-def peak(call: Callable[[], object], device: torch.device, *arguments: str | int | bool) -> int:
-    """Return the largest memory of a step: of CUDA tensors by ``call``, else by ``peak_rss``."""
+def peak(call: Callable[[], object], device: torch.device, *arguments: object) -> float:
+    """Return the largest MiB of a step: of CUDA tensors by ``call``, else by ``peak_rss``."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         call()
-        return torch.cuda.max_memory_allocated()
-    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
-        return pool.submit(peak_rss, *arguments, torch.get_num_threads()).result()
+        return torch.cuda.max_memory_allocated() / 2**20
+    return harness.in_a_process(peak_rss, *arguments, torch.get_num_threads())
 
 
 def memory(args: argparse.Namespace, device: torch.device) -> Rows:
@@ -330,45 +308,33 @@ def memory(args: argparse.Namespace, device: torch.device) -> Rows:
     if device.type == "cuda":  # or equal steps differ in their last bits
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     modes = {"plain": False, "recomputed": True}
-    for version in args.version:
-        for amp in args.amp:
-            net, images, priors = build(version, args.size, 2 * args.batch, device)
-            half, more = images[: args.batch], {}
-            for mode, net.recompute in modes.items():
-                more[mode] = (kept(net, images, amp) - kept(net, half, amp)) / args.batch
-            half = half.clone(memory_format=torch.preserve_format)
-            calls = {
-                mode: partial(gradients, net, half, priors, amp, recompute)
-                for mode, recompute in modes.items()
-            }
-            times, results = race(calls, args.rounds, device, warm_up=1)
-            if not all(map(torch.equal, results["plain"], results["recomputed"])):
-                raise AssertionError(f"{version} {amp}: recomputation gives other gradients")
-            results.clear()
-            peaks = {
-                mode: peak(call, device, version, args.size, args.batch, amp, modes[mode])
-                for mode, call in calls.items()
-            }
-            yield {
-                "network": version, "size": args.size, "batch": args.batch, "amp": amp,
-                "kept": {mode: x / 2**20 for mode, x in more.items()},
-                "peak": {mode: x / 2**20 for mode, x in peaks.items()},
-                "seconds": times, "ratio": times["recomputed"] / times["plain"],
-            }  # fmt: skip
-
-
-# ---------------------------------------------------------------- command line
+    for version, amp in product(args.version, args.amp):
+        net, images, priors = build(version, args.size, 2 * args.batch, device)
+        half, more = images[: args.batch], {}
+        for mode, net.recompute in modes.items():
+            more[mode] = (kept(net, images, amp) - kept(net, half, amp)) / args.batch / 2**20
+        rest = net, half.clone(memory_format=torch.preserve_format), priors, amp
+        calls = {mode: partial(gradients, *rest, recompute) for mode, recompute in modes.items()}
+        times, results = race(calls, args.rounds, device, warm_up=1)
+        if not all(map(torch.equal, results["plain"], results["recomputed"])):
+            raise AssertionError(f"{version} {amp}: recomputation gives other gradients")
+        results.clear()
+        step = version, args.size, args.batch, amp
+        peaks = {mode: peak(call, device, *step, modes[mode]) for mode, call in calls.items()}
+        yield {
+            "network": version, "size": args.size, "batch": args.batch, "amp": amp,
+            "kept": more, "peak": peaks, "seconds": times,
+            "ratio": times["recomputed"] / times["plain"],
+        }  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(
-        prog="python -m benchmarks.train", description=__doc__.split("\n")[0]
-    )
+    p = program("train", __doc__)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
     q = commands.add_parser("loss", parents=[options(loss, 15)], help="matching and loss")
+    q.add_argument("--classes", type=positive, default=81)
     q.add_argument("--size", type=int, choices=(300, 512), default=512)
     q.add_argument("--batch", type=positive, default=32)
-    q.add_argument("--classes", type=positive, default=81)
     q.add_argument("--amp", choices=AMP_TYPES, nargs="+", default=["off", "bf16"])
     q = commands.add_parser("step", parents=[options(step, 40)], help="a whole training step")
     q.add_argument("--root", type=Path, help="data in VOC layout (drawn)")
@@ -387,10 +353,7 @@ def parser() -> argparse.ArgumentParser:
     return p
 
 
-@command
-def main(argv: list[str] | None = None) -> int:
-    return run(parser(), argv)
-
+main = command(partial(run, parser))
 
 if __name__ == "__main__":
     raise SystemExit(main())

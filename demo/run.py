@@ -12,8 +12,10 @@ import json
 import shlex
 import sys
 import time
+import timeit
 import webbrowser
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -41,12 +43,7 @@ def _seconds(dtype: torch.dtype) -> float:
     """Return the shortest time of a convolution."""
     x = torch.randn(2, 128, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(128, 128, 3, 3, dtype=dtype)
-    times = []
-    for _ in range(8):
-        start = time.perf_counter()
-        torch.nn.functional.conv2d(x, weight, padding=1)
-        times.append(time.perf_counter() - start)
-    return min(times)
+    return min(timeit.repeat(partial(torch.conv2d, x, weight, padding=1), number=1, repeat=8))
 
 
 def call(*options: str) -> None:

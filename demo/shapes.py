@@ -60,9 +60,7 @@ def outline(
 ) -> np.ndarray:
     """Return the corners of a shape: float64 [k, 2], (x, y) in pixels; pixel k spans k..k+1.
 
-    Args:
-        angle: Turn in radians.
-        squash: Factor of the width, and divisor of the height, after the turn.
+    It is turned by ``angle`` radians. Then ``squash`` multiplies its width and divides its height.
     """
     k = np.arange(CORNERS[name])
     radii = radius * np.where(k % 2, 0.42, 1.0) if name == "star" else radius
@@ -170,12 +168,9 @@ def draw_image(
 
 
 def make_dataset(
-    directory: str | os.PathLike,
-    trainval: int = 300,
-    test: int = 80,
-    size: tuple[int, int] = (320, 500),
-    seed: int = 0,
-) -> dict[str, Counter[str]]:
+    directory: str | os.PathLike, trainval: int = 300, test: int = 80,
+    size: tuple[int, int] = (320, 500), seed: int = 0,
+) -> dict[str, Counter[str]]:  # fmt: skip
     """Draw a data set into a new or empty folder, and return its objects per split and class.
 
     Args:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import torch
@@ -23,7 +23,6 @@ from utils.errors import UserError, first_line
 # Rank 0 scores a test set alone while the others wait for the next step. The limit is for a process
 # that hangs; one that ended is noticed at once, by a closed connection or by torchrun.
 TIMEOUT = timedelta(hours=2)
-
 
 T = TypeVar("T")
 
@@ -62,46 +61,34 @@ class World:
         Raises:
             RankZeroFailed: on the other processes, when ``make`` raised on rank 0.
         """
-        if not self.main:
-            return self._receive()
-        value = self._make_for_all(make)
-        self._send({"value": value})
-        return value
+        return self._first(make, shared=True)
 
     def in_turn(self, make: Callable[[], T]) -> T:
         """Call ``make`` on rank 0, then on the other processes; return each one's own result.
 
-        A mistake that every process would meet is reported once.
-
-        Raises:
-            RankZeroFailed: on the other processes, when ``make`` raised on rank 0.
+        A mistake that every process would meet is reported once. Raises as ``decide``.
         """
+        made = self._first(make, shared=False)
+        return made if self.main else make()
+
+    def _first(self, make: Callable[[], T], shared: bool) -> T:
+        """Call ``make`` on rank 0; tell the others its result, if ``shared``, or its failure."""
         if not self.main:
-            self._receive()
-            return make()
-        made = self._make_for_all(make)
-        self._send({"value": None})
-        return made
-
-    def _make_for_all(self, make: Callable[[], T]) -> T:
+            outcome = json.loads(self._broadcast(" "))
+            if "value" not in outcome:
+                raise RankZeroFailed
+            return outcome["value"]
+        outcome = {}
         try:
-            return make()
-        except BaseException:
-            self._send({})
-            raise
+            made = make()
+            outcome = {"value": made if shared else None}
+            return made
+        finally:
+            if self.size > 1:
+                self._broadcast(json.dumps(outcome))
 
-    def _send(self, outcome: dict) -> None:
-        if self.size > 1:
-            self._broadcast(json.dumps(outcome))
-
-    def _receive(self) -> Any:
-        outcome = json.loads(self._broadcast(None))
-        if "value" not in outcome:
-            raise RankZeroFailed
-        return outcome["value"]
-
-    def _broadcast(self, text: str | None) -> str:
-        data = torch.frombuffer(bytearray((text or " ").encode()), dtype=torch.uint8)
+    def _broadcast(self, text: str) -> str:
+        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
         length = torch.tensor([len(data)])
         dist.broadcast(length, 0)
         if not self.main:
@@ -113,9 +100,8 @@ class World:
         """Return this process's share of ``length`` items; each item has exactly one process."""
         return range(self.rank, length, self.size)
 
-    def collect(
-        self, detections: Sequence[Mapping[str, np.ndarray]], length: int
-    ) -> list[dict[str, np.ndarray]] | None:
+    def collect(self, detections: Sequence[Mapping[str, np.ndarray]],
+                length: int) -> list[dict[str, np.ndarray]] | None:
         """Return the detections of all ``length`` images, in order, on rank 0; None on the others.
 
         Args:
@@ -124,11 +110,8 @@ class World:
         """
         if self.size == 1:
             return list(detections)
-        empty = {
-            "boxes": np.empty((0, 4), np.float32),
-            "scores": np.empty(0, np.float32),
-            "labels": np.empty(0, np.int64),
-        }
+        empty = {"boxes": np.empty((0, 4), np.float32), "scores": np.empty(0, np.float32),
+                 "labels": np.empty(0, np.int64)}
         parts = [self._gather(np.array([len(d["scores"]) for d in detections], np.int64))]
         for key, none in empty.items():
             parts.append(self._gather(np.concatenate([none, *(d[key] for d in detections)])))
@@ -152,10 +135,8 @@ class World:
         padded[: len(data)] = data
         gathered = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(gathered, padded)
-        return [
-            g[: int(n)].numpy().view(rows.dtype).reshape(-1, *rows.shape[1:])
-            for g, n in zip(gathered, lengths, strict=True)
-        ]
+        return [g[: int(n)].numpy().view(rows.dtype).reshape(-1, *rows.shape[1:])
+                for g, n in zip(gathered, lengths, strict=True)]
 
     def replicate(self, net: nn.Module, device: torch.device) -> nn.Module:
         """Return ``net`` with rank 0's weights and with gradients averaged over the processes."""
@@ -257,9 +238,7 @@ def launch(processes: int, program: Sequence[str]) -> int:
     This is ``torchrun --standalone --nproc-per-node N`` without its traceback, and with the status
     of the process that failed first; 128 + n if signal n ended it. SIGINT and SIGTERM are passed
     on; the processes then have 30 seconds to save their state. Signal handlers stay replaced.
-
-    Args:
-        program: arguments of the Python interpreter.
+    ``program`` has the arguments of the Python interpreter.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -279,11 +258,7 @@ def launch(processes: int, program: Sequence[str]) -> int:
 
 
 def check_sync_bn(device: torch.device, size: int) -> None:
-    """Refuse ``--sync_bn`` in a job of several processes on the CPU.
-
-    Raises:
-        UserError: ``device`` is no GPU and ``size`` is over 1.
-    """
+    """Raise UserError for ``--sync_bn`` in a job of several processes on the CPU."""
     if size > 1 and device.type != "cuda":
         raise UserError(
             f"--sync_bn needs GPUs, but the {size} processes of the job use the CPU; give "
@@ -292,11 +267,7 @@ def check_sync_bn(device: torch.device, size: int) -> None:
 
 
 def check_shares(batch_size: int, size: int, accumulate: int) -> None:
-    """Check that a batch divides evenly into parts, one per process and accumulation step.
-
-    Raises:
-        UserError: it does not.
-    """
+    """Raise UserError unless a batch divides evenly among processes and accumulation steps."""
     if batch_size % (size * accumulate):
         raise UserError(
             f"--batch_size {batch_size} is the batch of all {size} processes with {accumulate} "

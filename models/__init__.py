@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
@@ -43,12 +44,9 @@ class Backbone:
         return tuple(sorted({size for _, size in self.priors}))
 
 
-def _hardnet(depth: int | str) -> Callable[[], nn.Module]:
-    return lambda: HarDNetBase(HARDNET_SPECS[depth])
-
-
-_HARDNET68 = {"base": _hardnet(68), "classifier": "base.", "new": ("13.",)}
-_HARDNET85 = {"base": _hardnet(85), "classifier": "base."}
+_BASE = {name: partial(HarDNetBase, spec) for name, spec in HARDNET_SPECS.items()}
+_HARDNET68 = {"base": _BASE[68], "classifier": "base.", "new": ("13.",)}
+_HARDNET85 = {"base": _BASE[85], "classifier": "base."}
 _DEPTHWISE = {"bridge": DepthwiseBridge, "classifier": "base."}
 _RFB = {"detector": RFBNet, "extras": rfb_extras}
 
@@ -57,14 +55,10 @@ BACKBONES = {
     "SSD_HarDNet85": Backbone(**_HARDNET85, bridge=Bridge),
     "SSD_vgg": Backbone(VGGBase),
     "SSD_resnet101": Backbone(ResNet101Base, classifier=""),
-    "SSD_mobile": Backbone(
-        MobileNetV2Base,
-        extras=ssd_extras_stride32,
-        priors=MOBILE_PRIORS,
-        classifier="features.",
-    ),
-    "SSD_HarDNet68ds": Backbone(_hardnet("68ds"), **_DEPTHWISE),
-    "SSD_HarDNet39ds": Backbone(_hardnet("39ds"), **_DEPTHWISE),
+    "SSD_mobile": Backbone(MobileNetV2Base, extras=ssd_extras_stride32, priors=MOBILE_PRIORS,
+                           classifier="features."),
+    "SSD_HarDNet68ds": Backbone(_BASE["68ds"], **_DEPTHWISE),
+    "SSD_HarDNet39ds": Backbone(_BASE["39ds"], **_DEPTHWISE),
     "RFB_HarDNet68": Backbone(**_HARDNET68, **_RFB),
     "RFB_HarDNet85": Backbone(**_HARDNET85, **_RFB),
 }

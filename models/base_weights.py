@@ -34,9 +34,8 @@ class BaseMatch:
     """Whether the file has all of the base network that a file of its kind has."""
 
 
-def match_base(
-    base: Mapping[str, Tensor], state: Mapping[str, Tensor], row: Backbone | None = None
-) -> BaseMatch:
+def match_base(base: Mapping[str, Tensor], state: Mapping[str, Tensor],
+               row: Backbone) -> BaseMatch:
     """Find a base network's tensors in a file.
 
     The file is read as a base network or detector, and if it does not fit, as a classifier.
@@ -45,13 +44,12 @@ def match_base(
         base: the base network's state dict.
         state: the file's, without DataParallel's prefix: keys of the base with or without
             ``base.``, a whole detector, or a classifier.
-        row: says how the classifier's keys begin, and what of the base it does not have; None: the
-            file is not read as a classifier.
+        row: says how the classifier's keys begin, and what of the base it does not have.
     """
     heads = ("loc.", "conf.", "extras.", "L2Norm.")
     detector = any(key.startswith(heads) for key in state)
     prefix = "base." if any(key.startswith("base.") for key in state) else ""
-    names = {key: key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+    names = _without(prefix, state)
     if detector or len(names) < len(state):
         source = "the base of a detector"
     elif any(name not in base for name in names.values()):
@@ -60,60 +58,61 @@ def match_base(
         source = "a base network"
     direct = _match(source, base, state, names)
     # A detector without a part of its base is damaged; it is not a classifier.
-    if direct.fits or detector or row is None or row.classifier is None:
+    if direct.fits or detector or row.classifier is None:
         return direct
-    names = {
-        key: key.removeprefix(row.classifier) for key in state if key.startswith(row.classifier)
-    }
+    names = _without(row.classifier, state)
     classifier = _match("a classifier", base, state, names, row.new)
     return classifier if len(classifier.tensors) >= len(direct.tensors) else direct
 
 
-def _match(
-    source: str,
-    base: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    names: Mapping[str, str],
-    new: tuple[str, ...] = (),
-) -> BaseMatch:
-    """Match by ``names``, key of the file -> key of the base; keys that begin with ``new`` are not
-    expected in the file."""
+def _without(prefix: str, state: Mapping[str, Tensor]) -> dict[str, str]:
+    return {key: key.removeprefix(prefix) for key in state if key.startswith(prefix)}
+
+
+def compare(expected: Mapping[str, Tensor],
+            found: Mapping[str, Tensor]) -> tuple[list[str], list[str], list[str]]:
+    """Return the keys that ``found`` lacks, those it has more, and those of another shape.
+
+    Missing batch counters do not count: PyTorch before 0.4.1 did not store them, and evaluation
+    does not need them. A wrong key reads "key [2] instead of [64, 3, 3, 3]".
+    """
+    counter = "num_batches_tracked"
+    missing = [key for key in expected if key not in found and not key.endswith(counter)]
+    unused = [key for key in found if key not in expected]
+    wrong = [f"{key} {list(found[key].shape)} instead of {list(tensor.shape)}"
+             for key, tensor in expected.items()
+             if key in found and found[key].shape != tensor.shape]
+    return missing, unused, wrong
+
+
+def _match(source: str, base: Mapping[str, Tensor], state: Mapping[str, Tensor],
+           names: Mapping[str, str], new: tuple[str, ...] = ()) -> BaseMatch:
+    """Match by ``names``: key of the file -> key of the base; ``new`` need not be in the file."""
     names = {key: name for key, name in names.items() if name in base and not name.startswith(new)}
     found = {name: state[key] for key, name in names.items()}
-    wrong = [
-        f"{name} {list(tensor.shape)} instead of {list(base[name].shape)}"
-        for name, tensor in found.items()
-        if tensor.shape != base[name].shape
-    ]
-    # PyTorch before 0.4.1 did not store the batch counters, which evaluation does not need.
-    missing = [k for k in base if k not in found and not k.endswith("num_batches_tracked")]
+    missing, _, wrong = compare(base, found)
     return BaseMatch(
-        source=source,
-        total=len(base),
+        source=source, total=len(base),
         tensors={name: t for name, t in found.items() if t.shape == base[name].shape},
-        unused=[key for key in state if key not in names],
-        missing=missing,
-        wrong=wrong,
+        unused=[key for key in state if key not in names], missing=missing, wrong=wrong,
         fits=not wrong and all(key.startswith(new) for key in missing),
     )
 
 
-def load_base(base: nn.Module, path: str | Path, version: str | None = None) -> BaseMatch:
+def load_base(base: nn.Module, path: str | Path, version: str) -> BaseMatch:
     """Load pretrained weights into ``base``, and log what of the file and the base is left out.
 
     Args:
         base: the base network.
         path: a file with keys of ``base`` (``0.conv.weight``), with or without the prefixes
             ``base.`` and ``module.``; a whole detector on this base; or a classifier.
-        version: the detector of ``BACKBONES`` that ``base`` is part of; None: no classifier is
-            accepted.
+        version: the detector of ``BACKBONES`` that ``base`` is part of.
 
     Raises:
         UserError: as ``load_checkpoint``, or tensors are missing or of another shape. The message
             lists them, and nothing is loaded.
     """
-    row = None if version is None else BACKBONES[version]
-    match = match_base(base.state_dict(), load_checkpoint(path)["model"], row)
+    match = match_base(base.state_dict(), load_checkpoint(path)["model"], BACKBONES[version])
     if not match.fits:
         loaded = f"only {len(match.tensors)} of the base network's {match.total} tensors fit"
         keys = {"of another shape": match.wrong, "missing": match.missing, "unused": match.unused}

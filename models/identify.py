@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import BACKBONES, assemble, prior_config
+from models.base_weights import compare
 from utils.errors import UserError
 
 
@@ -50,11 +51,8 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, int, int]:
     found = closest(state_dict)
     if found.exact:
         return found.version, found.size, found.num_classes
-    differences = [
-        *found.wrong,
-        *(f"{key} is missing" for key in found.missing),
-        *(f"{key} is not expected" for key in found.unused),
-    ]
+    differences = [*found.wrong, *(f"{key} is missing" for key in found.missing),
+                   *(f"{key} is not expected" for key in found.unused)]
     first = f"{found.version} at {found.size}: {differences[0]}"
     raise ValueError(
         f"these tensors belong to no known detector; the closest differs in {found.count} of them "
@@ -64,52 +62,42 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, int, int]:
 
 def closest(state_dict: Mapping[str, Tensor]) -> Difference:
     """Return the difference to the detector, of any version and size, that has the fewest."""
-    shapes = {key: tuple(tensor.shape) for key, tensor in state_dict.items()}
-    in_base = {key: shape for key, shape in shapes.items() if key.startswith("base.")}
-    bases, not_compared = [], []
-    for version, row in BACKBONES.items():
-        try:
-            with torch.device("meta"):
-                base = row.base()
-        except UserError as error:
-            not_compared.append(f"{version} was not compared: {error}")
-            continue
-        expected = {f"base.{key}": tensor for key, tensor in base.state_dict().items()}
-        bases.append((sum(map(len, _compare(expected, in_base))), version, base))
+    in_base = {key.removeprefix("base."): tensor for key, tensor in state_dict.items()
+               if key.startswith("base.")}
+    bases, not_compared = bases_here()
+    least = {version: sum(map(len, compare(base.state_dict(), in_base)))
+             for version, base in bases.items()}
     found = None
     # A base that differs too much rules out its detectors before the rest of them is built.
-    for least, version, base in sorted(bases, key=lambda entry: entry[0]):
+    for version in sorted(bases, key=least.__getitem__):
         for size in BACKBONES[version].sizes:
-            if found is not None and least >= found.count:
+            if found is not None and least[version] >= found.count:
                 return found
             priors = prior_config(version, "VOC", size)
-            num_classes = _count_classes(shapes, priors.boxes_per_cell[0])
+            num_classes = _count_classes(state_dict, priors.boxes_per_cell[0])
             with torch.device("meta"):
-                net = assemble(BACKBONES[version], base, priors, num_classes)
-            differences = _compare(net.state_dict(), shapes)
+                net = assemble(BACKBONES[version], bases[version], priors, num_classes)
+            differences = compare(net.state_dict(), state_dict)
             if found is None or sum(map(len, differences)) < found.count:
                 found = Difference(version, size, num_classes, *differences, not_compared)
     return found
 
 
-def _compare(
-    expected: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
-) -> tuple[list[str], list[str], list[str]]:
-    """Return what is missing, unused and wrong, as ``Difference`` has them."""
-    counter = "num_batches_tracked"
-    missing = [key for key in expected if key not in shapes and not key.endswith(counter)]
-    unused = [key for key in shapes if key not in expected]
-    wrong = [
-        f"{key} {list(shapes[key])} instead of {list(tensor.shape)}"
-        for key, tensor in expected.items()
-        if key in shapes and shapes[key] != tuple(tensor.shape)
-    ]
-    return missing, unused, wrong
+def bases_here() -> tuple[dict[str, nn.Module], list[str]]:
+    """Return the base networks by version, without data, and why others cannot be built here."""
+    bases, reasons = {}, []
+    for version, row in BACKBONES.items():
+        try:
+            with torch.device("meta"):
+                bases[version] = row.base()
+        except UserError as error:
+            reasons.append(f"{version} was not compared: {error}")
+    return bases, reasons
 
 
-def _count_classes(shapes: Mapping[str, tuple[int, ...]], boxes_per_cell: int) -> int:
+def _count_classes(state_dict: Mapping[str, Tensor], boxes_per_cell: int) -> int:
     """Return the number of classes with background that the first class head has, at least 2."""
-    rows = shapes.get("conf.0.weight", ())
-    count = rows[0] // boxes_per_cell if rows else 0
+    head = state_dict.get("conf.0.weight")
+    count = head.shape[0] // boxes_per_cell if head is not None and head.dim() else 0
     # A made-up tensor may claim more rows than can be compared to.
     return count if 2 <= count < 1 << 20 else 2

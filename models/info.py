@@ -38,9 +38,8 @@ class DetectorInfo:
     """Whether the file stores no class names, and those of VOC or COCO were assumed."""
 
     @classmethod
-    def of(
-        cls, saved: Mapping, path: str | Path, classes: Sequence[str] | None = None
-    ) -> DetectorInfo:
+    def of(cls, saved: Mapping, path: str | Path,
+           classes: Sequence[str] | None = None) -> DetectorInfo:
         """Describe a checkpoint.
 
         A file with a configuration is described by it. Any other file must hold exactly the tensors
@@ -65,13 +64,8 @@ class DetectorInfo:
         return info
 
     @classmethod
-    def for_data(
-        cls,
-        saved: Mapping,
-        path: str | Path,
-        classes: Sequence[str] | None = None,
-        dataset: str = "VOC",
-    ) -> DetectorInfo:
+    def for_data(cls, saved: Mapping, path: str | Path, classes: Sequence[str] | None = None,
+                 dataset: str = "VOC") -> DetectorInfo:
         """Describe a checkpoint that is tested on, or trained further on, data of other classes.
 
         Args:
@@ -84,10 +78,8 @@ class DetectorInfo:
         Raises:
             UserError: as ``of``, but for ``classes`` that contradict the file.
         """
-        if "config" in saved:
-            info = _from_config(saved, path)
-        else:
-            info = _from_tensors(saved, path, classes, dataset)
+        known = "config" in saved
+        info = _from_config(saved, path) if known else _from_tensors(saved, path, classes, dataset)
         try:
             info.prior_config()
         except ValueError as error:
@@ -100,7 +92,7 @@ class DetectorInfo:
         return info
 
     def build(self) -> Detector:
-        """Return the network, with new weights."""
+        """Return the network with new weights."""
         return build_net(self.version, self.size, len(self.classes) + 1)
 
     def prior_config(self) -> PriorConfig:
@@ -112,13 +104,11 @@ class DetectorInfo:
         return DetectConfig(**DATASETS[self.dataset].detection)
 
 
-def load_detector(
-    path: str | Path, classes: Sequence[str] | None = None
-) -> tuple[Detector, DetectorInfo]:
+def load_detector(path: str | Path,
+                  classes: Sequence[str] | None = None) -> tuple[Detector, DetectorInfo]:
     """Load the detector of a checkpoint, of this program or a published one.
 
     Args:
-        path: the file.
         classes: names for a file that stores none, without background.
 
     Returns:
@@ -130,12 +120,8 @@ def load_detector(
     saved = load_checkpoint(path)
     info = DetectorInfo.of(saved, path, classes)
     if info.assumed:
-        LOGGER.info(
-            "%s stores no class names: its %d classes are taken for those of %s",
-            path,
-            len(info.classes),
-            info.dataset,
-        )
+        LOGGER.info("%s stores no class names: its %d classes are taken for those of %s", path,
+                    len(info.classes), info.dataset)
     net = info.build()
     load_weights(net, saved["model"], path)
     return net.eval(), info
@@ -155,9 +141,8 @@ def _from_config(saved: Mapping, path: str | Path) -> DetectorInfo:
     return DetectorInfo(**{key: config[key] for key in kinds}, classes=tuple(classes))
 
 
-def _from_tensors(
-    saved: Mapping, path: str | Path, classes: Sequence[str] | None, dataset: str
-) -> DetectorInfo:
+def _from_tensors(saved: Mapping, path: str | Path, classes: Sequence[str] | None,
+                  dataset: str) -> DetectorInfo:
     try:
         version, size, num_classes = identify(saved["model"])
     except ValueError as error:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from models import BACKBONES
 from models.base_weights import BaseMatch, match_base
-from models.identify import Difference, closest, identify
+from models.identify import Difference, bases_here, closest, identify
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
 from utils.download import fetch
 from utils.errors import UserError
@@ -56,57 +55,36 @@ _TORCHVISION = "https://download.pytorch.org/models/"
 _HARDNET68 = ("SSD_HarDNet68", "RFB_HarDNet68")
 _HARDNET85 = ("SSD_HarDNet85", "RFB_HarDNet85")
 
-# fmt: off
+
+def _row(name: str, folder: str, file: str, checksum: str | None, versions: tuple[str, ...],
+         licence: str = "MIT") -> PublishedFile:
+    return PublishedFile(name, file, folder + file, checksum, versions, licence)
+
+
 PUBLISHED = (
-    PublishedFile(
-        "hardnet68-base", "hardnet68_base_bridge.pth", _AUTHORS + "hardnet68_base_bridge.pth",
-        "git:e1c5068f95b680e0dbd2dba7fbcf9bfa76eb9d80", _HARDNET68, "MIT",
-    ),
-    PublishedFile(
-        "hardnet85-base", "hardnet85_base.pth", _AUTHORS + "hardnet85_base.pth",
-        "git:5fcc95ce628fba75994a83c40da1e92c118bd27a", _HARDNET85, "MIT",
-    ),
-    PublishedFile(
-        "ssd512-hardnet68-coco", "SSD-HarDNet68.pth",
-        "https://drive.google.com/file/d/1IHXvQMsQbuwYbuxW7HjFQHhGSX6SKz70/view",
-        None, ("SSD_HarDNet68",), "MIT", 512, 81,
-    ),
-    PublishedFile(
-        "ssd512-hardnet85-coco", "SSD-HarDNet85.pth",
-        "https://drive.google.com/file/d/1gagahaMFOKG6hOGpU0-CgL3m1yc13ktr/view",
-        None, ("SSD_HarDNet85",), "MIT", 512, 81,
-    ),
-    PublishedFile(
-        "hardnet68", "hardnet68-5d684880.pth", _CLASSIFIERS + "hardnet68-5d684880.pth",
-        "sha256:5d684880", _HARDNET68, "MIT",
-    ),
-    PublishedFile(
-        "hardnet85", "hardnet85-a28faa00.pth", _CLASSIFIERS + "hardnet85-a28faa00.pth",
-        "sha256:a28faa00", _HARDNET85, "MIT",
-    ),
-    PublishedFile(
-        "hardnet68ds", "hardnet68ds-632474d2.pth", _CLASSIFIERS + "hardnet68ds-632474d2.pth",
-        "sha256:632474d2", ("SSD_HarDNet68ds",), "MIT",
-    ),
-    PublishedFile(
-        "hardnet39ds", "hardnet39ds-0e6c6fa9.pth", _CLASSIFIERS + "hardnet39ds-0e6c6fa9.pth",
-        "sha256:0e6c6fa9", ("SSD_HarDNet39ds",), "MIT",
-    ),
-    PublishedFile(
-        "vgg16-reducedfc", "vgg16_reducedfc.pth",
-        "https://s3.amazonaws.com/amdegroot-models/vgg16_reducedfc.pth",
-        None, ("SSD_vgg",), "MIT",
-    ),
-    PublishedFile(
-        "resnet101", "resnet101-63fe2227.pth", _TORCHVISION + "resnet101-63fe2227.pth",
-        "sha256:63fe2227", ("SSD_resnet101",), "BSD-3-Clause",
-    ),
-    PublishedFile(
-        "mobilenet-v2", "mobilenet_v2-b0353104.pth", _TORCHVISION + "mobilenet_v2-b0353104.pth",
-        "sha256:b0353104", ("SSD_mobile",), "BSD-3-Clause",
-    ),
+    _row("hardnet68-base", _AUTHORS, "hardnet68_base_bridge.pth",
+         "git:e1c5068f95b680e0dbd2dba7fbcf9bfa76eb9d80", _HARDNET68),
+    _row("hardnet85-base", _AUTHORS, "hardnet85_base.pth",
+         "git:5fcc95ce628fba75994a83c40da1e92c118bd27a", _HARDNET85),
+    PublishedFile("ssd512-hardnet68-coco", "SSD-HarDNet68.pth",
+                  "https://drive.google.com/file/d/1IHXvQMsQbuwYbuxW7HjFQHhGSX6SKz70/view",
+                  None, ("SSD_HarDNet68",), "MIT", 512, 81),
+    PublishedFile("ssd512-hardnet85-coco", "SSD-HarDNet85.pth",
+                  "https://drive.google.com/file/d/1gagahaMFOKG6hOGpU0-CgL3m1yc13ktr/view",
+                  None, ("SSD_HarDNet85",), "MIT", 512, 81),
+    _row("hardnet68", _CLASSIFIERS, "hardnet68-5d684880.pth", "sha256:5d684880", _HARDNET68),
+    _row("hardnet85", _CLASSIFIERS, "hardnet85-a28faa00.pth", "sha256:a28faa00", _HARDNET85),
+    _row("hardnet68ds", _CLASSIFIERS, "hardnet68ds-632474d2.pth", "sha256:632474d2",
+         ("SSD_HarDNet68ds",)),
+    _row("hardnet39ds", _CLASSIFIERS, "hardnet39ds-0e6c6fa9.pth", "sha256:0e6c6fa9",
+         ("SSD_HarDNet39ds",)),
+    _row("vgg16-reducedfc", "https://s3.amazonaws.com/amdegroot-models/", "vgg16_reducedfc.pth",
+         None, ("SSD_vgg",)),
+    _row("resnet101", _TORCHVISION, "resnet101-63fe2227.pth", "sha256:63fe2227",
+         ("SSD_resnet101",), "BSD-3-Clause"),
+    _row("mobilenet-v2", _TORCHVISION, "mobilenet_v2-b0353104.pth", "sha256:b0353104",
+         ("SSD_mobile",), "BSD-3-Clause"),
 )
-# fmt: on
 
 
 def published(name: str) -> PublishedFile:
@@ -194,36 +172,25 @@ def examine(path: str | Path) -> Contents:
     state = saved["model"]
     buffers = ("running_mean", "running_var", "num_batches_tracked")
     digests = {name: file_digest(path, name) for name in ("sha256", "git")}
-    bases = {name: match for name, match in _bases(state).items() if match.fits}
+    matches = {version: match_base(base.state_dict(), state, BACKBONES[version])
+               for version, base in bases_here()[0].items()}
+    bases = {version: match for version, match in matches.items() if match.fits}
     whole = [name for name, match in bases.items() if match.source != "the base of a detector"]
-    if whole:
-        found: BaseMatch | Difference = bases[whole[0]]
-        other, not_compared = f"{found.source} for {whole[0]}", []
-    else:
-        found = closest(state)
-        other = f"{found.version} at {found.size}, {found.num_classes} classes with background"
-        not_compared = found.not_compared
-    exact = isinstance(found, Difference) and found.exact
+    detector = None if whole else closest(state)
+    found: BaseMatch | Difference = detector or bases[whole[0]]
+    other = (f"{found.source} for {whole[0]}" if whole else
+             f"{found.version} at {found.size}, {found.num_classes} classes with background")
+    exact = detector if detector and detector.exact else None
     return Contents(
-        file=str(path),
-        bytes=Path(path).stat().st_size,
-        sha256=digests["sha256"],
-        git_blob=digests["git"],
-        origin=_origin(digests),
-        holds=["model", *_beside(saved)],
+        file=str(path), bytes=Path(path).stat().st_size, sha256=digests["sha256"],
+        git_blob=digests["git"], origin=_origin(digests), holds=["model", *_beside(saved)],
         tensors=len(state),
         parameters=sum(t.numel() for k, t in state.items() if not k.endswith(buffers)),
         dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in state.values())),
-        version=found.version if exact else None,
-        size=found.size if exact else None,
-        num_classes=found.num_classes if exact else None,
-        classes=saved.get("classes"),
-        basenet=list(bases),
-        closest=other,
-        not_compared=not_compared,
-        missing=found.missing,
-        unused=found.unused,
-        wrong=found.wrong,
+        version=exact and exact.version, size=exact and exact.size,
+        num_classes=exact and exact.num_classes, classes=saved.get("classes"), basenet=list(bases),
+        closest=other, not_compared=detector.not_compared if detector else [],
+        missing=found.missing, unused=found.unused, wrong=found.wrong,
     )
 
 
@@ -239,19 +206,6 @@ def _origin(digests: Mapping[str, str]) -> str | None:
 def _beside(saved: Mapping) -> list[str]:
     """Return the names of what a file holds beside its tensors."""
     return sorted({*saved, *saved.get("beside", ())} - {"model", "beside"})
-
-
-def _bases(state: Mapping[str, Tensor]) -> dict[str, BaseMatch]:
-    """Return how a state dict fits the base network of every version that can be built here."""
-    matches = {}
-    for version, row in BACKBONES.items():
-        try:
-            with torch.device("meta"):
-                base = row.base().state_dict()
-        except UserError:  # a package that it needs is not installed
-            continue
-        matches[version] = match_base(base, state, row)
-    return matches
 
 
 # ---------------------------------------------------------------- conversion

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -20,9 +21,8 @@ class _BatchNorm(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.training and x[:, 0].numel() == 1:
-            return F.batch_norm(
-                x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                eps=self.eps)
         return super().forward(x)
 
 
@@ -33,24 +33,15 @@ class BasicConv(nn.Sequential):
     """
 
     def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel: int | tuple[int, int] = 1,
-        stride: int = 1,
-        dilation: int = 1,
-        padding: int | None = None,
-        linear: bool = False,
+        self, in_channels: int, out_channels: int, kernel: int | tuple[int, int] = 1,
+        stride: int = 1, dilation: int = 1, padding: int | None = None, linear: bool = False,
     ) -> None:
-        super().__init__()
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         if padding is None:
             padding = tuple(dilation * (side // 2) for side in kernel)
         conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False)
-        self.add_module("conv", conv)
-        self.add_module("bn", _BatchNorm(out_channels, momentum=0.01))
-        if not linear:
-            self.add_module("relu", nn.ReLU(inplace=True))
+        layers = OrderedDict(conv=conv, bn=_BatchNorm(out_channels, momentum=0.01))
+        super().__init__(layers if linear else layers | {"relu": nn.ReLU(inplace=True)})
         self.out_channels = out_channels
 
 
@@ -60,13 +51,8 @@ class ReceptiveField(nn.Module):
     [B, in_channels, H, W] -> [B, out_channels, H / stride, W / stride], rounded up.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        branches: Sequence[Sequence[BasicConv]],
-        stride: int = 1,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, branches: Sequence[Sequence[BasicConv]],
+                 stride: int = 1) -> None:
         super().__init__()
         self.n_branches = len(branches)
         for i, layers in enumerate(branches):
@@ -81,27 +67,17 @@ class ReceptiveField(nn.Module):
         return F.relu(self.ConvLinear(torch.cat(branches, 1)) + self.shortcut(x))
 
 
-def source_field(in_channels: int, out_channels: int = 512) -> ReceptiveField:
-    """Build the block on source 1 (RFB-s: more, smaller branches, 3x1 and 1x3 convolutions)."""
+def source_field(in_channels: int) -> ReceptiveField:
+    """Build the block of 512 channels on source 1 (RFB-s: more branches, 3x1 and 1x3 kernels)."""
     t, tall, wide = in_channels // 4, (3, 1), (1, 3)
     branches = [
         [BasicConv(in_channels, t), BasicConv(t, t, 3, linear=True)],
-        *(
-            [
-                BasicConv(in_channels, t),
-                BasicConv(t, t, kernel),
-                BasicConv(t, t, 3, dilation=3, linear=True),
-            ]
-            for kernel in (tall, wide)
-        ),
-        [
-            BasicConv(in_channels, t // 2),
-            BasicConv(t // 2, 3 * t // 4, wide),
-            BasicConv(3 * t // 4, t, tall),
-            BasicConv(t, t, 3, dilation=5, linear=True),
-        ],
+        *([BasicConv(in_channels, t), BasicConv(t, t, kernel),
+           BasicConv(t, t, 3, dilation=3, linear=True)] for kernel in (tall, wide)),
+        [BasicConv(in_channels, t // 2), BasicConv(t // 2, 3 * t // 4, wide),
+         BasicConv(3 * t // 4, t, tall), BasicConv(t, t, 3, dilation=5, linear=True)],
     ]
-    return ReceptiveField(in_channels, out_channels, branches)
+    return ReceptiveField(in_channels, 512, branches)
 
 
 def extra_field(in_channels: int, out_channels: int, stride: int, visual: int) -> ReceptiveField:
@@ -109,17 +85,11 @@ def extra_field(in_channels: int, out_channels: int, stride: int, visual: int) -
     t = in_channels // 8
     near, far = visual + 1, 2 * visual + 1
     branches = [
-        [
-            BasicConv(in_channels, t),
-            BasicConv(t, 2 * t, 3, stride),
-            BasicConv(2 * t, 2 * t, 3, dilation=near, linear=True),
-        ],
-        [
-            BasicConv(in_channels, t),
-            BasicConv(t, t // 2 * 3, 3),
-            BasicConv(t // 2 * 3, 2 * t, 3, stride),
-            BasicConv(2 * t, 2 * t, 3, dilation=far, linear=True),
-        ],
+        [BasicConv(in_channels, t), BasicConv(t, 2 * t, 3, stride),
+         BasicConv(2 * t, 2 * t, 3, dilation=near, linear=True)],
+        [BasicConv(in_channels, t), BasicConv(t, t // 2 * 3, 3),
+         BasicConv(t // 2 * 3, 2 * t, 3, stride),
+         BasicConv(2 * t, 2 * t, 3, dilation=far, linear=True)],
     ]
     return ReceptiveField(in_channels, out_channels, branches, stride)
 
@@ -127,17 +97,13 @@ def extra_field(in_channels: int, out_channels: int, stride: int, visual: int) -
 # size -> (outputs, stride, visual) of the blocks, options of the convolutions after them
 _EXTRAS = {
     300: (((1024, 1, 2), (512, 2, 2), (256, 2, 2)), ({"kernel": 3, "padding": 0},) * 2),
-    512: (
-        ((1024, 1, 2), (512, 2, 2), (256, 2, 2), (256, 2, 1), (256, 2, 1)),
-        ({"kernel": 4, "padding": 1},),
-    ),
+    512: (((1024, 1, 2), (512, 2, 2), (256, 2, 2), (256, 2, 1), (256, 2, 1)),
+          ({"kernel": 4, "padding": 1},)),
 }
 
 
 def rfb_extras(in_channels: int, size: int) -> nn.ModuleList:
     """Build the extra layers after the stride-16 map: blocks, then pairs of convolutions to 1x1."""
-    if size not in _EXTRAS:
-        raise ValueError(f"size {size} is not one of {sorted(_EXTRAS)}")
     fields, shrinking = _EXTRAS[size]
     layers: list[nn.Module] = []
     for out, stride, visual in fields:
@@ -158,13 +124,8 @@ class RFBNet(Detector):
     second convolution after them.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        extras: nn.ModuleList,
-        boxes_per_cell: Sequence[int],
-        num_classes: int,
-    ) -> None:
+    def __init__(self, base: nn.Module, extras: nn.ModuleList, boxes_per_cell: Sequence[int],
+                 num_classes: int) -> None:
         super().__init__()
         self.base = base
         self.Norm = source_field(base.out_channels[0])

@@ -27,9 +27,8 @@ class Detector(nn.Module):
     """Whether training saves the parts of concatenations in HarD blocks: less memory, slightly more
     time, the same gradients. It has no effect on other bases and under torch.compile."""
 
-    def _add_heads(
-        self, channels: Sequence[int], boxes_per_cell: Sequence[int], num_classes: int
-    ) -> None:
+    def _add_heads(self, channels: Sequence[int], boxes_per_cell: Sequence[int],
+                   num_classes: int) -> None:
         """Add the heads on source maps of ``channels``; call it last, for the order of keys."""
         if len(channels) != len(boxes_per_cell):
             raise ValueError(
@@ -49,9 +48,8 @@ class Detector(nn.Module):
         with recompute_concatenations() if recompute else nullcontext():
             sources = self.sources(images)
         loc = [_rows(head(x), 4) for head, x in zip(self.loc, sources, strict=True)]
-        conf = [
-            _rows(head(x), self.num_classes) for head, x in zip(self.conf, sources, strict=True)
-        ]
+        conf = [_rows(head(x), self.num_classes)
+                for head, x in zip(self.conf, sources, strict=True)]
         return torch.cat(loc, 1), torch.cat(conf, 1)
 
 
@@ -66,14 +64,8 @@ class SSD(Detector):
         bridge: stands between the base and source 2.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        extras: nn.ModuleList,
-        boxes_per_cell: Sequence[int],
-        num_classes: int,
-        bridge: nn.Module | None = None,
-    ) -> None:
+    def __init__(self, base: nn.Module, extras: nn.ModuleList, boxes_per_cell: Sequence[int],
+                 num_classes: int, bridge: nn.Module | None = None) -> None:
         super().__init__()
         self.base = base
         self.bridge = bridge if bridge is not None else nn.Identity()
@@ -95,15 +87,11 @@ class SSD(Detector):
 
 def ssd_extras(in_channels: int, size: int) -> nn.ModuleList:
     """Build the extra layers that shrink a stride-16 map to 1x1, two convolutions a step."""
-    if size not in _EXTRAS:
-        raise ValueError(f"size {size} is not one of {sorted(_EXTRAS)}")
     return _extras(in_channels, _EXTRAS[size])
 
 
-def ssd_extras_stride32(in_channels: int, size: int) -> nn.ModuleList:
+def ssd_extras_stride32(in_channels: int, _size: int) -> nn.ModuleList:
     """Build the extra layers after a stride-32 map, of 10 cells at 300: 5, 3, 2 and 1 cells."""
-    if size != 300:
-        raise ValueError(f"size {size} is not 300")
     return _extras(in_channels, ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3))
 
 

@@ -13,12 +13,8 @@ from torch import Tensor
 from utils.errors import UserError
 
 VOC_TO_COCO = {
-    "aeroplane": "airplane",
-    "motorbike": "motorcycle",
-    "tvmonitor": "tv",
-    "sofa": "couch",
-    "diningtable": "dining table",
-    "pottedplant": "potted plant",
+    "aeroplane": "airplane", "motorbike": "motorcycle", "tvmonitor": "tv", "sofa": "couch",
+    "diningtable": "dining table", "pottedplant": "potted plant",
 }
 """VOC's name of a class -> COCO's name, where they differ."""
 
@@ -54,9 +50,8 @@ def parse_class_map(text: str) -> dict[str, str]:
     return names
 
 
-def match_classes(
-    from_names: Sequence[str], to_names: Sequence[str], class_map: Mapping[str, str] | None = None
-) -> list[int | None]:
+def match_classes(from_names: Sequence[str], to_names: Sequence[str],
+                  class_map: Mapping[str, str] | None = None) -> list[int | None]:
     """Return for each of ``to_names`` the index of its class in ``from_names``, None if it is new.
 
     A class is found by ``class_map`` (name in ``to_names`` -> name in ``from_names``), else by its
@@ -82,12 +77,8 @@ def match_classes(
     return rows
 
 
-def check_known(
-    path: str | Path,
-    from_names: Sequence[str],
-    to_names: Sequence[str],
-    class_map: Mapping[str, str] | None = None,
-) -> None:
+def check_known(path: str | Path, from_names: Sequence[str], to_names: Sequence[str],
+                class_map: Mapping[str, str] | None = None) -> None:
     """Raise UserError unless the detector of ``path`` knows all classes of ``to_names``.
 
     Args:
@@ -105,11 +96,8 @@ def check_known(
 
 
 def transfer_classes(
-    state: Mapping[str, Tensor],
-    from_names: Sequence[str],
-    to_names: Sequence[str],
-    class_map: Mapping[str, str] | None = None,
-    seed: int = 0,
+    state: Mapping[str, Tensor], from_names: Sequence[str], to_names: Sequence[str],
+    class_map: Mapping[str, str] | None = None, seed: int = 0,
 ) -> tuple[dict[str, Tensor], list[str]]:
     """Return a detector's state dict for other classes.
 

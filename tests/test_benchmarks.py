@@ -53,7 +53,7 @@ def test_rows_are_printed_and_kept_as_they_come(tmp_path, capsys, error):
         assert len(json.loads(out.read_text())["rows"]) == 1
         yield {"n": 3}
 
-    status = harness.run(harness.options(rows, 5, device=False), ["--json", str(out)])
+    status = harness.run(partial(harness.options, rows, 5, False), ["--json", str(out)])
     assert status == bool(error)
     first, row, last = capsys.readouterr().out.splitlines()
     assert row.startswith("SSD_vgg; ms ours 1.25; n 1 2.5") and last == "n 3"
@@ -81,11 +81,10 @@ def test_the_interval_is_that_of_the_tables_of_mann_and_whitney():
             harness.ratio([1.0], wrong)
 
 
-@pytest.mark.parametrize(
-    ("ratio", "rounds", "verdict"),
-    [(0.5, 10, "holds"), (0.6, 10, "does not hold"), (0.55, 10, "no evidence"),
-     (0.5, 2, "no evidence")],
-)  # fmt: skip
+@pytest.mark.parametrize(("ratio", "rounds", "verdict"), [
+    (0.5, 10, "holds"), (0.6, 10, "does not hold"), (0.55, 10, "no evidence"),
+    (0.5, 2, "no evidence"),
+])  # fmt: skip
 def test_a_claim_holds_where_the_interval_is_below_its_limit(ratio, rounds, verdict):
     rng = np.random.default_rng(0)
     found = harness.claim(0.55, series(rng, 1, rounds=rounds), series(rng, ratio, rounds=rounds))
@@ -133,8 +132,7 @@ def rows_of(capsys, module, argv):
 )  # fmt: skip
 def test_benchmark_runs_and_compares(capsys, monkeypatch, tiny, module, argv, holds):
     monkeypatch.setattr(nms, "build_net", lambda *a: torch.nn.Conv2d(3, 1, 1))
-    monkeypatch.setattr(scores, "in_a_process", scores.measure)
-    monkeypatch.setattr(train, "peak", lambda call, device, *rest: train.peak_rss(*rest, 1))
+    monkeypatch.setattr(harness, "in_a_process", lambda call, *arguments: call(*arguments))
     assert holds(*rows_of(capsys, module, argv))
 
 
@@ -149,22 +147,23 @@ def other_gradients(net, images, priors, amp, recompute):
     return (torch.tensor(recompute),)
 
 
-@pytest.mark.parametrize(
-    ("module", "name", "wrong", "argv", "message"),
-    [
-        pytest.param(nms, "batched_nms", partial(nms.batched_nms, method="gaussian"),
-                     f"{SUPPRESS} --classes 1", "other boxes", marks=needs_torchvision),
-        pytest.param(scores, "by_backend", lambda *a: [0.1 + 1e-16] * 12, COCO, "hotcoco",
-                     marks=needs_hotcoco),
-        pytest.param(scores, "by_backend", lambda *a: [math.nan] * 12, COCO, "hotcoco",
-                     marks=needs_hotcoco),
-        pytest.param(scores, "by_command", lambda name, *a: name, f"{COCO} --commands",
-                     "hotcoco prints", marks=needs_hotcoco),
-        (scores, "loop", lambda *a: ([1.0], [1.0]), VOC, "another recall"),
-        (train, "VARIANCE", (0.1, 0.1), LOSS, "not close"),
-        (train, "gradients", other_gradients, MEMORY, "tiny off: .* other gradients"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("ours", "theirs", "message"), [
+    ([0.2, 0.1 + 1e-16], [0.2, 0.1], "hotcoco"), ([math.nan], [0.1], "hotcoco"),
+    ("a table", "another", "hotcoco prints"),
+])  # fmt: skip
+def test_another_digit_of_a_backend_is_noticed(ours, theirs, message):
+    scores.difference("hotcoco", theirs, theirs)
+    with pytest.raises(AssertionError, match=message):
+        scores.difference("hotcoco", ours, theirs)
+
+
+@pytest.mark.parametrize(("module", "name", "wrong", "argv", "message"), [
+    pytest.param(nms, "batched_nms", partial(nms.batched_nms, method="gaussian"),
+                 f"{SUPPRESS} --classes 1", "other boxes", marks=needs_torchvision),
+    (scores, "loop", lambda *a: ([1.0], [1.0]), VOC, "another recall"),
+    (train, "VARIANCE", (0.1, 0.1), LOSS, "not close"),
+    (train, "gradients", other_gradients, MEMORY, "tiny off: .* other gradients"),
+])  # fmt: skip
 def test_another_result_is_noticed(monkeypatch, tiny, module, name, wrong, argv, message):
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(AssertionError, match=message):
@@ -216,11 +215,9 @@ def test_loader_gives_the_ratio_to_imread_of_the_same_files(voc_folder, capsys):
     assert (content["size"], content["pictures"], content["batch"]) == (300, 6, 2)
     rates = content["samples_per_second_one_core"], content["cv2_imread_per_second"]
     assert content["ratio"] == pytest.approx(rates[0] / rates[1])
-    assert [(row["size"], row["what"]) for row in content["rows"]] == [
-        (size, what)
-        for size in (300, 512)
-        for what in ("one core", "one core, --cache memory", "1 processes")
-    ]
+    what = ["one core", "one core, --cache memory", "1 processes"]
+    rows = [(row["size"], row["what"]) for row in content["rows"]]
+    assert rows == list(itertools.product([300, 512], what))
     assert (cores, threads) == (affinity(), (torch.get_num_threads(), cv2.getNumThreads()))
 
 

@@ -29,26 +29,25 @@ def run(*command, cwd, **environment):
     inherited = {k: v for k, v in os.environ.items() if k not in active}
     inherited["TORCH_CUDA_ARCH_LIST"] = "none"  # unless a test asks for it, no CUDA
     return subprocess.run(
-        [str(part) for part in command],
-        cwd=cwd,
-        env=inherited | {k: str(v) for k, v in environment.items()},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=120,
+        list(map(str, command)), cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True,
+        env=inherited | {k: str(v) for k, v in environment.items()}, timeout=120,
     )
 
 
 @pytest.fixture
 def tree(tmp_path):
-    """Copy what the build reads to a folder whose name has a space; nothing is compiled."""
+    """Copy what the build reads to a folder whose name has a space; nothing is compiled.
+
+    A function of one line takes the place of the CPU's extension.
+    """
     root = tmp_path / "a clone"
     (root / "utils/nms").mkdir(parents=True)
     for name in ("setup.py", "make.sh", "pyproject.toml", "README.md", "utils/__init__.py"):
         shutil.copy(ROOT / name, root / name)
     for path in (ROOT / "utils/build.py", *(ROOT / "utils/nms").iterdir()):
-        if path.suffix in (".py", ".pyx", ".cu"):
+        if path.suffix in (".py", ".cu"):
             shutil.copy(path, root / path.relative_to(ROOT))
+    (root / "utils/nms/_cpu_nms.pyx").write_text("def f():\n    return 1\n")
     return root
 
 
@@ -76,35 +75,34 @@ def hide_cython(tree):
 
 def fake_torch(tree, cuda="13.0", gpus=()):
     """Add a PyTorch for a CUDA version (None: the CPU) that sees GPUs of these capabilities."""
-    (tree / "torch.py").write_text(
-        "from types import SimpleNamespace\n"
-        "__version__ = '2.9.0'\n"
-        f"version = SimpleNamespace(cuda={cuda!r})\n"
-        f"cuda = SimpleNamespace(device_count=lambda: {len(gpus)},"
-        f" get_device_capability={tuple(gpus)}.__getitem__)\n"
-    )
+    (tree / "torch.py").write_text("from types import SimpleNamespace\n"
+                                   "__version__ = '2.9.0'\n"
+                                   f"version = SimpleNamespace(cuda={cuda!r})\n"
+                                   f"cuda = SimpleNamespace(device_count=lambda: {len(gpus)},"
+                                   f" get_device_capability={tuple(gpus)}.__getitem__)\n")
 
 
 @needs_compiler
 def test_compiles_in_place_once_and_again_when_a_source_changed(tree):
+    hide_cython(tree)
+    missing = "not compiled: No module named 'Cython'; "
+    assert compile_in(tree)[0] == f"{missing}PyTorch serves instead, with equal results"
+    shutil.rmtree(tree / "Cython")
     assert compile_in(tree)[0] == "compiled"
     library = tree / f"utils/nms/_cpu_nms{SUFFIX}"
     compiled_at = library.stat().st_mtime_ns
-    assert compile_in(tree)[0] == "up to date"
-    assert library.stat().st_mtime_ns == compiled_at
     assert not list((tree / "utils").rglob("*.c*p"))
 
     hide_cython(tree)
     assert compile_in(tree)[0] == "up to date"
+    assert library.stat().st_mtime_ns == compiled_at
     source = tree / "utils/nms/_cpu_nms.pyx"
     later = library.stat().st_mtime + 10
     os.utime(source, (later, later))
-    tried = "not compiled: No module named 'Cython'; the library compiled earlier stays"
-    assert compile_in(tree)[0] == tried
+    assert compile_in(tree)[0] == f"{missing}the library compiled earlier stays"
     os.utime(source, (0, 0))
-    assert compile_in(tree)[0] == "up to date"
     library.write_bytes(b"not a library")
-    assert compile_in(tree)[0] == tried
+    assert compile_in(tree)[0] == f"{missing}the library compiled earlier stays"
 
 
 @needs_compiler
@@ -123,7 +121,6 @@ def test_what_cython_and_the_compiler_find_wrong_is_told_in_one_line(tree):
 def test_a_compiler_without_openmp_serves_and_it_is_said(tree, tmp_path):
     if sys.platform == "darwin":
         pytest.skip("OpenMP is not asked for here")
-    (tree / "utils/nms/_cpu_nms.pyx").write_text("def f():\n    return 1\n")
     refusal = "c++: error: unsupported option \u2018-fopenmp\u2019"  # quoted as gcc does
     compiler = script(
         tmp_path,
@@ -132,32 +129,17 @@ def test_a_compiler_without_openmp_serves_and_it_is_said(tree, tmp_path):
         f'exec {shutil.which(os.environ.get("CXX", "c++"))} "$@"',
     )
     told = compile_in(tree, CC=compiler, CXX=compiler, PYTHONIOENCODING="ascii")[0]
-    assert told.startswith(
-        "compiled without OpenMP, for one thread: c++: error: unsupported option"
-    )
+    assert told.startswith("compiled without OpenMP, for one thread: c++: error: unsupported")
     assert compile_in(tree)[0] == "up to date"
 
 
 def test_without_a_compiler_it_says_so_and_the_fallbacks_serve(tree):
     told = compile_in(tree, CC="/nonexistent", CXX="/nonexistent")[0]
-    assert re.fullmatch(
-        r"not compiled: a C\+\+ compiler is needed: .*/nonexistent.*; "
-        r"PyTorch serves instead, with equal results",
-        told,
-    )
+    assert re.fullmatch(r"not compiled: a C\+\+ compiler is needed: .*/nonexistent.*; .*", told)
     check = run(sys.executable, tree / "utils/build.py", "--check", cwd=tree.parent)
     assert check.returncode == 0
-    assert re.fullmatch(
-        r"NMS on the CPU: torch \(.+\)\nNMS on the GPU: (none|torch|torchvision) \(.+\)\n",
-        check.stdout,
-    )
-
-
-def test_without_cython_it_says_so(tree):
-    hide_cython(tree)
-    assert compile_in(tree)[0] == (
-        "not compiled: No module named 'Cython'; PyTorch serves instead, with equal results"
-    )
+    gpu = r"NMS on the GPU: (none|torch|torchvision) \(.+\)\n"
+    assert re.fullmatch(r"NMS on the CPU: torch \(.+\)\n" + gpu, check.stdout)
 
 
 @needs_nvcc
@@ -185,11 +167,7 @@ def test_cuda_is_compiled_for_the_architectures_asked_for_and_again_for_others(t
         source.write("int broken() { return nothing_of_this_name; }\n")
     library.unlink()
     told = compile_in(tree, TORCH_CUDA_ARCH_LIST="9.0")[1]
-    assert re.fullmatch(
-        r"not compiled: .*_cuda_nms\.cu.* error.*nothing_of_this_name.*; "
-        r"torchvision serves a GPU instead",
-        told,
-    )
+    assert re.match(r"not compiled: .*_cuda_nms\.cu.* error.*nothing_of_this_name", told)
 
 
 def embedded(library, kind):
@@ -229,27 +207,21 @@ def test_what_keeps_cuda_from_being_compiled_is_told_in_one_line(tree):
     hide_cython(tree)
 
     def told(**environment):
-        reason = compile_in(tree, **environment)[1]
-        assert reason.startswith("not compiled: ")
-        assert reason.endswith("; torchvision serves a GPU instead")
-        return reason[len("not compiled: ") : -len("; torchvision serves a GPU instead")]
+        cause, instead = compile_in(tree, **environment)[1].rsplit("; ", 1)
+        assert instead == "torchvision serves a GPU instead"
+        return cause.removeprefix("not compiled: ")
 
-    assert told(TORCH_CUDA_ARCH_LIST="8.0;Hopper") == (
-        "TORCH_CUDA_ARCH_LIST is '8.0;Hopper', and 'Hopper' is no compute capability; write "
-        "numbers, e.g. 8.0;9.0+PTX"
-    )
+    wrong = told(TORCH_CUDA_ARCH_LIST="8.0;Hopper")
+    assert "'8.0;Hopper'" in wrong and "'Hopper'" in wrong and "8.0;9.0+PTX" in wrong
     fake_torch(tree)
-    assert told(TORCH_CUDA_ARCH_LIST="") == (
-        "no GPU here; set TORCH_CUDA_ARCH_LIST, e.g. to 9.0, to compile for another machine"
-    )
+    assert told(TORCH_CUDA_ARCH_LIST="").startswith("no GPU here; set TORCH_CUDA_ARCH_LIST")
     fake_torch(tree, cuda=None)
     assert told(TORCH_CUDA_ARCH_LIST="9.0") == "PyTorch 2.9.0 was built without CUDA"
     fake_torch(tree)
     code = tree / "utils/build.py"
     code.write_text(code.read_text().replace("/usr/local/cuda", "/nonexistent"))
-    assert told(TORCH_CUDA_ARCH_LIST="9.0", CUDA_HOME="", CUDA_PATH="", PATH="") == (
-        "no nvcc, the compiler of the CUDA toolkit, in CUDA_HOME, on the PATH or in /nonexistent"
-    )
+    nowhere = told(TORCH_CUDA_ARCH_LIST="9.0", CUDA_HOME="", CUDA_PATH="", PATH="")
+    assert nowhere.startswith("no nvcc") and nowhere.endswith("or in /nonexistent")
 
 
 PIP = "-m pip install -v --no-index --no-deps --no-build-isolation --ignore-installed --prefix"
@@ -257,19 +229,10 @@ can_pip = build._version("pip") and (build._is_met("setuptools>=70.1") or build.
 
 
 @needs_compiler
-@pytest.mark.parametrize(
-    "command",
-    [
-        pytest.param(
-            f"{PIP} ../prefix -e .",
-            marks=pytest.mark.skipif(not can_pip, reason="takes pip and setuptools>=70.1"),
-            id="pip",
-        ),
-        pytest.param("setup.py build_ext", id="setup.py"),
-    ],
-)
+@pytest.mark.parametrize("command", [f"{PIP} ../prefix -e .", "setup.py build_ext"])
 def test_installing_compiles_in_place_and_tells_what_came_of_it(command, tree):
-    (tree / "utils/nms/_cpu_nms.pyx").write_text("def f():\n    return 1\n")
+    if command.startswith(PIP) and not can_pip:
+        pytest.skip("takes pip and setuptools>=70.1")
     result = run(sys.executable, *command.split(), cwd=tree)
     assert result.returncode == 0, result.stderr
     told = result.stdout + result.stderr
@@ -347,8 +310,7 @@ def test_make_refuses_an_old_python(bash, tree, tmp_path):
 
 def test_make_explains_a_python_that_cannot_create_environments(bash, tree, tmp_path):
     script(
-        tmp_path / "bin",
-        "python3",
+        tmp_path / "bin", "python3",
         'test "$1" = -c && echo 3.12 && exit; mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit 1',
     )
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"

@@ -37,9 +37,8 @@ def test_a_checkpoint_round_trips_exactly(tmp_path, mmap):
         assert torch.equal(loaded["model"][key], tensor)
 
 
-@pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_bare_state_dict_loads_with_and_without_the_dataparallel_prefix(tmp_path, prefix):
-    torch.save(OrderedDict({f"{prefix}a.weight": torch.ones(2)}), tmp_path / "c.pth")
+def test_a_bare_state_dict_loads_without_the_dataparallel_prefix(tmp_path):
+    torch.save(OrderedDict({"module.a.weight": torch.ones(2)}), tmp_path / "c.pth")
     assert list(load_checkpoint(tmp_path / "c.pth")["model"]) == ["a.weight"]
 
 
@@ -83,12 +82,6 @@ def test_entries_that_are_no_tensors_are_named(tmp_path):
         load_checkpoint(tmp_path / "c.pth")
 
 
-def test_a_checkpoint_of_a_later_format_is_refused(tmp_path):
-    torch.save({"format": 99, "model": {"w": torch.ones(1)}}, tmp_path / "c.pth")
-    with pytest.raises(UserError, match="format 99"):
-        load_checkpoint(tmp_path / "c.pth")
-
-
 def nested(depth):
     value = {}
     for _ in range(depth):
@@ -96,28 +89,23 @@ def nested(depth):
     return value
 
 
-@pytest.mark.parametrize(
-    ("entries", "words"),
-    [
-        ({"format": torch.zeros(2)}, "format a Tensor"),
-        ({"format": "1\n"}, r"format '1\\n'"),
-        ({"classes": [1, 2]}, "not a list of names"),
-        ({"classes": torch.zeros(2)}, "not a list of names"),
-        ({"classes": "person"}, "not a list of names"),
-        ({"classes": ["a", "\ud800"]}, "not a list of names"),
-        ({"config": [1]}, "it is a list"),
-        ({"config": {"lr": torch.zeros(1)}}, "Tensor is not JSON serializable"),
-        ({"config": {(1, 2): 1}}, "keys must be str"),
-        ({"model": {"a\ud800": torch.zeros(1)}}, r"named tensors: 'a\\ud800'"),
-        ({"model": {(1, 2): torch.zeros(1)}}, "named tensors: a tuple"),
-        (
-            {"model": {"w": torch.zeros(2, dtype=torch.complex64)}},
-            "1 tensors that are complex.*: w",
-        ),
-        ({"model": {"w": torch.eye(2).to_sparse()}}, "sparse.*: w"),
-        ({"model": {"w": torch.empty(2, device="meta")}}, "without data: w"),
-    ],
-)
+@pytest.mark.parametrize(("entries", "words"), [
+    ({"format": 99}, "format 99"),
+    ({"format": torch.zeros(2)}, "format a Tensor"),
+    ({"format": "1\n"}, r"format '1\\n'"),
+    ({"classes": [1, 2]}, "not a list of names"),
+    ({"classes": "person"}, "not a list of names"),
+    ({"classes": ["a", "\ud800"]}, "not a list of names"),
+    ({"config": [1]}, "it is a list"),
+    ({"config": {"lr": torch.zeros(1)}}, "Tensor is not JSON serializable"),
+    ({"config": {(1, 2): 1}}, "keys must be str"),
+    ({"model": {"a\ud800": torch.zeros(1)}}, r"named tensors: 'a\\ud800'"),
+    ({"model": {(1, 2): torch.zeros(1)}}, "named tensors: a tuple"),
+    ({"model": {"w": torch.zeros(2, dtype=torch.complex64)}},
+     "1 tensors that are complex.*: w"),
+    ({"model": {"w": torch.eye(2).to_sparse()}}, "sparse.*: w"),
+    ({"model": {"w": torch.empty(2, device="meta")}}, "without data: w"),
+])
 def test_entries_that_no_checkpoint_has_are_refused_in_one_sentence(tmp_path, entries, words):
     torch.save({"model": {"w": torch.ones(1)}, **entries}, tmp_path / "c.pth")
     with pytest.raises(UserError, match=rf"c\.pth .*{words}") as error:
@@ -137,18 +125,18 @@ def test_quantised_tensors_are_refused_in_one_sentence(tmp_path):
         load_checkpoint(tmp_path / "c.pth")
 
 
-@pytest.mark.parametrize("depth", [300, 100_000])
-def test_a_deep_configuration_is_no_traceback(tmp_path, depth):
+def test_a_deep_configuration_is_no_traceback(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
-    text = '{"x":' * depth + "1" + "}" * depth
-    safetensors.save_file({"a": torch.ones(1)}, tmp_path / "c.safetensors", {"config": text})
-    if depth == 300:
-        torch.save({"model": {"a": torch.ones(1)}, "config": nested(200)}, tmp_path / "c.pth")
-        assert load_checkpoint(tmp_path / "c.pth")["config"] == nested(200)
-        assert load_checkpoint(tmp_path / "c.safetensors")["config"] == json.loads(text)
-    else:
-        with pytest.raises(UserError, match=r"c\.safetensors.*RecursionError"):
-            load_checkpoint(tmp_path / "c.safetensors")
+    path = tmp_path / "c.safetensors"
+    for depth in (300, 100_000):
+        text = '{"x":' * depth + "1" + "}" * depth
+        safetensors.save_file({"a": torch.ones(1)}, path, {"config": text})
+        if depth == 300:
+            assert load_checkpoint(path)["config"] == json.loads(text)
+    with pytest.raises(UserError, match=r"c\.safetensors.*RecursionError"):
+        load_checkpoint(path)
+    torch.save({"model": {"a": torch.ones(1)}, "config": nested(200)}, tmp_path / "c.pth")
+    assert load_checkpoint(tmp_path / "c.pth")["config"] == nested(200)
 
 
 @pytest.mark.parametrize("keys", ["[[1]]", "[{}]", "{}", "1", '["b"]', "null"])
@@ -158,16 +146,13 @@ def test_an_order_of_other_tensors_is_not_followed(tmp_path, keys):
     assert list(load_checkpoint(tmp_path / "c.safetensors")["model"]) == ["a"]
 
 
-@pytest.mark.parametrize(
-    ("model", "about"),
-    [
-        ({"w": torch.eye(2).to_sparse()}, {}),
-        ({"w": torch.empty(2, device="meta")}, {}),
-        ({"a\ud800": torch.ones(1)}, {}),
-        ({"w": torch.ones(1)}, {"config": nested(100_000)}),
-        ({"w": torch.ones(1)}, {"config": {"x": torch.ones(1)}}),
-    ],
-)
+@pytest.mark.parametrize(("model", "about"), [
+    ({"w": torch.eye(2).to_sparse()}, {}),
+    ({"w": torch.empty(2, device="meta")}, {}),
+    ({"a\ud800": torch.ones(1)}, {}),
+    ({"w": torch.ones(1)}, {"config": nested(100_000)}),
+    ({"w": torch.ones(1)}, {"config": {"x": torch.ones(1)}}),
+])
 def test_what_safetensors_cannot_hold_is_one_sentence_and_no_file(tmp_path, model, about):
     pytest.importorskip("safetensors")
     with pytest.raises(UserError, match=r"c\.safetensors cannot be written: .*keep it as \.pth"):
@@ -185,21 +170,6 @@ def test_weights_of_a_pytorch_without_batch_counters_load():
     del state["1.running_mean"]
     with pytest.raises(UserError, match=r"c\.pth does not fit the network: .*1\.running_mean"):
         load_weights(net, state, "c.pth")
-
-
-def test_a_failed_write_leaves_the_earlier_file_and_no_rest(tmp_path, monkeypatch):
-    path = tmp_path / "c.pth"
-    save_checkpoint(path, {"model": {"w": torch.ones(1)}})
-    before = path.read_bytes()
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"c\.pth could not be written.*No space left"):
-        save_checkpoint(path, {"model": {"w": torch.zeros(1)}})
-    assert path.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["c.pth"]
 
 
 def test_a_state_dict_beside_the_state_of_a_classifiers_training_loads(tmp_path):

@@ -23,20 +23,12 @@ def gpus(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "local_rank", "expected"),
-    [
-        ("auto", None, "cuda"),
-        ("cpu", None, "cpu"),
-        ("cpu", 1, "cpu"),
-        ("cuda", None, "cuda"),
-        ("cuda:1", None, "cuda:1"),
-        ("auto", 1, "cuda:1"),
-        ("cuda", 0, "cuda:0"),
-    ],
+    [("auto", None, "cuda"), ("cpu", None, "cpu"), ("cpu", 1, "cpu"), ("cuda", None, "cuda"),
+     ("cuda:1", None, "cuda:1"), ("auto", 1, "cuda:1"), ("cuda", 0, "cuda:0")],
 )
 def test_a_name_means_a_device(gpus, name, local_rank, expected):
-    assert choose_device(name, "fp16" if expected != "cpu" else "bf16", local_rank) == torch.device(
-        expected
-    )
+    amp = "bf16" if expected == "cpu" else "fp16"
+    assert choose_device(name, amp, local_rank) == torch.device(expected)
 
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
@@ -44,18 +36,15 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
     assert choose_device() == torch.device("cpu")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "value", "fix"),
-    [
-        (("cuda:2",), "cuda:2", "--device cpu"),
-        (("auto", "off", 2), "cuda:2", "--device cpu"),
-        (("cuda:1", "off", 0), "cuda:1", "leave it out"),
-        (("tpu",), "tpu", "cuda:N"),
-        (("cuda:x",), "cuda:x", "cuda:N"),
-        (("cuda:",), "cuda:", "cuda:N"),
-        (("cpu", "fp16"), "fp16", "bf16"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "value", "fix"), [
+    (("cuda:2",), "cuda:2", "--device cpu"),
+    (("auto", "off", 2), "cuda:2", "--device cpu"),
+    (("cuda:1", "off", 0), "cuda:1", "leave it out"),
+    (("tpu",), "tpu", "cuda:N"),
+    (("cuda:x",), "cuda:x", "cuda:N"),
+    (("cuda:",), "cuda:", "cuda:N"),
+    (("cpu", "fp16"), "fp16", "bf16"),
+])
 def test_what_cannot_serve_is_refused(gpus, arguments, value, fix):
     with pytest.raises(UserError, match=rf"{value}.*{fix}"):
         choose_device(*arguments)

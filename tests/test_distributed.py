@@ -1,7 +1,7 @@
 """Jobs of several processes, run for real: they train, test, fail and stop like one.
 
-As a program of its own (``launch`` starts it so) this file does what ``PARTS`` lists and saves the
-results in a folder.
+As a program of its own (``launch`` starts it so) this file does what ``PARTS`` and ``runs`` list,
+one after the other, and saves the results in a folder.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
+from subprocess import Popen
 
 import numpy as np
 import pytest
@@ -21,18 +21,16 @@ import torch.distributed as dist
 from conftest import write_voc
 from program import (
     PATIENCE,
-    ROOT,
     assert_same,
     assert_same_run,
     epochs_done,
     options,
-    run,
     start,
     torchrun,
     wait_until,
 )
 from program import __file__ as PROGRAM
-from tiny import PLAIN, TINY
+from tiny import PLAIN, TINY, register
 from torch import nn
 
 import engine.job
@@ -48,6 +46,7 @@ from engine.distributed import (
     check_sync_bn,
     is_lost_connection,
     join,
+    launch,
     leave,
 )
 from engine.job import run_job
@@ -56,10 +55,11 @@ from layers import MultiBoxLoss, PriorBox
 from models import build_net
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.files import load_arrays
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds processes in /proc")
-SIZE = 3
-"""Processes of the job that does ``PARTS``."""
+SIZE = 2
+"""Processes of a job."""
 
 # ---------------------------------------------------------------- what the processes of a job do
 
@@ -82,12 +82,12 @@ def train_in_double(world: World, accumulate: int) -> dict:
     net.L2Norm = nn.Identity()  # it computes in float32
     forward = world.replicate(InDouble(net), torch.device("cpu"))
     rng = np.random.default_rng(1)
-    images = torch.from_numpy(rng.integers(0, 255, (12, 3, 300, 300), np.uint8))
-    corners = torch.from_numpy(rng.uniform(0, 0.6, (12, 3, 2)).astype(np.float32))
-    sides = torch.from_numpy(rng.uniform(0.1, 0.4, (12, 3, 2)).astype(np.float32))
-    labels = torch.from_numpy(rng.integers(1, 3, (12, 3, 1)).astype(np.float32))
+    images = torch.from_numpy(rng.integers(0, 255, (8, 3, 300, 300), np.uint8))
+    corners = torch.from_numpy(rng.uniform(0, 0.6, (8, 3, 2)).astype(np.float32))
+    sides = torch.from_numpy(rng.uniform(0.1, 0.4, (8, 3, 2)).astype(np.float32))
+    labels = torch.from_numpy(rng.integers(1, 3, (8, 3, 1)).astype(np.float32))
     targets = torch.cat([corners, corners + sides, labels], 2)
-    sampler = EpochSampler(12, 6, 0, world.rank, world.size, accumulate)
+    sampler = EpochSampler(8, 4, 0, world.rank, world.size, accumulate)
 
     optimizer = torch.optim.SGD(net.parameters(), 4e-3, momentum=0.9, weight_decay=5e-4)
     priors = PriorBox(VOC_300)()
@@ -111,14 +111,8 @@ COUNTS = [[], [4], [0], [2, 0, 3], [0, 0, 0], [1, 2, 0, 4, 0, 2, 1]]
 def detections(counts: list[int]) -> list[dict[str, np.ndarray]]:
     """Some detections of each of several images."""
     rng = np.random.default_rng(len(counts))
-    return [
-        {
-            "boxes": rng.random((n, 4), np.float32),
-            "scores": rng.random(n, np.float32),
-            "labels": rng.integers(1, 1 << 40, n),
-        }
-        for n in counts
-    ]
+    return [{"boxes": rng.random((n, 4), np.float32), "scores": rng.random(n, np.float32),
+             "labels": rng.integers(1, 1 << 40, n)} for n in counts]
 
 
 def as_tensors(found: list[dict[str, np.ndarray]]) -> list[dict[str, torch.Tensor]]:
@@ -164,15 +158,40 @@ def agree(world: World) -> dict:
 
 PARTS = {
     "whole": lambda world: train_in_double(world, 1),
-    "accumulated": lambda world: train_in_double(world, 2),
-    "collect": collect,
-    "agree": agree,
+    "accumulated": lambda world: train_in_double(world, 2), "collect": collect, "agree": agree,
 }
 
 
-def do_parts(folder: Path) -> None:
+LONG = ["-b", 4, "-max", 10, "--num_workers", 1, "--ema", 0.9]
+LONG += ["--test_frequency", 5, "--save_frequency", 5]
+SHORT = ["-v", "plain", "-b", 4, "-max", 2, "--lr", 1e-4, "--num_workers", 0]
+SHORT += ["--test_frequency", 1]
+
+
+def scoring(folder: Path, place: str) -> list[str]:
+    """Test the network that ``SHORT`` trained, by the same number of processes or another."""
+    return ["--test", str(folder / "plain_300" / "of_1" / "last.pth"), "--device", "cpu",
+            "--num_workers", "0", "--save_folder", str(folder / place)]
+
+
+def runs(data: Path, folder: Path) -> dict[str, list[str]]:
+    """Return command lines of train_test.py."""
+    return {
+        "straight": options(data, folder, *LONG, "--date", "straight"),
+        "short": options(data, folder, *SHORT, "--date", f"of_{SIZE}"),
+        "test": scoring(folder, f"tested_{SIZE}"),
+        "mistake": options(data, folder / "none", "-b", 5),
+    }
+
+
+def do_all(data: Path, folder: Path) -> None:
     world = join()
     done = {name: part(world) for name, part in PARTS.items()}
+    leave()
+    for restarts, (name, arguments) in enumerate(runs(data, folder).items(), start=1):
+        # Another job's processes have other addresses, as after a restart by torchrun.
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(restarts)
+        done[name] = train_test.main(arguments)
     torch.save(done, folder / f"{world.rank}.pth")
     leave()
 
@@ -195,26 +214,15 @@ def alone(tiny_networks):
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory):
-    """What ``PARTS`` give in a job of several: [of rank 0, of rank 1, ...]."""
-    folder = tmp_path_factory.mktemp("job")
-    assert subprocess.run([*launched(SIZE, __file__), folder], cwd=ROOT).returncode == 0
-    return [torch.load(folder / f"{rank}.pth") for rank in range(SIZE)]
-
-
-@pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """16 images to train on, and an odd number to test on."""
     rng = np.random.default_rng(0)
 
     def images(name: str, number: int) -> dict:
-        return {
-            f"{name}{i}": [
-                (("cell", "rod")[int(k)], (int(x), int(y), int(x) + 25, int(y) + 18))
-                for k, x, y in rng.integers((0, 1, 1), (2, 70, 50), (rng.integers(4), 3))
-            ]
-            for i in range(number)
-        }
+        return {f"{name}{i}": [
+            (("cell", "rod")[int(k)], (int(x), int(y), int(x) + 25, int(y) + 18))
+            for k, x, y in rng.integers((0, 1, 1), (2, 70, 50), (rng.integers(4), 3))
+        ] for i in range(number)}
 
     sets = {"trainval": images("a", 16), "test": images("t", 5)}
     return write_voc(tmp_path_factory.mktemp("data") / "voc", sets)
@@ -226,26 +234,30 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def trained(data, folder):
-    """Folders of the same run by one process and by two."""
-    common = ["-v", "plain", "-b", 4, "-max", 2, "--lr", 1e-4, "--num_workers", 0]
-    common += ["--test_frequency", 1]
-    assert train_test.main(options(data, folder, *common, "--date", "of_1")) == 0
-    status, output, error = run(options(data, folder, *common, "--date", "of_2"), torchrun(2))
-    assert status == 0, error
-    assert output.count("epoch 1: loss") == 1
-    return [folder / "plain_300" / date for date in ("of_1", "of_2")]
-
-
-LONG = ["-b", 4, "-max", 10, "--num_workers", 1, "--ema", 0.9]
-LONG += ["--test_frequency", 5, "--save_frequency", 5]
+def of_one(data, folder):
+    """The folder of the run ``SHORT`` by one process, and of its test."""
+    assert train_test.main(options(data, folder, *SHORT, "--date", "of_1")) == 0
+    assert train_test.main(scoring(folder, "tested_1")) == 0
+    return folder / "plain_300" / "of_1"
 
 
 @pytest.fixture(scope="module")
-def straight(data, folder):
+def ended(data, folder, of_one):
+    """The job that does everything: output and error, and [results of rank 0, of rank 1, ...]."""
+    process = start([str(data), str(folder)], launched(SIZE, __file__))
+    said = process.communicate(timeout=2 * PATIENCE)
+    assert process.returncode == 0, said[1][-4000:]
+    return said, [torch.load(folder / f"{rank}.pth") for rank in range(SIZE)]
+
+
+@pytest.fixture(scope="module")
+def job(ended):
+    return ended[1]
+
+
+@pytest.fixture(scope="module")
+def straight(ended, folder):
     """An uninterrupted run of two processes, each with batch statistics of its own."""
-    status, _, error = run(options(data, folder, *LONG, "--date", "straight"), torchrun(2))
-    assert status == 0, error
     return folder / "tiny_300" / "straight"
 
 
@@ -255,7 +267,7 @@ def launched(processes: int, program: str = PROGRAM) -> list[str]:
     return [sys.executable, "-c", code.format(processes), program]
 
 
-def ranks_of(process: subprocess.Popen) -> dict[int, int]:
+def ranks_of(process: Popen) -> dict[int, int]:
     """{rank: process id} of the processes that torchrun has started."""
     found = {}
     for entry in Path("/proc").iterdir():
@@ -273,19 +285,16 @@ def ranks_of(process: subprocess.Popen) -> dict[int, int]:
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     """Over all tensors, relative to each one's largest value (0.01, if that is less)."""
     assert a.keys() == b.keys()
-    return max(
-        float((a[k].double() - b[k].double()).abs().max() / a[k].double().abs().max().clamp(1e-2))
-        for k in a
-    )
+    return max(float((a[k] - b[k]).double().abs().max() / a[k].double().abs().max().clamp(1e-2))
+               for k in a)
 
 
 # ---------------------------------------------------------------- training and testing as one
 
 
-@pytest.mark.parametrize("processes", [1, SIZE])
 @pytest.mark.parametrize("name", ["whole", "accumulated"])
-def test_parts_of_a_batch_train_like_the_whole(alone, job, processes, name):
-    for done in [alone] if processes == 1 else job:
+def test_parts_of_a_batch_train_like_the_whole(alone, job, name):
+    for done in (alone, *job):
         # Losses are reported in float32.
         np.testing.assert_allclose(done[name]["losses"], alone["whole"]["losses"], rtol=5e-7)
         assert largest_difference(alone["whole"]["model"], done[name]["model"]) < 1e-9
@@ -309,23 +318,23 @@ def test_synchronised_norms_need_gpus_for_several_processes():
         check_sync_bn(torch.device("cpu"), 2)
 
 
-def test_command_line_of_one_and_of_two_processes_gives_the_same_run(trained):
-    logs = [
-        [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
-        for run in trained
-    ]
-    for one, two in zip(*logs, strict=True):
+def lines_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_command_line_of_one_and_of_two_processes_gives_the_same_run(job, of_one):
+    of_two = of_one.with_name("of_2")
+    for one, two in zip(lines_of(of_one), lines_of(of_two), strict=True):
         for key in ("loss_loc", "loss_conf"):
             assert two[key] == pytest.approx(one[key], rel=1e-5)
         assert two["value"] == pytest.approx(one["value"], abs=1e-3)
-    names = [{path.name for path in run.iterdir()} for run in trained]
-    assert names[0] == names[1]
-    one, two = (load_checkpoint(run / "last.pth")["model"] for run in trained)
+    assert {path.name for path in of_one.iterdir()} == {path.name for path in of_two.iterdir()}
+    one, two = (load_checkpoint(run / "last.pth")["model"] for run in (of_one, of_two))
     assert largest_difference(one, two) < 2e-6
-    said = (trained[1] / "train.log").read_text()
+    said = (of_two / "train.log").read_text()
     assert said.count("epoch 2: loss") == 1
     assert "(2 processes x 1 accumulation steps x 2), learning rate 0.0001" in said
-    configs = [json.loads((run / "config.json").read_text()) for run in trained]
+    configs = [json.loads((run / "config.json").read_text()) for run in (of_one, of_two)]
     assert [config["ngpu"] for config in configs] == [1, 2]
 
 
@@ -335,35 +344,39 @@ def test_detections_are_collected_in_order(job):
         assert found[1:] == [None] * (SIZE - 1)
 
 
-def test_processes_that_test_together_leave_the_files_of_one(trained, folder):
-    arguments = ["--test", str(trained[0] / "last.pth"), "--device", "cpu", "--num_workers", "0"]
-    arguments.append("--save_folder")
+def test_processes_that_test_together_leave_the_files_of_one(job, folder):
     places = [folder / f"tested_{size}" for size in (1, 2)]
-    assert train_test.main([*arguments, str(places[0])]) == 0
-    status, output, error = run([*arguments, str(places[1])], torchrun(2))
-    assert status == 0, error
-    assert output.count("AP@.5") == 1
     left = [next(place.rglob("results.json")).parent for place in places]
     names = [{path.name for path in files.iterdir()} for files in left]
     assert names[0] == names[1]
     for name in sorted(names[0] - {"detections.npz"}):
         assert (left[0] / name).read_bytes() == (left[1] / name).read_bytes(), name
-    one, two = (np.load(files / "detections.npz") for files in left)
-    assert one.files == two.files
-    for key in one.files:
-        assert np.array_equal(one[key], two[key]), key
+    one, two = (load_arrays(files / "detections.npz") for files in left)
+    assert list(one) == list(two)
+    for key, array in one.items():
+        assert np.array_equal(array, two[key]), key
 
 
 def test_scores_during_training_are_those_of_the_kept_weights(straight):
     """Each process has batch statistics of its own; those of rank 0 are scored and kept."""
     arguments = ["--test", str(straight / "tiny_VOC_epoches_5.pth"), "--device", "cpu"]
     assert train_test.main([*arguments, "--score_threshold", "0.01", "--num_workers", "0"]) == 0
-    one, two = (
-        np.load(straight / "ss_predict" / name / "test" / "detections.npz")
-        for name in ("tiny_VOC_epoches_5", "epoch_5")
-    )
+    one, two = (load_arrays(straight / "ss_predict" / name / "test" / "detections.npz")
+                for name in ("tiny_VOC_epoches_5", "epoch_5"))
     for key in ("scores", "labels", "boxes"):
         np.testing.assert_allclose(one[key], two[key], rtol=1e-5, atol=1e-4)
+
+
+def test_a_job_reports_once(ended, folder):
+    (output, error), done = ended
+    for results in done:
+        assert [results[name] for name in ("straight", "short", "test", "mistake")] == [0, 0, 0, 2]
+    assert output.count("epoch 1: loss") == 2  # of two runs
+    assert output.count("detections of score") == 5
+    assert error.count("error: ") == 1
+    assert "error: --batch_size 5 is the batch of all 2 processes" in error
+    assert "Traceback" not in error + output
+    assert not (folder / "none").exists()
 
 
 # ---------------------------------------------------------------- agreeing, and failing
@@ -388,22 +401,18 @@ def test_one_process_decides_for_itself(alone):
     assert said["sum"] == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("error", "lost"),
-    [
-        (RuntimeError("Read error [127.0.0.1]:4930: Connection reset by peer. This is"), True),
-        (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4930"), True),
-        (dist.DistBackendError("ncclRemoteError: A call failed possibly due to a network"), True),
-        (dist.DistNetworkError("The client socket has failed to connect to [host]:29500"), True),
-        (ConnectionResetError(104, "Connection reset by peer"), True),
-        (dist.DistBackendError("ncclInvalidUsage: Duplicate GPU detected: rank 1"), False),
-        (dist.DistBackendError("NCCL error: unhandled cuda error"), False),
-        (RuntimeError("CUDA error: device-side assert triggered"), False),
-        (RuntimeError("gloo: expected scalar type Float but found Double"), False),
-        (OSError(5, "Input/output error"), False),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize(("error", "lost"), [
+    (RuntimeError("Read error [127.0.0.1]:4930: Connection reset by peer. This is"), True),
+    (RuntimeError("[pair.cc:534] Connection closed by peer [127.0.0.1]:4930"), True),
+    (dist.DistBackendError("ncclRemoteError: A call failed possibly due to a network"), True),
+    (dist.DistNetworkError("The client socket has failed to connect to [host]:29500"), True),
+    (ConnectionResetError(104, "Connection reset by peer"), True),
+    (dist.DistBackendError("ncclInvalidUsage: Duplicate GPU detected: rank 1"), False),
+    (dist.DistBackendError("NCCL error: unhandled cuda error"), False),
+    (RuntimeError("CUDA error: device-side assert triggered"), False),
+    (RuntimeError("gloo: expected scalar type Float but found Double"), False),
+    (OSError(5, "Input/output error"), False),
+], ids=repr)
 def test_a_lost_process_is_told_from_a_misuse(error, lost):
     assert is_lost_connection(error) == lost
 
@@ -430,18 +439,20 @@ def test_a_lost_process_is_reported_with_its_cause_and_a_misuse_passes(monkeypat
     assert capsys.readouterr().err == "[process 1] error: a.pth: No such file\n"
 
 
-@pytest.mark.parametrize(
-    ("code", "status"),
-    [
-        ("sys.exit(2)", 2),
-        ("sys.exit(3 if os.environ['RANK'] == '1' else time.sleep(600))", 3),
-        ("os.kill(os.getpid(), 9) if os.environ['RANK'] == '0' else time.sleep(600)", 137),
-    ],
-)
-def test_launch_returns_the_status_of_what_ended_first(code, status):
-    ended, _, error = run([f"import os, sys, time; {code}"], launched(2, "-c"))
-    assert ended == status
-    assert "Traceback" not in error
+@pytest.mark.parametrize(("code", "status"), [
+    ("sys.exit(2)", 2),
+    ("sys.exit(3 if os.environ['RANK'] == '1' else time.sleep(600))", 3),
+    ("os.kill(os.getpid(), 9) if os.environ['RANK'] == '0' else time.sleep(600)", 137),
+])
+def test_launch_returns_the_status_of_what_ended_first(code, status, monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        assert launch(2, ["-c", f"import os, sys, time; {code}"]) == status
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_batch_that_cannot_be_divided_is_refused_with_a_multiple_that_can():
@@ -450,26 +461,13 @@ def test_a_batch_that_cannot_be_divided_is_refused_with_a_multiple_that_can():
         check_shares(24, 2, 16)
 
 
-def test_mistake_under_several_processes_is_told_once(tmp_path, data):
-    arguments = options(data, tmp_path / "w", "-b", 5)
-    status, output, error = run(arguments, launched(2))
-    assert status == 2
-    assert error.count("error: ") == 1
-    assert "error: --batch_size 5 is the batch of all 2 processes" in error
-    assert "Traceback" not in error + output
-    assert not (tmp_path / "w").exists()
-
-
 @linux
-@pytest.mark.parametrize(
-    ("command", "number", "rank", "restarts"),
-    [
-        (launched, signal.SIGTERM, 0, 1),
-        pytest.param(launched, signal.SIGINT, 1, 0, marks=pytest.mark.slow),
-        pytest.param(torchrun, signal.SIGTERM, 1, 1, marks=pytest.mark.slow),
-        pytest.param(torchrun, signal.SIGINT, 0, 0, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("command", "number", "rank", "restarts"), [
+    (launched, signal.SIGTERM, 0, 1),
+    pytest.param(launched, signal.SIGINT, 1, 0, marks=pytest.mark.slow),
+    pytest.param(torchrun, signal.SIGTERM, 1, 1, marks=pytest.mark.slow),
+    pytest.param(torchrun, signal.SIGINT, 0, 0, marks=pytest.mark.slow),
+])
 def test_job_that_is_interrupted_and_then_loses_a_process_goes_on_exactly(
     data, folder, straight, command, number, rank, restarts
 ):
@@ -501,11 +499,11 @@ def test_job_that_is_interrupted_and_then_loses_a_process_goes_on_exactly(
         assert time.monotonic() - killed < 120
         # The log is a little ahead of the checkpoint.
         assert stopped < load_checkpoint(run_folder / "last.pth")["step"] < 40
-        assert run(arguments, torchrun(2))[0] == 0
+        job = start(arguments, torchrun(2))
+        assert job.communicate(timeout=PATIENCE) and job.returncode == 0
     assert_same_run(straight, run_folder)
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
-    models.BACKBONES["plain"] = PLAIN
-    do_parts(Path(sys.argv[1]))
+    register()
+    do_all(*map(Path, sys.argv[1:]))

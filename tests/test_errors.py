@@ -30,18 +30,14 @@ sys.exit(main())
 """
 
 
-@pytest.mark.parametrize(
-    "error, status, said",
-    [
-        (UserError("a.jpg is no image"), 2, "error: a.jpg is no image\n"),
-        (FileNotFoundError(2, "No such file", "a.jpg"), 2, "error: a.jpg: No such file\n"),
-        (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
-        (OSError("no more images"), 2, "error: no more images\n"),
-        (OSError(), 2, "error: OSError\n"),
-        (KeyboardInterrupt(), 130, "interrupted\n"),
-    ],
-    ids=repr,
-)
+@pytest.mark.parametrize("error, status, said", [
+    (UserError("a.jpg is no image"), 2, "error: a.jpg is no image\n"),
+    (FileNotFoundError(2, "No such file", "a.jpg"), 2, "error: a.jpg: No such file\n"),
+    (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
+    (OSError("no more images"), 2, "error: no more images\n"),
+    (OSError(), 2, "error: OSError\n"),
+    (KeyboardInterrupt(), 130, "interrupted\n"),
+], ids=repr)
 def test_a_sentence_and_a_status_take_the_place_of_a_traceback(error, status, said, capsys):
     @command
     def main(argv=None):
@@ -65,17 +61,11 @@ def test_a_fault_of_the_program_keeps_its_traceback_and_a_result_its_status(erro
 
 
 def test_who_reads_the_output_may_leave_early():
-    program = subprocess.Popen(
-        [sys.executable, "-c", LONG],
-        cwd=Path(__file__).parent.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    program = subprocess.Popen([sys.executable, "-c", LONG], cwd=Path(__file__).parent.parent,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert program.stdout.readline().endswith("started\n")
     program.stdout.close()
-    assert program.stderr.read() == ""
-    assert program.wait() == 0
+    assert (program.stderr.read(), program.wait()) == ("", 0)
 
 
 def test_text_beyond_the_encoding_of_the_console_is_escaped(monkeypatch, tmp_path):

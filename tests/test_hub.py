@@ -35,11 +35,8 @@ def file(tmp_path_factory) -> Path:
 
 
 def test_every_network_and_size_has_an_entry_with_help():
-    expected = {
-        f"{version.split('_')[0].lower()}{size}_{version.split('_')[1].lower()}"
-        for version, row in BACKBONES.items()
-        for size in row.sizes
-    }
+    expected = {f"{version.split('_')[0].lower()}{size}_{version.split('_')[1].lower()}"
+                for version, row in BACKBONES.items() for size in row.sizes}
     assert {"ssd512_hardnet68", "ssd512_hardnet85", "rfb512_hardnet68", "ssd300_vgg"} < expected
     # The rule of torch.hub.list.
     public = {n for n, value in vars(hubconf).items() if callable(value) and n[0] != "_"}
@@ -73,8 +70,6 @@ def test_a_file_without_names_takes_those_that_are_given(file, tmp_path):
     torch.save(load_checkpoint(file)["model"], tmp_path / "bare.pth")
     bare = str(tmp_path / "bare.pth")
     assert load("ssd300_hardnet39ds", pretrained=bare, classes=["a", "b", "c"]).num_classes == 4
-    with pytest.raises(UserError, match=r"bare\.pth has 3 classes and no names"):
-        hubconf.ssd300_hardnet39ds(pretrained=bare)
 
 
 def test_predictor(file):
@@ -96,11 +91,8 @@ def test_published_weights_are_downloaded_by_their_name(file, monkeypatch, tmp_p
     assert asked == [("ssd512-hardnet85-coco", tmp_path / "checkpoints")]
 
 
-def test_mistakes_are_told(file, tmp_path):
+def test_mistakes_are_told(file):
     with pytest.raises(UserError, match="ssd300_vgg were published, only ssd512-hardnet68"):
         hubconf.ssd300_vgg(pretrained=True)
     with pytest.raises(UserError, match="has 4 classes with background, not 21"):
         hubconf.ssd300_hardnet39ds(pretrained=str(file), num_classes=21)
-    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(UserError, match="these tensors belong to no known detector"):
-        hubconf.ssd300_hardnet39ds(pretrained=str(tmp_path / "other.pth"))

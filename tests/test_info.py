@@ -34,9 +34,8 @@ def test_a_configuration_describes_the_detector(states, tmp_path):
     assert all(torch.equal(value, states[3][key]) for key, value in net.state_dict().items())
 
 
-@pytest.mark.parametrize(
-    ("count", "dataset", "names"), [(21, "VOC", VOC_CLASSES), (81, "COCO", COCO_CLASSES)]
-)
+@pytest.mark.parametrize(("count", "dataset", "names"),
+                         [(21, "VOC", VOC_CLASSES), (81, "COCO", COCO_CLASSES)])
 def test_classes_of_a_published_file_are_assumed(states, tmp_path, caplog, count, dataset, names):
     torch.save(states[count], tmp_path / "published.pth")
     with caplog.at_level(logging.INFO):
@@ -47,6 +46,9 @@ def test_classes_of_a_published_file_are_assumed(states, tmp_path, caplog, count
 
 def test_names_that_are_given_are_not_assumed(states):
     names = [f"own {i}" for i in range(20)]
+    with pytest.raises(UserError, match=r"own\.pth has the 2 classes a, b, not b, a; leave"):
+        saved = {"model": states[3], "classes": ["a", "b"], "config": CONFIG}
+        DetectorInfo.of(saved, "own.pth", ["b", "a"])
     info = DetectorInfo.of({"model": states[21]}, "own.pth", names)
     assert (info.classes, info.assumed) == (tuple(names), False)
     assert DetectorInfo.of({"model": states[3]}, "own.pth", ["a", "b"]).prior_config() == VOC_300
@@ -62,19 +64,10 @@ def test_classes_of_data_name_those_of_a_file_only_if_they_are_as_many(states):
     assert (unknown.dataset, unknown.priors, unknown.assumed) == ("COCO", "COCO", False)
 
 
-@pytest.mark.parametrize(
-    ("entry", "value"),
-    [
-        ("version", "SSD_none"),
-        ("version", None),
-        ("size", "300"),
-        ("size", 301),
-        ("dataset", "MINE"),
-        ("dataset", []),
-        ("priors", "MINE"),
-        ("priors", None),
-    ],
-)
+@pytest.mark.parametrize(("entry", "value"), [
+    ("version", "SSD_none"), ("version", None), ("size", "300"), ("size", 301),
+    ("dataset", "MINE"), ("dataset", []), ("priors", "MINE"), ("priors", None),
+])
 def test_a_configuration_that_is_not_valid_is_refused(states, entry, value):
     saved = {"model": states[3], "classes": ["a", "b"], "config": {**CONFIG, entry: value}}
     with pytest.raises(UserError, match=r"own\.pth") as refused:
@@ -88,23 +81,14 @@ def test_a_configuration_without_names_is_refused(states, classes):
         DetectorInfo.of({"model": states[3], "classes": classes, "config": CONFIG}, "own.pth")
 
 
-@pytest.mark.parametrize(
-    ("count", "names", "said"),
-    [
-        (3, None, "2 classes and no names for them; give --classes, without --class_map"),
-        (3, ["a"], "2 classes, but --classes names 1"),
-        (21, ["a"], "the 20 classes aeroplane, .*, not a; leave the names out"),
-    ],
-)
+@pytest.mark.parametrize(("count", "names", "said"), [
+    (3, None, "2 classes and no names for them; give --classes, without --class_map"),
+    (3, ["a"], "2 classes, but --classes names 1"),
+    (21, ["a"], "the 20 classes aeroplane, .*, not a; leave the names out"),
+])
 def test_names_that_do_not_fit_are_refused(states, count, names, said):
     with pytest.raises(UserError, match=rf"bare\.pth .*{said}"):
         DetectorInfo.of({"model": states[count]}, "bare.pth", names)
-
-
-def test_names_cannot_replace_those_of_the_file(states):
-    saved = {"model": states[3], "classes": ["a", "b"], "config": CONFIG}
-    with pytest.raises(UserError, match=r"own\.pth has the 2 classes a, b, not b, a; leave"):
-        DetectorInfo.of(saved, "own.pth", ["b", "a"])
 
 
 def test_a_file_that_is_no_detector_is_refused():

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import http.server
 import json
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -38,10 +36,8 @@ def base_of(version: str) -> dict[str, Tensor]:
 
 def full_of(value: float, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
     """Tensors of the shapes of ``state``, full of one number that is stored once."""
-    return {
-        prefix + key: torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
-        for key, tensor in state.items()
-    }
+    return {prefix + key: torch.full((), value, dtype=tensor.dtype).expand(tensor.shape)
+            for key, tensor in state.items()}
 
 
 @pytest.fixture(scope="module")
@@ -117,59 +113,34 @@ def test_list_prints_them_and_an_unknown_name_is_answered_with_all(capsys):
 
 
 @pytest.fixture
-def offer(files, monkeypatch):
+def offer(files, server, monkeypatch):
     """offer(name, kind, **changes): let a row of the table lead to a local host of the files."""
 
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            content = files[self.path[1:]].read_bytes()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def set_row(name, kind, **changes):
+        server.files[f"/{kind}"] = files[kind].read_bytes()
+        row = replace(published(name), url=f"{server.base}/{kind}", **changes)
+        others = [other for other in PUBLISHED if other.name != name]
+        monkeypatch.setattr(pretrained, "PUBLISHED", (*others, row))
 
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-
-        def set_row(name, kind, **changes):
-            url = f"http://127.0.0.1:{server.server_port}/{kind}"
-            row = replace(published(name), url=url, **changes)
-            others = [other for other in PUBLISHED if other.name != name]
-            monkeypatch.setattr(pretrained, "PUBLISHED", (*others, row))
-
-        yield set_row
-        server.shutdown()
-        thread.join()
-
-
-def sha256(path):
-    return f"sha256:{hashlib.sha256(path.read_bytes()).hexdigest()[:8]}"
+    return set_row
 
 
 def git(path):
     return "git:" + subprocess.check_output(["git", "hash-object", path], text=True).strip()
 
 
-@pytest.mark.parametrize("hash_of", [sha256, git])
-def test_download_is_verified_and_put_in_place(offer, files, tmp_path, capsys, hash_of):
-    offer("hardnet68-base", "base", checksum=hash_of(files["base"]))
+def test_download_is_verified_and_put_in_place(offer, files, tmp_path, capsys):
+    offer("hardnet68-base", "base", checksum=git(files["base"]))
     assert main(["download", "hardnet68-base", "--to", str(tmp_path / "new")]) == 0
     path = tmp_path / "new" / "hardnet68_base_bridge.pth"
     assert capsys.readouterr().out == f"{path}\n"
     assert path.read_bytes() == files["base"].read_bytes()
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "fitting"),
-    [
-        ("vgg16-reducedfc", "base", {"versions": ("SSD_HarDNet68",)}),
-        ("ssd512-hardnet68-coco", "old", {"size": 300, "num_classes": 21}),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind", "fitting"), [
+    ("vgg16-reducedfc", "base", {"versions": ("SSD_HarDNet68",)}),
+    ("ssd512-hardnet68-coco", "old", {"size": 300, "num_classes": 21}),
+])
 def test_a_file_without_a_published_hash_is_judged_by_its_tensors(
     offer, files, tmp_path, name, kind, fitting
 ):
@@ -177,9 +148,7 @@ def test_a_file_without_a_published_hash_is_judged_by_its_tensors(
     row = published(name)
     with pytest.raises(UserError) as caught:
         pretrained.download(name, tmp_path)
-    message = str(caught.value)
-    assert f"its tensors are not those of {row.fits}" in message
-    assert f"put it at {tmp_path / row.file}" in message
+    assert f"its tensors are not those of {row.fits}" in str(caught.value)
     assert os.listdir(tmp_path) == []
     offer(name, kind, **fitting)
     assert pretrained.download(name, tmp_path).read_bytes() == files[kind].read_bytes()
@@ -192,16 +161,10 @@ def test_a_file_without_a_published_hash_is_judged_by_its_tensors(
 def test_base_weights_load_whatever_their_prefix(tmp_path, prefix):
     net = HarDNetBase(HARDNET_SPECS["39ds"])
     torch.save(full_of(3, net.state_dict(), prefix), tmp_path / "b.pth")
-    match = load_base(net, tmp_path / "b.pth")
+    match = load_base(net, tmp_path / "b.pth", "SSD_HarDNet39ds")
     assert (len(match.tensors), match.source) == (len(net.state_dict()), "a base network")
     assert match.unused == match.missing == []
     assert all((tensor == 3).all() for tensor in net.state_dict().values())
-
-
-def test_base_weights_of_a_pytorch_without_batch_counters_fit():
-    base = base_of("SSD_HarDNet39ds")
-    old = {key: tensor for key, tensor in full_of(1, base).items() if "num_batches" not in key}
-    assert match_base(base, old).fits and len(old) < len(base)
 
 
 def test_base_weights_that_do_not_all_fit_are_listed_and_nothing_is_loaded(tmp_path):
@@ -214,10 +177,8 @@ def test_base_weights_that_do_not_all_fit_are_listed_and_nothing_is_loaded(tmp_p
     with pytest.raises(UserError) as error:
         load_base(net, tmp_path / "b.pth", "SSD_HarDNet39ds")
     for words in (
-        "b.pth",
-        f"only {len(before) - 2} of the base network's {len(before)} tensors",
-        "1 of another shape: 0.conv.weight [2] instead of [24, 3, 3, 3]",
-        "1 missing: 10.norm.bias",
+        "b.pth", f"only {len(before) - 2} of the base network's {len(before)} tensors",
+        "1 of another shape: 0.conv.weight [2] instead of [24, 3, 3, 3]", "1 missing: 10.norm.bias",
         "1 unused: classifier.weight",
     ):
         assert words in str(error.value)
@@ -258,8 +219,8 @@ def hardnet_classifier(base: Mapping[str, Tensor], stages: int) -> dict[str, Ten
 @pytest.mark.parametrize(
     ("version", "stages", "new"),
     [("SSD_HarDNet68", 13, "13."), ("SSD_HarDNet85", 15, None), ("SSD_HarDNet68ds", 13, None),
-     ("SSD_HarDNet39ds", 11, None), ("RFB_HarDNet68", 13, "13."), ("RFB_HarDNet85", 15, None)],
-)  # fmt: skip
+     ("SSD_HarDNet39ds", 11, None)],
+)
 def test_the_familys_classifier_gives_its_stages_and_a_bridge_stays_new(version, stages, new):
     base = base_of(version)
     match = match_base(base, hardnet_classifier(base, stages), BACKBONES[version])
@@ -270,10 +231,16 @@ def test_the_familys_classifier_gives_its_stages_and_a_bridge_stays_new(version,
     assert match.tensors.keys() == base.keys() - set(bridge)
 
 
-@pytest.mark.parametrize("drop", ["base.12.", "base.8.layers.3.", "base.0."])
-def test_a_classifier_without_one_of_its_stages_does_not_fit(drop):
+@pytest.mark.parametrize(
+    ("classifier", "drop"),
+    [(True, "base.12."), (True, "base.8.layers.3."), (True, "base.0."), (False, "base.13."),
+     (False, "base.12."), (False, "base.")],
+)
+def test_a_classifier_or_detector_without_a_part_of_its_base_does_not_fit(classifier, drop):
     base = base_of("SSD_HarDNet68")
-    state = {k: t for k, t in hardnet_classifier(base, 13).items() if not k.startswith(drop)}
+    detector = full_of(2, base, "base.") | {"conf.0.bias": torch.zeros(126)}
+    state = hardnet_classifier(base, 13) if classifier else detector
+    state = {key: tensor for key, tensor in state.items() if not key.startswith(drop)}
     match = match_base(base, state, BACKBONES["SSD_HarDNet68"])
     assert not match.fits and any(key.startswith(drop[5:]) for key in match.missing)
 
@@ -283,15 +250,6 @@ def test_a_classifier_of_another_depth_does_not_fit(file, version):
     state = hardnet_classifier(base_of(f"SSD_HarDNet{file}"), 13)
     match = match_base(base_of(version), state, BACKBONES[version])
     assert not match.fits and match.wrong and "instead of" in match.wrong[0]
-
-
-@pytest.mark.parametrize("drop", ["base.13.", "base.12.", "base."])
-def test_a_detector_without_a_part_of_its_base_is_no_classifier(drop):
-    base = base_of("SSD_HarDNet68")
-    state = full_of(2, base, "base.") | {"conf.0.bias": torch.zeros(126)}
-    state = {key: tensor for key, tensor in state.items() if not key.startswith(drop)}
-    match = match_base(base, state, BACKBONES["SSD_HarDNet68"])
-    assert not match.fits and any(key.startswith(drop[5:]) for key in match.missing)
 
 
 @pytest.mark.parametrize(
@@ -332,7 +290,8 @@ def test_a_detector_is_named_with_its_hashes(files, kind):
     assert found.basenet == ["SSD_HarDNet68", "RFB_HarDNet68"]
     assert found.parameters == 17_260_864  # as published code has them
     assert kind == "old" or found.tensors == 425
-    assert (sha256(files[kind]).endswith(found.sha256[:8]), found.origin) == (True, None)
+    assert found.sha256 == hashlib.sha256(files[kind].read_bytes()).hexdigest()
+    assert found.origin is None
     assert found.git_blob == git(files[kind])[4:]
 
 
@@ -358,10 +317,7 @@ def test_a_near_miss_is_compared_to_the_closest_detector(files, capsys):
     assert main(["inspect", str(files["other"])]) == 0
     printed = capsys.readouterr().out
     assert "missing      1: conf.1.bias" in printed and "unused       1: x" in printed
-
-
-def test_a_detector_without_a_part_of_its_base_is_compared_to_the_whole(files):
-    found = examine(files["damaged"])
+    found = examine(files["damaged"])  # a part of its base is missing
     assert found.closest.startswith("SSD_HarDNet68 at 300") and found.basenet == []
     assert found.missing and all(key.startswith("base.13.") for key in found.missing)
     assert (found.version, found.unused, found.wrong) == (None, [], [])
@@ -435,7 +391,7 @@ def test_what_a_foreign_checkpoint_holds_is_listed_and_left_out_with_a_notice(tm
     assert capsys.readouterr().out == f"{target} (left out: classes, optimizer)\n"
 
 
-@pytest.mark.parametrize("depth", [100, 950, 9000, 100_000])
+@pytest.mark.parametrize("depth", [100, 9000, 100_000])
 def test_configurations_of_any_depth_convert_or_are_refused(tmp_path, capsys, depth):
     safetensors = pytest.importorskip("safetensors.torch")
     source, target = tmp_path / "c.safetensors", tmp_path / "c.pth"
@@ -457,19 +413,6 @@ def test_names_that_say_no_conversion_and_files_that_exist_are_refused(files, tm
     assert (tmp_path / "b.safetensors").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize("command", ["inspect", "convert"])
-def test_a_file_that_would_run_code_is_refused_unopened(tmp_path, capsys, command):
-    class Payload:
-        def __reduce__(self):
-            return Path.touch, (tmp_path / "owned",)
-
-    torch.save({"a": torch.ones(1), "b": Payload()}, tmp_path / "evil.pth")
-    more = [str(tmp_path / "out.safetensors")] if command == "convert" else []
-    assert main([command, str(tmp_path / "evil.pth"), *more]) == 2
-    assert "evil.pth" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == ["evil.pth"]
-
-
 def test_a_converted_checkpoint_tests_as_the_original(tmp_path, voc_folder, monkeypatch):
     pytest.importorskip("safetensors")
     monkeypatch.setitem(BACKBONES, "tiny", TINY)
@@ -488,9 +431,3 @@ def test_a_converted_checkpoint_tests_as_the_original(tmp_path, voc_folder, monk
         assert scores[0].get(key) == scores[1].get(key)
     start = ["--resume_net", str(run / "converted.safetensors"), "--test_frequency", "0"]
     assert train_test([*options, *common, "--date", "b", *start]) == 0
-
-
-def test_the_command_runs_as_a_module():
-    command = [sys.executable, "-m", "tools.weights", "inspect", "gone.pth"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True)
-    assert done.returncode == 2 and done.stderr.startswith(b"error: gone.pth does not exist")

@@ -12,7 +12,6 @@ from tiny import TINY
 
 import models
 from data.voc0712 import VOCDetection
-from data.voc_xml import read_annotation
 from demo import run, shapes
 from demo.shapes import CLASSES, MIN_VISIBLE, Object, draw_image, fill, make_dataset, outline, place
 from utils.errors import UserError
@@ -65,13 +64,10 @@ def test_a_larger_set_begins_with_the_smaller_and_another_seed_differs(dataset, 
 def test_the_reader_takes_the_set_as_it_was_drawn(split, dataset):
     directory, found = dataset
     read = VOCDetection(directory, [(None, split)])
-    assert read.classes == CLASSES and read.report() == []
-    assert len(read) == SMALL[split]
+    assert read.classes == CLASSES and read.report() == [] and len(read) == SMALL[split]
     labels = Counter()
-    for k in range(len(read)):
-        image, target = read[k]
-        annotation = read_annotation(directory / "Annotations" / f"{read.ids[k]}.xml")
-        assert annotation.size == image.shape[1::-1]
+    for k, (image, target) in enumerate(read[i] for i in range(len(read))):
+        assert read.image_size(k) == image.shape[1::-1]
         assert len(target) <= 8 and (len(target) == 0) == ((k + 1) % 25 == 0)
         labels.update(CLASSES[int(label) - 1] for label in target[:, 4])
     assert labels == found[split]
@@ -123,7 +119,7 @@ def test_objects_are_drawn_in_their_boxes(monkeypatch):
         assert np.abs(drawn - item.box).max() <= 5, seed
 
 
-def test_only_a_new_folder_is_drawn_into(tmp_path, monkeypatch, capsys):
+def test_only_a_new_folder_is_drawn_into(tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     for place_taken in (tmp_path, tmp_path / "notes.txt"):
         assert shapes.main([str(place_taken)]) == 2

@@ -36,20 +36,6 @@ def built(version: str, size: int, num_classes: int = 81) -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    ("version", "parameters", "macs", "cio", "concat"),
-    [
-        ("SSD_HarDNet68", 25_700_414, 34_427_536_384, 69_690_116, 58_820_616),
-        ("SSD_HarDNet85", 38_782_074, 60_634_137_600, 101_561_092, 87_947_272),
-        ("SSD_vgg", 36_821_726, 101_837_579_264, 133_243_652, 5_568_520),
-    ],
-)
-def test_totals_of_the_published_detectors(version, parameters, macs, cio, concat):
-    result = profile(built(version, 512), 512)
-    assert (result.parameters, result.macs) == (parameters, macs)
-    assert (result.cio, result.concat, result.traffic) == (cio, concat, cio + concat)
-
-
-@pytest.mark.parametrize(
     ("version", "size"), [(v, s) for v, row in BACKBONES.items() for s in row.sizes]
 )
 def test_totals_agree_with_other_ways_to_count(version, size, monkeypatch):
@@ -75,7 +61,7 @@ def test_totals_agree_with_other_ways_to_count(version, size, monkeypatch):
     assert (result.cio, result.concat) == (sum(cio), sum(concat))
     assert result.parameters == sum(p.numel() for p in net.parameters())
     assert result.parameters == sum(layer.parameters for layer in result.layers)
-    # After a change, paste the output of `python -m tools.traffic` into docs/traffic.md.
+    # The page pins every figure. After a change, paste the output of `python -m tools.traffic`.
     printed = cells(summary_table([(version, size, result)]).splitlines()[2])
     assert printed == ROWS[version, str(size)]
 
@@ -88,7 +74,7 @@ def test_first_layers_of_hardnet68_by_hand():
     assert (first.parameters, first.macs) == (3 * 32 * 9, 3 * 32 * 9 * 256**2)
     assert (first.cio, first.concat) == (3 * 512**2 + 32 * 256**2, 0)
     assert (norm.name, norm.kind, norm.parameters) == ("base.0.norm", "BatchNorm2d", 64)
-    assert (norm.macs, norm.cio, norm.concat) == (0, 0, 0)
+    assert norm.macs == norm.cio == norm.concat == 0
 
     # The first block: 8 layers of k = 14, m = 1.7 on 64 channels of 128 x 128. Layers 2, 4, 6, 8
     # join their inputs, and the output joins layers 1, 3, 5, 7 and 8.
@@ -197,55 +183,25 @@ def test_layers_are_printed_with_shapes(capsys):
     assert cells[-1][:3] == ["SSD_HarDNet68", "300", "17,260,864"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["-v", "SSD_vgg", "-s", "400"], "error: SSD_vgg does not exist at size 400"),
-        (["-s", "400"], "does not exist at size 400, choose from 300, 512"),
-        (["-v", "SSD_mobile", "-s", "512"], "error: SSD_mobile does not exist at size 512"),
-        (["-v", "SSD_vgg", "--num_classes", "1"], "error: num_classes is 1"),
-        (["-v", "SSD_vgg", "--json", "."], "error: .: cannot be written"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["-s", "400"], "does not exist at size 400, choose from 300, 512"),
+    (["-v", "SSD_mobile", "-s", "512"], "error: SSD_mobile does not exist at size 512"),
+    (["-v", "SSD_vgg", "--num_classes", "1"], "error: num_classes is 1"),
+    (["-v", "SSD_vgg", "--json", "."], "error: .: cannot be written"),
+])  # fmt: skip
 def test_wrong_arguments_give_one_sentence(arguments, words, capsys):
     assert main(arguments) == 2
     output = capsys.readouterr()
     assert output.out == "" and words in output.err and output.err.count("\n") == 1
 
 
-@pytest.fixture
-def uncounted(monkeypatch):
-    """Networks are built, but not counted."""
-    monkeypatch.setattr("tools.traffic.profile", lambda net, size: Profile((), 0, 0))
-
-
 @pytest.mark.parametrize("sizes", [[], [512]])
-def test_all_networks_are_those_that_have_the_size(sizes, uncounted, capsys):
+def test_all_networks_are_those_that_have_the_size(sizes, monkeypatch, capsys):
+    monkeypatch.setattr("tools.traffic.build_net", lambda *_: None)
+    monkeypatch.setattr("tools.traffic.profile", lambda net, size: Profile((), 0, 0))
     assert main(["-s", *map(str, sizes)] if sizes else []) == 0
     lines = [cells(line)[:2] for line in capsys.readouterr().out.splitlines()[2:]]
-    assert lines == [
-        [version, str(size)]
-        for version, row in BACKBONES.items()
-        for size in row.sizes
-        if not sizes or size in sizes
-    ]
-    assert sizes or list(map(list, ROWS)) == lines
-
-
-def test_an_interrupt_has_its_exit_status(monkeypatch, capsys):
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("tools.traffic.profile", interrupt)
-    assert main(["-v", "SSD_vgg"]) == 130
-    assert capsys.readouterr() == ("", "interrupted\n")
-
-
-def test_unknown_network_names_the_known_ones(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["-v", "SSD_HarDNet99"])
-    error = capsys.readouterr().err
-    assert "SSD_HarDNet99" in error and all(version in error for version in BACKBONES)
+    assert lines == [list(key) for key in ROWS if not sizes or key[1] == "512"]
 
 
 def test_commands_of_the_page_run_as_written(tmp_path, monkeypatch, capsys):
@@ -258,10 +214,8 @@ def test_commands_of_the_page_run_as_written(tmp_path, monkeypatch, capsys):
     (report,) = json.loads((tmp_path / "OUT.json").read_text())
     assert (report["version"], report["size"], report["num_classes"]) == ("SSD_HarDNet68", 512, 21)
     assert report["traffic_bytes"] == {"fp32": 4 * report["traffic"], "bf16": 2 * report["traffic"]}
-    assert report["parameter_bytes"] == {
-        "fp32": 4 * report["parameters"],
-        "bf16": 2 * report["parameters"],
-    }
+    parameters = report["parameters"]
+    assert report["parameter_bytes"] == {"fp32": 4 * parameters, "bf16": 2 * parameters}
     for total in ("parameters", "macs", "cio", "concat"):
         assert report[total] == sum(layer[total] for layer in report["layers"])
     assert report["traffic"] == report["cio"] + report["concat"]

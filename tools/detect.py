@@ -29,22 +29,11 @@ from data.classes import parse_classes
 from inference.draw import draw_caption, escape, find_font
 from inference.predictor import Predictor
 from layers.detect import SUPPRESSION
-from tools.outputs import (
-    ANNOTATIONS,
-    Annotations,
-    CsvFile,
-    Drawings,
-    Found,
-    JsonFiles,
-    Output,
-    Writer,
-    draw,
-)
-from tools.sources import Frame, Reader, Source, find_sources
+from tools.outputs import ANNOTATIONS, Found, Output, Writer, draw, open_writers
+from tools.sources import Frame, Reader, find_sources
 from utils.arguments import Parser, cores, fraction, positive
 from utils.device import AMP_TYPES
 from utils.errors import UserError, command
-from utils.files import check_writable
 from utils.logger import LOGGER, close_logging, setup_logging
 from utils.signals import StopSignal
 
@@ -92,15 +81,11 @@ def has_display() -> bool:
 
 def open_predictor(args: argparse.Namespace) -> Predictor:
     predictor = Predictor(
-        args.weights,
-        device=args.device,
-        amp=args.amp,
+        args.weights, device=args.device, amp=args.amp,
         classes=parse_classes(args.classes) if args.classes else None,
-        score_threshold=args.score_threshold,
-        max_detections=args.max_detections,
-        nms=args.nms,
-        class_agnostic=args.class_agnostic,
-    )
+        score_threshold=args.score_threshold, max_detections=args.max_detections,
+        nms=args.nms, class_agnostic=args.class_agnostic,
+    )  # fmt: skip
     if args.score_threshold is None:  # an exported file may have a higher one inside
         least = max(THRESHOLD, predictor.config.conf_thresh)
         predictor.config = replace(predictor.config, conf_thresh=least)
@@ -108,11 +93,7 @@ def open_predictor(args: argparse.Namespace) -> Predictor:
 
 
 def find_objects(predictor: Predictor, frames: Sequence[Frame]) -> list[Found]:
-    """Return the detections of each frame.
-
-    Raises:
-        UserError: The network's output is not finite.
-    """
+    """Return the detections of each frame; raise UserError if they are not finite."""
     try:
         detections = predictor([frame.image for frame in frames])
     except FloatingPointError as error:
@@ -139,29 +120,6 @@ def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
     return font
 
 
-def open_writers(
-    folder: Path, args: argparse.Namespace, sources: Sequence[Source], classes: Sequence[str],
-    font: FreeTypeFont, stack: ExitStack,
-) -> list[Writer]:  # fmt: skip
-    """Return the writers that the options ask for; ``stack`` closes their files.
-
-    Raises:
-        UserError: The folder cannot be written, or a writer refuses to replace files.
-    """
-    check_writable(folder / "detections")
-    writers: list[Writer] = []
-    # Those that refuse come first: the others replace the results of an earlier call.
-    if args.draw:
-        writers.append(drawings := Drawings(folder, sources, classes, font))
-        stack.callback(drawings.close)
-    writers += [Annotations(folder, k, sources, classes) for k in ANNOTATIONS if k in args.save]
-    if "csv" in args.save:
-        writers.insert(0, CsvFile(folder, classes, stack))
-    if "json" in args.save:
-        writers.insert(0, JsonFiles(folder, sources, classes, stack))
-    return writers
-
-
 def detect(args: argparse.Namespace) -> int:
     """Do what the command line asks for, and return the exit status."""
     folder = Path(args.out or Path("runs", "detect", Path(args.weights).stem))
@@ -181,7 +139,8 @@ def detect(args: argparse.Namespace) -> int:
         stop = stack.enter_context(StopSignal())
         writers: list[Writer] = []
         if args.out or not args.live:
-            writers = open_writers(folder, args, sources, info.classes, font, stack)
+            kinds = {*args.save, "drawn"} if args.draw else {*args.save}
+            writers = open_writers(folder, kinds, sources, info.classes, font, stack)
         output = Output(writers, args.workers, stack)
         reader = Reader(sources, 1 if args.live else args.batch_size, args.workers)
         objects, is_open = 0, True
@@ -216,24 +175,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     # fmt: off
     p.add_argument("weights", metavar="WEIGHTS",
                    help="checkpoint (.pth, .safetensors) or exported network (.onnx, .xml)")
-    p.add_argument("sources", metavar="SOURCE", nargs="*",
-                   help="image, folder (with all below it), quoted pattern, video, or camera (or "
-                        "its number)")
+    p.add_argument("sources", metavar="SOURCE", nargs="*", help="image, folder (with all below "
+                   "it), quoted pattern, video, or camera (or its number)")
     g = p.add_argument_group("results")
-    g.add_argument("--out", metavar="DIR",
-                   help="results folder (default: runs/detect/NAME with the name of the weights)")
+    g.add_argument("--out", metavar="DIR", help="results folder (default: runs/detect/NAME with "
+                   "the name of the weights)")
     g.add_argument("--save", nargs="*", choices=["json", "csv", *ANNOTATIONS], metavar="KIND",
-                   default=["json", "csv"],
-                   help="json (COCO), csv, voc, yolo (default: json csv)")
+                   default=["json", "csv"], help="json (COCO), csv, voc, yolo (default: json csv)")
     g.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True,
                    help="draw images and videos with their boxes")
     g.add_argument("--live", action="store_true",
                    help="show a camera or video in a window; results are written only with --out")
     g.add_argument("--font", metavar="FILE", help="font for class names that are not ASCII")
     g = p.add_argument_group("detections")
-    g.add_argument("--score_threshold", type=fraction, metavar="X",
-                   help=f"lowest score of a detection (default: {THRESHOLD}, or a higher one that "
-                        "an exported file was made with)")
+    g.add_argument("--score_threshold", type=fraction, metavar="X", help="lowest score of a "
+                   f"detection (default: {THRESHOLD}, or the higher one of an exported file)")
     g.add_argument("--max_detections", type=positive, metavar="N",
                    help="most detections of an image (default: 300 VOC, 200 COCO)")
     g.add_argument("--classes", metavar="NAMES", help="a,b,c or a file, for weights without names")

@@ -14,7 +14,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -30,9 +30,8 @@ from tools.sources import Frame, Source, real_path
 from utils.errors import UserError
 from utils.files import atomic_write, check_writable
 
-# COCO numbers its 80 categories up to 90; these numbers are not in use.
-_UNUSED = {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}
-COCO_IDS = tuple(k for k in range(1, 91) if k not in _UNUSED)
+# COCO numbers its 80 categories up to 90, without ten of these numbers.
+COCO_IDS = tuple(sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
 _NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 CSV_HEADER = ("file", "frame", "time", "class", "score", "x1", "y1", "x2", "y2")
 DRAWN = frozenset(".jpg .jpeg .jpe .png .bmp .dib .webp .tif .tiff .ppm".split())
@@ -72,12 +71,7 @@ class Writer(Protocol):
 
 
 class Output:
-    """Write results in threads. The frames of a video are always written in order.
-
-    Args of the constructor:
-        workers: Threads for files that need no order.
-        stack: Ends the threads when it closes.
-    """
+    """Write results in ``workers`` threads, those of videos in order, until ``stack`` closes."""
 
     def __init__(self, writers: Sequence[Writer], workers: int, stack: ExitStack) -> None:
         self.writers = writers
@@ -97,6 +91,29 @@ class Output:
         """Wait until at most ``most`` files are pending."""
         while len(self._pending) > most:
             self._pending.popleft().result()
+
+
+def open_writers(
+    folder: Path, kinds: Collection[str], sources: Sequence[Source], classes: Sequence[str],
+    font: FreeTypeFont, stack: ExitStack,
+) -> list[Writer]:  # fmt: skip
+    """Return the writers of some kinds: json, csv, voc, yolo, drawn; ``stack`` closes their files.
+
+    Raises:
+        UserError: The folder cannot be written, or a writer refuses to replace files.
+    """
+    check_writable(folder / "detections")
+    writers: list[Writer] = []
+    # Those that refuse come first: the others replace the results of an earlier call.
+    if "drawn" in kinds:
+        writers.append(drawings := Drawings(folder, sources, classes, font))
+        stack.callback(drawings.close)
+    writers += [Annotations(folder, k, sources, classes) for k in ANNOTATIONS if k in kinds]
+    if "csv" in kinds:
+        writers.insert(0, CsvFile(folder, classes, stack))
+    if "json" in kinds:
+        writers.insert(0, JsonFiles(folder, sources, classes, stack))
+    return writers
 
 
 # ---------------------------------------------------------------- one file for all images
@@ -200,9 +217,6 @@ def image_ids(sources: Sequence[Source]) -> dict[str, int]:
 class Annotations:
     """One annotation file per image or frame, also without objects, and ``classes.txt``.
 
-    Args of the constructor:
-        kind: "voc" or "yolo".
-
     Raises:
         UserError: The folder holds annotations already.
     """
@@ -262,10 +276,9 @@ def voc_xml(found: Found, classes: Sequence[str]) -> bytes:
 
 
 def voc_annotation(
-    name: str,
-    size: tuple[int, int],
+    name: str, size: tuple[int, int],
     objects: Iterable[tuple[str, Sequence[int], Mapping[str, object]]],
-) -> bytes:
+) -> bytes:  # fmt: skip
     """Return the VOC XML of an image.
 
     Args:
@@ -338,9 +351,8 @@ class Drawings:
     in_order = False
 
     def __init__(
-        self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
-        font: FreeTypeFont,
-    ) -> None:  # fmt: skip
+        self, folder: Path, sources: Sequence[Source], classes: Sequence[str], font: FreeTypeFont
+    ) -> None:
         self._folder, self._classes, self._font = folder / self.place, classes, font
         self._video: VideoFile | None = None
         inputs = {real_path(source.path) for source in sources if source.kind != "camera"}

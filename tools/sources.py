@@ -29,7 +29,7 @@ IMAGES = frozenset(
 VIDEOS = frozenset(
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts .mts .3gp .ogv .gif".split()
 )
-RESULTS = frozenset(["detections.json", "detections.csv", "images.json"])
+RESULTS = {"detections.json", "detections.csv", "images.json"}
 """Files of an earlier call beside its folder ``drawn``."""
 LOG_EVERY = 1000
 """Images per log line where the output is not a terminal."""
@@ -86,14 +86,11 @@ def find_sources(words: Sequence[str], out: Path) -> list[Source]:
             continue
         found = {os.path.abspath(path): kind for path in _files(word, out) if (kind := _kind(path))}
         if not found:
-            raise UserError(
-                f"{word} holds no image and no video; their names end in "
-                f"{', '.join(sorted(IMAGES))}, {', '.join(sorted(VIDEOS))}"
-            )
+            suffixes = ", ".join([*sorted(IMAGES), *sorted(VIDEOS)])
+            raise UserError(f"{word} holds no image and no video; their names end in {suffixes}")
         files |= found
-        roots |= (
-            {os.path.abspath(word)} if os.path.isdir(word) else set(map(os.path.dirname, found))
-        )
+        is_folder = os.path.isdir(word)
+        roots |= {os.path.abspath(word)} if is_folder else {*map(os.path.dirname, found)}
     if len(cameras) > 1:
         raise UserError(f"cameras {', '.join(map(str, sorted(cameras)))} are given; give one")
     try:
@@ -147,15 +144,10 @@ def _name(path: str, base: str) -> str:
 
 
 class Reader:
-    """Read sources in order, in batches. What cannot be read is reported, counted and skipped.
+    """Read sources in order, in batches; a camera always gives batches of one.
 
-    Args of the constructor:
-        batch_size: Frames per batch; a camera always gives batches of one.
-        workers: Threads that read images ahead of their use.
-
-    Attributes:
-        images, frames: Images, and frames of videos or a camera, in the batches so far.
-        broken: Files that could not be read.
+    ``workers`` threads read images ahead of their use. What cannot be read is reported, counted
+    as ``broken`` and skipped. ``images`` and ``frames`` count those in the batches so far.
     """
 
     def __init__(self, sources: Sequence[Source], batch_size: int, workers: int) -> None:
@@ -198,10 +190,8 @@ class Reader:
     def _read_video(self, source: Source) -> Iterator[list[Frame]]:
         capture, is_camera = cv2.VideoCapture(source.path), source.kind == "camera"
         if is_camera and not capture.isOpened():
-            raise UserError(
-                f"{source.name} cannot be opened; is it connected, in use by another program, or "
-                "has it another number?"
-            )
+            why = "is it connected, in use by another program, or has it another number?"
+            raise UserError(f"{source.name} cannot be opened; {why}")
         if is_camera:  # the frames must be new; not every driver obeys
             capture.set(cv2.CAP_PROP_BUFFERSIZE, 1)
         stated, seen = capture.get(cv2.CAP_PROP_FRAME_COUNT), 0

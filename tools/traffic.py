@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from models import BACKBONES, build_net
 from utils.arguments import Parser, count
@@ -26,6 +27,7 @@ from utils.files import check_writable, write_json
 
 BYTES = {"fp32": 4, "bf16": 2}
 """Bytes of an element."""
+ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Layer:
     macs: int = 0
     """Multiply-accumulates of a convolution, without its bias."""
     cio: int = 0
-    """Convolutional input/output: elements of a convolution's input plus those of its output."""
+    """Convolutional input/output (arXiv 1909.00948): elements of input plus those of output."""
     concat: int = 0
     """Elements that a concatenation or a copy reads and writes."""
 
@@ -63,12 +65,10 @@ class Profile:
 
     @property
     def cio(self) -> int:
-        """Convolutional input/output (arXiv 1909.00948), in elements."""
         return sum(layer.cio for layer in self.layers)
 
     @property
     def concat(self) -> int:
-        """Elements read and written by concatenations."""
         return sum(layer.concat for layer in self.layers)
 
     @property
@@ -112,9 +112,8 @@ class _Recorder(TorchDispatchMode):
         name = self.path.pop()
         own = self._parameters(module.parameters(recurse=False))
         if own:
-            kind, shapes = type(module).__name__, tuple(tuple(x.shape) for x in _tensors(inputs))
-            first = next((tuple(x.shape) for x in _tensors(output)), ())
-            self.layers.append(Layer(name, kind, shapes, first, own))
+            kind, first = type(module).__name__, (*_shapes(output), ())[0]
+            self.layers.append(Layer(name, kind, _shapes(inputs), first, own))
 
     def __torch_dispatch__(
         self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
@@ -126,7 +125,7 @@ class _Recorder(TorchDispatchMode):
             self._add("concat", args[0], output, concat=_numel((*args[0], output)))
         elif func is torch.ops.aten.copy_.default:
             self._add("copy", [args[1]], output, concat=_numel((args[1], output)))
-        elif func in _ADDITIONS and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
+        elif func in ADDITIONS and isinstance(args[1], Tensor) and args[0].shape == args[1].shape:
             self.sums += _numel((*args[:2], output))
         return output
 
@@ -150,17 +149,13 @@ class _Recorder(TorchDispatchMode):
         return sum(self.unseen.pop(id(t), 0) for t in tensors)
 
     def _add(self, kind: str, inputs: Sequence[Tensor], output: Tensor, **counts: int) -> None:
-        shapes = tuple(tuple(x.shape) for x in inputs)
-        self.layers.append(Layer(self.path[-1], kind, shapes, tuple(output.shape), **counts))
+        shape = tuple(output.shape)
+        self.layers.append(Layer(self.path[-1], kind, _shapes(inputs), shape, **counts))
 
 
-def _tensors(value: object) -> Iterator[Tensor]:
-    """Yield the tensors in nested lists, tuples and mappings."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list, Mapping)):
-        for part in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(part)
+def _shapes(value: object) -> tuple[tuple[int, ...], ...]:
+    """Return the shapes of the tensors in nested lists, tuples and mappings."""
+    return tuple(tuple(x.shape) for x in tree_leaves(value) if isinstance(x, Tensor))
 
 
 def _numel(tensors: Iterable[Tensor]) -> int:
@@ -184,14 +179,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def layer_table(result: Profile) -> str:
     """Return a table of layers. Shapes are without batch; a concatenation reads 14+24x128x128."""
     header = ("layer", "kind", "input", "output", "parameters", "MACs", "CIO", "concatenation")
-    return table(
-        header,
-        [
-            (x.name, x.kind, _input(x), "x".join(map(str, x.output[1:])))
-            + (x.parameters, x.macs, x.cio, x.concat)
-            for x in result.layers
-        ],
-    )
+    return table(header, [
+        (x.name, x.kind, _input(x), "x".join(map(str, x.output[1:])))
+        + (x.parameters, x.macs, x.cio, x.concat)
+        for x in result.layers
+    ])  # fmt: skip
 
 
 def _input(layer: Layer) -> str:
@@ -205,32 +197,23 @@ def _input(layer: Layer) -> str:
 def summary_table(results: Iterable[tuple[str, int, Profile]]) -> str:
     """Return a table of networks; the last columns are the total traffic in 10^6 bytes."""
     header = ("network", "size", "parameters", "MACs", "CIO", "concatenation", "total")
-    return table(
-        (*header, *(f"MB {name}" for name in BYTES)),
-        [
-            (version, size, p.parameters, p.macs, p.cio, p.concat, p.traffic)
-            + tuple(round(p.traffic * n / 1e6) for n in BYTES.values())
-            for version, size, p in results
-        ],
-    )
+    return table((*header, *(f"MB {name}" for name in BYTES)), [
+        (version, size, p.parameters, p.macs, p.cio, p.concat, p.traffic)
+        + tuple(round(p.traffic * n / 1e6) for n in BYTES.values())
+        for version, size, p in results
+    ])  # fmt: skip
 
 
 def report(version: str, size: int, num_classes: int, result: Profile) -> dict:
     """Return a profile as JSON values: totals, bytes, and every layer."""
-    totals = {name: getattr(result, name) for name in _TOTALS}
+    totals = ("parameters", "macs", "cio", "concat", "sums", "traffic")
     return {
-        "version": version,
-        "size": size,
-        "num_classes": num_classes,
-        **totals,
+        "version": version, "size": size, "num_classes": num_classes,
+        **{name: getattr(result, name) for name in totals},
         "traffic_bytes": {name: result.traffic * n for name, n in BYTES.items()},
         "parameter_bytes": {name: result.parameters * n for name, n in BYTES.items()},
         "layers": [asdict(layer) for layer in result.layers],
-    }
-
-
-_ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
-_TOTALS = ("parameters", "macs", "cio", "concat", "sums", "traffic")
+    }  # fmt: skip
 
 
 def profiles(
@@ -238,10 +221,7 @@ def profiles(
 ) -> list[tuple[str, int, Profile]]:
     """Return (version, size, profile) of networks.
 
-    Args:
-        versions: None: all that have one of the sizes.
-        sizes: Sides of the input; None: all of a network.
-        num_classes: Number of classes, with the background.
+    ``versions`` None: all that have one of the sizes. ``sizes`` None: all of a network.
 
     Raises:
         UserError: A network does not exist at a size, or the number of classes is too small.
@@ -266,15 +246,13 @@ def profiles(
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     p = Parser(prog="python -m tools.traffic", description=__doc__.splitlines()[0])
-    p.add_argument(
-        "-v", "--version", nargs="+", choices=BACKBONES, metavar="VERSION",
-        help=f"networks (default: all that have the size): {', '.join(BACKBONES)}",
-    )  # fmt: skip
+    # fmt: off
+    p.add_argument("-v", "--version", nargs="+", choices=BACKBONES, metavar="VERSION",
+                   help=f"networks (default: all that have the size): {', '.join(BACKBONES)}")
     p.add_argument("-s", "--size", type=int, nargs="+", help="sides of the input (default: all)")
-    p.add_argument(
-        "--num_classes", type=count, default=81, metavar="N",
-        help="number of classes, with the background (default: 81, COCO)",
-    )  # fmt: skip
+    p.add_argument("--num_classes", type=count, default=81, metavar="N",
+                   help="number of classes, with the background (default: 81, COCO)")
+    # fmt: on
     p.add_argument("--layers", action="store_true", help="also print a table of the layers")
     p.add_argument("--json", metavar="OUT", help="write totals and layers to this file")
     args = p.parse_args(argv)

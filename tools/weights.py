@@ -22,9 +22,8 @@ from utils.errors import command
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(
-        prog="python -m tools.weights", description="Published weights, and files of weights."
-    )
+    p = argparse.ArgumentParser(prog="python -m tools.weights",
+                                description="Published weights, and files of weights.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="list the published files: what they fit, and where they are")
     c = commands.add_parser("download", help="download a published file, and verify it")
@@ -43,14 +42,10 @@ def describe(found: Contents) -> str:
     """Return the contents of a file as lines of text; lists are cut at 20 names."""
     dtypes = ", ".join(f"{count} {name}" for name, count in found.dtypes.items())
     lines = {
-        "file": f"{found.file} ({found.bytes:,} bytes)",
-        "sha256": found.sha256,
-        "git blob": found.git_blob,
-        "origin": "unknown",
-        "holds": ", ".join(found.holds),
+        "file": f"{found.file} ({found.bytes:,} bytes)", "sha256": found.sha256,
+        "git blob": found.git_blob, "origin": "unknown", "holds": ", ".join(found.holds),
         "tensors": f"{found.tensors} ({dtypes}), {found.parameters:,} parameters",
-        "detector": "none",
-        "basenet of": ", ".join(found.basenet) or "none",
+        "detector": "none", "basenet of": ", ".join(found.basenet) or "none",
     }
     if found.origin:
         row = published(found.origin)

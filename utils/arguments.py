@@ -12,16 +12,11 @@ class Parser(argparse.ArgumentParser):
     """A parser to which --some_option and --some-option are the same, whichever is declared."""
 
     def parse_known_args(
-        self,
-        args: Sequence[str] | None = None,
-        namespace: argparse.Namespace | None = None,
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None,
     ) -> tuple[argparse.Namespace, list[str]]:
         words = list(sys.argv[1:] if args is None else args)
-        declared = {
-            name.replace("_", "-"): name
-            for action in self._actions
-            for name in action.option_strings
-        }
+        declared = {name.replace("_", "-"): name
+                    for action in self._actions for name in action.option_strings}
         end = words.index("--") if "--" in words else len(words)
         for k, word in enumerate(words[:end]):
             name, equals, value = word.partition("=")

@@ -40,23 +40,15 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU_SOURCE = Path("utils/nms/_cpu_nms.pyx")
 CUDA_SOURCE = Path("utils/nms/_cuda_nms.cu")
 CORE = (
-    "torch>=2.6",
-    "torchvision",
-    "numpy>=1.26",
-    "opencv-python-headless>=4.8",
-    "pillow>=10.1",
-    "pycocotools>=2.0.8",
-    "cython>=3",
-    "setuptools>=64",
+    "torch>=2.6", "torchvision", "numpy>=1.26", "opencv-python-headless>=4.8", "pillow>=10.1",
+    "pycocotools>=2.0.8", "cython>=3", "setuptools>=64",
 )
 EVAL = ("hotcoco>=1.2", "faster-coco-eval")
 ONNX = ("onnx", "onnxscript")
 OPENVINO = ("openvino", "nncf")
 EXTRAS = {
-    "test": (
-        "pytest", "pytest-xdist", "hypothesis", "ruff", "safetensors", "matplotlib",
-        *EVAL, *ONNX, "onnxruntime", *OPENVINO,
-    ),  # fmt: skip
+    "test": ("pytest", "pytest-xdist", "hypothesis", "ruff", "safetensors", "matplotlib", *EVAL,
+             *ONNX, "onnxruntime", *OPENVINO),  # fmt: skip
     "eval": EVAL,
     "onnx": (*ONNX, "onnxruntime"),
     "openvino": (*OPENVINO, *ONNX),
@@ -64,12 +56,8 @@ EXTRAS = {
     "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),
 }
-OPENCV = (
-    "opencv-python",
-    "opencv-python-headless",
-    "opencv-contrib-python",
-    "opencv-contrib-python-headless",
-)
+OPENCV = ("opencv-python", "opencv-python-headless", "opencv-contrib-python",
+          "opencv-contrib-python-headless")
 
 
 def requirements() -> list[str]:
@@ -100,10 +88,8 @@ def extensions() -> list[Extension]:
     """Return the setuptools Extensions of setup.py, which compiles them by `command()`."""
     from setuptools import Extension
 
-    return [
-        Extension(_name(CPU_SOURCE), [CPU_SOURCE.as_posix()], language="c++"),
-        Extension(_name(CUDA_SOURCE), [CUDA_SOURCE.as_posix()]),
-    ]
+    return [Extension(_name(CPU_SOURCE), [CPU_SOURCE.as_posix()], language="c++"),
+            Extension(_name(CUDA_SOURCE), [CUDA_SOURCE.as_posix()])]
 
 
 def command() -> type:
@@ -129,10 +115,8 @@ def build() -> list[str]:
 
     The current folder must be the project's root.
     """
-    return [
-        _attempt(CPU_SOURCE, _build_cpu, "PyTorch serves instead, with equal results"),
-        _attempt(CUDA_SOURCE, _build_cuda, "torchvision serves a GPU instead"),
-    ]
+    return [_attempt(CPU_SOURCE, _build_cpu, "PyTorch serves instead, with equal results"),
+            _attempt(CUDA_SOURCE, _build_cuda, "torchvision serves a GPU instead")]
 
 
 def _attempt(source: Path, make: Callable[[], str], instead: str) -> str:
@@ -207,12 +191,8 @@ def _build_cuda() -> str:
         number, _, ptx = architecture.replace(".", "").partition("+")
         code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={code}")
-    done = subprocess.run(
-        [nvcc, *flags, "-o", _library(CUDA_SOURCE), CUDA_SOURCE],
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    done = subprocess.run([nvcc, *flags, "-o", _library(CUDA_SOURCE), CUDA_SOURCE],
+                          capture_output=True, text=True, errors="replace")
     if done.returncode:
         output = done.stdout + done.stderr
         raise RuntimeError(_telling_line(output) or f"{nvcc} failed: {output[-200:]}")
@@ -286,10 +266,8 @@ def _compiled_for(library: Path) -> str:
 
     Another process loads it: a process cannot replace a library that it has loaded.
     """
-    program = (
-        "import ctypes, sys; ask = ctypes.CDLL(sys.argv[1]).nms_architectures; "
-        "ask.restype = ctypes.c_char_p; print(ask().decode())"
-    )
+    program = ("import ctypes, sys; ask = ctypes.CDLL(sys.argv[1]).nms_architectures; "
+               "ask.restype = ctypes.c_char_p; print(ask().decode())")
     question = [sys.executable, "-c", program, library.resolve()]
     return subprocess.run(question, capture_output=True, text=True).stdout.strip()
 
@@ -353,24 +331,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Compile the extensions in place.")
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument("--check", action="store_true", help="print the NMS routines in use")
-    choice.add_argument(
-        "--missing",
-        nargs="?",
-        const="core",
-        choices=["core", *EXTRAS],
-        metavar="EXTRA",
-        help="print the packages to install, one per line",
-    )
+    choice.add_argument("--missing", nargs="?", const="core", choices=["core", *EXTRAS],
+                        metavar="EXTRA", help="print the packages to install, one per line")
     args = parser.parse_args()
     os.chdir(ROOT)  # setuptools resolves paths against the current folder
     if args.missing:
         lines = missing(args.missing)
     elif args.check:
         nms = importlib.import_module("utils.nms")  # here: building works without PyTorch
-        lines = [
-            f"NMS on the {name}: {nms.backend(device)} ({nms.backend_reason(device)})"
-            for name, device in (("CPU", "cpu"), ("GPU", "cuda"))
-        ]
+        lines = [f"NMS on the {name}: {nms.backend(device)} ({nms.backend_reason(device)})"
+                 for name, device in (("CPU", "cpu"), ("GPU", "cuda"))]
     else:
         lines = build()
     for line in lines:

@@ -205,26 +205,19 @@ def _name(key: object) -> str:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return (
-        tensor.layout == torch.strided
-        and tensor.device.type == "cpu"
-        and not (tensor.is_nested or tensor.is_quantized or tensor.is_complex())
-    )
+    on_cpu = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    return on_cpu and not (tensor.is_nested or tensor.is_quantized or tensor.is_complex())
 
 
 def _reason(error: Exception) -> str:
-    """Return type and first sentence of an error. PyTorch's next sentences say how to open the file
-    unsafely, which is not done here."""
+    """Return type and first sentence; PyTorch's next ones say how to open the file unsafely."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].split('. ')[0] if lines else 'no reason given'}"
 
 
 def _tensors(path: str | Path, state: Mapping) -> dict[str, Tensor]:
-    strangers = [
-        _name(key)
-        for key, value in state.items()
-        if not (_is_text(key) and isinstance(value, Tensor))
-    ]
+    strangers = [_name(key) for key, value in state.items()
+                 if not (_is_text(key) and isinstance(value, Tensor))]
     if strangers or not state:
         entries = list_keys(strangers, "entries that are no named tensors")
         raise UserError(f"{path} holds no state dict" + (f"; {entries}" if strangers else ""))

@@ -13,9 +13,8 @@ AMP_TYPES = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Values of ``amp`` -> the dtype of ``torch.autocast``, None for full precision."""
 
 
-def choose_device(
-    name: str = "auto", amp: str = "off", local_rank: int | None = None
-) -> torch.device:
+def choose_device(name: str = "auto", amp: str = "off",
+                  local_rank: int | None = None) -> torch.device:
     """Return the device called ``name``. The current CUDA device stays as it is.
 
     Args:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import sys
 import tarfile
@@ -18,12 +19,8 @@ from utils.files import file_digest
 _DRIVE = re.compile(r"https://drive\.google\.com/file/d/([\w-]+)")
 
 
-def fetch(
-    url: str,
-    path: str | Path,
-    checksum: str | None,
-    check: Callable[[Path], str] | None = None,
-) -> Path:
+def fetch(url: str, path: str | Path, checksum: str | None,
+          check: Callable[[Path], str] | None = None) -> Path:
     """Download ``url`` to ``path``, verify it, and return the path. A good file is kept as it is.
 
     The file takes its place after it was verified; until then an earlier file stays. Files of
@@ -124,8 +121,13 @@ def extract_tar(path: str | Path, directory: str | Path) -> None:
     nothing is unpacked. ``unpacking_mark`` stays if the work is cut short.
 
     Raises:
-        UserError: no whole tar archive, a refused member, or no room.
+        UserError: no whole tar archive, a refused member, no room, or a Python without the filter.
     """
+    if not hasattr(tarfile, "data_filter"):
+        raise UserError(
+            f"{path} cannot be unpacked safely by Python {platform.python_version()}; use 3.10.12, "
+            "3.11.4 or newer"
+        )
     mark = unpacking_mark(path, directory)
     try:
         with tarfile.open(path, "r:") as archive:

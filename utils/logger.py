@@ -109,9 +109,8 @@ class Progress:
 class RunLog:
     """The file ``log.jsonl`` of a run, one JSON object per epoch, and optionally TensorBoard."""
 
-    def __init__(
-        self, directory: Path, history: list[dict], tensorboard: bool, write: bool = True
-    ) -> None:
+    def __init__(self, directory: Path, history: list[dict], tensorboard: bool,
+                 write: bool = True) -> None:
         """Open the log of a run.
 
         Args:

@@ -49,12 +49,8 @@ def nms(dets: np.ndarray | Tensor, thresh: float, pixel: bool = True) -> np.ndar
 
 
 def soft_nms(
-    dets: np.ndarray | Tensor,
-    thresh: float = 0.3,
-    method: str = "linear",
-    sigma: float = 0.5,
-    min_score: float = 0.001,
-    pixel: bool = True,
+    dets: np.ndarray | Tensor, thresh: float = 0.3, method: str = "linear", sigma: float = 0.5,
+    min_score: float = 0.001, pixel: bool = True,
 ) -> tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]:
     """Apply Soft-NMS (Bodla et al., ICCV 2017, arXiv 1704.04503) to the boxes of one class.
 
@@ -82,9 +78,8 @@ def soft_nms(
     return kept, scores
 
 
-def _one_class(
-    dets: np.ndarray | Tensor, thresh: float, pixel: bool, *soft: str | float
-) -> tuple[Tensor, Tensor]:
+def _one_class(dets: np.ndarray | Tensor, thresh: float, pixel: bool,
+               *soft: str | float) -> tuple[Tensor, Tensor]:
     if isinstance(dets, np.ndarray):
         dtype = np.float32 if dets.dtype == np.float32 else np.float64
         table = torch.from_numpy(np.array(dets, dtype, order="C"))
@@ -98,15 +93,8 @@ def _one_class(
 
 
 def batched_nms(
-    boxes: Tensor,
-    scores: Tensor,
-    groups: Tensor,
-    thresh: float,
-    limit: int,
-    pixel: bool = True,
-    method: str = "hard",
-    sigma: float = 0.5,
-    min_score: float = 0.001,
+    boxes: Tensor, scores: Tensor, groups: Tensor, thresh: float, limit: int, pixel: bool = True,
+    method: str = "hard", sigma: float = 0.5, min_score: float = 0.001,
 ) -> tuple[Tensor, Tensor]:
     """Suppress within each of many groups of boxes, such as the classes of a batch's images.
 
@@ -155,10 +143,8 @@ def batched_nms(
 def _check_shapes(boxes: Tensor, scores: Tensor, groups: Tensor) -> None:
     count = len(boxes)
     if boxes.shape != (count, 4) or scores.shape != (count,) or groups.shape != (count,):
-        raise ValueError(
-            f"boxes {list(boxes.shape)}, scores {list(scores.shape)} and groups "
-            f"{list(groups.shape)} should be [N, 4], [N] and [N]"
-        )
+        raise ValueError(f"boxes {list(boxes.shape)}, scores {list(scores.shape)} and groups "
+                         f"{list(groups.shape)} should be [N, 4], [N] and [N]")
 
 
 def _check_numbers(thresh: float, limit: int, method: str, sigma: float, min_score: float) -> None:

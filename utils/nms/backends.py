@@ -158,14 +158,9 @@ def cython(boxes: Tensor, scores: Tensor, groups: Groups, rule: Rule) -> tuple[T
     """Select by the Cython module, on the CPU."""
     kept, selected = torch.full_like(groups.order, -1), torch.empty_like(scores)
     extension()[0].select(
-        *(x.numpy() for x in (boxes, scores, groups.order, groups.starts)),
-        int(groups.count),
-        *rule.values(),
-        kept.numpy(),
-        selected.numpy(),
-        np.empty(len(kept), np.uint64),
-        np.empty(5 * len(kept), np.float32),
-        _threads(len(kept), int(groups.count)),
+        *(x.numpy() for x in (boxes, scores, groups.order, groups.starts)), int(groups.count),
+        *rule.values(), kept.numpy(), selected.numpy(), np.empty(len(kept), np.uint64),
+        np.empty(5 * len(kept), np.float32), _threads(len(kept), int(groups.count)),
     )
     return _taken(kept, selected)
 
@@ -193,10 +188,7 @@ def cuda(boxes: Tensor, scores: Tensor, groups: Groups, rule: Rule) -> tuple[Ten
     with torch.cuda.device(boxes.device):
         error = compiled.nms_select(
             *(x.data_ptr() for x in (boxes, scores, groups.order, groups.starts, groups.count)),
-            len(scores),
-            *rule.values(),
-            kept.data_ptr(),
-            selected.data_ptr(),
+            len(scores), *rule.values(), kept.data_ptr(), selected.data_ptr(),
             torch.cuda.current_stream().cuda_stream,
         )
     if error:
@@ -210,9 +202,8 @@ def _taken(kept: Tensor, selected: Tensor) -> tuple[Tensor, Tensor]:
     return kept[taken], selected[taken]
 
 
-def by_torchvision(
-    boxes: Tensor, scores: Tensor, groups: Groups, rule: Rule
-) -> tuple[Tensor, Tensor]:
+def by_torchvision(boxes: Tensor, scores: Tensor, groups: Groups,
+                   rule: Rule) -> tuple[Tensor, Tensor]:
     """Suppress hard by torchvision, the groups moved apart, in float64."""
     corners = boxes.double()
     low, high = corners.aminmax()
