@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import write_blood
 from exports import CLASSES, exported, write_checkpoint
-from tiny import SMALL, TINY
+from tiny import TINY
 
 import models
 import train_test
@@ -47,7 +47,6 @@ EVERYTHING = ("--preprocess", "--with-nms", "--dynamic")
 def backbones():
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.BACKBONES, "tiny", TINY)
-        patch.setitem(models.BACKBONES, "small", SMALL)
         yield
 
 
@@ -92,7 +91,7 @@ def arrays(found):
     "version, form, options",
     [
         ("tiny", "onnx", ()),
-        ("small", "onnx", EVERYTHING),
+        ("tiny", "onnx", EVERYTHING),
         ("tiny", "openvino", EVERYTHING),
         pytest.param("SSD_HarDNet39ds", "onnx", EVERYTHING, marks=pytest.mark.slow),
     ],
@@ -438,7 +437,7 @@ def test_what_is_over_the_tolerance_is_said(change, ap, problem):
 
 
 def test_a_file_is_scored_like_its_checkpoint(made, data, tmp_path, capsys):
-    checkpoint, file = made("small", "onnx", *EVERYTHING)
+    checkpoint, file = made("tiny", "onnx", *EVERYTHING)
 
     def score(file, *options):
         arguments = ["--test", file, "--root", data, "--save_folder", tmp_path, "--num_workers", 0]
@@ -446,7 +445,7 @@ def test_a_file_is_scored_like_its_checkpoint(made, data, tmp_path, capsys):
 
     assert score(checkpoint) == score(file) == 0
     expected, found = (
-        json.loads((tmp_path / "small_300" / stem / "ss_predict" / name / "test/results.json")
+        json.loads((tmp_path / "tiny_300" / stem / "ss_predict" / name / "test/results.json")
                    .read_text())
         for stem, name in ((checkpoint.stem,) * 2, (file.stem, file.name))
     )  # fmt: skip

@@ -41,7 +41,6 @@ class SmallHarDNet(HarDNetBase):
 
 TINY = Backbone(TinyBase)
 PLAIN = Backbone(PlainBase)
-SMALL = Backbone(SmallHarDNet)
 
 
 def register() -> None:
