@@ -33,9 +33,6 @@ def deploy(net: nn.Module, gather: bool = False) -> Deployed:
         gather: convolutions of HarD blocks read their inputs where they lie, not from a
             concatenation. Needs Triton and a GPU, see ``inference.gathered_conv``.
 
-    Returns:
-        A module in evaluation mode, without gradients, with the interface of ``net``.
-
     Raises:
         ValueError: a batch norm of ``net`` cannot be folded: it is not the only reader of one
             convolution that runs once.
@@ -48,10 +45,7 @@ def deploy(net: nn.Module, gather: bool = False) -> Deployed:
 
 
 class Deployed(nn.Module):
-    """Result of ``deploy``, with the interface of a detector.
-
-    Images [B, 3, S, S] (BGR, 0..255 minus the mean) -> ``loc`` [B, P, 4] and ``conf`` [B, P,
-    num_classes], logits.
+    """Result of ``deploy``, with the interface of a detector (``models.ssd.Detector``).
 
     For half precision convert it, ``deployed.to(torch.bfloat16)``; autocast would convert the
     weights in every call. Images may be float32 in any case.
@@ -123,8 +117,7 @@ def _fold_batch_norms(net: nn.Module) -> None:
             if child not in convs:
                 where = f"{path}.{name}".lstrip(".")
                 raise ValueError(f"the batch norm {where} does not follow a convolution of its own")
-            conv = convs[child]
-            dtype = conv.weight.dtype
+            conv, dtype = convs[child], convs[child].weight.dtype
             # Double precision: folding rounds once.
             fused = fuse_conv_bn_eval(conv.double(), child.double()).to(dtype)
             conv.weight, conv.bias = fused.weight, fused.bias
@@ -141,48 +134,36 @@ def _convolutions_before(net: nn.Module) -> dict[nn.Module, nn.Module]:
     tensors = [*net.parameters(), *net.buffers()]
     shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors})
     readers, runs = _Readers(), Counter()
-    made: dict[int, tuple[nn.Module, Tensor, int]] = {}  # keeps the tensors, so ids stay unique
-    before: dict[nn.Module, tuple[nn.Module, Tensor, int]] = {}
+    made: dict[int, tuple[nn.Module, Tensor]] = {}  # keeps the tensors, so ids stay unique
+    before: dict[nn.Module, tuple[nn.Module, Tensor]] = {}
 
-    def note(conv: nn.Module, _: tuple, output: Tensor) -> None:
-        runs[conv] += 1
-        made[id(output)] = (conv, output, readers.count[id(output)])
-
-    def find(norm: nn.Module, inputs: tuple[Tensor]) -> None:
-        runs[norm] += 1
-        if id(inputs[0]) in made:
-            before[norm] = made[id(inputs[0])]
+    def note(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        runs[module] += 1
+        if isinstance(module, nn.Conv2d):
+            made[id(output)] = (module, output)
+            readers.count[id(output)] = 0
+        elif id(inputs[0]) in made:
+            before[module] = made[id(inputs[0])]
 
     for module in shadow.modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             module.register_forward_hook(note)
-        elif isinstance(module, nn.BatchNorm2d):
-            module.register_forward_pre_hook(find)
     dtype = next(net.parameters()).dtype
     with torch.no_grad(), readers:
         shadow.sources(torch.empty(1, 3, 512, 512, dtype=dtype, device="meta"))
     real = dict(zip(shadow.modules(), net.modules(), strict=True))
     return {
         real[norm]: real[conv]
-        for norm, (conv, output, earlier) in before.items()
-        if runs[norm] == runs[conv] == readers.count[id(output)] - earlier == 1
+        for norm, (conv, output) in before.items()
+        if runs[norm] == runs[conv] == readers.count[id(output)] == 1
     }
 
 
 def _side_by_side(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:
     """Return one convolution with the outputs of all ``convs``, which share their input."""
-    first = convs[0]
-    weight = torch.cat([conv.weight for conv in convs])
-    bias = torch.cat([conv.bias for conv in convs])
-    merged = nn.Conv2d(
-        first.in_channels,
-        len(weight),
-        first.kernel_size,
-        first.stride,
-        first.padding,
-        first.dilation,
-        device="meta",
-    )
-    merged.weight = nn.Parameter(weight, requires_grad=False)
-    merged.bias = nn.Parameter(bias, requires_grad=False)
+    merged = copy.deepcopy(convs[0])
+    for name in ("weight", "bias"):
+        values = torch.cat([getattr(conv, name) for conv in convs])
+        setattr(merged, name, nn.Parameter(values, requires_grad=False))
+    merged.out_channels = len(merged.bias)
     return merged

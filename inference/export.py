@@ -20,8 +20,8 @@ from data.config import INPUT_MEAN
 from inference.export_info import ExportInfo
 from inference.formats import FORMATS, Format, write
 from inference.images import Images, TrainedOn, find_images
-from inference.proof import TOLERANCE, Proof, Tolerance, TooDifferent, excess, prove
-from inference.runtime import cpu_has_bf16, identity, import_package
+from inference.proof import TOLERANCE, Tolerance, TooDifferent, excess, prove
+from inference.runtime import cpu_has_bf16, files_of, identity, import_package
 from models.info import DetectorInfo
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.errors import UserError
@@ -33,7 +33,7 @@ CALIBRATION_IMAGES = 300
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What to export and how; the options of ``python -m tools.export``."""
+    """The options of ``python -m tools.export``."""
 
     checkpoint: Path
     format: str
@@ -52,7 +52,7 @@ class ExportOptions:
     """Detection settings of the file; None: the published ones."""
     images: str | None = None
     sets: str | None = None
-    """Folder or data set to prove the file with, and its image sets; see ``images.find_images``."""
+    """Folder or data set to prove the file with, and its image sets."""
     limit: int = IMAGES
     """Most images of the proof; 0: all."""
     tolerance: float | None = None
@@ -95,17 +95,20 @@ def export(options: ExportOptions) -> list[str]:
         proof = prove(net, info, file, images)
         if problem := excess(proof.comparison, options.allowed(), proof.ap):
             raise TooDifferent(f"{output} is not kept: {problem}", proof)
-        manifest = _keep(file, output)
-    _write_manifest(manifest, output, info, proof, options.allowed())
-    beside = [manifest.name]
-    if output.suffix == ".xml":
-        beside.insert(0, output.with_suffix(".bin").name)
-    about = f"{output} ({form.title}, {options.precision})"
-    return [*proof.lines(), f"{about}, with {' and '.join(beside)} beside it"]
+        manifest = output.with_name(output.name + ".json")
+        for replaced in (manifest, output):  # never an .xml beside a .bin that is not its own
+            replaced.unlink(missing_ok=True)
+        for new, kept in reversed([*zip(files_of(file), files_of(output), strict=True)]):
+            os.replace(new, kept)
+    told = {"proof": {**proof.plain(), "tolerance": asdict(options.allowed())}}
+    about = {"bytes": output.stat().st_size, **info.plain(), "inputs": info.inputs}
+    write_json(manifest, {**identity(output), **about, **told})
+    beside = " and ".join(each.name for each in [*files_of(output)[1:], manifest])
+    kept = f"{output} ({form.title}, {options.precision}), with {beside} beside it"
+    return [*proof.lines(), kept]
 
 
 def _check(options: ExportOptions, form: Format, output: Path) -> None:
-    """Raise UserError for options that contradict each other, and for a missing package."""
     precision = options.precision
     if precision not in form.precisions:
         raise UserError(
@@ -114,24 +117,19 @@ def _check(options: ExportOptions, form: Format, output: Path) -> None:
         )
     bf16 = (options.format, precision) == ("openvino", "bf16")
     if bf16 and options.preprocess and options.dynamic:
-        raise UserError(
-            "OpenVINO would resize images in bfloat16, too, which is too coarse; leave "
-            "--preprocess or --dynamic out"
-        )
+        raise UserError("resizing in bf16 is too coarse; leave --preprocess or --dynamic out")
     for option in ("calibrate", "calibrate_sets"):
         if getattr(options, option) is not None and precision != "int8":
             raise UserError(f"--{option} goes with --precision int8")
     for package in form.packages_for(precision):
-        import_package(package, form.extra)
+        import_package(package, options.format)
     if bf16 and not cpu_has_bf16():
         raise UserError(
             "this CPU has no bfloat16 instructions: OpenVINO would compute in fp32 and prove "
             "nothing; export on one that has them, or give --precision fp32"
         )
     if output.suffix != form.suffix:
-        raise UserError(
-            f"--output {output}: the name of an {form.title} file ends in {form.suffix}"
-        )
+        raise UserError(f"--output {output}: an {form.title} file's name ends in {form.suffix}")
 
 
 def _images(
@@ -162,47 +160,15 @@ def _images(
 def _describe(
     options: ExportOptions, form: Format, detector: DetectorInfo, calibration: Images | None
 ) -> ExportInfo:
-    asked = {"conf_thresh": options.score_threshold, "top_k": options.max_detections}
-    asked = {key: value for key, value in asked.items() if value is not None}
+    detection = detector.detection().with_limits(options.score_threshold, options.max_detections)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in form.packages_for(options.precision):
-        versions[package] = import_package(package, form.extra).__version__
+        versions[package] = import_package(package, options.format).__version__
     return ExportInfo(
-        detector,
-        variance=detector.prior_config().variance,
-        mean=INPUT_MEAN,
-        preprocess=options.preprocess,
-        nms=options.with_nms,
-        dynamic=options.dynamic,
-        precision=options.precision,
-        detection=replace(detector.detection(), **asked),
+        detector, variance=detector.prior_config().variance, mean=INPUT_MEAN,
+        preprocess=options.preprocess, nms=options.with_nms, dynamic=options.dynamic,
+        precision=options.precision, detection=detection,
         checkpoint={"file": options.checkpoint.name, "sha256": sha256_of(options.checkpoint)},
         versions=versions,
         calibration=calibration and {"pictures": len(calibration), "of": calibration.about},
-    )
-
-
-def _keep(file: Path, output: Path) -> Path:
-    """Move a proven file, and OpenVINO's weights, into place; return the path of the manifest."""
-    manifest = output.with_name(output.name + ".json")
-    for replaced in (manifest, output):  # never an .xml beside a .bin that is not its own
-        replaced.unlink(missing_ok=True)
-    if output.suffix == ".xml":
-        os.replace(file.with_suffix(".bin"), output.with_suffix(".bin"))
-    os.replace(file, output)
-    return manifest
-
-
-def _write_manifest(
-    path: Path, output: Path, info: ExportInfo, proof: Proof, tolerance: Tolerance
-) -> None:
-    write_json(
-        path,
-        {
-            **identity(output),
-            "bytes": output.stat().st_size,
-            **info.plain(),
-            "inputs": info.inputs,
-            "proof": {**proof.plain(), "tolerance": asdict(tolerance)},
-        },
-    )
+    )  # fmt: skip

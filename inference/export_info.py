@@ -29,8 +29,7 @@ class ExportInfo:
     """What an exported file says about itself.
 
     Raises:
-        ValueError: no class, a variance or mean that is not positive numbers, an unknown network,
-            prior boxes or data set.
+        ValueError: a value that no exported file has.
     """
 
     detector: DetectorInfo
@@ -63,18 +62,18 @@ class ExportInfo:
             raise ValueError(f"dataset {dataset!r}, which is none of {', '.join(DATASETS)}")
         self.detector.prior_config()
         for name, values, count in (("variance", self.variance, 2), ("mean", self.mean, 3)):
-            if len(values) != count or not all(map(_is_positive, values)):
+            positive = all(isinstance(x, int | float) and 0 < x < math.inf for x in values)
+            if len(values) != count or not positive:
                 raise ValueError(f"{name} {list(values)}")
 
     @property
     def inputs(self) -> dict[str, str]:
         """Name of each input of the graph -> its type and shape in words."""
         side, batch = self.detector.size, "B" if self.dynamic else "1"
+        shape = "H, W" if self.preprocess and self.dynamic else f"{side}, {side}"
+        inputs = {"images": f"float32 [{batch}, 3, {shape}], BGR minus the mean"}
         if self.preprocess:
-            shape = "H, W" if self.dynamic else f"{side}, {side}"
             inputs = {"pictures": f"uint8 [{batch}, {shape}, 3], BGR"}
-        else:
-            inputs = {"images": f"float32 [{batch}, 3, {side}, {side}], BGR minus the mean"}
         if self.nms:
             inputs["sizes"] = f"float32 [{batch}, 2], width and height"
         return inputs
@@ -102,27 +101,16 @@ class ExportInfo:
                 f"{path} has no description of its detector; export it with python -m tools.export"
             )
         try:
-            return cls._of(json.loads(text))
+            stored = json.loads(text)
+            if stored["format"] > FORMAT:
+                raise ValueError(f"format {stored['format']} of a newer version of this program")
+            for key, kind in _KINDS.items():
+                if not isinstance(stored[key], kind):
+                    raise ValueError(f"{key} {stored[key]!r}")
+            values = {key: tuple(x) if isinstance(x, list) else x for key, x in stored.items()}
+            values["detector"] = DetectorInfo(**{key: values[key] for key in _DETECTOR})
+            values["detection"] = DetectConfig(**stored["detection"])
+            return cls(**{spec.name: values.get(spec.name) for spec in fields(cls)})
         except (ValueError, TypeError, KeyError) as error:
             damage = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{path}: {damage} in its description; export it again") from error
-
-    @classmethod
-    def _of(cls, stored: dict) -> ExportInfo:
-        if stored["format"] > FORMAT:
-            raise ValueError(f"format {stored['format']} of a newer version of this program")
-        for key, kind in _KINDS.items():
-            if not isinstance(stored[key], kind):
-                raise ValueError(f"{key} {stored[key]!r}")
-        try:
-            detection = DetectConfig(**stored["detection"])
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"detection {stored['detection']}") from error
-        values = {key: tuple(x) if isinstance(x, list) else x for key, x in stored.items()}
-        detector = DetectorInfo(**{key: values[key] for key in _DETECTOR})
-        others = {spec.name for spec in fields(cls)} - {"detector", "detection"}
-        return cls(detector, detection=detection, **{key: values.get(key) for key in others})
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and 0 < value < math.inf

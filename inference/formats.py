@@ -18,9 +18,9 @@ from inference.deploy import deploy
 from inference.export_info import INFO_KEY, ExportInfo
 from inference.graph import Preprocess, detect_onnx
 from inference.images import Images
-from inference.runtime import first_line, graph_inputs
+from inference.runtime import graph_inputs
 from layers import PriorBox
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 OnnxModel = Any  # onnx.ModelProto; the packages are optional
 OpenVINOModel = Any  # openvino.Model
@@ -28,30 +28,24 @@ OpenVINOModel = Any  # openvino.Model
 
 @dataclass(frozen=True)
 class Format:
-    """A kind of exported file."""
+    """A kind of exported file, named like the extra of this project that installs its packages."""
 
     title: str
     suffix: str
     precisions: tuple[str, ...]
     packages: tuple[str, ...]
     """That write and run it."""
-    extra: str
-    """Extra of this project that installs the packages."""
 
     def packages_for(self, precision: str) -> tuple[str, ...]:
         """Return the packages that write and run a file of this precision."""
         return (*self.packages, "nncf") if precision == "int8" else self.packages
 
 
+_ONNX, _OPENVINO = (("onnx", "onnxscript", runtime) for runtime in ("onnxruntime", "openvino"))
 FORMATS = {
-    "onnx": Format(
-        "ONNX", ".onnx", ("fp32", "fp16"), ("onnx", "onnxscript", "onnxruntime"), "onnx"
-    ),
-    "openvino": Format(
-        "OpenVINO", ".xml", ("fp32", "bf16", "fp16", "int8"), ("onnx", "onnxscript", "openvino"),
-        "openvino",
-    ),
-}  # fmt: skip
+    "onnx": Format("ONNX", ".onnx", ("fp32", "fp16"), _ONNX),
+    "openvino": Format("OpenVINO", ".xml", ("fp32", "bf16", "fp16", "int8"), _OPENVINO),
+}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": None}
 """Precision -> dtype of the network in the graph; INT8 is quantised later."""
 
@@ -59,12 +53,9 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 def write(
     form: str, net: nn.Module, info: ExportInfo, path: Path, calibration: Images | None
 ) -> None:
-    """Write a network as a file of the format ``form``, a key of `FORMATS`.
+    """Write a network in evaluation mode as a file of the format ``form``, a key of `FORMATS`.
 
-    Args:
-        net: a detector of ``models.build_net`` in evaluation mode.
-        info: what the graph takes and gives.
-        calibration: images that INT8 takes its ranges from.
+    INT8 takes its ranges from the images ``calibration``.
 
     Raises:
         UserError: the exporter cannot write this network.
@@ -81,9 +72,6 @@ def write(
             f"{info.detector.version} cannot be exported to {FORMATS[form].title} by PyTorch "
             f"{torch.__version__} ({first_line(error)}); a newer PyTorch may be able to"
         ) from error
-
-
-# ---------------------------------------------------------------- the graph
 
 
 class Graph(nn.Module):
@@ -106,42 +94,29 @@ def build_graph(net: nn.Module, info: ExportInfo) -> Graph:
     return Graph(deploy(net), before, PRECISIONS[info.precision] or torch.float32).eval()
 
 
-def _example(info: ExportInfo) -> tuple[Tensor, dict[int, torch.export.Dim]]:
-    """Return an input to trace a graph with, and its dimensions that may change."""
+def _network_as_onnx(net: nn.Module, info: ExportInfo) -> OnnxModel:
+    """Return the graph up to "loc" and "conf"."""
     side, batch = info.detector.size, 2 if info.dynamic else 1
-    images, free = torch.zeros(batch, 3, side, side), {0: torch.export.Dim("batch", min=1)}
+    images, free = torch.zeros(batch, 3, side, side), ["batch"]
     if info.preprocess:
         height, width = (side + 20, side + 40) if info.dynamic else (side, side)
         images = torch.zeros(batch, height, width, 3, dtype=torch.uint8)
-        free |= {1: torch.export.Dim("height", min=1), 2: torch.export.Dim("width", min=1)}
-    return images, free if info.dynamic else {}
-
-
-def _network_as_onnx(net: nn.Module, info: ExportInfo) -> OnnxModel:
-    """Return the graph up to "loc" and "conf"."""
-    images, free = _example(info)
+        free = ["batch", "height", "width"]
+    dimensions = {i: torch.export.Dim(name, min=1) for i, name in enumerate(free)}
     with torch.no_grad(), _quiet():
         return torch.onnx.export(
-            build_graph(net, info),
-            (images,),
-            dynamo=True,
-            input_names=["pictures" if info.preprocess else "images"],
-            output_names=["loc", "conf"],
-            dynamic_shapes=(free,) if info.dynamic else None,
-            verbose=False,
-        ).model_proto
+            build_graph(net, info), (images,), dynamo=True, verbose=False,
+            input_names=["pictures" if info.preprocess else "images"], output_names=["loc", "conf"],
+            dynamic_shapes=(dimensions,) if info.dynamic else None,
+        ).model_proto  # fmt: skip
 
 
 def _detection_as_onnx(info: ExportInfo, network: OnnxModel) -> OnnxModel:
     """Return the part of the graph behind ``network``, of its ONNX version."""
     (opset,) = (entry.version for entry in network.opset_import if entry.domain == "")
+    priors, classes = PriorBox(info.detector.prior_config())(), len(info.detector.classes) + 1
     return detect_onnx(
-        PriorBox(info.detector.prior_config())(),
-        len(info.detector.classes) + 1,
-        info.variance,
-        info.detection,
-        opset=opset,
-        ir_version=network.ir_version,
+        priors, classes, info.variance, info.detection, opset=opset, ir_version=network.ir_version
     )
 
 
@@ -158,26 +133,19 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-# ---------------------------------------------------------------- ONNX
-
-
 def _write_onnx(net: nn.Module, info: ExportInfo, path: Path) -> None:
     import onnx
 
     model = _network_as_onnx(net, info)
     if info.nms:
-        network = onnx.compose.add_prefix(
+        behind = _detection_as_onnx(info, model)
+        model = onnx.compose.add_prefix(
             model, "network.", rename_inputs=False, rename_outputs=False
         )
-        model = onnx.compose.merge_models(
-            network, _detection_as_onnx(info, model), [("loc", "loc"), ("conf", "conf")]
-        )
+        model = onnx.compose.merge_models(model, behind, [("loc", "loc"), ("conf", "conf")])
     onnx.helper.set_model_props(model, {INFO_KEY: json.dumps(info.plain())})
     onnx.checker.check_model(model)
     onnx.save(model, path)
-
-
-# ---------------------------------------------------------------- OpenVINO
 
 
 def _write_openvino(
@@ -209,31 +177,25 @@ def _joined(network: OpenVINOModel, behind: OpenVINOModel) -> OpenVINOModel:
     """Connect the outputs of ``network`` to the inputs of ``behind`` of the same name."""
     import openvino
 
-    kept = []
-    for parameter in behind.get_parameters():
-        name = parameter.output(0).any_name
-        if name not in ("loc", "conf"):
-            kept.append(parameter)
-            continue
+    parameters = {each.output(0).any_name: each for each in behind.get_parameters()}
+    for name in ("loc", "conf"):
         source = network.output(name).get_node().input_value(0)
-        for target in parameter.output(0).get_target_inputs():
+        for target in parameters.pop(name).output(0).get_target_inputs():
             target.replace_source_output(source)
-    return openvino.Model(behind.get_results(), [*network.get_parameters(), *kept], "detector")
+    inputs = [*network.get_parameters(), *parameters.values()]
+    return openvino.Model(behind.get_results(), inputs, "detector")
 
 
 def _quantised(model: OpenVINOModel, info: ExportInfo, calibration: Images) -> OpenVINOModel:
     """Return the model in INT8, with value ranges from the calibration images."""
     import nncf
 
-    inputs = nncf.Dataset(
-        range(len(calibration)),
-        lambda i: graph_inputs([calibration.read(i)], replace(info, nms=False)),
-    )
+    info = replace(info, nms=False)
+    count = len(calibration)
+    images = nncf.Dataset(range(count), lambda i: graph_inputs([calibration.read(i)], info))
+    exact = nncf.IgnoredScope(types=["Subtract", "Interpolate"], validate=False)
     with _quiet():
         return nncf.quantize(
-            model,
-            inputs,
-            preset=nncf.QuantizationPreset.MIXED,
-            subset_size=len(calibration),
-            ignored_scope=nncf.IgnoredScope(types=["Subtract", "Interpolate"], validate=False),
-        )
+            model, images, preset=nncf.QuantizationPreset.MIXED, subset_size=count,
+            ignored_scope=exact,
+        )  # fmt: skip

@@ -1,6 +1,6 @@
 """A convolution that reads its input from several tensors, without a concatenation (Triton).
 
-    weight = pack(conv.weight, conv.bias, widths=[14, 24, 64], activation="relu")
+    weight = GatheredWeight(conv.weight, conv.bias, widths=[14, 24, 64], activation="relu")
     y = gathered_conv2d([a, b, x], weight)  # relu(conv2d(cat([a, b, x], 1))), up to rounding
 
 For inference on a GPU, without gradients. Triton comes with PyTorch's CUDA builds. The first call
@@ -22,41 +22,19 @@ from torch.nn import functional as F
 
 from models.hardnet import HarDBlock
 
-ACTIVATIONS = ("linear", "relu", "relu6")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_PARTS = 9
 TILES = ((64, 16), (128, 16), (64, 32), (128, 32), (64, 64), (128, 64), (128, 128))
 """Candidate tiles of one program, pixels x outputs; autotuning takes the fastest."""
-MULTIPLE = 16
-"""Rows of a packed weight are padded to a multiple of this many outputs: wide loads need the
-alignment."""
 
 
 class GatheredWeight(nn.Module):
-    """The weights of a convolution as the kernel reads them; result of ``pack``.
+    """The weights of a convolution as the kernel reads them.
 
-    ``weight`` [k * k * sum of widths, outputs padded to a multiple of 16]: a row per part, tap and
-    channel, in this order. ``bias`` [outputs]. Both are buffers, so ``to`` moves them.
-    """
+    ``weight`` [k * k * sum of widths, O padded to a multiple of 16]: a row per part, tap and
+    channel, in this order. ``bias`` [O]. Both are buffers, so ``to`` moves them.
 
-    weight: Tensor
-    bias: Tensor
-
-    def __init__(
-        self, weight: Tensor, bias: Tensor, widths: Sequence[int], kernel: int, activation: str
-    ) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("bias", bias)
-        self.widths = tuple(widths)
-        self.kernel = kernel
-        self.activation = activation
-
-
-def pack(weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str) -> GatheredWeight:
-    """Lay out the weights of a convolution for ``gathered_conv2d``.
-
-    Args:
+    Args of the constructor:
         weight: [O, sum of widths, k, k] with k 1 or 3, of a convolution with stride 1, padding
             k // 2, dilation 1 and one group.
         bias: [O].
@@ -66,23 +44,33 @@ def pack(weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str) -
     Raises:
         ValueError: other shapes, widths that do not add up, an unknown activation or dtype.
     """
-    outputs, inputs, *kernel = weight.shape
-    if kernel not in ([1, 1], [3, 3]):
-        raise ValueError(f"the kernel is {'x'.join(map(str, kernel))}, should be 1x1 or 3x3")
-    if tuple(bias.shape) != (outputs,):
-        raise ValueError(f"the bias is {list(bias.shape)}, should be [{outputs}]")
-    if not 1 <= len(widths) <= MAX_PARTS:
-        raise ValueError(f"{len(widths)} parts, should be 1 to {MAX_PARTS}")
-    if min(widths) < 1 or sum(widths) != inputs:
-        raise ValueError(f"the widths {list(widths)} do not add up to {inputs} input channels")
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"the activation is {activation!r}, should be {_one_of(ACTIVATIONS)}")
-    if weight.dtype not in DTYPES:
-        raise ValueError(f"the weights are {weight.dtype}, should be {_one_of(DTYPES)}")
-    parts = weight.detach().split(list(widths), 1)
-    rows = torch.cat([part.permute(2, 3, 1, 0).reshape(-1, outputs) for part in parts])
-    rows = F.pad(rows, (0, -outputs % MULTIPLE))
-    return GatheredWeight(rows, bias.detach().clone(), widths, kernel[0], activation)
+
+    weight: Tensor
+    bias: Tensor
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str
+    ) -> None:
+        super().__init__()
+        outputs, inputs, *kernel = weight.shape
+        if kernel not in ([1, 1], [3, 3]):
+            raise ValueError(f"the kernel is {'x'.join(map(str, kernel))}, should be 1x1 or 3x3")
+        if bias.shape != (outputs,):
+            raise ValueError(f"the bias is {list(bias.shape)}, should be [{outputs}]")
+        if not 1 <= len(widths) <= MAX_PARTS:
+            raise ValueError(f"{len(widths)} parts, should be 1 to {MAX_PARTS}")
+        if min(widths) < 1 or sum(widths) != inputs:
+            raise ValueError(f"the widths {list(widths)} do not add up to {inputs} input channels")
+        if activation not in ("linear", "relu", "relu6"):
+            raise ValueError(f"the activation is {activation!r}, should be linear, relu or relu6")
+        if weight.dtype not in DTYPES:
+            raise ValueError(f"the weights are {weight.dtype}, not float32, bfloat16 or float16")
+        self.widths, self.kernel, self.activation = tuple(widths), kernel[0], activation
+        parts = weight.detach().split(list(widths), 1)
+        rows = torch.cat([part.permute(2, 3, 1, 0).reshape(-1, outputs) for part in parts])
+        # Wide loads need the alignment.
+        self.register_buffer("weight", F.pad(rows, (0, -outputs % 16)))
+        self.register_buffer("bias", bias.detach().clone())
 
 
 def gathered_conv2d(
@@ -98,23 +86,30 @@ def gathered_conv2d(
     Args:
         parts: [B, C_k, H, W] each, with the widths, dtype and device of ``weight``, channels last.
             A part may be a channel slice of a wider channels-last tensor.
-        weight: from ``pack``.
         out: [B, O, H, W], receives the result: channels last, or a channel slice of a wider tensor
             that does not overlap the parts. None: a new tensor.
 
     Returns:
-        ``out``, [B, O, H, W].
+        ``out``.
 
     Raises:
         ValueError: other widths, shapes, memory layout, dtype or device; a part needs a gradient.
         RuntimeError: Triton cannot be imported, or is too old.
     """
-    x = _check(parts, weight)
+    if len(parts) != len(weight.widths):
+        raise ValueError(f"{len(parts)} parts, the weights are for {len(weight.widths)}")
+    x = parts[0]
+    if x.ndim != 4:
+        raise ValueError(f"part 0 has {x.ndim} dimensions, should have 4")
     batch, _, height, width = x.shape
+    for i, (part, channels) in enumerate(zip(parts, weight.widths, strict=True)):
+        _check(f"part {i}", part, (batch, channels, height, width), weight)
+    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+        raise ValueError("gathered_conv2d has no gradient; call it under torch.no_grad()")
     shape = (batch, len(weight.bias), height, width)
     if out is None:
         out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
-    _check_tensor("out", out, shape, weight)
+    _check("out", out, shape, weight)
     if x.device.type == "meta":
         inputs = x.new_empty(batch, sum(weight.widths), height, width)
         filters = x.new_empty(shape[1], inputs.shape[1], weight.kernel, weight.kernel)
@@ -125,7 +120,6 @@ def gathered_conv2d(
 
 
 def _launch(parts: Sequence[Tensor], weight: GatheredWeight, out: Tensor) -> None:
-    """Run the kernel: write the convolution of ``parts`` into ``out``."""
     batch, outputs, height, width = out.shape
     rows = tuple(_row(part, f"part {i}") for i, part in enumerate(parts))
     out_row = _row(out, "out")
@@ -135,28 +129,17 @@ def _launch(parts: Sequence[Tensor], weight: GatheredWeight, out: Tensor) -> Non
     kernel = _kernel(out.device.type)
     with torch.cuda.device_of(out):  # Triton launches on the current device
         kernel[lambda meta: (-(-pixels // meta["BLOCK_M"]) * -(-outputs // meta["BLOCK_N"]),)](
-            tuple(parts),
-            weight.weight,
-            weight.bias,
-            out,
-            height,
-            width,
-            pixels,
-            WIDTHS=weight.widths,
-            ROWS=rows,
+            tuple(parts), weight.weight, weight.bias, out, height, width, pixels,
+            WIDTHS=weight.widths, ROWS=rows,
             VECTORS=tuple(_vector(x, row) for x, row in zip(parts, rows, strict=True)),
             CHUNKS=tuple(_chunk(weight.kernel**2 * w, out.itemsize) for w in weight.widths),
-            OUTPUTS=outputs,
-            OUT_ROW=out_row,
-            OUT_VECTOR=_vector(out, out_row),
-            COLUMNS=weight.weight.shape[1],
-            KERNEL=weight.kernel,
-            ACTIVATION=weight.activation,
+            OUTPUTS=outputs, OUT_ROW=out_row, OUT_VECTOR=_vector(out, out_row),
+            COLUMNS=weight.weight.shape[1], KERNEL=weight.kernel, ACTIVATION=weight.activation,
             PRECISION="tf32" if out.dtype == torch.float32 and _allow_tf32() else "ieee",
             # The interpreter multiplies bfloat16's bits as integers.
             WIDEN=out.device.type == "cpu",
             enable_fp_fusion=True,
-        )
+        )  # fmt: skip
 
 
 def gather_blocks(net: nn.Module) -> None:
@@ -187,7 +170,9 @@ class GatheredBlock(nn.Module):
         ]
         widths = [layers[0][0].in_channels, *(conv.out_channels for conv, *_ in layers)]
         self.convs = nn.ModuleList(
-            pack(conv.weight, conv.bias, [widths[i] for i in links], type(act).__name__.lower())
+            GatheredWeight(
+                conv.weight, conv.bias, [widths[i] for i in links], type(act).__name__.lower()
+            )
             for links, (conv, act, *_) in zip(self.links, layers, strict=True)
         )
         self.rest = nn.ModuleList(nn.Sequential(*rest) for _, _, *rest in layers)
@@ -209,21 +194,7 @@ def _allow_tf32() -> bool:
     return matmul.allow_tf32 if newer is None else newer == "tf32"
 
 
-def _check(parts: Sequence[Tensor], weight: GatheredWeight) -> Tensor:
-    """Check all parts against the weights, and return the first."""
-    if len(parts) != len(weight.widths):
-        raise ValueError(f"{len(parts)} parts, the weights are for {len(weight.widths)}")
-    if parts[0].ndim != 4:
-        raise ValueError(f"part 0 has {parts[0].ndim} dimensions, should have 4")
-    batch, _, *sides = parts[0].shape
-    for i, (part, width) in enumerate(zip(parts, weight.widths, strict=True)):
-        _check_tensor(f"part {i}", part, (batch, width, *sides), weight)
-    if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
-        raise ValueError("gathered_conv2d has no gradient; call it under torch.no_grad()")
-    return parts[0]
-
-
-def _check_tensor(name: str, x: Tensor, shape: tuple[int, ...], weight: GatheredWeight) -> None:
+def _check(name: str, x: Tensor, shape: tuple[int, ...], weight: GatheredWeight) -> None:
     if x.shape != shape:
         raise ValueError(f"{name} is {list(x.shape)}, should be {list(shape)}")
     if x.dtype != weight.weight.dtype:
@@ -252,8 +223,7 @@ def _row(x: Tensor, name: str) -> int:
 
 def _vector(x: Tensor, row: int) -> int:
     """Return how many channels one load may read, so that it is aligned at every pixel."""
-    most = 16 // x.itemsize
-    return math.gcd(most, x.shape[1], row, x.data_ptr() // x.itemsize)
+    return math.gcd(16 // x.itemsize, x.shape[1], row, x.data_ptr() // x.itemsize)
 
 
 def _chunk(terms: int, itemsize: int) -> int:
@@ -265,12 +235,7 @@ def _chunk(terms: int, itemsize: int) -> int:
     shortest.
     """
     padded = {chunk: -(-terms // chunk) * chunk for chunk in (16, 32, 64)}
-    fit = [c for c, n in padded.items() if c * itemsize <= 128 and n <= 1.1 * padded[16]]
-    return max(fit)
-
-
-def _one_of(names: Sequence[object]) -> str:
-    return f"one of {', '.join(map(str, names))}"
+    return max(c for c, n in padded.items() if c * itemsize <= 128 and n <= 1.1 * padded[16])
 
 
 # ---------------------------------------------------------------- kernel
@@ -295,52 +260,30 @@ def _kernel(device: str) -> Any:
         raise RuntimeError(
             f"gathered_conv2d needs Triton 3.4 or later (PyTorch 2.8), this is {triton.__version__}"
         )
-    jit = triton.jit(_convolve)
     tiles = ((32, 128),) if interpreted else TILES  # there, few steps are what counts
     configs = [
         triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=8 if m * n > 8192 else 4)
         for m, n in tiles
     ]
-    geometry = ["height", "width", "pixels", "WIDTHS", "ROWS", "VECTORS", "OUTPUTS", "OUT_ROW"]
-    tune = triton.autotune(
-        configs,
-        key=[*geometry, "OUT_VECTOR", "KERNEL", "PRECISION"],
-        prune_configs_by={"early_config_prune": _fitting},
-        cache_results=True,
-    )
-    return tune(jit)
+    key = "height width pixels WIDTHS ROWS VECTORS OUTPUTS OUT_ROW OUT_VECTOR KERNEL PRECISION"
+    prune = {"early_config_prune": _fitting}
+    tune = triton.autotune(configs, key.split(), prune_configs_by=prune, cache_results=True)
+    return tune(triton.jit(_convolve))
 
 
 def _fitting(configs: list[Any], arguments: dict, **constants: Any) -> list[Any]:
     """Keep tiles no wider than the outputs, yet wide enough to read each input only a few times."""
-    outputs = constants["OUTPUTS"]
-    widest = min(128, max(16, 1 << (outputs - 1).bit_length()))
+    widest = min(128, max(16, 1 << (constants["OUTPUTS"] - 1).bit_length()))
     return [c for c in configs if widest // 4 <= c.kwargs["BLOCK_N"] <= widest]
 
 
 def _convolve(
-    parts,
-    weight,
-    bias,
-    out,
-    height,
-    width,
-    pixels,
-    WIDTHS: tl.constexpr,
-    ROWS: tl.constexpr,
-    VECTORS: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    OUT_ROW: tl.constexpr,
-    OUT_VECTOR: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    KERNEL: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    PRECISION: tl.constexpr,
-    WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
+    parts, weight, bias, out, height, width, pixels,
+    WIDTHS: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr, CHUNKS: tl.constexpr,
+    OUTPUTS: tl.constexpr, OUT_ROW: tl.constexpr, OUT_VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
+    KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
     """Triton: an implicit matrix product, [pixels, terms] x [terms, outputs] -> [pixels, outputs].
 
     A program computes BLOCK_M pixels x BLOCK_N outputs, part by part in chunks of terms.
@@ -348,13 +291,11 @@ def _convolve(
     TAPS: tl.constexpr = KERNEL * KERNEL
     BYTES: tl.constexpr = out.dtype.element_ty.primitive_bitwidth // 8
     TILES_N: tl.constexpr = (OUTPUTS + BLOCK_N - 1) // BLOCK_N
-    # Neighbours in time share their pixels.
-    first = tl.program_id(0) // TILES_N * BLOCK_M
+    first = tl.program_id(0) // TILES_N * BLOCK_M  # neighbours in time share their pixels
     m = tl.arange(0, BLOCK_M)
     n = tl.program_id(0) % TILES_N * BLOCK_N + tl.arange(0, BLOCK_N)
     pixel = first + m
-    x = pixel % width
-    y = pixel // width % height
+    x, y = pixel % width, pixel // width % height
     # Bit t of a pixel: whether tap t lies in the map.
     inside = tl.zeros((BLOCK_M,), tl.int32)
     for tap in tl.static_range(TAPS):
@@ -392,8 +333,7 @@ def _convolve(
         total = tl.maximum(total, 0.0, propagate_nan=tl.PropagateNan.ALL)
     if ACTIVATION == "relu6":
         total = tl.minimum(total, 6.0, propagate_nan=tl.PropagateNan.ALL)
-    target = out + first.to(tl.int64) * OUT_ROW
-    pointers = target + (m[:, None] * OUT_ROW + n[None, :])
+    pointers = out + first.to(tl.int64) * OUT_ROW + (m[:, None] * OUT_ROW + n[None, :])
     pointers = tl.multiple_of(pointers, (1, OUT_VECTOR * BYTES))
     valid = (pixel < pixels)[:, None] & (n < OUTPUTS)[None, :]
     tl.store(pointers, total.to(out.dtype.element_ty), valid)

@@ -68,14 +68,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def detect_onnx(
-    priors: Tensor,
-    num_classes: int,
-    variance: Sequence[float],
-    config: DetectConfig,
-    *,
-    opset: int,
-    ir_version: int,
-) -> Any:
+    priors: Tensor, num_classes: int, variance: Sequence[float], config: DetectConfig,
+    *, opset: int, ir_version: int,
+) -> Any:  # fmt: skip
     """Return ``Detect`` with hard NMS per class as an ``onnx.ModelProto``.
 
     Inputs of the model: "loc" float32 [B, P, 4], "conf" float32 [B, P, C] and "sizes" float32
@@ -90,7 +85,6 @@ def detect_onnx(
     Args:
         priors: [P, 4], centre-size, relative.
         num_classes: C, including background.
-        variance: of the box encoding.
         config: its first four fields count.
 
     Raises:
@@ -101,30 +95,24 @@ def detect_onnx(
     if opset < 18:
         raise ValueError(f"opset is {opset}, should be at least 18")
     p = priors.numpy().astype(np.float32)[None]
-    constants = {
-        "prior_centre": p[..., :2],
-        "centre_scale": p[..., 2:] * np.float32(variance[0]),
-        "prior_half": p[..., 2:] / 2,
-        "size_scale": np.float32(variance[1]),
-        "most_growth": np.float32(10),
-        "pixel": np.array([0, 0, 1, 1], np.float32),
-        "score_threshold": np.array([config.conf_thresh], np.float32),
-        "nms_threshold": np.array([config.nms_thresh], np.float32),
-        "per_class": np.array([config.per_class]),
-        "top_k": np.array(config.top_k),
-        "zero": np.array(0),
-        "one": np.array(1),
-        "axis_0": np.array([0]),
-        "axis_1": np.array([1]),
-        "end": np.array([num_classes]),
-    }
+    floats = {
+        "prior_centre": p[..., :2], "centre_scale": p[..., 2:] * np.float32(variance[0]),
+        "prior_half": p[..., 2:] / 2, "size_scale": variance[1], "most_growth": 10,
+        "pixel": [0, 0, 1, 1], "score_threshold": [config.conf_thresh],
+        "nms_threshold": [config.nms_thresh],
+    }  # fmt: skip
+    integers = {
+        "per_class": [config.per_class], "top_k": config.top_k, "end": [num_classes],
+        "zero": 0, "one": 1, "axis_0": [0], "axis_1": [1],
+    }  # fmt: skip
     model = parser.parse_model(
         _DETECT % {"opset": opset, "ir": ir_version, "P": p.shape[1], "C": num_classes}
     )
-    model.graph.initializer.extend(
-        numpy_helper.from_array(np.array(value, order="C"), name)
-        for name, value in constants.items()
-    )
+    for constants, dtype in ((floats, np.float32), (integers, np.int64)):
+        model.graph.initializer.extend(
+            numpy_helper.from_array(np.array(value, dtype, order="C"), name)
+            for name, value in constants.items()
+        )
     return model
 
 

@@ -22,7 +22,7 @@ class Images:
     about: str
     """Where they lie, for people."""
     items: Sequence[int] | Sequence[Path]
-    """Indices into ``dataset``; without one, files."""
+    """Indices of ``dataset``; without one, files."""
     dataset: DetectionData | None = None
     scored: bool = False
     """Whether ``items`` are all images of ``dataset``, which has ground truth to score against."""
@@ -38,7 +38,7 @@ class Images:
     def batches(self, size: int) -> Iterator[list[np.ndarray]]:
         """Yield all images, ``size`` at a time."""
         for start in range(0, len(self), size):
-            yield [self.read(i) for i in range(start, min(start + size, len(self)))]
+            yield [self.read(i) for i in range(len(self))[start : start + size]]
 
 
 @dataclass(frozen=True)
@@ -69,45 +69,34 @@ class TrainedOn:
 
 
 def find_images(
-    root: str | None,
-    sets: str | None,
-    limit: int,
-    trained_on: TrainedOn,
-    detector: DetectorInfo,
+    root: str | None, sets: str | None, limit: int, trained_on: TrainedOn, detector: DetectorInfo,
     training: bool = False,
-) -> Images | None:
+) -> Images | None:  # fmt: skip
     """Find at most ``limit`` (0: all) images of a data set's image sets, or of a plain folder.
 
     Args:
-        root: the data set or folder; None: that of ``trained_on``.
+        root: the data set or folder; None: that of ``trained_on``, if it exists, else return None.
         sets: names of image sets, separated by commas; None: those of ``trained_on`` if the root is
             its own, else the published ones.
         training: whether these are images to calibrate with: training images, not scored.
 
-    Returns:
-        None where no root is given and that of ``trained_on`` does not exist.
-
     Raises:
         UserError: ``root`` has no images, or ``sets`` are given for a plain folder.
     """
-    if root is None:
-        if trained_on.root is None or not trained_on.root.is_dir():
+    folder = trained_on.root if root is None else _absolute(root)
+    if folder is None or not folder.is_dir():
+        if root is None:
             return None
-        folder = trained_on.root
-    else:
-        folder = _absolute(root)
-        if not folder.is_dir():
-            raise UserError(f"{folder} does not exist; give a folder of images or a data set")
+        raise UserError(f"{folder} does not exist; give a folder of images or a data set")
     existing = list_sets(detector.dataset, folder)
     if not existing:
         return _in_folder(folder, sets, limit, detector.dataset, training)
-    own = trained_on.train_sets if training else trained_on.test_sets
     if sets:
         chosen = tuple(parse_image_sets(sets, existing))
-    elif own and folder == trained_on.root:
-        chosen = own
     else:
         train, test = default_sets(detector.dataset, folder)
+        if folder == trained_on.root:
+            train, test = trained_on.train_sets or train, trained_on.test_sets or test
         chosen = train if training else test
     dataset = build_dataset(detector.dataset, folder, chosen, detector.classes)
     about = f"{folder} {sets_name(chosen)}"
@@ -128,10 +117,7 @@ def _in_folder(folder: Path, sets: str | None, limit: int, dataset: str, trainin
         )
     if sets:
         option = "--calibrate_sets" if training else "--sets"
-        raise UserError(
-            f"{folder} is a plain folder of images, without image sets; leave {option} {sets} out "
-            f"or give a data set in {dataset} layout"
-        )
+        raise UserError(f"{folder} is a plain folder of images; leave {option} {sets} out")
     return Images(str(folder), _spread(files, limit))
 
 

@@ -54,19 +54,11 @@ class Predictor:
     """
 
     def __init__(
-        self,
-        file: str | PathLike,
-        *,
-        device: str = "auto",
-        amp: str = "off",
-        classes: Sequence[str] | None = None,
-        score_threshold: float | None = None,
-        max_detections: int | None = None,
-        nms: str = "hard",
-        class_agnostic: bool = False,
-        background_shortcut: bool = False,
-        threads: int | None = None,
-    ) -> None:
+        self, file: str | PathLike, *, device: str = "auto", amp: str = "off",
+        classes: Sequence[str] | None = None, score_threshold: float | None = None,
+        max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
+        background_shortcut: bool = False, threads: int | None = None,
+    ) -> None:  # fmt: skip
         path = Path(file)
         self.file = path.name
         self.exported: ExportedModel | None = None
@@ -91,14 +83,10 @@ class Predictor:
             config, variance = self.info.detection(), self.info.prior_config().variance
         self.priors = PriorBox(self.info.prior_config()).to(self.device)()
         self.detect = Detect.of(config, variance)
-        asked = {"conf_thresh": score_threshold, "top_k": max_detections}
         self.config = replace(
-            config,
-            nms=nms,
-            class_agnostic=class_agnostic,
-            background_shortcut=background_shortcut,
-            **{key: value for key, value in asked.items() if value is not None},
-        )
+            config.with_limits(score_threshold, max_detections),
+            nms=nms, class_agnostic=class_agnostic, background_shortcut=background_shortcut,
+        )  # fmt: skip
 
     @property
     def config(self) -> DetectConfig:
@@ -114,12 +102,8 @@ class Predictor:
     def config(self, config: DetectConfig) -> None:
         if self.exported is not None and self.exported.info.nms:
             inside = self.exported.info.detection
-            possible = replace(
-                inside,
-                conf_thresh=max(inside.conf_thresh, config.conf_thresh),
-                top_k=min(inside.top_k, config.top_k),
-            )
-            if config != possible:
+            threshold = max(inside.conf_thresh, config.conf_thresh)
+            if config != inside.with_limits(threshold, min(inside.top_k, config.top_k)):
                 raise UserError(
                     f"{self.exported.path} has its non-maximum suppression inside: hard, per "
                     f"class, scores over {inside.conf_thresh:g}, at most {inside.top_k} detections "
@@ -158,8 +142,8 @@ class Predictor:
         """
         step = max(len(images), 1)
         if self.exported is not None:
-            info, shapes = self.exported.info, {image.shape for image in images}
-            if not info.dynamic or (info.preprocess and len(shapes) > 1):
+            info = self.exported.info
+            if not info.dynamic or (info.preprocess and len({x.shape for x in images}) > 1):
                 step = 1
         for start in range(0, len(images), step):
             yield images[start : start + step]
@@ -176,8 +160,7 @@ class Predictor:
 
     def stack(self, images: Sequence[np.ndarray]) -> Tensor:
         """Return the images resized: uint8 [B, 3, S, S], channels last."""
-        resize = TestTransform(self.info.size)
-        stacked = np.stack([resize(image) for image in images])
+        stacked = np.stack([*map(TestTransform(self.info.size), images)])
         return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
@@ -215,11 +198,10 @@ class Predictor:
         if not all(outputs[key].isfinite().all() for key in ("boxes", "scores")):
             raise FloatingPointError("a detection contains NaN or infinity")
         over = outputs["scores"] > self.config.conf_thresh
-        found = []
-        for i in range(len(sizes)):
-            rows = (over & (outputs["image"] == i)).nonzero().flatten()[: self.config.top_k]
-            found.append({key: outputs[key][rows] for key in ("boxes", "scores", "labels")})
-        return found
+        return [
+            {key: outputs[key][mine][: self.config.top_k] for key in ("boxes", "scores", "labels")}
+            for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))
+        ]
 
 
 def _load(image: Image) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -12,32 +12,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from data.transforms import TestTransform
+from data import DetectionData
 from inference.export_info import ExportInfo
 from inference.images import Images
 from inference.predictor import Predictor
+from inference.runtime import Arrays
 from layers import Detect, PriorBox
 from layers.boxes import iou
 from utils.device import to_input
 from utils.errors import UserError
 
-Arrays = dict[str, np.ndarray]
-"""Detections of an image: "boxes" [n, 4], "scores" [n], "labels" [n]."""
-
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How much an exported file may differ from the network.
-
-    ``matched``: least share of boxes with a partner. ``score`` and ``pixels``: largest differences
-    of partners, None: any. ``ap``: largest loss in points (100 x AP); on 72 images of BCCD rounding
-    moves a tenth.
-    """
+    """How much an exported file may differ from the network."""
 
     matched: float
+    """Least share of boxes with a partner."""
     score: float | None = None
     pixels: float | None = None
+    """Largest differences of partners; None: any."""
     ap: float = 0.3
+    """Largest loss in points (100 x AP); on 72 images of BCCD rounding moves a tenth."""
 
 
 TOLERANCE = {
@@ -57,20 +53,19 @@ BATCH = 4
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two lists of detections, box by box.
-
-    ``boxes`` of either list reach the score floor; ``unmatched_...`` of them have no partner,
-    ``matched`` is the share that has one, None without boxes. The others are the largest
-    differences, and the least IoU, of partners, None without partners.
-    """
+    """Two lists of detections, box by box."""
 
     boxes: int
+    """Boxes of either list that reach the score floor."""
     unmatched_network: int
     unmatched_file: int
+    """Those without a partner."""
     matched: float | None
+    """Share of those with a partner; None without boxes."""
     score_difference: float | None
     pixel_difference: float | None
     least_iou: float | None
+    """Largest differences and least IoU of partners; None without partners."""
 
 
 class APs(NamedTuple):
@@ -102,7 +97,7 @@ class Proof:
 
     def lines(self) -> list[str]:
         """Return the proof in lines of text."""
-        found = self.comparison
+        found, ap = self.comparison, self.ap
         lines = [
             f"compared with PyTorch on {self.images} images ({self.of}):",
             f"  {found.boxes} boxes of score {self.score_floor:g} or more, "
@@ -114,14 +109,13 @@ class Proof:
                 f"  largest score difference {found.score_difference:.2g}, largest coordinate "
                 f"difference {found.pixel_difference:.2g} pixels; least IoU {found.least_iou:.5f}"
             )
-        if self.ap is None:
-            lines.append("  no ground truth: the AP is not compared")
-        else:
-            lines.append(
-                f"  {self.ap.metric}: {self.ap.network:.4f} in PyTorch, {self.ap.file:.4f} in the "
-                f"file ({-self.ap.lost():+.2f} points)"
-            )
-        return lines
+        if ap is None:
+            return [*lines, "  no ground truth: the AP is not compared"]
+        return [
+            *lines,
+            f"  {ap.metric}: {ap.network:.4f} in PyTorch, {ap.file:.4f} in the file "
+            f"({-ap.lost():+.2f} points)",
+        ]
 
 
 class TooDifferent(Exception):
@@ -132,6 +126,7 @@ class TooDifferent(Exception):
         self.proof = proof
 
 
+@torch.inference_mode()
 def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof:
     """Run real images through the network as it was trained and through the file ``path``.
 
@@ -139,10 +134,23 @@ def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof
         UserError: the network finds no box to compare, or gives NaN or infinity.
         TooDifferent: the file gives NaN or infinity.
     """
+    predictor, detect = Predictor(path), Detect.of(info.detection, info.variance)
+    priors = PriorBox(info.detector.prior_config())()
     expected, found = [], []
-    for by_network, by_file in _detections(net, info, path, images):
-        expected += by_network
-        found += by_file
+    for batch in images.batches(BATCH if info.dynamic else 1):
+        loc, conf = net(to_input(predictor.stack(batch), info.mean, priors.device))
+        sizes = [(image.shape[1], image.shape[0]) for image in batch]
+        try:
+            expected += _arrays(detect(loc, conf, priors, sizes))
+        except FloatingPointError as error:
+            raise UserError(
+                f"the network of {info.checkpoint['file']} fails ({error}): its training diverged "
+                "or its weights are damaged; export another checkpoint"
+            ) from error
+        try:
+            found += _arrays(predictor(batch))
+        except FloatingPointError as error:
+            raise TooDifferent(f"{path.name} is not kept: {error}") from error
     floor = info.detection.conf_thresh + MARGIN
     comparison = compare(expected, found, floor)
     if not comparison.boxes:
@@ -151,51 +159,20 @@ def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof
             f"{images.about}, so nothing can be proven; give others (--images), or a trained "
             "network"
         )
-    ap = _average_precisions(images, expected, found) if images.scored else None
-    return Proof(len(images), images.about, floor, comparison, ap)
-
-
-@torch.inference_mode()
-def _detections(
-    net: nn.Module, info: ExportInfo, path: Path, images: Images
-) -> Iterator[tuple[list[Arrays], list[Arrays]]]:
-    """Yield what the network and what the file detects in each batch."""
-    predictor, resize = Predictor(path), TestTransform(info.detector.size)
-    detect = Detect.of(info.detection, info.variance)
-    priors = PriorBox(info.detector.prior_config())()
-    for batch in images.batches(BATCH if info.dynamic else 1):
-        stacked = torch.from_numpy(np.stack([resize(image) for image in batch]))
-        loc, conf = net(to_input(stacked.permute(0, 3, 1, 2), info.mean, priors.device))
-        sizes = [(image.shape[1], image.shape[0]) for image in batch]
-        try:
-            expected = detect(loc, conf, priors, sizes)
-        except FloatingPointError as error:
-            raise UserError(
-                f"the network of {info.checkpoint['file']} fails ({error}): its training diverged "
-                "or its weights are damaged; export another checkpoint"
-            ) from error
-        try:
-            found = predictor(batch)
-        except FloatingPointError as error:
-            raise TooDifferent(f"{path.name} is not kept: {error}") from error
-        yield _arrays(expected), _arrays(found)
+    aps = _average_precisions(images.dataset, expected, found) if images.scored else None
+    return Proof(len(images), images.about, floor, comparison, aps)
 
 
 def _arrays(found: Sequence[dict]) -> list[Arrays]:
     return [{key: each[key].numpy() for key in ("boxes", "scores", "labels")} for each in found]
 
 
-def _average_precisions(
-    images: Images, expected: Sequence[Arrays], found: Sequence[Arrays]
-) -> APs | None:
-    results = []
-    for detections in (expected, found):
-        with tempfile.TemporaryDirectory() as folder:
-            results.append(images.dataset.evaluate(detections, Path(folder)))
-    by_network, by_file = results
-    if by_network["value"] is None:
+def _average_precisions(dataset: DetectionData, *found: Sequence[Arrays]) -> APs | None:
+    with tempfile.TemporaryDirectory() as folder:
+        network, file = (dataset.evaluate(each, Path(folder)) for each in found)
+    if network["value"] is None:
         return None
-    return APs(by_network["metric"], by_network["value"], by_file["value"])
+    return APs(network["metric"], network["value"], file["value"])
 
 
 def compare(expected: Sequence[Arrays], found: Sequence[Arrays], floor: float) -> Comparison:
@@ -219,15 +196,9 @@ def compare(expected: Sequence[Arrays], found: Sequence[Arrays], floor: float) -
         score += np.abs(one["scores"][a] - other["scores"][b]).tolist()
         pixels += np.abs(one["boxes"][a] - other["boxes"][b]).max(1, initial=0).tolist()
         ious += overlap[meant].tolist()
-    return Comparison(
-        boxes=counted,
-        unmatched_network=unmatched[0],
-        unmatched_file=unmatched[1],
-        matched=1 - sum(unmatched) / counted if counted else None,
-        score_difference=max(score, default=None),
-        pixel_difference=max(pixels, default=None),
-        least_iou=min(ious, default=None),
-    )
+    matched = 1 - sum(unmatched) / counted if counted else None
+    largest = (max(differences, default=None) for differences in (score, pixels))
+    return Comparison(counted, *unmatched, matched, *largest, min(ious, default=None))
 
 
 def _partners(one: Arrays, other: Arrays) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

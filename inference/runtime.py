@@ -9,7 +9,9 @@ Only files of ``python -m tools.export`` are accepted. They carry a description 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -17,34 +19,25 @@ import numpy as np
 
 from data.transforms import TestTransform
 from inference.export_info import INFO_KEY, ExportInfo
-from utils.download import file_digest
-from utils.errors import UserError
+from utils.checkpoint import sha256_of
+from utils.errors import UserError, first_line
 from utils.logger import LOGGER
 
 Arrays = dict[str, np.ndarray]
 
 
+@dataclass(frozen=True)
 class ExportedModel:
-    """An exported detector, ready to run.
+    """An exported detector, ready to run."""
 
-    Attributes:
-        path: its file.
-        info: its description.
-        runtime: name and version of the package that runs it, e.g. ("onnxruntime", "1.31.1").
-    """
-
-    def __init__(
-        self,
-        path: Path,
-        info: ExportInfo,
-        runtime: tuple[str, str],
-        run: Callable[[Arrays], Arrays],
-    ) -> None:
-        self.path = path
-        self.info = info
-        self.runtime = runtime
-        self._run = run
-        self._num_priors = info.detector.prior_config().num_priors
+    path: Path
+    info: ExportInfo
+    runtime: tuple[str, str]
+    """Name and version of the package that runs it, e.g. ("onnxruntime", "1.31.1")."""
+    names: Sequence[str]
+    """Of the outputs, in order."""
+    run: Callable[[Arrays], Iterable[np.ndarray]]
+    """Of the runtime: inputs by name -> outputs."""
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run the graph on a batch.
@@ -66,7 +59,7 @@ class ExportedModel:
                 the shapes of its detector.
         """
         try:
-            outputs = self._run(inputs)
+            outputs = dict(zip(self.names, self.run(inputs), strict=True))
         except Exception as error:  # each runtime raises kinds of its own
             given = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in inputs.items())
             raise UserError(
@@ -81,11 +74,9 @@ class ExportedModel:
             n = outputs["scores"].size
             shapes = {"boxes": (n, 4), "scores": (n,), "labels": (n,), "image": (n,)}
         else:
-            classes = len(self.info.detector.classes) + 1
-            shapes = {
-                "loc": (batch, self._num_priors, 4),
-                "conf": (batch, self._num_priors, classes),
-            }
+            detector = self.info.detector
+            priors = detector.prior_config().num_priors
+            shapes = {"loc": (batch, priors, 4), "conf": (batch, priors, len(detector.classes) + 1)}
         for name, shape in shapes.items():
             if outputs[name].shape != shape:
                 raise UserError(
@@ -106,11 +97,9 @@ def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
     """
     path = Path(path)
     if path.suffix not in EXPORTED_SUFFIXES:
-        raise UserError(
-            f"{path} is no exported file; their names end in {', '.join(EXPORTED_SUFFIXES)}"
-        )
-    files = [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
-    for file in files:
+        names = ", ".join(EXPORTED_SUFFIXES)
+        raise UserError(f"{path} is no exported file; their names end in {names}")
+    for file in files_of(path):
         if not file.is_file():
             fix = "check the path" if file == path else f"it belongs beside {path.name}"
             raise UserError(f"{file} does not exist or is not a file; {fix}")
@@ -123,31 +112,30 @@ def graph_inputs(images: Sequence[np.ndarray], info: ExportInfo) -> Arrays:
     Images of different sizes make a batch unless ``info`` has both ``preprocess`` and ``dynamic``:
     that graph resizes, so it takes them as they are.
     """
-    inputs = {}
-    if not (info.preprocess and info.dynamic):
-        resize = TestTransform(info.detector.size)
-        batch = np.stack([resize(image) for image in images])
-    else:
-        batch = np.stack(images)
+    as_they_are = info.preprocess and info.dynamic
+    batch = np.stack(images if as_they_are else [*map(TestTransform(info.detector.size), images)])
     if info.preprocess:
-        inputs["pictures"] = batch
+        inputs = {"pictures": batch}
     else:
         pixels = batch.transpose(0, 3, 1, 2).astype(np.float32, order="C")
-        inputs["images"] = pixels - np.array(info.mean, np.float32)[:, None, None]
+        inputs = {"images": pixels - np.array(info.mean, np.float32)[:, None, None]}
     if info.nms:
         sizes = [(image.shape[1], image.shape[0]) for image in images]
         inputs["sizes"] = np.array(sizes, np.float32)
     return inputs
 
 
+def files_of(path: Path) -> list[Path]:
+    """Return the files of an exported detector: OpenVINO keeps the weights beside the graph."""
+    return [path, path.with_suffix(".bin")] if path.suffix == ".xml" else [path]
+
+
 def identity(path: str | Path) -> dict[str, object]:
     """Return name and sha256 of an exported file, and of OpenVINO's weights beside it."""
-    path = Path(path)
-    found: dict[str, object] = {"file": path.name, "sha256": file_digest(path, "sha256")}
-    if path.suffix == ".xml":
-        weights = path.with_suffix(".bin")
-        found["weights"] = {"file": weights.name, "sha256": file_digest(weights, "sha256")}
-    return found
+    graph, *weights = (
+        {"file": file.name, "sha256": sha256_of(file)} for file in files_of(Path(path))
+    )
+    return {**graph, "weights": weights[0]} if weights else graph
 
 
 def import_package(name: str, extra: str) -> ModuleType:
@@ -164,12 +152,6 @@ def import_package(name: str, extra: str) -> ModuleType:
         ) from error
 
 
-def first_line(error: Exception) -> str:
-    """Return the first line of an exception's message that is not empty."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def cpu_has_bf16() -> bool:
     """Return whether OpenVINO computes in bfloat16 on this CPU; otherwise it falls back to fp32."""
     openvino = import_package("openvino", "openvino")
@@ -179,20 +161,18 @@ def cpu_has_bf16() -> bool:
 def _onnx(path: Path, threads: int | None) -> ExportedModel:
     ort = import_package("onnxruntime", "onnx")
     options = ort.SessionOptions()
-    options.log_severity_level = 3  # errors
-    options.intra_op_num_threads = threads or 0
+    options.log_severity_level, options.intra_op_num_threads = 3, threads or 0  # 3: errors
     try:
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # kinds of its own
         raise _unreadable(path, error) from error
     info = ExportInfo.parse(session.get_modelmeta().custom_metadata_map.get(INFO_KEY), path)
-    names = [output.name for output in session.get_outputs()]
-    _check_names(path, info, [each.name for each in session.get_inputs()], names)
-
-    def run(inputs: Arrays) -> Arrays:
-        return dict(zip(names, session.run(names, inputs), strict=True))
-
-    return ExportedModel(path, info, ("onnxruntime", ort.__version__), run)
+    taken, names = (
+        [each.name for each in ports] for ports in (session.get_inputs(), session.get_outputs())
+    )
+    _check_names(path, info, taken, names)
+    run = partial(session.run, names)
+    return ExportedModel(path, info, ("onnxruntime", ort.__version__), names, run)
 
 
 def _openvino(path: Path, threads: int | None) -> ExportedModel:
@@ -219,12 +199,11 @@ def _openvino(path: Path, threads: int | None) -> ExportedModel:
     _check_names(path, info, taken, names)
     if precision == "bf16" and not cpu_has_bf16():
         LOGGER.warning("this CPU has no bfloat16 instructions: %s runs in fp32", path)
-
-    def run(inputs: Arrays) -> Arrays:
-        # Copies: the next call writes into the same memory.
-        return {name: np.array(v) for name, v in zip(names, compiled(inputs).values(), strict=True)}
-
-    return ExportedModel(path, info, ("openvino", openvino.__version__), run)
+    runtime = ("openvino", openvino.__version__)
+    # Copies: the next call writes into the same memory.
+    return ExportedModel(
+        path, info, runtime, names, lambda inputs: map(np.array, compiled(inputs).values())
+    )
 
 
 _RUNTIMES = {".onnx": _onnx, ".xml": _openvino}
@@ -236,9 +215,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} cannot be opened ({first_line(error)}); export the detector again")
 
 
-def _check_names(
-    path: Path, info: ExportInfo, inputs: Sequence[str], outputs: Sequence[str]
-) -> None:
+def _check_names(path: Path, info: ExportInfo, inputs: list[str], outputs: list[str]) -> None:
     for what, found, wanted in (("takes", inputs, info.inputs), ("gives", outputs, info.outputs)):
         if set(found) != set(wanted):
             raise UserError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -48,14 +48,17 @@ class DetectConfig:
     def __post_init__(self) -> None:
         if self.nms not in SUPPRESSION:
             raise ValueError(f"nms is {self.nms!r}, should be one of {', '.join(SUPPRESSION)}")
-        if self.per_class < 1 or self.top_k < 1:
-            raise ValueError(
-                f"per_class {self.per_class} and top_k {self.top_k} should be at least 1"
-            )
+        if min(self.per_class, self.top_k) < 1:
+            raise ValueError(f"per_class {self.per_class} and top_k {self.top_k} should be over 0")
         if not (0 <= self.conf_thresh <= 1 and 0 <= self.nms_thresh <= 1):
             raise ValueError(
                 f"conf_thresh {self.conf_thresh} and nms_thresh {self.nms_thresh} should be in 0..1"
             )
+
+    def with_limits(self, conf_thresh: float | None, top_k: int | None) -> DetectConfig:
+        """Return the settings with another score threshold and limit; None: the own ones."""
+        asked = {"conf_thresh": conf_thresh, "top_k": top_k}
+        return replace(self, **{key: value for key, value in asked.items() if value is not None})
 
 
 class Detect(nn.Module):
@@ -65,26 +68,17 @@ class Detect(nn.Module):
     the rest of the batch. Only priors that can exceed the score threshold are softmaxed and
     decoded.
 
-    Args of the constructor:
-        conf_thresh, nms_thresh, per_class, top_k, nms, class_agnostic, background_shortcut: the
-            fields of ``DetectConfig``.
-        variance: of the encoding.
+    The constructor takes the fields of ``DetectConfig``, and the ``variance`` of the encoding.
 
     Raises:
         ValueError: as ``DetectConfig``.
     """
 
     def __init__(
-        self,
-        conf_thresh: float = 0.02,
-        nms_thresh: float = 0.45,
-        per_class: int = 50,
-        top_k: int = 200,
-        variance: tuple[float, float] = (0.1, 0.2),
-        nms: str = "hard",
-        class_agnostic: bool = False,
-        background_shortcut: bool = False,
-    ) -> None:
+        self, conf_thresh: float = 0.02, nms_thresh: float = 0.45, per_class: int = 50,
+        top_k: int = 200, variance: tuple[float, float] = (0.1, 0.2), nms: str = "hard",
+        class_agnostic: bool = False, background_shortcut: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.config = DetectConfig(
             conf_thresh, nms_thresh, per_class, top_k, nms, class_agnostic, background_shortcut
@@ -139,11 +133,11 @@ class Detect(nn.Module):
         image, label = image[row], label + 1
         found, score = self._suppress(boxes, scores[row, label], image, label, conf.shape[2])
         counts = torch.bincount(image[found], minlength=len(sizes)).tolist()
-        parts = {"boxes": boxes[found], "scores": score, "labels": label[found]}
-        split = [part.split(counts) for part in parts.values()]
+        parts = [part.split(counts) for part in (boxes[found], score, label[found])]
+        most = self.config.top_k
         return [
-            {key: part[: self.config.top_k] for key, part in zip(parts, image_parts, strict=True)}
-            for image_parts in zip(*split, strict=True)
+            {"boxes": boxes[:most], "scores": scores[:most], "labels": labels[:most]}
+            for boxes, scores, labels in zip(*parts, strict=True)
         ]
 
     def _suppress(
@@ -152,15 +146,13 @@ class Detect(nn.Module):
         """Return the indices of the boxes that are kept, by image, then score; and their scores."""
         config = self.config
         group = image * classes + label
+        groups, limit = group, config.per_class
+        if config.class_agnostic:
+            groups, limit = image, max(len(boxes), 1)
         found, score = batched_nms(
-            boxes,
-            scores,
-            image if config.class_agnostic else group,
-            config.nms_thresh,
-            max(len(boxes), 1) if config.class_agnostic else config.per_class,
-            method=SUPPRESSION[config.nms],
-            min_score=config.conf_thresh,
-        )
+            boxes, scores, groups, config.nms_thresh, limit,
+            method=SUPPRESSION[config.nms], min_score=config.conf_thresh,
+        )  # fmt: skip
         if config.class_agnostic:
             within = rank_in_group(group[found]) < config.per_class
             found, score = found[within], score[within]

@@ -25,12 +25,9 @@ def pad_targets(targets: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def match(
-    targets: Tensor,
-    priors: Tensor,
-    threshold: float,
-    variance: tuple[float, float],
+    targets: Tensor, priors: Tensor, threshold: float, variance: tuple[float, float],
     index: bool = False,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Match the boxes of a batch to the priors.
 
     A prior is matched to the box that it overlaps most, if their IoU reaches the threshold. Each
@@ -87,5 +84,4 @@ def _best(boxes: Tensor, priors: Tensor, images: int) -> tuple[Tensor, Tensor, T
         # Padding has an IoU of 0 and comes last, so no prior prefers it to a box.
         overlaps = iou(part, corners)
         found.append((*overlaps.max(1), overlaps.argmax(2)))
-    best_overlap, best_box, best_prior = (torch.cat(parts) for parts in zip(*found, strict=True))
-    return best_overlap, best_box, best_prior
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

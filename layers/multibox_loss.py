@@ -25,12 +25,9 @@ class MultiBoxLoss(nn.Module):
     """
 
     def __init__(
-        self,
-        num_classes: int,
-        threshold: float = 0.5,
-        negatives_per_positive: int = 3,
+        self, num_classes: int, threshold: float = 0.5, negatives_per_positive: int = 3,
         variance: tuple[float, float] = (0.1, 0.2),
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes = num_classes
         self.threshold = threshold
@@ -62,18 +59,11 @@ class MultiBoxLoss(nn.Module):
 
     @torch.no_grad()
     def match(self, targets: Sequence[Tensor], priors: Tensor) -> tuple[Tensor, Tensor]:
-        """Return what every prior should predict.
-
-        Args:
-            targets: B tensors [n, 5] as for a call.
-            priors: [P, 4] as for a call.
+        """Return what every prior should predict; arguments and errors are those of a call.
 
         Returns:
             ``labels`` int64 [B, P], 0 = background, and ``offsets`` float32 [B, P, 4], which have
             no meaning where the label is 0. Both are on the device of ``priors``.
-
-        Raises:
-            ValueError: a target of another shape, or a label out of range.
         """
         for i, target in enumerate(targets):
             if target.ndim != 2 or target.shape[1] != 5:
@@ -87,26 +77,13 @@ class MultiBoxLoss(nn.Module):
         return match(boxes, priors, self.threshold, self.variance, index=priors.is_cpu)
 
     def loss(
-        self,
-        predictions: tuple[Tensor, Tensor],
-        labels: Tensor,
-        offsets: Tensor,
+        self, predictions: tuple[Tensor, Tensor], labels: Tensor, offsets: Tensor,
         positives: Tensor | int,
-    ) -> tuple[Tensor, Tensor]:
-        """Return the two losses of predictions, given the result of ``match``.
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Return the two losses of a call, given the result of ``match``.
 
-        Args:
-            predictions: ``loc`` and ``conf`` as for a call.
-            labels: int64 [B, P].
-            offsets: float32 [B, P, 4].
-            positives: number of positive priors in the whole batch, by which the sums are divided
-                (by 1 if it is 0). A 0-d tensor on the device of the predictions, or a number.
-
-        Returns:
-            (loss_loc, loss_conf), as a call.
-
-        Raises:
-            ValueError: shapes that do not fit together.
+        ``positives`` is the number of positive priors in the whole batch, by which the sums are
+        divided (by 1 if it is 0): a 0-d tensor on the device of the predictions, or a number.
         """
         loc, conf = predictions
         self._check(predictions, *labels.shape)

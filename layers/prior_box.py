@@ -52,10 +52,8 @@ def _prior_boxes(config: Preset) -> Tensor:
         between = sqrt(small * config.max_sizes[k] / config.size)
         shapes = [(small, small), (between, between)]
         for ratio in config.aspect_ratios[k]:
-            shapes += [
-                (small * sqrt(ratio), small / sqrt(ratio)),
-                (small / sqrt(ratio), small * sqrt(ratio)),
-            ]
+            long, short = small * sqrt(ratio), small / sqrt(ratio)
+            shapes += [(long, short), (short, long)]
         cells = torch.stack([cx, cy], -1).reshape(-1, 1, 2)
         sizes = torch.tensor(shapes, dtype=torch.float64).expand(len(cells), -1, 2)
         maps.append(torch.cat([cells.expand_as(sizes), sizes], -1).reshape(-1, 4))

@@ -122,6 +122,10 @@ def make_voc():
 
 @pytest.fixture
 def voc_folder(tmp_path) -> Path:
+    return write_blood(tmp_path / "blood")
+
+
+def write_blood(folder: Path) -> Path:
     """A bare folder in VOC layout, classes cell, platelet, rod: trainval 6 pictures, test 4.
 
     One trainval picture has no object, one test object is difficult, platelet is missing in test.
@@ -140,7 +144,7 @@ def voc_folder(tmp_path) -> Path:
         "t3": [("cell", (5, 5, 15, 15), True), ("cell", (40, 20, 90, 70))],
         "t4": [("rod", (20, 40, 90, 65))],
     }
-    return write_voc(tmp_path / "blood", {"trainval": trainval, "test": test})
+    return write_voc(folder, {"trainval": trainval, "test": test})
 
 
 @pytest.fixture

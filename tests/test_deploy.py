@@ -23,13 +23,12 @@ def trained(version: str) -> nn.Module:
     return net.double()
 
 
-def images() -> torch.Tensor:
-    return torch.rand(1, 3, 300, 300, generator=torch.manual_seed(1), dtype=torch.double) * 99
+IMAGES = torch.rand(1, 3, 300, 300, generator=torch.manual_seed(1), dtype=torch.double) * 99
 
 
 @torch.inference_mode()
 def outputs(net: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    return net(images().to(next(net.parameters()).dtype))
+    return net(IMAGES.to(next(net.parameters()).dtype))
 
 
 def error(net: nn.Module, exact: tuple[torch.Tensor, torch.Tensor]) -> float:
@@ -38,7 +37,11 @@ def error(net: nn.Module, exact: tuple[torch.Tensor, torch.Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("version", BACKBONES)
+QUICK = ("SSD_HarDNet68", "SSD_HarDNet39ds", "SSD_mobile", "RFB_HarDNet68")
+SLOW = [pytest.param(v, marks=pytest.mark.slow) for v in BACKBONES if v not in QUICK]
+
+
+@pytest.mark.parametrize("version", [*QUICK, *SLOW])
 def test_deployed_network_equals_the_trained_one(version):
     net = trained(version)
     before = copy.deepcopy(net.state_dict())
@@ -78,10 +81,10 @@ def test_half_precision_takes_images_as_they_come():
     half = deploy(net).to(torch.bfloat16)
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     with torch.inference_mode():
-        found = half(images().float())
-        for output, whole in zip(found, net(images().float()), strict=True):
-            assert output.dtype == torch.bfloat16
-            assert (output - whole).norm() < 0.05 * whole.norm()
+        found = half(IMAGES.float())
+    for output, whole in zip(found, outputs(net), strict=True):
+        assert output.dtype == torch.bfloat16
+        assert (output - whole).norm() < 0.05 * whole.norm()
 
 
 ODD = {

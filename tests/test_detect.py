@@ -45,10 +45,7 @@ def test_detections_equal_the_published_ones(name, routine):
     golden = np.load(GOLDENS / f"detect_{name}.npz")
     loc, conf, priors = golden_outputs(golden)
     detect = Detect(
-        conf_thresh=float(golden["conf_thresh"]),
-        nms_thresh=float(golden["nms_thresh"]),
-        per_class=int(golden["per_class"]),
-        top_k=int(golden["top_k"]),
+        *(golden[key].item() for key in ("conf_thresh", "nms_thresh", "per_class", "top_k"))
     )
     with using(routine):
         (found,) = detect(loc, conf, priors, [(int(golden["width"]), int(golden["height"]))])
@@ -145,12 +142,9 @@ def test_equals_the_literal_steps(nms, class_agnostic, background_shortcut):
     conf = conf.round()
     conf[..., 0] += 4
     chosen = {
-        "conf_thresh": 0.01,
-        "nms": nms,
-        "class_agnostic": class_agnostic,
-        "background_shortcut": background_shortcut,
-        "per_class": 20,
-    }
+        "conf_thresh": 0.01, "nms": nms, "class_agnostic": class_agnostic,
+        "background_shortcut": background_shortcut, "per_class": 20,
+    }  # fmt: skip
     (found,) = Detect(**chosen)(loc, conf, priors, [(640, 480)])
     expected = literal_detect(loc[0], conf[0], priors, (640, 480), **chosen)
     assert 60 < len(found["scores"]) <= 80  # classes are at their limit
@@ -191,26 +185,24 @@ def test_outputs_of_a_diverged_network_are_refused():
             Detect()(broken, conf, priors, [(10, 10)])
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("nms", "linear", "nms is 'linear', .* hard, soft, soft-gaussian"),
-        ("top_k", 0, "top_k 0"),
-        ("per_class", 0, "per_class 0"),
-        ("nms_thresh", 1.5, "nms_thresh 1.5"),
-        ("conf_thresh", float("nan"), "conf_thresh nan"),
-    ],
-)
-@pytest.mark.parametrize("kind", [Detect, DetectConfig])
-def test_settings_that_are_not_valid_are_refused(kind, field, value, said):
-    with pytest.raises(ValueError, match=said):
-        kind(**{field: value})
+def test_settings_that_are_not_valid_are_refused():
+    for wrong, said in (
+        ({"nms": "linear"}, "nms is 'linear', .* hard, soft, soft-gaussian"),
+        ({"top_k": 0}, "top_k 0"),
+        ({"per_class": 0}, "per_class 0"),
+        ({"nms_thresh": 1.5}, "nms_thresh 1.5"),
+        ({"conf_thresh": float("nan")}, "conf_thresh nan"),
+    ):
+        for kind in (Detect, DetectConfig):
+            with pytest.raises(ValueError, match=said):
+                kind(**wrong)
 
 
 def test_a_layer_keeps_its_settings_and_can_be_made_of_them():
     config = DetectConfig(0.1, 0.5, 7, 15, "soft", True, True)
-    assert Detect.of(config, (0.2, 0.3)).config == config
-    assert Detect.of(config, (0.2, 0.3)).variance == (0.2, 0.3)
+    layer = Detect.of(config, (0.2, 0.3))
+    assert (layer.config, layer.variance) == (config, (0.2, 0.3))
+    assert config.with_limits(None, 3) == DetectConfig(0.1, 0.5, 7, 3, "soft", True, True)
     assert Detect(0.1, 0.5, 7, 15, (0.1, 0.2), "soft", True, True).config == config
     assert Detect().config == DetectConfig()
 
@@ -229,26 +221,23 @@ def test_one_confident_prior_becomes_one_box_in_pixels():
     assert found["scores"].item() == pytest.approx(1 / (1 + 2 * np.exp(-10)), rel=1e-6)
 
 
-def test_no_score_over_the_threshold_gives_empty_tensors():
+def test_nothing_to_find_gives_empty_tensors_and_no_image_an_empty_list():
     loc, conf, priors = random_outputs(2)
     for found in Detect(conf_thresh=1.0)(loc, conf, priors, [(10, 10)] * 2):
         assert found["boxes"].shape == (0, 4)
         assert found["scores"].shape == found["labels"].shape == (0,)
         assert found["labels"].dtype == torch.int64
-
-
-def test_empty_batch_gives_an_empty_list():
-    loc, conf, priors = random_outputs(1)
     assert Detect()(loc[:0], conf[:0], priors, []) == []
 
 
 def test_inputs_that_do_not_fit_are_refused():
     loc, conf, priors = random_outputs(2)
-    with pytest.raises(ValueError, match="1 image sizes"):
-        Detect()(loc, conf, priors, [(10, 10)])
-    with pytest.raises(ValueError, match="32756 priors"):
-        Detect()(loc, conf, PriorBox(config.VOC_512)(), [(10, 10)] * 2)
-    with pytest.raises(ValueError, match=r"conf \[2, 100, 4\]"):
-        Detect()(loc, conf[:, :100], priors, [(10, 10)] * 2)
-    with pytest.raises(ValueError, match=r"conf \[2, 11620, 1\]"):
-        Detect()(loc, conf[..., :1], priors, [(10, 10)] * 2)
+    sizes = [(10, 10)] * 2
+    for wrong, problem in (
+        ((conf, priors, sizes[:1]), "1 image sizes"),
+        ((conf, PriorBox(config.VOC_512)(), sizes), "32756 priors"),
+        ((conf[:, :100], priors, sizes), r"conf \[2, 100, 4\]"),
+        ((conf[..., :1], priors, sizes), r"conf \[2, 11620, 1\]"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            Detect()(loc, *wrong)

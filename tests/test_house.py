@@ -23,9 +23,6 @@ MOST_LINES = {**dict.fromkeys(ROOMS, 520), **dict.fromkeys(READING_PATH, 400), "
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_NAMES_OF_TRAIN_TEST = 30
 
-LONG_FUNCTIONS = {"inference/gathered_conv.py:_convolve": 79}
-"""Functions that may be long, and their lines: kernels and the table of options."""
-
 ROOMS_MEASURED = [room for room in ROOMS if room != "docs"]
 FILES = {room: files_of(room) for room in ROOMS_MEASURED}
 
@@ -53,8 +50,7 @@ def test_no_file_is_too_long(room):
 def test_no_function_is_too_long(room):
     for path in FILES[room]:
         for name, lines in functions(path):
-            most = LONG_FUNCTIONS.get(name, MOST_LINES_OF_A_FUNCTION)
-            assert lines <= most, f"{name} has {lines} lines"
+            assert lines <= MOST_LINES_OF_A_FUNCTION, f"{name} has {lines} lines"
 
 
 def test_a_usual_function_is_short():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 import data.config as config
 from layers import L2Norm, MultiBoxLoss, PriorBox
@@ -18,6 +19,7 @@ from layers.multibox_loss import _ConfidenceLoss, _hard_negatives, _location_los
 GOLDENS = Path(__file__).parent / "goldens"
 VARIANCE = (0.1, 0.2)
 CPU = torch.device("cpu")
+PRIORS = PriorBox(config.VOC_300)()
 
 
 def match_one(target, priors, threshold=0.5):
@@ -38,19 +40,13 @@ def test_priors_equal_the_published_ones(name):
 
 
 def test_priors_of_one_cell_by_hand():
-    priors = PriorBox(config.VOC_300)()
     # Map 0, row 1, column 2: cell (38 + 2), 6 boxes a cell; min 30, max 60, step 8.
     s, c = 30 / 300, (2.5 * 8 / 300, 1.5 * 8 / 300)
-    shapes = [
-        (s, s),
-        (sqrt(s * 0.2), sqrt(s * 0.2)),
-        (s * sqrt(2), s / sqrt(2)),
-        (s / sqrt(2), s * sqrt(2)),
-        (s * sqrt(3), s / sqrt(3)),
-        (s / sqrt(3), s * sqrt(3)),
-    ]
+    shapes = [(s, s), (sqrt(s * 0.2), sqrt(s * 0.2))]
+    for ratio in (2, 3):
+        shapes += [(s * sqrt(ratio), s / sqrt(ratio)), (s / sqrt(ratio), s * sqrt(ratio))]
     expected = torch.tensor([[*c, *shape] for shape in shapes])
-    torch.testing.assert_close(priors[40 * 6 : 41 * 6], expected)
+    torch.testing.assert_close(PRIORS[40 * 6 : 41 * 6], expected)
 
 
 def test_priors_are_a_buffer_that_no_checkpoint_carries():
@@ -84,11 +80,9 @@ def test_iou_by_hand():
 
 def test_decoding_inverts_encoding():
     generator = torch.Generator().manual_seed(0)
-    priors = PriorBox(config.VOC_300)()
-    corners = to_corners(torch.rand(len(priors), 4, generator=generator) * 0.9 + 0.05)
-    torch.testing.assert_close(
-        decode(encode(corners, priors, VARIANCE), priors, VARIANCE), corners, rtol=1e-4, atol=1e-5
-    )
+    corners = to_corners(torch.rand(len(PRIORS), 4, generator=generator) * 0.9 + 0.05)
+    found = decode(encode(corners, PRIORS, VARIANCE), PRIORS, VARIANCE)
+    torch.testing.assert_close(found, corners, rtol=1e-4, atol=1e-5)
 
 
 def test_encoding_by_hand_and_finite_for_a_box_without_area():
@@ -121,30 +115,28 @@ def literal_match(target, priors, threshold=0.5):
     return torch.tensor(labels), target[owner, :4]
 
 
-def random_targets(generator, count, classes=5):
+def random_targets(generator, count):
     centre = torch.rand(count, 2, generator=generator)
     size = torch.rand(count, 2, generator=generator) * 0.4 + 0.01
     corners = to_corners(torch.cat([centre, size], 1)).clamp(0, 1)
-    labels = torch.randint(1, classes, (count, 1), generator=generator)
+    labels = torch.randint(1, 5, (count, 1), generator=generator)
     return torch.cat([corners, labels], 1)
 
 
 @pytest.mark.parametrize("index", [False, True])
 def test_batched_matching_equals_the_literal_rule(index):
     generator = torch.Generator().manual_seed(1)
-    priors = PriorBox(config.VOC_300)()
     targets = [random_targets(generator, n) for n in (3, 0, 1, 17, 60)]
-    labels, offsets = match(pad_targets(targets, CPU), priors, 0.5, VARIANCE, index)
+    labels, offsets = match(pad_targets(targets, CPU), PRIORS, 0.5, VARIANCE, index)
     assert offsets.isfinite().all()
-    for i, target in enumerate(targets):
+    for target, label, offset in zip(targets, labels, offsets, strict=True):
         if not len(target):
-            assert not labels[i].any()
+            assert not label.any()
             continue
-        expected, owner = literal_match(target, priors)
-        assert torch.equal(labels[i], expected)
-        torch.testing.assert_close(
-            offsets[i][expected > 0], encode(owner, priors, VARIANCE)[expected > 0]
-        )
+        expected, owner = literal_match(target, PRIORS)
+        assert torch.equal(label, expected)
+        encoded = encode(owner, PRIORS, VARIANCE)
+        torch.testing.assert_close(offset[expected > 0], encoded[expected > 0])
 
 
 def test_targets_are_padded_with_rows_that_have_no_label():
@@ -156,16 +148,13 @@ def test_targets_are_padded_with_rows_that_have_no_label():
 
 
 def test_every_box_owns_a_prior_even_where_none_overlaps_enough():
-    priors = PriorBox(config.VOC_300)()
-    tiny = torch.tensor([[0.501, 0.502, 0.503, 0.504, 2.0]])
-    labels, _ = match_one(tiny, priors)
+    labels, _ = match_one(torch.tensor([[0.501, 0.502, 0.503, 0.504, 2.0]]), PRIORS)
     assert labels.count_nonzero() == 1
 
 
 def test_of_two_boxes_on_one_prior_the_later_wins():
     priors = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.1, 0.1, 0.1, 0.1]])
-    first = [0.3, 0.3, 0.7, 0.7, 1.0]
-    second = [0.32, 0.3, 0.7, 0.7, 2.0]
+    first, second = [0.3, 0.3, 0.7, 0.7, 1.0], [0.32, 0.3, 0.7, 0.7, 2.0]
     for pair, winner in (((first, second), 2), ((second, first), 1)):
         labels, offsets = match_one(torch.tensor(pair), priors)
         assert labels.tolist() == [winner, 0]
@@ -174,10 +163,9 @@ def test_of_two_boxes_on_one_prior_the_later_wins():
 
 
 def test_a_box_larger_than_the_image_matches_the_largest_priors_with_finite_offsets():
-    priors = PriorBox(config.VOC_300)()
-    labels, offsets = match_one(torch.tensor([[-0.2, -0.1, 1.3, 1.2, 3.0]]), priors)
-    assert labels.count_nonzero() >= 1
-    assert priors[labels > 0, 2:].min() > 0.5
+    labels, offsets = match_one(torch.tensor([[-0.2, -0.1, 1.3, 1.2, 3.0]]), PRIORS)
+    assert labels.any()
+    assert PRIORS[labels > 0, 2:].min() > 0.5
     assert offsets.isfinite().all()
 
 
@@ -194,11 +182,9 @@ def literal_loss(loc, conf, priors, targets):
             labels, owner = literal_match(target, priors)
         positive = labels > 0
         if positive.any():
-            encoded = encode(owner, priors, VARIANCE)
-            loss_loc += torch.nn.functional.smooth_l1_loss(
-                loc[i][positive], encoded[positive], reduction="sum"
-            )
-        entropy = torch.nn.functional.cross_entropy(conf[i], labels, reduction="none")
+            encoded = encode(owner, priors, VARIANCE)[positive]
+            loss_loc += F.smooth_l1_loss(loc[i][positive], encoded, reduction="sum")
+        entropy = F.cross_entropy(conf[i], labels, reduction="none")
         wanted = min(3 * int(positive.sum()), len(priors) - 1)
         negatives = entropy[~positive].sort(descending=True).values[:wanted]
         loss_conf += entropy[positive].sum() + negatives.sum()
@@ -227,32 +213,23 @@ def test_loss_equals_the_published_one(name):
 
     losses = MultiBoxLoss(classes)((loc, conf), priors, targets)
     sum(losses).backward()
-    measured = [*map(float, losses), float(loc.grad.norm()), float(conf.grad.norm())]
+    measured = [x.item() for x in (*losses, loc.grad.norm(), conf.grad.norm())]
     names = ("loss_loc", "loss_conf", "grad_loc_norm", "grad_conf_norm")
     assert measured == pytest.approx([float(golden[k]) for k in names], rel=1e-5)
 
 
 @pytest.mark.parametrize("counts", [(4, 0, 9), (1,), (30, 2)])
 def test_loss_equals_a_literal_reference(counts):
-    generator = torch.Generator().manual_seed(sum(counts))
-    priors = PriorBox(config.VOC_300)()
-    targets = [random_targets(generator, n) for n in counts]
-    loc = torch.randn(len(counts), len(priors), 4, generator=generator)
-    conf = torch.randn(len(counts), len(priors), 5, generator=generator)
-    torch.testing.assert_close(
-        MultiBoxLoss(5)((loc, conf), priors, targets), literal_loss(loc, conf, priors, targets)
-    )
+    (loc, conf), targets = random_batch(counts)
+    losses = MultiBoxLoss(5)((loc, conf), PRIORS, targets)
+    torch.testing.assert_close(losses, literal_loss(loc, conf, PRIORS, targets))
 
 
 def test_batch_without_a_positive_has_zero_loss_and_zero_gradient():
-    priors = PriorBox(config.VOC_300)()
-    loc = torch.randn(2, len(priors), 4, requires_grad=True)
-    conf = torch.randn(2, len(priors), 3, requires_grad=True)
-    losses = MultiBoxLoss(3)((loc, conf), priors, [torch.zeros(0, 5)] * 2)
+    outputs, targets = random_batch((0, 0))
+    losses = MultiBoxLoss(5)(outputs, PRIORS, targets)
     sum(losses).backward()
-    assert [float(loss) for loss in losses] == [0.0, 0.0]
-    assert not loc.grad.any()
-    assert not conf.grad.any()
+    assert not any(losses) and not any(x.grad.any() for x in outputs)
 
 
 def test_negatives_are_capped_when_nearly_every_prior_is_positive():
@@ -265,35 +242,28 @@ def test_negatives_are_capped_when_nearly_every_prior_is_positive():
 
 
 def test_loss_of_half_precision_outputs_is_computed_in_float32():
-    priors = PriorBox(config.VOC_300)()
-    loc, conf = torch.zeros(1, len(priors), 4).bfloat16(), torch.zeros(1, len(priors), 3).bfloat16()
-    losses = MultiBoxLoss(3)((loc, conf), priors, [torch.tensor([[0.1, 0.1, 0.6, 0.6, 1.0]])])
+    outputs = [torch.zeros(1, len(PRIORS), n, dtype=torch.bfloat16) for n in (4, 3)]
+    losses = MultiBoxLoss(3)(outputs, PRIORS, [torch.tensor([[0.1, 0.1, 0.6, 0.6, 1.0]])])
     assert [loss.dtype for loss in losses] == [torch.float32] * 2
     assert float(losses[1]) == pytest.approx(4 * np.log(3), rel=1e-6)
 
 
-def random_batch(counts, classes, dtype=torch.float32, config=config.VOC_300):
-    """Predictions that want a gradient, priors and targets."""
+def random_batch(counts, dtype=torch.float32):
+    """Predictions of 5 classes that want a gradient, and targets."""
     generator = torch.Generator().manual_seed(sum(counts))
-    priors = PriorBox(config)()
-    targets = [random_targets(generator, n, classes) for n in counts]
-    outputs = (
-        torch.randn(len(counts), len(priors), width, generator=generator).to(dtype)
-        for width in (4, classes)
-    )
-    return [x.requires_grad_() for x in outputs], priors, targets
+    targets = [random_targets(generator, n) for n in counts]
+    outputs = (torch.randn(len(counts), len(PRIORS), n, generator=generator) for n in (4, 5))
+    return [x.to(dtype).requires_grad_() for x in outputs], targets
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_loss_and_gradient_of_every_prior_masked_equal_those_of_the_chosen_ones(dtype):
-    (loc, conf), priors, targets = random_batch((4, 0, 9), 5, dtype)
-    labels, offsets = MultiBoxLoss(5).match(targets, priors)
+    (loc, conf), targets = random_batch((4, 0, 9), dtype)
+    labels, offsets = MultiBoxLoss(5).match(targets, PRIORS)
     results = []
     for index in (False, True):
-        losses = (
-            _location_loss(loc, labels, offsets, index),
-            _ConfidenceLoss.apply(conf, labels, 3, index),
-        )
+        losses = [_location_loss(loc, labels, offsets, index)]
+        losses.append(_ConfidenceLoss.apply(conf, labels, 3, index))
         gradients = torch.autograd.grad(sum(losses), (loc, conf))
         assert [g.dtype for g in gradients] == [dtype] * 2
         results.append([*losses, *gradients])
@@ -303,15 +273,13 @@ def test_loss_and_gradient_of_every_prior_masked_equal_those_of_the_chosen_ones(
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradient_of_half_precision_outputs_is_that_of_float32_rounded_once(dtype):
-    outputs, priors, targets = random_batch((4, 9), 5, dtype)
+    outputs, targets = random_batch((4, 9), dtype)
     wide = [x.detach().float().requires_grad_() for x in outputs]
-    gradients, losses = [], []
-    for predictions in (outputs, wide):
-        losses.append(MultiBoxLoss(5)(predictions, priors, targets))
-        gradients.append(torch.autograd.grad(sum(losses[-1]), predictions))
+    losses = [MultiBoxLoss(5)(x, PRIORS, targets) for x in (outputs, wide)]
     torch.testing.assert_close(*losses, rtol=1e-6, atol=0)
-    assert torch.equal(gradients[0][1], gradients[1][1].to(dtype))
-    torch.testing.assert_close(gradients[0][0], gradients[1][0].to(dtype))
+    sum(map(sum, losses)).backward()
+    for half, whole, rounding in zip(outputs, wide, (None, 0), strict=True):
+        torch.testing.assert_close(half.grad, whole.grad.to(dtype), rtol=rounding, atol=rounding)
 
 
 @pytest.mark.parametrize("index", [False, True])
@@ -321,18 +289,17 @@ def test_gradient_equals_finite_differences(index):
         torch.randn(2, 9, n, generator=generator, dtype=torch.float64) for n in (4, 3, 4)
     )
     labels = torch.tensor([[0, 2, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
-    assert torch.autograd.gradcheck(
-        lambda x: _ConfidenceLoss.apply(x, labels, 2, index), conf.requires_grad_()
-    )
-    assert torch.autograd.gradcheck(
-        lambda x: _location_loss(x, labels, offsets, index), loc.requires_grad_()
-    )
+    for loss, x in (
+        (lambda x: _ConfidenceLoss.apply(x, labels, 2, index), conf),
+        (lambda x: _location_loss(x, labels, offsets, index), loc),
+    ):
+        assert torch.autograd.gradcheck(loss, x.requires_grad_())
 
 
 @pytest.mark.parametrize("index", [False, True])
 def test_the_gradient_does_not_depend_on_the_order_of_outputs_in_memory(index):
-    (_, conf), priors, targets = random_batch((4, 9), 5)
-    labels, _ = MultiBoxLoss(5).match(targets, priors)
+    (_, conf), targets = random_batch((4, 9))
+    labels, _ = MultiBoxLoss(5).match(targets, PRIORS)
     other = conf.detach().mT.contiguous().mT.requires_grad_()
     gradients = [torch.autograd.grad(_ConfidenceLoss.apply(x, labels, 3, index), x)[0]
                  for x in (conf, other)]  # fmt: skip
@@ -372,11 +339,11 @@ def test_negative_that_is_no_number_is_noticed(index, value):
 
 
 def test_parts_of_a_batch_with_one_count_add_up_to_the_whole():
-    outputs, priors, targets = random_batch((4, 0, 9), 5)
+    outputs, targets = random_batch((4, 0, 9))
     criterion = MultiBoxLoss(5)
-    whole = criterion(outputs, priors, targets)
+    whole = criterion(outputs, PRIORS, targets)
     expected = torch.autograd.grad(sum(whole), outputs)
-    labels, offsets = criterion.match(targets, priors)
+    labels, offsets = criterion.match(targets, PRIORS)
     count = (labels > 0).sum()
     for positives in (count, int(count)):
         parts = [
@@ -385,15 +352,14 @@ def test_parts_of_a_batch_with_one_count_add_up_to_the_whole():
         ]
         summed = [sum(losses) for losses in zip(*parts, strict=True)]
         torch.testing.assert_close(summed, list(whole))
-        measured = torch.autograd.grad(sum(summed), outputs)
-        torch.testing.assert_close(measured, expected)
+        torch.testing.assert_close(torch.autograd.grad(sum(summed), outputs), expected)
 
 
 def test_loss_off_the_cpu_needs_no_value_of_the_data():
     """What would make a GPU's host wait cannot even run on tensors without data."""
-    outputs, priors, targets = random_batch((4, 0, 9), 5)
+    outputs, targets = random_batch((4, 0, 9))
     outputs = [x.detach().to("meta").requires_grad_() for x in outputs]
-    losses = MultiBoxLoss(5)(outputs, priors.to("meta"), targets)
+    losses = MultiBoxLoss(5)(outputs, PRIORS.to("meta"), targets)
     sum(losses).backward()
     assert [loss.dtype for loss in losses] == [torch.float32] * 2
     assert all(x.grad.shape == x.shape for x in outputs)
@@ -401,31 +367,20 @@ def test_loss_off_the_cpu_needs_no_value_of_the_data():
         outputs[0][outputs[0] > 0]
 
 
-@pytest.mark.parametrize(
-    ("target", "words"),
-    [
+def test_target_that_cannot_be_meant_is_refused():
+    for target, words in (
         (torch.tensor([[0.1, 0.1, 0.2, 0.2, 3.0]]), r"label outside 1\.\.2: \[3\.0\]"),
         (torch.tensor([[0.1, 0.1, 0.2, 0.2, 0.0]]), r"label outside 1\.\.2: \[0\.0\]"),
         (torch.zeros(2, 4), r"shape \[2, 4\]"),
-    ],
-)
-def test_target_that_cannot_be_meant_is_refused(target, words):
-    priors = PriorBox(config.VOC_300)()
-    loc, conf = torch.zeros(1, len(priors), 4), torch.zeros(1, len(priors), 3)
-    with pytest.raises(ValueError, match=words):
-        MultiBoxLoss(3)((loc, conf), priors, [target])
+    ):
+        with pytest.raises(ValueError, match=words):
+            MultiBoxLoss(3).match([target], PRIORS)
 
 
 def test_outputs_that_do_not_fit_the_priors_are_refused_with_both_numbers():
-    priors = PriorBox(config.VOC_300)()
+    few, many = ([torch.zeros(1, count, n) for n in (4, 3)] for count in (11620, 32756))
     with pytest.raises(ValueError, match="32756.*11620"):
-        MultiBoxLoss(3)((torch.zeros(1, 32756, 4), torch.zeros(1, 32756, 3)), priors, [
-            torch.zeros(0, 5)
-        ])  # fmt: skip
+        MultiBoxLoss(3)(many, PRIORS, [torch.zeros(0, 5)])
+    labels, offsets = torch.zeros(2, 11620, dtype=torch.long), torch.zeros(2, 11620, 4)
     with pytest.raises(ValueError, match="2 targets.*11620 priors"):
-        MultiBoxLoss(3).loss(
-            (torch.zeros(1, 11620, 4), torch.zeros(1, 11620, 3)),
-            torch.zeros(2, 11620, dtype=torch.long),
-            torch.zeros(2, 11620, 4),
-            1,
-        )
+        MultiBoxLoss(3).loss(few, labels, offsets, 1)

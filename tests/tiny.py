@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from models import BACKBONES, Backbone
+from models.hardnet import HarDNetBase, HarDNetSpec
 
 
 class TinyBase(nn.ModuleList):
@@ -25,6 +26,17 @@ class PlainBase(TinyBase):
     """The same without batch normalisation: images of a batch do not influence each other."""
 
     norm = nn.Identity
+
+
+class SmallHarDNet(HarDNetBase):
+    """Three small HarD blocks with depthwise convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__(HarDNetSpec(
+            stem=(8, 12), growth=(8, 6, 8), layers=(2, 2, 4), channels=(16, 32, 24), multiplier=1.7,
+            pool_after={0: False, 1: False}, stride8_block=1, dilated_bridge=False,
+            depthwise=True,
+        ))  # fmt: skip
 
 
 TINY = Backbone(TinyBase)

@@ -23,8 +23,9 @@ def reason(error: OSError) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, else the name of its type."""
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    """Return the first line with text of an error, else the name of its type."""
+    lines = map(str.strip, str(error).splitlines())
+    return next(filter(None, lines), type(error).__name__)
 
 
 def command(main: Callable[..., int]) -> Callable[[Sequence[str] | None], int]:
