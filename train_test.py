@@ -37,9 +37,7 @@ def train(call: Call, given: Mapping[str, object], world: World) -> None:
         trainer.run(call.max_iters)
 
 
-def build_trainer(
-    run: Run, call: Call, given: Mapping[str, object], world: World
-) -> Trainer:
+def build_trainer(run: Run, call: Call, given: Mapping[str, object], world: World) -> Trainer:
     """Wire network, prior boxes, loss, images and evaluation of a run."""
     torch.manual_seed(run.options.seed)
     net = build_net(run.options.version, run.options.size, run.num_classes)
@@ -58,9 +56,8 @@ def build_trainer(
 
     augment = ResizeOnly(options.size) if options.overfit else SSDAugmentation(options.size)
     samples = TrainingSet(run.train_set, augment, options.seed, run.pull)
-    sampler = EpochSampler(
-        len(samples), options.batch_size, options.seed, world.rank, world.size, options.accumulate
-    )
+    sampler = EpochSampler(len(samples), options.batch_size, options.seed, world.rank, world.size,
+                           options.accumulate)
     loader = training_loader(samples, sampler, options.num_workers, pin_memory=cuda)
 
     evaluate = None

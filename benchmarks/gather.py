@@ -32,10 +32,8 @@ def choose_tiles(tiles: Sequence[tuple[int, int]]) -> None:
     from triton.testing import do_bench
 
     gathered_conv.TILES = tiles
-    triton.autotune = partial(
-        triton.autotune,
-        do_bench=lambda call, quantiles: do_bench(call, warmup=5, rep=20, quantiles=quantiles),
-    )
+    triton.autotune = partial(triton.autotune, do_bench=lambda call,
+                              quantiles: do_bench(call, warmup=5, rep=20, quantiles=quantiles))
 
 
 class Share:
@@ -46,9 +44,8 @@ class Share:
         self.seen: dict[tuple, int] = {}
         self.run = gathered_conv.gathered_conv2d
 
-    def __call__(
-        self, parts: Sequence[Tensor], weight: gathered_conv.GatheredWeight, out: None = None
-    ) -> Tensor:
+    def __call__(self, parts: Sequence[Tensor], weight: gathered_conv.GatheredWeight,
+                 out: None = None) -> Tensor:
         x, outputs = parts[0], len(weight.bias)
         key = (weight.widths, outputs, weight.kernel, weight.activation, x.shape)
         turn = self.seen.setdefault(key, len(self.seen))

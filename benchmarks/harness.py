@@ -32,15 +32,12 @@ Calls = Mapping[Hashable, Callable[[], object]]
 
 def program(name: str, doc: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Return the parser of a benchmark, described by the first line of its module."""
-    return argparse.ArgumentParser(
-        f"python -m benchmarks.{name}", description=doc.split("\n")[0], parents=parents,
-        allow_abbrev=False,
-    )  # fmt: skip
+    return argparse.ArgumentParser(f"python -m benchmarks.{name}", description=doc.split("\n")[0],
+                                   parents=parents, allow_abbrev=False)  # fmt: skip
 
 
-def options(
-    rows: Callable[[argparse.Namespace, torch.device], Rows], rounds: int, device: bool = True
-) -> argparse.ArgumentParser:
+def options(rows: Callable[[argparse.Namespace, torch.device], Rows], rounds: int,
+            device: bool = True) -> argparse.ArgumentParser:
     """Return the options that all benchmarks have, as a parent of their parsers.
 
     Args:
@@ -129,9 +126,8 @@ def turns(calls: Calls, rounds: int, warm_up: int = 2) -> dict[Hashable, list]:
     return results
 
 
-def race(
-    calls: Calls, rounds: int, device: torch.device, warm_up: int = 2
-) -> tuple[dict[Hashable, float], dict]:
+def race(calls: Calls, rounds: int, device: torch.device,
+         warm_up: int = 2) -> tuple[dict[Hashable, float], dict]:
     """Return the median wall seconds of each call and its last result; see `turns`."""
     results: dict = {}
     timed = {name: partial(_timed, name, call, device, results) for name, call in calls.items()}
@@ -177,9 +173,8 @@ def in_a_process(call: Callable, *arguments: object) -> object:
         return pool.submit(call, *arguments).result()
 
 
-def ratio(
-    before: Sequence[float], after: Sequence[float], confidence: float = 0.99
-) -> tuple[float, float, float]:
+def ratio(before: Sequence[float], after: Sequence[float],
+          confidence: float = 0.99) -> tuple[float, float, float]:
     """Return the ratio of the times ``after`` to the times ``before``, and its interval.
 
     The ratio is the median of all pairs. The interval inverts the Mann-Whitney test (Hodges &

@@ -79,9 +79,8 @@ def _convolution(precision: str, images: Tensor, weight: Tensor) -> Tensor:
         return torch.conv2d(images, weight, padding=1)
 
 
-def shares(
-    counted: Profile, batch: int, precision: str, seconds: float, limits: dict
-) -> dict[str, float]:
+def shares(counted: Profile, batch: int, precision: str, seconds: float,
+           limits: dict) -> dict[str, float]:
     """Return the shares of the limits that a forward pass reaches.
 
     Args:

@@ -97,9 +97,8 @@ def first_batch(loader: Loader) -> list[torch.Tensor]:
     return [images, *targets]
 
 
-def loaders_of(
-    args: argparse.Namespace, dataset: VOCDetection, pull: Callable[[int], np.ndarray] | None
-) -> dict[tuple[int, str], Loader]:
+def loaders_of(args: argparse.Namespace, dataset: VOCDetection,
+               pull: Callable[[int], np.ndarray] | None) -> dict[tuple[int, str], Loader]:
     """Return the loaders to time by (size, what); they give the same samples.
 
     Raises:
@@ -163,10 +162,8 @@ def main(argv: list[str] | None = None) -> int:
         "samples_per_second_one_core": rows[0]["samples_per_second"],
         "cv2_imread_per_second": decoded, "ratio": rows[0]["ratio"], "size": args.size[0],
         "batch": sampler.batch_size, "pictures": len(dataset), "rows": rows,
-        "versions": {
-            "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "opencv": cv2.__version__,
-        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__, "opencv": cv2.__version__},
     }  # fmt: skip
     write(args.json, CPU, **content)
     return 0

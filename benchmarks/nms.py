@@ -86,9 +86,8 @@ def suppress(args: argparse.Namespace, device: torch.device) -> Rows:
         }  # fmt: skip
 
 
-def plain_detections(
-    detect: Detect, loc: Tensor, conf: Tensor, priors: Tensor, sizes: Sequence[tuple[int, int]]
-) -> list[dict[str, Tensor]]:
+def plain_detections(detect: Detect, loc: Tensor, conf: Tensor, priors: Tensor,
+                     sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
     """Return what ``detect`` does: softmax and decoding of everything, then class by class."""
     from torchvision.ops import nms
 

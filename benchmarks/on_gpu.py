@@ -247,9 +247,8 @@ TOGETHER = ("tests", "bccd", "nccl")
 # ---------------------------------------------------------------- running them
 
 
-def perform(
-    name: str, line: str, limit: float, env: Mapping[str, str], s: Settings, folder: Path
-) -> dict:
+def perform(name: str, line: str, limit: float, env: Mapping[str, str], s: Settings,
+            folder: Path) -> dict:
     """Run a call for at most ``limit`` seconds; return its result, whatever became of it."""
     out, output = (folder / f"{name}.{kind}" for kind in ("json", "txt"))
     argv, start, status = command_of(line, s, out), time.monotonic(), None

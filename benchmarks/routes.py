@@ -128,9 +128,8 @@ class Plain(Predictor):
             return super().forward(batch)
 
     @torch.inference_mode()
-    def postprocess(
-        self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+    def postprocess(self, outputs: dict[str, Tensor],
+                    sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
         found = plain_detections(self.detect, outputs["loc"], outputs["conf"], self.priors, sizes)
         return [{key: value.cpu() for key, value in each.items()} for each in found]
 
@@ -182,10 +181,8 @@ def compilations(device: torch.device) -> Iterator[None]:
     as tracing must know of it, too. All networks share one limit, since they share a class.
     """
     torch.compiler.reset()
-    with (
-        torch._dynamo.config.patch(cache_size_limit=256),
-        torch._inductor.config.patch(freezing=device.type == "cpu"),
-    ):
+    with (torch._dynamo.config.patch(cache_size_limit=256),
+          torch._inductor.config.patch(freezing=device.type == "cpu")):
         yield
 
 
@@ -243,9 +240,8 @@ class Route:
         return seconds
 
 
-def _stage(
-    seconds: dict[str, float], device: torch.device, name: str, call: Callable, *arguments: object
-) -> object:
+def _stage(seconds: dict[str, float], device: torch.device, name: str, call: Callable,
+           *arguments: object) -> object:
     """Return the result of a call, and add its time to that of its stage."""
     start = now(device)
     result = call(*arguments)

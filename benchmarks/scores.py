@@ -67,9 +67,8 @@ class MadeUp(NamedTuple):
     """Whether a detection lies near an object of its class."""
 
 
-def make_up(
-    images: int, objects: int, detections: int, classes: int, size: Sequence[int] = (640, 480)
-) -> MadeUp:
+def make_up(images: int, objects: int, detections: int, classes: int,
+            size: Sequence[int] = (640, 480)) -> MadeUp:
     """Return ``objects`` in all and ``detections`` an image; some classes are rare.
 
     Three in five detections lie near an object of their image, the others anywhere.
@@ -110,10 +109,8 @@ def make_coco(images: int, detections: int) -> tuple[dict, list[dict]]:
             bbox=made.boxes.round(2), area=areas, iscrowd=crowds,
         ),
     }  # fmt: skip
-    return document, records(
-        image_id=made.found_image + 1, category_id=made.found_label,
-        bbox=made.found_boxes.round(4), score=scores,
-    )  # fmt: skip
+    return document, records(image_id=made.found_image + 1, category_id=made.found_label,
+                             bbox=made.found_boxes.round(4), score=scores)  # fmt: skip
 
 
 def records(**columns: np.ndarray) -> list[dict]:
@@ -392,10 +389,8 @@ def load(args: argparse.Namespace, device: torch.device) -> Rows:
     for name, found in rounds.items():
         median = {key: statistics.median(each[key] for each in found) for key in found[0]}
         seconds = median.pop("seconds")
-        yield {
-            "loader": name, "images": args.images, "boxes": args.boxes, "MB": size,
-            "seconds": {"median": seconds}, "MiB": median,
-        }  # fmt: skip
+        yield {"loader": name, "images": args.images, "boxes": args.boxes, "MB": size,
+               "seconds": {"median": seconds}, "MiB": median}  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:

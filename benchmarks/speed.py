@@ -81,9 +81,8 @@ class Setting(NamedTuple):
     """Whether the forward pass alone is timed."""
 
 
-def measure(
-    networks: Sequence[Network], make: Callable[[Network], Iterator[Route]], setting: Setting
-) -> list[Route]:
+def measure(networks: Sequence[Network], make: Callable[[Network], Iterator[Route]],
+            setting: Setting) -> list[Route]:
     """Return the routes of the networks with their boxes compared and their times.
 
     The comparison is a route's first use: its time, "first", contains what is compiled or chosen.
@@ -248,9 +247,8 @@ def speed(args: argparse.Namespace, device: torch.device) -> Rows:
                     yield from measure_all(args, device, paths, files)
 
 
-def measure_all(
-    args: argparse.Namespace, device: torch.device, paths: Sequence[Path], files: list[Path]
-) -> Rows:
+def measure_all(args: argparse.Namespace, device: torch.device, paths: Sequence[Path],
+                files: list[Path]) -> Rows:
     """Yield the rows of some networks with the present number of threads."""
     threads, ceiling = torch.get_num_threads(), None
     if args.limits:

@@ -73,9 +73,8 @@ class PublishedLoss(MultiBoxLoss):
         labels, offsets = zip(*found, strict=True)
         return torch.stack(labels), torch.stack(offsets)
 
-    def loss(
-        self, outputs: tuple[Tensor, Tensor], labels: Tensor, offsets: Tensor, count: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def loss(self, outputs: tuple[Tensor, Tensor], labels: Tensor, offsets: Tensor,
+             count: Tensor) -> tuple[Tensor, Tensor]:
         loc, conf = (x.float() for x in outputs)
         positive = labels > 0
         mask = positive.unsqueeze(2).expand_as(loc)
@@ -116,9 +115,8 @@ def make_targets(batch: int, classes: int) -> list[Tensor]:
     return targets
 
 
-def with_gradients(
-    criterion: Callable, outputs: list[Tensor], priors: Tensor, targets: list[Tensor]
-) -> list[Tensor]:
+def with_gradients(criterion: Callable, outputs: list[Tensor], priors: Tensor,
+                   targets: list[Tensor]) -> list[Tensor]:
     losses = criterion(outputs, priors, targets)
     return [*losses, *torch.autograd.grad(sum(losses), outputs)]
 
@@ -139,10 +137,8 @@ def loss(args: argparse.Namespace, device: torch.device) -> Rows:
         calls = {name: partial(with_gradients, each, *rest) for name, each in criteria.items()}
         times, results = race(calls, args.rounds, device)
         torch.testing.assert_close(results["ours"], results["published"])
-        yield {
-            "amp": amp, "size": args.size, "batch": args.batch, "classes": args.classes,
-            "seconds": times, "ratio": times["ours"] / times["published"],
-        }  # fmt: skip
+        yield {"amp": amp, "size": args.size, "batch": args.batch, "classes": args.classes,
+               "seconds": times, "ratio": times["ours"] / times["published"]}  # fmt: skip
 
 
 # ---------------------------------------------------------------- step
@@ -236,9 +232,8 @@ class Allocations(TorchDispatchMode):
         super().__init__()
         self.made: dict[int, tuple[StorageWeakRef, int]] = {}
 
-    def __torch_dispatch__(
-        self, func: Callable, types: object, args: tuple = (), kwargs: dict | None = None
-    ) -> object:
+    def __torch_dispatch__(self, func: Callable, types: object, args: tuple = (),
+                           kwargs: dict | None = None) -> object:
         result = func(*args, **(kwargs or {}))
         given = {storage._cdata for storage in _storages((args, kwargs))}
         for storage in _storages(result):
@@ -263,9 +258,8 @@ def kept(net: nn.Module, images: Tensor, amp: str) -> int:
     return size
 
 
-def gradients(
-    net: nn.Module, images: Tensor, priors: Tensor, amp: str, recompute: bool
-) -> tuple[Tensor, ...]:
+def gradients(net: nn.Module, images: Tensor, priors: Tensor, amp: str,
+              recompute: bool) -> tuple[Tensor, ...]:
     """Return the gradients of a forward pass, loss and backward pass."""
     net.recompute = recompute
     with autocast(images.device, amp):
@@ -274,9 +268,8 @@ def gradients(
     return torch.autograd.grad(sum(losses), list(net.parameters()))
 
 
-def build(
-    version: str, size: int, batch: int, device: torch.device
-) -> tuple[nn.Module, Tensor, Tensor]:
+def build(version: str, size: int, batch: int,
+          device: torch.device) -> tuple[nn.Module, Tensor, Tensor]:
     """Return (network, images, priors), the same for the same arguments."""
     torch.manual_seed(0)
     net = build_net(version, size, CLASSES).to(device, memory_format=torch.channels_last).train()
@@ -322,9 +315,8 @@ def memory(args: argparse.Namespace, device: torch.device) -> Rows:
         step = version, args.size, args.batch, amp
         peaks = {mode: peak(call, device, *step, modes[mode]) for mode, call in calls.items()}
         yield {
-            "network": version, "size": args.size, "batch": args.batch, "amp": amp,
-            "kept": more, "peak": peaks, "seconds": times,
-            "ratio": times["recomputed"] / times["plain"],
+            "network": version, "size": args.size, "batch": args.batch, "amp": amp, "kept": more,
+            "peak": peaks, "seconds": times, "ratio": times["recomputed"] / times["plain"],
         }  # fmt: skip
 
 

@@ -55,9 +55,8 @@ class DetectionData:
     offsets: np.ndarray
     """int64 [N + 1]; image i has ``rows[offsets[i]:offsets[i + 1]]``."""
 
-    def __init__(
-        self, root: str | Path, image_sets: Sequence[ImageSet], transform: Callable | None = None
-    ) -> None:
+    def __init__(self, root: str | Path, image_sets: Sequence[ImageSet],
+                 transform: Callable | None = None) -> None:
         self.root = Path(os.path.expanduser(root))
         self.image_sets = image_sets
         self.transform = transform
@@ -83,9 +82,8 @@ class DetectionData:
         """Return the objects that `evaluate` scores against, nothing clipped or dropped."""
         raise NotImplementedError
 
-    def evaluate(
-        self, detections: Sequence[dict], directory: str | Path, name: str = "SSD"
-    ) -> dict:
+    def evaluate(self, detections: Sequence[dict], directory: str | Path,
+                 name: str = "SSD") -> dict:
         """Write detections into ``directory`` in the data set's format, and score them.
 
         detections: one dict an image with "boxes" float32 [n, 4], (x1, y1, x2, y2) in pixels
@@ -203,10 +201,8 @@ DATASETS = {
 }
 
 
-def build_dataset(
-    name: str, root: str | Path, image_sets: Collection[tuple[str | None, str]],
-    classes: Sequence[str] | None = None, **options: object,
-) -> DetectionData:
+def build_dataset(name: str, root: str | Path, image_sets: Collection[tuple[str | None, str]],
+                  classes: Sequence[str] | None = None, **options: object) -> DetectionData:
     """Open image sets, (year, name) pairs, of the data set ``name`` (a key of `DATASETS`).
 
     classes: names to read; None: those that the data set declares or holds. options: passed to

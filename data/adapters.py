@@ -33,9 +33,8 @@ class TorchvisionDataset(Dataset):
 
         image, target = self.dataset[index]
         rgb = np.ascontiguousarray(image[..., ::-1].transpose(2, 0, 1))
-        boxes = tv_tensors.BoundingBoxes(
-            torch.from_numpy(target[:, :4].copy()), format="XYXY", canvas_size=image.shape[:2]
-        )
+        boxes = tv_tensors.BoundingBoxes(torch.from_numpy(target[:, :4].copy()), format="XYXY",
+                                         canvas_size=image.shape[:2])
         labels = torch.from_numpy(target[:, 4].astype(np.int64))
         sample = tv_tensors.Image(rgb), {"boxes": boxes, "labels": labels, "image_id": index}
         return sample if self.transforms is None else self.transforms(*sample)

@@ -29,9 +29,8 @@ MEMORY_SHARE = 0.8
 """Share of the free memory that may be used; batches, the network and the system need the rest."""
 
 
-def open_cache(
-    where: str, dataset: DetectionData, processes: int = 1
-) -> Callable[[int], np.ndarray] | None:
+def open_cache(where: str, dataset: DetectionData,
+               processes: int = 1) -> Callable[[int], np.ndarray] | None:
     """Return the cache that --cache names: "off" (None), "memory", or a folder.
 
     processes: how many processes of this machine open such a cache, this one included.

@@ -163,14 +163,11 @@ class COCODetection(DetectionData):
 
         After `keep_first`, changed annotations of the other images still count.
         """
-        return {
-            "images": len(self), "ids": digest(self.ids), "annotations": self._digest,
-            "crowds": self.crowds,
-        }
+        return {"images": len(self), "ids": digest(self.ids), "annotations": self._digest,
+                "crowds": self.crowds}
 
-    def evaluate(
-        self, detections: Sequence[dict], directory: str | Path, name: str = "SSD"
-    ) -> dict:
+    def evaluate(self, detections: Sequence[dict], directory: str | Path,
+                 name: str = "SSD") -> dict:
         """Write the results JSON into ``directory`` and score it.
 
         The file is detections_<split>_results.json. As published, a ``bbox`` is x1, y1,
@@ -215,9 +212,8 @@ class COCODetection(DetectionData):
 
     def _score(self, results: COCOResults, directory: Path) -> dict:
         curves = directory / CURVES_FILE
-        scored = evaluate_coco(
-            results, self._files[0], self.eval_backend, curves, self.classes, self.ids
-        )
+        scored = evaluate_coco(results, self._files[0], self.eval_backend, curves, self.classes,
+                               self.ids)
         return {
             "value": scored["stats"][0], "per_class": scored["per_category"],
             "per_class_per_size": scored["per_category_per_size"],
@@ -253,9 +249,8 @@ class COCODetection(DetectionData):
                 " than one of them"
             )
 
-    def _find_images(
-        self, file: COCOAnnotations, image_set: ImageSet, faults: list[str] | None
-    ) -> tuple[Path, np.ndarray]:
+    def _find_images(self, file: COCOAnnotations, image_set: ImageSet,
+                     faults: list[str] | None) -> tuple[Path, np.ndarray]:
         found = find_images(self.root, file, image_set)
         if found.missing and faults is None:
             more = " ..." if len(found.missing) > 10 else ""

@@ -86,9 +86,7 @@ def evaluate_coco(
     )
     if curves is not None:
         ious, recall = evaluation.params.iouThrs, np.array(evaluation.params.recThrs)
-        write_curves(
-            curves, truth.classes, ious, recall=recall, precision=precision, scores=scores
-        )
+        write_curves(curves, truth.classes, ious, recall=recall, precision=precision, scores=scores)
     return _report(truth, evaluation.stats, precision) | {"backend": version}
 
 
@@ -100,9 +98,8 @@ def _report(truth: COCOAnnotations, stats: np.ndarray, precision: np.ndarray) ->
         "stats": stats,
         "per_category": {name: aps[0] for name, aps in by_name.items()},
         "per_size": dict(zip(SIZES, stats[3:6], strict=True)),
-        "per_category_per_size": {
-            name: dict(zip(SIZES, aps[1:], strict=True)) for name, aps in by_name.items()
-        },
+        "per_category_per_size": {name: dict(zip(SIZES, aps[1:], strict=True)) for name,
+                                  aps in by_name.items()},
     }
 
 
@@ -164,9 +161,8 @@ def _import_backend(name: str) -> Callable[..., object]:
     return partial(_evaluate_dicts, COCO, COCOeval)
 
 
-def _evaluate_dicts(
-    COCO: type, COCOeval: type, truth: COCOAnnotations, results: COCOResults
-) -> object:
+def _evaluate_dicts(COCO: type, COCOeval: type, truth: COCOAnnotations,
+                    results: COCOResults) -> object:
     columns = {"image_id": 1 + truth.owners(), "category_id": truth.labels, "bbox": truth.boxes}
     objects = _index(COCO, truth, columns | {"area": truth.areas, "iscrowd": truth.crowds})
     columns = dict(zip(COCO_FIELDS, results, strict=True))
@@ -192,10 +188,8 @@ def _index(COCO: type, truth: COCOAnnotations, columns: dict[str, np.ndarray]) -
 
 
 def _evaluate_arrays(hotcoco: object, truth: COCOAnnotations, results: COCOResults) -> object:
-    objects = hotcoco.COCO.from_arrays(
-        *_lists(truth).values(), 1 + truth.owners(), truth.labels, truth.boxes, area=truth.areas,
-        iscrowd=truth.crowds,
-    )
+    objects = hotcoco.COCO.from_arrays(*_lists(truth).values(), 1 + truth.owners(), truth.labels,
+                                       truth.boxes, area=truth.areas, iscrowd=truth.crowds)
     image, category, boxes, scores = results
     found = objects.load_res(np.column_stack([image, boxes, scores, category]))
     evaluation = hotcoco.COCOeval(objects, found, "bbox")
@@ -212,21 +206,16 @@ def _lists(truth: COCOAnnotations) -> dict:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m data.coco_eval", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = argparse.ArgumentParser(prog="python -m data.coco_eval", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", help="results JSON, or the .zip of a test split")
     parser.add_argument("annotations", help="annotation JSON, e.g. instances_val2017.json")
     parser.add_argument(
-        "--eval-backend", "--eval_backend",
-        choices=BACKENDS,
-        default=BACKENDS[0],
+        "--eval-backend", "--eval_backend", choices=BACKENDS, default=BACKENDS[0],
         help="what computes the numbers (%(default)s); hotcoco gives the same bits, much faster",
     )  # fmt: skip
-    parser.add_argument(
-        "--classes", metavar="NAMES", help="score only these: a,b,c or a file with one name a line"
-    )
+    parser.add_argument("--classes", metavar="NAMES",
+                        help="score only these: a,b,c or a file with one name a line")
     parser.add_argument("--json", metavar="OUT", help="write stats, per_category, ... to this file")
     return parser
 

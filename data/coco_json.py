@@ -79,9 +79,8 @@ class Records:
     def _values(self, field: str) -> list:
         return [r.get(field) if isinstance(r, dict) else None for r in self.records]
 
-    def _array(
-        self, field: str, values: list, shape: tuple[int, ...], dtype: type, wanted: str
-    ) -> np.ndarray:
+    def _array(self, field: str, values: list, shape: tuple[int, ...], dtype: type,
+               wanted: str) -> np.ndarray:
         if values and not _fits(values, (len(values), *shape), dtype):
             n = next(n for n, value in enumerate(values) if not _fits(value, shape, dtype))
             raise self.unfit(n, field, wanted)
@@ -97,9 +96,8 @@ def _fits(value: object, shape: tuple[int, ...], dtype: type) -> bool:
     return array.shape == shape and array.dtype.kind in kinds and bool(np.isfinite(array).all())
 
 
-def positions(
-    where: str, field: str, values: np.ndarray, known: np.ndarray, path: Path
-) -> np.ndarray:
+def positions(where: str, field: str, values: np.ndarray, known: np.ndarray,
+              path: Path) -> np.ndarray:
     """Return the positions of ``values`` in ``known``, the ascending ids of a file: int64 [n].
 
     where, field: what holds the values, such as "FILE: annotations", for the UserError that names
@@ -214,17 +212,11 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
     order = np.argsort(image, kind="stable")
     url = str(images[0].get("coco_url") or "")
     return COCOAnnotations(
-        path=Path(path),
-        image_ids=image_ids,
+        path=Path(path), image_ids=image_ids,
         file_names=np.array([str(image.get("file_name") or "") for image in images]),
-        split=url.split("/")[-2] if "/" in url else "",
-        sizes=sizes,
-        category_ids=category_ids,
-        classes=classes,
-        offsets=np.searchsorted(image[order], np.arange(len(image_ids) + 1)),
-        boxes=box[order],
-        labels=category[order] + 1,
-        areas=_read_areas(records, box)[order],
+        split=url.split("/")[-2] if "/" in url else "", sizes=sizes, category_ids=category_ids,
+        classes=classes, offsets=np.searchsorted(image[order], np.arange(len(image_ids) + 1)),
+        boxes=box[order], labels=category[order] + 1, areas=_read_areas(records, box)[order],
         crowds=_read_crowds(records)[order],
         annotation_ids=[records.records[n].get("id") for n in order],
     )

@@ -47,10 +47,8 @@ class COCOResults(NamedTuple):
         Raises UserError for ids that the annotation file does not list.
         """
         where = f"{source}: results"
-        return (
-            positions(where, "image_id", self.image_ids, truth.image_ids, truth.path),
-            positions(where, "category_id", self.category_ids, truth.category_ids, truth.path),
-        )
+        return (positions(where, "image_id", self.image_ids, truth.image_ids, truth.path),
+                positions(where, "category_id", self.category_ids, truth.category_ids, truth.path))
 
 
 def write_results(path: Path, results: COCOResults) -> None:
@@ -64,9 +62,8 @@ def write_results(path: Path, results: COCOResults) -> None:
 def write_archive(path: Path) -> Path:
     """Pack a results JSON into a .zip of the same stem, and return that."""
     archive = path.with_suffix(".zip")
-    with (
-        atomic_write(archive) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members
-    ):
+    with (atomic_write(archive) as file,
+          zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members):
         members.write(path, path.name)
     return archive
 

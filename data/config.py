@@ -47,9 +47,8 @@ class PriorConfig:
         return sum(n * a for n, a in zip(cells, self.boxes_per_cell, strict=True))
 
 
-def _ssd(
-    size: int, maps: dict[int, float], min_sizes: tuple[float, ...], last: float
-) -> PriorConfig:
+def _ssd(size: int, maps: dict[int, float], min_sizes: tuple[float, ...],
+         last: float) -> PriorConfig:
     """Return the prior boxes of SSD; ``maps``: the side of each source map and its step."""
     return PriorConfig(
         size=size,

@@ -69,15 +69,12 @@ class Curves:
         }
 
 
-def write_curves(
-    path: str | Path, classes: Sequence[str], ious: Sequence[float], **arrays: np.ndarray
-) -> None:
+def write_curves(path: str | Path, classes: Sequence[str], ious: Sequence[float],
+                 **arrays: np.ndarray) -> None:
     """Write the arrays of `Curves`; they must cover all of `SIZE_RANGES`."""
     with atomic_write(path) as file:
-        np.savez_compressed(
-            file, classes=np.array(classes, str), areas=np.array([*SIZE_RANGES]),
-            ious=np.array(ious, np.float64), **arrays,
-        )
+        np.savez_compressed(file, classes=np.array(classes, str), areas=np.array([*SIZE_RANGES]),
+                            ious=np.array(ious, np.float64), **arrays)
 
 
 def load_curves(path: str | Path) -> Curves:

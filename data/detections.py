@@ -15,9 +15,8 @@ LARGEST = 1e100
 """Largest coordinate of a box: areas and their sums stay finite."""
 
 
-def as_columns(
-    detections: Sequence[dict], ids: Sequence, num_classes: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def as_columns(detections: Sequence[dict], ids: Sequence,
+               num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Join the detections of all images, one dict an image: "boxes" [n, 4], "scores", "labels" [n].
 
     n may be 0. Returns int64 [N] positions in ``ids`` (the images' names), float64 [N] scores,
@@ -53,9 +52,8 @@ def as_columns(
     return images, scores, labels.astype(np.int64), boxes
 
 
-def save_detections(
-    path: Path, ids: Sequence, detections: Sequence[dict[str, np.ndarray]], made_by: dict
-) -> None:
+def save_detections(path: Path, ids: Sequence, detections: Sequence[dict[str, np.ndarray]],
+                    made_by: dict) -> None:
     """Write detections, as in `as_columns`, to an .npz file.
 
     made_by: plain JSON data that says which checkpoint, image sets and limits they are of.
@@ -64,18 +62,15 @@ def save_detections(
         "ids": np.array([str(i) for i in ids], np.str_),
         "counts": np.array([len(each["scores"]) for each in detections], np.int64),
     }
-    for key, empty in (
-        ("boxes", np.zeros((0, 4), np.float32)), ("scores", np.zeros(0, np.float32)),
-        ("labels", np.zeros(0, np.int64)),
-    ):
+    for key, empty in (("boxes", np.zeros((0, 4), np.float32)), ("scores", np.zeros(0, np.float32)),
+                       ("labels", np.zeros(0, np.int64))):
         arrays[key] = np.concatenate([empty, *(each[key] for each in detections)])
     with atomic_write(path) as file:
         np.savez_compressed(file, **arrays, made_by=np.array(json.dumps(made_by)))
 
 
-def load_detections(
-    path: Path, ids: Sequence, made_by: dict
-) -> tuple[list[dict[str, np.ndarray]], dict]:
+def load_detections(path: Path, ids: Sequence,
+                    made_by: dict) -> tuple[list[dict[str, np.ndarray]], dict]:
     """Return the detections that `save_detections` wrote, and the file's own ``made_by``.
 
     made_by: what the detections must have been made with; it may name fewer things than the file.

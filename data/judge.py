@@ -81,9 +81,8 @@ def found_of(detections: Sequence[dict], ids: Sequence, num_classes: int) -> Fou
     return Found(images, boxes + (0, 0, 1, 1), labels, scores)
 
 
-def overlaps(
-    boxes: np.ndarray, objects: np.ndarray, crowds: np.ndarray | bool = False
-) -> np.ndarray:
+def overlaps(boxes: np.ndarray, objects: np.ndarray,
+             crowds: np.ndarray | bool = False) -> np.ndarray:
     """Return the IoU, float64 [n, m], of extents [n, 4] and [m, 4].
 
     For objects that are `crowds`, bool [m], it is the share of the box that lies in the object.
@@ -147,9 +146,8 @@ def match(truth: Truth, found: Found, thresholds: Sequence[float]) -> np.ndarray
     return matched
 
 
-def pairs(
-    truth: Truth, found: Found
-) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+def pairs(truth: Truth,
+          found: Found) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the detections and the objects of every image that has both.
 
     Each time: rows [n] of `found`, best score first; rows [m] of `truth`, consecutive; their IoU

@@ -53,10 +53,8 @@ class TrainingSet(Dataset):
             to.
     """
 
-    def __init__(
-        self, dataset: DetectionData, augment: Callable, seed: int,
-        pull: Callable[[int], np.ndarray] | None = None,
-    ) -> None:
+    def __init__(self, dataset: DetectionData, augment: Callable, seed: int,
+                 pull: Callable[[int], np.ndarray] | None = None) -> None:
         self.dataset = dataset
         self.augment = augment
         self.seed = seed
@@ -109,10 +107,8 @@ class EpochSampler(Sampler):
         ValueError: the batch cannot be divided so, or the images are fewer than the parts.
     """
 
-    def __init__(
-        self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1,
-        accumulate: int = 1,
-    ) -> None:
+    def __init__(self, length: int, batch_size: int, seed: int, rank: int = 0, world: int = 1,
+                 accumulate: int = 1) -> None:
         self.parts = world * accumulate
         if batch_size % self.parts:
             raise ValueError(f"a batch of {batch_size} is no multiple of {self.parts} parts")
@@ -155,9 +151,8 @@ class Loader(DataLoader):
     asked for.
     """
 
-    def __init__(
-        self, dataset: Dataset, workers: int, pin_memory: bool, **batching: object
-    ) -> None:
+    def __init__(self, dataset: Dataset, workers: int, pin_memory: bool,
+                 **batching: object) -> None:
         super().__init__(
             _Caught(dataset),
             num_workers=workers,
@@ -196,13 +191,11 @@ class Loader(DataLoader):
             ) from error
 
 
-def training_loader(
-    dataset: TrainingSet, sampler: EpochSampler, workers: int, pin_memory: bool
-) -> Loader:
+def training_loader(dataset: TrainingSet, sampler: EpochSampler, workers: int,
+                    pin_memory: bool) -> Loader:
     """Return batches (images uint8 [B, 3, S, S], targets, indices) in the order of ``sampler``."""
-    return Loader(
-        dataset, workers, pin_memory, batch_sampler=sampler, persistent_workers=workers > 0
-    )
+    return Loader(dataset, workers, pin_memory, batch_sampler=sampler,
+                  persistent_workers=workers > 0)
 
 
 def test_loader(dataset: Dataset, batch_size: int, workers: int, pin_memory: bool) -> Loader:

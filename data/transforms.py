@@ -35,9 +35,8 @@ class SSDAugmentation:
     size: int
     mean: tuple[float, float, float] = (104, 117, 123)
 
-    def __call__(
-        self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, target: np.ndarray,
+                 rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return uint8 [size, size, 3] and float32 [m, 5], corners in 0..1 and the label."""
         result, boxes = random_crop(image, target, rng)
         result = photometric_distort(result, rng)
@@ -62,9 +61,8 @@ class ResizeOnly:
 
     size: int
 
-    def __call__(
-        self, image: np.ndarray, target: np.ndarray, rng: np.random.Generator | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def __call__(self, image: np.ndarray, target: np.ndarray,
+                 rng: np.random.Generator | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Return uint8 [size, size, 3] and float32 [n, 5], corners in 0..1 and the label."""
         canvas = (image.shape[1], image.shape[0], 0, 0)
         return resize(image, target, canvas, self.size, cv2.INTER_LINEAR, (0, 0, 0))
@@ -82,9 +80,8 @@ class TestTransform:
         return cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
 
 
-def random_crop(
-    image: np.ndarray, target: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def random_crop(image: np.ndarray, target: np.ndarray,
+                rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Crop so that every box keeps a minimum IoU, drawn at random, with the crop.
 
     Returns a view of the image, and the boxes whose centre lies inside it (at least one), clipped
@@ -133,10 +130,8 @@ def photometric_distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarr
     )
 
 
-def adjust_colours(
-    image: np.ndarray, brightness: float = 0, contrast: float = 1, hue: int = 0,
-    saturation: float = 1,
-) -> np.ndarray:
+def adjust_colours(image: np.ndarray, brightness: float = 0, contrast: float = 1, hue: int = 0,
+                   saturation: float = 1) -> np.ndarray:
     """Add `brightness`, multiply by `contrast`, then turn the hue and scale the saturation.
 
     The hue is OpenCV's 8-bit one, of 180 steps, and wraps; other values saturate at 0 and 255.
@@ -183,10 +178,8 @@ def expand(width: int, height: int, rng: np.random.Generator) -> tuple[int, int,
     return canvas_width, canvas_height, left, top
 
 
-def resize(
-    image: np.ndarray, target: np.ndarray, canvas: tuple[int, int, int, int], size: int,
-    interpolation: int, fill: tuple[float, float, float],
-) -> tuple[np.ndarray, np.ndarray]:
+def resize(image: np.ndarray, target: np.ndarray, canvas: tuple[int, int, int, int], size: int,
+           interpolation: int, fill: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
     """Return the image on its canvas (see `expand`), scaled to `size` x `size`, and its boxes.
 
     The image is scaled directly to its place, rounded to whole pixels of the result, and framed

@@ -87,9 +87,7 @@ class VOCDetection(DetectionData):
             self.skipped.append(Skip(SkipKind.SIZE_SWAPPED, index, None, detail))
         return found
 
-    def _make_target(
-        self, index: int, annotation: Annotation, size: tuple[int, int]
-    ) -> np.ndarray:
+    def _make_target(self, index: int, annotation: Annotation, size: tuple[int, int]) -> np.ndarray:
         labels = self._labels(annotation)
         boxes = annotation.boxes
         clipped = boxes.clip(0, np.subtract((*size, *size), 1))
@@ -160,9 +158,8 @@ class VOCDetection(DetectionData):
         known = labels > 0
         return Truth(images[known], boxes[known], labels[known], ignored[known], "voc")
 
-    def evaluate(
-        self, detections: Sequence[dict], directory: str | Path, name: str = "SSD"
-    ) -> dict:
+    def evaluate(self, detections: Sequence[dict], directory: str | Path,
+                 name: str = "SSD") -> dict:
         """Write comp4 files into ``directory`` and score them with both VOC metrics.
 
         Arguments as in `data.DetectionData.evaluate`; comp4 files do not hold ``name``.

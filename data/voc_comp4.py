@@ -34,10 +34,8 @@ def comp4_path(directory: str | Path, image_set: str, name: str) -> Path:
     return Path(directory) / f"comp4_det_{image_set}_{name}.txt"
 
 
-def write_comp4(
-    directory: str | Path, image_set: str, classes: Sequence[str], ids: Sequence[str],
-    detections: Sequence[dict],
-) -> None:
+def write_comp4(directory: str | Path, image_set: str, classes: Sequence[str], ids: Sequence[str],
+                detections: Sequence[dict]) -> None:
     """Write a comp4 file for each class, also for one without detections.
 
     A line is `id score x1 y1 x2 y2`, in pixels counted from 1. Scores keep all bits of a float32,
@@ -61,9 +59,8 @@ def write_comp4(
             file.write("".join(lines).encode())
 
 
-def read_comp4(
-    directory: str | Path, image_set: str, classes: Sequence[str], ids: Sequence[str]
-) -> tuple[dict[str, ClassDetections], list[str]]:
+def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
+               ids: Sequence[str]) -> tuple[dict[str, ClassDetections], list[str]]:
     """Return {class: detections} of an image set, and a line for each file that does not exist.
 
     Raises UserError, with file and line, for no file at all, a malformed line, or an image id that
@@ -82,9 +79,8 @@ def read_comp4(
         name: _read_class(None if name in missing else path, position)
         for name, path in paths.items()
     }
-    return found, [
-        f"{path}: no such file, {name} has no detections" for name, path in missing.items()
-    ]
+    return found, [f"{path}: no such file, {name} has no detections" for name,
+                   path in missing.items()]
 
 
 def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:

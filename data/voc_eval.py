@@ -46,10 +46,8 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, metric: str) ->
     raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
 
 
-def evaluate_voc(
-    detections: dict[str, ClassDetections], annotations: Sequence[Annotation],
-    classes: Sequence[str], iou: float = 0.5,
-) -> dict:
+def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[Annotation],
+                 classes: Sequence[str], iou: float = 0.5) -> dict:
     """Score detections as the published devkits do; images are positions in ``annotations``.
 
     Detections are taken by falling score; of equal scores the earlier one comes first. A detection
@@ -131,9 +129,8 @@ class _Objects(NamedTuple):
         return _Objects(starts, *(column[chosen] for column in self[1:]))
 
 
-def _class_curves(
-    found: ClassDetections, objects: _Objects, iou: float
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
+def _class_curves(found: ClassDetections, objects: _Objects,
+                  iou: float) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
     # The published code sorts unstably: its order of equal scores depends on the processor.
     order = np.argsort(-found.scores, kind="stable")
     boxes, counted = found.boxes[order], ~objects.difficult
@@ -149,9 +146,8 @@ def _class_curves(
     return curves, totals
 
 
-def _match(
-    images: np.ndarray, boxes: np.ndarray, objects: _Objects, iou: float
-) -> tuple[np.ndarray, np.ndarray]:
+def _match(images: np.ndarray, boxes: np.ndarray, objects: _Objects,
+           iou: float) -> tuple[np.ndarray, np.ndarray]:
     """Assign detections, in order of score, to the objects of one class.
 
     Returns:
@@ -176,9 +172,8 @@ def _match(
     return matched, first
 
 
-def _curve(
-    matched: np.ndarray, first: np.ndarray, valid: np.ndarray, inside: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
+def _curve(matched: np.ndarray, first: np.ndarray, valid: np.ndarray,
+           inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return recall [n] and precision [n] of what `_match` returns, for one size range.
 
     valid: which objects count; a detection of another one counts neither way.

@@ -185,9 +185,8 @@ def _find_set(root: Path, image_set: ImageSet) -> tuple[Path, Path]:
     )
 
 
-def _list_images(
-    root: Path, image_set: ImageSet, finder: _FileFinder
-) -> Iterator[tuple[str, Path, str, Path | None]]:
+def _list_images(root: Path, image_set: ImageSet,
+                 finder: _FileFinder) -> Iterator[tuple[str, Path, str, Path | None]]:
     """Yield (file and line, folder, id, annotation file or None) of each image of an image set.
 
     A line is an id, which may hold spaces and folders. Two additions are understood: the flag
@@ -286,9 +285,8 @@ def _choose_classes(
     return check_classes(sorted(found), str(root)) if found else ()
 
 
-def _check_objects(
-    what: str, annotations: Sequence[Annotation], classes: Sequence[str], faults: list[str] | None
-) -> None:
+def _check_objects(what: str, annotations: Sequence[Annotation], classes: Sequence[str],
+                   faults: list[str] | None) -> None:
     names = {name for annotation in annotations for name in annotation.names}
     if names & set(classes):
         return

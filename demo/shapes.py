@@ -55,9 +55,8 @@ class Object(NamedTuple):
         return self.visible < DIFFICULT_VISIBLE
 
 
-def outline(
-    name: str, centre: Sequence[float], radius: float, angle: float = 0.0, squash: float = 1.0
-) -> np.ndarray:
+def outline(name: str, centre: Sequence[float], radius: float, angle: float = 0.0,
+            squash: float = 1.0) -> np.ndarray:
     """Return the corners of a shape: float64 [k, 2], (x, y) in pixels; pixel k spans k..k+1.
 
     It is turned by ``angle`` radians. Then ``squash`` multiplies its width and divides its height.
@@ -146,9 +145,8 @@ def add_clutter(rng: np.random.Generator, canvas: np.ndarray) -> None:
                 cv2.circle(canvas, dot, thick, tint, -1, cv2.LINE_AA)
 
 
-def draw_image(
-    rng: np.random.Generator, width: int, height: int, number: int
-) -> tuple[np.ndarray, list[Object]]:
+def draw_image(rng: np.random.Generator, width: int, height: int,
+               number: int) -> tuple[np.ndarray, list[Object]]:
     """Return an image, BGR uint8 [height, width, 3], and its at most ``number`` objects."""
     objects = place(rng, width, height, number)
     first, second = colour(rng), colour(rng)

@@ -60,10 +60,8 @@ class Canvas:
             color=color, linewidth=0.72 * thickness, shrinkA=0, shrinkB=0, joinstyle="miter",
         ))  # fmt: skip
 
-    def box(
-        self, x1: float, y1: float, x2: float, y2: float, fill: str, edge: str | None = None,
-        radius: float = 6,
-    ) -> None:  # fmt: skip
+    def box(self, x1: float, y1: float, x2: float, y2: float, fill: str, edge: str | None = None,
+            radius: float = 6) -> None:  # fmt: skip
         """Draw a filled rectangle with round corners."""
         self.axes.add_patch(FancyBboxPatch(
             (x1 + radius, y1 + radius), x2 - x1 - 2 * radius, y2 - y1 - 2 * radius,
@@ -134,10 +132,8 @@ def _draw_rule(canvas: Canvas, x: float, bus: float, layers: int, out_channels: 
     canvas.text(x + 98, bus - 13, f"output {out_channels} ch", 18, WHITE, bold=True)
     canvas.text(x + 98, bus + 14, "odd layers + last", 15, WHITE)
 
-    for y, text in (
-        (150, "Layer n reads layer n - 2ⁱ"), (174, "for every 2ⁱ dividing n"),
-        (322, "Width k, times m for"), (346, "every link with i > 0"),
-    ):  # fmt: skip
+    for y, text in ((150, "Layer n reads layer n - 2ⁱ"), (174, "for every 2ⁱ dividing n"),
+                    (322, "Width k, times m for"), (346, "every link with i > 0")):  # fmt: skip
         canvas.text(x, y, text, bold=True, align="left", room=210)
     canvas.text(x, 374, "(drawn as thickness)", 16, GREY, align="left")
     for hop, color in enumerate(HOPS[: layers.bit_length()]):
@@ -194,10 +190,8 @@ def draw_detector(canvas: Canvas, top: float) -> None:
     steps = detector_steps()
     xs = [83 + 129.2 * n for n in range(len(steps))]
     kinds = [step.kind for step in steps]
-    for kind, title in (
-        ("base", "HarDNet68 base network (every HarD block ends in a 1x1 conv)"),
-        ("extras", "SSD extra layers"),
-    ):
+    for kind, title in (("base", "HarDNet68 base network (every HarD block ends in a 1x1 conv)"),
+                        ("extras", "SSD extra layers")):
         first, last = kinds.index(kind), len(kinds) - 1 - kinds[::-1].index(kind)
         left, right = xs[first] - half - 12, xs[last] + half + 12
         canvas.box(left, top + 76, right, row + 104, _light(KINDS[kind], 0.93), radius=12)
@@ -226,9 +220,8 @@ def draw_detector(canvas: Canvas, top: float) -> None:
     _draw_priors(canvas, (xs[0] - half, heads - 24, right, bus + 20), steps)
 
 
-def _draw_head(
-    canvas: Canvas, x: float, half: float, heights: tuple[float, float, float], step: Step
-) -> None:
+def _draw_head(canvas: Canvas, x: float, half: float, heights: tuple[float, float, float],
+               step: Step) -> None:
     """Draw what is read at a source map; heights: of the map, the head and the prior boxes."""
     row, heads, bus = heights
     canvas.arrow([(x, row), (x, heads - 2)], ORANGE, 3)
@@ -240,17 +233,15 @@ def _draw_head(
     canvas.text(x, heads + 89, f"{step.boxes * step.side**2:,}", 16, bold=True)
 
 
-def _draw_priors(
-    canvas: Canvas, box: tuple[float, float, float, float], steps: Sequence[Step]
-) -> None:
+def _draw_priors(canvas: Canvas, box: tuple[float, float, float, float],
+                 steps: Sequence[Step]) -> None:
     """Draw the number of prior boxes and what becomes of them into a box (x1, y1, x2, y2)."""
     x1, y1, x2, _ = box
     terms = [f"{boxes} ({' + '.join(f'{s.side}²' for s in steps if s.boxes == boxes)})"
              for boxes in (6, 4)]  # fmt: skip
     canvas.box(*box, ORANGE)
     for y, size, text in (
-        (36, 25, f"{PRIOR_BOXES.num_priors:,} prior boxes"),
-        (76, 16, f"P = {' + '.join(terms)}"),
+        (36, 25, f"{PRIOR_BOXES.num_priors:,} prior boxes"), (76, 16, f"P = {' + '.join(terms)}"),
         (106, 16, "loc [B, P, 4]      conf [B, P, C classes]"),
         (144, 18, "softmax, decode, NMS per class"),
     ):

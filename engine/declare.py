@@ -11,17 +11,9 @@ from utils.errors import UserError
 
 
 def option(
-    group: str,
-    default: object,
-    *flags: str,
-    help: str,
-    read: Callable[[str], object] = str,
-    choices: Collection | None = None,
-    metavar: str | None = None,
-    only: str = "",
-    fixed: bool = False,
-    machine: bool = False,
-    check: Callable[[object], object] | None = None,
+    group: str, default: object, *flags: str, help: str, read: Callable[[str], object] = str,
+    choices: Collection | None = None, metavar: str | None = None, only: str = "",
+    fixed: bool = False, machine: bool = False, check: Callable[[object], object] | None = None,
 ) -> dataclasses.Field:
     """Declare an option.
 

@@ -36,13 +36,8 @@ SCORES = ("results.json", CURVES_FILE)
 
 
 def detect_set(
-    net: nn.Module,
-    detect: Detect,
-    priors: Tensor,
-    dataset: DetectionData,
-    options: Options,
-    world: World,
-    on_batch: Callable[[int], None] = lambda images: None,
+    net: nn.Module, detect: Detect, priors: Tensor, dataset: DetectionData, options: Options,
+    world: World, on_batch: Callable[[int], None] = lambda images: None,
 ) -> list[dict[str, np.ndarray]] | None:
     """Return the detections of all images of ``dataset``, in order; None on ranks but 0.
 
@@ -77,9 +72,8 @@ def _not_finite(error: FloatingPointError, amp: str) -> str:
     return f"the network's output is not finite ({error}); {causes}"
 
 
-def detect_exported(
-    predictor: Predictor, dataset: DetectionData, options: Options
-) -> list[dict[str, np.ndarray]]:
+def detect_exported(predictor: Predictor, dataset: DetectionData,
+                    options: Options) -> list[dict[str, np.ndarray]]:
     """Return the detections of all images of ``dataset`` by an exported file, in order.
 
     Raises:
@@ -99,13 +93,8 @@ def detect_exported(
     return [{key: d[key].numpy() for key in ("boxes", "scores", "labels")} for d in found]
 
 
-def origin_of(
-    options: Options,
-    detection: DetectConfig,
-    checkpoint: dict,
-    device: torch.device,
-    class_map: str | None = None,
-) -> dict:
+def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, device: torch.device,
+              class_map: str | None = None) -> dict:
     """Return everything that decides the detections of a call. It is kept with them."""
     config = asdict(detection)
     return {
@@ -125,22 +114,13 @@ def origin_of(
         },
         "suppression": config,
         "amp": options.amp,
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-            "nms": nms.backend(device.type),
-        },
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "numpy": np.__version__, "nms": nms.backend(device.type)},
     }
 
 
-def keep_and_score(
-    dataset: DetectionData,
-    detections: list[dict[str, np.ndarray]],
-    origin: dict,
-    folder: Path,
-    name: str,
-) -> dict:
+def keep_and_score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origin: dict,
+                   folder: Path, name: str) -> dict:
     """Replace the detections that ``folder`` holds by these, and score them."""
     for score_file in SCORES:
         (folder / score_file).unlink(missing_ok=True)
@@ -148,13 +128,8 @@ def keep_and_score(
     return score(dataset, detections, origin, folder, name)
 
 
-def score(
-    dataset: DetectionData,
-    detections: list[dict[str, np.ndarray]],
-    origin: dict,
-    folder: Path,
-    name: str,
-) -> dict:
+def score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origin: dict,
+          folder: Path, name: str) -> dict:
     """Write the official files and results.json, log the scores, and return the results.
 
     Args:
@@ -163,9 +138,7 @@ def score(
         name: of the detector, for files that an evaluation server takes.
     """
     results = {
-        **dataset.evaluate(detections, folder, name),
-        **origin,
-        "images": len(dataset),
+        **dataset.evaluate(detections, folder, name), **origin, "images": len(dataset),
         "detection_count": sum(len(d["scores"]) for d in detections),
     }
     path = folder / "results.json"
@@ -176,13 +149,9 @@ def score(
         LOGGER.info("  %-20s %.4f", label, value)
     value = results["value"]
     LOGGER.info(
-        "%s: %s (%d images, %d detections of score > %g; %s)",
-        results["metric"],
-        "no ground truth to score against" if value is None else f"{value:.4f}",
-        results["images"],
-        results["detection_count"],
-        origin["thresholds"]["score"],
-        path,
+        "%s: %s (%d images, %d detections of score > %g; %s)", results["metric"],
+        "no ground truth to score against" if value is None else f"{value:.4f}", results["images"],
+        results["detection_count"], origin["thresholds"]["score"], path,
     )
     return results
 
@@ -201,17 +170,14 @@ class Evaluation:
     run: Run
     world: World
 
-    def __call__(
-        self, net: nn.Module, name: str, on_batch: Callable[[int], None]
-    ) -> dict | None:
+    def __call__(self, net: nn.Module, name: str, on_batch: Callable[[int], None]) -> dict | None:
         """Return the results of ``score``, or None on ranks but 0.
 
         The files lie in ss_predict/``name`` of the run's folder.
         """
         dataset, options = self.run.test_set, self.run.options
-        self.detections = detect_set(
-            net, self.detect, self.priors, dataset, options, self.world, on_batch
-        )
+        self.detections = detect_set(net, self.detect, self.priors, dataset, options, self.world,
+                                     on_batch)
         if self.detections is None:
             return None
         run = self.run.folder.path

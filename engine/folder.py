@@ -13,13 +13,9 @@ from utils.files import locked, write_json
 from utils.logger import LOGGER, setup_logging
 
 KEPT = {
-    "best weights": "best.pth",
-    "to continue from": "last.pth",
-    "log": "train.log",
-    "log for programs": "log.jsonl",
-    "configuration": "config.json",
-    "curves (tensorboard --logdir)": "tensorboard",
-    "scores and detections": "ss_predict",
+    "best weights": "best.pth", "to continue from": "last.pth", "log": "train.log",
+    "log for programs": "log.jsonl", "configuration": "config.json",
+    "curves (tensorboard --logdir)": "tensorboard", "scores and detections": "ss_predict",
 }
 """What a run leaves beside its final weights: description -> name."""
 

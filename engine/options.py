@@ -39,15 +39,8 @@ from utils.errors import UserError
 
 RECIPES = {
     "published": {},
-    "modern": {
-        "optimizer": "adamw",
-        "lr": 1e-3,
-        "weight_decay": 0.05,
-        "schedule": "cosine",
-        "warm_epoch": 3,
-        "norm_decay": False,
-        "ema": 0.9998,
-    },
+    "modern": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "schedule": "cosine",
+               "warm_epoch": 3, "norm_decay": False, "ema": 0.9998},
 }
 """Values that a recipe gives to options, unless they are given on the command line."""
 

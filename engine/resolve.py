@@ -51,13 +51,9 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
     if "crowds" in given:
         _check_taken("crowds", dataset)
     values = {
-        "priors": row.priors,
-        "root": str(default_root(dataset)),
-        "max_epoch": row.epochs,
-        "weight_decay": row.weight_decay,
-        "num_workers": min(Options.num_workers, cores()),
-        **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))],
-        **values,
+        "priors": row.priors, "root": str(default_root(dataset)), "max_epoch": row.epochs,
+        "weight_decay": row.weight_decay, "num_workers": min(Options.num_workers, cores()),
+        **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))], **values,
     }
     values["root"] = root = str(Path(values["root"]).expanduser().absolute())
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):

@@ -331,9 +331,7 @@ def _from_detector(net: nn.Module, run: Run, call: Call, info: DetectorInfo) -> 
     state, origin = run.start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
     class_map = parse_class_map(call.class_map) if call.class_map else None
     if class_map is not None or info.classes != options.classes:
-        state, new = transfer_classes(
-            state, info.classes, options.classes, class_map, options.seed
-        )
+        state, new = transfer_classes(state, info.classes, options.classes, class_map, options.seed)
         kept = len(options.classes) - len(new)
         origin += f", {kept} of {len(options.classes)} classes by name"
         origin += f"; new: {', '.join(new)}" if new else ""

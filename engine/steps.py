@@ -61,14 +61,8 @@ class TrainStep:
     """
 
     def __init__(
-        self,
-        net: nn.Module,
-        criterion: MultiBoxLoss,
-        priors: Tensor,
-        optimizer: torch.optim.Optimizer,
-        *,
-        amp: str = "off",
-        clip_norm: float = 0.0,
+        self, net: nn.Module, criterion: MultiBoxLoss, priors: Tensor,
+        optimizer: torch.optim.Optimizer, *, amp: str = "off", clip_norm: float = 0.0,
         world: World = SINGLE_PROCESS,
     ):
         self.net = net
@@ -125,11 +119,8 @@ class TrainStep:
 
 @torch.no_grad()
 def detect_all(
-    net: nn.Module,
-    detect: Detect,
-    priors: Tensor,
-    batches: Iterable[tuple[Tensor, Sequence[Tensor]]],
-    amp: str = "off",
+    net: nn.Module, detect: Detect, priors: Tensor,
+    batches: Iterable[tuple[Tensor, Sequence[Tensor]]], amp: str = "off",
     on_batch: Callable[[int], None] = lambda images: None,
 ) -> list[dict[str, np.ndarray]]:
     """Return the detections of every image, in order. The mode of ``net`` is restored afterwards.

@@ -55,9 +55,7 @@ class Testing:
     @property
     def origin(self) -> dict:
         """Everything that decides the detections; kept with them."""
-        return origin_of(
-            self.options, self.detection, self.checkpoint, self.device, self.class_map
-        )
+        return origin_of(self.options, self.detection, self.checkpoint, self.device, self.class_map)
 
     def log_data(self) -> None:
         """Log the number of images, and what the reader changed."""
@@ -94,9 +92,7 @@ def open_test(call: Call, given: Mapping[str, object], world: World) -> Testing:
     return _open_checkpoint(call, given, path, world)
 
 
-def _open_checkpoint(
-    call: Call, given: Mapping[str, object], path: Path, world: World
-) -> Testing:
+def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world: World) -> Testing:
     saved = load_checkpoint(path)
     class_map = parse_class_map(call.class_map) if call.class_map else None
     names = parse_classes(given["classes"]) if "classes" in given else None
@@ -112,21 +108,16 @@ def _open_checkpoint(
     weights = saved["model"]
     if class_map or info.classes != options.classes:
         check_known(path, info.classes, options.classes, class_map)
-        weights, _ = transfer_classes(
-            weights, info.classes, options.classes, class_map, options.seed
-        )
+        weights, _ = transfer_classes(weights, info.classes, options.classes, class_map,
+                                      options.seed)
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
     published = DetectConfig(**DATASETS[options.dataset].detection)
     folder = test_folder(call, given, options, path)
-    return Testing(
-        options, device, dataset, call.detection(published), weights, None, checkpoint, folder,
-        call.class_map,
-    )  # fmt: skip
+    return Testing(options, device, dataset, call.detection(published), weights, None, checkpoint,
+                   folder, call.class_map)  # fmt: skip
 
 
-def _open_exported(
-    call: Call, given: Mapping[str, object], path: Path, world: World
-) -> Testing:
+def _open_exported(call: Call, given: Mapping[str, object], path: Path, world: World) -> Testing:
     wrong = [name for name in ("class_map", "amp") if name in given or getattr(call, name, None)]
     if wrong:
         raise UserError(f"--{wrong[0]} cannot change {path}, which is exported; leave it out")
@@ -141,21 +132,16 @@ def _open_exported(
     dataset = open_dataset(options, call, "test_sets")
     exported = predictor.exported
     checkpoint = {
-        **identity(path),
-        "precision": exported.info.precision,
-        "made_of": exported.info.checkpoint,
+        **identity(path), "precision": exported.info.precision, "made_of": exported.info.checkpoint,
         "runtime": " ".join(exported.runtime),
     }
     folder = test_folder(call, given, options, path)
-    return Testing(
-        options, predictor.device, dataset, predictor.detect.config, None, predictor, checkpoint,
-        folder,
-    )  # fmt: skip
+    return Testing(options, predictor.device, dataset, predictor.detect.config, None, predictor,
+                   checkpoint, folder)  # fmt: skip
 
 
-def _stored(
-    saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, object], mapped: bool
-) -> dict[str, object]:
+def _stored(saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, object],
+            mapped: bool) -> dict[str, object]:
     """Return the options that a test takes from its checkpoint."""
     stored: dict[str, object] = {"version": info.version, "size": info.size}
     if given.get("dataset", info.dataset) == info.dataset:
@@ -176,9 +162,7 @@ def _stored(
     return {k: v for k, v in stored.items() if k not in leave} | {"priors": info.priors}
 
 
-def test_folder(
-    call: Call, given: Mapping[str, object], options: Options, path: Path
-) -> Path:
+def test_folder(call: Call, given: Mapping[str, object], options: Options, path: Path) -> Path:
     """Return the folder of a test's files: in the checkpoint's run, if it lies in a run."""
     folder = Path(options.save_folder) / f"{options.version}_{options.size}"
     run = path.absolute().parent

@@ -41,16 +41,8 @@ class Trainer:
         world: the processes that train together.
     """
 
-    def __init__(
-        self,
-        net: nn.Module,
-        criterion: MultiBoxLoss,
-        priors: Tensor,
-        loader: Loader,
-        evaluate: Evaluation | None,
-        run: Run,
-        world: World,
-    ):
+    def __init__(self, net: nn.Module, criterion: MultiBoxLoss, priors: Tensor, loader: Loader,
+                 evaluate: Evaluation | None, run: Run, world: World):
         self.net = net
         self.loader = loader
         self.sampler = loader.batch_sampler
@@ -63,13 +55,8 @@ class Trainer:
         self.optimizer = build_optimizer(net, options)
         forward = torch.compile(net) if options.compile else net
         self.train_step = TrainStep(
-            world.replicate(forward, self.device),
-            criterion,
-            priors,
-            self.optimizer,
-            amp=options.amp,
-            clip_norm=options.clip_norm,
-            world=world,
+            world.replicate(forward, self.device), criterion, priors, self.optimizer,
+            amp=options.amp, clip_norm=options.clip_norm, world=world,
         )
         self.average = MovingAverage(net, options.ema) if options.ema else None
         self.steps_per_epoch = self.sampler.steps
@@ -152,9 +139,8 @@ class Trainer:
                 f"{end} steps are asked for, but the run is at step {self.state.step} already; "
                 "raise --max_iters or --max_epoch"
             )
-        self.log = RunLog(
-            self.folder.path, self.state.history, self.options.visdom, self.world.main
-        )
+        self.log = RunLog(self.folder.path, self.state.history, self.options.visdom,
+                          self.world.main)
         with self.stop:
             try:
                 self._train(end)
@@ -171,11 +157,8 @@ class Trainer:
         """
         if self.consistent:
             self._save("last.pth")
-            LOGGER.info(
-                "stopped at step %d; continue with --resume %s",
-                self.state.step,
-                self.folder / "last.pth",
-            )
+            LOGGER.info("stopped at step %d; continue with --resume %s", self.state.step,
+                        self.folder / "last.pth")
         if isinstance(error, Interrupted):
             # A launcher ends the other processes as soon as one has ended: wait for all.
             self.world.decide(lambda: None)
@@ -185,9 +168,8 @@ class Trainer:
     def _train(self, end: int) -> None:
         self.saved_at = time.monotonic()
         if self.state.step == end:
-            LOGGER.info(
-                "all %d steps are trained; a higher --max_epoch or --max_iters trains on", end
-            )
+            LOGGER.info("all %d steps are trained; a higher --max_epoch or --max_iters trains on",
+                        end)
         if self.state.totals.steps and self.state.step % self.steps_per_epoch == 0:
             self._finish_epoch()  # the run was interrupted between an epoch's last step and record
         while self.state.step < end:
@@ -318,13 +300,11 @@ class Trainer:
         totals = self.state.totals
         seconds = max(totals.seconds, 1e-9)
         record = {
-            "epoch": epoch,
-            "step": self.state.step,
+            "epoch": epoch, "step": self.state.step,
             "lr": lr_at(self.state.step - 1, self.steps_per_epoch, self.options),
             "loss_loc": totals.loss_loc / totals.steps,
             "loss_conf": totals.loss_conf / totals.steps,
-            "images_per_second": round(totals.images / seconds, 2),
-            "seconds": round(seconds, 2),
+            "images_per_second": round(totals.images / seconds, 2), "seconds": round(seconds, 2),
             "waiting_for_data": round(totals.waited / seconds, 3),
         }
         if self.device.type == "cuda":

@@ -100,9 +100,8 @@ class _Readers(TorchDispatchMode):
         super().__init__()
         self.count: Counter[int] = Counter()
 
-    def __torch_dispatch__(
-        self, func: Callable, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Callable, types: Sequence[type], args: tuple = (),
+                           kwargs: dict | None = None) -> Any:
         self.count.update(id(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor))
         return func(*args, **(kwargs or {}))
 

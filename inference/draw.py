@@ -43,11 +43,8 @@ def class_colour(label: int) -> tuple[int, int, int]:
 
 
 def draw_detections(
-    image: np.ndarray,
-    boxes: np.ndarray,
-    labels: Sequence[int],
-    scores: Sequence[float] | None = None,
-    names: Sequence[str] | None = None,
+    image: np.ndarray, boxes: np.ndarray, labels: Sequence[int],
+    scores: Sequence[float] | None = None, names: Sequence[str] | None = None,
     font: FreeTypeFont | None = None,
 ) -> np.ndarray:
     """Return a copy of the image with every box and its label, in the class's colour.
@@ -94,13 +91,8 @@ def draw_caption(image: np.ndarray, text: str) -> None:
     _draw_tag(image, text, (0, 0, 0), BLACK, below=False, font=find_font())
 
 
-def draw_comparison(
-    image: np.ndarray,
-    judged: Judged,
-    index: int,
-    names: Sequence[str] | None = None,
-    score: float = 0.5,
-) -> np.ndarray:
+def draw_comparison(image: np.ndarray, judged: Judged, index: int,
+                    names: Sequence[str] | None = None, score: float = 0.5) -> np.ndarray:
     """Return a copy of image `index` of a data set with its objects and judged detections.
 
     Green: a correct detection. Red, "wrong": an error. Orange, dashed, "missed": an object that
@@ -123,9 +115,7 @@ def draw_comparison(
     return _draw(image, items, find_font(names or ()))
 
 
-def draw_examples(
-    dataset: DetectionData, detections: Sequence[dict], most: int = 8
-) -> np.ndarray:
+def draw_examples(dataset: DetectionData, detections: Sequence[dict], most: int = 8) -> np.ndarray:
     """Return a contact sheet of images spread over a data set, with `draw_comparison`.
 
     detections: one dict an image with "boxes" [n, 4], "scores" [n] and "labels" [n].
@@ -138,9 +128,8 @@ def draw_examples(
     return contact_sheet(images, 4)
 
 
-def draw_batch(
-    images: Tensor, targets: Sequence[Tensor], names: Sequence[str], most: int = 16
-) -> np.ndarray:
+def draw_batch(images: Tensor, targets: Sequence[Tensor], names: Sequence[str],
+               most: int = 16) -> np.ndarray:
     """Return a contact sheet of the first images of a training batch with their boxes.
 
     images: BGR uint8 [B, 3, S, S]. targets: an image each, [n, 5], corners in 0..1 and the label.
@@ -153,12 +142,8 @@ def draw_batch(
     return contact_sheet(drawn, 4)
 
 
-def contact_sheet(
-    images: Sequence[np.ndarray],
-    columns: int,
-    cell: tuple[int, int] = (320, 320),
-    captions: Sequence[str] = (),
-) -> np.ndarray:
+def contact_sheet(images: Sequence[np.ndarray], columns: int, cell: tuple[int, int] = (320, 320),
+                  captions: Sequence[str] = ()) -> np.ndarray:
     """Return images in rows of `columns`, each letterboxed into a cell of (width, height) pixels.
 
     captions: none, or a line of text under each image, set smaller where the cell has no room.
@@ -196,9 +181,8 @@ def _text(label: float, names: Sequence[str] | None, score: float | None = None)
     return name if score is None else f"{name} {score:.2f}"
 
 
-def _draw(
-    image: np.ndarray, items: Sequence[tuple[np.ndarray, tuple, str, bool]], font: FreeTypeFont
-) -> np.ndarray:
+def _draw(image: np.ndarray, items: Sequence[tuple[np.ndarray, tuple, str, bool]],
+          font: FreeTypeFont) -> np.ndarray:
     """Draw (box, colour, text, dashed) on a copy: the last on top, texts over all boxes."""
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise ValueError(f"image must be uint8 [H, W, 3], not {image.dtype} {list(image.shape)}")
@@ -232,14 +216,8 @@ def _dashes(ring: np.ndarray, length: int) -> list[np.ndarray]:
     return dashes
 
 
-def _draw_tag(
-    canvas: np.ndarray,
-    text: str,
-    corner: tuple[int, int, int],
-    colour: tuple[int, int, int],
-    below: bool,
-    font: FreeTypeFont,
-) -> None:
+def _draw_tag(canvas: np.ndarray, text: str, corner: tuple[int, int, int],
+              colour: tuple[int, int, int], below: bool, font: FreeTypeFont) -> None:
     """Write text on a filled tag at the corner (left, top, bottom) of a box.
 
     The tag stands on the box, or with `below` under it, if there is room, and opposite otherwise.

@@ -132,9 +132,8 @@ def _check(options: ExportOptions, form: Format, output: Path) -> None:
         raise UserError(f"--output {output}: an {form.title} file's name ends in {form.suffix}")
 
 
-def _images(
-    options: ExportOptions, saved: Mapping, detector: DetectorInfo
-) -> tuple[Images, Images | None]:
+def _images(options: ExportOptions, saved: Mapping,
+            detector: DetectorInfo) -> tuple[Images, Images | None]:
     """Find the images of the proof, and those that INT8 is calibrated with."""
     checkpoint = options.checkpoint
     trained_on = TrainedOn.of(saved, checkpoint)
@@ -149,17 +148,15 @@ def _images(
         )
     if options.precision != "int8":
         return images, None
-    calibration = find_images(
-        options.calibrate, options.calibrate_sets, CALIBRATION_IMAGES, trained_on, detector, True
-    )
+    calibration = find_images(options.calibrate, options.calibrate_sets, CALIBRATION_IMAGES,
+                              trained_on, detector, True)
     if calibration is None:
         raise UserError("--precision int8 needs real images to calibrate: give --calibrate FOLDER")
     return images, calibration
 
 
-def _describe(
-    options: ExportOptions, form: Format, detector: DetectorInfo, calibration: Images | None
-) -> ExportInfo:
+def _describe(options: ExportOptions, form: Format, detector: DetectorInfo,
+              calibration: Images | None) -> ExportInfo:
     detection = detector.detection().with_limits(options.score_threshold, options.max_detections)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in form.packages_for(options.precision):

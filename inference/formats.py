@@ -50,9 +50,8 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float
 """Precision -> dtype of the network in the graph; INT8 is quantised later."""
 
 
-def write(
-    form: str, net: nn.Module, info: ExportInfo, path: Path, calibration: Images | None
-) -> None:
+def write(form: str, net: nn.Module, info: ExportInfo, path: Path,
+          calibration: Images | None) -> None:
     """Write a network in evaluation mode as a file of the format ``form``, a key of `FORMATS`.
 
     INT8 takes its ranges from the images ``calibration``.
@@ -115,9 +114,8 @@ def _detection_as_onnx(info: ExportInfo, network: OnnxModel) -> OnnxModel:
     """Return the part of the graph behind ``network``, of its ONNX version."""
     (opset,) = (entry.version for entry in network.opset_import if entry.domain == "")
     priors, classes = PriorBox(info.detector.prior_config())(), len(info.detector.classes) + 1
-    return detect_onnx(
-        priors, classes, info.variance, info.detection, opset=opset, ir_version=network.ir_version
-    )
+    return detect_onnx(priors, classes, info.variance, info.detection, opset=opset,
+                       ir_version=network.ir_version)
 
 
 @contextmanager
@@ -139,18 +137,16 @@ def _write_onnx(net: nn.Module, info: ExportInfo, path: Path) -> None:
     model = _network_as_onnx(net, info)
     if info.nms:
         behind = _detection_as_onnx(info, model)
-        model = onnx.compose.add_prefix(
-            model, "network.", rename_inputs=False, rename_outputs=False
-        )
+        model = onnx.compose.add_prefix(model, "network.", rename_inputs=False,
+                                        rename_outputs=False)
         model = onnx.compose.merge_models(model, behind, [("loc", "loc"), ("conf", "conf")])
     onnx.helper.set_model_props(model, {INFO_KEY: json.dumps(info.plain())})
     onnx.checker.check_model(model)
     onnx.save(model, path)
 
 
-def _write_openvino(
-    net: nn.Module, info: ExportInfo, path: Path, calibration: Images | None
-) -> None:
+def _write_openvino(net: nn.Module, info: ExportInfo, path: Path,
+                    calibration: Images | None) -> None:
     import openvino
 
     source = _network_as_onnx(net, replace(info, precision="fp32"))
@@ -195,7 +191,5 @@ def _quantised(model: OpenVINOModel, info: ExportInfo, calibration: Images) -> O
     images = nncf.Dataset(range(count), lambda i: graph_inputs([calibration.read(i)], info))
     exact = nncf.IgnoredScope(types=["Subtract", "Interpolate"], validate=False)
     with _quiet():
-        return nncf.quantize(
-            model, images, preset=nncf.QuantizationPreset.MIXED, subset_size=count,
-            ignored_scope=exact,
-        )  # fmt: skip
+        return nncf.quantize(model, images, preset=nncf.QuantizationPreset.MIXED, subset_size=count,
+                             ignored_scope=exact)  # fmt: skip

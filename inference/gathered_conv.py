@@ -48,9 +48,8 @@ class GatheredWeight(nn.Module):
     weight: Tensor
     bias: Tensor
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor, widths: Sequence[int], activation: str
-    ) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, widths: Sequence[int],
+                 activation: str) -> None:
         super().__init__()
         outputs, inputs, *kernel = weight.shape
         if kernel not in ([1, 1], [3, 3]):
@@ -73,9 +72,8 @@ class GatheredWeight(nn.Module):
         self.register_buffer("bias", bias.detach().clone())
 
 
-def gathered_conv2d(
-    parts: Sequence[Tensor], weight: GatheredWeight, out: Tensor | None = None
-) -> Tensor:
+def gathered_conv2d(parts: Sequence[Tensor], weight: GatheredWeight,
+                    out: Tensor | None = None) -> Tensor:
     """Convolve the concatenation of ``parts``, add the bias, apply the activation, in one kernel.
 
     Accumulates in float32. float32 inputs are multiplied exactly, or as TF32 if
@@ -170,9 +168,8 @@ class GatheredBlock(nn.Module):
         ]
         widths = [layers[0][0].in_channels, *(conv.out_channels for conv, *_ in layers)]
         self.convs = nn.ModuleList(
-            GatheredWeight(
-                conv.weight, conv.bias, [widths[i] for i in links], type(act).__name__.lower()
-            )
+            GatheredWeight(conv.weight, conv.bias, [widths[i] for i in links],
+                           type(act).__name__.lower())
             for links, (conv, act, *_) in zip(self.links, layers, strict=True)
         )
         self.rest = nn.ModuleList(nn.Sequential(*rest) for _, _, *rest in layers)
@@ -278,11 +275,10 @@ def _fitting(configs: list[Any], arguments: dict, **constants: Any) -> list[Any]
 
 
 def _convolve(
-    parts, weight, bias, out, height, width, pixels,
-    WIDTHS: tl.constexpr, ROWS: tl.constexpr, VECTORS: tl.constexpr, CHUNKS: tl.constexpr,
-    OUTPUTS: tl.constexpr, OUT_ROW: tl.constexpr, OUT_VECTOR: tl.constexpr, COLUMNS: tl.constexpr,
-    KERNEL: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    parts, weight, bias, out, height, width, pixels, WIDTHS: tl.constexpr, ROWS: tl.constexpr,
+    VECTORS: tl.constexpr, CHUNKS: tl.constexpr, OUTPUTS: tl.constexpr, OUT_ROW: tl.constexpr,
+    OUT_VECTOR: tl.constexpr, COLUMNS: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Triton: an implicit matrix product, [pixels, terms] x [terms, outputs] -> [pixels, outputs].
 
@@ -319,11 +315,8 @@ def _convolve(
             valid = ((inside[:, None] >> taps[None, :]) & 1) != 0
             valid = tl.max_constancy(valid, (1, tl.constexpr(VECTORS[i])))
             a = tl.load(pointers, valid, other=0.0)
-            b = tl.load(
-                weight + (k[:, None] * COLUMNS + n[None, :]),
-                (k < TAPS * WIDTHS[i])[:, None] & (n < COLUMNS)[None, :],
-                other=0.0,
-            )
+            b = tl.load(weight + (k[:, None] * COLUMNS + n[None, :]),
+                        (k < TAPS * WIDTHS[i])[:, None] & (n < COLUMNS)[None, :], other=0.0)
             if WIDEN:
                 a, b = a.to(tl.float32), b.to(tl.float32)
             total = tl.dot(a, b, total, input_precision=PRECISION)

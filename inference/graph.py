@@ -67,10 +67,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return ((high * b + low) / 512).floor()
 
 
-def detect_onnx(
-    priors: Tensor, num_classes: int, variance: Sequence[float], config: DetectConfig,
-    *, opset: int, ir_version: int,
-) -> Any:  # fmt: skip
+def detect_onnx(priors: Tensor, num_classes: int, variance: Sequence[float], config: DetectConfig,
+                *, opset: int, ir_version: int) -> Any:  # fmt: skip
     """Return ``Detect`` with hard NMS per class as an ``onnx.ModelProto``.
 
     Inputs of the model: "loc" float32 [B, P, 4], "conf" float32 [B, P, C] and "sizes" float32

@@ -68,10 +68,8 @@ class TrainedOn:
             ) from error
 
 
-def find_images(
-    root: str | None, sets: str | None, limit: int, trained_on: TrainedOn, detector: DetectorInfo,
-    training: bool = False,
-) -> Images | None:  # fmt: skip
+def find_images(root: str | None, sets: str | None, limit: int, trained_on: TrainedOn,
+                detector: DetectorInfo, training: bool = False) -> Images | None:  # fmt: skip
     """Find at most ``limit`` (0: all) images of a data set's image sets, or of a plain folder.
 
     Args:

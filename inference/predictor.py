@@ -178,9 +178,8 @@ class Predictor:
         return {"loc": loc, "conf": conf}
 
     @torch.inference_mode()
-    def postprocess(
-        self, outputs: dict[str, Tensor], sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+    def postprocess(self, outputs: dict[str, Tensor],
+                    sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Return the detections of a batch, without names.
 
         Args:

@@ -201,9 +201,8 @@ def _openvino(path: Path, threads: int | None) -> ExportedModel:
         LOGGER.warning("this CPU has no bfloat16 instructions: %s runs in fp32", path)
     runtime = ("openvino", openvino.__version__)
     # Copies: the next call writes into the same memory.
-    return ExportedModel(
-        path, info, runtime, names, lambda inputs: map(np.array, compiled(inputs).values())
-    )
+    return ExportedModel(path, info, runtime, names,
+                         lambda inputs: map(np.array, compiled(inputs).values()))
 
 
 _RUNTIMES = {".onnx": _onnx, ".xml": _openvino}

@@ -80,9 +80,8 @@ class Detect(nn.Module):
         class_agnostic: bool = False, background_shortcut: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.config = DetectConfig(
-            conf_thresh, nms_thresh, per_class, top_k, nms, class_agnostic, background_shortcut
-        )
+        self.config = DetectConfig(conf_thresh, nms_thresh, per_class, top_k, nms, class_agnostic,
+                                   background_shortcut)
         self.variance = variance
 
     @classmethod
@@ -91,9 +90,8 @@ class Detect(nn.Module):
         return cls(**asdict(config), variance=variance)
 
     @torch.no_grad()
-    def forward(
-        self, loc: Tensor, conf: Tensor, priors: Tensor, sizes: Sequence[tuple[int, int]]
-    ) -> list[dict[str, Tensor]]:
+    def forward(self, loc: Tensor, conf: Tensor, priors: Tensor,
+                sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
         """Return the detections of a batch.
 
         Args:
@@ -140,9 +138,8 @@ class Detect(nn.Module):
             for boxes, scores, labels in zip(*parts, strict=True)
         ]
 
-    def _suppress(
-        self, boxes: Tensor, scores: Tensor, image: Tensor, label: Tensor, classes: int
-    ) -> tuple[Tensor, Tensor]:
+    def _suppress(self, boxes: Tensor, scores: Tensor, image: Tensor, label: Tensor,
+                  classes: int) -> tuple[Tensor, Tensor]:
         """Return the indices of the boxes that are kept, by image, then score; and their scores."""
         config = self.config
         group = image * classes + label

@@ -24,10 +24,8 @@ def pad_targets(targets: Sequence[Tensor], device: torch.device) -> Tensor:
     return padded.to(device, non_blocking=True)
 
 
-def match(
-    targets: Tensor, priors: Tensor, threshold: float, variance: tuple[float, float],
-    index: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def match(targets: Tensor, priors: Tensor, threshold: float, variance: tuple[float, float],
+          index: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Match the boxes of a batch to the priors.
 
     A prior is matched to the box that it overlaps most, if their IoU reaches the threshold. Each

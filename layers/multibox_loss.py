@@ -24,19 +24,16 @@ class MultiBoxLoss(nn.Module):
     Neither synchronises with a GPU, forward or backward.
     """
 
-    def __init__(
-        self, num_classes: int, threshold: float = 0.5, negatives_per_positive: int = 3,
-        variance: tuple[float, float] = (0.1, 0.2),
-    ) -> None:  # fmt: skip
+    def __init__(self, num_classes: int, threshold: float = 0.5, negatives_per_positive: int = 3,
+                 variance: tuple[float, float] = (0.1, 0.2)) -> None:  # fmt: skip
         super().__init__()
         self.num_classes = num_classes
         self.threshold = threshold
         self.negatives_per_positive = negatives_per_positive
         self.variance = variance
 
-    def forward(
-        self, predictions: tuple[Tensor, Tensor], priors: Tensor, targets: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, predictions: tuple[Tensor, Tensor], priors: Tensor,
+                targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Return the two losses of a batch.
 
         Args:
@@ -76,10 +73,8 @@ class MultiBoxLoss(nn.Module):
         boxes = pad_targets(targets, priors.device)
         return match(boxes, priors, self.threshold, self.variance, index=priors.is_cpu)
 
-    def loss(
-        self, predictions: tuple[Tensor, Tensor], labels: Tensor, offsets: Tensor,
-        positives: Tensor | int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    def loss(self, predictions: tuple[Tensor, Tensor], labels: Tensor, offsets: Tensor,
+             positives: Tensor | int) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Return the two losses of a call, given the result of ``match``.
 
         ``positives`` is the number of positive priors in the whole batch, by which the sums are

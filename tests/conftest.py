@@ -84,9 +84,8 @@ def write_annotation(path: Path, objects, size=VOC_IMAGE_SIZE) -> None:
     path.write_text("\n".join([*lines, "</annotation>"]), "utf-8")
 
 
-def write_voc(
-    folder: Path, sets: dict[str, dict[str, list]], size=VOC_IMAGE_SIZE, suffix: str = ".jpg"
-) -> Path:
+def write_voc(folder: Path, sets: dict[str, dict[str, list]], size=VOC_IMAGE_SIZE,
+              suffix: str = ".jpg") -> Path:
     """Write Annotations/, JPEGImages/ and ImageSets/Main/; sets: name -> {image id: objects}.
 
     A picture is dim noise with a bright filled rectangle for every object, its colour by the name.
@@ -151,30 +150,24 @@ def write_blood(folder: Path) -> Path:
 def voc_devkit(tmp_path) -> Path:
     """A devkit with VOC classes: 2007 trainval (3 pictures) and test (3), 2012 trainval (2)."""
     root = tmp_path / "VOCdevkit"
-    write_voc(
-        root / "VOC2007",
-        {
-            "trainval": {
-                "000001": [("dog", (10, 10, 60, 60)), ("person", (50, 5, 90, 70))],
-                "000002": [("cat", (20, 10, 70, 60), True)],
-                "000003": [("person", (1, 1, 96, 72))],
-            },
-            "test": {
-                "000004": [("dog", (30, 20, 80, 65))],
-                "000005": [("person", (5, 5, 40, 70)), ("person", (8, 8, 20, 20), True)],
-                "000006": [("cat", (10, 30, 50, 60)), ("dog", (55, 10, 95, 40))],
-            },
+    write_voc(root / "VOC2007", {
+        "trainval": {
+            "000001": [("dog", (10, 10, 60, 60)), ("person", (50, 5, 90, 70))],
+            "000002": [("cat", (20, 10, 70, 60), True)],
+            "000003": [("person", (1, 1, 96, 72))],
         },
-    )
-    write_voc(
-        root / "VOC2012",
-        {
-            "trainval": {
-                "2008_000001": [("dog", (15, 15, 70, 50))],
-                "2008_000002": [("cat", (20, 20, 60, 70)), ("person", (5, 40, 15, 70))],
-            }
+        "test": {
+            "000004": [("dog", (30, 20, 80, 65))],
+            "000005": [("person", (5, 5, 40, 70)), ("person", (8, 8, 20, 20), True)],
+            "000006": [("cat", (10, 30, 50, 60)), ("dog", (55, 10, 95, 40))],
         },
-    )
+    })
+    write_voc(root / "VOC2012", {
+        "trainval": {
+            "2008_000001": [("dog", (15, 15, 70, 50))],
+            "2008_000002": [("cat", (20, 20, 60, 70)), ("person", (5, 40, 15, 70))],
+        }
+    })
     return root
 
 

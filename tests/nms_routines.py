@@ -19,12 +19,10 @@ from utils.nms import backend, backend_reason, backends
 
 TESTS = Path(__file__).parent
 compiled = pytest.mark.skipif(backend() != "cython", reason=f"backend is torch: {backend_reason()}")
-needs_compiler = pytest.mark.skipif(
-    not shutil.which("c++") or sys.platform == "win32", reason="no C++ compiler with ucontext.h"
-)
-needs_torchvision = pytest.mark.skipif(
-    backends.torchvision()[0] is None, reason=backends.torchvision()[1]
-)
+needs_compiler = pytest.mark.skipif(not shutil.which("c++") or sys.platform == "win32",
+                                    reason="no C++ compiler with ucontext.h")
+needs_torchvision = pytest.mark.skipif(backends.torchvision()[0] is None,
+                                       reason=backends.torchvision()[1])
 EXACT = [
     "torch",
     pytest.param("cython", marks=compiled),

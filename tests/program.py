@@ -33,22 +33,15 @@ def options(data: Path, folder: Path, *more: object) -> list[str]:
 
 def torchrun(processes: int, restarts: int = 0) -> list[str]:
     """The command that starts this program's arguments as a job of several processes."""
-    return [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",
-        "--nproc-per-node", str(processes), "--max-restarts", str(restarts), __file__,
-    ]  # fmt: skip
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
+            str(processes), "--max-restarts", str(restarts), __file__]  # fmt: skip
 
 
 def start(arguments: Sequence[str], command: Sequence[str] = (), **how) -> subprocess.Popen:
     """``arguments`` of this program as a process group of its own, its output in pipes."""
     return subprocess.Popen(
-        [*(command or (sys.executable, __file__)), *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        **how,
+        [*(command or (sys.executable, __file__)), *arguments], cwd=ROOT, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True, start_new_session=True, **how,
     )
 
 

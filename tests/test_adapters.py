@@ -47,9 +47,8 @@ def test_transforms_move_boxes_with_their_pictures(voc):
     from torchvision.transforms import v2
 
     plain = TorchvisionDataset(voc)
-    moved = TorchvisionDataset(
-        voc, v2.Compose([v2.RandomHorizontalFlip(p=1), v2.Resize((144, 384))])
-    )
+    moved = TorchvisionDataset(voc,
+                               v2.Compose([v2.RandomHorizontalFlip(p=1), v2.Resize((144, 384))]))
     image, target = plain[0]
     height, width = image.shape[1:]
     other, changed = moved[0]

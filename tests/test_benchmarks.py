@@ -109,27 +109,24 @@ def rows_of(capsys, module, argv):
     return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
 
 
-@pytest.mark.parametrize(
-    ("module", "argv", "holds"),
-    [
-        pytest.param(nms, f"{SUPPRESS} --classes 1 5 --batch 2",
-                     lambda one, five: 0 < one["kept"] < five["kept"] < 6000,
-                     marks=needs_torchvision),
-        pytest.param(nms, f"detect {ON}",
-                     lambda crowded, trained: crowded["scores"] // 10_000 == 14
-                     and 200 < trained["scores"] < 1000 and "forward off" in trained["seconds"],
-                     marks=needs_torchvision),
-        pytest.param(scores, f"{COCO} --commands",
-                     lambda *rows: [row["result"] for row in rows if "hotcoco" in row["scorer"]]
-                     == ["every digit equal", "the same table"], marks=needs_hotcoco),
-        (scores, VOC, lambda row: row["detections"] == 600 and 0.1 < row["AP"]["area"] < 0.9),
-        (scores, "load --rounds 1 --images 300 --boxes 2000", lambda text, coco, reader:
-         reader["MiB"]["worker"] < coco["MiB"]["worker"] and reader["MiB"]["sent"] < 0.2),
-        (train, LOSS, lambda row: row["ratio"] == row["seconds"]["ours"]
-         / row["seconds"]["published"]),
-        (train, MEMORY, lambda row: row["kept"]["plain"] > 1 and row["peak"]["plain"] > 100),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("module", "argv", "holds"), [
+    pytest.param(nms, f"{SUPPRESS} --classes 1 5 --batch 2",
+                 lambda one, five: 0 < one["kept"] < five["kept"] < 6000,
+                 marks=needs_torchvision),
+    pytest.param(nms, f"detect {ON}",
+                 lambda crowded, trained: crowded["scores"] // 10_000 == 14
+                 and 200 < trained["scores"] < 1000 and "forward off" in trained["seconds"],
+                 marks=needs_torchvision),
+    pytest.param(scores, f"{COCO} --commands",
+                 lambda *rows: [row["result"] for row in rows if "hotcoco" in row["scorer"]]
+                 == ["every digit equal", "the same table"], marks=needs_hotcoco),
+    (scores, VOC, lambda row: row["detections"] == 600 and 0.1 < row["AP"]["area"] < 0.9),
+    (scores, "load --rounds 1 --images 300 --boxes 2000", lambda text, coco, reader:
+     reader["MiB"]["worker"] < coco["MiB"]["worker"] and reader["MiB"]["sent"] < 0.2),
+    (train, LOSS, lambda row: row["ratio"] == row["seconds"]["ours"]
+     / row["seconds"]["published"]),
+    (train, MEMORY, lambda row: row["kept"]["plain"] > 1 and row["peak"]["plain"] > 100),
+])  # fmt: skip
 def test_benchmark_runs_and_compares(capsys, monkeypatch, tiny, module, argv, holds):
     monkeypatch.setattr(nms, "build_net", lambda *a: torch.nn.Conv2d(3, 1, 1))
     monkeypatch.setattr(harness, "in_a_process", lambda call, *arguments: call(*arguments))

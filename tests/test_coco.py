@@ -205,8 +205,7 @@ def test_image_that_cannot_be_used_is_named_when_it_is_read(tmp_path):
     for i, data in enumerate((b"", b"no image", small)):
         dataset.image_path(i).write_bytes(data)
     for i, said in enumerate((
-        "0007.jpg: .*empty",
-        "0009.jpg: ",
+        "0007.jpg: .*empty", "0009.jpg: ",
         "0042.jpg: the image is 30 x 20, but .*instances_val2017.json says 60 x 40",
     )):  # fmt: skip
         with pytest.raises(UserError, match=said):

@@ -33,9 +33,8 @@ def golden(tmp_path_factory):
 
     truth = records("truth", ("image_id", "category_id", "bbox", "area", "iscrowd"))
     document = {
-        "images": [
-            {"id": id, "width": w, "height": h} for id, (w, h) in zip(ids, sizes, strict=True)
-        ],
+        "images": [{"id": id, "width": w, "height": h} for id,
+                   (w, h) in zip(ids, sizes, strict=True)],
         "categories": [{"id": id, "name": f"category {id}"} for id in categories],
         "annotations": [{"id": id} | t for id, t in zip(truth_ids, truth, strict=True)],
     }
@@ -218,14 +217,11 @@ def test_backend_that_is_not_installed_is_named(small, monkeypatch, capsys, tmp_
         evaluate_coco([], small, "fastest")
 
 
-@pytest.mark.parametrize(
-    ("version", "content", "said"),
-    [
-        ("1.1.0", {"COCO": SimpleNamespace()}, r"need hotcoco>=1\.2, found 1\.1\.0 .*install -U"),
-        ("1.1.0", {"COCO": SimpleNamespace(from_arrays=None)}, None),
-        (None, {"COCO": SimpleNamespace(from_arrays=None), "__version__": "1.1.0"}, None),
-    ],
-)
+@pytest.mark.parametrize(("version", "content", "said"), [
+    ("1.1.0", {"COCO": SimpleNamespace()}, r"need hotcoco>=1\.2, found 1\.1\.0 .*install -U"),
+    ("1.1.0", {"COCO": SimpleNamespace(from_arrays=None)}, None),
+    (None, {"COCO": SimpleNamespace(from_arrays=None), "__version__": "1.1.0"}, None),
+])
 def test_version_of_a_backend_is_named_and_an_old_one_refused(monkeypatch, version, content, said):
     def find(name):
         if version is None:  # a module without a package's metadata
@@ -243,14 +239,11 @@ def test_version_of_a_backend_is_named_and_an_old_one_refused(monkeypatch, versi
         assert load_backend("hotcoco")[1] == "hotcoco 1.1.0"
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        ("ImportError('libgomp.so.1: cannot open')", "libgomp.so.1: cannot open"),
-        ("ModuleNotFoundError('no numpy.core', name='numpy.core')", "no numpy.core"),
-        ("ValueError('numpy.dtype size changed')", "numpy.dtype size changed"),
-    ],
-)
+@pytest.mark.parametrize(("error", "said"), [
+    ("ImportError('libgomp.so.1: cannot open')", "libgomp.so.1: cannot open"),
+    ("ModuleNotFoundError('no numpy.core', name='numpy.core')", "no numpy.core"),
+    ("ValueError('numpy.dtype size changed')", "numpy.dtype size changed"),
+])
 def test_backend_that_is_broken_says_why(tmp_path, monkeypatch, error, said):
     (tmp_path / "hotcoco.py").write_text(f"raise {error}")
     monkeypatch.syspath_prepend(tmp_path)
@@ -328,21 +321,18 @@ def test_annotations_without_boxes_score_minus_one(small, backend):
         assert set(evaluate_coco(results, small, backend)["stats"]) == {-1}
 
 
-@pytest.mark.parametrize(
-    ("results", "message"),
-    [
-        ({"a": 1}, "has no list of results"),
-        ([5], r"results\[0\] needs a whole number as 'image_id', found None"),
-        ([result([0, 0, 4, 4]), result([0, 0, 4])], r"results\[1\].* 4 finite numbers as 'bbox'"),
-        ([result([0, 0, 4, 4], score=float("nan"))], ".*a finite number as 'score', found nan"),
-        (
-            [result([0, 0, 4, 4]), *(result([0, 0, 4, 4], image_id=id) for id in (5, 6))],
-            r"results\[1\] has the image_id 5, which .*truth.json does not list, like 2 of 3;"
-            " it lists 2, 1 to 2",
-        ),
-        ([result([0, 0, 4, 4], category_id=1)], r"results\[0\] has the category_id 1, which"),
-    ],
-)
+@pytest.mark.parametrize(("results", "message"), [
+    ({"a": 1}, "has no list of results"),
+    ([5], r"results\[0\] needs a whole number as 'image_id', found None"),
+    ([result([0, 0, 4, 4]), result([0, 0, 4])], r"results\[1\].* 4 finite numbers as 'bbox'"),
+    ([result([0, 0, 4, 4], score=float("nan"))], ".*a finite number as 'score', found nan"),
+    (
+        [result([0, 0, 4, 4]), *(result([0, 0, 4, 4], image_id=id) for id in (5, 6))],
+        r"results\[1\] has the image_id 5, which .*truth.json does not list, like 2 of 3;"
+        " it lists 2, 1 to 2",
+    ),
+    ([result([0, 0, 4, 4], category_id=1)], r"results\[0\] has the category_id 1, which"),
+])
 def test_results_that_cannot_be_scored_are_named(small, tmp_path, results, message, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))

@@ -19,42 +19,39 @@ IMAGE = {"id": 9, "width": WIDTH, "height": HEIGHT}
 BOX = annotation(17, 9, [10, 5, 20, 10])
 
 
-@pytest.mark.parametrize(
-    ("document", "message"),
-    [
-        ("{", "not a JSON file"),
-        ("[" * 100_000, "not a JSON file"),
-        ("[]", "not a COCO annotation file"),
-        ("{}", "no list of images"),
-        ({"annotations": None}, "no list of annotations"),
-        ({"annotations": [5]}, r"annotations\[0\] needs 4 finite numbers as 'bbox'"),
-        ({"annotations": [{**BOX, "bbox": [1, 2, 3]}]}, r"\(id 17\).*'bbox', found \[1, 2, 3\]"),
-        ({"annotations": [BOX, {**BOX, "bbox": [1, 2, 3, np.nan]}]}, r"annotations\[1\].*nan"),
-        ({"annotations": [{**BOX, "bbox": [1, 2, 3, "4"]}]}, "4 finite numbers"),
-        ({"annotations": [BOX, {**BOX, "bbox": [0, 0, 1e160, 1e160]}]},
-         r"annotations\[1\] \(id 17\) needs 4 numbers up to 1e\+100 as 'bbox', found \[0, 0, 1e"),
-        ({"annotations": [{**BOX, "area": "big"}]}, "a finite number as 'area', found 'big'"),
-        ({"annotations": [{**BOX, "image_id": "9"}]}, "a whole number as 'image_id', found '9'"),
-        ({"annotations": [{**BOX, "image_id": 10**30}]}, "a whole number as 'image_id'"),
-        ({"annotations": [BOX, {**BOX, "image_id": 8}]}, r"annotations\[1\] has the image_id 8"),
-        ({"annotations": [{**BOX, "category_id": 5}]}, "has the category_id 5, .* 3 to 90"),
-        ({"images": []}, "lists no images"),
-        ({"images": [IMAGE, IMAGE]}, "images id 9 occurs twice"),
-        ({"images": [{"id": 1}]}, r"images\[0\] \(id 1\) needs a whole number as 'width'"),
-        ({"images": [{**IMAGE, "width": 0}]}, r"image id 9 has the size \[0, 40\]"),
-        ({"images": [{**IMAGE, "width": 60.5}]}, "a whole number as 'width', found 60.5"),
-        ({"images": [{**IMAGE, "width": 1e300}]}, "a whole number as 'width'"),
-        ({"annotations": [{**BOX, "iscrowd": "0"}]},
-         r"annotations\[0\] \(id 17\) needs 0 or 1 as 'iscrowd', found '0'"),
-        ({"annotations": [{**BOX, "iscrowd": 2}]}, "0 or 1 as 'iscrowd', found 2"),
-        ({"annotations": [{**BOX, "iscrowd": None}]}, "0 or 1 as 'iscrowd', found None"),
-        ({"categories": []}, "lists no categories"),
-        ({"categories": [{"id": 3}]}, "category id 3 has no name of its own: None"),
-        ({"categories": [{"id": 3, "name": 5}]}, "category id 3 has no name of its own: 5"),
-        ({"categories": [{"id": 3, "name": " "}]}, "category id 3 has no name of its own: ' '"),
-        ({"categories": [{"id": i, "name": "dog"} for i in (1, 2)]}, "category id 2 has no name"),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("document", "message"), [
+    ("{", "not a JSON file"),
+    ("[" * 100_000, "not a JSON file"),
+    ("[]", "not a COCO annotation file"),
+    ("{}", "no list of images"),
+    ({"annotations": None}, "no list of annotations"),
+    ({"annotations": [5]}, r"annotations\[0\] needs 4 finite numbers as 'bbox'"),
+    ({"annotations": [{**BOX, "bbox": [1, 2, 3]}]}, r"\(id 17\).*'bbox', found \[1, 2, 3\]"),
+    ({"annotations": [BOX, {**BOX, "bbox": [1, 2, 3, np.nan]}]}, r"annotations\[1\].*nan"),
+    ({"annotations": [{**BOX, "bbox": [1, 2, 3, "4"]}]}, "4 finite numbers"),
+    ({"annotations": [BOX, {**BOX, "bbox": [0, 0, 1e160, 1e160]}]},
+     r"annotations\[1\] \(id 17\) needs 4 numbers up to 1e\+100 as 'bbox', found \[0, 0, 1e"),
+    ({"annotations": [{**BOX, "area": "big"}]}, "a finite number as 'area', found 'big'"),
+    ({"annotations": [{**BOX, "image_id": "9"}]}, "a whole number as 'image_id', found '9'"),
+    ({"annotations": [{**BOX, "image_id": 10**30}]}, "a whole number as 'image_id'"),
+    ({"annotations": [BOX, {**BOX, "image_id": 8}]}, r"annotations\[1\] has the image_id 8"),
+    ({"annotations": [{**BOX, "category_id": 5}]}, "has the category_id 5, .* 3 to 90"),
+    ({"images": []}, "lists no images"),
+    ({"images": [IMAGE, IMAGE]}, "images id 9 occurs twice"),
+    ({"images": [{"id": 1}]}, r"images\[0\] \(id 1\) needs a whole number as 'width'"),
+    ({"images": [{**IMAGE, "width": 0}]}, r"image id 9 has the size \[0, 40\]"),
+    ({"images": [{**IMAGE, "width": 60.5}]}, "a whole number as 'width', found 60.5"),
+    ({"images": [{**IMAGE, "width": 1e300}]}, "a whole number as 'width'"),
+    ({"annotations": [{**BOX, "iscrowd": "0"}]},
+     r"annotations\[0\] \(id 17\) needs 0 or 1 as 'iscrowd', found '0'"),
+    ({"annotations": [{**BOX, "iscrowd": 2}]}, "0 or 1 as 'iscrowd', found 2"),
+    ({"annotations": [{**BOX, "iscrowd": None}]}, "0 or 1 as 'iscrowd', found None"),
+    ({"categories": []}, "lists no categories"),
+    ({"categories": [{"id": 3}]}, "category id 3 has no name of its own: None"),
+    ({"categories": [{"id": 3, "name": 5}]}, "category id 3 has no name of its own: 5"),
+    ({"categories": [{"id": 3, "name": " "}]}, "category id 3 has no name of its own: ' '"),
+    ({"categories": [{"id": i, "name": "dog"} for i in (1, 2)]}, "category id 2 has no name"),
+])  # fmt: skip
 def test_malformed_file_is_refused_by_record_and_value(tmp_path, document, message):
     path = write_val2017(tmp_path, []) / FILE
     if isinstance(document, dict):
@@ -75,22 +72,19 @@ def test_whole_floats_and_booleans_and_missing_fields_are_accepted(tmp_path):
     assert file.areas.tolist() == [200, 200, 200] and file.annotation_ids == [17, 18, None]
 
 
-@pytest.mark.parametrize(
-    ("year", "name", "file", "folder"),
-    [
-        ("2014", "train", "instances_train2014", "images/train2014"),
-        ("2014", "val", "instances_val2014", "images/val2014"),
-        ("2014", "minival", "instances_minival2014", "images/val2014"),
-        ("2014", "valminusminival", "instances_valminusminival2014", "images/val2014"),
-        ("2014", "test", "image_info_test2014", "images/test2014"),
-        ("2015", "test", "image_info_test2015", "images/test2015"),
-        ("2015", "test-dev", "image_info_test-dev2015", "images/test2015"),
-        ("2017", "train", "instances_train2017", "train2017"),
-        ("2017", "val", "instances_val2017", "val2017"),
-        ("2017", "test", "image_info_test2017", "test2017"),
-        ("2017", "test-dev", "image_info_test-dev2017", "test2017"),
-    ],
-)
+@pytest.mark.parametrize(("year", "name", "file", "folder"), [
+    ("2014", "train", "instances_train2014", "images/train2014"),
+    ("2014", "val", "instances_val2014", "images/val2014"),
+    ("2014", "minival", "instances_minival2014", "images/val2014"),
+    ("2014", "valminusminival", "instances_valminusminival2014", "images/val2014"),
+    ("2014", "test", "image_info_test2014", "images/test2014"),
+    ("2015", "test", "image_info_test2015", "images/test2015"),
+    ("2015", "test-dev", "image_info_test-dev2015", "images/test2015"),
+    ("2017", "train", "instances_train2017", "train2017"),
+    ("2017", "val", "instances_val2017", "val2017"),
+    ("2017", "test", "image_info_test2017", "test2017"),
+    ("2017", "test-dev", "image_info_test-dev2017", "test2017"),
+])
 @pytest.mark.parametrize("with_file_name", [True, False])
 def test_names_of_every_published_split(tmp_path, year, name, file, folder, with_file_name):
     image_name = f"{42:012d}.jpg"
@@ -144,14 +138,11 @@ def test_subset_of_another_split_takes_its_images_from_there_and_says_so(tmp_pat
     assert str(tmp_path / "val2017") in detail and str(tmp_path / "test2017") in detail
 
 
-@pytest.mark.parametrize(
-    ("folder", "name"),
-    [
-        ("train", "a b.png"), ("train", "cam 1/x/0001.JPG"), ("images/train", "0001.png"),
-        ("images", "Ünï/0001.png"), (".", "train/0001.png"), (".", "images/train/0001.png"),
-        (".", "pictures/0001.png"),
-    ],
-)
+@pytest.mark.parametrize(("folder", "name"), [
+    ("train", "a b.png"), ("train", "cam 1/x/0001.JPG"), ("images/train", "0001.png"),
+    ("images", "Ünï/0001.png"), (".", "train/0001.png"), (".", "images/train/0001.png"),
+    (".", "pictures/0001.png"),
+])
 def test_own_data_need_no_year_and_name_their_images(tmp_path, folder, name):
     big = 7_000_000_000_000
     categories = [{"id": big, "name": "Löwe"}, {"id": 0, "name": "a, b"}, {"id": -5, "name": "z"}]
@@ -237,27 +228,24 @@ def test_submission_that_the_server_takes(tmp_path):
     assert check_submission(*submission(tmp_path, [], NAME)) == 0
 
 
-@pytest.mark.parametrize(
-    ("records", "names", "message"),
-    [
-        ([FIT], [], "holds nothing, .* detections_test-dev2017_<name>_results"),
-        ([FIT], [f"out/{NAME}"], "holds out/detections_.* in no folder"),
-        ([FIT], [NAME, "more.txt"], f"holds {NAME}, more.txt, "),
-        ([FIT], ["detections_val2017_net_results.json"], "holds detections_val2017_net_re"),
-        ([FIT], ["detections_test-dev2017_results.json"], "holds detections_test-dev2017_res"),
-        ("[", [NAME], f"{NAME} is not a JSON file"),
-        ("[" * 100_000, [NAME], f"{NAME} is not a JSON file"),
-        ({"a": FIT}, [NAME], f"{NAME}: has no list of results"),
-        ([FIT, 5], [NAME], r"results\[1\] needs a whole number as 'image_id'"),
-        ([FIT | {"id": 5}], [NAME], r"results\[0\] has the fields .*, id, .* image_id"),
-        ([FIT | {"image_id": 1.0}], [NAME], r"results\[0\] .* integer"),
-        ([FIT | {"image_id": 5}], [NAME], r"results\[0\] has the image_id 5, which"),
-        ([FIT | {"category_id": 4}], [NAME], r"results\[0\] has the category_id 4, which"),
-        ([FIT, FIT | {"bbox": [1, 2, 3]}], [NAME], r"results\[1\] needs 4 finite num.* 'bbox'"),
-        ([FIT | {"score": float("nan")}], [NAME], "a finite number as 'score', found nan"),
-        ([{k: FIT[k] for k in ("image_id", "category_id", "bbox")}], [NAME], "as 'score', found N"),
-    ],
-)
+@pytest.mark.parametrize(("records", "names", "message"), [
+    ([FIT], [], "holds nothing, .* detections_test-dev2017_<name>_results"),
+    ([FIT], [f"out/{NAME}"], "holds out/detections_.* in no folder"),
+    ([FIT], [NAME, "more.txt"], f"holds {NAME}, more.txt, "),
+    ([FIT], ["detections_val2017_net_results.json"], "holds detections_val2017_net_re"),
+    ([FIT], ["detections_test-dev2017_results.json"], "holds detections_test-dev2017_res"),
+    ("[", [NAME], f"{NAME} is not a JSON file"),
+    ("[" * 100_000, [NAME], f"{NAME} is not a JSON file"),
+    ({"a": FIT}, [NAME], f"{NAME}: has no list of results"),
+    ([FIT, 5], [NAME], r"results\[1\] needs a whole number as 'image_id'"),
+    ([FIT | {"id": 5}], [NAME], r"results\[0\] has the fields .*, id, .* image_id"),
+    ([FIT | {"image_id": 1.0}], [NAME], r"results\[0\] .* integer"),
+    ([FIT | {"image_id": 5}], [NAME], r"results\[0\] has the image_id 5, which"),
+    ([FIT | {"category_id": 4}], [NAME], r"results\[0\] has the category_id 4, which"),
+    ([FIT, FIT | {"bbox": [1, 2, 3]}], [NAME], r"results\[1\] needs 4 finite num.* 'bbox'"),
+    ([FIT | {"score": float("nan")}], [NAME], "a finite number as 'score', found nan"),
+    ([{k: FIT[k] for k in ("image_id", "category_id", "bbox")}], [NAME], "as 'score', found N"),
+])
 def test_submission_that_the_server_would_refuse(tmp_path, records, names, message):
     with pytest.raises(UserError, match=f"submission.zip: .*{message}"):
         check_submission(*submission(tmp_path, records, *names))

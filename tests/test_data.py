@@ -25,14 +25,11 @@ from data.voc0712 import VOCDetection
 from utils.errors import UserError
 
 
-@pytest.mark.parametrize(
-    ("text", "year", "name"),
-    [
-        ("2007_trainval", "2007", "trainval"), ("trainval", None, "trainval"),
-        ("val2017", None, "val2017"), ("my_own_set", None, "my_own_set"),
-        ("2012_my_set", "2012", "my_set"), ("2012_", None, "2012_"),
-    ],
-)
+@pytest.mark.parametrize(("text", "year", "name"), [
+    ("2007_trainval", "2007", "trainval"), ("trainval", None, "trainval"),
+    ("val2017", None, "val2017"), ("my_own_set", None, "my_own_set"),
+    ("2012_my_set", "2012", "my_set"), ("2012_", None, "2012_"),
+])
 def test_image_set_is_parsed_and_written_back(text, year, name):
     found = ImageSet.parse(text)
     assert found == (year, name) and str(found) == text

@@ -88,11 +88,10 @@ def test_half_precision_takes_images_as_they_come():
 
 
 ODD = {
-    "norm first": lambda m, x: m.conv(torch.relu(m.norm(x.relu()))),
-    "activation between": lambda m, x: m.norm(torch.relu_(m.conv(x))),
-    "another reader": lambda m, x: (y := m.conv(x)) + m.norm(y),
-    "convolution twice": lambda m, x: m.norm(m.conv(torch.relu(m.conv(x)))),
-    "norm twice": lambda m, x: m.norm(m.conv(m.norm(m.other(x)))),
+    "norm first": lambda m, x: m.conv(torch.relu(m.norm(x.relu()))), "activation between": lambda m,
+    x: m.norm(torch.relu_(m.conv(x))), "another reader": lambda m, x: (y := m.conv(x)) + m.norm(y),
+    "convolution twice": lambda m, x: m.norm(m.conv(torch.relu(m.conv(x)))), "norm twice": lambda m,
+    x: m.norm(m.conv(m.norm(m.other(x)))),
 }
 
 

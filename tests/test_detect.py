@@ -97,10 +97,8 @@ def test_a_batch_equals_its_images_one_by_one(options):
             assert torch.equal(found[key], alone[key])
 
 
-def literal_detect(
-    loc, conf, priors, size, conf_thresh, nms, class_agnostic, background_shortcut, per_class,
-    top_k=200,
-):  # fmt: skip
+def literal_detect(loc, conf, priors, size, conf_thresh, nms, class_agnostic, background_shortcut,
+                   per_class, top_k=200):  # fmt: skip
     """One image's detections in the words of the docstring: everything decoded, class by class."""
     scores = conf.softmax(1)
     boxes = decode(loc, priors, (0.1, 0.2)) * torch.tensor([*size, *size])
@@ -188,10 +186,8 @@ def test_outputs_of_a_diverged_network_are_refused():
 def test_settings_that_are_not_valid_are_refused():
     for wrong, said in (
         ({"nms": "linear"}, "nms is 'linear', .* hard, soft, soft-gaussian"),
-        ({"top_k": 0}, "top_k 0"),
-        ({"per_class": 0}, "per_class 0"),
-        ({"nms_thresh": 1.5}, "nms_thresh 1.5"),
-        ({"conf_thresh": float("nan")}, "conf_thresh nan"),
+        ({"top_k": 0}, "top_k 0"), ({"per_class": 0}, "per_class 0"),
+        ({"nms_thresh": 1.5}, "nms_thresh 1.5"), ({"conf_thresh": float("nan")}, "conf_thresh nan"),
     ):
         for kind in (Detect, DetectConfig):
             with pytest.raises(ValueError, match=said):

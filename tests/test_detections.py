@@ -56,17 +56,14 @@ def test_columns_are_all_images_in_a_row():
     assert boxes.shape == (2, 4) and as_columns([], [], 1)[3].shape == (0, 4)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"labels": [0]}, "image x: .*label 0 of 1"),
-        ({"labels": [2]}, "image x: .*label 2 of 1"),
-        ({"scores": [np.nan]}, "image x: .*score nan"),
-        ({"boxes": [[0, 0, np.inf, 1]]}, "image x: .*box .*inf"),
-        ({"boxes": [[0, 0, 1e160, 1e160]]}, "image x: .*box .*e\\+160"),
-        ({"boxes": np.zeros((2, 4))}, "image x: 1 scores, 1 labels and 2 boxes"),
-    ],
-)
+@pytest.mark.parametrize(("change", "message"), [
+    ({"labels": [0]}, "image x: .*label 0 of 1"),
+    ({"labels": [2]}, "image x: .*label 2 of 1"),
+    ({"scores": [np.nan]}, "image x: .*score nan"),
+    ({"boxes": [[0, 0, np.inf, 1]]}, "image x: .*box .*inf"),
+    ({"boxes": [[0, 0, 1e160, 1e160]]}, "image x: .*box .*e\\+160"),
+    ({"boxes": np.zeros((2, 4))}, "image x: 1 scores, 1 labels and 2 boxes"),
+])
 def test_wrong_detections_are_refused(change, message):
     found = {"boxes": [[0, 0, 1, 1]], "scores": [0.5], "labels": [1]} | change
     with pytest.raises(ValueError, match=message):

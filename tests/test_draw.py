@@ -223,9 +223,8 @@ def test_contact_sheet_letterboxes_in_reading_order():
     images = [np.full(shape, value, np.uint8) for shape, value in kinds]
     sheet = contact_sheet(images, 2, (80, 60))
     assert sheet.dtype == np.uint8 and sheet.shape == (2 * 68 + 8, 2 * 88 + 8, 3)
-    for value, size, centre in (
-        (10, (80, 40), (48, 38)), (60, (30, 60), (136, 38)), (110, (60, 60), (48, 106))
-    ):  # fmt: skip
+    for value, size, centre in ((10, (80, 40), (48, 38)), (60, (30, 60), (136, 38)),
+                                (110, (60, 60), (48, 106))):  # fmt: skip
         ys, xs = np.nonzero((sheet == value).all(axis=2))
         assert (np.ptp(xs) + 1, np.ptp(ys) + 1) == size
         assert ((xs.min() + xs.max() + 1) / 2, (ys.min() + ys.max() + 1) / 2) == centre

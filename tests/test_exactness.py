@@ -188,9 +188,8 @@ class Interruptions:
             try:
                 process.wait(delay)
             except subprocess.TimeoutExpired:
-                kind = self.rng.choice(
-                    [signal.SIGKILL, signal.SIGTERM, signal.SIGINT], p=[0.6, 0.2, 0.2]
-                )
+                kind = self.rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT],
+                                       p=[0.6, 0.2, 0.2])
                 self.signal(process, int(kind))
                 sent += 1
             else:  # the run has ended, and is asked to go on all the same
@@ -284,9 +283,8 @@ def test_file_killed_at_any_instant_of_its_writing_leaves_a_whole_one(tmp_path):
         folder.mkdir()
         (folder / "file").write_bytes(old)
         command = [sys.executable, "-c", KILLED, str(folder / "file"), str(instant)]
-        process = subprocess.run(
-            command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE
-        )
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True,
+                                 timeout=PATIENCE)
         found = {p.name: p.read_bytes() for p in folder.iterdir() if p.suffix != ".part"}
         assert set(found.values()) <= {old, new}
         left.append((process.returncode, found.get("file"), found.get("previous")))
@@ -311,10 +309,8 @@ def test_file_that_cannot_be_renamed_leaves_the_earlier_one(tmp_path, monkeypatc
         replace(*names)
 
     monkeypatch.setattr(os, "replace", fail)
-    with (
-        pytest.raises(UserError, match="No space left on device"),
-        atomic_write(path, previous) as f,
-    ):
+    with (pytest.raises(UserError, match="No space left on device"),
+          atomic_write(path, previous) as f):
         f.write(b"new")
     (kept,) = tmp_path.iterdir()
     assert kept.name == ("file" if failing == 1 else "previous")

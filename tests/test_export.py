@@ -87,15 +87,12 @@ def arrays(found):
 # ---------------------------------------------------------------- what is written
 
 
-@pytest.mark.parametrize(
-    "version, form, options",
-    [
-        ("tiny", "onnx", ()),
-        ("tiny", "onnx", EVERYTHING),
-        ("tiny", "openvino", EVERYTHING),
-        pytest.param("SSD_HarDNet39ds", "onnx", EVERYTHING, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("version, form, options", [
+    ("tiny", "onnx", ()),
+    ("tiny", "onnx", EVERYTHING),
+    ("tiny", "openvino", EVERYTHING),
+    pytest.param("SSD_HarDNet39ds", "onnx", EVERYTHING, marks=pytest.mark.slow),
+])
 def test_a_file_detects_what_the_network_does(made, data, version, form, options):
     checkpoint, file = made(version, form, *options)
     image = read_image(data / "JPEGImages" / "t1.jpg")
@@ -121,14 +118,11 @@ def test_a_file_detects_what_the_network_does(made, data, version, form, options
     assert [p.name for p in checkpoint.parent.glob(".export*")] == []
 
 
-@pytest.mark.parametrize(
-    "form, precision, options",
-    [
-        ("openvino", "bf16", ("--with-nms",)),
-        ("openvino", "int8", ("--with-nms", "--preprocess")),
-        ("onnx", "fp16", ("--with-nms",)),
-    ],
-)
+@pytest.mark.parametrize("form, precision, options", [
+    ("openvino", "bf16", ("--with-nms",)),
+    ("openvino", "int8", ("--with-nms", "--preprocess")),
+    ("onnx", "fp16", ("--with-nms",)),
+])
 def test_lower_precisions_are_compared_by_the_boxes_and_the_ap(
     checkpoint, monkeypatch, form, precision, options
 ):
@@ -304,12 +298,9 @@ def test_images_are_those_of_the_checkpoint_unless_others_are_named(data):
     trained_on = TrainedOn(data, (ImageSet(None, "test"),), (ImageSet(None, "trainval"),))
     plain = data / "JPEGImages"
     for root, sets, limit, training, about, count, scored in (
-        (None, None, 0, False, "trainval", 6, True),
-        (None, None, 0, True, "test", 4, False),
-        (str(data), "test", 0, False, "test", 4, True),
-        (None, None, 3, False, "trainval", 3, True),
-        (None, None, 3, True, "test", 3, False),
-        (str(plain), None, 3, False, "", 3, False),
+        (None, None, 0, False, "trainval", 6, True), (None, None, 0, True, "test", 4, False),
+        (str(data), "test", 0, False, "test", 4, True), (None, None, 3, False, "trainval", 3, True),
+        (None, None, 3, True, "test", 3, False), (str(plain), None, 3, False, "", 3, False),
     ):
         images = find_images(root, sets, limit, trained_on, detector, training)
         folder = plain if root == str(plain) else data
@@ -387,9 +378,8 @@ def test_a_network_that_finds_nothing_proves_nothing(checkpoint, data):
 def detections(*rows):
     """(label, score, x1, y1, x2, y2) each."""
     table = np.array(rows, np.float32).reshape(-1, 6)
-    return {
-        "labels": table[:, 0].astype(np.int64), "scores": table[:, 1], "boxes": table[:, 2:],
-    }  # fmt: skip
+    return {"labels": table[:, 0].astype(np.int64), "scores": table[:, 1],
+            "boxes": table[:, 2:]}  # fmt: skip
 
 
 def test_boxes_are_compared_with_their_partners():
@@ -416,17 +406,14 @@ def test_a_partner_is_one_box_of_the_image_near_by_of_any_score():
     assert compare([nothing], [nothing], 0.1).matched is None
 
 
-@pytest.mark.parametrize(
-    "change, ap, problem",
-    [
-        ({}, None, ""),
-        ({"matched": 0.99}, None, "99.00 % of the boxes have a partner, 99.9 % are needed"),
-        ({"score_difference": 0.01}, None, "a score differs by 0.01, 0.001 is allowed"),
-        ({"pixel_difference": 2.0}, None, "a coordinate, in pixels, differs by 2, 0.5 is allowed"),
-        ({}, 0.49, "it loses 1.00 points of AP, 0.1 are allowed"),
-        ({}, 0.51, ""),
-    ],
-)
+@pytest.mark.parametrize("change, ap, problem", [
+    ({}, None, ""),
+    ({"matched": 0.99}, None, "99.00 % of the boxes have a partner, 99.9 % are needed"),
+    ({"score_difference": 0.01}, None, "a score differs by 0.01, 0.001 is allowed"),
+    ({"pixel_difference": 2.0}, None, "a coordinate, in pixels, differs by 2, 0.5 is allowed"),
+    ({}, 0.49, "it loses 1.00 points of AP, 0.1 are allowed"),
+    ({}, 0.51, ""),
+])
 def test_what_is_over_the_tolerance_is_said(change, ap, problem):
     found = replace(Comparison(9, 0, 0, 1.0, 1e-6, 0.01, 0.99), **change)
     aps = ap and APs("AP", 0.5, ap)
@@ -459,8 +446,7 @@ def test_a_file_is_scored_like_its_checkpoint(made, data, tmp_path, capsys):
     assert score(file, "--retest") == 0
     capsys.readouterr()
     for options, problem in (
-        (("--nms", "soft"), "suppression inside"),
-        (("--amp", "bf16"), "--amp cannot change"),
+        (("--nms", "soft"), "suppression inside"), (("--amp", "bf16"), "--amp cannot change"),
         (("--class_map", "cell=rod"), "--class_map cannot change"),
         (("--classes", "cell"), "contradicts"),
     ):

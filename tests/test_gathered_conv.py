@@ -50,9 +50,8 @@ def layers_of(version: str) -> dict[tuple, int]:
 VERSIONS = [name for name in BACKBONES if name.startswith("SSD_HarDNet")]
 
 
-def made_up(
-    widths, outputs, kernel, dtype, size=(2, 5, 7), device="cpu"
-) -> tuple[list[Tensor], Tensor, Tensor]:
+def made_up(widths, outputs, kernel, dtype, size=(2, 5, 7),
+            device="cpu") -> tuple[list[Tensor], Tensor, Tensor]:
     """Parts, weight and bias of about 1, with outputs of about 2: some of them over 6."""
     generator = torch.Generator().manual_seed(sum(widths) + outputs)
     batch, *sides = size
@@ -123,9 +122,8 @@ def interpreted(triton):
         yield lambda function, *args: pool.submit(function, *args).result(timeout=600)
 
 
-def compare(
-    widths, outputs, kernel, activation, dtype=torch.float32, size=(2, 5, 7), device="cpu"
-) -> None:
+def compare(widths, outputs, kernel, activation, dtype=torch.float32, size=(2, 5, 7),
+            device="cpu") -> None:
     parts, weight, bias = made_up(widths, outputs, kernel, dtype, size, device)
     result = gathered_conv2d(parts, GatheredWeight(weight, bias, widths, activation))
     assert result.is_contiguous(memory_format=torch.channels_last)
@@ -141,33 +139,27 @@ def compare_layers(version: str, step: int) -> int:
 
 @pytest.mark.parametrize(
     ("version", "count", "step"),
-    [
-        ("39ds", 25, 6),
-        *(
-            pytest.param(name, count, 1, marks=pytest.mark.slow)
-            for name, count in (("39ds", 25), ("68", 44), ("85", 53), ("68ds", 44))
-        ),
-    ],
+    [("39ds", 25, 6), *(
+        pytest.param(name, count, 1, marks=pytest.mark.slow)
+        for name, count in (("39ds", 25), ("68", 44), ("85", 53), ("68ds", 44))
+    )],
 )
 def test_layers_equal_convolutions_of_the_concatenation(interpreted, version, count, step):
     assert interpreted(compare_layers, f"SSD_HarDNet{version}", step) == count
 
 
-@pytest.mark.parametrize(
-    "layer",
-    [
-        ((14, 24, 64), 40, 1, "linear", torch.float32),
-        ((14, 24, 64), 40, 3, "relu", torch.bfloat16),
-        ((14, 24, 64), 40, 3, "relu6", torch.float16),
-        ((6, 3), 5, 3, "relu", torch.float32, (1, 1, 1)),
-        ((6, 3), 5, 3, "relu", torch.float32, (3, 1, 9)),
-        ((6, 3), 5, 3, "relu", torch.float32, (2, 9, 1)),
-        ((6, 3), 5, 3, "relu", torch.float32, (2, 13, 11)),  # three programs, the last in part
-        ((70,), 3, 3, "relu"),
-        (tuple(range(1, 10)), 3, 3, "relu"),
-        ((20, 7), 300, 1, "relu"),  # outputs of several programs
-    ],
-)
+@pytest.mark.parametrize("layer", [
+    ((14, 24, 64), 40, 1, "linear", torch.float32),
+    ((14, 24, 64), 40, 3, "relu", torch.bfloat16),
+    ((14, 24, 64), 40, 3, "relu6", torch.float16),
+    ((6, 3), 5, 3, "relu", torch.float32, (1, 1, 1)),
+    ((6, 3), 5, 3, "relu", torch.float32, (3, 1, 9)),
+    ((6, 3), 5, 3, "relu", torch.float32, (2, 9, 1)),
+    ((6, 3), 5, 3, "relu", torch.float32, (2, 13, 11)),  # three programs, the last in part
+    ((70,), 3, 3, "relu"),
+    (tuple(range(1, 10)), 3, 3, "relu"),
+    ((20, 7), 300, 1, "relu"),  # outputs of several programs
+])
 def test_types_kernels_activations_and_any_sizes(interpreted, layer):
     interpreted(compare, *layer)
 
@@ -234,19 +226,16 @@ def call(change=list, out=None) -> Tensor:
     return gathered_conv2d(change(parts), GatheredWeight(weight, bias, (2, 3), "relu"), out)
 
 
-@pytest.mark.parametrize(
-    ("change", "out", "sentence"),
-    [
-        (lambda p: p[:1], None, "1 parts, the weights are for 2"),
-        (lambda p: [p[0][0], p[1]], None, "part 0 has 3 dimensions, should have 4"),
-        (lambda p: p[::-1], None, r"part 0 is \[2, 3, 5, 7\], should be \[2, 2, 5, 7\]"),
-        (lambda p: [p[0], p[1][:, :, :4]], None, r"part 1 is \[2, 3, 4, 7\], should be \[2, 3, 5"),
-        (lambda p: [p[0], p[1].contiguous()], None, r"part 1 .* strides \[105, 35, 7, 1\], should"),
-        (lambda p: [x.requires_grad_() for x in p], None, "no gradient; call it under torch.no_g"),
-        (list, (2, 5, 5, 7), r"out is \[2, 5, 5, 7\], should be \[2, 4, 5, 7\]"),
-        (list, (2, 4, 5, 7), r"out of shape \[2, 4, 5, 7\] has strides \[140, 35, 7, 1\]"),
-    ],
-)
+@pytest.mark.parametrize(("change", "out", "sentence"), [
+    (lambda p: p[:1], None, "1 parts, the weights are for 2"),
+    (lambda p: [p[0][0], p[1]], None, "part 0 has 3 dimensions, should have 4"),
+    (lambda p: p[::-1], None, r"part 0 is \[2, 3, 5, 7\], should be \[2, 2, 5, 7\]"),
+    (lambda p: [p[0], p[1][:, :, :4]], None, r"part 1 is \[2, 3, 4, 7\], should be \[2, 3, 5"),
+    (lambda p: [p[0], p[1].contiguous()], None, r"part 1 .* strides \[105, 35, 7, 1\], should"),
+    (lambda p: [x.requires_grad_() for x in p], None, "no gradient; call it under torch.no_g"),
+    (list, (2, 5, 5, 7), r"out is \[2, 5, 5, 7\], should be \[2, 4, 5, 7\]"),
+    (list, (2, 4, 5, 7), r"out of shape \[2, 4, 5, 7\] has strides \[140, 35, 7, 1\]"),
+])
 def test_wrong_tensors_are_refused(change, out, sentence):
     with pytest.raises(ValueError, match=sentence):
         call(change, out and torch.empty(out))
@@ -309,12 +298,8 @@ def compiled(weight: GatheredWeight, capability: int, tile: tuple[int, int], row
     types |= dict.fromkeys(constants, "constexpr")
     names = function.arg_names
     aligned = {(names.index(name),): [["tt.divisibility", 16]] for name in ("weight", "bias")}
-    source = ASTSource(
-        function,
-        {name: types[name] for name in names},
-        {(names.index(name),): value for name, value in constants.items()},
-        aligned,
-    )
+    source = ASTSource(function, {name: types[name] for name in names},
+                       {(names.index(name),): value for name, value in constants.items()}, aligned)
     options = {"num_warps": 4, "enable_fp_fusion": True}
     return compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm
 

@@ -51,17 +51,14 @@ def run(loc, conf, sizes, priors, options):
     return session.run(["boxes", "scores", "labels", "image"], feed)
 
 
-@pytest.mark.parametrize(
-    "batch, background, limits",
-    [
-        (1, 5, {}),
-        (3, 5, {}),
-        (3, 8, {"top_k": 7}),
-        (2, 5, {"per_class": 3}),
-        (2, 100, {}),  # nothing is found
-        (2, 5, {"conf_thresh": 0.9, "nms_thresh": 0.2}),
-    ],
-)
+@pytest.mark.parametrize("batch, background, limits", [
+    (1, 5, {}),
+    (3, 5, {}),
+    (3, 8, {"top_k": 7}),
+    (2, 5, {"per_class": 3}),
+    (2, 100, {}),  # nothing is found
+    (2, 5, {"conf_thresh": 0.9, "nms_thresh": 0.2}),
+])
 def test_a_graph_detects_what_detect_does(batch, background, limits):
     loc, conf, priors = outputs(batch, background)
     if batch == 3:

@@ -56,13 +56,10 @@ def huge_png():
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IEND", b"")
 
 
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (None, r"cannot read .*No such file"), (b"", "empty; copy or download"),
-        (b"<html>404</html>", "not an image"), (huge_png(), "decode"),
-    ],
-)
+@pytest.mark.parametrize(("data", "message"), [
+    (None, r"cannot read .*No such file"), (b"", "empty; copy or download"),
+    (b"<html>404</html>", "not an image"), (huge_png(), "decode"),
+])
 def test_file_that_is_no_image_is_refused(tmp_path, data, message):
     path = tmp_path / "a.png"
     if data is not None:

@@ -71,9 +71,7 @@ def test_a_room_imports_only_what_lies_below_it(floor):
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    imports = {
-        module: {name for name, _ in own_imports(path)} for module, path in MODULES.items()
-    }
+    imports = {module: {name for name, _ in own_imports(path)} for module, path in MODULES.items()}
     try:
         TopologicalSorter(imports).prepare()
     except CycleError as error:
@@ -108,10 +106,8 @@ assert before == after
 import logging
 assert not logging.getLogger().handlers
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True,
-        text=True,
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment(),
+                          capture_output=True, text=True)  # fmt: skip
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     assert not list(tmp_path.iterdir())
 

@@ -207,9 +207,8 @@ def test_loss_equals_the_published_one(name):
     labels, offsets = MultiBoxLoss(classes).match(targets, priors)
     np.testing.assert_array_equal(labels, golden["matched_label"])
     index = torch.from_numpy(golden["positive_index"]).long()
-    np.testing.assert_allclose(
-        offsets[index[:, 0], index[:, 1]], golden["positive_loc_target"], rtol=1e-4, atol=1e-4
-    )
+    np.testing.assert_allclose(offsets[index[:, 0], index[:, 1]], golden["positive_loc_target"],
+                               rtol=1e-4, atol=1e-4)
 
     losses = MultiBoxLoss(classes)((loc, conf), priors, targets)
     sum(losses).backward()
@@ -289,10 +288,8 @@ def test_gradient_equals_finite_differences(index):
         torch.randn(2, 9, n, generator=generator, dtype=torch.float64) for n in (4, 3, 4)
     )
     labels = torch.tensor([[0, 2, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
-    for loss, x in (
-        (lambda x: _ConfidenceLoss.apply(x, labels, 2, index), conf),
-        (lambda x: _location_loss(x, labels, offsets, index), loc),
-    ):
+    for loss, x in ((lambda x: _ConfidenceLoss.apply(x, labels, 2, index), conf),
+                    (lambda x: _location_loss(x, labels, offsets, index), loc)):
         assert torch.autograd.gradcheck(loss, x.requires_grad_())
 
 

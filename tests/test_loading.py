@@ -37,9 +37,8 @@ def dataset(voc_folder):
 
 def make_loader(dataset, workers, batch_size=2, seed=3, **division):
     sampler = EpochSampler(len(dataset), batch_size, seed, **division)
-    return training_loader(
-        TrainingSet(dataset, SSDAugmentation(300), seed), sampler, workers, False
-    )
+    return training_loader(TrainingSet(dataset, SSDAugmentation(300), seed), sampler, workers,
+                           False)
 
 
 def epochs_of(loader, epochs):

@@ -97,10 +97,8 @@ BAD_VALUES = [
 
 @pytest.mark.parametrize("name, value", BAD_VALUES)
 def test_a_value_keeps_its_rule_from_python_and_from_a_checkpoint(name, value):
-    for make in (
-        lambda: Options(**{name: value}),
-        lambda: Options.of({"config": {name: value}, name: value}, Path("run/last.pth")),
-    ):
+    for make in (lambda: Options(**{name: value}),
+                 lambda: Options.of({"config": {name: value}, name: value}, Path("run/last.pth"))):
         with pytest.raises(UserError) as error:
             make()
         shown = value[0] if isinstance(value, list) else value
@@ -133,9 +131,8 @@ def test_given_comes_before_stored_before_recipe_before_data_set_before_default(
     assert resolve({"dataset": "COCO", "recipe": "modern"}).weight_decay == 0.05
 
 
-@pytest.mark.parametrize(
-    "machine, kept, expected", [(2, {}, 2), (64, {}, 8), (2, {"num_workers": 6}, 6)]
-)
+@pytest.mark.parametrize("machine, kept, expected",
+                         [(2, {}, 2), (64, {}, 8), (2, {"num_workers": 6}, 6)])
 def test_a_core_has_one_loading_process_unless_asked(monkeypatch, machine, kept, expected):
     monkeypatch.setattr(resolving, "cores", lambda: machine)
     assert resolve({}, kept).num_workers == expected
@@ -185,36 +182,33 @@ def refusal(*line: str) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize(
-    "line, words",
-    [
-        ("--cuda true --device cpu", "--cuda True --device cpu"),
-        ("--basenet gone.pth", "gone.pth hardnet68_base_bridge.pth weights/README.md"),
-        ("--basenet a.pth --resume_net b.pth", "--basenet --resume_net"),
-        ("--resume auto --basenet a.pth", "--resume --basenet"),
-        ("--score_threshold 0.5", "--score_threshold --test"),
-        ("--score_threshold 0", "--score_threshold --test"),
-        ("--nms soft", "--nms --test"),
-        ("--class_agnostic", "--class_agnostic --test"),
-        ("--max_detections 10", "--max_detections --test"),
-        ("--background_shortcut", "--background_shortcut --test"),
-        ("--retest", "--retest --test"),
-        ("--eval-backend hotcoco", "--eval-backend VOC"),
-        ("--crowds false", "--crowds VOC"),
-        ("--resume_net gone.pth", "gone.pth"),
-        ("--resume_epoch 3", "--resume_epoch --resume_net"),
-        ("--class_map a=b", "--class_map --resume_net"),
-        ("--train_sets ,", "image set"),
-        ("--send_images_to_visdom", "--send_images_to_visdom --visdom"),
-        ("--optimizer adamw", "--optimizer adamw --lr --weight_decay"),
-        ("-v SSD_mobile -s 512", "512 --size"),
-        ("--test x.pth --lr 5 --max_iters 3 --ema .9", "--test --lr --max_iters --ema"),
-        ("--test x.pth --lr 0.004", "--test --lr"),
-        ("--test x.pth --cache memory --train_sets nowhere", "--test --cache --train_sets"),
-        ("--test x.pth --resume auto", "--test --resume"),
-        ("--test x.pth --overfit 3 --basenet y.pth", "--test --overfit --basenet"),
-    ],
-)
+@pytest.mark.parametrize("line, words", [
+    ("--cuda true --device cpu", "--cuda True --device cpu"),
+    ("--basenet gone.pth", "gone.pth hardnet68_base_bridge.pth weights/README.md"),
+    ("--basenet a.pth --resume_net b.pth", "--basenet --resume_net"),
+    ("--resume auto --basenet a.pth", "--resume --basenet"),
+    ("--score_threshold 0.5", "--score_threshold --test"),
+    ("--score_threshold 0", "--score_threshold --test"),
+    ("--nms soft", "--nms --test"),
+    ("--class_agnostic", "--class_agnostic --test"),
+    ("--max_detections 10", "--max_detections --test"),
+    ("--background_shortcut", "--background_shortcut --test"),
+    ("--retest", "--retest --test"),
+    ("--eval-backend hotcoco", "--eval-backend VOC"),
+    ("--crowds false", "--crowds VOC"),
+    ("--resume_net gone.pth", "gone.pth"),
+    ("--resume_epoch 3", "--resume_epoch --resume_net"),
+    ("--class_map a=b", "--class_map --resume_net"),
+    ("--train_sets ,", "image set"),
+    ("--send_images_to_visdom", "--send_images_to_visdom --visdom"),
+    ("--optimizer adamw", "--optimizer adamw --lr --weight_decay"),
+    ("-v SSD_mobile -s 512", "512 --size"),
+    ("--test x.pth --lr 5 --max_iters 3 --ema .9", "--test --lr --max_iters --ema"),
+    ("--test x.pth --lr 0.004", "--test --lr"),
+    ("--test x.pth --cache memory --train_sets nowhere", "--test --cache --train_sets"),
+    ("--test x.pth --resume auto", "--test --resume"),
+    ("--test x.pth --overfit 3 --basenet y.pth", "--test --overfit --basenet"),
+])
 def test_a_call_that_contradicts_itself_is_refused_in_one_sentence(line, words):
     said = refusal(*line.split())
     assert all(word in said for word in words.split()), said

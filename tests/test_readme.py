@@ -57,11 +57,9 @@ def run(home: Path, command: list[str], *more: str) -> str:
     program = [sys.executable if command[0] == "python" else str(ROOT / command[0])]
     words = [str(ROOT / w) if w.endswith(".py") else w for w in command[1:]]
     done = subprocess.run(
-        [*program, *words, *more],
-        cwd=home,
+        [*program, *words, *more], cwd=home,
         env={**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"},
-        capture_output=True,
-        text=True,
+        capture_output=True, text=True,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -202,13 +200,8 @@ def test_options_of_detection_are_the_defaults():
 
 @pytest.mark.parametrize(
     "page",
-    [
-        "README.md",
-        "weights/README.md",
-        "docs/traffic.md",
-        "benchmarks/README.md",
-        "benchmarks/gpu/README.md",
-    ],
+    ["README.md", "weights/README.md", "docs/traffic.md", "benchmarks/README.md",
+     "benchmarks/gpu/README.md"],
 )
 def test_links_and_pictures_lead_to_files(page):
     text = (ROOT / page).read_text("utf-8")

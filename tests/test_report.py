@@ -520,9 +520,8 @@ def test_wrong_root_is_refused(results, tmp_path, capsys, make_voc):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("option", [
-    "--score=nan", "--score=1.1", "--examples=-1", "--output=page.pdf"
-])  # fmt: skip
+@pytest.mark.parametrize("option", ["--score=nan", "--score=1.1", "--examples=-1",
+                                    "--output=page.pdf"])  # fmt: skip
 def test_wrong_options_are_refused(made, option):
     with pytest.raises(SystemExit, match="2"):
         report.main([str(made[0]), option])

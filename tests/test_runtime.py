@@ -106,29 +106,26 @@ def detection(**changes: object) -> str:
     return changed(detection={**DESCRIPTION["detection"], **changes})
 
 
-@pytest.mark.parametrize(
-    "text, problem",
-    [
-        ("", "has no description of its detector"),
-        ("{", "Expecting"),
-        ("[]", "must be integers"),
-        ("{}", "no 'format'"),
-        (changed(format=2), "format 2 of a newer version"),
-        (changed(size="300"), "size '300'"),
-        (changed(version="other"), "unknown version 'other'"),
-        (changed(dataset="other"), "dataset 'other'"),
-        (changed(priors="other"), "no prior boxes for the data set 'other'"),
-        (changed(detection=5), "detection 5"),
-        (detection(other=1), "'other'"),
-        (detection(top_k=0), "top_k 0"),
-        (detection(nms_thresh="0.45"), "'str'"),
-        (detection(conf_thresh=2), "conf_thresh 2"),
-        (changed(classes=[1]), "classes [1]"),
-        (changed(classes=[]), "classes []"),
-        (changed(mean=[104, 117]), "mean [104, 117]"),
-        (changed(variance=[0.1, None]), "variance [0.1, None]"),
-    ],
-)
+@pytest.mark.parametrize("text, problem", [
+    ("", "has no description of its detector"),
+    ("{", "Expecting"),
+    ("[]", "must be integers"),
+    ("{}", "no 'format'"),
+    (changed(format=2), "format 2 of a newer version"),
+    (changed(size="300"), "size '300'"),
+    (changed(version="other"), "unknown version 'other'"),
+    (changed(dataset="other"), "dataset 'other'"),
+    (changed(priors="other"), "no prior boxes for the data set 'other'"),
+    (changed(detection=5), "detection 5"),
+    (detection(other=1), "'other'"),
+    (detection(top_k=0), "top_k 0"),
+    (detection(nms_thresh="0.45"), "'str'"),
+    (detection(conf_thresh=2), "conf_thresh 2"),
+    (changed(classes=[1]), "classes [1]"),
+    (changed(classes=[]), "classes []"),
+    (changed(mean=[104, 117]), "mean [104, 117]"),
+    (changed(variance=[0.1, None]), "variance [0.1, None]"),
+])
 def test_a_description_that_is_not_ours_is_refused(text, problem):
     with pytest.raises(UserError, match=r"^x\.onnx.* export it") as e:
         ExportInfo.parse(text, Path("x.onnx"))

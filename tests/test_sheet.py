@@ -44,9 +44,7 @@ def results(voc_folder, tmp_path):
                          "bad: t2  0 right, 0 wrong, 2 missed"]),
     ([], ["good: t1", "good: t3", "bad: t2", "bad: t4"]),  # none is shown as good and as bad
 ])  # fmt: skip
-def test_sheet_shows_the_best_and_the_worst(
-    options, shown, results, tmp_path, monkeypatch, capsys
-):
+def test_sheet_shows_the_best_and_the_worst(options, shown, results, tmp_path, monkeypatch, capsys):
     captions, real, out = [], sheet.contact_sheet, tmp_path / "new" / "sheet.png"
     monkeypatch.setattr(sheet, "contact_sheet", lambda *a: captions.extend(a[3]) or real(*a))
     assert sheet.main([str(results), "--output", str(out), *options]) == 0

@@ -210,9 +210,8 @@ def test_more_networks_are_compiled_than_the_compiler_keeps(detector):
     networks = [routes.open_network(checkpoint, CPU)._replace(name=name) for name in names]
     setting = speed.Setting(speed.files_of(folder), 1, 1, 1, False)
     with speed.using_threads(1), routes.compilations(CPU):
-        found = speed.measure(
-            networks, lambda net: routes.routes_of(net, ["compiled"], ["off"]), setting
-        )
+        found = speed.measure(networks, lambda net: routes.routes_of(net, ["compiled"], ["off"]),
+                              setting)
     assert [route.network.name for route in found if speed.fine(route)] == names
     # One graph each: its weights are frozen in it.
     assert counters["stats"]["unique_graphs"] == len(names)
@@ -220,8 +219,7 @@ def test_more_networks_are_compiled_than_the_compiler_keeps(detector):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("ways", "amps"),
-    [(["deployed", "graph"], [*routes.PRECISIONS]), ([*routes.WAYS], ["bf16"])],
+    ("ways", "amps"), [(["deployed", "graph"], [*routes.PRECISIONS]), ([*routes.WAYS], ["bf16"])],
     ids=["precisions", "routes"],
 )
 def test_every_route_on_a_gpu(capsys, monkeypatch, ways, amps):
@@ -291,8 +289,7 @@ def test_shares_are_those_of_the_profile():
     ceiling = {"bandwidth": 1000.0, "operations": {"bf16": 10_000.0}}
     counted = Counted((), parameters=100, sums=50)
     assert limits.shares(counted, 4, "bf16", 2.0, ceiling) == {
-        "bandwidth": 2 * (4 * 350 + 100) / 2 / 1000,
-        "operations": 2 * 4 * 500 / 2 / 10_000,
+        "bandwidth": 2 * (4 * 350 + 100) / 2 / 1000, "operations": 2 * 4 * 500 / 2 / 10_000,
     }
     assert limits.shares(counted, 1, "fp32", 1.0, ceiling).keys() == {"bandwidth"}
 

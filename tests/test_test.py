@@ -122,16 +122,13 @@ def test_the_options_of_detection_are_followed_and_recorded(call, trained, monke
     assert other["detection_count"] == 7 * other["images"] != published["detection_count"]
 
 
-@pytest.mark.parametrize(
-    "option, told",
-    [
-        (("--score_threshold", 0.4), r"was made with thresholds: score 0\.03, not 0\.4;"),
-        (("--max_detections", 8), r"was made with thresholds: per_image 300, not 8;"),
-        (("--nms", "soft"), r"was made with suppression: nms 'hard', not 'soft';"),
-        (("--class_agnostic", "true"), r"with suppression: class_agnostic False, not True;"),
-        (("--background_shortcut", "true"), r"background_shortcut False, not True;"),
-    ],
-)
+@pytest.mark.parametrize("option, told", [
+    (("--score_threshold", 0.4), r"was made with thresholds: score 0\.03, not 0\.4;"),
+    (("--max_detections", 8), r"was made with thresholds: per_image 300, not 8;"),
+    (("--nms", "soft"), r"was made with suppression: nms 'hard', not 'soft';"),
+    (("--class_agnostic", "true"), r"with suppression: class_agnostic False, not True;"),
+    (("--background_shortcut", "true"), r"background_shortcut False, not True;"),
+])
 def test_retest_refuses_detections_of_other_options(call, trained, capsys, option, told):
     assert call("--test", trained, *option) == 0
     assert call("--test", trained, *option, "--retest") == 0
@@ -184,18 +181,13 @@ def test_retest_refuses_detections_of_other_weights(call, trained, capsys):
     assert "sha256" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (("-v", "SSD_vgg"), ("SSD_vgg", "tiny")),
-        (("-s", "512"), ("512", "300")),
-        (
-            ("-d", "COCO"),
-            ("COCO", "instances_val2017.json"),
-        ),  # data to test on, which are not there
-        (("--classes", "a,b"), ("not learnt a, b", "cell, platelet, rod")),
-    ],
-)
+@pytest.mark.parametrize(("options", "words"), [
+    (("-v", "SSD_vgg"), ("SSD_vgg", "tiny")),
+    (("-s", "512"), ("512", "300")),
+    (("-d", "COCO"),
+     ("COCO", "instances_val2017.json")),  # data to test on, which are not there
+    (("--classes", "a,b"), ("not learnt a, b", "cell, platelet, rod")),
+])
 def test_option_that_contradicts_the_checkpoint_is_refused_with_both_values(
     call, trained, options, words, capsys
 ):

@@ -10,10 +10,8 @@ ROOT = Path(__file__).parent.parent
 
 
 def test_every_command_is_listed_with_its_line():
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "tools"], cwd=ROOT, capture_output=True,
-        text=True,
-    )  # fmt: skip
+    done = subprocess.run([sys.executable, "-X", "importtime", "-m", "tools"], cwd=ROOT,
+                          capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0
     lines = [line.split(maxsplit=3) for line in done.stdout.splitlines()[1:]]
     listed = {name.removeprefix("tools."): text for _, _, name, text in lines}

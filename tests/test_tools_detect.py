@@ -577,9 +577,8 @@ def test_a_video_is_drawn_and_its_boxes_have_frame_and_time(name, size, weights,
     assert [row["class"] for row in of_video if row["frame"] == "0"] == found["names"]
 
 
-@pytest.mark.parametrize("stated, rate", [
-    ({}, 10), ({"fps": 0.0, "time": float("nan")}, 25), ({"fps": 9e4}, 25),
-])  # fmt: skip
+@pytest.mark.parametrize("stated, rate", [({}, 10), ({"fps": 0.0, "time": float("nan")}, 25),
+                                          ({"fps": 9e4}, 25)])  # fmt: skip
 def test_frames_have_times_also_where_a_video_states_none(stated, rate):
     frames = list(read_frames(Source("v.mkv", "v.mkv", "video"), Capture(3, **stated)))
     assert [(f.number, f.time, f.rate) for f in frames] == [(k, k / rate, rate) for k in range(3)]

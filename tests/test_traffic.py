@@ -35,9 +35,8 @@ def built(version: str, size: int, num_classes: int = 81) -> nn.Module:
         return build_net(version, size, num_classes)
 
 
-@pytest.mark.parametrize(
-    ("version", "size"), [(v, s) for v, row in BACKBONES.items() for s in row.sizes]
-)
+@pytest.mark.parametrize(("version", "size"),
+                         [(v, s) for v, row in BACKBONES.items() for s in row.sizes])
 def test_totals_agree_with_other_ways_to_count(version, size, monkeypatch):
     """FLOPs by PyTorch's counter, CIO by hooks on modules, concatenations by their caller."""
     net = built(version, size).eval()

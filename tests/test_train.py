@@ -257,8 +257,7 @@ def test_a_resumed_modern_run_equals_a_straight_one(call):
 
 
 @pytest.mark.parametrize(
-    "option",
-    [("--recipe", "modern"), ("--ema", 0.5), ("--overfit", 2), ("--dataset", "COCO")],
+    "option", [("--recipe", "modern"), ("--ema", 0.5), ("--overfit", 2), ("--dataset", "COCO")],
 )
 def test_a_run_cannot_go_on_with_another_kind_of_training(call, option, capsys):
     assert call("-max", 2, "--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
@@ -382,19 +381,16 @@ def test_evaluation_that_is_interrupted_is_made_up_for(call, monkeypatch):
     assert_same_run(call.folder / "straight", call.folder / "broken")
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ({"config": None}, "configuration"),
-        ({"classes": "cell"}, "classes"),
-        ({"config": {"size": 400}}, "400"),
-        ({"config": {"lr": "fast"}}, "--lr: 'fast'"),
-        ({"config": {"version": "SSD_other"}}, "SSD_other"),
-        ({"step": "x"}, "resumed from"),
-        ({"rng": {}}, "resumed from"),
-        ({"optimizer": {}}, "resumed from"),
-    ],
-)
+@pytest.mark.parametrize(("change", "words"), [
+    ({"config": None}, "configuration"),
+    ({"classes": "cell"}, "classes"),
+    ({"config": {"size": 400}}, "400"),
+    ({"config": {"lr": "fast"}}, "--lr: 'fast'"),
+    ({"config": {"version": "SSD_other"}}, "SSD_other"),
+    ({"step": "x"}, "resumed from"),
+    ({"rng": {}}, "resumed from"),
+    ({"optimizer": {}}, "resumed from"),
+])
 def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, change, words, capsys):
     saved = torch.load(trained, weights_only=True)
     for key, value in change.items():
@@ -413,19 +409,16 @@ def test_checkpoint_of_another_program_is_refused(call, tmp_path, capsys):
     assert "configuration" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--root", "/nowhere"], ["/nowhere"]),
-        (["--test_sets", "tset"], ["tset", "test, trainval"]),
-        (["--classes", "person"], ["person", "cell, platelet, rod"]),
-        (["--device", "cuda:99"], ["cuda:99", "--device cpu"]),
-        (["--ngpu", "3"], ["--ngpu 3"]),
-        (["--save_folder", "/dev/null/x"], ["/dev/null"]),
-        (["--resume", "gone.pth"], ["gone.pth"]),
-        (["--lr", "1", "--test_sets", ","], ["image set"]),
-    ],
-)
+@pytest.mark.parametrize(("options", "words"), [
+    (["--root", "/nowhere"], ["/nowhere"]),
+    (["--test_sets", "tset"], ["tset", "test, trainval"]),
+    (["--classes", "person"], ["person", "cell, platelet, rod"]),
+    (["--device", "cuda:99"], ["cuda:99", "--device cpu"]),
+    (["--ngpu", "3"], ["--ngpu 3"]),
+    (["--save_folder", "/dev/null/x"], ["/dev/null"]),
+    (["--resume", "gone.pth"], ["gone.pth"]),
+    (["--lr", "1", "--test_sets", ","], ["image set"]),
+])
 def test_a_users_mistake_is_one_sentence_status_2_and_leaves_no_run(call, options, words, capsys):
     assert call("--max_iters", 1, *options) == 2
     error = capsys.readouterr().err

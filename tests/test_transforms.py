@@ -27,9 +27,8 @@ from data.transforms import (
 MEAN = (104, 117, 123)
 SAMPLES = 10_000
 # The literal versions take a second for a thousand samples: these many now, the others as slow.
-many_samples = pytest.mark.parametrize(
-    "samples", [1000, pytest.param(SAMPLES, marks=pytest.mark.slow)]
-)
+many_samples = pytest.mark.parametrize("samples",
+                                       [1000, pytest.param(SAMPLES, marks=pytest.mark.slow)])
 
 
 def image_of(width, height, seed=0):
@@ -205,13 +204,10 @@ def test_only_no_crop_is_left_to_a_box_that_no_crop_can_keep_and_to_an_image_wit
 def test_colours_equal_the_literal_version():
     image = image_of(67, 45)
     before = image.copy()
-    for change in (
-        (31.7,), (-31.7,), (0, 0.5), (0, 1.5), (0, 1, 18), (0, 1, -18), (0, 1, 0, 0.5),
-        (0, 1, 0, 1.5), (-20.2, 1.4), (20.2, 0.6), (12.3, 1.2, 7, 0.8),
-    ):  # fmt: skip
-        np.testing.assert_array_equal(
-            adjust_colours(image, *change), literal_colours(image, *change), str(change)
-        )
+    for change in ((31.7,), (-31.7,), (0, 0.5), (0, 1.5), (0, 1, 18), (0, 1, -18), (0, 1, 0, 0.5),
+                   (0, 1, 0, 1.5), (-20.2, 1.4), (20.2, 0.6), (12.3, 1.2, 7, 0.8)):  # fmt: skip
+        np.testing.assert_array_equal(adjust_colours(image, *change),
+                                      literal_colours(image, *change), str(change))
     np.testing.assert_array_equal(image, before)
 
 
@@ -241,10 +237,8 @@ def test_each_colour_change_is_drawn_half_of_the_time_within_its_limits(monkeypa
     for _ in range(SAMPLES):
         photometric_distort(None, rng)
     applied = {}
-    for name, neutral, low, high in (
-        ("brightness", 0, -32, 32), ("contrast", 1, 0.5, 1.5), ("hue", 0, -18, 18),
-        ("saturation", 1, 0.5, 1.5),
-    ):  # fmt: skip
+    for name, neutral, low, high in (("brightness", 0, -32, 32), ("contrast", 1, 0.5, 1.5),
+                                     ("hue", 0, -18, 18), ("saturation", 1, 0.5, 1.5)):  # fmt: skip
         values = np.array([change[name] for change in drawn])
         applied[name] = values != neutral
         # One of the 37 whole turns of the hue is none.
@@ -293,10 +287,8 @@ def test_an_expanded_image_is_within_half_a_pixel_of_a_real_canvas(interpolation
         # Half a pixel of the result is up to width / size / 2 source pixels, nearest adds another.
         assert inner.max() <= 1.5 * max(width, height) / size + 1
         outside = np.ones((size, size), bool)
-        outside[
-            max(0, (top - 12) * size // height - 1) : (top + 162) * size // height + 2,
-            max(0, (left - 12) * size // width - 1) : (left + 212) * size // width + 2,
-        ] = False
+        outside[max(0, (top - 12) * size // height - 1) : (top + 162) * size // height + 2,
+                max(0, (left - 12) * size // width - 1) : (left + 212) * size // width + 2] = False
         assert (ours[outside] == MEAN).all()
         literal = (target[:, :4] + (left, top, left, top)) / (width, height, width, height)
         assert np.abs(boxes[:, :4] - literal).max() <= 0.5 / size + 1e-6
@@ -416,9 +408,8 @@ def test_whole_samples_are_distributed_as_in_the_literal_version(monkeypatch, sa
 
 
 @pytest.mark.parametrize("size", [300, 512])
-@pytest.mark.parametrize(
-    ("width", "height"), [(1, 1), (2, 1), (1, 7), (10, 2000), (2000, 10), (3, 3), (333, 217)]
-)
+@pytest.mark.parametrize(("width", "height"),
+                         [(1, 1), (2, 1), (1, 7), (10, 2000), (2000, 10), (3, 3), (333, 217)])
 def test_every_sample_of_any_image_is_well_formed(width, height, size):
     image, rng = image_of(width, height), np.random.default_rng((width, height))
     augment = SSDAugmentation(size)

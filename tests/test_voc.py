@@ -123,17 +123,14 @@ def test_box_without_area_is_dropped_from_training_but_not_from_evaluation(datas
     assert len(data.truth().boxes) == 2
 
 
-@pytest.mark.parametrize(
-    ("box", "expected"),
-    [
-        ((0, 0, 50, 50), (0, 0, 49, 49)),  # written by a tool that counts from 0
-        ((10, 10, WIDTH + 30, HEIGHT + 1), (9, 9, WIDTH - 1, HEIGHT - 1)),
-        ((-20, 5, 10.5, 20), (0, 4, 9.5, 19)),
-        ((WIDTH + 5, 5, WIDTH + 20, 20), None),
-        ((5, -20, 20, 0), None),
-        ((1, 1, WIDTH, HEIGHT), (0, 0, WIDTH - 1, HEIGHT - 1)),
-    ],
-)
+@pytest.mark.parametrize(("box", "expected"), [
+    ((0, 0, 50, 50), (0, 0, 49, 49)),  # written by a tool that counts from 0
+    ((10, 10, WIDTH + 30, HEIGHT + 1), (9, 9, WIDTH - 1, HEIGHT - 1)),
+    ((-20, 5, 10.5, 20), (0, 4, 9.5, 19)),
+    ((WIDTH + 5, 5, WIDTH + 20, 20), None),
+    ((5, -20, 20, 0), None),
+    ((1, 1, WIDTH, HEIGHT), (0, 0, WIDTH - 1, HEIGHT - 1)),
+])
 def test_box_that_leaves_the_image_is_clipped_or_dropped(dataset, box, expected):
     data = dataset({"a": [("dog", (3, 3, 9, 9)), ("dog", box)]})
     assert data.target(0)[1:, :4].tolist() == ([list(expected)] if expected else [])
@@ -223,14 +220,11 @@ def test_perfect_detections_score_1_and_a_class_without_objects_is_named(voc_fol
     json.dumps(result)
 
 
-@pytest.mark.parametrize(
-    ("sets", "metric", "name"),
-    [
-        ([("2007", "test")], "VOC07 11-point AP@.5", "test"),
-        ([("2012", "trainval")], "VOC area AP@.5", "trainval"),
-        ([("2007", "test"), ("2012", "trainval")], "VOC area AP@.5", "2007_test+2012_trainval"),
-    ],
-)
+@pytest.mark.parametrize(("sets", "metric", "name"), [
+    ([("2007", "test")], "VOC07 11-point AP@.5", "test"),
+    ([("2012", "trainval")], "VOC area AP@.5", "trainval"),
+    ([("2007", "test"), ("2012", "trainval")], "VOC area AP@.5", "2007_test+2012_trainval"),
+])
 def test_metric_follows_the_year(voc_devkit, tmp_path, sets, metric, name):
     data = VOCDetection(voc_devkit, sets)
     result = data.evaluate(as_detections(data), tmp_path / "out")

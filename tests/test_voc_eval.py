@@ -41,9 +41,8 @@ def test_ap_of_every_class_equals_the_published_codes(name):
     detections = {}
     for label, class_name in enumerate(classes, 1):
         rows = found[found[:, 1] == label]
-        detections[class_name] = ClassDetections(
-            rows[:, 0].astype(int), rows[:, 2], rows[:, 3:] - 1
-        )
+        detections[class_name] = ClassDetections(rows[:, 0].astype(int), rows[:, 2],
+                                                 rows[:, 3:] - 1)
     result = evaluate_voc(detections, annotations, classes)
     for metric in METRICS:
         assert list(result[metric]["per_class"].values()) == pytest.approx(golden[metric], abs=1e-6)
@@ -151,17 +150,14 @@ def test_ap_equals_a_slow_reference(seed, tmp_path):
 HALF = (0, 0, 9, 9), (0, 0, 9, 19)  # IoU exactly 0.5 in pixel convention
 
 
-@pytest.mark.parametrize(
-    ("rows", "difficult", "recall", "precision"),
-    [
-        ([(0, 0.9, *HALF[0])], False, [0], [0]),  # an overlap of 0.5 is not over 0.5
-        ([(0, 0.9, 0, 0, 9, 10)], False, [1], [1]),
-        ([(0, 0.9, *HALF[1]), (0, 0.8, *HALF[1])], False, [1, 1], [1, 0.5]),  # the second is wrong
-        ([(0, 0.8, *HALF[1]), (0, 0.9, 50, 50, 60, 60)], False, [0, 1], [0, 0.5]),
-        ([(0, 0.9, *HALF[1]), (0, 0.8, *HALF[1])], True, [0, 0], [0, 0]),  # neither way
-        ([(1, 0.9, *HALF[1])], False, [0], [0]),  # no object of the class in that image
-    ],
-)
+@pytest.mark.parametrize(("rows", "difficult", "recall", "precision"), [
+    ([(0, 0.9, *HALF[0])], False, [0], [0]),  # an overlap of 0.5 is not over 0.5
+    ([(0, 0.9, 0, 0, 9, 10)], False, [1], [1]),
+    ([(0, 0.9, *HALF[1]), (0, 0.8, *HALF[1])], False, [1, 1], [1, 0.5]),  # the second is wrong
+    ([(0, 0.8, *HALF[1]), (0, 0.9, 50, 50, 60, 60)], False, [0, 1], [0, 0.5]),
+    ([(0, 0.9, *HALF[1]), (0, 0.8, *HALF[1])], True, [0, 0], [0, 0]),  # neither way
+    ([(1, 0.9, *HALF[1])], False, [0], [0]),  # no object of the class in that image
+])
 def test_rule_by_hand(rows, difficult, recall, precision):
     annotations = [annotation(["a"], [HALF[1]], [difficult]), annotation(["b"], [HALF[1]], [False])]
     curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]["all"]
@@ -296,11 +292,8 @@ def test_wrong_detections_and_a_full_disk_leave_the_old_file(tmp_path, monkeypat
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "x 0.5 1 2 3 4\nä 1e-3 -1 2.5 +3 4\n", "x 0.5 1 2 3 4\r\nä 1e-3 -1 2.5 +3 4\r\n",
-        "\ufeffx 0.5 1 2 3 4\nä 1e-3 -1 2.5 +3 4",
-        "\n x  0.5\t1 2 3 4 \n\n\nä 1e-3 -1 2.5 +3 4\n \n",
-    ],
+    ["x 0.5 1 2 3 4\nä 1e-3 -1 2.5 +3 4\n", "x 0.5 1 2 3 4\r\nä 1e-3 -1 2.5 +3 4\r\n",
+     "\ufeffx 0.5 1 2 3 4\nä 1e-3 -1 2.5 +3 4", "\n x  0.5\t1 2 3 4 \n\n\nä 1e-3 -1 2.5 +3 4\n \n"],
 )
 def test_line_ends_and_spaces_make_no_difference(tmp_path, text):
     (tmp_path / "comp4_det_test_cat.txt").write_bytes(text.encode())
@@ -319,17 +312,14 @@ def test_numbers_are_read_to_the_last_bit(tmp_path):
     assert np.array_equal(read.boxes, values[:, 1:] - 1)
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("1 2 3 4 5 6 2\n", r':1: image id "1 2" is not in the image set'),
-        ("1 0.5 1 2 3 4\n1 0.5 1 2 3\n", ':2: "1 0.5 1 2 3" is not of the form'),
-        ("1 0.5 1 2 3 4\n\n1 high 1 2 3 4\n", ':3: "1 high 1 2 3 4" is not of the form'),
-        ("1 0.5 1 2 3 4\n1 nan 1 2 3 4\n", ":2: .* is not of the form"),
-        ("1\n", ":1: .* is not of the form"),
-        ("1 0.5 1 2 3 4\ny 0.5 1 2 3 4\n", r':2: image id "y" is not in the image set'),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    ("1 2 3 4 5 6 2\n", r':1: image id "1 2" is not in the image set'),
+    ("1 0.5 1 2 3 4\n1 0.5 1 2 3\n", ':2: "1 0.5 1 2 3" is not of the form'),
+    ("1 0.5 1 2 3 4\n\n1 high 1 2 3 4\n", ':3: "1 high 1 2 3 4" is not of the form'),
+    ("1 0.5 1 2 3 4\n1 nan 1 2 3 4\n", ":2: .* is not of the form"),
+    ("1\n", ":1: .* is not of the form"),
+    ("1 0.5 1 2 3 4\ny 0.5 1 2 3 4\n", r':2: image id "y" is not in the image set'),
+])
 def test_malformed_line_is_refused_by_file_and_line(tmp_path, text, message):
     path = tmp_path / "comp4_det_test_cat.txt"
     path.write_text(text)

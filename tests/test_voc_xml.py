@@ -55,21 +55,18 @@ BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox>
 GOOD = f"<object><name>dog</name>{BOX}</object>"
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        (f"<object>{BOX}</object>", "a.xml: object 2 .*<name>"),
-        (f"<object><name> </name>{BOX}</object>", "a.xml: object 2 .*<name>"),
-        ("<object><name>dog</name></object>", r'object 2 \("dog"\) .*<bndbox>'),
-        (GOOD.replace("<ymin>1</ymin>", ""), r'object 2 \("dog"\): .*<ymin>'),
-        (GOOD.replace("<xmax>5", "<xmax>nan"), 'object 2.*<xmax> is "nan", .*number'),
-        (GOOD.replace("<xmax>5", "<xmax>inf"), 'object 2.*<xmax> is "inf", .*number'),
-        (GOOD.replace("<xmax>5", "<xmax>five"), 'object 2.*<xmax> is "five", .*number'),
-        (GOOD.replace("<xmax>5", "<xmax>"), 'object 2.*<xmax> is "", .*number'),
-        (GOOD.replace("<bnd", "<difficult>2</difficult><bnd"), 'object 2.*<difficult> is "2", .*1'),
-        ("\n<object>\n", r"a\.xml:3: malformed XML"),
-    ],
-)
+@pytest.mark.parametrize(("text", "message"), [
+    (f"<object>{BOX}</object>", "a.xml: object 2 .*<name>"),
+    (f"<object><name> </name>{BOX}</object>", "a.xml: object 2 .*<name>"),
+    ("<object><name>dog</name></object>", r'object 2 \("dog"\) .*<bndbox>'),
+    (GOOD.replace("<ymin>1</ymin>", ""), r'object 2 \("dog"\): .*<ymin>'),
+    (GOOD.replace("<xmax>5", "<xmax>nan"), 'object 2.*<xmax> is "nan", .*number'),
+    (GOOD.replace("<xmax>5", "<xmax>inf"), 'object 2.*<xmax> is "inf", .*number'),
+    (GOOD.replace("<xmax>5", "<xmax>five"), 'object 2.*<xmax> is "five", .*number'),
+    (GOOD.replace("<xmax>5", "<xmax>"), 'object 2.*<xmax> is "", .*number'),
+    (GOOD.replace("<bnd", "<difficult>2</difficult><bnd"), 'object 2.*<difficult> is "2", .*1'),
+    ("\n<object>\n", r"a\.xml:3: malformed XML"),
+])
 def test_malformed_annotation_is_refused_by_file_and_place(tmp_path, text, message):
     path = xml(tmp_path, f"<annotation>{GOOD}{text}</annotation>")
     with pytest.raises(UserError, match=message):
@@ -102,19 +99,16 @@ def test_image_listed_twice_is_taken_once_and_recorded(voc_folder):
     assert re.fullmatch(r".*/twice\.txt:3: t1", found.skipped[0].detail)
 
 
-@pytest.mark.parametrize(
-    ("image_id", "line"),
-    [
-        ("my img", "my img"),
-        ("my img 1", " my img 1 "),  # no flag: an annotation has that name
-        ("my img", "my img -1"),
-        ("x/b1", "x/b1"),
-        ("x/y z", "x/y z  1"),
-        ("b1", "b1.jpg"),
-        ("b1", "b1.PNG 1"),
-        ("b.1", "b.1"),
-    ],
-)
+@pytest.mark.parametrize(("image_id", "line"), [
+    ("my img", "my img"),
+    ("my img 1", " my img 1 "),  # no flag: an annotation has that name
+    ("my img", "my img -1"),
+    ("x/b1", "x/b1"),
+    ("x/y z", "x/y z  1"),
+    ("b1", "b1.jpg"),
+    ("b1", "b1.PNG 1"),
+    ("b.1", "b.1"),
+])
 def test_id_is_the_line_without_flag_and_image_suffix(tmp_path, image_id, line):
     (tmp_path / "ImageSets").mkdir()
     (tmp_path / "ImageSets/test.txt").write_text(f"{line}\n")
@@ -125,14 +119,11 @@ def test_id_is_the_line_without_flag_and_image_suffix(tmp_path, image_id, line):
     assert found.ids == [image_id] and found.annotations[0].path == path
 
 
-@pytest.mark.parametrize(
-    ("lines", "message"),
-    [
-        (["t1", *(f"x{i}" for i in range(12))], r"^12 .* missing: .*x0\.xml.*x9\.xml, \.\.\.$"),
-        (["no/b9.jpg 1"], r"^1 annotation .*/no/b9\.jpg 1 or .* or no/b9\.xml"),
-        ([""], "the image set test lists no image"),
-    ],
-)
+@pytest.mark.parametrize(("lines", "message"), [
+    (["t1", *(f"x{i}" for i in range(12))], r"^12 .* missing: .*x0\.xml.*x9\.xml, \.\.\.$"),
+    (["no/b9.jpg 1"], r"^1 annotation .*/no/b9\.jpg 1 or .* or no/b9\.xml"),
+    ([""], "the image set test lists no image"),
+])
 def test_missing_annotations_are_refused_all_at_once(voc_folder, lines, message):
     (voc_folder / "ImageSets/Main/test.txt").write_text("\n".join(lines))
     with pytest.raises(UserError, match=message):
@@ -178,13 +169,10 @@ def test_given_classes_come_before_declared_ones_before_all_names_in_the_sets(vo
     assert load(voc_folder, classes=["rod", "cell"]).classes == ("rod", "cell")
 
 
-@pytest.mark.parametrize(
-    ("names", "classes"),
-    [
-        (("person", "dog"), VOC_CLASSES), (("screw",), ("screw",)),
-        (("person", "helmet"), ("helmet", "person")),
-    ],
-)
+@pytest.mark.parametrize(("names", "classes"), [
+    (("person", "dog"), VOC_CLASSES), (("screw",), ("screw",)),
+    (("person", "helmet"), ("helmet", "person")),
+])
 def test_devkit_has_the_published_classes_unless_it_names_others(
     make_voc, tmp_path, names, classes
 ):
@@ -211,13 +199,10 @@ def test_set_without_an_object_of_the_classes_is_refused_with_the_names_found(
         load(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("classes", "message"),
-    [
-        (["cell", "rod", "cell"], "repeated: cell"), (["cell", " "], "class name is empty"),
-        ([], "class name is empty"), (["background", "cell"], 'leave "background" out'),
-    ],
-)
+@pytest.mark.parametrize(("classes", "message"), [
+    (["cell", "rod", "cell"], "repeated: cell"), (["cell", " "], "class name is empty"),
+    ([], "class name is empty"), (["background", "cell"], 'leave "background" out'),
+])
 def test_bad_class_names_are_refused(voc_folder, classes, message):
     with pytest.raises(UserError, match=message):
         load(voc_folder, classes=classes)

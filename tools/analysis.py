@@ -47,9 +47,8 @@ def gains(judged: Judged, num_classes: int, metric: str) -> tuple[float, dict[st
     counted, right = judged.counted(-np.inf), judged.kind == CORRECT
     totals = _per_class(truth.labels[~truth.ignored], num_classes)
 
-    def mean_ap(
-        correct: np.ndarray, kept: np.ndarray, labels: np.ndarray, wanted: np.ndarray
-    ) -> float:
+    def mean_ap(correct: np.ndarray, kept: np.ndarray, labels: np.ndarray,
+                wanted: np.ndarray) -> float:
         aps = _class_aps(found.scores[kept], correct[kept], labels[kept], wanted, metric)
         return float(aps[totals > 0].mean()) if totals.any() else 0.0
 
@@ -153,9 +152,8 @@ def _best_of_each(judged: Judged, chosen: np.ndarray) -> np.ndarray:
     return rows[np.unique(judged.objects[rows], return_index=True)[1]]
 
 
-def _class_aps(
-    scores: np.ndarray, correct: np.ndarray, labels: np.ndarray, totals: np.ndarray, metric: str
-) -> np.ndarray:
+def _class_aps(scores: np.ndarray, correct: np.ndarray, labels: np.ndarray, totals: np.ndarray,
+               metric: str) -> np.ndarray:
     """Return the AP of each class, float64 [K], of detections [n] and `totals` [K] objects.
 
     Without objects it is 1, or 0 if there are detections.

@@ -130,10 +130,8 @@ def detect(args: argparse.Namespace) -> int:
         window = stack.enter_context(closing(Window())) if args.live else None
         predictor = open_predictor(args)
         info, threshold = predictor.info, predictor.config.conf_thresh
-        LOGGER.info(
-            "%s %d, %d classes, on %s, scores over %g", info.version, info.size, len(info.classes),
-            predictor.device, threshold,
-        )  # fmt: skip
+        LOGGER.info("%s %d, %d classes, on %s, scores over %g", info.version, info.size,
+                    len(info.classes), predictor.device, threshold)  # fmt: skip
         font, start = font_for(info.classes, args.font), time.monotonic()
         # Entered before the files: a signal does not end the process while they are written.
         stop = stack.enter_context(StopSignal())
@@ -157,10 +155,8 @@ def detect(args: argparse.Namespace) -> int:
     if stop.asked:
         print("interrupted", file=sys.stderr)
     skipped = f"; {reader.broken} could not be read" if reader.broken else ""
-    LOGGER.info(
-        "%d images, %d video frames: %d objects in %.1f s%s", reader.images, reader.frames,
-        objects, time.monotonic() - start, skipped,
-    )  # fmt: skip
+    LOGGER.info("%d images, %d video frames: %d objects in %.1f s%s", reader.images, reader.frames,
+                objects, time.monotonic() - start, skipped)  # fmt: skip
     if not objects and reader.images + reader.frames:
         LOGGER.info("no score is over %g; give a lower --score_threshold", threshold)
     if writers:
@@ -169,9 +165,8 @@ def detect(args: argparse.Namespace) -> int:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = Parser(
-        prog="python -m tools.detect", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    p = Parser(prog="python -m tools.detect", description=__doc__.splitlines()[0],
+               allow_abbrev=False)
     # fmt: off
     p.add_argument("weights", metavar="WEIGHTS",
                    help="checkpoint (.pth, .safetensors) or exported network (.onnx, .xml)")

@@ -23,9 +23,8 @@ from utils.errors import command
 
 def parse(argv: Sequence[str] | None) -> ExportOptions:
     """Read the command line."""
-    p = Parser(
-        prog="python -m tools.export", description=__doc__.splitlines()[0], allow_abbrev=False
-    )
+    p = Parser(prog="python -m tools.export", description=__doc__.splitlines()[0],
+               allow_abbrev=False)
     # fmt: off
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
                    help="checkpoint of a training, or a published file")

@@ -67,9 +67,8 @@ def choose(mistakes: Sequence[Mistake], most: int) -> list[Mistake]:
     return [group[rank] for rank in range(most) for group in groups.values() if rank < len(group)]
 
 
-def draw_worst(
-    mistakes: Sequence[Mistake], judged: Judged, dataset: DetectionData, most: int
-) -> tuple[list[tuple[Mistake, np.ndarray]], list[str]]:
+def draw_worst(mistakes: Sequence[Mistake], judged: Judged, dataset: DetectionData,
+               most: int) -> tuple[list[tuple[Mistake, np.ndarray]], list[str]]:
     """Draw the worst mistakes, `most` of each kind and class, at most `MOST` in all.
 
     Returns the drawn mistakes with their images, BGR uint8, and notes for people.

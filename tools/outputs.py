@@ -141,9 +141,8 @@ class JsonFiles:
     place = "detections.json"
     in_order = True
 
-    def __init__(
-        self, folder: Path, sources: Sequence[Source], classes: Sequence[str], stack: ExitStack
-    ) -> None:
+    def __init__(self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
+                 stack: ExitStack) -> None:
         self._categories, self._ids, self._count = category_ids(classes), image_ids(sources), 0
         pairs = zip(self._categories, classes, strict=True)
         head = json.dumps([{"id": k, "name": name} for k, name in pairs], ensure_ascii=False)
@@ -223,9 +222,8 @@ class Annotations:
 
     in_order = False
 
-    def __init__(
-        self, folder: Path, kind: str, sources: Sequence[Source], classes: Sequence[str]
-    ) -> None:
+    def __init__(self, folder: Path, kind: str, sources: Sequence[Source],
+                 classes: Sequence[str]) -> None:
         self.place, self._suffix, self._encode = ANNOTATIONS[kind]
         self._folder = folder / self.place
         if self._folder.is_dir() and any(self._folder.iterdir()):
@@ -312,9 +310,8 @@ def yolo_txt(found: Found, classes: Sequence[str]) -> bytes:
     low, high = boxes[:, :2], boxes[:, 2:] + 1
     relative = np.hstack([(low + high) / 2, high - low]) / (*found.size, *found.size)
     lines = zip(found.labels[inside], relative, strict=True)
-    return "".join(
-        f"{label - 1} {' '.join(f'{value:.6f}' for value in box)}\n" for label, box in lines
-    ).encode()
+    return "".join(f"{label - 1} {' '.join(f'{value:.6f}' for value in box)}\n" for label,
+                   box in lines).encode()
 
 
 def _clipped(found: Found) -> tuple[np.ndarray, np.ndarray]:
@@ -350,9 +347,8 @@ class Drawings:
     place = "drawn/"
     in_order = False
 
-    def __init__(
-        self, folder: Path, sources: Sequence[Source], classes: Sequence[str], font: FreeTypeFont
-    ) -> None:
+    def __init__(self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
+                 font: FreeTypeFont) -> None:
         self._folder, self._classes, self._font = folder / self.place, classes, font
         self._video: VideoFile | None = None
         inputs = {real_path(source.path) for source in sources if source.kind != "camera"}

@@ -33,22 +33,15 @@ from utils.files import atomic_write
 PAGE = Path(__file__).with_name("report.html")
 CURVES = {
     "precision_recall": f"Precision over recall at IoU {FOREGROUND}",
-    "ap_by_iou": "AP by the IoU that is needed",
-    "ap_by_size": "AP by the size of objects",
-    "calibration": "Calibration",
-    "training_loss": "Training loss",
+    "ap_by_iou": "AP by the IoU that is needed", "ap_by_size": "AP by the size of objects",
+    "calibration": "Calibration", "training_loss": "Training loss",
     "training_score": "Score on the test set while training",
 }
 """Titles of the charts of tables of lines."""
 
 
-def write_report(
-    directory: Path,
-    path: Path | None = None,
-    root: str | None = None,
-    score: float = 0.4,
-    examples: int = 6,
-) -> tuple[Path, tuple[str, ...]]:
+def write_report(directory: Path, path: Path | None = None, root: str | None = None,
+                 score: float = 0.4, examples: int = 6) -> tuple[Path, tuple[str, ...]]:
     """Write the page of a test; return its path and the notes on it.
 
     directory: of a test, or of a run, whose newest test is taken. path: of the page; None:
@@ -80,14 +73,12 @@ def write_report(
         parts["gallery"] = _gallery(test, mistakes, drawn)
     curves = _curves(folder, tables, names)
     page = Template(PAGE.read_text("utf-8")).substitute(
-        parts,
-        heading=escape(_heading(test)),
+        parts, heading=escape(_heading(test)),
         value=NOTHING if math.isnan(results.value) else f"{results.value:.4f}",
-        metric=escape(results.metric),
-        notes="".join(f"<li>{escape(note)}</li>" for note in notes),
+        metric=escape(results.metric), notes="".join(f"<li>{escape(note)}</li>" for note in notes),
         options="".join(f'<option value="{n}">{escape(c)}</option>' for n, c in enumerate(names)),
-        kinds="".join(f"<option>{kind}</option>" for kind in ERRORS),
-        score=f"{score:g}", examples=examples,
+        kinds="".join(f"<option>{kind}</option>" for kind in ERRORS), score=f"{score:g}",
+        examples=examples,
         curves="".join(chart for name, chart in curves.items() if "training" not in name),
         training="".join(chart for name, chart in curves.items() if "training" in name),
         facts=escape(json.dumps(results.values, indent=1, ensure_ascii=False)),
@@ -108,9 +99,8 @@ def _heading(test: Test) -> str:
     return f"{file or test.directory.parent.name} on {test.results.values['sets']}"
 
 
-def _table(
-    folder: Folder, name: str, table: Table, classes: Sequence[str] = (), text: int = 1
-) -> str:
+def _table(folder: Folder, name: str, table: Table, classes: Sequence[str] = (),
+           text: int = 1) -> str:
     """Return a table that can be sorted, its first `text` columns texts, and a link to its CSV.
 
     A row that is named as a class is marked for the filter, another one stays at the foot.
@@ -137,9 +127,7 @@ def _table(
             f'<tfoot>{foot}</tfoot></table></div><p class="files">{folder.table(name, table)}</p>')
 
 
-def _curves(
-    folder: Folder, tables: Mapping[str, Table], classes: Sequence[str]
-) -> dict[str, str]:
+def _curves(folder: Folder, tables: Mapping[str, Table], classes: Sequence[str]) -> dict[str, str]:
     """Return the charts of those tables that `CURVES` has, by name."""
     charts = {}
     for name in [name for name in CURVES if name in tables]:
@@ -153,9 +141,8 @@ def _curves(
     return charts
 
 
-def _gallery(
-    test: Test, mistakes: Sequence[Mistake], drawn: Sequence[tuple[Mistake, np.ndarray]]
-) -> str:
+def _gallery(test: Test, mistakes: Sequence[Mistake],
+             drawn: Sequence[tuple[Mistake, np.ndarray]]) -> str:
     """Return the images of the drawn mistakes, by kind and class."""
     parts = []
     for kind, meaning in MEANING.items():

@@ -25,8 +25,7 @@ TYPES = {
     **dict.fromkeys(("dataset", "root", "sets", "metric"), str),
     **dict.fromkeys(("classes", "notes"), list),
     **dict.fromkeys(("per_class", "per_class_per_size", "ground_truths"), dict),
-    "value": float | int | None,
-    "overfit": int,
+    "value": float | int | None, "overfit": int,
 }
 """Types of the values of results.json that are read."""
 
@@ -60,12 +59,9 @@ class Results:
             raise TypeError('"classes" and "notes" must be texts')
         sizes = values["per_class_per_size"].items()
         return cls(
-            values["metric"],
-            tuple(values["classes"]),
-            _score(values["value"]),
+            values["metric"], tuple(values["classes"]), _score(values["value"]),
             {name: _score(ap) for name, ap in values["per_class"].items()},
-            {name: {size: _score(aps[size]) for size in SIZES} for name, aps in sizes},
-            values,
+            {name: {size: _score(aps[size]) for size in SIZES} for name, aps in sizes}, values,
         )
 
     @property

@@ -22,13 +22,8 @@ from utils.errors import UserError, command
 from utils.files import atomic_write
 
 
-def draw_sheet(
-    directory: Path,
-    path: Path | None = None,
-    root: str | None = None,
-    score: float = 0.4,
-    images: int = 8,
-) -> Path:
+def draw_sheet(directory: Path, path: Path | None = None, root: str | None = None,
+               score: float = 0.4, images: int = 8) -> Path:
     """Write the contact sheet of a test, and return its path.
 
     directory: of a test, or of a run, whose newest test is taken. path: the PNG; None:

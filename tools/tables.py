@@ -72,9 +72,8 @@ def score_tables(test: Test, score: float) -> dict[str, Table]:
     return tables
 
 
-def _lines(
-    head: tuple[str, ...], classes: Sequence[str], x: Sequence, values: Sequence[Sequence[float]]
-) -> Table:
+def _lines(head: tuple[str, ...], classes: Sequence[str], x: Sequence,
+           values: Sequence[Sequence[float]]) -> Table:
     """Return the lines of the classes, and of their mean, over x [n]; values: [n, classes]."""
     rows = [(name, at, line[k]) for k, name in enumerate(classes)
             for at, line in zip(x, values, strict=True)]  # fmt: skip
@@ -96,9 +95,8 @@ def _calibration(judged: Judged, classes: Sequence[str]) -> Table:
     return Table(("class", "score", "correct", "detections"), rows)
 
 
-def _classes(
-    results: Results, columns: dict[str, list[float]], judged: Judged | None, score: float
-) -> Table:
+def _classes(results: Results, columns: dict[str, list[float]], judged: Judged | None,
+             score: float) -> Table:
     """Return a row a class of AP, counts, best F1 and calibration error, and the row `MEAN`."""
     rows = [[name, *aps] for name, *aps in zip(results.classes, *columns.values(), strict=True)]
     rows.append([MEAN, results.value, *map(_mean, [*columns.values()][1:])])
@@ -132,9 +130,8 @@ def _counts(judged: Judged, score: float, label: int | None) -> list[float]:
     ]  # fmt: skip
 
 
-def error_tables(
-    judged: Judged, results: Results, ids: Sequence, mistakes: Iterable[Mistake], score: float
-) -> dict[str, Table]:
+def error_tables(judged: Judged, results: Results, ids: Sequence, mistakes: Iterable[Mistake],
+                 score: float) -> dict[str, Table]:
     """Return the tables "errors", "errors_by_class", "confusion" and "mistakes".
 
     ids: of the images. mistakes: all of detections of at least `score`.

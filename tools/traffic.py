@@ -115,9 +115,8 @@ class _Recorder(TorchDispatchMode):
             kind, first = type(module).__name__, (*_shapes(output), ())[0]
             self.layers.append(Layer(name, kind, _shapes(inputs), first, own))
 
-    def __torch_dispatch__(
-        self, func: OpOverload, types: Sequence[type], args: tuple = (), kwargs: dict | None = None
-    ) -> object:
+    def __torch_dispatch__(self, func: OpOverload, types: Sequence[type], args: tuple = (),
+                           kwargs: dict | None = None) -> object:
         output = func(*args, **(kwargs or {}))
         if func is torch.ops.aten.convolution.default:
             self._add_convolution(output, *args)
@@ -216,9 +215,8 @@ def report(version: str, size: int, num_classes: int, result: Profile) -> dict:
     }  # fmt: skip
 
 
-def profiles(
-    versions: Sequence[str] | None, sizes: Sequence[int] | None, num_classes: int
-) -> list[tuple[str, int, Profile]]:
+def profiles(versions: Sequence[str] | None, sizes: Sequence[int] | None,
+             num_classes: int) -> list[tuple[str, int, Profile]]:
     """Return (version, size, profile) of networks.
 
     ``versions`` None: all that have one of the sizes. ``sizes`` None: all of a network.

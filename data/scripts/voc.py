@@ -15,10 +15,8 @@ from utils.errors import UserError, command
 URL_BASE = "http://host.robots.ox.ac.uk/pascal/VOC"
 # year -> (image set, archive, md5, images)
 ARCHIVES = {
-    "2007": (
-        ("trainval", "VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64", 5011),
-        ("test", "VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f", 4952),
-    ),
+    "2007": (("trainval", "VOCtrainval_06-Nov-2007.tar", "c52e279531787c972589f7e41ab4ae64", 5011),
+             ("test", "VOCtest_06-Nov-2007.tar", "b6e924de25625d8de591ea690078ad9f", 4952)),
     "2012": (
         ("trainval", "VOCtrainval_11-May-2012.tar", "6cd6e144f989b92b3379bac3b3de84fd", 11540),
     ),
@@ -72,14 +70,10 @@ def main(argv: list[str] | None = None) -> int:
         description="Download and unpack Pascal VOC. After an interruption, run it again to go on.",
     )
     parser.add_argument("year", choices=ARCHIVES)
-    parser.add_argument(
-        "--root", type=Path, default=Path("~/data"),
-        help="folder that gets VOCdevkit/ (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--url-base", default=URL_BASE, metavar="URL",
-        help="mirror that holds voc2007/ and voc2012/ (default: %(default)s)",
-    )
+    parser.add_argument("--root", type=Path, default=Path("~/data"),
+                        help="folder that gets VOCdevkit/ (default: %(default)s)")
+    parser.add_argument("--url-base", default=URL_BASE, metavar="URL",
+                        help="mirror that holds voc2007/ and voc2012/ (default: %(default)s)")
     args = parser.parse_args(argv)
     get_voc(args.year, args.root.expanduser(), args.url_base)
     return 0
