@@ -125,6 +125,16 @@ def test_a_third_data_set_is_a_file_and_a_row(tmp_path, monkeypatch, capsys):
     assert list(results["per_class"]) == ["cat", "dog"] and results["images"] == 3
 
 
+def test_a_command_is_a_file_with_a_main(voc_folder, capsys):
+    text = blocks("docs/extending.md", "python")[-1]
+    names = {"__name__": "tools.count", "__doc__": "Count."}
+    exec(text, names)
+    assert names["main"](["--root", str(voc_folder)]) == 0
+    assert capsys.readouterr().out == "6 images, 9 objects\n"
+    assert names["main"](["--root", str(voc_folder / "none")]) == 2
+    assert str(voc_folder / "none") in capsys.readouterr().err
+
+
 def test_commands_that_reproduce_name_what_there_is():
     """tests/test_readme.py and tests/test_pretrained.py run the same commands on small data."""
     from engine.options import parser
