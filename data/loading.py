@@ -179,7 +179,7 @@ class Loader(DataLoader):
                         # only when the garbage collector finds it, which takes 5 seconds each.
                         del batch
                 yield _unpack(batch)
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
             codes = [process.exitcode for process in processes]
             if not any(codes):
                 raise

@@ -22,14 +22,18 @@ def option(
         default: value of a call that neither gives the option nor finds it elsewhere.
         flags: spellings on the command line; none for a value that only a checkpoint records.
         read: turns text into a value, or raises ``argparse.ArgumentTypeError``.
+        help: text of ``--help``; metavar: name of the value there.
         choices: the values that exist.
         only: "train" or "test" for an option that the other kind of call refuses.
         fixed: a resumed run cannot change it.
         machine: it suits the machine that trains; ``--test`` does not take it from a checkpoint.
-        check: turns a value from Python or a checkpoint into the value of the field, for options
-            whose ``read`` alone does not do it.
+        check: turns a value from Python or a checkpoint into the value of the field; needed if that
+            is not what ``read`` returns, such as a tuple of image sets.
     """
-    return field(default=default, metadata={k: v for k, v in locals().items() if k != "default"})
+    return field(default=default, metadata={
+        "group": group, "flags": flags, "help": help, "read": read, "choices": choices,
+        "metavar": metavar, "only": only, "fixed": fixed, "machine": machine, "check": check,
+    })  # fmt: skip
 
 
 def flag_of(spec: dataclasses.Field) -> str:
@@ -49,13 +53,16 @@ def check_value(spec: dataclasses.Field, value: object) -> object:
     if meta["check"]:
         return meta["check"](value)
     if meta["choices"] is not None:
-        if isinstance(value, bool) or value not in meta["choices"]:
+        wanted = str if spec.default is None else type(spec.default)
+        if type(value) is not wanted or value not in meta["choices"]:
             known = ", ".join(map(str, meta["choices"]))
             raise UserError(f"{name} is {value!r}; choose from {known}")
         return value
     if meta["read"] is str:
         if not isinstance(value, str):
             raise UserError(f"{name} is {value!r}; give a text")
+        if not value and spec.default is None:
+            raise UserError(f"{name} is empty; give a value, or leave the option out")
         return value
     try:
         read = meta["read"](str(value))

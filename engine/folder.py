@@ -60,10 +60,10 @@ class RunFolder:
             setup_logging(self / "train.log")
             yield
 
-    def save_options(self) -> None:
+    def save_options(self, options: Options) -> None:
         """Write config.json."""
         if self.writes:
-            write_json(self / "config.json", self.options.plain())
+            write_json(self / "config.json", options.plain())
 
     def save(self, state: Mapping[str, object], *names: str) -> None:
         """Write ``state`` under every name; the last.pth before it becomes previous.pth.

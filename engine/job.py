@@ -1,4 +1,4 @@
-"""A job from start to exit status: processes, signals, logging, and how errors are told."""
+"""A job from start to exit status: processes, signals, logging, and error messages."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def run_job(program: str, argv: Sequence[str] | None, train: Work, test: Work) -
     # Nearly all batches have one shape, so cuDNN's search for the fastest algorithm pays.
     torch.backends.cudnn.benchmark = True
     before = signal.signal(signal.SIGTERM, _interrupt)
-    world = SINGLE_PROCESS
+    world, call = SINGLE_PROCESS, None
     try:
         call, given = parse(argv)
         if call.ngpu is not None:
@@ -58,7 +58,7 @@ def run_job(program: str, argv: Sequence[str] | None, train: Work, test: Work) -
         leave()
         return 0
     except BaseException as error:
-        told = _told(error, world, resumable="--test" not in argv)
+        told = _told(error, world, resumable=call is not None and call.test is None)
         if told is None:
             raise
         status, text = told
@@ -93,7 +93,7 @@ def _interrupt(number: int, _: FrameType | None) -> None:
 
 
 def _told(error: BaseException, world: World, resumable: bool) -> tuple[int, str] | None:
-    """Return exit status and message of an error that a user can act on; None of any other."""
+    """Return exit status and message for an error that a user can act on, None for any other."""
     if isinstance(error, UserError):
         return 2, f"error: {error}"
     if isinstance(error, RankZeroFailed):

@@ -94,7 +94,7 @@ class Options(Checked):
              "Annotations/, JPEGImages/ and ImageSets/")
     test_sets: tuple[ImageSet, ...] = _what((), "--test_sets", metavar="SETS", check=_sets,
         help="e.g. 2007_test, or test")
-    crowds: bool = option("what", True, "--crowds", read=boolean, only="train",
+    crowds: bool = option("what", True, "--crowds", read=boolean, only="train", fixed=True,
         help="COCO: train on crowds as on other boxes, as published; 'false' leaves them out")
 
     recipe: str = _recipe("published", "--recipe", choices=RECIPES, fixed=True,
@@ -307,8 +307,11 @@ def default_text(spec: dataclasses.Field) -> str:
 
 
 def parser() -> Parser:
-    """Return the parser of the command line. Options that are not given are absent from its result,
-    so that a checkpoint's configuration can fill them in before the defaults do."""
+    """Return the parser of the command line.
+
+    Options that are not given are absent from its result: a checkpoint fills them in, then the
+    defaults do.
+    """
     p = Parser(
         description="Train an SSD detector (the default), or evaluate one (--test).",
         epilog="Own data in VOC layout: train_test.py -d VOC --root FOLDER -s 300. --test and "

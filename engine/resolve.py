@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
     }
     values["root"] = root = str(Path(values["root"]).expanduser().absolute())
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
-        asked = values.get(key) or sets
+        asked = values[key] if key in given else values.get(key) or sets
         if isinstance(asked, str):
             asked = parse_image_sets(asked, list_sets(dataset, root))
         values[key] = asked
@@ -113,10 +113,6 @@ def check_training(call: Call, given: Mapping[str, object]) -> None:
             )
     if given.get("send_images_to_visdom") and not given.get("visdom"):
         raise UserError("--send_images_to_visdom goes with --visdom")
-    if given.get("visdom") and importlib.util.find_spec("tensorboard") is None:
-        raise UserError(
-            "--visdom writes for TensorBoard, which is not installed; pip install tensorboard"
-        )
 
 
 def check_resumed(given: Mapping[str, object], stored: Options) -> None:
@@ -171,3 +167,18 @@ def use_device(call: Call, options: Options, world: World) -> torch.device:
         # Streams, events and pinned memory are those of the current device.
         torch.cuda.set_device(device.index or 0)
     return device
+
+
+def check_tensorboard() -> None:
+    """Refuse --visdom where TensorBoard cannot be imported.
+
+    Raises:
+        UserError: the package is missing or broken.
+    """
+    try:
+        importlib.import_module("torch.utils.tensorboard")
+    except ImportError as error:
+        raise UserError(
+            f"--visdom writes for TensorBoard, which cannot be imported ({error}); pip install "
+            "tensorboard"
+        ) from error

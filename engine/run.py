@@ -25,6 +25,7 @@ from engine.folder import RunFolder
 from engine.options import Call, Options
 from engine.resolve import (
     check_resumed,
+    check_tensorboard,
     check_training,
     dataset_options,
     resolve,
@@ -52,11 +53,13 @@ class Run:
     data: dict
     """Fingerprint of the training set."""
     saved: dict | None
-    """The checkpoint that is resumed, and its path."""
+    """The checkpoint that is resumed."""
     path: Path | None
+    """Its file."""
     start: dict | None
     """The checkpoint of --resume_net."""
-    folder: RunFolder
+    folder: RunFolder | None = None
+    """None until every rank knows it."""
 
     @property
     def num_classes(self) -> int:
@@ -69,8 +72,10 @@ class Run:
         published = DATASETS[self.options.dataset].detection
         return DetectConfig(**{**published, "conf_thresh": TRAINING_THRESHOLD})
 
-    def log_data(self) -> None:
-        """Log the number of images, and what the readers changed."""
+    def log_data(self, asked: str | None) -> None:
+        """Log the number of images, and what the readers changed; ``asked``: value of --resume."""
+        if asked == "auto" and self.path is None:
+            LOGGER.info("no run to go on with: a new one starts")
         log_dataset(self.train_set, self.options, "train_sets")
         if self.test_set is not None:
             log_dataset(self.test_set, self.options, "test_sets")
@@ -122,18 +127,20 @@ def open_run(call: Call, given: Mapping[str, object], world: World) -> Run:
     Raises:
         UserError: options, checkpoint and data do not fit together.
     """
-    found = world.decide(lambda: str(find_checkpoint(call, given) or ""))
+    found = world.decide(lambda: _chosen_checkpoint(call, given))
     path = Path(found) if found else None
     run = world.in_turn(lambda: _read_run(call, given, path, world))
-    if call.resume == "auto" and path is None:
-        LOGGER.info("no run to go on with: a new one starts")
     folder = Path(world.decide(lambda: str(run_folder(call, run.options, run.saved, path))))
     return dataclasses.replace(run, folder=RunFolder(folder, run.options, world.main))
 
 
+def _chosen_checkpoint(call: Call, given: Mapping[str, object]) -> str:
+    check_training(call, given)
+    return str(find_checkpoint(call, given) or "")
+
+
 def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world: World) -> Run:
     """Return the run without its folder."""
-    check_training(call, given)
     saved, start, stored = None, None, {}
     if path is not None:
         saved = load_checkpoint(path)
@@ -148,6 +155,8 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
     options = dataclasses.replace(resolve(given, stored), ngpu=world.size)
     if options.overfit:
         options = dataclasses.replace(options, test_sets=options.train_sets)
+    if options.visdom:
+        check_tensorboard()
     if options.recompute and options.compile:
         raise UserError("--recompute changes nothing under --compile; give one of them")
     device = use_device(call, options, world)
@@ -169,8 +178,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
     processes = world.local_size if world.local_rank == 0 else 1
     pull = open_cache(options.cache, train_set, processes)
     _check_memory(options, len(train_set), test_set is not None, world)
-    folder = RunFolder(Path(), options)  # until every rank knows it
-    return Run(options, device, train_set, pull, test_set, data, saved, path, start, folder)
+    return Run(options, device, train_set, pull, test_set, data, saved, path, start)
 
 
 def _check_data(options: Options, data: dict, saved: dict | None, path: Path | None) -> None:
@@ -178,6 +186,11 @@ def _check_data(options: Options, data: dict, saved: dict | None, path: Path | N
     if not saved or saved.get("data") == data:
         return
     before = saved.get("data") or {}
+    if "annotations" not in before:
+        raise UserError(
+            f"{path} is of an older version of this program, which did not record the annotations, "
+            "so its run cannot continue; start a new one from its weights with --resume_net"
+        )
     what = ", ".join(key for key in data if data[key] != before.get(key))
     raise UserError(
         f"{path} was trained on other data than {options.root} holds now (different: {what}; "
@@ -242,11 +255,12 @@ def _is_wanted(run: Path, given: Mapping[str, object]) -> bool:
     """Whether a run is of the data set, root and --overfit that are asked for."""
     try:
         config = json.loads((run / "config.json").read_text())
-        found = config["dataset"], config["root"], config["overfit"]
+        found = config["dataset"], config["root"], config.get("overfit", Options.overfit)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     root = str(Path(given["root"]).expanduser().absolute()) if "root" in given else found[1]
-    return found == (given.get("dataset", Options.dataset), root, given.get("overfit", 0))
+    dataset, overfit = (given.get(key, getattr(Options, key)) for key in ("dataset", "overfit"))
+    return found == (dataset, root, overfit)
 
 
 def run_folder(call: Call, options: Options, saved: dict | None, path: Path | None) -> Path:
@@ -335,7 +349,7 @@ def _from_detector(net: nn.Module, run: Run, call: Call, info: DetectorInfo) -> 
         kept = len(options.classes) - len(new)
         origin += f", {kept} of {len(options.classes)} classes by name"
         origin += f"; new: {', '.join(new)}" if new else ""
-    if info.priors != options.dataset:
+    if info.priors != DATASETS[options.dataset].priors:
         origin += f"; prior boxes of {info.priors}, as they were trained with"
     load_weights(net, state, path)
     return origin

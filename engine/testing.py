@@ -22,8 +22,10 @@ from inference.runtime import EXPORTED_SUFFIXES, identity
 from layers.detect import DetectConfig
 from models.info import DetectorInfo
 from models.transfer import check_known, parse_class_map, transfer_classes
+from utils import nms
 from utils.checkpoint import load_checkpoint, sha256_of
 from utils.errors import UserError
+from utils.logger import LOGGER
 
 MACHINE = {name for name, spec in OPTIONS.items() if spec.metadata["machine"]}
 """Options that suit the machine that trained."""
@@ -58,8 +60,15 @@ class Testing:
         return origin_of(self.options, self.detection, self.checkpoint, self.device, self.class_map)
 
     def log_data(self) -> None:
-        """Log the number of images, and what the reader changed."""
+        """Log the number of images, what the reader changed, and what will detect."""
         log_dataset(self.dataset, self.options, "test_sets")
+        if self.exported:
+            runtime = self.checkpoint["runtime"]
+            LOGGER.info("%s by %s", self.checkpoint["file"], runtime)
+        else:
+            options, routine = self.options, nms.backend(self.device.type)
+            LOGGER.info("%s at %d, %d classes, on %s (%s); NMS: %s", options.version, options.size,
+                        len(options.classes), self.device, options.amp, routine)  # fmt: skip
 
     def keep(self, detections: list[dict]) -> None:
         """Write the detections of all images, and score them."""

@@ -75,7 +75,7 @@ class Trainer:
     def begin(self) -> None:
         """Write config.json and log what the run is."""
         options, sampler = self.options, self.sampler
-        self.folder.save_options()
+        self.folder.save_options(options)
         LOGGER.info(
             "%s at %d, %d classes, %d images, %d steps an epoch, %d epochs, on %s (%s); run %s",
             options.version, options.size, len(options.classes), len(self.train_set),

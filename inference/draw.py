@@ -280,10 +280,15 @@ def _fonts(files: tuple[str, ...]) -> list[FreeTypeFont]:
 
 def escape(text: str, font: FreeTypeFont) -> str:
     """Return one line of text with escapes for what the font lacks: "caf\\xe9" for "café"."""
-    line = " ".join(unicodedata.normalize("NFC", text).split())
     return "".join(
-        c if c.isascii() or _has(font, c) else c.encode("unicode_escape").decode() for c in line
+        c if c.isascii() or _has(font, c) else c.encode("unicode_escape").decode()
+        for c in one_line(text)
     )
+
+
+def one_line(text: str) -> str:
+    """Return text as it is drawn: composed characters, one space between words."""
+    return " ".join(unicodedata.normalize("NFC", text).split())
 
 
 @functools.cache

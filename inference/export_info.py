@@ -111,6 +111,6 @@ class ExportInfo:
             values["detector"] = DetectorInfo(**{key: values[key] for key in _DETECTOR})
             values["detection"] = DetectConfig(**stored["detection"])
             return cls(**{spec.name: values.get(spec.name) for spec in fields(cls)})
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
             damage = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise UserError(f"{path}: {damage} in its description; export it again") from error

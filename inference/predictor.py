@@ -64,6 +64,8 @@ class Predictor:
         self.exported: ExportedModel | None = None
         if amp not in AMP_TYPES:
             raise UserError(f"amp is {amp!r}, should be one of {', '.join(AMP_TYPES)}")
+        if path.suffix == ".pt2":
+            raise UserError(f"{path}: .pt2 files are programs and are not run; export to ONNX")
         if path.suffix in EXPORTED_SUFFIXES:
             if device not in ("auto", "cpu") or amp != "off" or classes is not None:
                 raise UserError(

@@ -153,9 +153,7 @@ def _from_tensors(saved: Mapping, path: str | Path, classes: Sequence[str] | Non
         if classes is None or len(classes) != count:
             return DetectorInfo(version, size, names, dataset, dataset, assumed=True)
     elif classes is None:
-        raise UserError(
-            f"{path} has {count} classes and no names for them; give --classes, without --class_map"
-        )
+        raise UserError(f"{path} has {count} classes and no names for them; give --classes")
     elif len(classes) != count:
         raise UserError(f"{path} has {count} classes, but --classes names {len(classes)}")
     return DetectorInfo(version, size, tuple(classes), dataset, DATASETS[dataset].priors)

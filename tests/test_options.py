@@ -86,7 +86,8 @@ def test_text_that_is_no_value_is_refused_by_the_parser(line, capsys):
 
 
 BAD_VALUES = [
-    ("size", 400), ("size", True), ("version", "SSD_other"), ("lr", "fast"), ("lr", float("nan")),
+    ("size", 400), ("size", True), ("size", 512.0), ("amp", ["off"]),
+    ("version", "SSD_other"), ("lr", "fast"), ("lr", float("nan")),
     ("lr", -1.0), ("momentum", 5), ("gamma", -1), ("jaccard_threshold", float("nan")),
     ("overfit", -1), ("num_workers", -1), ("batch_size", 0), ("batch_size", -4),
     ("batch_size", 2.5), ("accumulate", 0), ("test_sets", [5]), ("train_sets", [["a"]]),
@@ -199,7 +200,8 @@ def refusal(*line: str) -> str:
     ("--resume_net gone.pth", "gone.pth"),
     ("--resume_epoch 3", "--resume_epoch --resume_net"),
     ("--class_map a=b", "--class_map --resume_net"),
-    ("--train_sets ,", "image set"),
+    ("--train_sets ,", "image set"), ("--train_sets=", "image set"), ("--test=", "--test empty"),
+    ("--resume=", "--resume empty"), ("--basenet=", "--basenet empty"),
     ("--send_images_to_visdom", "--send_images_to_visdom --visdom"),
     ("--optimizer adamw", "--optimizer adamw --lr --weight_decay"),
     ("-v SSD_mobile -s 512", "512 --size"),
@@ -230,8 +232,8 @@ def test_what_a_checkpoint_is_made_for_cannot_be_changed(key, value):
 
 @pytest.mark.parametrize(
     "given",
-    [{"recipe": "modern"}, {"ema": 0.5}, {"overfit": 2}, {"batch_size": 3}, {"seed": 1},
-     {"optimizer": "adamw"}, {"norm_decay": False}, {"train_sets": "other"}],
+    [{"recipe": "modern"}, {"ema": 0.5}, {"crowds": False}, {"overfit": 2}, {"batch_size": 3},
+     {"seed": 1}, {"optimizer": "adamw"}, {"norm_decay": False}, {"train_sets": "other"}],
 )  # fmt: skip
 def test_a_resumed_run_keeps_what_its_state_and_order_depend_on(given):
     stored = resolve({"train_sets": "trainval"})

@@ -197,6 +197,7 @@ def test_weights_of_a_whole_detector_start_a_new_run(call):
     new = load_checkpoint(call.folder / "b" / "Final_tiny_VOC.pth")
     assert new["step"] == 9
     assert "all weights from" in new["config"]["start"]
+    assert json.loads((call.folder / "b" / "config.json").read_text()) == new["config"]
     for key, tensor in weights(path).items():
         if "running" not in key and "num_batches" not in key:
             assert torch.equal(tensor, new["model"][key])

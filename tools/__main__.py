@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from utils.errors import command
+from utils.errors import UserError, command
 
 
 def commands() -> dict[str, str]:
@@ -38,6 +38,9 @@ def _has_main(module: ast.Module) -> bool:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words and words[0] not in ("-h", "--help"):
+        raise UserError(f"{words[0]} is not taken here; give python -m tools.{words[0]}")
     found = commands()
     width = max(map(len, found))
     print("Commands (python -m tools.NAME --help says more):")

@@ -26,7 +26,7 @@ import torch
 from PIL.ImageFont import FreeTypeFont
 
 from data.classes import parse_classes
-from inference.draw import draw_caption, escape, find_font
+from inference.draw import draw_caption, escape, find_font, one_line
 from inference.predictor import Predictor
 from layers.detect import SUPPRESSION
 from tools.outputs import ANNOTATIONS, Found, Output, Writer, draw, open_writers
@@ -111,7 +111,7 @@ def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
     """Return the font for the class names; warn of names that it cannot draw."""
     font = find_font(classes, file)
     drawn = {name: escape(name, font) for name in classes}
-    if lacking := [f"{name} as {drawn[name]}" for name in classes if drawn[name] != name]:
+    if lacking := [f"{name} as {text}" for name, text in drawn.items() if text != one_line(name)]:
         LOGGER.warning(
             "no font here has all letters of the class names, which are drawn with escapes (%s); "
             "give a font that has them with --font",
@@ -134,7 +134,7 @@ def detect(args: argparse.Namespace) -> int:
                     len(info.classes), predictor.device, threshold)  # fmt: skip
         font, start = font_for(info.classes, args.font), time.monotonic()
         # Entered before the files: a signal does not end the process while they are written.
-        stop = stack.enter_context(StopSignal())
+        stop = stack.enter_context(StopSignal(gentle=True))
         writers: list[Writer] = []
         if args.out or not args.live:
             kinds = {*args.save, "drawn"} if args.draw else {*args.save}
@@ -195,7 +195,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("machine")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     g.add_argument("--amp", choices=AMP_TYPES, default="off", help="precision (default: off)")
-    g.add_argument("-b", "--batch_size", type=positive, default=8, metavar="N",
+    g.add_argument("-b", "--batch_size", "--batch", type=positive, default=8, metavar="N",
                    help="images at a time (default: 8)")
     g.add_argument("--workers", type=positive, default=min(4, cores()), metavar="N",
                    help="threads that read and write images (default: one per core, at most 4)")

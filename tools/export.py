@@ -43,7 +43,7 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
     p.add_argument("--max_detections", type=positive, metavar="N",
                    help="most detections of an image (default: 300 VOC, 200 COCO)")
     g = p.add_argument_group("proof")
-    g.add_argument("--images", metavar="FOLDER",
+    g.add_argument("--images", "--pictures", metavar="FOLDER",
                    help="images or a data set (default: what the checkpoint was tested on)")
     g.add_argument("--sets", metavar="SETS", help="image sets of the data set, e.g. 2007_test")
     g.add_argument("--limit", type=count, default=IMAGES, metavar="N",

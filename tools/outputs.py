@@ -309,9 +309,9 @@ def yolo_txt(found: Found, classes: Sequence[str]) -> bytes:
     boxes, inside = _clipped(found)
     low, high = boxes[:, :2], boxes[:, 2:] + 1
     relative = np.hstack([(low + high) / 2, high - low]) / (*found.size, *found.size)
-    lines = zip(found.labels[inside], relative, strict=True)
-    return "".join(f"{label - 1} {' '.join(f'{value:.6f}' for value in box)}\n" for label,
-                   box in lines).encode()
+    rows = zip(found.labels[inside], relative, strict=True)
+    lines = [f"{label - 1} {' '.join(f'{value:.6f}' for value in box)}\n" for label, box in rows]
+    return "".join(lines).encode()
 
 
 def _clipped(found: Found) -> tuple[np.ndarray, np.ndarray]:
@@ -412,16 +412,17 @@ class VideoFile:
         # MPEG-4 stores times in units of 1/n s with n below 2^16: a high rate gets few digits.
         rate = round(rate, 3 if rate < 65 else 2 if rate < 655 else 0)
         codec = cv2.VideoWriter_fourcc(*"mp4v")
-        self._even = size[0] // 2 * 2, size[1] // 2 * 2  # the codec takes no odd side
-        self._writer = cv2.VideoWriter(str(self._part), codec, rate, self._even)
+        self._pad = size[0] % 2, size[1] % 2  # the codec takes no odd side
+        even = size[0] + self._pad[0], size[1] + self._pad[1]
+        self._writer = cv2.VideoWriter(str(self._part), codec, rate, even)
         if not self._writer.isOpened():
             raise UserError(f"{path}: this OpenCV cannot write mp4; give --no-draw")
 
     def write(self, image: np.ndarray) -> None:
         if image.shape[1::-1] != self._size:
             image = cv2.resize(image, self._size)
-        width, height = self._even
-        self._writer.write(image[:height, :width])
+        right, bottom = self._pad
+        self._writer.write(cv2.copyMakeBorder(image, 0, bottom, 0, right, cv2.BORDER_REPLICATE))
 
     def close(self) -> None:
         self._writer.release()

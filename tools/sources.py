@@ -72,7 +72,8 @@ def find_sources(words: Sequence[str], out: Path) -> list[Source]:
     - A pattern (``*``, ``?``, ``[``, ``**`` for any depth) names the images and videos it matches.
     - ``camera`` or a number names a camera.
 
-    The suffix tells images and videos. Names are relative to the common folder of all files.
+    The suffix tells images and videos; OpenCV tells them for a named file of another suffix. Names
+    are relative to the common folder of all files.
 
     Raises:
         UserError: A word names nothing that can be read, or a second camera.
@@ -84,7 +85,12 @@ def find_sources(words: Sequence[str], out: Path) -> list[Source]:
         if not os.path.exists(word) and (word == "camera" or word.isdecimal()):
             cameras.add(0 if word == "camera" else int(word))
             continue
-        found = {os.path.abspath(path): kind for path in _files(word, out) if (kind := _kind(path))}
+        if os.path.isfile(word) and _kind(word) is None:
+            # A named file of an unusual suffix: OpenCV tells images from videos.
+            found = {os.path.abspath(word): "image" if cv2.haveImageReader(word) else "video"}
+        else:
+            paths = _files(word, out)
+            found = {os.path.abspath(path): kind for path in paths if (kind := _kind(path))}
         if not found:
             suffixes = ", ".join([*sorted(IMAGES), *sorted(VIDEOS)])
             raise UserError(f"{word} holds no image and no video; their names end in {suffixes}")
@@ -170,7 +176,8 @@ class Reader:
     def _read_images(self, sources: Sequence[Source]) -> Iterator[list[Frame]]:
         progress = Progress("detect", len(sources), LOG_EVERY)
         jobs = (partial(read_image, source.path) for source in sources)
-        with closing(run_ahead(jobs, self._workers, self._size + self._workers)) as futures:
+        ahead = run_ahead(jobs, self._workers, self._size + self._workers)
+        with closing(progress), closing(ahead) as futures:
             pairs = zip(sources, futures, strict=True)
             while group := list(islice(pairs, self._size)):
                 batch = []
@@ -185,7 +192,6 @@ class Reader:
                     yield batch
                 for _ in group:
                     progress.update(1)
-        progress.close()
 
     def _read_video(self, source: Source) -> Iterator[list[Frame]]:
         capture, is_camera = cv2.VideoCapture(source.path), source.kind == "camera"

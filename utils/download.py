@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import re
+import socket
 import sys
 import tarfile
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from tempfile import TemporaryDirectory
 from utils.errors import UserError
 from utils.files import file_digest
 
+SECONDS_OF_SILENCE = 30
+"""A server that sends nothing for so long is given up."""
 _DRIVE = re.compile(r"https://drive\.google\.com/file/d/([\w-]+)")
 
 
@@ -83,11 +86,16 @@ def _fault(path: Path, checksum: str | None, check: Callable[[Path], str] | None
 def _download(url: str, part: Path) -> None:
     from torch.hub import download_url_to_file
 
-    # In a folder of its own: torch.hub leaves a temporary file behind if the URL is not valid.
-    with TemporaryDirectory(dir=part.parent) as folder:
-        file = Path(folder, part.name)
-        download_url_to_file(url, str(file), progress=sys.stderr.isatty())
-        os.replace(file, part)
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SECONDS_OF_SILENCE)  # torch.hub sets none
+    try:
+        # In a folder of its own: torch.hub leaves a temporary file behind if the URL is not valid.
+        with TemporaryDirectory(dir=part.parent) as folder:
+            file = Path(folder, part.name)
+            download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+            os.replace(file, part)
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def _download_from_drive(file_id: str, url: str, part: Path, by_hand: str) -> None:
@@ -133,6 +141,10 @@ def extract_tar(path: str | Path, directory: str | Path) -> None:
         with tarfile.open(path, "r:") as archive:
             for member in archive:
                 tarfile.data_filter(member, str(directory))
+                # The filter lets links pass, and has had holes for them; no data set needs any.
+                if not (member.isreg() or member.isdir()):
+                    raise UserError(f"{path}: refused to unpack ({member.name} is a link or a "
+                                    "device); delete the file and get it from a source you trust")
             Path(directory).mkdir(parents=True, exist_ok=True)
             mark.touch()
             archive.extractall(directory, filter="data")

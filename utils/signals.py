@@ -17,12 +17,14 @@ class Interrupted(Exception):
 class StopSignal:
     """Context in which the first SIGINT or SIGTERM sets ``asked``.
 
-    A second signal, after at least three seconds, does what the signal does by default.
+    A second signal, after at least three seconds, ends the process at once, or with ``gentle`` does
+    what it did before the context: Ctrl-C raises KeyboardInterrupt, which closes files.
     """
 
     SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-    def __init__(self) -> None:
+    def __init__(self, gentle: bool = False) -> None:
+        self.gentle = gentle
         self.asked_at: float | None = None
 
     @property
@@ -47,5 +49,5 @@ class StopSignal:
         if self.asked_at is None:
             self.asked_at = now
         elif now - self.asked_at > SAME_SIGNAL_SECONDS:
-            signal.signal(number, signal.SIG_DFL)
+            signal.signal(number, self._before[number] if self.gentle else signal.SIG_DFL)
             signal.raise_signal(number)
