@@ -50,7 +50,8 @@ class DetectConfig:
             raise ValueError(f"nms is {self.nms!r}, should be one of {', '.join(SUPPRESSION)}")
         limits = self.per_class, self.top_k
         if not all(isinstance(limit, int) for limit in limits) or min(limits) < 1:
-            raise ValueError(f"per_class and top_k are {limits}, should be whole numbers over 0")
+            raise ValueError(f"per_class {limits[0]} and top_k {limits[1]} should be whole numbers "
+                             "over 0")
         if not (0 <= self.conf_thresh <= 1 and 0 <= self.nms_thresh <= 1):
             raise ValueError(
                 f"conf_thresh {self.conf_thresh} and nms_thresh {self.nms_thresh} should be in 0..1"

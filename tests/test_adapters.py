@@ -65,7 +65,7 @@ def test_the_page_does_what_it_says(voc_folder, tmp_path, monkeypatch):
     monkeypatch.setitem(BACKBONES, "tiny", TINY)
     write_checkpoint(tmp_path / "best.pth", voc_folder)
     (tmp_path / "FOLDER").symlink_to(voc_folder)
-    (tmp_path / "picture.jpg").symlink_to(voc_folder / "JPEGImages" / "t1.jpg")
+    (tmp_path / "street.jpg").symlink_to(voc_folder / "JPEGImages" / "t1.jpg")
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     ran = set()

@@ -82,7 +82,7 @@ def test_a_configuration_without_names_is_refused(states, classes):
 
 
 @pytest.mark.parametrize(("count", "names", "said"), [
-    (3, None, "2 classes and no names for them; give --classes, without --class_map"),
+    (3, None, "2 classes and no names for them; give --classes"),
     (3, ["a"], "2 classes, but --classes names 1"),
     (21, ["a"], "the 20 classes aeroplane, .*, not a; leave the names out"),
 ])

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tools.__main__ import main
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -25,3 +27,8 @@ def test_every_command_is_listed_with_its_line():
         assert (ROOT / "tools" / f"{name}.py").read_text("utf-8").startswith(f'"""{text}')
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not {"torch", "numpy", "cv2"} & imported
+
+
+def test_a_name_behind_a_space_is_refused(capsys):
+    assert main(["detect", "best.pth"]) == 2
+    assert "python -m tools.detect" in capsys.readouterr().err

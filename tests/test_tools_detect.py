@@ -757,3 +757,10 @@ def test_every_command_of_the_page_runs(weights):
     options = (ROOT / "tools" / "detect.py").read_text("utf-8")
     told = set(re.findall(r"--[a-z]\w+", text)) - {"--format", "--images", "--no"}
     assert {name for name in told if f'"{name}"' not in options} == set()
+
+
+def test_a_named_file_of_an_unusual_suffix_is_told_by_its_content(tmp_path):
+    cv2.imwrite(str(tmp_path / "a.png"), np.zeros((8, 8, 3), np.uint8))
+    (tmp_path / "a.png").rename(tmp_path / "photo")
+    (source,) = find_sources([str(tmp_path / "photo")], tmp_path / "out")
+    assert (source.kind, source.name) == ("image", "photo")

@@ -85,12 +85,12 @@ def find_sources(words: Sequence[str], out: Path) -> list[Source]:
         if not os.path.exists(word) and (word == "camera" or word.isdecimal()):
             cameras.add(0 if word == "camera" else int(word))
             continue
-        if os.path.isfile(word) and _kind(word) is None:
-            # A named file of an unusual suffix: OpenCV tells images from videos.
-            found = {os.path.abspath(word): "image" if cv2.haveImageReader(word) else "video"}
-        else:
-            paths = _files(word, out)
-            found = {os.path.abspath(path): kind for path in paths if (kind := _kind(path))}
+        found = {os.path.abspath(path): kind for path in _files(word, out) if (kind := _kind(path))}
+        if not found and os.path.isfile(word):  # a named file of another suffix
+            if cv2.haveImageReader(word):
+                found = {os.path.abspath(word): "image"}
+            elif cv2.VideoCapture(word).isOpened():
+                found = {os.path.abspath(word): "video"}
         if not found:
             suffixes = ", ".join([*sorted(IMAGES), *sorted(VIDEOS)])
             raise UserError(f"{word} holds no image and no video; their names end in {suffixes}")
