@@ -84,8 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     p = Parser(prog="python -m demo.run", description=__doc__.splitlines()[0])
     p.add_argument("--output", type=Path, default=Path("demo/output"), help="(demo/output)")
-    p.add_argument("--epochs", type=positive, default=14, help="(14)")
-    p.add_argument("--trainval", type=positive, default=300, help="images to train on (300)")
+    p.add_argument("--epochs", type=positive, default=12, help="(12)")
+    p.add_argument("--trainval", type=positive, default=200, help="images to train on (200)")
     p.add_argument("--test", type=positive, default=80, help="images to test on (80)")
     args = p.parse_args(argv)
     start = time.monotonic()

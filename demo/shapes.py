@@ -166,7 +166,7 @@ def draw_image(rng: np.random.Generator, width: int, height: int,
 
 
 def make_dataset(
-    directory: str | os.PathLike, trainval: int = 300, test: int = 80,
+    directory: str | os.PathLike, trainval: int = 200, test: int = 80,
     size: tuple[int, int] = (320, 500), seed: int = 0,
 ) -> dict[str, Counter[str]]:  # fmt: skip
     """Draw a data set into a new or empty folder, and return its objects per split and class.
@@ -214,7 +214,7 @@ def make_dataset(
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m demo.shapes", description=__doc__.splitlines()[0])
     p.add_argument("directory", metavar="DIR", help="new folder")
-    p.add_argument("--trainval", type=positive, default=300, help="images to train on (300)")
+    p.add_argument("--trainval", type=positive, default=200, help="images to train on (200)")
     p.add_argument("--test", type=positive, default=80, help="images to test on (80)")
     p.add_argument("--seed", type=count, default=0, help="another seed draws other images (0)")
     args = p.parse_args(argv)
