@@ -55,7 +55,7 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         "weight_decay": row.weight_decay, "num_workers": min(Options.num_workers, cores()),
         **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))], **values,
     }
-    values["root"] = root = str(Path(values["root"]).expanduser().absolute())
+    values["root"] = root = absolute(values["root"])
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
         asked = values[key] if key in given else values.get(key) or sets
         if isinstance(asked, str):
@@ -75,6 +75,11 @@ def _check_size(options: Options) -> None:
         prior_config(options.version, options.priors, options.size)
     except ValueError as error:
         raise UserError(f"{error} (--size)") from error
+
+
+def absolute(root: object) -> str:
+    """Return a --root as options and config.json keep it."""
+    return str(Path(root).expanduser().absolute())
 
 
 def check_training(call: Call, given: Mapping[str, object]) -> None:

@@ -24,6 +24,7 @@ from engine.distributed import World, check_shares, check_sync_bn
 from engine.folder import RunFolder
 from engine.options import Call, Options
 from engine.resolve import (
+    absolute,
     check_resumed,
     check_tensorboard,
     check_training,
@@ -33,7 +34,7 @@ from engine.resolve import (
 )
 from layers.detect import DetectConfig
 from models.base_weights import load_base
-from models.info import DetectorInfo
+from models.info import DetectorInfo, published_detection
 from models.transfer import parse_class_map, transfer_classes
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.errors import UserError
@@ -69,8 +70,8 @@ class Run:
     @property
     def detection(self) -> DetectConfig:
         """Detection settings of the evaluations during training."""
-        published = DATASETS[self.options.dataset].detection
-        return DetectConfig(**{**published, "conf_thresh": TRAINING_THRESHOLD})
+        published = published_detection(self.options.dataset)
+        return dataclasses.replace(published, conf_thresh=TRAINING_THRESHOLD)
 
     def log_data(self, asked: str | None) -> None:
         """Log the number of images, and what the readers changed; ``asked``: value of --resume."""
@@ -258,7 +259,7 @@ def _is_wanted(run: Path, given: Mapping[str, object]) -> bool:
         found = config["dataset"], config["root"], config.get("overfit", Options.overfit)
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    root = str(Path(given["root"]).expanduser().absolute()) if "root" in given else found[1]
+    root = absolute(given["root"]) if "root" in given else found[1]
     dataset, overfit = (given.get(key, getattr(Options, key)) for key in ("dataset", "overfit"))
     return found == (dataset, root, overfit)
 

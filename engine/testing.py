@@ -8,19 +8,19 @@ from pathlib import Path
 
 import torch
 
-from data import DATASETS, DetectionData
+from data import DetectionData
 from data.classes import parse_classes
 from data.detections import load_detections
 from data.image_sets import sets_name
 from engine.distributed import World
 from engine.evaluate import detector_name, keep_and_score, origin_of, score
 from engine.options import OPTIONS, Call, Options
-from engine.resolve import resolve, use_device
+from engine.resolve import absolute, resolve, use_device
 from engine.run import log_dataset, open_dataset
 from inference.predictor import Predictor
 from inference.runtime import EXPORTED_SUFFIXES, identity
 from layers.detect import DetectConfig
-from models.info import DetectorInfo
+from models.info import DetectorInfo, published_detection
 from models.transfer import check_known, parse_class_map, transfer_classes
 from utils import nms
 from utils.checkpoint import load_checkpoint, sha256_of
@@ -120,7 +120,7 @@ def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world:
         weights, _ = transfer_classes(weights, info.classes, options.classes, class_map,
                                       options.seed)
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
-    published = DetectConfig(**DATASETS[options.dataset].detection)
+    published = published_detection(options.dataset)
     folder = test_folder(call, given, options, path)
     return Testing(options, device, dataset, call.detection(published), weights, None, checkpoint,
                    folder, call.class_map)  # fmt: skip
@@ -164,7 +164,7 @@ def _stored(saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, 
     if stored.get("overfit"):
         leave.add("test_sets")
     root = given.get("root")
-    if root is not None and str(Path(root).expanduser().absolute()) != stored.get("root"):
+    if root is not None and absolute(root) != stored.get("root"):
         leave.add("test_sets")  # image sets of another root mean nothing here
     if mapped or "classes" in given:
         leave.add("classes")

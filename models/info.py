@@ -101,7 +101,12 @@ class DetectorInfo:
 
     def detection(self) -> DetectConfig:
         """Return the published detection settings of its data set."""
-        return DetectConfig(**DATASETS[self.dataset].detection)
+        return published_detection(self.dataset)
+
+
+def published_detection(dataset: str) -> DetectConfig:
+    """Return the published detection settings of a data set, a key of ``data.DATASETS``."""
+    return DetectConfig(**DATASETS[dataset].detection)
 
 
 def load_detector(path: str | Path,
