@@ -9,7 +9,7 @@ import socket
 import sys
 import tarfile
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -90,7 +90,7 @@ def _download(url: str, part: Path) -> None:
     socket.setdefaulttimeout(SECONDS_OF_SILENCE)  # torch.hub sets none
     try:
         # In a folder of its own: torch.hub leaves a temporary file behind if the URL is not valid.
-        with TemporaryDirectory(dir=part.parent) as folder:
+        with TemporaryDirectory(dir=part.parent) as folder, redirect_stderr(sys.__stderr__):
             file = Path(folder, part.name)
             download_url_to_file(url, str(file), progress=sys.stderr.isatty())
             os.replace(file, part)
@@ -108,8 +108,9 @@ def _download_from_drive(file_id: str, url: str, part: Path, by_hand: str) -> No
             f"pip install gdown and run again, or {by_hand}"
         ) from error
     try:
-        # Without the cookies of the user's browser.
-        done = gdown.download(id=file_id, output=str(part), resume=True, use_cookies=False)
+        with redirect_stderr(sys.__stderr__):  # its progress needs control characters
+            # Without the cookies of the user's browser.
+            done = gdown.download(id=file_id, output=str(part), resume=True, use_cookies=False)
     except Exception as error:  # gdown and requests raise various types
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot download {url} ({reason}); try again, or {by_hand}") from error
