@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -163,6 +164,31 @@ def locked(path: str | Path) -> Iterator[None]:
         except OSError as error:  # a network file system without locks
             LOGGER.warning("%s cannot be locked (%s): do not train twice into it", path, error)
         yield
+
+
+def read_bytes(path: str | Path, what: str = "file", limit: int = 2**32) -> bytes:
+    """Return the content of a regular file; a FIFO or a device, which may block, is not opened.
+
+    what: what messages call the file, such as "image".
+
+    Raises:
+        UserError: the file is missing, not regular, larger than ``limit`` bytes or unreadable.
+    """
+    try:
+        status, fault = os.stat(path), None
+        if stat.S_ISDIR(status.st_mode):
+            fault = "a folder"
+        elif not stat.S_ISREG(status.st_mode):
+            fault = "a pipe or a device"
+        elif status.st_size > limit:
+            fault = f"{status.st_size:,} bytes, more than {limit:,}"
+        if fault:
+            raise UserError(f"{path}: cannot read the {what} ({fault}); give another file")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the {what} ({error.strerror})") from error
+    except ValueError as error:  # NUL or a lone surrogate in the name
+        raise UserError(f"{str(path)!a}: cannot be the name of the {what} ({error})") from error
 
 
 def check_writable(path: str | Path) -> None:
