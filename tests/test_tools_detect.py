@@ -35,7 +35,8 @@ from inference.draw import LEGIBLE
 from inference.predictor import Predictor
 from layers.detect import DetectConfig
 from tools import detect, export, outputs
-from tools.outputs import Annotations, Drawings, Found, Output, VideoFile, voc_xml, yolo_txt
+from tools.annotations import Annotations, label_names, voc_xml, yolo_txt
+from tools.outputs import Drawings, Found, Output, VideoFile
 from tools.sources import IMAGES, Frame, Source, find_sources, read_frames, run_ahead
 from utils.errors import UserError
 
@@ -139,7 +140,7 @@ class Capture:
                        cv2.CAP_PROP_POS_MSEC: time}  # fmt: skip
 
     def __call__(self, path):
-        self.path = path
+        self.path = getattr(self, "path", path)
         return self
 
     def isOpened(self):
@@ -240,7 +241,7 @@ def test_classes_of_coco_have_their_official_numbers():
 def test_annotations_of_voc_and_yolo():
     boxes = [[9.6, 19.4, 49.7, 39.0], [-20, -5, 150, 30], [200, 5, 250, 30]]
     found, names = found_in("in/a&b.jpg", boxes, [2, 1, 1]), ("cat", "<dog>")
-    Path("a.xml").write_bytes(voc_xml(found, names))
+    Path("a.xml").write_bytes(voc_xml(found, found.name, names))
     annotation = read_annotation("a.xml")
     assert annotation.names == ("<dog>", "cat") and annotation.size == (100, 50)
     assert annotation.boxes.tolist() == [[10, 19, 50, 39], [0, 0, 99, 30]]  # the third is outside
@@ -248,7 +249,8 @@ def test_annotations_of_voc_and_yolo():
     assert (root.findtext("folder"), root.findtext("filename")) == ("in", "a&b.jpg")
     assert [e.text for e in root.findall("object/score")] == ["0.90000", "0.80000"]
     assert [e.text for e in root.find("object/bndbox")] == ["11", "20", "51", "40"]  # 1-based
-    lines = [list(map(float, line.split())) for line in yolo_txt(found, names).decode().split("\n")]
+    text = yolo_txt(found, "", names).decode()
+    lines = [list(map(float, line.split())) for line in text.split("\n")]
     assert lines[:2] == [
         pytest.approx([1, (9.6 + 50.7) / 200, (19.4 + 40) / 100, 41.1 / 100, 20.6 / 50], abs=1e-6),
         pytest.approx([0, 0.5, 31 / 100, 1, 31 / 50], abs=1e-6),
@@ -259,7 +261,7 @@ def test_a_reader_keeps_thin_boxes_of_voc(make_voc):
     boxes = [[10.2, 10.2, 10.4, 20], [98.6, 30, 140, 40], [5, 48.7, 9, 49], [-3, 2, 0.3, 8]]
     folder = make_voc(Path("voc"), {"all": {"a": []}}, (100, 50))
     found = found_in("a.jpg", boxes, [1] * 4)
-    (folder / "Annotations/a.xml").write_bytes(voc_xml(found, ("cat",)))
+    (folder / "Annotations/a.xml").write_bytes(voc_xml(found, found.name, ("cat",)))
     dataset = VOCDetection(folder, [(None, "all")], classes=("cat",))
     assert dataset.target(0)[:, :4].tolist() == [
         [10, 10, 11, 20], [98, 30, 99, 40], [5, 48, 9, 49], [0, 2, 1, 8],
@@ -268,33 +270,90 @@ def test_a_reader_keeps_thin_boxes_of_voc(make_voc):
 
 def test_characters_that_xml_does_not_allow_are_replaced():
     found = found_in("in\x01/a\x1f\x7f\ufffe猫\U0001f600.jpg", [1, 2, 30, 40], [1])
-    root = ElementTree.fromstring(voc_xml(found, ("c\0at",)))
+    root = ElementTree.fromstring(voc_xml(found, found.name, ("c\0at",)))
     assert root.findtext("folder") == "in\ufffd"
     assert root.findtext("filename") == "a\ufffd\x7f\ufffd猫\U0001f600.jpg"
     assert root.findtext("object/name") == "c\ufffdat"
 
 
-def test_every_image_has_a_file_also_without_objects(weights):
-    for name in ("a.jpg", "in/c.png"):
+def test_annotations_are_data_sets_of_all_images(weights):
+    for name in ("a.jpg", "in/a.png", "in/a.jpg", "in/c.ppm"):
         image_file(f"photos/{name}")
-    options = ("--save", "voc", "yolo", "csv", "json", "--no-draw", "--out")
-    assert call(weights, "photos", *options, "full") == 0
-    expected = {"voc/Annotations/a.xml", "voc/Annotations/in/c.xml", "yolo/labels/a.txt",
-                "yolo/labels/in/c.txt", "voc/classes.txt", "yolo/classes.txt", "detections.csv",
-                "detections.json", "images.json"}  # fmt: skip
-    assert files("full") == expected
+    video_file("photos/film.mp4", 2)
+    options = ("--save", "voc", "yolo", "coco", "csv", "json", "--no-draw", "--out")
+    stems = ["a", "film.mp4/000000", "film.mp4/000001", "in/a.jpg", "in/a.png", "in/c"]
+    images = [stem + suffix
+              for stem, suffix in zip(stems, (".jpg",) * 4 + (".png", ".png"), strict=True)]
+    for out, least, some in (("full", 0.4, True), ("empty", 1, False)):
+        assert call(weights, "photos", *options, out, "--score_threshold", least) == 0
+        voc = {"classes.txt", *(f"Annotations/{stem}.xml" for stem in stems),
+               *(f"JPEGImages/{name}" for name in images)}  # fmt: skip
+        yolo = {"classes.txt", "data.yaml", *(f"labels/{stem}.txt" for stem in stems),
+                *(f"images/{name}" for name in images)}  # fmt: skip
+        coco = {"classes.txt", "annotations/instances_default.json",
+                *(f"images/{name}" for name in images)}  # fmt: skip
+        assert (files(f"{out}/voc"), files(f"{out}/yolo"), files(f"{out}/coco")) == (
+            voc, yolo, coco)  # fmt: skip
+        found = read("coco/annotations/instances_default.json", Path(out))
+        assert [image["file_name"] for image in found["images"]] == images
+        assert [image["id"] for image in found["images"]] == [1, 2, 3, 4, 5, 6]
+        assert bool(found["annotations"]) == some
+        for k, stem in enumerate(stems, 1):
+            annotation = read_annotation(f"{out}/voc/Annotations/{stem}.xml")
+            lines = Path(f"{out}/yolo/labels/{stem}.txt").read_text().splitlines()
+            objects = [each for each in found["annotations"] if each["image_id"] == k]
+            assert len(annotation.names) == len(lines) == len(objects)
+            boxes = [each["bbox"] for each in objects]
+            ends = annotation.boxes[:, :2], annotation.boxes[:, 2:] - annotation.boxes[:, :2] + 1
+            np.testing.assert_allclose(np.reshape(boxes, (-1, 4)), np.hstack(ends), atol=2)
+    assert Path("full/yolo/images/a.jpg").samefile("photos/a.jpg")
     assert Path("full/voc/classes.txt").read_text().split() == CLASSES
-    annotation = read_annotation("full/voc/Annotations/in/c.xml")
-    lines = Path("full/yolo/labels/in/c.txt").read_text().splitlines()
-    assert len(annotation.names) == len(lines) > 0
+    assert Path("full/yolo/data.yaml").read_text() == (
+        f"path: .\ntrain: images\nnames: {json.dumps(CLASSES)}\n")  # fmt: skip
+    assert (Path("empty") / "detections.csv").read_text() == ",".join(outputs.CSV_HEADER) + "\n"
 
-    empty = Path("empty")
-    assert call(weights, "photos", *options, empty, "--score_threshold", 1) == 0
-    assert files(empty) == expected
-    assert read_annotation(empty / "voc/Annotations/in/c.xml").names == ()
-    assert (empty / "yolo/labels/in/c.txt").read_text() == ""
-    assert read("detections.json", empty) == [] and len(read("images.json", empty)["images"]) == 2
-    assert (empty / "detections.csv").read_text() == ",".join(outputs.CSV_HEADER) + "\n"
+
+def test_what_cannot_be_written_is_counted_and_the_rest_is_done(weights, capsys):
+    long = "ü" * 125 + ".jpg"  # 254 bytes
+    for name in ("a.jpg", "b.jpg", "c.jpg", long):
+        image_file(f"photos/{name}")
+    os.rename("photos/c.jpg", f"photos/{'x' * 250}.jfif")  # which is drawn as .jfif.png
+    video_file("photos/film.mp4", 3)
+    video_file(f"photos/{'v' * 251}.mp4", 2)
+    for taken in ("drawn/a.jpg", "voc/JPEGImages/b.jpg", "drawn/film.mp4"):
+        (OUT / taken).mkdir(parents=True)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("photos/pipe.mp4")
+    assert call(weights, "photos", "--save", "json", "voc") == 1
+    told = capsys.readouterr()
+    not_written = [line for line in told.err.splitlines() if line.startswith("not written: ")]
+    assert len(not_written) == 4
+    for name in ("drawn/a.jpg", "JPEGImages/b.jpg", "drawn/film.mp4", "x.jfif.png"):
+        assert any(name in line for line in not_written)
+    assert "4 could not be written" in told.out
+    if hasattr(os, "mkfifo"):
+        assert "1 could not be read" in told.out and "photos/pipe.mp4" in told.err
+    assert files(OUT / "drawn") == {"b.jpg", long, f"{'v' * 251}.mp4"}
+    assert len(files(OUT / "voc/Annotations")) == 3 + 3 + 2
+    assert len(read("images.json")["images"]) == 4 + 3 + 2
+
+
+def test_nothing_is_written_behind_a_link_out_of_the_results(weights, capsys):
+    image_file("photos/in/a.jpg")
+    image_file("photos/b.jpg")
+    (OUT / "drawn").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    os.symlink(Path("elsewhere").absolute(), OUT / "drawn/in")
+    assert call(weights, "photos") == 1
+    assert "remove the link" in capsys.readouterr().err and files("elsewhere") == set()
+    assert files(OUT / "drawn") == {"b.jpg"}
+
+
+@pytest.mark.parametrize("text, cell", [
+    *((start + "1+1", "'" + start + "1+1") for start in "=+-@\t\r＝"), ("a=1", "a=1"), ("", ""),
+])  # fmt: skip
+def test_no_cell_of_a_table_is_a_formula(text, cell):
+    assert outputs.csv_text(text) == cell
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -444,7 +503,7 @@ def test_what_an_earlier_call_has_drawn_is_left_out(caplog):
 ])  # fmt: skip
 def test_names_and_numbers_do_not_collide(given, labels, ids):
     sources = sources_of(*given)
-    assert list(outputs.label_names(sources).values()) == labels
+    assert list(label_names(sources).values()) == labels
     assert list(outputs.image_ids(sources).values()) == ids
 
 
@@ -511,8 +570,12 @@ def test_annotations_are_never_replaced(weights, capsys):
     (["none.jpg"], "none.jpg does not exist; give"),
     (["notes.txt"], "notes.txt holds no image .* end in"),
     (["camera", "1"], "cameras 0, 1 .* give one"),
+    (["pipe.mp4"], "pipe.mp4 is a pipe or a device; give"),
+    (["/dev/zero"], "/dev/zero is a pipe or a device; give"),
 ])  # fmt: skip
 def test_words_that_name_no_source(words, message):
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("pipe.mp4")
     Path("empty").mkdir()
     Path("notes.txt").write_text("some words\n")
     image_file("a.png")
@@ -537,13 +600,13 @@ def test_a_source_must_be_given(capsys):
     (["none.pth", "a.png"], "none.pth"),
     (["best.pth", "a.png", "--live"], "--live shows cameras and videos; leave it out"),
     (["best.pth", "a.png", "--out", "notes.txt"], "notes.txt"),
-    (["best.pth", "a.png", "--out", "o"], "a.png could not be written"),
-    (["best.pth", "3", "--out", "o"], "camera_3 cannot be opened; is it connected"),
+    (["best.pth", "a.png", "--out", "o"], "images.json could not be written"),
+    (["best.pth", "3", "--out", "p"], "camera_3 cannot be opened; is it connected"),
 ])  # fmt: skip
 def test_mistakes_end_with_one_sentence(words, message, weights, monkeypatch, capsys):
     monkeypatch.setattr(cv2, "VideoCapture", Capture(opened=False))
     Path("notes.txt").touch()
-    Path("o/drawn/a.png").mkdir(parents=True)
+    Path("o/images.json").mkdir(parents=True)
     image_file("a.png")
     assert call(*words) == 2
     error = capsys.readouterr().err

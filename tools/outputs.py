@@ -1,20 +1,20 @@
-"""What detection writes: COCO JSON, CSV, VOC XML, YOLO text, drawn images and videos.
+"""What detection writes: JSON and CSV, drawn images and videos.
 
-Boxes are (x1, y1, x2, y2) in pixels, 0-based, both ends inside the box. JSON and CSV keep them as
-the detector gives them, which may reach outside the image. VOC and YOLO files are annotations:
-boxes are clipped to the image, and boxes outside it are dropped.
+Boxes are (x1, y1, x2, y2) in pixels, 0-based, both ends inside the box. They are those of the
+detector, which may reach outside the image.
 """
 
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import json
 import os
-import re
-import xml.etree.ElementTree as ElementTree
-from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import sys
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -32,7 +32,6 @@ from utils.files import atomic_write, check_writable
 
 # COCO numbers its 80 categories up to 90, without ten of these numbers.
 COCO_IDS = tuple(sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
-_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 CSV_HEADER = ("file", "frame", "time", "class", "score", "x1", "y1", "x2", "y2")
 DRAWN = frozenset(".jpg .jpeg .jpe .png .bmp .dib .webp .tif .tiff .ppm".split())
 """Suffixes that a drawn image keeps: every OpenCV can write colours to such files."""
@@ -64,56 +63,86 @@ class Writer(Protocol):
 
     place: str
     """What it writes, relative to the results folder."""
-    in_order: bool
-    """Whether frames must be added one after the other."""
+    in_order = False
+    """Whether it is one file for all images: frames must be added one after the other."""
 
     def add(self, found: Found) -> None: ...
 
+    def close(self) -> None:
+        """Finish the files that are being written."""
+
 
 class Output:
-    """Write results in ``workers`` threads, those of videos in order, until ``stack`` closes."""
+    """Write results in ``workers`` threads, those of videos in order, until ``stack`` closes.
+
+    A file of one image that cannot be written is reported, counted as ``unwritten`` and skipped.
+    """
 
     def __init__(self, writers: Sequence[Writer], workers: int, stack: ExitStack) -> None:
-        self.writers = writers
+        self.writers, self.unwritten = writers, 0
         self._in_order = stack.enter_context(ThreadPoolExecutor(1))
         self._pool = stack.enter_context(ThreadPoolExecutor(workers))
-        self._pending, self._most = deque[Future](), 2 * workers
+        self._pending, self._most = deque[tuple[Writer, Future]](), 2 * workers
 
     def add(self, found: Found) -> None:
         """Have the detections of a frame written. Wait if too many files are pending."""
         is_image = found.frame.number is None
         for writer in self.writers:
             pool = self._pool if is_image and not writer.in_order else self._in_order
-            self._pending.append(pool.submit(writer.add, found))
+            self._pending.append((writer, pool.submit(writer.add, found)))
         self.finish(self._most)
 
     def finish(self, most: int = 0) -> None:
-        """Wait until at most ``most`` files are pending."""
+        """Wait until at most ``most`` files are pending.
+
+        Raises:
+            UserError: The disk is full, or a file of all images cannot be written.
+        """
         while len(self._pending) > most:
-            self._pending.popleft().result()
+            writer, future = self._pending.popleft()
+            self._try(writer, future.result)
+
+    def close(self) -> None:
+        """Finish all files, as ``finish``."""
+        self.finish()
+        for writer in self.writers:
+            self._try(writer, writer.close)
+
+    def _try(self, writer: Writer, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except UserError as error:
+            if writer.in_order or getattr(error.__cause__, "errno", 0) == errno.ENOSPC:
+                raise
+            self.unwritten += 1
+            print(f"not written: {error}", file=sys.stderr)
 
 
-def open_writers(
-    folder: Path, kinds: Collection[str], sources: Sequence[Source], classes: Sequence[str],
-    font: FreeTypeFont, stack: ExitStack,
-) -> list[Writer]:  # fmt: skip
-    """Return the writers of some kinds: json, csv, voc, yolo, drawn; ``stack`` closes their files.
+def inside(folder: Path, name: str) -> Path:
+    """Return the path of a file in the results folder.
 
     Raises:
-        UserError: The folder cannot be written, or a writer refuses to replace files.
+        UserError: A link leads out of the results folder.
     """
-    check_writable(folder / "detections")
-    writers: list[Writer] = []
-    # Those that refuse come first: the others replace the results of an earlier call.
-    if "drawn" in kinds:
-        writers.append(drawings := Drawings(folder, sources, classes, font))
-        stack.callback(drawings.close)
-    writers += [Annotations(folder, k, sources, classes) for k in ANNOTATIONS if k in kinds]
-    if "csv" in kinds:
-        writers.insert(0, CsvFile(folder, classes, stack))
-    if "json" in kinds:
-        writers.insert(0, JsonFiles(folder, sources, classes, stack))
-    return writers
+    path = folder / name
+    if not Path(real_path(path.parent)).is_relative_to(real_path(folder)):
+        raise UserError(f"{path} lies outside {folder}; remove the link, or give another --out")
+    return path
+
+
+def write(folder: Path, name: str, data: bytes) -> None:
+    with atomic_write(inside(folder, name)) as file:
+        file.write(data)
+
+
+def write_image(folder: Path, name: str, image: np.ndarray) -> None:
+    try:
+        good, data = cv2.imencode(os.path.splitext(name)[1], image)
+    except cv2.error:  # such as of more pixels than the format takes
+        good = False
+    if not good:
+        raise UserError(f"{folder / name}: OpenCV cannot write this image; give --no-draw")
+    write(folder, name, data.tobytes())
 
 
 # ---------------------------------------------------------------- one file for all images
@@ -135,7 +164,7 @@ def growing(path: Path, start: str, end: str) -> Iterator[BinaryIO]:
             stack.close()
 
 
-class JsonFiles:
+class JsonFiles(Writer):
     """detections.json in COCO's results format, and images.json with images and categories."""
 
     place = "detections.json"
@@ -170,7 +199,7 @@ class JsonFiles:
         self._between[file] = ",\n"
 
 
-class CsvFile:
+class CsvFile(Writer):
     """detections.csv: a line per box with `CSV_HEADER`; frame and time are empty for images."""
 
     place = "detections.csv"
@@ -184,11 +213,17 @@ class CsvFile:
     def add(self, found: Found) -> None:
         frame, text = found.frame, io.StringIO()
         when = ("", "") if frame.number is None else (frame.number, f"{frame.time:.3f}")
+        name, classes = csv_text(found.name), [*map(csv_text, self._classes)]
         csv.writer(text, lineterminator="\n").writerows(
-            (found.name, *when, self._classes[k - 1], f"{score:.5f}", *(f"{v:.2f}" for v in box))
+            (name, *when, classes[k - 1], f"{score:.5f}", *(f"{v:.2f}" for v in box))
             for box, score, k in zip(found.boxes, found.scores, found.labels, strict=True)
         )
         self._file.write(text.getvalue().encode())
+
+
+def csv_text(text: str) -> str:
+    """Return a text that no spreadsheet takes for a formula: "'=1+1" for "=1+1" (OWASP)."""
+    return f"'{text}" if text.startswith(tuple("=+-@\t\r\n＝＋－＠")) else text
 
 
 def category_ids(classes: Sequence[str]) -> tuple[int, ...]:
@@ -210,134 +245,10 @@ def image_ids(sources: Sequence[Source]) -> dict[str, int]:
     return {source.name: k for source, k in zip(sources, numbers, strict=True)}
 
 
-# ---------------------------------------------------------------- one file per image
-
-
-class Annotations:
-    """One annotation file per image or frame, also without objects, and ``classes.txt``.
-
-    Raises:
-        UserError: The folder holds annotations already.
-    """
-
-    in_order = False
-
-    def __init__(self, folder: Path, kind: str, sources: Sequence[Source],
-                 classes: Sequence[str]) -> None:
-        self.place, self._suffix, self._encode = ANNOTATIONS[kind]
-        self._folder = folder / self.place
-        if self._folder.is_dir() and any(self._folder.iterdir()):
-            raise UserError(
-                f"{self._folder} holds annotations, which may be corrected by hand; give another "
-                "--out, or remove that folder"
-            )
-        self._classes, self._names = classes, label_names(sources)
-        write(folder / kind / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
-
-    def add(self, found: Found) -> None:
-        name = self._names[found.name]
-        if found.frame.number is not None:
-            name += f"/{found.frame.number:06d}"
-        write(self._folder / f"{name}{self._suffix}", self._encode(found, self._classes))
-
-
-def label_names(sources: Sequence[Source]) -> dict[str, str]:
-    """Return the annotation file's name without suffix, for each source by name.
-
-    It is the image's name without suffix, as readers expect. Videos keep the suffix, and so do
-    images that would else share a file (``a.jpg`` and ``a.png``, ``a.jpg.png`` and ``a.jpg``).
-    """
-    stems = [os.path.splitext(source.name)[0] for source in sources]
-    keys = [stem.casefold() for stem in stems]  # some file systems ignore case
-    times = Counter(keys + [source.name.casefold() for source in sources])
-    return {
-        source.name: stem if source.kind == "image" and times[key] == 1 else source.name
-        for source, stem, key in zip(sources, stems, keys, strict=True)
-    }
-
-
-def voc_xml(found: Found, classes: Sequence[str]) -> bytes:
-    """Return a VOC annotation with a ``<score>`` per object.
-
-    Boxes are rounded to whole pixels, and are at least two pixels wide and high: readers drop a
-    box of one pixel as empty.
-    """
-    boxes, inside = _clipped(found)
-    low = np.minimum(boxes[:, :2].round(), np.array(found.size) - 2)
-    high = np.maximum(boxes[:, 2:].round(), low + 1)
-    boxes = np.hstack([low, high]).astype(int)
-    scores, labels = found.scores[inside], found.labels[inside]
-    return voc_annotation(found.name, found.size, [
-        (classes[label - 1], box, {"truncated": 0, "difficult": 0, "score": f"{score:.5f}"})
-        for box, score, label in zip(boxes, scores, labels, strict=True)
-    ])  # fmt: skip
-
-
-def voc_annotation(
-    name: str, size: tuple[int, int],
-    objects: Iterable[tuple[str, Sequence[int], Mapping[str, object]]],
-) -> bytes:  # fmt: skip
-    """Return the VOC XML of an image.
-
-    Args:
-        name: The image file, relative, with "/".
-        size: Width and height.
-        objects: Class name, box in whole pixels, 0-based inclusive (VOC's are 1-based), and further
-            tags. Characters that XML does not allow become U+FFFD.
-    """
-    root = ElementTree.Element("annotation")
-    folder, _, file = name.rpartition("/")
-    _put(root, folder=folder, filename=file)
-    _put(ElementTree.SubElement(root, "size"), width=size[0], height=size[1], depth=3)
-    _put(root, segmented=0)
-    for label, box, tags in objects:
-        element = ElementTree.SubElement(root, "object")
-        _put(element, name=label, pose="Unspecified", **tags)
-        corners = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-        _put(ElementTree.SubElement(element, "bndbox"), **{key: v + 1 for key, v in corners})
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, "utf-8") + b"\n"
-
-
-def _put(parent: ElementTree.Element, **texts: object) -> None:
-    for tag, text in texts.items():
-        ElementTree.SubElement(parent, tag).text = _NOT_IN_XML.sub("\ufffd", str(text))
-
-
-def yolo_txt(found: Found, classes: Sequence[str]) -> bytes:
-    """Return a line per box: class from 0, then centre, width and height relative to the image."""
-    boxes, inside = _clipped(found)
-    low, high = boxes[:, :2], boxes[:, 2:] + 1
-    relative = np.hstack([(low + high) / 2, high - low]) / (*found.size, *found.size)
-    rows = zip(found.labels[inside], relative, strict=True)
-    lines = [f"{label - 1} {' '.join(f'{value:.6f}' for value in box)}\n" for label, box in rows]
-    return "".join(lines).encode()
-
-
-def _clipped(found: Found) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes clipped to the image [m, 4], and which of all n are in it: bool [n]."""
-    width, height = found.size
-    boxes = found.boxes.clip(0, np.array([width, height, width, height]) - 1)
-    inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return boxes[inside], inside
-
-
-ANNOTATIONS = {
-    "voc": ("voc/Annotations/", ".xml", voc_xml),
-    "yolo": ("yolo/labels/", ".txt", yolo_txt),
-}
-"""Kind -> folder, suffix, and the function that encodes a file."""
-
-
-def write(path: Path, data: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(data)
-
-
 # ---------------------------------------------------------------- images and videos with boxes
 
 
-class Drawings:
+class Drawings(Writer):
     """Images with their boxes, and videos as .mp4, in folders as the sources are.
 
     Raises:
@@ -349,12 +260,13 @@ class Drawings:
 
     def __init__(self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
                  font: FreeTypeFont) -> None:
-        self._folder, self._classes, self._font = folder / self.place, classes, font
+        self._out, self._classes, self._font = folder, classes, font
         self._video: VideoFile | None = None
+        self._refused: set[Path] = set()
         inputs = {real_path(source.path) for source in sources if source.kind != "camera"}
         drawn: dict[Path, Source] = {}
         for source in sources:
-            path = self._path(source)
+            path = folder / self._name(source)
             if real_path(path) in inputs:
                 raise UserError(f"{path} would be overwritten; give another --out")
             if (other := drawn.setdefault(path, source)) is not source:
@@ -364,32 +276,31 @@ class Drawings:
                 )
 
     def add(self, found: Found) -> None:
-        path = self._path(found.frame.source)
-        image = draw(found, self._classes, self._font)
-        if found.frame.number is not None:
-            if self._video is None or self._video.path != path:
+        name = self._name(found.frame.source)
+        image, path = draw(found, self._classes, self._font), inside(self._out, name)
+        if found.frame.number is None:
+            write_image(self._out, name, image)
+        elif path not in self._refused:
+            if self._video is not None and self._video.path != path:
                 self.close()
-                self._video = VideoFile(path, image.shape[1::-1], found.frame.rate)
+            try:
+                size = image.shape[1::-1]
+                self._video = self._video or VideoFile(path, size, found.frame.rate)
+            except UserError:
+                self._refused.add(path)
+                raise
             self._video.write(image)
-            return
-        good, data = cv2.imencode(path.suffix, image)
-        if not good:
-            raise UserError(f"{path}: OpenCV cannot write this image; give --no-draw")
-        write(path, data.tobytes())
 
     def close(self) -> None:
-        """Finish the video that is being written."""
-        if self._video is not None:
-            self._video.close()
-        self._video = None
+        video, self._video = self._video, None
+        if video is not None:
+            video.close()
 
-    def _path(self, source: Source) -> Path:
-        name = source.name
+    def _name(self, source: Source) -> str:
+        name = self.place + source.name
         if source.kind != "image":
-            name += "" if name.lower().endswith(".mp4") else ".mp4"
-        elif Path(name).suffix.lower() not in DRAWN:
-            name += ".png"
-        return self._folder / name
+            return name if name.lower().endswith(".mp4") else f"{name}.mp4"
+        return name if Path(name).suffix.lower() in DRAWN else f"{name}.png"
 
 
 def draw(found: Found, classes: Sequence[str], font: FreeTypeFont) -> np.ndarray:
@@ -407,8 +318,10 @@ class VideoFile:
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
         self.path, self._size = path, size
-        self._part = path.with_name(f".part-{path.name}")  # OpenCV needs the suffix
         check_writable(path)
+        # OpenCV needs the suffix; the name of the video may be as long as the disk allows.
+        self._part = path.with_name(f".part-{zlib.crc32(os.fsencode(path.name)):08x}.mp4")
+        self._part.unlink(missing_ok=True)
         # MPEG-4 stores times in units of 1/n s with n below 2^16: a high rate gets few digits.
         rate = round(rate, 3 if rate < 65 else 2 if rate < 655 else 0)
         codec = cv2.VideoWriter_fourcc(*"mp4v")
@@ -426,4 +339,6 @@ class VideoFile:
 
     def close(self) -> None:
         self._writer.release()
+        if not cv2.VideoCapture(str(self._part)).isOpened():  # OpenCV tells no failed write
+            raise UserError(f"{self.path} could not be written whole; make room, or give --no-draw")
         os.replace(self._part, self.path)

@@ -115,8 +115,10 @@ def real_path(path: str | Path) -> str:
 def _files(word: str, out: Path) -> Iterable[str]:
     if os.path.isdir(word):
         return _inside(word, out)
-    if os.path.exists(word):
+    if os.path.isfile(word):
         return [word]
+    if os.path.exists(word):
+        raise UserError(f"{word} is a pipe or a device; give images, folders, videos or camera")
     if not glob.has_magic(word):
         raise UserError(f"{word} does not exist; give images, folders, videos or camera")
     return sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))
@@ -194,7 +196,10 @@ class Reader:
                     progress.update(1)
 
     def _read_video(self, source: Source) -> Iterator[list[Frame]]:
-        capture, is_camera = cv2.VideoCapture(source.path), source.kind == "camera"
+        is_camera = source.kind == "camera"
+        if not is_camera and not os.path.isfile(source.path):  # a pipe would block
+            return self._skip(f"{source.path}: not a file")
+        capture = cv2.VideoCapture(source.path)
         if is_camera and not capture.isOpened():
             why = "is it connected, in use by another program, or has it another number?"
             raise UserError(f"{source.name} cannot be opened; {why}")

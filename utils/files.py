@@ -16,7 +16,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 from utils.logger import LOGGER
 
 try:
@@ -87,7 +87,7 @@ def _create_temporary(folder: Path) -> tuple[Path, _RecordingFile]:
     Its name is short: the name of the final file may be as long as the file system allows.
     """
     while True:
-        part = folder / f".ssd-{uuid.uuid4().hex}.part"
+        part = folder / f".ssd-{uuid.uuid4().hex[:8]}.part"
         raw = _RecordingFile(part, "x")
         _lock(raw)
         if part.exists():  # else another process deleted it before it was locked
@@ -98,7 +98,7 @@ def _create_temporary(folder: Path) -> tuple[Path, _RecordingFile]:
 @functools.cache
 def remove_abandoned(folder: Path) -> None:
     """Delete the temporary files of killed processes in a folder; once per process."""
-    for part in folder.glob(f".ssd-{'?' * 32}.part"):
+    for part in folder.glob(f".ssd-{'[0-9a-f]' * 8}.part"):
         with suppress(OSError):  # Windows deletes no file that is open
             with open(part, "r+b") as file:
                 abandoned = _lock(file)
@@ -118,7 +118,8 @@ def _lock(file: io.FileIO | BinaryIO) -> bool:
 
 
 def _not_written(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} could not be written ({error}); make room, or choose another folder")
+    why = error.strerror or error  # the error itself names the temporary file
+    return UserError(f"{path} could not be written ({why}); make room, or choose another folder")
 
 
 @contextmanager
@@ -200,9 +201,10 @@ def check_writable(path: str | Path) -> None:
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        refused = path.is_dir() or not os.access(path.parent, os.W_OK)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
+    if refused:
         raise UserError(f"{path}: cannot be written (a folder, or no permission)")
 
 
