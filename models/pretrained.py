@@ -48,6 +48,8 @@ class PublishedFile:
         return f"{names} at {self.size}, {self.num_classes} classes with background"
 
 
+WEIGHTS = Path("weights")
+"""The folder of published files."""
 _GITHUB = "https://raw.githubusercontent.com/PingoLH/"
 _AUTHORS = _GITHUB + "PytorchSSD-HarDNet/master/weights/"
 _CLASSIFIERS = _GITHUB + "Pytorch-HarDNet/master/"
@@ -108,7 +110,7 @@ def published_bases(version: str) -> list[PublishedFile]:
     return [row for row in PUBLISHED if row.size is None and version in row.versions]
 
 
-def download(name: str, folder: str | Path = "weights") -> Path:
+def download(name: str, folder: str | Path = WEIGHTS) -> Path:
     """Download a published file, or ``hf://ORG/REPO/FILE[@REVISION]``; return its path in a folder.
 
     Its checksum or its tensors are verified. A file of Hugging Face may be any file of weights.

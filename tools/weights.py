@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from models.pretrained import PUBLISHED, Contents, convert, download, examine, published
+from models.pretrained import PUBLISHED, WEIGHTS, Contents, convert, download, examine, published
 from utils.checkpoint import list_keys
 from utils.errors import command
 
@@ -28,7 +28,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands.add_parser("list", help="list the published files: what they fit, and where they are")
     c = commands.add_parser("download", help="download a published file, and verify it")
     c.add_argument("name", metavar="NAME", help="a name of the list, or hf://ORG/REPO/FILE[@REVISION]")
-    c.add_argument("--to", metavar="DIR", default="weights", help="folder (default: weights)")
+    c.add_argument("--to", metavar="DIR", default=WEIGHTS, help="folder (default: weights)")
     c = commands.add_parser("inspect", help="say what a file holds, without running its code")
     c.add_argument("file", metavar="FILE")
     c.add_argument("--json", action="store_true", help="print everything as JSON")
