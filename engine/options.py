@@ -135,6 +135,9 @@ class Options(Checked):
         help="largest norm of a step's gradient; 0: any")
     jaccard_threshold: float = _recipe(0.5, "--jaccard_threshold", read=fraction, metavar="X",
         help="lowest IoU of a positive prior box")
+    background_negatives: int = _recipe(0, "--background_negatives", read=count, metavar="N",
+        help="least number of hard negatives an image; 0: as published, three for each positive "
+             "prior box, so that an image without objects teaches nothing")
     seed: int = _recipe(0, "--seed", read=count, metavar="N", fixed=True,
         help="seed of weights, order and augmentation")
     overfit: int = _recipe(0, "--overfit", read=count, metavar="N", fixed=True,
@@ -245,7 +248,7 @@ class Call(Checked):
         only="train", help="stop after this many steps in all, e.g. to try things out")
 
     device: str | None = option("machine", None, "--device", metavar="NAME",
-        help="auto, cpu, cuda or cuda:N (default: auto)")
+        help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     cuda: bool | None = option("machine", None, "--cuda", read=boolean,
         help="true: --device cuda; false: --device cpu")
     ngpu: int | None = option("machine", None, "--ngpu", read=positive, metavar="N",

@@ -103,14 +103,14 @@ class TrainStep:
         """Add the gradients of all parts; return [location loss, confidence loss, 0]."""
         device = self.priors.device
         matched = [self.criterion.match(targets, self.priors) for _, targets, _ in parts]
-        positives = self.world.sum(sum((labels > 0).sum() for labels, _ in matched))
+        count = self.world.sum(sum(self.criterion.count(labels) for labels, _ in matched))
         total = torch.zeros(3, device=device)
         for k, ((images, _, _), (labels, offsets)) in enumerate(zip(parts, matched, strict=True)):
             last = k == len(parts) - 1
             with contextlib.nullcontext() if last else no_sync(self.net):
                 with autocast(device, self.amp):
                     outputs = self.net(to_input(images, INPUT_MEAN, device))
-                losses = self.criterion.loss(outputs, labels, offsets, positives)
+                losses = self.criterion.loss(outputs, labels, offsets, count)
                 # DDP averages gradients over the processes, but these losses are to be summed.
                 self.scaler.scale(sum(losses) * self.world.size).backward()
             total[:2] += torch.stack(losses).detach()
