@@ -92,7 +92,7 @@ class TrainStep:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        values, arrived = total.to("cpu", non_blocking=True), None
+        values, arrived = total.to("cpu", non_blocking=total.is_cuda), None
         if total.is_cuda:
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(total.device))
