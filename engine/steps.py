@@ -57,13 +57,14 @@ class TrainStep:
         optimizer: updates the parameters of ``net``.
         amp: a key of ``utils.device.AMP_TYPES``.
         clip_norm: largest L2 norm of the gradient of all parameters; 0: any.
+        frozen: modules of ``net`` that stay in evaluation mode.
         world: the processes that train together.
     """
 
     def __init__(
         self, net: nn.Module, criterion: MultiBoxLoss, priors: Tensor,
         optimizer: torch.optim.Optimizer, *, amp: str = "off", clip_norm: float = 0.0,
-        world: World = SINGLE_PROCESS,
+        frozen: Sequence[nn.Module] = (), world: World = SINGLE_PROCESS,
     ):
         self.net = net
         self.criterion = criterion
@@ -71,6 +72,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.amp = amp
         self.clip_norm = clip_norm
+        self.frozen = frozen
         self.world = world
         self.scaler = torch.amp.GradScaler(priors.device.type, enabled=amp == "fp16")
 
@@ -81,8 +83,10 @@ class TrainStep:
         A loss that is not finite has already spoilt the weights when the step returns.
         """
         self.net.train()
+        for module in self.frozen:
+            module.eval()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         total = self._backward(parts)
         total[2] = float(stop)
