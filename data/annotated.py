@@ -13,6 +13,7 @@ from data.curves import CURVES_FILE
 from data.image import read_image
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
+from data.split import VAL_SHARE
 from data.truth import Truth
 from data.voc_comp4 import read_comp4, write_comp4
 from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
@@ -39,13 +40,15 @@ class AnnotatedImages(DetectionData):
         faults: for ``tools.check``. Given a list, errors of single annotations and images, and of
             the classes, are appended to it instead of raised. Such an image has no objects; a
             missing image raises when it is read.
+        val_share, split_by: see `data.split.in_validation`.
     """
 
     def __init__(
         self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
         transform: Callable | None = None, classes: Sequence[str] | None = None,
-        faults: list[str] | None = None,
+        faults: list[str] | None = None, val_share: float = VAL_SHARE, split_by: str | None = None,
     ) -> None:
+        self.val_share, self.split_by = val_share, split_by
         sets = [ImageSet(year or None, name) for year, name in image_sets]
         super().__init__(root, sets, transform)
         loaded = self.load(classes, faults)
@@ -65,6 +68,7 @@ class AnnotatedImages(DetectionData):
         self.sizes = np.array(sizes, np.int64)
         self.rows = np.concatenate(targets)
         self.offsets = np.cumsum([0, *map(len, targets)])
+        self.check_losses(faults)
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
         """Read the annotations of ``image_sets`` under ``root``; arguments as of the class.
@@ -99,10 +103,10 @@ class AnnotatedImages(DetectionData):
             (SkipKind.BOX_CLIPPED, known & area & inside & changed),
         ):
             for k in np.flatnonzero(which):
-                values = ", ".join(f"{value:g}" for value in boxes[k] + 1)
                 detail = (
-                    f'{annotation.path}: object {k + 1} ("{annotation.names[k]}") ({values})'
-                    f" in {size[0]} x {size[1]}"
+                    f'{annotation.path}: object {k + 1} ("{annotation.names[k]}") '
+                    f"({', '.join(f'{value:g}' for value in boxes[k] + 1)}) in "
+                    f"{size[0]} x {size[1]}{_hint(boxes[k] + 1)}"
                 )
                 self.skipped.append(Skip(kind, index, tuple(boxes[k].tolist()), detail))
         keep = known & area & inside
@@ -191,6 +195,14 @@ class AnnotatedImages(DetectionData):
             **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
             "image_set": image_set, **result, "curves": CURVES_FILE,
         }
+
+
+def _hint(box: np.ndarray) -> str:
+    """Return what may be wrong with a box that is counted from 1."""
+    if (box[2:] < box[:2]).any():
+        return ": swapped corners?"
+    fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
+    return ": fractions of the image where pixels belong?" if fractions else ""
 
 
 def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tuple[int, int]:

@@ -31,9 +31,11 @@ class Parser(argparse.ArgumentParser):
             if key.startswith("--"):
                 words[k] = declared.get(key, name) + equals + value
             # Told before what argparse would miss because of it. Subcommands have their own.
-            mistaken = key.startswith("--") and not any(
-                each == key or self.allow_abbrev and each.startswith(key) for each in declared)
-            if (mistaken or f"-{key}" in declared) and self._subparsers is None:
+            mistaken = key[:1] == "-" and f"-{key}" in declared
+            if key.startswith("--"):
+                mistaken = not any(each == key or self.allow_abbrev and each.startswith(key)
+                                   for each in declared)
+            if mistaken and self._subparsers is None:
                 self.error(f"unknown option {name}{did_you_mean(name, declared.values())}")
         return super().parse_known_args(words, namespace)
 
