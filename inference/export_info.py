@@ -10,7 +10,7 @@ from pathlib import Path
 from data import DATASETS
 from layers.detect import DetectConfig
 from models.info import DetectorInfo
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 INFO_KEY = "ssd_hardnet"
 """Key of the description in ONNX's metadata and in OpenVINO's runtime information."""
@@ -111,6 +111,6 @@ class ExportInfo:
             values["detector"] = DetectorInfo(**{key: values[key] for key in _DETECTOR})
             values["detection"] = DetectConfig(**stored["detection"])
             return cls(**{spec.name: values.get(spec.name) for spec in fields(cls)})
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            damage = f"no {error}" if isinstance(error, KeyError) else str(error)
+        except Exception as error:  # of any kind, as the text is anybody's
+            damage = f"no {error}" if isinstance(error, KeyError) else first_line(error)[:200]
             raise UserError(f"{path}: {damage} in its description; export it again") from error

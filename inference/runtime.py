@@ -9,6 +9,7 @@ Only files of ``python -m tools.export`` are accepted. They carry a description 
 from __future__ import annotations
 
 import importlib
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -70,19 +71,26 @@ class ExportedModel:
         return outputs
 
     def _check(self, outputs: Arrays, batch: int) -> None:
+        classes = len(self.info.detector.classes)
         if self.info.nms:
-            n = outputs["scores"].size
-            shapes = {"boxes": (n, 4), "scores": (n,), "labels": (n,), "image": (n,)}
+            n = np.size(outputs["scores"])
+            wanted = {"boxes": ("float", (n, 4)), "scores": ("float", (n,)),
+                      "labels": ("int", (n,)), "image": ("int", (n,))}  # fmt: skip
         else:
-            detector = self.info.detector
-            priors = detector.prior_config().num_priors
-            shapes = {"loc": (batch, priors, 4), "conf": (batch, priors, len(detector.classes) + 1)}
-        for name, shape in shapes.items():
-            if outputs[name].shape != shape:
+            priors = self.info.detector.prior_config().num_priors
+            wanted = {"loc": ("float", (batch, priors, 4)),
+                      "conf": ("float", (batch, priors, classes + 1))}  # fmt: skip
+        for name, (kind, shape) in wanted.items():
+            found = np.asarray(outputs[name])
+            if found.shape != shape or not found.dtype.name.startswith(kind):
                 raise UserError(
-                    f"{self.path} gives {name} {list(outputs[name].shape)}, its detector should "
-                    f"give {list(shape)}; export the detector again"
+                    f"{self.path} gives {name} {found.dtype} {list(found.shape)}, its detector "
+                    f"should give {kind} {list(shape)}; export the detector again"
                 )
+        for name, low, high in (("labels", 1, classes), ("image", 0, batch - 1)):
+            if self.info.nms and not ((outputs[name] >= low) & (outputs[name] <= high)).all():
+                raise UserError(f"{self.path} gives {name} that are not in {low}..{high}; export "
+                                "the detector again")  # fmt: skip
 
 
 def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
@@ -161,12 +169,15 @@ def cpu_has_bf16() -> bool:
 def _onnx(path: Path, threads: int | None) -> ExportedModel:
     ort = import_package("onnxruntime", "onnx")
     options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, threads or 0  # 3: errors
+    options.log_severity_level = 4  # exceptions tell the errors
+    options.intra_op_num_threads = threads or 0
     try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"],
+                                       enable_fallback=0)  # which would try again, with a banner
+        text = session.get_modelmeta().custom_metadata_map.get(INFO_KEY)
     except Exception as error:  # kinds of its own
         raise _unreadable(path, error) from error
-    info = ExportInfo.parse(session.get_modelmeta().custom_metadata_map.get(INFO_KEY), path)
+    info = ExportInfo.parse(text, path)
     taken, names = (
         [each.name for each in ports] for ports in (session.get_inputs(), session.get_outputs())
     )
@@ -179,6 +190,8 @@ def _openvino(path: Path, threads: int | None) -> ExportedModel:
     openvino = import_package("openvino", "openvino")
     core = openvino.Core()
     try:
+        if ElementTree.parse(path).getroot().tag != "net":  # OpenVINO would try other formats
+            raise ValueError("it is no graph of OpenVINO")
         model = core.read_model(path)
         text = model.get_rt_info(INFO_KEY).astype(str) if model.has_rt_info(INFO_KEY) else None
     except Exception as error:  # kinds of its own
