@@ -19,6 +19,7 @@ from data import DATASETS
 from data.classes import check_classes
 from data.coco_eval import BACKENDS
 from data.config import PRIORS
+from data.image import MAX_PIXELS
 from data.image_sets import ImageSet
 from engine.declare import Checked, flag_of, option
 from engine.optim import OPTIMIZERS, SCHEDULES
@@ -145,6 +146,9 @@ class Options(Checked):
     recompute: bool = _machine(False, "--recompute", read=boolean, only="train",
         help="compute concatenations again in the backward pass instead of keeping them: less "
              "memory, more time, the same numbers (not with --compile)")
+    max_pixels: int = _machine(MAX_PIXELS, "--max_pixels", read=positive, metavar="N",
+        help="refuse images with more pixels before they are decoded; over 2^30 set "
+             "OPENCV_IO_MAX_IMAGE_PIXELS, too")
     cache: str = _machine("off", "--cache", metavar="off|memory|DIR", only="train",
         help="keep the decoded training images in shared memory or in a folder, if they fit")
 

@@ -22,6 +22,7 @@ import numpy as np
 
 from data import build_dataset
 from data.config import PRIORS
+from data.image import limit_pixels
 from data.skips import SkipKind
 from engine.options import Options, add_option
 from engine.resolve import resolve
@@ -42,6 +43,7 @@ def check(options: Options, sizes: tuple[int, ...] = (300, 512)) -> Report:
     """
     if not Path(options.root).is_dir():
         raise UserError(f"{options.root}: no such data set folder; give its place with --root")
+    limit_pixels(options.max_pixels)
     report = Report(options, sizes)
     classes, scans = options.classes, {}
     for name, sets in (("train", options.train_sets), ("test", options.test_sets)):
@@ -148,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> dict:
     p = Parser(prog="python -m tools.check", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                description="Check a data set before training, with the options of train_test.py.",
                epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.")
-    for name in ("dataset", "root", "classes", "train_sets", "test_sets"):
+    for name in ("dataset", "root", "classes", "train_sets", "test_sets", "max_pixels"):
         add_option(p, name)
     p.add_argument("-s", "--size", type=int, nargs="+", choices=sizes, default=sizes,
                    help="input sizes to judge prior boxes at (default: all)")

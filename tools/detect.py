@@ -26,6 +26,8 @@ import torch
 from PIL.ImageFont import FreeTypeFont
 
 from data.classes import parse_classes
+from data.image import limit_pixels
+from engine.options import add_option
 from inference.draw import draw_caption, escape, find_font, one_line
 from inference.predictor import Predictor
 from layers.detect import SUPPRESSION
@@ -199,6 +201,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    help="images at a time (default: 8)")
     g.add_argument("--workers", type=positive, default=min(4, cores()), metavar="N",
                    help="threads that read and write images (default: one per core, at most 4)")
+    add_option(g, "max_pixels")
     # fmt: on
     args = p.parse_args(argv)
     if not args.sources and not args.live:
@@ -211,6 +214,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     args = parse(argv)
     setup_logging()
+    limit_pixels(args.max_pixels)
     try:
         return detect(args)
     except torch.OutOfMemoryError as error:
