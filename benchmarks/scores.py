@@ -41,12 +41,12 @@ from torch.utils.data import DataLoader
 
 from benchmarks import harness
 from benchmarks.harness import Rows, options, program, race, run, turns
+from data.annotation import Annotation
 from data.coco import COCODetection
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend
 from data.config import VOC_CLASSES
 from data.voc_comp4 import comp4_path, read_comp4, write_comp4
 from data.voc_eval import METRICS, evaluate_voc
-from data.voc_xml import Annotation
 from utils.arguments import positive
 from utils.errors import UserError, command
 

@@ -12,35 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data.annotation import Annotation, check_objects, unknown_objects
 from data.classes import check_classes, read_classes
 from data.config import VOC_CLASSES
 from data.image import IMAGE_SUFFIXES
 from data.image_sets import ImageSet
 from data.skips import Skip, SkipKind
 from utils.errors import UserError
-
-
-@dataclass(frozen=True)
-class Annotation:
-    """The content of one XML file with n objects, n may be 0.
-
-    size: (width, height) in pixels; None where the file gives none or no positive one.
-    names: class names, [n].
-    boxes: float64 [n, 4], (x1, y1, x2, y2) in pixels counted from 0 (the XML's values - 1), both
-        ends inside the box. They may have no area or lie outside the image.
-    difficult: bool [n].
-    """
-
-    path: Path
-    size: tuple[int, int] | None
-    names: tuple[str, ...]
-    boxes: np.ndarray
-    difficult: np.ndarray
-
-    @classmethod
-    def empty(cls, path: Path) -> Annotation:
-        """Return an annotation without size and objects."""
-        return cls(path, None, (), np.zeros((0, 4)), np.zeros(0, bool))
 
 
 def read_annotation(path: str | Path) -> Annotation:
@@ -249,8 +227,8 @@ def load_annotations(
         _refuse_missing("annotation", missing)
     annotations = [_read_or_note(path, faults) for path in paths]
     classes = _choose_classes(root, image_sets, classes, annotations, faults)
-    _check_objects(what, annotations, classes, faults)
-    skipped += _unknown_objects(annotations, classes)
+    check_objects(what, annotations, classes, faults)
+    skipped += unknown_objects(annotations, classes)
     folders, ids = zip(*first, strict=True)
     return VOCAnnotations(list(ids), list(folders), annotations, classes, skipped)
 
@@ -283,29 +261,6 @@ def _choose_classes(
     others -= {None, *(annotation.path for annotation in annotations)}
     found = names.union(*(_read_or_note(path, faults).names for path in sorted(others)))
     return check_classes(sorted(found), str(root)) if found else ()
-
-
-def _check_objects(what: str, annotations: Sequence[Annotation], classes: Sequence[str],
-                   faults: list[str] | None) -> None:
-    names = {name for annotation in annotations for name in annotation.names}
-    if names & set(classes):
-        return
-    fault = (
-        f"{what} has no object of the classes {', '.join(classes) or '(none)'}; "
-        f"its annotations name: {', '.join(sorted(names)) or 'no object at all'}"
-    )
-    if faults is None:
-        raise UserError(fault)
-    faults.append(fault)
-
-
-def _unknown_objects(annotations: Sequence[Annotation], classes: Sequence[str]) -> Iterator[Skip]:
-    for image, annotation in enumerate(annotations):
-        for k, name in enumerate(annotation.names):
-            if name not in classes:
-                detail = f'{annotation.path}: object {k + 1} ("{name}")'
-                box = tuple(annotation.boxes[k].tolist())
-                yield Skip(SkipKind.UNKNOWN_CLASS, image, box, detail)
 
 
 def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
