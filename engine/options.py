@@ -216,8 +216,9 @@ class Call(Checked):
     class_agnostic: bool | None = _testing(None, "--class_agnostic", read=boolean,
         help="let boxes of different classes suppress each other, too")
     top_k: int | None = _testing(None, "--max_detections", read=positive, metavar="N",
-        help="most detections of an image, at most 50 of them of a class (default: 300 VOC, 200 "
-             "COCO)")
+        help="most detections of an image (default: 300 VOC, 200 COCO)")
+    per_class: int | None = _testing(None, "--max_per_class", read=positive, metavar="N",
+        help="most detections of a class in an image (default: 50)")
     background_shortcut: bool | None = _testing(None, "--background_shortcut", read=boolean,
         help="drop prior boxes whose background score is 0.9 or more, as the authors' later "
              "release does")

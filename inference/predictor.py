@@ -47,8 +47,8 @@ class Predictor:
         device: "auto", "cpu", "cuda" or "cuda:N". Exported files run on the CPU.
         amp: "off", "bf16" or "fp16" (GPU only). An exported file has its own precision.
         classes: class names, for a checkpoint that stores none.
-        score_threshold, max_detections: lowest score of a detection, and most detections of an
-            image; None: the published values of the data set.
+        score_threshold, max_detections, max_per_class: lowest score of a detection, and most
+            detections of an image and of a class in it; None: the published values.
         nms, class_agnostic, background_shortcut: as in ``layers.detect.DetectConfig``.
         threads: CPU threads of an exported file's runtime; None: the runtime chooses. For a
             checkpoint use ``torch.set_num_threads``.
@@ -67,7 +67,7 @@ class Predictor:
         classes: Sequence[str] | None = None, score_threshold: float | None = None,
         max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
         background_shortcut: bool = False, threads: int | None = None,
-        max_pixels: int | None = None,
+        max_pixels: int | None = None, max_per_class: int | None = None,
     ) -> None:  # fmt: skip
         limit_pixels(max_pixels)
         path = Path(file)
@@ -97,7 +97,7 @@ class Predictor:
         self.priors = PriorBox(self.info.prior_config()).to(self.device)()
         self.detect = Detect.of(config, variance)
         self.config = replace(
-            config.with_limits(score_threshold, max_detections),
+            config.with_limits(score_threshold, max_detections, max_per_class),
             nms=nms, class_agnostic=class_agnostic, background_shortcut=background_shortcut,
         )  # fmt: skip
 

@@ -266,14 +266,14 @@ def test_probable_mistakes_are_warned_of_with_their_place(tmp_path):
     texts = {key: [text.replace(f"{folder}/", "") for text in texts]
              for key, texts in found(report_of(root), "warning").items()}  # fmt: skip
     faint = "image of one colour or nearly so (12 bits stored in 16?)"
-    more = "image with more objects of a class than detections are kept (50), so some are never "
+    more = "image with more objects of a class than a test keeps detections (50; --max_per_class)"
     for (part, what), wanted in {
         ("train", "box that occurs twice (same class and place)"):
             ["twice.jpg: dog, 49.2 x 49 in 300 x 200"],
         ("train", "sliver, over 20 times as long as wide, which no prior box fits"):
             ["thin.jpg: dog, 89 x 4 in 300 x 200"],
         ("train", "box over the whole image"): ["whole.jpg: dog, 299 x 198 in 300 x 200"],
-        ("train", more + "found"): ["many.jpg: 51 ant"],
+        ("train", more): ["many.jpg: 51 ant"],
         ("train", faint): ["flat.jpg: grey levels 142 to 142 of 0 to 255",
                            "deep.png: grey levels 0 to 15 of 0 to 255"],
         ("train", "class with fewer than 10 boxes to train on"): ["cat: 1", "dog: 6"],

@@ -82,15 +82,17 @@ def _check_limits(report: Report, name: str) -> None:
     """Find images with more objects than a published test keeps detections."""
     part, limits = report.parts[name], published_detection(report.options.dataset)
     columns = np.stack([part.images, part.labels], 1)
-    for what, groups, most in (("objects of a class", columns, limits.per_class),
-                               ("objects", columns[:, :1], limits.top_k)):  # fmt: skip
+    for what, groups, most, option in (
+        ("objects of a class", columns, limits.per_class, "--max_per_class"),
+        ("objects", columns[:, :1], limits.top_k, "--max_detections"),
+    ):
         (found, counts), records = np.unique(groups, axis=0, return_counts=True), []
         for (image, *label), count in zip(found.tolist(), counts.tolist(), strict=True):
             if count > most:
                 of = f" {part.dataset.classes[label[0] - 1]}" if label else ""
                 text = f"{report.path((name, image))}: {count}{of}"
                 records.append(Record(text, ((name, image),)))
-        what = f"image with more {what} than detections are kept ({most}), so some are never found"
+        what = f"image with more {what} than a test keeps detections ({most}; {option})"
         report.add("warning", name, what, records)
 
 

@@ -86,7 +86,7 @@ def open_predictor(args: argparse.Namespace) -> Predictor:
         args.weights, device=args.device, amp=args.amp,
         classes=parse_classes(args.classes) if args.classes else None,
         score_threshold=args.score_threshold, max_detections=args.max_detections,
-        nms=args.nms, class_agnostic=args.class_agnostic,
+        max_per_class=args.max_per_class, nms=args.nms, class_agnostic=args.class_agnostic,
     )  # fmt: skip
     if args.score_threshold is None:  # an exported file may have a higher one inside
         least = max(THRESHOLD, predictor.config.conf_thresh)
@@ -189,6 +189,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    f"detection (default: {THRESHOLD}, or the higher one of an exported file)")
     g.add_argument("--max_detections", type=positive, metavar="N",
                    help="most detections of an image (default: 300 VOC, 200 COCO)")
+    g.add_argument("--max_per_class", type=positive, metavar="N",
+                   help="most detections of a class in an image (default: 50)")
     g.add_argument("--classes", metavar="NAMES", help="a,b,c or a file, for weights without names")
     g.add_argument("--nms", choices=SUPPRESSION, default="hard",
                    help="suppression of overlapping boxes (default: hard)")
