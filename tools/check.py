@@ -1,11 +1,12 @@
 """Check a data set before training: its faults, and how well the prior boxes fit it.
 
-    python -m tools.check --root FOLDER -d VOC|COCO [--train_sets SETS] [--test_sets SETS]
-        [--classes NAMES] [--size 300 512] [--priors VOC|COCO] [--json OUT] [--html OUT] [--strict]
+    python -m tools.check --root FOLDER [--train_sets SETS] [--test_sets SETS] [--classes NAMES]
+        [--size 300 512] [--priors VOC|COCO] [--json OUT] [--html OUT] [--strict]
 
 An error stops training (a missing, damaged or wrongly sized image, a malformed annotation) or makes
 the score worthless (a test image that is a training image). A warning is a loss that training does
-not report: boxes that the reader drops, near copies of images, boxes that few prior boxes fit.
+not report, or a probable mistake: boxes that the reader drops or that occur twice, near copies of
+images, images of one colour, rare classes, uneven splits, boxes that few prior boxes fit.
 Exit status: 0 no errors, 1 errors (with --strict: or warnings), 2 bad usage, 130 interrupted.
 """
 
@@ -16,7 +17,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import build_dataset
+from data import build_dataset, split_options
 from data.config import PRIORS
 from data.image import limit_pixels
 from engine.options import Options, add_option
@@ -45,7 +46,8 @@ def check(options: Options, sizes: tuple[int, ...] = (300, 512)) -> Report:
     for name, sets in (("train", options.train_sets), ("test", options.test_sets)):
         faults: list[str] = []
         try:
-            dataset = build_dataset(options.dataset, options.root, sets, classes, faults=faults)
+            more = split_options(options.dataset, vars(options)) | {"faults": faults}
+            dataset = build_dataset(options.dataset, options.root, sets, classes, **more)
         except UserError as error:
             report.add("error", name, "image set that cannot be opened", [Record(str(error))])
             continue
@@ -79,8 +81,9 @@ def summary(report: Report, shown: int = 5) -> str:
 
 def as_json(report: Report) -> dict:
     """Return the whole report as plain data."""
-    parts = report.parts.items()
+    parts, root = report.parts.items(), report.options.root
     return {name: getattr(report.options, name) for name in ("root", "dataset", "priors")} | {
+        "layout": next((part.dataset.recognise(root) for _, part in parts), None),
         "sets": {name: {"names": report.sets(name), "images": len(part.sizes)}
                  for name, part in parts},
         "counts": report.counts(),
@@ -99,7 +102,8 @@ def parse(argv: Sequence[str] | None) -> dict:
     p = Parser(prog="python -m tools.check", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                description="Check a data set before training, with the options of train_test.py.",
                epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.")
-    for name in ("dataset", "root", "classes", "train_sets", "test_sets", "max_pixels"):
+    for name in ("dataset", "root", "classes", "train_sets", "test_sets", "val_share", "split_by",
+                 "max_pixels"):  # fmt: skip
         add_option(p, name)
     p.add_argument("-s", "--size", type=int, nargs="+", choices=sizes, default=sizes,
                    help="input sizes to judge prior boxes at (default: all)")
