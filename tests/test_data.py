@@ -19,10 +19,8 @@ from data import (
     default_sets,
     list_sets,
 )
-from data.coco import COCODetection
 from data.image_sets import parse_image_sets, sets_name
 from data.skips import Skip, SkipKind, report_lines
-from data.voc0712 import VOCDetection
 from utils.errors import UserError
 
 
