@@ -183,9 +183,8 @@ def _inner(name: str, base: Path, index: FileIndex) -> Iterator[str]:
         yield "/".join(parts := parts[1:])
 
 
-def image_folders(folder: Path, annotation: Path) -> list[str]:
-    """Return the folders where the image of an annotation may lie, the usual one first."""
-    parent = str(annotation.parent)
+def image_folders(folder: Path, parent: str) -> list[str]:
+    """Return the folders where images may lie whose annotations lie in ``parent``, usual first."""
     parts = [part for part in os.path.relpath(parent, folder).split(os.sep) if part != "."]
     inner = [k for k, part in enumerate(parts) if part in ANNOTATION_FOLDERS]
     start, end = (parts[: inner[-1]], parts[inner[-1] + 1 :]) if inner else ([], parts)
@@ -236,7 +235,7 @@ def load_annotations(
         _refuse_missing("annotation", missing)
     annotations = [_read_or_note(path, faults) for path in paths]
     if classes is None:
-        classes = _choose_classes(root, image_sets, annotations, skipped)
+        classes = _choose_classes(root, image_sets, annotations, skipped, index)
     else:
         classes = check_classes(classes, "classes")
     check_objects(what, annotations, classes, faults)
@@ -261,15 +260,16 @@ def _read_or_note(path: Path, faults: list[str] | None) -> Annotation:
 
 
 def _choose_classes(root: Path, image_sets: Sequence[tuple[str | None, str]],
-                    annotations: Sequence[Annotation], skipped: list[Skip]) -> tuple[str, ...]:
+                    annotations: Sequence[Annotation], skipped: list[Skip],
+                    index: FileIndex) -> tuple[str, ...]:
     if (declared := declared_classes(root)) is not None:
         return check_classes(*declared)
     names = {name for annotation in annotations for name in annotation.names}
     if any(year for year, _ in image_sets) and names <= set(VOC_CLASSES):
         return VOC_CLASSES
     # The names in all image sets, so that each of them is read with the same classes.
-    index, others, unread = FileIndex((".xml",)), set(), []
-    for image_set in list_image_sets(root):
+    others, unread = set(), []
+    for image_set in (each for each in list_image_sets(root) if each not in image_sets):
         try:
             others.update(each.annotation for each in list_images(root, image_set, index))
         except UserError as error:  # a file that nobody asked for
@@ -293,16 +293,17 @@ def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
     images, missing, users = [], [], {}
     for i, (each, annotation) in enumerate(zip(loaded.listed, loaded.annotations, strict=True)):
         path = annotation.path
-        if (where := (each.folder, path.parent)) not in folders:
-            folders[where] = image_folders(each.folder, path)
-        stems = [os.path.join(folder, path.stem) for folder in folders[where]]
-        found, rest = _find_image(stems, (annotation.filename, each.image), index)
+        parent, name = os.path.split(path)
+        if (where := (each.folder, parent)) not in folders:
+            folders[where] = image_folders(each.folder, parent)
+        stem = os.path.splitext(name)[0]
+        found, rest = _find_image(stem, folders[where], (annotation.filename, each.image), index)
         if rest:
             detail = f"{path}: {found} is taken, not {', '.join(file.name for file in rest)}"
             loaded.skipped.append(Skip(SkipKind.SEVERAL_IMAGES, i, None, detail))
         if found is None:
-            missing.append(Path(stems[0]))
-            found = missing[-1].with_name(path.stem + IMAGE_SUFFIXES[0])
+            missing.append(Path(folders[where][0], stem))
+            found = missing[-1].with_name(stem + IMAGE_SUFFIXES[0])
         elif (other := users.setdefault(os.path.normpath(found), path)) is not path:
             fault = f"{other} and {path} both annotate {found}; keep one of them"
             if faults is None:
@@ -314,22 +315,22 @@ def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
     return images
 
 
-def _find_image(stems: Sequence[str], names: Sequence[str],
+def _find_image(stem: str, folders: Sequence[str], names: Sequence[str],
                 index: FileIndex) -> tuple[Path | None, list[Path]]:
     """Return an image file, and further ones between which nothing decides.
 
-    stems: paths without suffix. names: of the file by the annotation and by the list; may be "".
+    names: of the file by the annotation and by the list; may be "".
     """
-    wanted = [unicodedata.normalize("NFC", name) for name in names if name]
-    for stem in stems:
-        if files := index.by_stem(stem):
+    for folder in folders:
+        if files := index.by_stem(f"{folder}{os.sep}{stem}"):
+            if len(files) == 1:
+                return files[0], []
             named = {unicodedata.normalize("NFC", file.name): file for file in files}
-            if chosen := next((named[name] for name in wanted if name in named), None):
-                return chosen, []
-            return files[0], files[1:]
-    for stem in stems:
-        folder, own = os.path.split(stem)
-        for name in (own, *wanted):  # own: of a.jpg.xml, as detection names it beside a.png.xml
+            wanted = [named.get(unicodedata.normalize("NFC", name)) for name in names]
+            chosen = next(filter(None, wanted), None)
+            return (chosen, []) if chosen else (files[0], files[1:])
+    for folder in folders:
+        for name in (stem, *names):  # the stem of a.jpg.xml, as detection names it beside a.png.xml
             path = os.path.join(folder, name)
             whole = name.lower().endswith(IMAGE_SUFFIXES)
             if file := index.by_name(path) if whole else next(iter(index.by_stem(path)), None):
