@@ -33,7 +33,7 @@ def read_annotation(path: str | Path) -> Annotation:
             the file and the line, or the object, counted from 1.
     """
     path = Path(path)
-    objects, others = _find_objects(path, _parse(path))
+    objects, others = _find_objects(path, read_xml(path))
     names, boxes, difficult = [], [], []
     for index, element in enumerate(objects, 1):
         where = f"{path}: object {index}"
@@ -52,7 +52,8 @@ def read_annotation(path: str | Path) -> Annotation:
                       np.array(difficult, bool), _read_filename(others))
 
 
-def _parse(path: Path) -> ElementTree.Element:
+def read_xml(path: Path) -> ElementTree.Element:
+    """Return the root of an XML file, in any encoding. Raises UserError for what is no XML."""
     data = read_bytes(path, "annotation", limit=2**27)
     declared = re.match(rb"""\s*<\?xml[^>]*\bencoding\s*=\s*["']([\w.:-]+)""", data)
     encoding = declared[1].decode() if declared else "utf-8"
@@ -72,10 +73,12 @@ def _parse(path: Path) -> ElementTree.Element:
 def _find_objects(path: Path, root: ElementTree.Element) -> tuple[list[ElementTree.Element], ...]:
     """Return the <object> elements and those outside of them; refuse shapes out there."""
     elements = list(root.iter())
-    tags = [_local(element.tag) for element in elements]
+    written = [element.tag for element in elements]
+    tags = [*map(_local, written)]
+    if tags != written:
+        for element, tag in zip(elements, tags, strict=True):
+            element.tag = tag
     objects, others, end = [], [], 0
-    for element, tag in zip(elements, tags, strict=True):
-        element.tag = tag
     for start in (k for k, tag in enumerate(tags) if tag == "object"):
         if start < end:
             raise UserError(f"{path}: object {len(objects)} holds another <object>; list them one "
@@ -85,7 +88,7 @@ def _find_objects(path: Path, root: ElementTree.Element) -> tuple[list[ElementTr
         objects.append(elements[start])
     others += elements[end:]
     for element in others:
-        if element.tag in _SHAPES or element.get("points") or element.get("xmin"):
+        if element.tag in _SHAPES or not {"points", "xmin"}.isdisjoint(element.keys()):
             raise UserError(f"{path}: <{element.tag}> outside an <object> cannot be read; write "
                             "VOC's <object> with <name> and <bndbox>")
     if not objects and tags[0] != "annotation":

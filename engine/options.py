@@ -20,6 +20,7 @@ from data.classes import check_classes
 from data.coco_eval import BACKENDS
 from data.config import PRIORS
 from data.image_sets import ImageSet
+from data.split import VAL_SHARE, check_pattern, check_share
 from engine.declare import Checked, flag_of, option
 from engine.optim import OPTIMIZERS, SCHEDULES
 from layers.detect import SUPPRESSION, DetectConfig
@@ -82,7 +83,8 @@ class Options(Checked):
     size: int = _what(512, "-s", "--size", read=int, choices=SIZES,
         help="side of the square network input, in pixels")
     dataset: str = _what("VOC", "-d", "--dataset", choices=DATASETS,
-        help="layout of the data; also selects the published settings")
+        help="layout of the data; also selects the published settings (default: what --root holds; "
+             "VOC without --root)")
     root: str = _what("", "--root", metavar="DIR",
         help="folder of the data (default: ~/data/VOCdevkit, ~/data/COCO)")
     classes: tuple[str, ...] | None = _what(None, "--classes", metavar="NAMES", check=_names,
@@ -90,10 +92,16 @@ class Options(Checked):
              "declares, else those that its annotations contain)")
     train_sets: tuple[ImageSet, ...] = _what((), "--train_sets", metavar="SETS", check=_sets,
         only="train", fixed=True,
-        help="e.g. 2007_trainval,2012_trainval; just trainval for a folder that itself holds "
-             "Annotations/, JPEGImages/ and ImageSets/")
+        help="e.g. 2007_trainval,2012_trainval, or train (default: those that the data declare, "
+             "else split_train)")
     test_sets: tuple[ImageSet, ...] = _what((), "--test_sets", metavar="SETS", check=_sets,
-        help="e.g. 2007_test, or test")
+        help="e.g. 2007_test, or test (default: as --train_sets; split_val)")
+    val_share: float = _what(VAL_SHARE, "--val_share", read=number, metavar="X", check=check_share,
+        fixed=True, help="share of the images in split_val, where the data declare no set to test "
+             "on; split_train has the others")
+    split_by: str | None = _what(None, "--split_by", metavar="REGEX", check=check_pattern,
+        fixed=True, help="keep images on one side whose file names match alike, such as the frames "
+             "of a film: '[^_]+' takes what comes before the first _")
     crowds: bool = option("what", True, "--crowds", read=boolean, only="train", fixed=True,
         help="COCO: train on crowds as on other boxes, as published; 'false' leaves them out")
 
@@ -289,7 +297,7 @@ def default_text(spec: dataclasses.Field) -> str:
 
     Data sets and recipes that differ are named.
     """
-    if spec.default in (None, "", ()):
+    if spec.default in (None, "", ()) or "(default: " in spec.metadata["help"]:
         return ""
 
     def text(value: object) -> str:
@@ -300,7 +308,10 @@ def default_text(spec: dataclasses.Field) -> str:
     row_field = {"max_epoch": "epochs", "weight_decay": "weight_decay"}.get(spec.name)
     parts = [text(spec.default)]
     if row_field:
-        parts = [f"{text(getattr(row, row_field))} {name}" for name, row in DATASETS.items()]
+        first: dict[str, str] = {}  # the other rows are trained as one of these
+        for name, row in DATASETS.items():
+            first.setdefault(text(getattr(row, row_field)), name)
+        parts = [f"{value} {name}" for value, name in first.items()]
     words = [", ".join(parts)]
     words += [f"{name}: {text(values[spec.name])}"
               for name, values in RECIPES.items() if spec.name in values]  # fmt: skip
@@ -315,7 +326,7 @@ def parser() -> Parser:
     """
     p = Parser(
         description="Train an SSD detector (the default), or evaluate one (--test).",
-        epilog="Own data in VOC layout: train_test.py -d VOC --root FOLDER -s 300. --test and "
+        epilog="Own data: train_test.py --root FOLDER -s 300. --test and "
         "--resume take the network, the size, the data set and the classes from the checkpoint.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
