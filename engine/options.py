@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +20,7 @@ from data import DATASETS
 from data.classes import check_classes
 from data.coco_eval import BACKENDS
 from data.config import PRIORS
+from data.image import MAX_PIXELS
 from data.image_sets import ImageSet
 from data.split import VAL_SHARE, check_pattern, check_share
 from engine.declare import Checked, flag_of, option
@@ -64,6 +66,13 @@ def _sets(value: object) -> tuple[ImageSet, ...]:
     if not (isinstance(value, list | tuple) and all(map(fits, value))):
         raise UserError(f"image sets are {value!r}; give a list of [year or null, name]")
     return tuple(ImageSet(*item) for item in value)
+
+
+def _parts(text: str) -> str:
+    """Read the value of --freeze; "" freezes nothing."""
+    if not re.fullmatch(r"|base|base:[1-9]\d{0,3}|heads", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of base, base:K (K layers) and heads")
+    return text
 
 
 _what = partial(option, "what")
@@ -116,6 +125,10 @@ class Options(Checked):
         help="optimiser")
     lr: float = _recipe(4e-3, "--lr", "--learning-rate", read=number, metavar="X",
         help="initial learning rate")
+    base_lr: float = _recipe(1.0, "--base_lr", read=number, metavar="X", fixed=True,
+        help="factor of the learning rate of the base network")
+    freeze: str = _recipe("", "--freeze", read=_parts, metavar="PARTS", fixed=True,
+        help="what keeps its weights and statistics: base, base:K (its first K layers) or heads")
     momentum: float = _recipe(0.9, "--momentum", read=fraction, metavar="X",
         help="momentum of SGD; first beta of AdamW")
     weight_decay: float = _recipe(5e-4, "--weight_decay", read=number, metavar="X",
@@ -135,6 +148,9 @@ class Options(Checked):
         help="largest norm of a step's gradient; 0: any")
     jaccard_threshold: float = _recipe(0.5, "--jaccard_threshold", read=fraction, metavar="X",
         help="lowest IoU of a positive prior box")
+    background_negatives: int = _recipe(0, "--background_negatives", read=count, metavar="N",
+        help="least number of hard negatives an image; 0: as published, three for each positive "
+             "prior box, so that an image without objects teaches nothing")
     seed: int = _recipe(0, "--seed", read=count, metavar="N", fixed=True,
         help="seed of weights, order and augmentation")
     overfit: int = _recipe(0, "--overfit", read=count, metavar="N", fixed=True,
@@ -153,6 +169,9 @@ class Options(Checked):
     recompute: bool = _machine(False, "--recompute", read=boolean, only="train",
         help="compute concatenations again in the backward pass instead of keeping them: less "
              "memory, more time, the same numbers (not with --compile)")
+    max_pixels: int = _machine(MAX_PIXELS, "--max_pixels", read=positive, metavar="N",
+        help="refuse images with more pixels before they are decoded; over 2^30 set "
+             "OPENCV_IO_MAX_IMAGE_PIXELS, too")
     cache: str = _machine("off", "--cache", metavar="off|memory|DIR", only="train",
         help="keep the decoded training images in shared memory or in a folder, if they fit")
 
@@ -220,8 +239,9 @@ class Call(Checked):
     class_agnostic: bool | None = _testing(None, "--class_agnostic", read=boolean,
         help="let boxes of different classes suppress each other, too")
     top_k: int | None = _testing(None, "--max_detections", read=positive, metavar="N",
-        help="most detections of an image, at most 50 of them of a class (default: 300 VOC, 200 "
-             "COCO)")
+        help="most detections of an image (default: 300 VOC, 200 COCO)")
+    per_class: int | None = _testing(None, "--max_per_class", read=positive, metavar="N",
+        help="most detections of a class in an image (default: 50)")
     background_shortcut: bool | None = _testing(None, "--background_shortcut", read=boolean,
         help="drop prior boxes whose background score is 0.9 or more, as the authors' later "
              "release does")
@@ -245,7 +265,7 @@ class Call(Checked):
         only="train", help="stop after this many steps in all, e.g. to try things out")
 
     device: str | None = option("machine", None, "--device", metavar="NAME",
-        help="auto, cpu, cuda or cuda:N (default: auto)")
+        help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     cuda: bool | None = option("machine", None, "--cuda", read=boolean,
         help="true: --device cuda; false: --device cpu")
     ngpu: int | None = option("machine", None, "--ngpu", read=positive, metavar="N",
