@@ -65,9 +65,8 @@ def recognise(root: str | Path) -> str | None:
         return None
     if base != root:
         cvat = os.path.isfile(root / "labelmap.txt")
-        return "VOC of CVAT" if cvat else f"VOC XML in {base.name}/"
-    splits = split_folders(root, index)
-    return f"VOC XML in {'/, '.join(splits)}/" if splits else "VOC XML beside the images"
+        return "CVAT VOC" if cvat else f"VOC XML in {base.name}/"
+    return "VOC XML, a folder a set" if split_folders(root, index) else "VOC XML beside images"
 
 
 def _is_annotation(path: Path) -> bool:
