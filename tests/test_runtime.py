@@ -92,7 +92,7 @@ def test_a_foreign_graph_is_refused(tmp_path):
     for (text, outputs, priors), problem in (
         ((None, "loc conf", 11620), "has no description of its detector; export it with python -m"),
         ((about, "boxes scores", 11620), "gives boxes, scores, where .* says loc, conf; export"),
-        ((about, "loc conf", 8732), r"gives loc float32 \[1, 8732, 4\], .* float \[1, 11620, 4\]; export"),
+        ((about, "loc conf", 8732), r"gives loc .*\[1, 8732, 4\], .* \[1, 11620, 4\]; export"),
     ):
         with pytest.raises(UserError, match=rf"x\.onnx {problem}"):
             Predictor(write_onnx(file, text, outputs, priors))(image)
