@@ -6,9 +6,7 @@ detector, which may reach outside the image.
 
 from __future__ import annotations
 
-import csv
 import errno
-import io
 import json
 import os
 import sys
@@ -28,7 +26,7 @@ from data.config import COCO_CLASSES
 from inference.draw import draw_detections, enlarge
 from tools.sources import Frame, Source, real_path
 from utils.errors import UserError
-from utils.files import atomic_write, check_writable
+from utils.files import atomic_write, check_writable, csv_bytes
 
 # COCO numbers its 80 categories up to 90, without ten of these numbers.
 COCO_IDS = tuple(sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
@@ -211,19 +209,12 @@ class CsvFile(Writer):
         self._classes = classes
 
     def add(self, found: Found) -> None:
-        frame, text = found.frame, io.StringIO()
+        frame = found.frame
         when = ("", "") if frame.number is None else (frame.number, f"{frame.time:.3f}")
-        name, classes = csv_text(found.name), [*map(csv_text, self._classes)]
-        csv.writer(text, lineterminator="\n").writerows(
-            (name, *when, classes[k - 1], f"{score:.5f}", *(f"{v:.2f}" for v in box))
+        self._file.write(csv_bytes(
+            (found.name, *when, self._classes[k - 1], f"{score:.5f}", *(f"{v:.2f}" for v in box))
             for box, score, k in zip(found.boxes, found.scores, found.labels, strict=True)
-        )
-        self._file.write(text.getvalue().encode())
-
-
-def csv_text(text: str) -> str:
-    """Return a text that no spreadsheet takes for a formula: "'=1+1" for "=1+1" (OWASP)."""
-    return f"'{text}" if text.startswith(tuple("=+-@\t\r\n＝＋－＠")) else text
+        ))  # fmt: skip
 
 
 def category_ids(classes: Sequence[str]) -> tuple[int, ...]:

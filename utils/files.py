@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
 import io
 import json
 import os
+import re
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
+from utils.console import printable
 from utils.errors import UserError, first_line
 from utils.logger import LOGGER
 
@@ -23,6 +26,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+_FORMULA = re.compile(r"(?!-?[\d.]+(e[+-]?\d+)?$)[=+\-@＝＋－＠]")
+"""The start of a text that may be a formula; a number is none."""
 
 
 @contextmanager
@@ -250,6 +256,18 @@ def write_json(path: str | Path, value: object) -> None:
     text = json.dumps(value, indent=1, ensure_ascii=False)
     with atomic_write(path) as file:
         file.write(text.encode("utf-8", "backslashreplace") + b"\n")
+
+
+def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
+    """Return rows as CSV, control characters escaped.
+
+    A ' stands before a text that spreadsheets would take for a formula, as OWASP says.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        ["'" * bool(_FORMULA.match(cell)) + cell for cell in map(printable, row)] for row in rows
+    )
+    return text.getvalue().encode()
 
 
 def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
