@@ -75,6 +75,7 @@ class COCODetection(DetectionData):
         super().__init__(root, [normalise(*each) for each in image_sets], transform)
         self.crowds = crowds
         self.eval_backend = eval_backend
+        self._faults = faults
         self._turned: set[Path] = set()
         files = [self._read(image_set, classes) for image_set in self.image_sets]
         self._files = [file.path for file in files]
@@ -85,6 +86,8 @@ class COCODetection(DetectionData):
         self.classes = tuple(known if classes is None else classes)
         self.category_ids = {k: known[name] for k, name in enumerate(self.classes, 1)}
         self.category_labels = {id: label for label, id in self.category_ids.items()}
+        for detail in (detail for file in files for detail in file.surplus):
+            self.skipped.append(Skip(SkipKind.CATEGORY_SURPLUS, None, None, detail))
         self._digest = digest(self.classes, *(file.digest() for file in files))
         # What follows goes to every loader process. Arrays are shared there, or copied whole where
         # processes are not forked; of a list each object would be copied when it is first used.
@@ -93,7 +96,7 @@ class COCODetection(DetectionData):
         self.ids = ids.tolist()
         self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
         places = [
-            self._find_images(*each, faults) for each in zip(files, self.image_sets, strict=True)
+            self._find_images(*each) for each in zip(files, self.image_sets, strict=True)
         ]
         self._folders, names = zip(*places, strict=True)
         self._names = np.concatenate(names)
@@ -233,6 +236,10 @@ class COCODetection(DetectionData):
         if classes is None:
             return file
         part = file.of_classes(classes)
+        if len(file.boxes) and not len(part.boxes):
+            used = [file.classes[n - 1] for n in np.unique(file.labels)]
+            self._fault(f"{path}: no box of {', '.join(classes)} among its {len(file.boxes)} boxes;"
+                        f" choose from {', '.join(used)} (--classes)")  # fmt: skip
         if len(part.classes) < len(file.classes):
             detail = (
                 f"{path.name}: {len(part.classes)} of {len(file.classes)} classes,"
@@ -249,10 +256,10 @@ class COCODetection(DetectionData):
                 " than one of them"
             )
 
-    def _find_images(self, file: COCOAnnotations, image_set: ImageSet,
-                     faults: list[str] | None) -> tuple[Path, np.ndarray]:
+    def _find_images(self, file: COCOAnnotations,
+                     image_set: ImageSet) -> tuple[Path, np.ndarray]:
         found = find_images(self.root, file, image_set)
-        if found.missing and faults is None:
+        if found.missing and self._faults is None:
             more = " ..." if len(found.missing) > 10 else ""
             raise UserError(
                 f"{found.folder}: {len(found.missing)} of the {len(found.names)} images in"
@@ -278,14 +285,12 @@ class COCODetection(DetectionData):
         outside = ((high <= 0) | (low >= sizes)).any(1)
         # A box of one pixel has x2 = x1, and neither an IoU nor a logarithm of its width.
         flat = ~outside & (corners[:, 2:] <= corners[:, :2]).any(1)
-        empty = ~outside & ~flat & (file.areas <= 0)
-        kept = ~outside & ~flat & ~empty
+        kept = ~outside & ~flat
         crowd = kept & file.crowds & (not self.crowds)
         kept &= ~crowd
         for kind, rows in (
             (SkipKind.BOX_OUTSIDE, outside), (SkipKind.BOX_WITHOUT_AREA, flat),
-            (SkipKind.AREA_NOT_POSITIVE, empty), (SkipKind.CROWD, crowd),
-            (SkipKind.BOX_CLIPPED, kept & beyond.any(1)),
+            (SkipKind.CROWD, crowd), (SkipKind.BOX_CLIPPED, kept & beyond.any(1)),
         ):
             for n in np.flatnonzero(rows):
                 x, y, w, h = bbox = file.boxes[n].tolist()
@@ -295,9 +300,47 @@ class COCODetection(DetectionData):
                 )
                 image = start + int(owners[n])
                 self.skipped.append(Skip(kind, image, (x, y, x + w, y + h), detail))
+        self._tell_lost(file, start, kept | crowd)
+        if _look_like_corners(file.boxes, sizes):
+            detail = f"{file.path}: bbox {file.boxes[0].tolist()} and all others"
+            self.skipped.append(Skip(SkipKind.BOX_FORMAT, None, None, detail))
         target = np.hstack([corners, self._labels(file)[:, None]])[kept].astype(np.float32)
         return target, np.bincount(owners[kept], minlength=len(file.image_ids))
+
+    def _tell_lost(self, file: COCOAnnotations, start: int, kept: np.ndarray) -> None:
+        """Record classes and images with none of their boxes left; refuse such a file.
+
+        kept: bool [M], which boxes are read.
+        """
+        if len(kept) and not kept.any():
+            cause = "their width or height is 1 pixel or less, or they lie outside their image"
+            if 0 < np.abs(file.boxes).max() <= 1:
+                cause = "their numbers are 1 or less, as shares of an image; multiply by its size"
+            self._fault(f"{file.path}: none of the {len(kept)} boxes can be used: {cause}; a bbox"
+                        " is x, y, width and height in pixels")  # fmt: skip
+        name, owners = file.path.name, file.owners()
+        for n in np.setdiff1d(file.labels, file.labels[kept]).tolist():
+            boxes = np.flatnonzero(file.labels == n)
+            detail = f"{name}: {file.classes[n - 1]}, {len(boxes)} boxes"
+            image = start + int(owners[boxes[0]])
+            self.skipped.append(Skip(SkipKind.CLASS_LOST, image, None, detail))
+        for n in np.setdiff1d(owners, owners[kept]).tolist():
+            count = file.offsets[n + 1] - file.offsets[n]
+            detail = f"{name}: image {file.image_ids[n]}, {count} boxes"
+            self.skipped.append(Skip(SkipKind.IMAGE_LOST, start + n, None, detail))
+
+    def _fault(self, fault: str) -> None:
+        if self._faults is None:
+            raise UserError(fault)
+        self._faults.append(fault)
 
     def _labels(self, file: COCOAnnotations) -> np.ndarray:
         label_of = [self.category_labels[id] for id in file.category_ids.tolist()]
         return np.array(label_of, np.int64)[file.labels - 1]
+
+
+def _look_like_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
+    """Return whether boxes [m, 4] fit their images as x1, y1, x2, y2, not as x, y, w, h."""
+    start, end = boxes[:, :2], boxes[:, 2:]
+    fit = (start < end) & (end <= sizes)
+    return bool(fit.all() and (start + end > 1.1 * sizes).any())

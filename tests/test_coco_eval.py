@@ -346,8 +346,8 @@ def test_results_that_cannot_be_scored_are_named(small, tmp_path, results, messa
 def test_files_that_cannot_be_read_are_named(small, tmp_path):
     (tmp_path / "half.json").write_text('[{"image_id":')
     for results, truth, message in (
-        (tmp_path / "none.json", small, "none.json: cannot be read"),
-        ([], tmp_path / "none.json", "none.json: cannot be read"),
+        (tmp_path / "none.json", small, "none.json: cannot read"),
+        ([], tmp_path / "none.json", "none.json: cannot read"),
         (tmp_path / "half.json", small, "half.json: not a JSON file"),
     ):
         with pytest.raises(UserError, match=message):
