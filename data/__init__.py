@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data.image_sets import ImageSet, sets_name
-from data.skips import Skip, report_lines
+from data.skips import Skip, SkipKind, report_lines
 from data.truth import Truth, digest
 from utils.errors import UserError
 
@@ -144,6 +144,31 @@ class DetectionData:
 
     def _keep(self, kept: list[int]) -> None:
         """Keep these images in what else a reader holds of each image."""
+
+    def check_losses(self, faults: list[str] | None = None) -> None:
+        """Record each image and class that lost all its boxes; for the end of the constructor.
+
+        Raises UserError, or adds it to ``faults``, if no box is left of those annotated.
+        """
+        dropped = [skip for skip in self.skipped if skip.box and skip.kind.level == "warning"]
+        if not dropped:
+            return
+        if not len(self.rows):
+            fault = (
+                f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is left, "
+                f"so there is nothing to learn or to score: {'; '.join(report_lines(dropped))}"
+            )
+            if faults is None:
+                raise UserError(fault)
+            faults.append(fault)
+        empty = {skip.image: skip for skip in reversed(dropped) if skip.image is not None}
+        for image in (i for i in sorted(empty) if self.offsets[i] == self.offsets[i + 1]):
+            detail = f"{self.image_path(image)} ({empty[image].kind.text}: {empty[image].detail})"
+            self.skipped.append(Skip(SkipKind.IMAGE_EMPTIED, image, None, detail))
+        truth = self.truth()
+        for label in np.setdiff1d(truth.labels[~truth.ignored], self.rows[:, 4]).tolist():
+            detail = f"{self.root}: {sets_name(self.image_sets)}: {self.classes[int(label) - 1]}"
+            self.skipped.append(Skip(SkipKind.CLASS_EMPTIED, None, None, detail))
 
     def report(self) -> list[str]:
         """Return `skipped` as lines for the log."""

@@ -65,6 +65,7 @@ class AnnotatedImages(DetectionData):
         self.sizes = np.array(sizes, np.int64)
         self.rows = np.concatenate(targets)
         self.offsets = np.cumsum([0, *map(len, targets)])
+        self.check_losses(faults)
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
         """Read the annotations of ``image_sets`` under ``root``; arguments as of the class.
@@ -99,10 +100,10 @@ class AnnotatedImages(DetectionData):
             (SkipKind.BOX_CLIPPED, known & area & inside & changed),
         ):
             for k in np.flatnonzero(which):
-                values = ", ".join(f"{value:g}" for value in boxes[k] + 1)
                 detail = (
-                    f'{annotation.path}: object {k + 1} ("{annotation.names[k]}") ({values})'
-                    f" in {size[0]} x {size[1]}"
+                    f'{annotation.path}: object {k + 1} ("{annotation.names[k]}") '
+                    f"({', '.join(f'{value:g}' for value in boxes[k] + 1)}) in "
+                    f"{size[0]} x {size[1]}{_hint(boxes[k] + 1)}"
                 )
                 self.skipped.append(Skip(kind, index, tuple(boxes[k].tolist()), detail))
         keep = known & area & inside
@@ -191,6 +192,14 @@ class AnnotatedImages(DetectionData):
             **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
             "image_set": image_set, **result, "curves": CURVES_FILE,
         }
+
+
+def _hint(box: np.ndarray) -> str:
+    """Return what may be wrong with a box that is counted from 1."""
+    if (box[2:] < box[:2]).any():
+        return ": swapped corners?"
+    fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
+    return ": fractions of the image where pixels belong?" if fractions else ""
 
 
 def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tuple[int, int]:

@@ -23,6 +23,7 @@ class Annotation:
     boxes: float64 [n, 4], (x1, y1, x2, y2) in pixels counted from 0 both ends
         inside the box. They may have no area or lie outside the image.
     difficult: bool [n].
+    filename: of the image, without folders; "" where the annotation names none.
     """
 
     path: Path
@@ -30,6 +31,7 @@ class Annotation:
     names: tuple[str, ...]
     boxes: np.ndarray
     difficult: np.ndarray
+    filename: str = ""
 
     @classmethod
     def empty(cls, path: Path) -> Annotation:

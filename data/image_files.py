@@ -52,6 +52,10 @@ class FileIndex:
                 return Path(found)
         return None
 
+    def has_folder(self, path: str | Path) -> bool:
+        """Return whether a path is a folder."""
+        return any(name in self._listing(folder).folders for folder, name in _spellings(path))
+
     def inside(self, folder: str | Path) -> list[Path]:
         """Return all files under ``folder`` that have one of the suffixes, sorted.
 

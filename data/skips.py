@@ -11,9 +11,13 @@ class SkipKind(Enum):
     """Kinds of records that a reader changes or leaves out.
 
     text: a description for the log. level: "note" where training loses nothing that was asked for,
-    else "warning".
+    else "warning". A warning about a box means that the box is dropped.
     """
 
+    OTHER_SET_UNREAD = ("file of another image set, unread for its class names", "warning")
+    SEVERAL_IMAGES = ("image of the same name as others, taken for its suffix", "warning")
+    IMAGE_EMPTIED = ("image that lost all its boxes", "warning")
+    CLASS_EMPTIED = ("class that lost all its boxes", "warning")
     IMAGE_LISTED_TWICE = ("image listed twice, read once", "warning")
     UNKNOWN_CLASS = ("object of an unknown class, dropped", "warning")
     CLASSES_LEFT_OUT = ("image set read without some of its classes", "warning")

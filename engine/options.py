@@ -220,8 +220,9 @@ class Call(Checked):
     eval_backend: str | None = option("testing", None, "--eval-backend",
         choices=BACKENDS, help="library that computes COCO's numbers (default: pycocotools)")
 
-    basenet: str | None = _starting(None, "--basenet", metavar="FILE",
-        help="pretrained weights of the base network")
+    basenet: str = _starting("auto", "--basenet", metavar="FILE|auto|none",
+        help="pretrained weights of the base network (auto: the published file if it is in "
+             "weights/, else none: new weights)")
     resume: str | None = _starting(None, "--resume", metavar="FILE|auto",
         help="continue a run from its checkpoint (auto: the newest run, or a new one)")
     resume_net: str | None = _starting(None, "--resume_net", metavar="FILE",

@@ -90,7 +90,9 @@ def check_training(call: Call, given: Mapping[str, object]) -> None:
     """
     if call.class_map and not call.resume_net:
         raise UserError("--class_map goes with --resume_net FILE or --test FILE")
-    sources = [name for name in ("resume", "resume_net", "basenet") if getattr(call, name)]
+    sources = [name for name in ("resume", "resume_net") if getattr(call, name)]
+    base = call.basenet not in ("auto", "none")
+    sources += ["basenet"] if base else []
     if len(sources) > 1:
         raise UserError(
             f"--{sources[0]} and --{sources[1]} both say where weights come from; give one"
@@ -102,7 +104,7 @@ def check_training(call: Call, given: Mapping[str, object]) -> None:
         )
     if call.resume_net and not Path(call.resume_net).is_file():
         raise UserError(f"--resume_net {call.resume_net} does not exist; give a checkpoint")
-    if call.basenet and not Path(call.basenet).is_file():
+    if base and not Path(call.basenet).is_file():
         version = given.get("version", Options.version)
         files = " or ".join(row.file for row in published_bases(version))
         raise UserError(

@@ -35,6 +35,7 @@ from engine.resolve import (
 from layers.detect import DetectConfig
 from models.base_weights import load_base
 from models.info import DetectorInfo, published_detection
+from models.pretrained import WEIGHTS, published_bases
 from models.transfer import parse_class_map, transfer_classes
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.errors import UserError
@@ -330,15 +331,33 @@ def starting_weights(net: nn.Module, run: Run, call: Call, given: Mapping[str, o
     """
     if call.resume_net:
         origin = _from_detector(net, run, call, starting_info(run.start, call, given))
-    elif call.basenet:
-        path = Path(call.basenet)
+    elif path := _base_file(call, run.options):
         match = load_base(net.base, path, run.options.version)
         origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
         origin += f"{match.source} (sha256 {sha256_of(path)})"
     else:
-        origin = "no --basenet: the base network is trained from scratch"
+        origin = "new weights: the base network is trained from scratch"
     LOGGER.info("%s", origin)
     return dataclasses.replace(run, options=dataclasses.replace(run.options, start=origin))
+
+
+def _base_file(call: Call, options: Options) -> Path | None:
+    """Return the file of --basenet; None for new weights."""
+    if call.basenet == "none":
+        return None
+    if call.basenet != "auto":
+        return Path(call.basenet)
+    rows = published_bases(options.version)
+    files = [WEIGHTS / row.file for row in rows]
+    found = next(filter(Path.is_file, files), None)
+    if found is None and rows:
+        recipe = "" if options.recipe == "modern" else "; --recipe modern suits new weights better"
+        LOGGER.warning(
+            "%s is missing: training starts from new weights, and needs many more epochs for less "
+            "AP. Get the file by `python -m tools.weights download %s`%s (--basenet)",
+            files[0], rows[0].name, recipe,
+        )  # fmt: skip
+    return found
 
 
 def _from_detector(net: nn.Module, run: Run, call: Call, info: DetectorInfo) -> str:

@@ -201,7 +201,7 @@ def refusal(*line: str) -> str:
     ("--resume_epoch 3", "--resume_epoch --resume_net"),
     ("--class_map a=b", "--class_map --resume_net"),
     ("--train_sets ,", "image set"), ("--train_sets=", "image set"), ("--test=", "--test empty"),
-    ("--resume=", "--resume empty"), ("--basenet=", "--basenet empty"),
+    ("--resume=", "--resume empty"), ("--basenet=", "--basenet"),
     ("--send_images_to_visdom", "--send_images_to_visdom --visdom"),
     ("--optimizer adamw", "--optimizer adamw --lr --weight_decay"),
     ("-v SSD_mobile -s 512", "512 --size"),

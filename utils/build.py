@@ -52,7 +52,7 @@ EXTRAS = {
     "eval": EVAL,
     "onnx": (*ONNX, "onnxruntime"),
     "openvino": (*OPENVINO, *ONNX),
-    "weights": ("safetensors", "gdown"),
+    "weights": ("safetensors", "gdown", "huggingface_hub"),
     "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),
 }

@@ -191,6 +191,39 @@ def read_bytes(path: str | Path, what: str = "file", limit: int = 2**32) -> byte
         raise UserError(f"{str(path)!a}: cannot be the name of the {what} ({error})") from error
 
 
+def read_text(path: str | Path, what: str = "file", limit: int = 2**32) -> str:
+    """Return the text of a regular file; see `read_bytes` and `decode`."""
+    return decode(read_bytes(path, what, limit), path)
+
+
+_MARKS = {
+    b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"<\0": "utf-16-le", b"\0<": "utf-16-be",
+}  # the last two begin XML without a byte order mark
+
+
+def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
+    """Return the text in ``data``, the content of a file. A byte order mark decides the encoding.
+
+    Raises:
+        UserError: Python does not know the encoding, or the text is not written in it.
+    """
+    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), encoding)
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: byte 0x{data[error.start]:02X} is not {encoding}"
+                        f" ({error.reason}); save the file as UTF-8") from error
+    except Exception as error:  # whatever a codec does, such as not being one of text
+        raise UserError(f'{path}: encoding "{encoding}" cannot be read ({error}); save the file as'
+                        " UTF-8") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}:{line}: a NUL character; save the file as UTF-8 text")
+    return text
+
+
 def check_writable(path: str | Path) -> None:
     """Create the folder of a file that will be written later.
 
