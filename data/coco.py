@@ -105,6 +105,8 @@ class COCODetection(DetectionData):
         targets, counts = zip(*map(self._targets, files, starts.tolist()), strict=True)
         self.rows = np.concatenate(targets)
         self.offsets = np.append(0, np.cumsum(np.concatenate(counts)))
+        labels = [self._labels(file)[~file.crowds] for file in files]
+        self.check_losses(faults, np.concatenate(labels))
 
     list_image_sets = staticmethod(list_image_sets)
 
@@ -286,11 +288,13 @@ class COCODetection(DetectionData):
         # A box of one pixel has x2 = x1, and neither an IoU nor a logarithm of its width.
         flat = ~outside & (corners[:, 2:] <= corners[:, :2]).any(1)
         kept = ~outside & ~flat
+        shares = flat & (0 < np.abs(file.boxes).max(initial=0) <= 1)
         crowd = kept & file.crowds & (not self.crowds)
         kept &= ~crowd
         for kind, rows in (
-            (SkipKind.BOX_OUTSIDE, outside), (SkipKind.BOX_WITHOUT_AREA, flat),
-            (SkipKind.CROWD, crowd), (SkipKind.BOX_CLIPPED, kept & beyond.any(1)),
+            (SkipKind.BOX_OUTSIDE, outside), (SkipKind.BOX_WITHOUT_AREA, flat & ~shares),
+            (SkipKind.BOX_IN_SHARES, shares), (SkipKind.CROWD, crowd),
+            (SkipKind.BOX_CLIPPED, kept & beyond.any(1)),
         ):
             for n in np.flatnonzero(rows):
                 x, y, w, h = bbox = file.boxes[n].tolist()
@@ -300,34 +304,11 @@ class COCODetection(DetectionData):
                 )
                 image = start + int(owners[n])
                 self.skipped.append(Skip(kind, image, (x, y, x + w, y + h), detail))
-        self._tell_lost(file, start, kept | crowd)
         if _look_like_corners(file.boxes, sizes):
             detail = f"{file.path}: bbox {file.boxes[0].tolist()} and all others"
             self.skipped.append(Skip(SkipKind.BOX_FORMAT, None, None, detail))
         target = np.hstack([corners, self._labels(file)[:, None]])[kept].astype(np.float32)
         return target, np.bincount(owners[kept], minlength=len(file.image_ids))
-
-    def _tell_lost(self, file: COCOAnnotations, start: int, kept: np.ndarray) -> None:
-        """Record classes and images with none of their boxes left; refuse such a file.
-
-        kept: bool [M], which boxes are read.
-        """
-        if len(kept) and not kept.any():
-            cause = "their width or height is 1 pixel or less, or they lie outside their image"
-            if 0 < np.abs(file.boxes).max() <= 1:
-                cause = "their numbers are 1 or less, as shares of an image; multiply by its size"
-            self._fault(f"{file.path}: none of the {len(kept)} boxes can be used: {cause}; a bbox"
-                        " is x, y, width and height in pixels")  # fmt: skip
-        name, owners = file.path.name, file.owners()
-        for n in np.setdiff1d(file.labels, file.labels[kept]).tolist():
-            boxes = np.flatnonzero(file.labels == n)
-            detail = f"{name}: {file.classes[n - 1]}, {len(boxes)} boxes"
-            image = start + int(owners[boxes[0]])
-            self.skipped.append(Skip(SkipKind.CLASS_LOST, image, None, detail))
-        for n in np.setdiff1d(owners, owners[kept]).tolist():
-            count = file.offsets[n + 1] - file.offsets[n]
-            detail = f"{name}: image {file.image_ids[n]}, {count} boxes"
-            self.skipped.append(Skip(SkipKind.IMAGE_LOST, start + n, None, detail))
 
     def _fault(self, fault: str) -> None:
         if self._faults is None:
