@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from data import DetectionData
 from data.coco_eval import evaluate_coco, load_backend, notes
-from data.coco_json import COCOAnnotations, read_annotations
+from data.coco_json import COCOAnnotations, join, read_annotations
 from data.coco_layout import (
+    annotation_files,
     file_stem,
     find_annotations,
     find_images,
     is_test_split,
     list_image_sets,
     normalise,
+    outside_of,
+    recognise,
+    turned_size,
 )
 from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
@@ -26,6 +33,7 @@ from data.detections import as_columns
 from data.image import read_image
 from data.image_sets import ImageSet
 from data.skips import Skip, SkipKind
+from data.split import SPLIT_SETS, VAL_SHARE, choose, list_files
 from data.truth import Truth, digest
 from utils.errors import UserError
 
@@ -39,6 +47,15 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """
     start = np.maximum(boxes[:, :2], 0)
     return np.hstack([start, np.minimum(sizes - 1, start + np.maximum(boxes[:, 2:] - 1, 0))])
+
+
+class _Part(NamedTuple):
+    """Images of one annotation file that belong to an image set."""
+
+    image_set: ImageSet
+    file: COCOAnnotations
+    folder: Path
+    names: np.ndarray  # str [N], of the images' files
 
 
 class COCODetection(DetectionData):
@@ -59,6 +76,7 @@ class COCODetection(DetectionData):
             always treats them as COCO does.
         eval_backend: what computes the score, one of `data.coco_eval.BACKENDS`.
         faults: for ``tools.check``. Given a list, a missing image raises when it is read.
+        val_share, split_by: see `data.split.in_validation`.
 
     Raises:
         UserError: no annotation file of that name, a malformed one (see `read_annotations`),
@@ -69,16 +87,19 @@ class COCODetection(DetectionData):
         self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
         transform: Callable | None = None, classes: Sequence[str] | None = None,
         crowds: bool = True, eval_backend: str = "pycocotools", faults: list[str] | None = None,
+        val_share: float = VAL_SHARE, split_by: str | None = None,
     ) -> None:
         if not image_sets:
             raise ValueError("image_sets is empty, expected e.g. [('2017', 'val')]")
         super().__init__(root, [normalise(*each) for each in image_sets], transform)
         self.crowds = crowds
         self.eval_backend = eval_backend
+        self.val_share, self.split_by = val_share, split_by
         self._faults = faults
         self._turned: set[Path] = set()
-        files = [self._read(image_set, classes) for image_set in self.image_sets]
-        self._files = [file.path for file in files]
+        parts = [part for each in self.image_sets for part in self._open(each, classes)]
+        files = [part.file for part in parts]
+        self._part_sets, self._files = [part.image_set for part in parts], [f.path for f in files]
         known = files[0].categories()
         for file in files[1:]:
             if file.categories() != known:
@@ -86,20 +107,16 @@ class COCODetection(DetectionData):
         self.classes = tuple(known if classes is None else classes)
         self.category_ids = {k: known[name] for k, name in enumerate(self.classes, 1)}
         self.category_labels = {id: label for label, id in self.category_ids.items()}
-        for detail in (detail for file in files for detail in file.surplus):
+        for detail in dict.fromkeys(detail for file in files for detail in file.surplus):
             self.skipped.append(Skip(SkipKind.CATEGORY_SURPLUS, None, None, detail))
         self._digest = digest(self.classes, *(file.digest() for file in files))
         # What follows goes to every loader process. Arrays are shared there, or copied whole where
         # processes are not forked; of a list each object would be copied when it is first used.
-        ids = np.concatenate([file.image_ids for file in files])
-        self._check_unique(ids)
-        self.ids = ids.tolist()
+        self._folders = [part.folder for part in parts]
+        self._names = np.concatenate([part.names for part in parts])
+        self._file_ids = np.concatenate([file.image_ids for file in files])
         self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
-        places = [
-            self._find_images(*each) for each in zip(files, self.image_sets, strict=True)
-        ]
-        self._folders, names = zip(*places, strict=True)
-        self._names = np.concatenate(names)
+        self.ids = self._unique_ids()
         self.sizes = np.concatenate([file.sizes for file in files])
         starts = np.cumsum([0, *(len(file.image_ids) for file in files)])
         targets, counts = zip(*map(self._targets, files, starts.tolist()), strict=True)
@@ -108,6 +125,7 @@ class COCODetection(DetectionData):
         labels = [self._labels(file)[~file.crowds] for file in files]
         self.check_losses(faults, np.concatenate(labels))
 
+    recognise = staticmethod(recognise)
     list_image_sets = staticmethod(list_image_sets)
 
     def image_path(self, index: int) -> Path:
@@ -139,11 +157,12 @@ class COCODetection(DetectionData):
         return stored
 
     def _keep(self, kept: list[int]) -> None:
-        self._names = self._names[kept]
+        self._names, self._file_ids = self._names[kept], self._file_ids[kept]
         used, self._set_of = np.unique(self._set_of[kept], return_inverse=True)
-        self.image_sets, self._files, self._folders = (
-            [items[s] for s in used] for items in (self.image_sets, self._files, self._folders)
+        self._part_sets, self._files, self._folders = (
+            [items[s] for s in used] for items in (self._part_sets, self._files, self._folders)
         )
+        self.image_sets = list(dict.fromkeys(self._part_sets))
 
     def check_scorable(self) -> None:
         if len(self.image_sets) > 1:
@@ -155,13 +174,18 @@ class COCODetection(DetectionData):
     def truth(self) -> Truth:
         """Return the objects to score against; the annotation files are read again."""
         parts = []
-        for k, path in enumerate(self._files):
-            images = np.flatnonzero(self._set_of == k)
-            file = read_annotations(path, boxes=not is_test_split(path)).of_classes(self.classes)
-            file = file.of_images([self.ids[i] for i in images])
+        for images, file in self._read_again():
             boxes = np.hstack([file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:]])
             parts.append((images[file.owners()], boxes, self._labels(file), file.crowds))
         return Truth(*map(np.concatenate, zip(*parts, strict=True)), "coco")
+
+    def _read_again(self) -> Iterator[tuple[np.ndarray, COCOAnnotations]]:
+        """Yield the indices of a file's images, and these images with their boxes and `ids`."""
+        for k, path in enumerate(self._files):
+            images = np.flatnonzero(self._set_of == k)
+            file = read_annotations(path, boxes=not is_test_split(path)).of_classes(self.classes)
+            file = file.of_images(self._file_ids[images])
+            yield images, replace(file, image_ids=np.array(self.ids)[images])
 
     def fingerprint(self) -> dict:
         """Return plain data that is equal for equal ids, annotations and ``crowds``.
@@ -197,7 +221,7 @@ class COCODetection(DetectionData):
             raise ValueError(f"{name!r} cannot be in the name of a submitted file")
         self.check_scorable()
         results = self._results(detections)
-        [image_set], [file] = self.image_sets, self._files
+        [image_set], file = self.image_sets, self._files[0]
         test = is_test_split(file)
         split = f"{file_stem(image_set)}_{name}" if test else file_stem(image_set)
         path = Path(directory) / f"detections_{split}_results.json"
@@ -217,8 +241,8 @@ class COCODetection(DetectionData):
 
     def _score(self, results: COCOResults, directory: Path) -> dict:
         curves = directory / CURVES_FILE
-        scored = evaluate_coco(results, self._files[0], self.eval_backend, curves, self.classes,
-                               self.ids)
+        truth = join([file for _, file in self._read_again()])
+        scored = evaluate_coco(results, truth, self.eval_backend, curves)
         return {
             "value": scored["stats"][0], "per_class": scored["per_category"],
             "per_class_per_size": scored["per_category_per_size"],
@@ -232,45 +256,87 @@ class COCODetection(DetectionData):
         categories = np.array(list(self.category_ids.values()))[labels - 1]
         return COCOResults(np.array(self.ids)[images], categories, boxes, scores)
 
-    def _read(self, image_set: ImageSet, classes: Sequence[str] | None) -> COCOAnnotations:
-        path = find_annotations(self.root, image_set)
+    def _open(self, image_set: ImageSet, classes: Sequence[str] | None) -> list[_Part]:
+        """Read an image set's annotation file, or those parts of all that are listed or divided."""
+        files, lists = annotation_files(self.root), list_files(self.root)
+        name = str(image_set)
+        if not files or name not in lists and (name not in SPLIT_SETS or name in files):
+            return [self._read(find_annotations(self.root, image_set), image_set, classes)]
+        parts = [
+            self._read(path, normalise(None, stem), classes)
+            for stem, path in sorted(files.items()) if not is_test_split(path)
+        ]
+        root, starts = os.path.abspath(self.root), np.cumsum([0, *(len(p.names) for p in parts)])
+        paths = [os.path.relpath(p.folder / each, root) for p in parts for each in p.names.tolist()]
+        declared = {str(part.image_set): range(*starts[k : k + 2]) for k, part in enumerate(parts)}
+        chosen = choose(self.root, image_set, paths, declared, self.val_share, self.split_by)
+        kept = [np.intersect1d(chosen, span) - span[0] for span in declared.values()]
+        return [
+            part._replace(image_set=image_set, names=part.names[which],
+                          file=part.file.of_images(part.file.image_ids[which]))
+            for part, which in zip(parts, kept, strict=True) if len(which)
+        ]
+
+    def _read(self, path: Path, image_set: ImageSet, classes: Sequence[str] | None) -> _Part:
         file = read_annotations(path, boxes=not is_test_split(path))
-        if classes is None:
-            return file
-        part = file.of_classes(classes)
-        if len(file.boxes) and not len(part.boxes):
-            used = [file.classes[n - 1] for n in np.unique(file.labels)]
-            self._fault(f"{path}: no box of {', '.join(classes)} among its {len(file.boxes)} boxes;"
-                        f" choose from {', '.join(used)} (--classes)")  # fmt: skip
-        if len(part.classes) < len(file.classes):
-            detail = (
-                f"{path.name}: {len(part.classes)} of {len(file.classes)} classes,"
-                f" {len(part.boxes)} of {len(file.boxes)} boxes"
-            )
-            self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
-        return part
-
-    def _check_unique(self, ids: np.ndarray) -> None:
-        once, counts = np.unique(ids, return_counts=True)
-        if len(once) < len(ids):
-            raise UserError(
-                f"{' and '.join(map(str, self._files))}: image id {once[counts > 1][0]} is in more"
-                " than one of them"
-            )
-
-    def _find_images(self, file: COCOAnnotations,
-                     image_set: ImageSet) -> tuple[Path, np.ndarray]:
+        if classes is not None:
+            file = self._of_classes(file, classes)
         found = find_images(self.root, file, image_set)
         if found.missing and self._faults is None:
             more = " ..." if len(found.missing) > 10 else ""
             raise UserError(
                 f"{found.folder}: {len(found.missing)} of the {len(found.names)} images in"
-                f" {file.path.name} are missing: {', '.join(found.missing[:10])}{more}"
+                f" {path.name} are missing: {', '.join(found.missing[:10])}{more}"
             )
         if found.folder != found.usual:
-            detail = f"{file.path.name}: {found.folder}, they are not in {found.usual}"
+            detail = f"{path.name}: {found.folder}, they are not in {found.usual}"
             self.skipped.append(Skip(SkipKind.OTHER_FOLDER, None, None, detail))
-        return found.folder, found.names
+        if outside := outside_of(self.root, found):
+            detail = f"{path.name}: {len(outside)} images, such as {outside[0]}"
+            self.skipped.append(Skip(SkipKind.IMAGE_ELSEWHERE, None, None, detail))
+        first: dict[str, int] = {}
+        for id, name in zip(file.image_ids.tolist(), found.names.tolist(), strict=True):
+            if (other := first.setdefault(name, id)) != id:
+                self._fault(f"{path}: image ids {other} and {id} have the same file {name}; leave"
+                            " one out, and give its boxes to the other")  # fmt: skip
+        for n in np.flatnonzero(file.sizes[:, 0] == 0).tolist():
+            try:
+                file.sizes[n] = turned_size(found.folder / str(found.names[n]))
+            except UserError as error:
+                self._fault(f"{error}; {path} does not state it")
+                file.sizes[n] = 1
+        return _Part(image_set, file, found.folder, found.names)
+
+    def _of_classes(self, file: COCOAnnotations, classes: Sequence[str]) -> COCOAnnotations:
+        part = file.of_classes(classes)
+        if len(file.boxes) and not len(part.boxes):
+            used = [file.classes[n - 1] for n in np.unique(file.labels)]
+            self._fault(f"{file.path}: no box of {', '.join(classes)} among its {len(file.boxes)}"
+                        f" boxes; choose from {', '.join(used)} (--classes)")  # fmt: skip
+        if len(part.classes) < len(file.classes):
+            detail = (
+                f"{file.path.name}: {len(part.classes)} of {len(file.classes)} classes,"
+                f" {len(part.boxes)} of {len(file.boxes)} boxes"
+            )
+            self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
+        return part
+
+    def _unique_ids(self) -> list[int]:
+        """Return the images' ids in their files, else, if files use the same ids, 0, 1, ...
+
+        Raises UserError for an id and a file name that are in two image sets.
+        """
+        seen: dict[tuple[int, str], int] = {}
+        names = [os.path.basename(name) for name in self._names.tolist()]
+        for n, key in enumerate(zip(self._file_ids.tolist(), names, strict=True)):
+            if (other := seen.setdefault(key, n)) != n:
+                raise UserError(
+                    f"{' and '.join(str(self._files[self._set_of[k]]) for k in (other, n))}:"
+                    f" image id {key[0]} is in more than one of them"
+                )
+        ids = self._file_ids.tolist()
+        pooled = len(self._files) > len(self.image_sets)
+        return list(range(len(ids))) if pooled or len(set(ids)) < len(ids) else ids
 
     def _targets(self, file: COCOAnnotations, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the targets, float32 [m, 5], and how many of them each image has, int64 [N].

@@ -206,6 +206,19 @@ class COCOAnnotations:
         )
 
 
+def join(files: Sequence[COCOAnnotations]) -> COCOAnnotations:
+    """Return files of the same categories as one; image ids must ascend over all of them."""
+    columns = {
+        name: np.concatenate([getattr(file, name) for file in files])
+        for name in ("image_ids", "file_names", "sizes", "boxes", "labels", "areas", "crowds")
+    }
+    counts = np.concatenate([np.diff(file.offsets) for file in files])
+    return replace(
+        files[0], offsets=np.append(0, np.cumsum(counts)),
+        annotation_ids=[id for file in files for id in file.annotation_ids], **columns,
+    )
+
+
 def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
     """Read a COCO annotation file; without ``boxes`` an image_info file, which has no annotations.
 

@@ -29,6 +29,7 @@ class SkipKind(Enum):
     BOX_OUTSIDE = ("box outside the image, dropped", "warning")
     BOX_CLIPPED = ("box clipped to the image", "note")
     CROWD = ("crowd, left out", "note")
+    IMAGE_ELSEWHERE = ("image set with images outside the root", "warning")
     OTHER_FOLDER = ("image set with its images in another folder", "note")
 
     def __init__(self, text: str, level: str) -> None:

@@ -115,7 +115,7 @@ def test_sets_are_joined_in_order(tmp_path):
     read(tmp_path).check_scorable()
     other = [{"id": 1, "name": "dog"}]
     for names, categories, message in (
-        ({9: "9.jpg"}, CATEGORIES, "image id 9 is in more than one"),
+        ({9: f"{9:012d}.jpg"}, CATEGORIES, "image id 9 is in more than one"),
         ({8: "8.jpg"}, other, "train2017.json: its categories differ from instances_val"),
     ):
         write_set(tmp_path, "instances_train2017.json", "train2017", names, [],

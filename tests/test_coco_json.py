@@ -214,10 +214,10 @@ def test_missing_annotation_file_names_the_sets_that_exist(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             COCODetection(root, [("2017", name)])
-    for name in ("annotations/train.json", "val/_annotations.coco.json"):
+    for name in ("annotations/train.json", "val/labels.json"):
         (tmp_path / "other" / name).parent.mkdir(parents=True)
         (tmp_path / "other" / name).touch()
-    there = "none; JSON files there: annotations/train.json, val/_annotations.coco.json"
+    there = "none; JSON files there: annotations/train.json, val/labels.json"
     with pytest.raises(UserError, match=f"image sets in .*other: {there} .--root"):
         COCODetection(tmp_path / "other", [("2017", "val")])
 
