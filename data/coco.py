@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -16,6 +16,7 @@ from data import DetectionData
 from data.coco_eval import evaluate_coco, load_backend, notes
 from data.coco_json import COCOAnnotations, join, read_annotations
 from data.coco_layout import (
+    Part,
     annotation_files,
     file_stem,
     find_annotations,
@@ -23,7 +24,6 @@ from data.coco_layout import (
     is_test_split,
     list_image_sets,
     normalise,
-    outside_of,
     recognise,
     turned_size,
 )
@@ -47,15 +47,6 @@ def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
     """
     start = np.maximum(boxes[:, :2], 0)
     return np.hstack([start, np.minimum(sizes - 1, start + np.maximum(boxes[:, 2:] - 1, 0))])
-
-
-class _Part(NamedTuple):
-    """Images of one annotation file that belong to an image set."""
-
-    image_set: ImageSet
-    file: COCOAnnotations
-    folder: Path
-    names: np.ndarray  # str [N], of the images' files
 
 
 class COCODetection(DetectionData):
@@ -124,6 +115,10 @@ class COCODetection(DetectionData):
         self.offsets = np.append(0, np.cumsum(np.concatenate(counts)))
         labels = [self._labels(file)[~file.crowds] for file in files]
         self.check_losses(faults, np.concatenate(labels))
+        losses = [s.detail for s in self.skipped if s.kind is SkipKind.CLASSES_LEFT_OUT]
+        if losses and not any(map(len, labels)):
+            self._fault(f"{self.root}: no box of the chosen classes: {'; '.join(losses)}; choose "
+                        "others (--classes)")  # fmt: skip
 
     recognise = staticmethod(recognise)
     list_image_sets = staticmethod(list_image_sets)
@@ -256,7 +251,7 @@ class COCODetection(DetectionData):
         categories = np.array(list(self.category_ids.values()))[labels - 1]
         return COCOResults(np.array(self.ids)[images], categories, boxes, scores)
 
-    def _open(self, image_set: ImageSet, classes: Sequence[str] | None) -> list[_Part]:
+    def _open(self, image_set: ImageSet, classes: Sequence[str] | None) -> list[Part]:
         """Read an image set's annotation file, or those parts of all that are listed or divided."""
         files, lists = annotation_files(self.root), list_files(self.root)
         name = str(image_set)
@@ -277,66 +272,48 @@ class COCODetection(DetectionData):
             for part, which in zip(parts, kept, strict=True) if len(which)
         ]
 
-    def _read(self, path: Path, image_set: ImageSet, classes: Sequence[str] | None) -> _Part:
+    def _read(self, path: Path, image_set: ImageSet, classes: Sequence[str] | None) -> Part:
         file = read_annotations(path, boxes=not is_test_split(path))
-        if classes is not None:
-            file = self._of_classes(file, classes)
-        found = find_images(self.root, file, image_set)
-        if found.missing and self._faults is None:
-            more = " ..." if len(found.missing) > 10 else ""
+        if classes is not None and sorted(classes) != sorted(file.classes):
+            counts = f"{len(classes)} of {len(file.classes)} classes", len(file.boxes)
+            file = file.of_classes(classes)
+            detail = f"{path.name}: {counts[0]}, {len(file.boxes)} of {counts[1]} boxes"
+            self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
+        part = find_images(self.root, file, image_set)
+        if part.missing and self._faults is None:
+            more = " ..." if len(part.missing) > 10 else ""
             raise UserError(
-                f"{found.folder}: {len(found.missing)} of the {len(found.names)} images in"
-                f" {path.name} are missing: {', '.join(found.missing[:10])}{more}"
+                f"{part.folder}: {len(part.missing)} of the {len(part.names)} images in"
+                f" {path.name} are missing: {', '.join(part.missing[:10])}{more}"
             )
-        if found.folder != found.usual:
-            detail = f"{path.name}: {found.folder}, they are not in {found.usual}"
+        if part.folder != part.usual:
+            detail = f"{path.name}: {part.folder}, they are not in {part.usual}"
             self.skipped.append(Skip(SkipKind.OTHER_FOLDER, None, None, detail))
-        if outside := outside_of(self.root, found):
+        if outside := part.outside(self.root):
             detail = f"{path.name}: {len(outside)} images, such as {outside[0]}"
             self.skipped.append(Skip(SkipKind.IMAGE_ELSEWHERE, None, None, detail))
         first: dict[str, int] = {}
-        for id, name in zip(file.image_ids.tolist(), found.names.tolist(), strict=True):
+        for id, name in zip(file.image_ids.tolist(), part.names.tolist(), strict=True):
             if (other := first.setdefault(name, id)) != id:
                 self._fault(f"{path}: image ids {other} and {id} have the same file {name}; leave"
                             " one out, and give its boxes to the other")  # fmt: skip
         for n in np.flatnonzero(file.sizes[:, 0] == 0).tolist():
-            try:
-                file.sizes[n] = turned_size(found.folder / str(found.names[n]))
-            except UserError as error:
-                self._fault(f"{error}; {path} does not state it")
-                file.sizes[n] = 1
-        return _Part(image_set, file, found.folder, found.names)
-
-    def _of_classes(self, file: COCOAnnotations, classes: Sequence[str]) -> COCOAnnotations:
-        part = file.of_classes(classes)
-        if len(file.boxes) and not len(part.boxes):
-            used = [file.classes[n - 1] for n in np.unique(file.labels)]
-            self._fault(f"{file.path}: no box of {', '.join(classes)} among its {len(file.boxes)}"
-                        f" boxes; choose from {', '.join(used)} (--classes)")  # fmt: skip
-        if len(part.classes) < len(file.classes):
-            detail = (
-                f"{file.path.name}: {len(part.classes)} of {len(file.classes)} classes,"
-                f" {len(part.boxes)} of {len(file.boxes)} boxes"
-            )
-            self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
+            file.sizes[n] = turned_size(part.folder / str(part.names[n]))
         return part
 
     def _unique_ids(self) -> list[int]:
-        """Return the images' ids in their files, else, if files use the same ids, 0, 1, ...
+        """Return the images' ids in their files; 0, 1, ... if the files use the same ids.
 
-        Raises UserError for an id and a file name that are in two image sets.
+        Raises UserError for an id and a file name that occur twice.
         """
-        seen: dict[tuple[int, str], int] = {}
-        names = [os.path.basename(name) for name in self._names.tolist()]
-        for n, key in enumerate(zip(self._file_ids.tolist(), names, strict=True)):
-            if (other := seen.setdefault(key, n)) != n:
-                raise UserError(
-                    f"{' and '.join(str(self._files[self._set_of[k]]) for k in (other, n))}:"
-                    f" image id {key[0]} is in more than one of them"
-                )
         ids = self._file_ids.tolist()
-        pooled = len(self._files) > len(self.image_sets)
-        return list(range(len(ids))) if pooled or len(set(ids)) < len(ids) else ids
+        images = [*zip(ids, map(os.path.basename, self._names.tolist()), strict=True)]
+        if len(set(images)) < len(ids):
+            (twice, _), _ = Counter(images).most_common(1)[0]
+            files = " and ".join(map(str, self._files))
+            raise UserError(f"{files}: image id {twice} is in more than one of them")
+        several = len(self._files) > len(self.image_sets) or len(set(ids)) < len(ids)
+        return list(range(len(ids))) if several else ids
 
     def _targets(self, file: COCOAnnotations, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the targets, float32 [m, 5], and how many of them each image has, int64 [N].
@@ -370,7 +347,8 @@ class COCODetection(DetectionData):
                 )
                 image = start + int(owners[n])
                 self.skipped.append(Skip(kind, image, (x, y, x + w, y + h), detail))
-        if _look_like_corners(file.boxes, sizes):
+        size = file.boxes[:, 2:]
+        if (low < size).all() and (size <= sizes).all() and (high > 1.1 * sizes).any():
             detail = f"{file.path}: bbox {file.boxes[0].tolist()} and all others"
             self.skipped.append(Skip(SkipKind.BOX_FORMAT, None, None, detail))
         target = np.hstack([corners, self._labels(file)[:, None]])[kept].astype(np.float32)
@@ -385,9 +363,3 @@ class COCODetection(DetectionData):
         label_of = [self.category_labels[id] for id in file.category_ids.tolist()]
         return np.array(label_of, np.int64)[file.labels - 1]
 
-
-def _look_like_corners(boxes: np.ndarray, sizes: np.ndarray) -> bool:
-    """Return whether boxes [m, 4] fit their images as x1, y1, x2, y2, not as x, y, w, h."""
-    start, end = boxes[:, :2], boxes[:, 2:]
-    fit = (start < end) & (end <= sizes)
-    return bool(fit.all() and (start + end > 1.1 * sizes).any())

@@ -19,8 +19,7 @@ from data.truth import digest
 from utils.errors import UserError, first_line
 from utils.files import read_bytes
 
-MOST_PIXELS = 10**6
-"""Largest width or height of an image that an annotation file may state."""
+MOST_PIXELS = 10**6  # of an image's width or height
 
 
 def read_json(path: str | Path, object_hook: Callable[[dict], object] | None = None) -> object:
@@ -33,10 +32,8 @@ def read_json(path: str | Path, object_hook: Callable[[dict], object] | None = N
         del data  # the two are most of the memory that a large file takes
         return json.loads(text, object_hook=object_hook)
     except Exception as error:
-        raise UserError(
-            f"{path}: not a JSON file ({first_line(error)}); export it again, as one JSON document"
-            " in UTF-8"
-        ) from error
+        fault = f"{path}: not a JSON file ({first_line(error)}); export it as one document in UTF-8"
+        raise UserError(fault) from error
     finally:
         if collecting:
             gc.enable()
@@ -171,16 +168,15 @@ class COCOAnnotations:
         """
         if len(set(classes)) < len(classes):
             raise ValueError(f"classes must be unique, got {', '.join(classes)}")
-        if unknown := [name for name in classes if name not in self.classes]:
-            raise UserError(
-                f"{self.path}: has no category {', '.join(unknown)}; it has"
-                f" {', '.join(self.classes)}"
-            )
-        chosen = np.array([name in classes for name in self.classes])
+        known, asked = set(self.classes), set(classes)
+        if unknown := [name for name in classes if name not in known]:
+            raise UserError(f"{self.path}: has no category {', '.join(unknown)}; it has"
+                            f" {', '.join(self.classes)}")  # fmt: skip
+        chosen = np.array([name in asked for name in self.classes])
         part = self._of_boxes(chosen[self.labels - 1])
         return replace(
             part, category_ids=self.category_ids[chosen],
-            classes=tuple(name for name in self.classes if name in classes),
+            classes=tuple(name for name in self.classes if name in asked),
             labels=np.cumsum(chosen)[part.labels - 1],
         )
 
@@ -259,11 +255,9 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
         boxes=box[order], labels=np.cumsum(kept)[category[order]],
         areas=_read_areas(records, box)[order], crowds=_read_crowds(records)[order],
         annotation_ids=[records.records[n].get("id") for n in order],
-        surplus=tuple(
-            f"{Path(path).name}: category id {category_ids[n]} ({categories[n]['name']!r})"
-            for n in np.flatnonzero(~kept)
-        ),
-    )
+        surplus=tuple(f"{Path(path).name}: category id {category_ids[n]} ({categories[n]['name']})"
+                      for n in np.flatnonzero(~kept)),
+    )  # fmt: skip
 
 
 def _without_outline(record: dict) -> dict:
@@ -318,12 +312,10 @@ def _read_sizes(path: str | Path, images: list[dict], ids: np.ndarray) -> np.nda
 def _read_classes(path: str | Path, categories: list[dict],
                   counts: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names of the categories that are read, and which these are, bool [K]."""
-    names = []
-    for category in categories:
-        name = category.get("name")
-        if not isinstance(name, str) or not name.strip():
-            raise UserError(f"{path}: category id {category['id']} has no name: {name!r:.60}")
-        names.append(name.strip())
+    names = [name.strip() if isinstance(name := each.get("name"), str) else ""
+             for each in categories]  # fmt: skip
+    if "" in names:
+        raise Records(path, "categories", categories).unfit(names.index(""), "name", "a text")
     kept = np.ones(len(names), bool)
     alike, above = Counter(names), Counter(str(each.get("supercategory")) for each in categories)
     first: dict[str, int] = {}
@@ -333,12 +325,9 @@ def _read_classes(path: str | Path, categories: list[dict],
             kept[n] = alike[name] == 1 and not root and name not in BACKGROUND
             alike[name] -= not kept[n]
         elif (other := first.setdefault(name, category["id"])) != category["id"]:
-            raise UserError(
-                f"{path}: category ids {other} and {category['id']} have the same name {name!r},"
-                " and boxes; give them one id or two names"
-            )
-    names = [names[n] for n in np.flatnonzero(kept)]
-    return check_classes(names, str(path)), kept
+            raise UserError(f"{path}: category ids {other} and {category['id']} have the same name "
+                            f"{name!r}, and boxes; give them one id or two names")  # fmt: skip
+    return check_classes([names[n] for n in np.flatnonzero(kept)], str(path)), kept
 
 
 def _read_areas(records: Records, boxes: np.ndarray) -> np.ndarray:

@@ -136,20 +136,28 @@ def find_annotations(root: Path, image_set: ImageSet) -> Path:
     )
 
 
-class ImageFiles(NamedTuple):
-    """The image files of one annotation file.
+class Part(NamedTuple):
+    """Images of an annotation file that belong to an image set, and where they are.
 
-    usual: the folder where they are expected. folder: where they are. names: str [N], in the
-    order of the annotation file; may hold folders. missing: those that do not exist.
+    usual: the folder where they are expected. folder: where they are. names: str [N], of their
+    files, in the order of ``file``; may hold folders. missing: those that do not exist.
     """
 
+    image_set: ImageSet
+    file: COCOAnnotations
     usual: Path
     folder: Path
     names: np.ndarray
     missing: list[str]
 
+    def outside(self, root: Path) -> list[str]:
+        """Return the names, absolute ones or with "..", that lead out of ``root``."""
+        inside = os.path.join(os.path.realpath(root), "")
+        far = [name for name in self.names.tolist() if ".." in name or os.path.isabs(name)]
+        return [n for n in far if not os.path.realpath(self.folder / n).startswith(inside)]
 
-def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> ImageFiles:
+
+def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> Part:
     """Find the folder that has most of the images of an annotation file.
 
     Raises:
@@ -167,7 +175,8 @@ def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> Image
         prefix = f"COCO_{folder.name}_" if before_2017 else ""
         names, missing = _names_in(folder, prefix, file, index if loosely else None)
         if best is None or len(missing) < len(best.missing):
-            best = ImageFiles(usual if year else folder, folder, np.array(names), missing)
+            expected = usual if year else folder
+            best = Part(image_set, file, expected, folder, np.array(names), missing)
         if not missing:
             return best
     if not os.path.isdir(usual) and (best is None or len(best.missing) == len(file.image_ids)):
@@ -204,13 +213,6 @@ def _forms(folder: Path, name: str) -> Iterator[Path]:
     last = name.replace("\\", "/").split("?d=")[-1]
     for text in (last, last.split("?")[0], unquote(last.split("?")[0])):
         yield folder / text.rpartition("/")[2]
-
-
-def outside_of(root: Path, found: ImageFiles) -> list[str]:
-    """Return the names that lead out of ``root``: absolute ones and those with "..", no links."""
-    inside = os.path.join(os.path.realpath(root), "")
-    far = [name for name in found.names.tolist() if ".." in name or os.path.isabs(name)]
-    return [n for n in far if not os.path.realpath(found.folder / n).startswith(inside)]
 
 
 def turned_size(path: Path) -> tuple[int, int]:

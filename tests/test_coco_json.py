@@ -22,7 +22,7 @@ BOX = annotation(17, 9, [10, 5, 20, 10])
 @pytest.mark.parametrize(("document", "message"), [
     ("{", "not a JSON file"),
     ("[" * 100_000, "not a JSON file"),
-    ("{}\n{}", "not a JSON file .Extra data.* one JSON document"),
+    ("{}\n{}", "not a JSON file .Extra data.* as one document"),
     ('{"a": "\xe9"}'.encode("latin-1"), "not a JSON file .*0xe9.* in UTF-8"),
     ("[]", "not a COCO annotation file"),
     ("{}", "no list of images"),
@@ -49,9 +49,9 @@ BOX = annotation(17, 9, [10, 5, 20, 10])
     ({"annotations": [{**BOX, "iscrowd": 2}]}, "0 or 1 as 'iscrowd', found 2"),
     ({"annotations": [{**BOX, "iscrowd": None}]}, "0 or 1 as 'iscrowd', found None"),
     ({"categories": []}, "lists no categories"),
-    ({"categories": [{"id": 3}]}, "category id 3 has no name: None"),
-    ({"categories": [{"id": 3, "name": 5}]}, "category id 3 has no name: 5"),
-    ({"categories": [{"id": 3, "name": " "}]}, "category id 3 has no name: ' '"),
+    ({"categories": [{"id": 3}]}, r"categories\[0\] \(id 3\) needs a text as 'name', found None"),
+    ({"categories": [{"id": 3, "name": 5}]}, "needs a text as 'name', found 5"),
+    ({"categories": [{"id": 3, "name": " "}]}, "needs a text as 'name', found ' '"),
     ({"categories": [{"id": 3, "name": "a\ud83d"}]}, r"class name 'a\\ud83d' .*rename"),
     ({"categories": [{"id": 3, "name": "a\0"}]}, r"class name 'a\\x00' .*rename"),
     ({"categories": [{"id": 3, "name": "background"}]}, 'leave "background" out'),
@@ -296,5 +296,5 @@ def test_submission_that_is_no_zip(tmp_path):
         archive.write_bytes(damaged)
         with pytest.raises(UserError, match="submission.zip: not a zip that can be read"):
             check_submission(archive, truth)
-    with pytest.raises(UserError, match="none.zip: cannot be read"):
+    with pytest.raises(UserError, match="none.zip: cannot read"):
         check_submission(tmp_path / "none.zip", truth)
