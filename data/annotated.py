@@ -13,6 +13,7 @@ from data.curves import CURVES_FILE
 from data.image import read_image
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
+from data.split import VAL_SHARE
 from data.truth import Truth
 from data.voc_comp4 import read_comp4, write_comp4
 from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
@@ -39,13 +40,15 @@ class AnnotatedImages(DetectionData):
         faults: for ``tools.check``. Given a list, errors of single annotations and images, and of
             the classes, are appended to it instead of raised. Such an image has no objects; a
             missing image raises when it is read.
+        val_share, split_by: see `data.split.in_validation`.
     """
 
     def __init__(
         self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
         transform: Callable | None = None, classes: Sequence[str] | None = None,
-        faults: list[str] | None = None,
+        faults: list[str] | None = None, val_share: float = VAL_SHARE, split_by: str | None = None,
     ) -> None:
+        self.val_share, self.split_by = val_share, split_by
         sets = [ImageSet(year or None, name) for year, name in image_sets]
         super().__init__(root, sets, transform)
         loaded = self.load(classes, faults)

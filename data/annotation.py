@@ -20,7 +20,7 @@ class Annotation:
     path: the file that holds them, for messages.
     size: (width, height) in pixels; None where the file gives none or no positive one.
     names: class names, [n].
-    boxes: float64 [n, 4], (x1, y1, x2, y2) in pixels counted from 0 both ends
+    boxes: float64 [n, 4], (x1, y1, x2, y2) in pixels counted from 0, both ends
         inside the box. They may have no area or lie outside the image.
     difficult: bool [n].
     filename: of the image, without folders; "" where the annotation names none.

@@ -14,7 +14,7 @@ import numpy as np
 
 from data.image_sets import ImageSet
 from utils.errors import UserError
-from utils.files import read_bytes
+from utils.files import read_text
 
 SPLIT_SETS = SPLIT_TRAIN, SPLIT_VAL = "split_train", "split_val"
 """The two parts that images are divided into where nothing declares a set to test on."""
@@ -105,11 +105,7 @@ def read_list(path: Path) -> Iterator[tuple[str, str]]:
     Raises:
         UserError: the file cannot be read, or is no UTF-8 text.
     """
-    try:
-        lines = read_bytes(path, "image set", 2**28).decode("utf-8-sig").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the image set is no UTF-8 text ({error}); save it so") from error
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(read_text(path, "image set").splitlines(), 1):
         if line := line.strip():
             yield f"{path}:{number}", line
 

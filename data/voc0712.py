@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from data.annotated import AnnotatedImages
 from data.annotation import Loaded
-from data.voc_layout import find_images, list_image_sets, load_annotations
+from data.voc_layout import find_images, list_image_sets, load_annotations, recognise
 
 
 class VOCDetection(AnnotatedImages):
@@ -30,6 +30,7 @@ class VOCDetection(AnnotatedImages):
             annotations of one image, or no object of a known class.
     """
 
+    recognise = staticmethod(recognise)
     list_image_sets = staticmethod(list_image_sets)
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:

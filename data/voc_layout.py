@@ -56,6 +56,13 @@ def year_folders(root: Path) -> dict[str | None, Path]:
     return {None: root, **{folder.name[3:]: folder for folder in sorted(folders)}}
 
 
+def recognise(root: str | Path) -> str | None:
+    """Return the name of the layout under ``root``; see `data.DetectionData.recognise`."""
+    folders = year_folders(Path(os.path.expanduser(root))).values()
+    found = any(path for folder in folders for path in folder.glob("Annotations/*.xml"))
+    return "VOC" if found else None
+
+
 def list_image_sets(root: str | Path) -> list[ImageSet]:
     """Return the image sets of a devkit, or of a folder in VOC layout; none if ``root`` is missing.
 

@@ -33,7 +33,7 @@ def read_annotation(path: str | Path) -> Annotation:
             the file and the line, or the object, counted from 1.
     """
     path = Path(path)
-    root = _parse(path)
+    root = read_xml(path)
     elements = list(root.iter())
     for element in elements:
         element.tag = element.tag.rpartition("}")[2].lower()
@@ -60,7 +60,8 @@ def read_annotation(path: str | Path) -> Annotation:
                       _read_filename(path, elements))
 
 
-def _parse(path: Path) -> ElementTree.Element:
+def read_xml(path: Path) -> ElementTree.Element:
+    """Return the root of an XML file, in any encoding. Raises UserError for what is no XML."""
     data = read_bytes(path, "annotation", limit=2**27)
     declared = re.match(rb"""\s*<\?xml[^>]*\bencoding\s*=\s*["']([\w.:-]+)""", data)
     encoding = declared[1].decode() if declared else "utf-8"

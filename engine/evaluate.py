@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from data import DetectionData
+from data import DetectionData, split_options
 from data.curves import CURVES_FILE
 from data.detections import save_detections
 from data.image_sets import sets_name
@@ -104,6 +104,7 @@ def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, devic
         "class_map": class_map,
         "root": options.root,
         "sets": sets_name(options.test_sets),
+        **split_options(options.dataset, vars(options)),
         "overfit": options.overfit,
         "classes": list(options.classes),
         "thresholds": {

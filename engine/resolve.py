@@ -8,9 +8,18 @@ from pathlib import Path
 
 import torch
 
-from data import DATASETS, default_root, default_sets, list_sets
+from data import (
+    DATASETS,
+    check_layout,
+    default_root,
+    default_sets,
+    find_layout,
+    list_sets,
+    split_options,
+)
 from data.classes import parse_classes
-from data.image_sets import parse_image_sets
+from data.image_sets import parse_image_sets, sets_name
+from data.split import SPLIT_SETS
 from engine.declare import check_value, flag_of
 from engine.distributed import World
 from engine.options import OPTIONS, RECIPES, Call, Options
@@ -46,16 +55,18 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
                 f"{stored[key]}; leave the option out"
             )
     values = {**stored, **given}
-    dataset = values.get("dataset", Options.dataset)
-    row = DATASETS[check_value(OPTIONS["dataset"], dataset)]
-    if "crowds" in given:
-        _check_taken("crowds", dataset)
+    values["dataset"] = dataset = asked_dataset(values, stored.get("dataset"))
+    row = DATASETS[dataset]
+    for key in ("crowds", "val_share", "split_by"):
+        if key in given:
+            _check_taken(key, dataset)
     values = {
         "priors": row.priors, "root": str(default_root(dataset)), "max_epoch": row.epochs,
         "weight_decay": row.weight_decay, "num_workers": min(Options.num_workers, cores()),
         **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))], **values,
     }
     values["root"] = root = absolute(values["root"])
+    check_layout(dataset, root)
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
         asked = values[key] if key in given else values.get(key) or sets
         if isinstance(asked, str):
@@ -64,6 +75,43 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
     options = Options(**values)
     _check_size(options)
     return options
+
+
+def asked_dataset(given: Mapping[str, object], stored: object = None) -> str:
+    """Return the data set of a call: that of -d, else ``stored``, else what --root holds.
+
+    Raises:
+        UserError: no such data set, or the root holds no layout or several.
+    """
+    dataset = given.get("dataset") or stored
+    if dataset is None and "root" in given and Path(root := absolute(given["root"])).is_dir():
+        dataset, _ = find_layout(root)
+    return check_value(OPTIONS["dataset"], dataset or Options.dataset)
+
+
+def tested_dataset(given: Mapping[str, object], trained: str) -> str:
+    """Return the data set of a test of a detector that was ``trained`` on one."""
+    if "dataset" in given or "root" not in given:
+        return given.get("dataset", trained)
+    return find_layout(absolute(given["root"]), trained)[0]
+
+
+def check_parts(options: Options) -> None:
+    """Refuse to train or to test on one part of a division, and on other image sets beside it.
+
+    Raises:
+        UserError: the training set may then hold test images.
+    """
+    train, test = (
+        any(each.name in SPLIT_SETS for each in sets)
+        for sets in (options.train_sets, options.test_sets)
+    )
+    if train != test and options.test_frequency:
+        raise UserError(
+            f"--train_sets {sets_name(options.train_sets)} may hold images of --test_sets "
+            f"{sets_name(options.test_sets)}: {' and '.join(SPLIT_SETS)} divide all images of "
+            f"{options.root}; give both options or neither"
+        )
 
 
 def _as(value: object, like: object) -> object:
@@ -151,7 +199,8 @@ def dataset_options(options: Options, call: Call, testing: bool) -> dict[str, ob
     if call.eval_backend:
         chosen["eval_backend"] = call.eval_backend
     taken = DATASETS[options.dataset].options
-    return {key: value for key, value in chosen.items() if key in taken}
+    chosen = {key: value for key, value in chosen.items() if key in taken}
+    return chosen | split_options(options.dataset, vars(options))
 
 
 def _check_taken(name: str, dataset: str) -> None:

@@ -18,13 +18,15 @@ from data import DATASETS, DetectionData, build_dataset
 from data.cache import open_cache
 from data.classes import parse_classes
 from data.config import TRAINING_THRESHOLD
-from data.image_sets import sets_name
 from data.loading import check_shared_memory
+from data.split import SPLIT_SETS
 from engine.distributed import World, check_shares, check_sync_bn
 from engine.folder import RunFolder
 from engine.options import Call, Options
 from engine.resolve import (
     absolute,
+    asked_dataset,
+    check_parts,
     check_resumed,
     check_tensorboard,
     check_training,
@@ -110,9 +112,13 @@ def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
 
 
 def log_dataset(dataset: DetectionData, options: Options, key: str) -> None:
-    """Log the number of images, and a line for each kind of record that had to be changed."""
-    sets = sets_name(getattr(options, key))
-    LOGGER.info("%s %s: %d images", options.root, sets, len(dataset))
+    """Log what was found, and a line for each kind of record that had to be changed."""
+    LOGGER.info("%s", dataset.describe())
+    if any(each.name in SPLIT_SETS for each in getattr(options, key)):
+        LOGGER.info(
+            "  part of all images, %g of them to test on, chosen by their names (--val_share, "
+            "--split_by; python -m tools.split writes lists)", options.val_share,
+        )  # fmt: skip
     for line in dataset.report():
         LOGGER.info("  %s", line)
 
@@ -157,6 +163,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
     options = dataclasses.replace(resolve(given, stored), ngpu=world.size)
     if options.overfit:
         options = dataclasses.replace(options, test_sets=options.train_sets)
+    check_parts(options)
     if options.visdom:
         check_tensorboard()
     if options.recompute and options.compile:
@@ -261,8 +268,7 @@ def _is_wanted(run: Path, given: Mapping[str, object]) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         return False
     root = absolute(given["root"]) if "root" in given else found[1]
-    dataset, overfit = (given.get(key, getattr(Options, key)) for key in ("dataset", "overfit"))
-    return found == (dataset, root, overfit)
+    return found == (asked_dataset(given), root, given.get("overfit", Options.overfit))
 
 
 def run_folder(call: Call, options: Options, saved: dict | None, path: Path | None) -> Path:
@@ -319,7 +325,7 @@ def starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> De
     # With a class map --classes names the classes of the data, not of the file.
     names = None if call.class_map else given.get("classes")
     names = parse_classes(names) if isinstance(names, str) else names
-    dataset = given.get("dataset", Options.dataset)
+    dataset = asked_dataset(given)
     return DetectorInfo.for_data(start, Path(call.resume_net), names, dataset)
 
 

@@ -174,7 +174,7 @@ def test_every_fault_of_a_coco_set_is_told_at_once(coco_folder):
 
 def test_an_image_set_that_is_missing_is_an_error_and_the_other_one_is_checked(voc_folder):
     (voc_folder / "ImageSets/Main/test.txt").unlink()
-    report = report_of(voc_folder)
+    report = report_of(voc_folder, "--train_sets", "trainval", "--test_sets", "test")
     (text,) = found(report, "error")["test", "image set that cannot be opened"]
     assert '"test"' in text and "trainval" in text
     assert list(report.parts) == ["train"] and report.fits

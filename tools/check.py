@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import build_dataset
+from data import build_dataset, split_options
 from data.config import PRIORS
 from data.skips import SkipKind
 from engine.options import Options, add_option
@@ -47,7 +47,9 @@ def check(options: Options, sizes: tuple[int, ...] = (300, 512)) -> Report:
     for name, sets in (("train", options.train_sets), ("test", options.test_sets)):
         faults: list[str] = []
         try:
-            dataset = build_dataset(options.dataset, options.root, sets, classes, faults=faults)
+            split = split_options(options.dataset, vars(options))
+            dataset = build_dataset(options.dataset, options.root, sets, classes, faults=faults,
+                                    **split)
         except UserError as error:
             report.add("error", name, "image set that cannot be opened", [Record(str(error))])
             continue
@@ -148,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> dict:
     p = Parser(prog="python -m tools.check", argument_default=argparse.SUPPRESS, allow_abbrev=False,
                description="Check a data set before training, with the options of train_test.py.",
                epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.")
-    for name in ("dataset", "root", "classes", "train_sets", "test_sets"):
+    for name in ("dataset", "root", "classes", "train_sets", "test_sets", "val_share", "split_by"):
         add_option(p, name)
     p.add_argument("-s", "--size", type=int, nargs="+", choices=sizes, default=sizes,
                    help="input sizes to judge prior boxes at (default: all)")

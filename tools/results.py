@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DATASETS, DetectionData, build_dataset, list_sets
+from data import DATASETS, DetectionData, build_dataset, list_sets, split_options
 from data.curves import CURVES_FILE, SIZES, Curves, load_curves
 from data.detections import load_detections
 from data.image_sets import ImageSet
@@ -173,7 +173,8 @@ def _open_dataset(results: Results, root: str) -> DetectionData:
     try:
         existing = list_sets(name, root)
         image_sets = [ImageSet.parse(one, existing) for one in sets.split("+")]
-        dataset = build_dataset(name, root, image_sets, results.classes)
+        dataset = build_dataset(name, root, image_sets, results.classes,
+                                **split_options(name, results.values))
         dataset.check_scorable()
         if overfit:
             dataset.keep_first(overfit)
