@@ -25,12 +25,11 @@ from data.coco_layout import (
     list_image_sets,
     normalise,
     recognise,
-    turned_size,
 )
 from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
 from data.detections import as_columns
-from data.image import read_image
+from data.image import image_size, read_image
 from data.image_sets import ImageSet
 from data.skips import Skip, SkipKind
 from data.split import SPLIT_SETS, VAL_SHARE, choose, list_files
@@ -108,6 +107,10 @@ class COCODetection(DetectionData):
         self._file_ids = np.concatenate([file.image_ids for file in files])
         self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
         self.ids = self._unique_ids()
+        far = [os.path.isabs(name) or ".." in name for name in self._names.tolist()]
+        for n in np.flatnonzero(far).tolist():
+            if os.path.relpath(path := self.image_path(n), self.root).startswith(".."):
+                self.skipped.append(Skip(SkipKind.OUTSIDE_ROOT, n, None, str(path)))
         self.sizes = np.concatenate([file.sizes for file in files])
         starts = np.cumsum([0, *(len(file.image_ids) for file in files)])
         targets, counts = zip(*map(self._targets, files, starts.tolist()), strict=True)
@@ -289,16 +292,13 @@ class COCODetection(DetectionData):
         if part.folder != part.usual:
             detail = f"{path.name}: {part.folder}, they are not in {part.usual}"
             self.skipped.append(Skip(SkipKind.OTHER_FOLDER, None, None, detail))
-        if outside := part.outside(self.root):
-            detail = f"{path.name}: {len(outside)} images, such as {outside[0]}"
-            self.skipped.append(Skip(SkipKind.IMAGE_ELSEWHERE, None, None, detail))
         first: dict[str, int] = {}
         for id, name in zip(file.image_ids.tolist(), part.names.tolist(), strict=True):
             if (other := first.setdefault(name, id)) != id:
                 self._fault(f"{path}: image ids {other} and {id} have the same file {name}; leave"
                             " one out, and give its boxes to the other")  # fmt: skip
         for n in np.flatnonzero(file.sizes[:, 0] == 0).tolist():
-            file.sizes[n] = turned_size(part.folder / str(part.names[n]))
+            file.sizes[n] = image_size(part.folder / str(part.names[n]))
         return part
 
     def _unique_ids(self) -> list[int]:

@@ -22,7 +22,6 @@ forms, back slashes, and the folders of another machine or of a URL are looked t
 
 from __future__ import annotations
 
-import io
 import os
 import re
 from collections.abc import Iterator
@@ -31,15 +30,13 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 import numpy as np
-from PIL import Image
 
 from data.coco_json import COCOAnnotations
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import ImageSet
 from data.split import list_files
-from utils.errors import UserError, first_line
-from utils.files import read_bytes
+from utils.errors import UserError
 
 # Sets that are parts of another split and have no image folder of their own.
 IMAGES_OF = {"minival": "val", "valminusminival": "val", "test-dev": "test"}
@@ -49,7 +46,6 @@ ROBOFLOW = "_annotations.coco.json"
 SET_IN_NAME = re.compile(
     r"(?:.*[^a-z])?((?:trainval|train|validation|valid|val|dev|test)(?:20\d\d)?)(?:[^a-z].*)?")
 
-ORIENTATION = 0x0112  # EXIF's tag; values above 4 swap width and height
 
 
 def normalise(year: str | None, name: str) -> ImageSet:
@@ -150,12 +146,6 @@ class Part(NamedTuple):
     names: np.ndarray
     missing: list[str]
 
-    def outside(self, root: Path) -> list[str]:
-        """Return the names, absolute ones or with "..", that lead out of ``root``."""
-        inside = os.path.join(os.path.realpath(root), "")
-        far = [name for name in self.names.tolist() if ".." in name or os.path.isabs(name)]
-        return [n for n in far if not os.path.realpath(self.folder / n).startswith(inside)]
-
 
 def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> Part:
     """Find the folder that has most of the images of an annotation file.
@@ -213,16 +203,3 @@ def _forms(folder: Path, name: str) -> Iterator[Path]:
     last = name.replace("\\", "/").split("?d=")[-1]
     for text in (last, last.split("?")[0], unquote(last.split("?")[0])):
         yield folder / text.rpartition("/")[2]
-
-
-def turned_size(path: Path) -> tuple[int, int]:
-    """Return the (width, height) of an image as its EXIF tag turns it; only the header is decoded.
-
-    Raises UserError if it cannot be read.
-    """
-    data = read_bytes(path, "image")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.size[:: -1 if image.getexif().get(ORIENTATION, 1) > 4 else 1]
-    except Exception as error:
-        raise UserError(f"{path}: cannot read the image's size ({first_line(error)})") from error

@@ -91,7 +91,7 @@ def test_two_images_of_one_file_are_refused_and_places_outside_the_root_are_told
     edit(path, lambda image: image.update(file_name=f"../out/{image['id']}.png"))
     dataset = COCODetection(tmp_path / "d", [(None, "train")])
     assert (dataset[1][0] == 2).all()
-    assert [skip[:2] for skip in dataset.skipped] == [(SkipKind.IMAGE_ELSEWHERE, None)]
+    assert [skip[:2] for skip in dataset.skipped] == [(SkipKind.OUTSIDE_ROOT, n) for n in (0, 1)]
     edit(path, lambda image: image.update(file_name="../out/1.png"))
     with pytest.raises(UserError, match=f"{path}: image ids 1 and 2 .*out/1.png"):
         COCODetection(tmp_path / "d", [(None, "train")])
@@ -111,7 +111,7 @@ def test_size_that_is_not_stated_is_that_of_the_turned_image(tmp_path):
     assert dataset[1][0].shape == (WIDTH, HEIGHT, 3)
     assert dataset.rows.tolist() == [[10, 35, 29, 39, 1], [10, 35, 29, 44, 1]]
     (tmp_path / "train/2.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match="2.jpg: cannot read the image's size"):
+    with pytest.raises(UserError, match="2.jpg: not an image"):
         COCODetection(tmp_path, [(None, "train")])
 
 
