@@ -17,6 +17,7 @@ from pathlib import Path
 
 from data import DATASETS
 from data.coco_eval import BACKENDS
+from data.image import MAX_PIXELS
 from data.image_sets import ImageSet
 from data.split import VAL_SHARE, check_pattern, check_share
 from engine.declare import Checked, flag_of, option
@@ -142,6 +143,9 @@ class Options(Checked):
     recompute: bool = _machine(False, "--recompute", read=boolean, only="train",
         help="compute concatenations again in the backward pass instead of keeping them: less "
              "memory, more time, the same numbers (not with --compile)")
+    max_pixels: int = _machine(MAX_PIXELS, "--max_pixels", read=positive, metavar="N",
+        help="refuse images with more pixels before they are decoded; over 2^30 set "
+             "OPENCV_IO_MAX_IMAGE_PIXELS, too")
     cache: str = _machine("off", "--cache", metavar="off|memory|DIR", only="train",
         help="keep the decoded training images in shared memory or in a folder, if they fit")
 
@@ -207,8 +211,9 @@ class Call(Checked):
     class_agnostic: bool | None = _testing(None, "--class_agnostic", read=boolean,
         help="let boxes of different classes suppress each other, too")
     top_k: int | None = _testing(None, "--max_detections", read=positive, metavar="N",
-        help="most detections of an image, at most 50 of them of a class (default: 300 VOC, 200 "
-             "COCO)")
+        help="most detections of an image (default: 300 VOC, 200 COCO)")
+    per_class: int | None = _testing(None, "--max_per_class", read=positive, metavar="N",
+        help="most detections of a class in an image (default: 50)")
     background_shortcut: bool | None = _testing(None, "--background_shortcut", read=boolean,
         help="drop prior boxes whose background score is 0.9 or more, as the authors' later "
              "release does")

@@ -17,6 +17,7 @@ from data import DATASETS, DetectionData, build_dataset
 from data.cache import open_cache
 from data.classes import parse_classes
 from data.config import TRAINING_THRESHOLD
+from data.image import limit_pixels
 from data.loading import check_shared_memory
 from data.split import SPLIT_SETS
 from engine.distributed import World, check_shares, check_sync_bn
@@ -94,6 +95,7 @@ def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
             set cannot be scored.
     """
     testing = key == "test_sets"
+    limit_pixels(options.max_pixels)
     sets, classes = getattr(options, key), options.classes
     more = dataset_options(options, call, testing)
     dataset = build_dataset(options.dataset, options.root, sets, classes, **more)
