@@ -35,6 +35,14 @@ def check_priors(report: Report) -> None:
             report.advice += _advice(low, part, boxes, best)
 
 
+def fitted_sizes(report: Report) -> dict[str, list[float]]:
+    """Return sizes of prior boxes that fit the training part, by input size, for --priors FILE."""
+    part, priors = report.parts["train"], report.options.priors
+    boxes = part.boxes / np.tile(part.sizes[part.images], 2)
+    own = {size: fitted(PRIORS[priors, size], boxes, part.labels) for size in report.sizes}
+    return {str(size): [float(x) for x in each.text.split(",")] for size, each in own.items()}
+
+
 def _fits(part: Part, overlaps: np.ndarray, priors: str, size: int) -> Iterator[Fit]:
     for name in part.dataset.classes:
         own = overlaps[part.of_class(name)]
