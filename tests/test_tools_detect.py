@@ -27,6 +27,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny import TINY
 
+import data
 import models
 from data.config import COCO_CLASSES
 from data.voc0712 import VOCDetection
@@ -313,6 +314,32 @@ def test_annotations_are_data_sets_of_all_images(weights):
     assert (Path("empty") / "detections.csv").read_text() == ",".join(outputs.CSV_HEADER) + "\n"
 
 
+@pytest.mark.parametrize("kind", ["voc", "yolo", "coco"])
+def test_what_is_saved_can_be_trained_on(kind, weights):
+    for seed, name in enumerate(("a.jpg", "a.png", "b.jpg", "é.jpg", "in/c.ppm", "in/a.jpg")):
+        image_file(f"photos/{name}", seed=seed)
+    assert call(weights, "photos", "--save", kind, "--no-draw", "--out", "boxes") == 0
+    root = Path("boxes", kind)
+    row, _ = data.find_layout(root)
+    rows = []
+    for sets in data.default_sets(row, root):
+        dataset = data.build_dataset(row, root, sets)
+        rows += [(dataset.image_path(k).name, dataset.pull_image(k).shape, dataset.target(k))
+                 for k in range(len(dataset))]  # fmt: skip
+        assert set(dataset.classes) <= set(CLASSES) and not dataset.skipped
+    assert {name for name, *_ in rows} == {"a.jpg.jpg", "a.png.png", "b.jpg", "é.jpg", "c.png",
+                                           "a.jpg"}  # fmt: skip
+    predictor = Predictor(weights, score_threshold=0.4, device="cpu")
+    for name, shape, target in rows:
+        file = {"a.jpg.jpg": "a.jpg", "a.png.png": "a.png", "c.png": "in/c.ppm",
+                "a.jpg": "in/a.jpg"}.get(name, name)  # fmt: skip
+        found = predictor(f"photos/{file}")["boxes"].numpy().clip(0, (95, 71, 95, 71))
+        found = found[(found[:, 2:] > found[:, :2]).all(1)]
+        assert shape == (72, 96, 3) and len(found) == len(target)
+        apart = np.abs(found[:, None] - target[None, :, :4]).max(2)
+        assert apart.min(1).max() < (2 if kind == "voc" else 0.02)  # VOC's are whole pixels
+
+
 def test_what_cannot_be_written_is_counted_and_the_rest_is_done(weights, capsys):
     long = "ü" * 125 + ".jpg"  # 254 bytes
     for name in ("a.jpg", "b.jpg", "c.jpg", long):
@@ -323,6 +350,7 @@ def test_what_cannot_be_written_is_counted_and_the_rest_is_done(weights, capsys)
     for taken in ("drawn/a.jpg", "voc/JPEGImages/b.jpg", "drawn/film.mp4"):
         (OUT / taken).mkdir(parents=True)
     if hasattr(os, "mkfifo"):
+        os.mkfifo("photos/pipe.jpg")
         os.mkfifo("photos/pipe.mp4")
     assert call(weights, "photos", "--save", "json", "voc") == 1
     told = capsys.readouterr()
@@ -332,7 +360,7 @@ def test_what_cannot_be_written_is_counted_and_the_rest_is_done(weights, capsys)
         assert any(name in line for line in not_written)
     assert "4 could not be written" in told.out
     if hasattr(os, "mkfifo"):
-        assert "1 could not be read" in told.out and "photos/pipe.mp4" in told.err
+        assert "2 could not be read" in told.out and "photos/pipe.mp4" in told.err
     assert files(OUT / "drawn") == {"b.jpg", long, f"{'v' * 251}.mp4"}
     assert len(files(OUT / "voc/Annotations")) == 3 + 3 + 2
     assert len(read("images.json")["images"]) == 4 + 3 + 2
