@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import io
 import os
-import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
-from PIL import Image
 
+from data.image_header import is_complete, read_header
 from utils.errors import UserError, first_line
 from utils.files import read_bytes
 
@@ -21,8 +18,6 @@ IMAGE_SUFFIXES = (
 """Suffixes of image files, in order of preference; files may have them in any case."""
 MAX_PIXELS = 2**27
 """Most pixels of an image unless ``limit_pixels`` is called: 400 MB decoded."""
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")
-"""Pillow's names of the formats; each is a suffix, too."""
 _VARIABLE = "SSD_MAX_PIXELS"  # of the environment, which processes that load images inherit
 
 
@@ -57,10 +52,12 @@ def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
     data = read_bytes(path, "image", 2**30)  # cv2.imread cannot open non-ASCII paths on Windows
     if not data:
         raise UserError(f"{path}: the image file is empty; copy or download it again")
-    if not _is_complete(data):  # OpenCV may fill the missing part and go on
+    if not is_complete(data):
         raise UserError(f"{path}: the image is cut off before its end; copy or download it again")
-    kind, size = _header(data)
+    kind, size = read_header(data)
     check_pixels(path, size)
+    # What is wrong with the image is told below.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     flags = cv2.IMREAD_COLOR if orient else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image, fault = cv2.imdecode(np.frombuffer(data, np.uint8), flags), ""
@@ -75,46 +72,3 @@ def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
         raise UserError(f"{path}: OpenCV cannot decode this {kind} image{fault}; copy it again, or "
                         "convert it to PNG of 8 bit")  # fmt: skip
     raise UserError(f"{path}: not an image that OpenCV can decode{fault}")
-
-
-def _header(data: bytes) -> tuple[str, tuple[int, int]]:
-    """Return Pillow's format and (width, height) without decoding; ("", (0, 0)) if unknown."""
-    # Not Image.open, which has a limit of its own that only all of a process can change.
-    for kind, (factory, accept) in _openers().items():
-        if accept(data[:16]) is True:
-            try:
-                return kind, factory(io.BytesIO(data), "").size
-            except Exception:  # a damaged header, which OpenCV may read
-                return kind, (0, 0)
-    return "", (0, 0)
-
-
-@functools.cache
-def _openers() -> dict[str, tuple]:
-    Image.init()
-    # What is wrong with an image is told by read_image.
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
-    warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
-    return {kind: Image.OPEN[kind] for kind in FORMATS if kind in Image.OPEN}
-
-
-def _is_complete(data: bytes) -> bool:
-    """Return whether a JPEG or PNG has its end marker; other formats count as complete."""
-    # The search starts at the end: from the start it takes a tenth of the time to decode.
-    if data.startswith(b"\x89PNG"):
-        return data.rfind(b"IEND") >= 0
-    if not data.startswith(b"\xff\xd8"):
-        return True
-    # Skip the header segments: an EXIF thumbnail is a JPEG with its own end marker. From the first
-    # scan on, 0xFF 0xD9 is the end marker, because scan data escapes 0xFF.
-    position = data.find(b"\xff", 2)
-    while 0 <= position < len(data) - 3:
-        marker = data[position + 1]
-        if marker == 0xDA:
-            return data.rfind(b"\xff\xd9", position) >= 0
-        if marker == 0xFF:  # fill byte
-            position += 1
-        else:
-            position += 2 + int.from_bytes(data[position + 2 : position + 4], "big")
-            position = data.find(b"\xff", position)
-    return False

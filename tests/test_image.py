@@ -10,7 +10,8 @@ import PIL.Image
 import pytest
 from conftest import with_exif
 
-from data.image import FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, limit_pixels, read_image
+from data.image import IMAGE_SUFFIXES, MAX_PIXELS, limit_pixels, read_image
+from data.image_header import read_header
 from data.transforms import SSDAugmentation, TestTransform
 from utils.errors import UserError
 
@@ -19,6 +20,9 @@ from utils.errors import UserError
 def image():
     yy, xx = np.mgrid[:48, :64]
     return np.stack([xx * 4, yy * 5, np.full_like(xx, 90)], 2).astype(np.uint8)
+
+
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")
 
 
 def encode(suffix, image, *options):
@@ -116,6 +120,22 @@ def test_every_format_is_read_and_its_size_known_before(tmp_path, image, kind, m
     limit_pixels(48 * 64 - 1)
     with pytest.raises(UserError, match=f"^{path}: .*64 x 48, more than 3,071 .*--max_pixels 3072"):
         read_image(path)
+
+
+def test_sizes_of_rarer_headers_are_known_and_damage_claims_no_memory(tmp_path, image):
+    entries = struct.pack(">HHIHHHHII", 256, 3, 1, 64, 0, 257, 4, 1, 48)
+    motorola = b"MM\0*\0\0\0\x08\0\2" + entries
+    wanted = [("JPEG", pil("JPEG", image, "L", progressive=True)), ("JP2", pil("JPEG2000", image)),
+              ("WEBP", pil("WEBP", image, lossless=True)), ("TIFF", encode(".tif", image)),
+              ("WEBP", pil("WEBP", image, exif=b"Exif\0\0")), ("TIFF", motorola),
+              ("TIFF", pil("TIFF", image, big_tiff=True)),
+              ("BMP", b"BM" + bytes(12) + struct.pack("<IHH", 12, 64, 48))]  # fmt: skip
+    assert [read_header(data) for _, data in wanted] == [(kind, (64, 48)) for kind, _ in wanted]
+    assert all(read_header(data[:14]) == (kind, (0, 0)) for kind, data in wanted)
+    png = encode(".png", image)
+    (tmp_path / "a.png").write_bytes(png.replace(png[33:37], b"\xee\xee\xee\xee", 1))
+    with pytest.raises(UserError, match="cut off"):  # not after it made room for 4 GB
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG", "AVIF"])
