@@ -248,7 +248,7 @@ DATASETS |= {
         DATASETS["VOC"], reader=reader, folder=name, train_sets=(ImageSet(None, "train"),),
         test_sets=(ImageSet(None, "val"),),
     )
-    for name, reader in ()
+    for name, reader in (("YOLO", "data.yolo:YOLODetection"), ("CVAT", "data.cvat:CVATDetection"))
 }
 UNDERSTOOD = (
     "VOC (a devkit; XML files in Annotations/ or beside the images), COCO (JSON), YOLO (data.yaml; "
