@@ -16,6 +16,7 @@ import numpy as np
 
 from data import DetectionData, list_sets
 from data.image import IMAGE_SUFFIXES, read_image
+from data.skips import SkipKind
 from data.truth import digest
 from tools.findings import BOTH, Record, Report
 from utils.errors import UserError
@@ -116,8 +117,9 @@ def check_places(report: Report) -> None:
         paths = [report.path((name, i)) for i in range(len(part.sizes))]
         images |= {*paths}
         annotations |= {each.path for each in getattr(part.dataset, "annotations", ())}
-        real = ((i, Path(os.path.realpath(path))) for i, path in enumerate(paths))
-        report.add("warning", name, "image outside the root, reached by its name or by a link", (
+        told = {skip.image for skip in part.dataset.skipped if skip.kind is SkipKind.OUTSIDE_ROOT}
+        real = ((i, Path(os.path.realpath(paths[i]))) for i in range(len(paths)) if i not in told)
+        report.add("warning", name, f"{SkipKind.OUTSIDE_ROOT.text}, reached by a link", (
             Record(f"{paths[i]} is {path}", ((name, i),))
             for i, path in real if not path.is_relative_to(root)))  # fmt: skip
     if len(report.parts) < 2:
