@@ -10,8 +10,7 @@ import PIL.Image
 import pytest
 from conftest import with_exif
 
-from data.image import IMAGE_SUFFIXES, MAX_PIXELS, limit_pixels, read_image
-from data.image_header import read_header
+from data.image import FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, limit_pixels, read_image
 from data.transforms import SSDAugmentation, TestTransform
 from utils.errors import UserError
 
@@ -20,9 +19,6 @@ from utils.errors import UserError
 def image():
     yy, xx = np.mgrid[:48, :64]
     return np.stack([xx * 4, yy * 5, np.full_like(xx, 90)], 2).astype(np.uint8)
-
-
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")
 
 
 def encode(suffix, image, *options):
@@ -93,7 +89,7 @@ def test_image_cut_off_is_refused(tmp_path, image, kind, share):
     data = pil(kind, image)
     path = tmp_path / "a"
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UserError, match=f"^{path}: .*(cut off .*; copy or download|; copy it)"):
+    with pytest.raises(UserError, match=f"^{path}: .*(cut off .*; copy or download|copy this)"):
         read_image(path)
 
 
@@ -112,29 +108,20 @@ def test_every_format_is_read_and_its_size_known_before(tmp_path, image, kind, m
         assert np.abs(read_image(path).astype(int) - image).mean() < 4
     monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
     limit_pixels(48 * 64)
-    with pytest.raises(UserError, match=f"cannot decode this {kind}"):
+    with pytest.raises(UserError, match=f"can decode; copy this {kind} again"):
         read_image(path)
     monkeypatch.setattr(cv2, "haveImageWriter", lambda name: name != suffix)
-    with pytest.raises(UserError, match=f"^{path}: .*not know {kind} images; convert"):
+    with pytest.raises(UserError, match=f"^{path}: .*it has no {kind}; convert"):
         read_image(path)
     limit_pixels(48 * 64 - 1)
     with pytest.raises(UserError, match=f"^{path}: .*64 x 48, more than 3,071 .*--max_pixels 3072"):
         read_image(path)
 
 
-def test_sizes_of_rarer_headers_are_known_and_damage_claims_no_memory(tmp_path, image):
-    entries = struct.pack(">HHIHHHHII", 256, 3, 1, 64, 0, 257, 4, 1, 48)
-    motorola = b"MM\0*\0\0\0\x08\0\2" + entries
-    wanted = [("JPEG", pil("JPEG", image, "L", progressive=True)), ("JP2", pil("JPEG2000", image)),
-              ("WEBP", pil("WEBP", image, lossless=True)), ("TIFF", encode(".tif", image)),
-              ("WEBP", pil("WEBP", image, exif=b"Exif\0\0")), ("TIFF", motorola),
-              ("TIFF", pil("TIFF", image, big_tiff=True)),
-              ("BMP", b"BM" + bytes(12) + struct.pack("<IHH", 12, 64, 48))]  # fmt: skip
-    assert [read_header(data) for _, data in wanted] == [(kind, (64, 48)) for kind, _ in wanted]
-    assert all(read_header(data[:14]) == (kind, (0, 0)) for kind, data in wanted)
+def test_a_png_cannot_claim_more_memory_than_it_fills(tmp_path, image):
     png = encode(".png", image)
     (tmp_path / "a.png").write_bytes(png.replace(png[33:37], b"\xee\xee\xee\xee", 1))
-    with pytest.raises(UserError, match="cut off"):  # not after it made room for 4 GB
+    with pytest.raises(UserError, match="cut off"):  # OpenCV would make room for 4 GB
         read_image(tmp_path / "a.png")
 
 
