@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data.annotated import AnnotatedImages
 from data.annotation import Annotation, Loaded, check_objects, unknown_objects
 from data.classes import check_classes
-from data.image import IMAGE_SUFFIXES, read_image
+from data.image import IMAGE_SUFFIXES, image_size
 from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
@@ -283,31 +281,3 @@ def image_ids(images: Sequence[Path], root: Path) -> list[str]:
     stems = [os.path.splitext(name)[0] for name in names]
     counts = Counter(stems)
     return [stem if counts[stem] == 1 else name for stem, name in zip(stems, names, strict=True)]
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of an image as `data.image.read_image` turns it.
-
-    The header tells. Only an image that Pillow does not know, or one that is no JPEG but has an
-    orientation, is decoded. Raises UserError for what is no image.
-    """
-    try:
-        if path.is_file():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(path) as image:
-                    turned = _orientation(image) > 4
-                    if image.format in ("JPEG", "MPO"):
-                        return image.size[::-1] if turned else image.size
-                    if not turned:
-                        return image.size
-    except Exception:  # told by OpenCV, which decides what is an image
-        pass
-    height, width, _ = read_image(path).shape
-    return width, height
-
-
-def _orientation(image: Image.Image) -> int:
-    # getexif() of a PNG without the tag would decode it.
-    known = image.format != "PNG" or "exif" in image.info
-    return image.getexif().get(0x0112, 1) if known else 1
