@@ -73,8 +73,8 @@ class YOLOFolder:
         """Name for people; None if there are neither labels nor a data.yaml with image sets."""
         if self.source and self.sets:
             return f"YOLO ({self.source})"
-        if not self.images:
-            return None
+        if not self.images or (not self.source and any(self.root.glob("*/data.yaml"))):
+            return None  # that of a subfolder is to be read from there
         apart = any(IMAGE_FOLDERS.keys() & set(self._folders_of(each)) for each in self.images)
         return f"YOLO ({self.source or 'images and labels' + ' beside' * (not apart)})"
 
