@@ -6,19 +6,17 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from data.annotated import AnnotatedImages
 from data.annotation import Annotation, Loaded, check_objects, unknown_objects
 from data.classes import check_classes
-from data.image import IMAGE_SUFFIXES, read_image
+from data.image import IMAGE_SUFFIXES, image_size
 from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
@@ -62,25 +60,6 @@ def _edges(where: str, values: Sequence[float]) -> tuple[float, ...]:
     if count == 5:
         hint = "the sixth is the score of a detection, and labels have none; export without scores"
     raise UserError(f"{where}: {count + 1} numbers; {hint}")
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Return (width, height) of an image as `data.image.read_image` turns it, from its header.
-
-    Only an image that Pillow does not know, or that is no JPEG but has an orientation, is decoded.
-    """
-    try:
-        if path.is_file():
-            with warnings.catch_warnings(), Image.open(path) as image:
-                warnings.simplefilter("ignore")
-                # getexif() of a PNG without the tag would decode it.
-                known = image.format != "PNG" or "exif" in image.info
-                turned = known and image.getexif().get(0x0112, 1) > 4
-                if image.format in ("JPEG", "MPO") or not turned:
-                    return image.size[::-1] if turned else image.size
-    except Exception:  # told by OpenCV, which decides what is an image
-        pass
-    return read_image(path).shape[1::-1]
 
 
 class YOLODetection(AnnotatedImages):

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from data import build_dataset, default_sets, find_layout
-from data.image import read_image
+from data.image import image_size, read_image
 from data.skips import SkipKind
-from data.yolo import image_size
 from utils.errors import UserError
 
 YAML = "train: images/train\nval: images/val\nnames: [cat, 'no']\n"
