@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.image import IMAGE_SUFFIXES
-from tools.outputs import Found, Writer, category_ids, inside, write, write_image
+from tools.outputs import Found, Writer, categories, inside, write, write_image
 from tools.sources import Source
 from utils.errors import UserError
 from utils.files import read_bytes
@@ -64,20 +64,15 @@ class Annotations(Writer):
 
     def close(self) -> None:
         """Write the one file of COCO, which numbers the images by name."""
-        if not self._coco:
+        if self._coco is None:
             return
         images, objects = [], []
         for image, found in sorted(self._coco, key=lambda each: each[0]["file_name"]):
             images.append({"id": len(images) + 1, **image})
             objects += [{"image_id": len(images), **each} for each in found]
-        ids = zip(category_ids(self._classes), self._classes, strict=True)
-        data = {
-            "categories": [{"id": k, "name": name} for k, name in ids],
-            "images": images, "annotations": [{"id": k, **o} for k, o in enumerate(objects, 1)],
-        }  # fmt: skip
-        write(self._out, f"{self.place}instances_default.json",
-              json.dumps(data, ensure_ascii=False).encode())
-        self._coco.clear()
+        objects = [{"id": k, **each} for k, each in enumerate(objects, 1)]
+        data = {"categories": categories(self._classes), "images": images, "annotations": objects}
+        write(self._out, f"{self.place}instances_default.json", json.dumps(data).encode())
 
     def _keep_image(self, found: Found, name: str) -> str:
         """Put the image into the data set, and return its name there."""
@@ -179,11 +174,10 @@ def _clipped(found: Found) -> tuple[np.ndarray, np.ndarray]:
 def coco_records(found: Found, image: str, classes: Sequence[str]) -> tuple[dict, list[dict]]:
     """Return the record of an image, and those of its objects, without their numbers."""
     boxes, inside = _clipped(found)
-    ids = category_ids(classes)
-    records = []
+    ids, records = categories(classes), []
     for (x, y, x2, y2), label in zip(boxes.tolist(), found.labels[inside], strict=True):
         bbox = [round(v, 2) for v in (x, y, x2 - x + 1, y2 - y + 1)]
-        records.append({"category_id": ids[label - 1], "bbox": bbox, "iscrowd": 0,
+        records.append({"category_id": ids[label - 1]["id"], "bbox": bbox, "iscrowd": 0,
                         "area": round(bbox[2] * bbox[3], 2)})  # fmt: skip
     return {"file_name": image, "width": found.size[0], "height": found.size[1]}, records
 

@@ -124,27 +124,23 @@ def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
     return font
 
 
-def open_writers(
-    folder: Path, kinds: Collection[str], sources: Sequence[Source], classes: Sequence[str],
-    font: FreeTypeFont, stack: ExitStack,
-) -> list[Writer]:  # fmt: skip
-    """Return the writers of some kinds: json, csv, voc, yolo, drawn; ``stack`` closes their files.
+def open_writers(folder: Path, kinds: Collection[str], sources: Sequence[Source],
+                 classes: Sequence[str], font: FreeTypeFont) -> list[Writer]:
+    """Return the writers of some kinds: json, csv, drawn, and those of `ANNOTATIONS`.
 
     Raises:
         UserError: The folder cannot be written, or a writer refuses to replace files.
     """
     check_writable(folder / "detections")
-    writers: list[Writer] = []
     # Those that refuse come first: the others replace the results of an earlier call.
+    writers: list[Writer] = []
     if "drawn" in kinds:
         writers.append(Drawings(folder, sources, classes, font))
     writers += [Annotations(folder, k, sources, classes) for k in ANNOTATIONS if k in kinds]
-    for writer in writers:
-        stack.callback(writer.close)
     if "csv" in kinds:
-        writers.insert(0, CsvFile(folder, classes, stack))
+        writers.insert(0, CsvFile(folder, classes))
     if "json" in kinds:
-        writers.insert(0, JsonFiles(folder, sources, classes, stack))
+        writers.insert(0, JsonFiles(folder, sources, classes))
     return writers
 
 
@@ -166,8 +162,8 @@ def detect(args: argparse.Namespace) -> int:
         writers: list[Writer] = []
         if args.out or not args.live:
             kinds = {*args.save, "drawn"} if args.draw else {*args.save}
-            writers = open_writers(folder, kinds, sources, info.classes, font, stack)
-        output = Output(writers, args.workers, stack)
+            writers = open_writers(folder, kinds, sources, info.classes, font)
+        output = stack.enter_context(Output(writers, args.workers))
         reader = Reader(sources, 1 if args.live else args.batch_size, args.workers)
         objects, is_open = 0, True
         with closing(reader.batches()) as batches:
@@ -179,7 +175,6 @@ def detect(args: argparse.Namespace) -> int:
                         is_open = window.show(draw(found, info.classes, font))
                 if stop.asked or not is_open:
                     break
-        output.close()
     if stop.asked:
         print("interrupted", file=sys.stderr)
     skipped = "".join(f"; {count} could not be {done}" for count, done in (

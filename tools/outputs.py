@@ -12,11 +12,10 @@ import os
 import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -71,40 +70,45 @@ class Writer(Protocol):
 
 
 class Output:
-    """Write results in ``workers`` threads, those of videos in order, until ``stack`` closes.
+    """A context in which results are written in ``workers`` threads, those of videos in order.
 
     A file of one image that cannot be written is reported, counted as ``unwritten`` and skipped.
     """
 
-    def __init__(self, writers: Sequence[Writer], workers: int, stack: ExitStack) -> None:
+    def __init__(self, writers: Sequence[Writer], workers: int) -> None:
         self.writers, self.unwritten = writers, 0
-        self._in_order = stack.enter_context(ThreadPoolExecutor(1))
-        self._pool = stack.enter_context(ThreadPoolExecutor(workers))
+        self._in_order, self._pool = ThreadPoolExecutor(1), ThreadPoolExecutor(workers)
         self._pending, self._most = deque[tuple[Writer, Future]](), 2 * workers
 
-    def add(self, found: Found) -> None:
-        """Have the detections of a frame written. Wait if too many files are pending."""
-        is_image = found.frame.number is None
-        for writer in self.writers:
-            pool = self._pool if is_image and not writer.in_order else self._in_order
-            self._pending.append((writer, pool.submit(writer.add, found)))
-        self.finish(self._most)
+    def __enter__(self) -> Output:
+        return self
 
-    def finish(self, most: int = 0) -> None:
-        """Wait until at most ``most`` files are pending.
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            with self._in_order, self._pool:
+                if kind is None:
+                    self._finish()
+        finally:  # what was done is kept
+            for writer in self.writers:
+                self._try(writer, writer.close)
+
+    def add(self, found: Found) -> None:
+        """Have the detections of a frame written. Wait if too many files are pending.
 
         Raises:
             UserError: The disk is full, or a file of all images cannot be written.
         """
+        is_image = found.frame.number is None
+        for writer in self.writers:
+            pool = self._pool if is_image and not writer.in_order else self._in_order
+            self._pending.append((writer, pool.submit(writer.add, found)))
+        self._finish(self._most)
+
+    def _finish(self, most: int = 0) -> None:
+        """Wait until at most ``most`` files are pending."""
         while len(self._pending) > most:
             writer, future = self._pending.popleft()
             self._try(writer, future.result)
-
-    def close(self) -> None:
-        """Finish all files, as ``finish``."""
-        self.finish()
-        for writer in self.writers:
-            self._try(writer, writer.close)
 
     def _try(self, writer: Writer, do: Callable[[], None]) -> None:
         try:
@@ -146,80 +150,69 @@ def write_image(folder: Path, name: str, image: np.ndarray) -> None:
 # ---------------------------------------------------------------- one file for all images
 
 
-@contextmanager
-def growing(path: Path, start: str, end: str) -> Iterator[BinaryIO]:
-    """Open a file that begins with ``start``, ends with ``end``, and takes its place at the end.
-
-    An exception does not discard it: what was detected before is kept.
-    """
-    with ExitStack() as stack:
-        file = stack.enter_context(atomic_write(path))
-        file.write(start.encode())
-        try:
-            yield file
-        finally:
-            file.write(end.encode())
-            stack.close()
-
-
 class JsonFiles(Writer):
     """detections.json in COCO's results format, and images.json with images and categories."""
 
-    place = "detections.json"
-    in_order = True
+    place, in_order = "detections.json", True
 
-    def __init__(self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
-                 stack: ExitStack) -> None:
-        self._categories, self._ids, self._count = category_ids(classes), image_ids(sources), 0
-        pairs = zip(self._categories, classes, strict=True)
-        head = json.dumps([{"id": k, "name": name} for k, name in pairs], ensure_ascii=False)
-        head = f'{{"categories": {head},\n"images": ['
-        images = growing(folder / "images.json", head, "\n]}\n")
-        detections = growing(folder / "detections.json", "[", "\n]\n")
-        self._images, self._detections = map(stack.enter_context, (images, detections))
-        self._between = {self._images: "\n", self._detections: "\n"}
+    def __init__(self, folder: Path, sources: Sequence[Source], classes: Sequence[str]) -> None:
+        self._out, self._ids = folder, image_ids(sources)
+        self._categories = categories(classes)
+        # Texts need a quarter of the memory of the records.
+        self._images: list[str] = []
+        self._detections: list[str] = []
+        for name in ("images.json", self.place):
+            check_writable(folder / name)
 
     def add(self, found: Found) -> None:
-        self._count += 1
-        number, about = self._ids.get(found.name, self._count), {"file_name": found.name}
+        about = {"file_name": found.name}
+        number = self._ids.get(found.name, len(self._images) + 1)
         if found.frame.number is not None:
             about |= {"frame": found.frame.number, "time": round(found.frame.time, 3)}
         width, height = found.size
-        self._append(self._images, {"id": number, **about, "width": width, "height": height})
+        self._images.append(_json({"id": number, **about, "width": width, "height": height}))
         boxes = np.hstack([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2] + 1])
         for box, score, label in zip(boxes, found.scores, found.labels, strict=True):
-            record = {"image_id": number, "category_id": self._categories[label - 1]}
+            record = {"image_id": number, "category_id": self._categories[label - 1]["id"]}
             record["bbox"] = [round(float(v), 2) for v in box]
-            self._append(self._detections, {**record, "score": round(float(score), 5), **about})
+            self._detections.append(_json({**record, "score": round(float(score), 5), **about}))
 
-    def _append(self, file: BinaryIO, record: dict) -> None:
-        file.write((self._between[file] + json.dumps(record, ensure_ascii=False)).encode())
-        self._between[file] = ",\n"
+    def close(self) -> None:
+        images, detections = map(",\n".join, (self._images, self._detections))
+        head = f'{{"categories": {_json(self._categories)},\n"images": [\n'
+        write(self._out, "images.json", f"{head}{images}\n]}}\n".encode())
+        write(self._out, self.place, f"[\n{detections}\n]\n".encode())
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 class CsvFile(Writer):
     """detections.csv: a line per box with `CSV_HEADER`; frame and time are empty for images."""
 
-    place = "detections.csv"
-    in_order = True
+    place, in_order = "detections.csv", True
 
-    def __init__(self, folder: Path, classes: Sequence[str], stack: ExitStack) -> None:
-        head = ",".join(CSV_HEADER) + "\n"
-        self._file = stack.enter_context(growing(folder / self.place, head, ""))
-        self._classes = classes
+    def __init__(self, folder: Path, classes: Sequence[str]) -> None:
+        self._out, self._classes, self._lines = folder, classes, [csv_bytes([CSV_HEADER])]
+        check_writable(folder / self.place)
 
     def add(self, found: Found) -> None:
         frame = found.frame
         when = ("", "") if frame.number is None else (frame.number, f"{frame.time:.3f}")
-        self._file.write(csv_bytes(
+        self._lines.append(csv_bytes(
             (found.name, *when, self._classes[k - 1], f"{score:.5f}", *(f"{v:.2f}" for v in box))
             for box, score, k in zip(found.boxes, found.scores, found.labels, strict=True)
         ))  # fmt: skip
 
+    def close(self) -> None:
+        write(self._out, self.place, b"".join(self._lines))
 
-def category_ids(classes: Sequence[str]) -> tuple[int, ...]:
-    """Return the COCO JSON number of each class: official for COCO's 80 classes, else 1..C."""
-    return COCO_IDS if tuple(classes) == COCO_CLASSES else tuple(range(1, len(classes) + 1))
+
+def categories(classes: Sequence[str]) -> list[dict]:
+    """Return COCO's records of the classes: official numbers for COCO's 80, else from 1."""
+    ids = COCO_IDS if tuple(classes) == COCO_CLASSES else range(1, len(classes) + 1)
+    return [{"id": k, "name": name} for k, name in zip(ids, classes, strict=True)]
 
 
 def image_ids(sources: Sequence[Source]) -> dict[str, int]:
