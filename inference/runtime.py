@@ -35,29 +35,23 @@ class ExportedModel:
     info: ExportInfo
     runtime: tuple[str, str]
     """Name and version of the package that runs it, e.g. ("onnxruntime", "1.31.1")."""
-    names: Sequence[str]
-    """Of the outputs, in order."""
-    run: Callable[[Arrays], Iterable[np.ndarray]]
-    """Of the runtime: inputs by name -> outputs."""
+    names: Sequence[str]  # of the outputs, in order
+    run: Callable[[Arrays], Iterable[np.ndarray]]  # of the runtime: inputs by name -> outputs
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run the graph on a batch.
 
-        Args:
-            inputs: of ``graph_inputs``. "images" float32 [B, 3, S, S], BGR minus the mean; with
-                ``info.preprocess`` instead "pictures" uint8 [B, H, W, 3], BGR. With ``info.nms``
-                also "sizes" float32 [B, 2], (width, height) in pixels. Unless ``info.dynamic``, B
-                is 1 and H and W are S.
+        inputs: of ``graph_inputs``. "images" float32 [B, 3, S, S], BGR minus the mean; with
+            ``info.preprocess`` instead "pictures" uint8 [B, H, W, 3], BGR. With ``info.nms`` also
+            "sizes" float32 [B, 2], (width, height) in pixels. Unless ``info.dynamic``, B is 1 and
+            H and W are S.
 
-        Returns:
-            "loc" float32 [B, P, 4] and "conf" float32 [B, P, C] logits. With ``info.nms`` instead
-            "boxes" float32 [n, 4], (x1, y1, x2, y2) in pixels, "scores" float32 [n], "labels"
-            int64 [n] in 1..C-1 and "image" int64 [n], the index in the batch, ascending; n may be
-            0.
+        Returns "loc" float32 [B, P, 4] and "conf" float32 [B, P, C] logits. With ``info.nms``
+        instead "boxes" float32 [n, 4], (x1, y1, x2, y2) in pixels, "scores" float32 [n], "labels"
+        int64 [n] in 1..C-1 and "image" int64 [n], the index in the batch, ascending; n may be 0.
 
-        Raises:
-            UserError: the runtime cannot run the graph on these inputs, or its outputs do not have
-                the shapes of its detector.
+        Raises UserError if the runtime cannot run the graph on these inputs, or if its outputs are
+        not those of its detector.
         """
         try:
             outputs = dict(zip(self.names, self.run(inputs), strict=True))
@@ -96,12 +90,8 @@ class ExportedModel:
 def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
     """Open an .onnx file in ONNX Runtime, or an .xml file, with its .bin, in OpenVINO.
 
-    Args:
-        threads: CPU threads of the runtime; None: the runtime chooses.
-
-    Raises:
-        UserError: the file is missing, damaged, not written by ``python -m tools.export``, or
-            written by a newer version of it; or the runtime is not installed.
+    threads: CPU threads of the runtime; None: the runtime chooses. Raises UserError if the file is
+    missing, damaged or not of ``python -m tools.export``, or the runtime is not installed.
     """
     path = Path(path)
     if path.suffix not in EXPORTED_SUFFIXES:
@@ -147,11 +137,7 @@ def identity(path: str | Path) -> dict[str, object]:
 
 
 def import_package(name: str, extra: str) -> ModuleType:
-    """Import an optional package; ``extra`` is the extra of this project that installs it.
-
-    Raises:
-        UserError: the package cannot be imported; the sentence tells how to install it.
-    """
+    """Import an optional package; ``extra`` is the extra of this project that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -219,8 +205,7 @@ def _openvino(path: Path, threads: int | None) -> ExportedModel:
 
 
 _RUNTIMES = {".onnx": _onnx, ".xml": _openvino}
-EXPORTED_SUFFIXES = tuple(_RUNTIMES)
-"""Suffixes of exported files."""
+EXPORTED_SUFFIXES = tuple(_RUNTIMES)  # suffixes of exported files
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

@@ -122,17 +122,12 @@ def voc_xml(found: Found, image: str, classes: Sequence[str]) -> bytes:
     ])  # fmt: skip
 
 
-def voc_annotation(
-    name: str, size: tuple[int, int],
-    objects: Iterable[tuple[str, Sequence[int], Mapping[str, object]]],
-) -> bytes:  # fmt: skip
-    """Return the VOC XML of an image.
+def voc_annotation(name: str, size: tuple[int, int],
+                   objects: Iterable[tuple[str, Sequence[int], Mapping[str, object]]]) -> bytes:
+    """Return the VOC XML of an image file ``name`` (relative, with "/") of (width, height).
 
-    Args:
-        name: The image file, relative, with "/".
-        size: Width and height.
-        objects: Class name, box in whole pixels, 0-based inclusive (VOC's are 1-based), and further
-            tags. Characters that XML does not allow become U+FFFD.
+    objects: class name, box in whole pixels, 0-based inclusive (VOC's are 1-based), and further
+        tags. Characters that XML does not allow become U+FFFD.
     """
     root = ElementTree.Element("annotation")
     folder, _, file = name.rpartition("/")

@@ -41,8 +41,7 @@ from utils.files import check_writable
 from utils.logger import LOGGER, close_logging, setup_logging
 from utils.signals import StopSignal
 
-THRESHOLD = 0.4
-"""Default of --score_threshold. That of an evaluation would draw too many boxes."""
+THRESHOLD = 0.4  # default of --score_threshold. That of an evaluation would draw too many boxes.
 WINDOW = "detections (q: quit)"
 
 

@@ -38,12 +38,9 @@ class Found(NamedTuple):
     """The detections of a frame, best score first; n may be 0."""
 
     frame: Frame
-    boxes: np.ndarray
-    """float64 [n, 4]."""
-    scores: np.ndarray
-    """float32 [n]."""
-    labels: np.ndarray
-    """int64 [n], in 1..C."""
+    boxes: np.ndarray  # float64 [n, 4]
+    scores: np.ndarray  # float32 [n]
+    labels: np.ndarray  # int64 [n], in 1..C
 
     @property
     def name(self) -> str:
@@ -58,8 +55,7 @@ class Found(NamedTuple):
 class Writer(Protocol):
     """One kind of result."""
 
-    place: str
-    """What it writes, relative to the results folder."""
+    place: str  # what it writes, relative to the results folder
     in_order = False
     """Whether it is one file for all images: frames must be added one after the other."""
 

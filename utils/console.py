@@ -6,7 +6,7 @@ import errno
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
@@ -28,14 +28,11 @@ def _escape(character: re.Match[str]) -> str:
 
 
 class Stream:
-    """A text stream that escapes what it cannot show, and that goes on without its reader.
-
-    ``failure`` is the first error of a write. Later text is discarded.
-    """
+    """A text stream that escapes what it cannot show, and that goes on without its reader."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self.stream = stream or open(os.devnull, "w")  # None: the process started without it
-        self.failure: OSError | None = None
+        self.failure: OSError | None = None  # of the first write that failed; later text is lost
 
     def __getattr__(self, name: str) -> object:
         return getattr(self.stream, name)
@@ -48,29 +45,25 @@ class Stream:
         """Write control characters, too."""
         encoding = getattr(self.stream, "encoding", None) or "utf-8"
         text = text.encode(encoding, "backslashreplace").decode(encoding)
-        try:
-            self.stream.write(text)
-        except OSError as error:
-            self._discard(error)
+        self._try(self.stream.write, text)
 
     def flush(self) -> None:
-        try:
-            self.stream.flush()
-        except OSError as error:
-            self._discard(error)
+        self._try(self.stream.flush)
 
     def lost(self) -> OSError | None:
         """Return the error that lost text which somebody may still want to read."""
         self.flush()
         return self.failure if self.failure and self.failure.errno not in _NO_READER else None
 
-    def _discard(self, error: OSError) -> None:
-        self.failure = self.failure or error
-        null = open(os.devnull, "w")
-        # What is still buffered is discarded, too: Python would fail on it at its end.
-        with suppress(OSError, AttributeError):  # a stream without a file
-            os.dup2(null.fileno(), self.stream.fileno())
-        self.stream = null
+    def _try(self, do: Callable[..., object], *text: str) -> None:
+        try:
+            do(*text)
+        except OSError as error:
+            self.failure, null = self.failure or error, open(os.devnull, "w")
+            # What is still buffered is discarded, too: Python would fail on it at its end.
+            with suppress(OSError, AttributeError):  # a stream without a file
+                os.dup2(null.fileno(), self.stream.fileno())
+            self.stream = null
 
 
 @contextmanager

@@ -21,8 +21,7 @@ from typing import NamedTuple
 from utils.errors import UserError
 from utils.files import file_digest
 
-SECONDS_OF_SILENCE = 30
-"""A server that sends nothing for so long is given up."""
+SECONDS_OF_SILENCE = 30  # a server that sends nothing for so long is given up
 _DRIVE = re.compile(r"https://drive\.google\.com/file/d/([\w-]+)")
 _HUB = re.compile(r"hf://([^/]+/[^/]+)/([^@]+)(?:@(.+))?")
 

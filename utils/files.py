@@ -148,13 +148,10 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold a lock on the file ``path``, which is created.
+    """Hold a lock on the file ``path``, which is created, to the end of the block or process.
 
-    The lock ends with the block or with the process. Windows, which has no POSIX record locks,
-    locks nothing.
-
-    Raises:
-        UserError: another process holds the lock.
+    Windows, which has no POSIX record locks, locks nothing. Raises UserError if another process
+    holds the lock.
     """
     if fcntl is None:
         yield
@@ -233,11 +230,7 @@ def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Create the folder of a file that will be written later.
-
-    Raises:
-        UserError: the file cannot be written there.
-    """
+    """Create the folder of a file that will be written later; raise UserError if it cannot be."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

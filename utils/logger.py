@@ -18,10 +18,7 @@ LOGGER = logging.getLogger("ssd")
 
 
 class _Line(logging.Formatter):
-    """A message on one line, with the time; control characters are escaped."""
-
-    def __init__(self) -> None:
-        super().__init__("%(asctime)s %(message)s", "%H:%M:%S")
+    """A message on one line; control characters are escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
@@ -52,7 +49,7 @@ def setup_logging(file: Path | None = None, quiet: bool = False) -> None:
     if file is not None:
         handlers.append(_LogFile(file, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
-        handler.setFormatter(_Line())
+        handler.setFormatter(_Line("%(asctime)s %(message)s", "%H:%M:%S"))
         LOGGER.addHandler(handler)
 
 
