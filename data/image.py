@@ -77,6 +77,34 @@ def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
     raise UserError(f"{path}: not an image that OpenCV can decode{fault}")
 
 
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (width, height) of an image as `read_image` turns it.
+
+    The header tells. Only an image that Pillow does not know, or one that is no JPEG but has an
+    orientation, is decoded. Raises UserError for what is no image.
+    """
+    try:
+        if path.is_file():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(path) as image:
+                    turned = _orientation(image) > 4
+                    if image.format in ("JPEG", "MPO"):
+                        return image.size[::-1] if turned else image.size
+                    if not turned:
+                        return image.size
+    except Exception:  # told by OpenCV, which decides what is an image
+        pass
+    height, width, _ = read_image(path).shape
+    return width, height
+
+
+def _orientation(image: Image.Image) -> int:
+    # getexif() of a PNG without the tag would decode it.
+    known = image.format != "PNG" or "exif" in image.info
+    return image.getexif().get(0x0112, 1) if known else 1
+
+
 def _header(data: bytes) -> tuple[str, tuple[int, int]]:
     """Return Pillow's format and (width, height) without decoding; ("", (0, 0)) if unknown."""
     # Not Image.open, which has a limit of its own that only all of a process can change.
