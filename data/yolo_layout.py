@@ -35,7 +35,7 @@ IMAGE_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS", "JP
 NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "_darknet.labels")
 BACKGROUND = ("background", "__background__")
 MOST_CLASSES = 10_000
-_REPR = reprlib.Repr()  # YAML's references make short texts that are endless values
+_shown = reprlib.Repr().repr  # YAML's references make short texts that are endless values
 
 
 class YOLOFolder:
@@ -215,7 +215,7 @@ def _as_texts(path: Path, key: str, value: object) -> list[str]:
     """Return a text or a list of texts as a list, without empty ones."""
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(each, str) and "\0" not in each for each in values):
-        raise UserError(f"{path}: {key} is {_REPR.repr(value)}; give a folder, or a list of folders")
+        raise UserError(f"{path}: {key} is {_shown(value)}; give a folder, or a list of folders")
     return [each.strip() for each in values if each.strip() not in ("", "null", "~")]
 
 
@@ -226,9 +226,9 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
     names = dict(enumerate(given)) if isinstance(given, list) else given
     if not (isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
             and all(re.fullmatch("[0-9]{1,9}", str(key)) for key in names)):  # fmt: skip
-        raise UserError(f"{path}: names is {_REPR.repr(given)}; give a list of texts, or number: name")
+        raise UserError(f"{path}: names is {_shown(given)}; give a list of texts, or number: name")
     if (count := content.get("nc")) is not None and count != str(len(names)):
-        raise UserError(f"{path}: nc is {_REPR.repr(count)} for {len(names)} names; correct one")
+        raise UserError(f"{path}: nc is {_shown(count)} for {len(names)} names; correct one")
     return _checked({int(key): name for key, name in names.items()}, path)
 
 
@@ -245,7 +245,7 @@ def _read_keypoints(path: Path, content: Mapping) -> int:
     shape = content.get("kpt_shape", ["0", "0"])
     if not (isinstance(shape, list) and len(shape) == 2
             and all(re.fullmatch("[0-9]{1,4}", str(each)) for each in shape)):  # fmt: skip
-        raise UserError(f"{path}: kpt_shape is {_REPR.repr(shape)}; give [points, 2 or 3]")
+        raise UserError(f"{path}: kpt_shape is {_shown(shape)}; give [points, 2 or 3]")
     return int(shape[0]) * int(shape[1])
 
 
