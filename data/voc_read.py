@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -139,7 +139,9 @@ def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
         if found is None:
             missing.append(Path(folders[where][0], stem))
             found = missing[-1].with_name(stem + IMAGE_SUFFIXES[0])
-        elif (other := users.setdefault(_key(found), path)) is not path:
+        elif ".." in str(found) and os.path.relpath(found, each.folder)[:2] == "..":
+            loaded.skipped.append(Skip(SkipKind.OUTSIDE_ROOT, i, None, str(found)))
+        if (other := users.setdefault(_key(found), path)) is not path:
             fault = f"{other} and {path} both annotate {found}; keep one of them"
             if faults is None:
                 raise UserError(fault)
@@ -147,4 +149,19 @@ def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
         images.append(found)
     if faults is None:
         _refuse_missing(f"image ({'/'.join(IMAGE_SUFFIXES)})", missing)
+    loaded.skipped.extend(_without_annotation(loaded.listed, images, index))
     return images
+
+
+def _without_annotation(listed: Sequence[Listed], images: Sequence[Path],
+                        index: FileIndex) -> Iterator[Skip]:
+    """Yield a record for each image that no annotation is for, where no list says what belongs."""
+    annotations, parents = FileIndex((".xml",)), {}
+    for each, image in zip(listed, images, strict=True):
+        if each.where == str(each.annotation):
+            parents.setdefault(image.parent, set()).add(each.annotation.parent)
+    beside = (file for folder in parents for file in index.inside(folder))
+    for file in sorted({file for file in beside if file.parent in parents}.difference(images)):
+        names = [each / name for each in parents[file.parent] for name in (file.stem, file.name)]
+        if not any(map(annotations.by_stem, names)):
+            yield Skip(SkipKind.NO_ANNOTATION_FILE, None, None, str(file))
