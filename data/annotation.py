@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +38,13 @@ class Annotation:
     def empty(cls, path: Path) -> Annotation:
         """Return an annotation without size and objects."""
         return cls(path, None, (), np.zeros((0, 4)), np.zeros(0, bool))
+
+    def part(self, kept: np.ndarray) -> Annotation:
+        """Return the annotation with the objects that are ``kept``, bool [n]."""
+        if kept.all():
+            return self
+        names = tuple(name for name, keep in zip(self.names, kept, strict=True) if keep)
+        return replace(self, names=names, boxes=self.boxes[kept], difficult=self.difficult[kept])
 
 
 class Loaded(NamedTuple):
