@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +72,15 @@ def load_annotations(
     if classes is None:
         classes = _choose_classes(root, image_sets, annotations, skipped, index)
     else:
-        classes = check_classes(classes, "classes")
+        classes = check_classes(_nfc(classes), "classes")
     check_objects(what, annotations, classes, faults)
     skipped += unknown_objects(annotations, classes)
     return VOCAnnotations(found, annotations, classes, skipped)
+
+
+def _nfc(names: Iterable[str]) -> list[str]:
+    """Return names in the form in which those of annotations are read."""
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def _key(path: Path) -> str:
@@ -102,7 +108,7 @@ def _choose_classes(root: Path, image_sets: Sequence[tuple[str | None, str]],
                     annotations: Sequence[Annotation], skipped: list[Skip],
                     index: FileIndex) -> tuple[str, ...]:
     if (declared := declared_classes(root)) is not None:
-        return check_classes(*declared)
+        return check_classes(_nfc(declared[0]), declared[1])
     names = {name for annotation in annotations for name in annotation.names}
     if any(year for year, _ in image_sets) and names <= set(VOC_CLASSES):
         return VOC_CLASSES

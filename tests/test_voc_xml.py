@@ -299,7 +299,8 @@ def test_classes_of_the_command_line_are_names_or_a_file(tmp_path):
     names = [f"class {i}" for i in range(80)]
     assert parse_classes(",".join(names)) == tuple(names)
     assert parse_classes("~no such user,bar") == ("~no such user", "bar")
-    assert parse_classes("a\0,b") == ("a\0", "b")
+    with pytest.raises(UserError, match="control character"):
+        parse_classes("a\0,b")
 
 
 def test_faults_are_collected_and_their_images_have_no_objects(voc_folder):
