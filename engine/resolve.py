@@ -98,7 +98,7 @@ def asked_dataset(given: Mapping[str, object], stored: object = None) -> str:
     return check_value(OPTIONS["dataset"], dataset or Options.dataset)
 
 
-def tested_dataset(given: Mapping[str, object], trained: str) -> str:
+def dataset_of_test(given: Mapping[str, object], trained: str) -> str:
     """Return the data set of a test of a detector that was ``trained`` on one."""
     if "dataset" in given or "root" not in given:
         return given.get("dataset", trained)

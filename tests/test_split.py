@@ -12,7 +12,7 @@ from data import build_dataset, default_sets, find_layout
 from data.image_sets import ImageSet
 from data.split import in_validation, listed
 from engine.options import Options, parse
-from engine.resolve import check_parts, resolve, tested_dataset
+from engine.resolve import check_parts, dataset_of_test, resolve
 from engine.run import find_checkpoint
 from tools.split import main
 from utils.errors import UserError
@@ -130,10 +130,10 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
     with pytest.raises(UserError, match=r"VOC.*-d VOC.*YOLO.*-d YOLO"):
         find_layout(root)
     assert resolve({"root": root, "dataset": "YOLO"}).dataset == "YOLO"
-    assert tested_dataset({"root": root}, "VOC") == "VOC"
-    assert tested_dataset({"root": str(tmp_path / "voc")}, "YOLO") == "VOC"
-    assert tested_dataset({"root": root, "dataset": "COCO"}, "VOC") == "COCO"
-    assert tested_dataset({}, "CVAT") == "CVAT"
+    assert dataset_of_test({"root": root}, "VOC") == "VOC"
+    assert dataset_of_test({"root": str(tmp_path / "voc")}, "YOLO") == "VOC"
+    assert dataset_of_test({"root": root, "dataset": "COCO"}, "VOC") == "COCO"
+    assert dataset_of_test({}, "CVAT") == "CVAT"
 
 
 def test_part_beside_another_set_is_refused(tmp_path):
