@@ -138,7 +138,7 @@ def detection(**changes: object) -> str:
     (changed(size="300"), "size '300'"),
     (changed(version="other"), "unknown version 'other'"),
     (changed(dataset="other"), "dataset 'other'"),
-    (changed(priors="other"), "no prior boxes for the data set 'other'"),
+    (changed(priors="other"), "no prior boxes 'other'"),
     (changed(detection=5), "detection 5"),
     (detection(other=1), "'other'"),
     (detection(top_k=0), "top_k 0"),
