@@ -310,7 +310,8 @@ def test_what_is_saved_can_be_trained_on(kind, weights):
              "c.png": "in/c.ppm", "a.jpg": "in/a.jpg"}  # fmt: skip
     for seed, name in enumerate(given.values()):
         image_file(f"photos/{name}", seed=seed)
-    assert call(weights, "photos", "--save", kind, "--no-draw", "--out", "boxes") == 0
+    image_file("photos/not\n\x1bthis.jpg")
+    assert call(weights, "photos", "--save", kind, "--no-draw", "--out", "boxes") == 1
     root, predictor = Path("boxes", kind), Predictor(weights, score_threshold=0.4, device="cpu")
     row, _ = data.find_layout(root)
     for sets in data.default_sets(row, root):

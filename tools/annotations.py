@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.annotation import check_ids
 from data.image import IMAGE_SUFFIXES
 from tools.outputs import Found, Writer, categories, inside, write, write_image
 from tools.sources import Source
@@ -55,6 +56,7 @@ class Annotations(Writer):
         name = self._names[found.name]
         if found.frame.number is not None:
             name += f"/{found.frame.number:06d}"
+        check_ids([name], [Path(found.name)], None)  # readers would refuse the whole data set
         image = self._keep_image(found, name)
         if self._coco is not None:
             self._coco.append(coco_records(found, image, self._classes))
