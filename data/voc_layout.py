@@ -66,7 +66,12 @@ def recognise(root: str | Path) -> str | None:
     if base != root:
         cvat = os.path.isfile(root / "labelmap.txt")
         return "CVAT VOC" if cvat else f"VOC XML in {base.name}/"
-    return "VOC XML, a folder a set" if split_folders(root, index) else "VOC XML beside images"
+    if split_folders(root, index):
+        return "VOC XML, a folder a set"
+    for folder in index.subfolders(root):  # the image sets that it declares must not be passed over
+        if index.has_folder(folder / "ImageSets") or split_folders(folder, index):
+            return None
+    return "VOC XML beside images"
 
 
 def _is_annotation(path: Path) -> bool:
@@ -122,8 +127,8 @@ def split_folders(folder: Path, index: FileIndex) -> dict[str, Path]:
 def annotation_folders(folder: Path, index: FileIndex) -> list[Path]:
     """Return the folders from which ids count: Annotations/, or another with XML; ``folder``."""
     bases = [folder / name for name in ANNOTATION_FOLDERS if index.has_folder(folder / name)]
-    bases = [base for base in bases if index.holds_files(base)] or bases[:1]
-    return [*bases[:1], folder]
+    used = [base for base in bases if index.holds_files(base)]
+    return [*(used or ([] if index.holds_files(folder) else bases))[:1], folder]
 
 
 def _list_paths(folder: Path, name: str) -> list[Path]:

@@ -40,10 +40,10 @@ def read_annotation(path: str | Path) -> Annotation:
         where = f"{path}: object {index}"
         found = {(name.text or "").strip() for name in element.findall("name")}
         if len(found) > 1:
-            raise UserError(f"{where} has several names: {', '.join(sorted(found))}; keep one")
+            raise UserError(f"{where} has several names: {', '.join(sorted(found)):.60}; keep one")
         if not (name := "".join(found)):
             raise UserError(f"{where} has no <name>")
-        where += f' ("{name}")'
+        where += f' ("{name:.60}")'
         read = _read_boxes(element, where)
         names += [unicodedata.normalize("NFC", name)] * len(read)
         boxes += read
