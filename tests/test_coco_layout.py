@@ -13,7 +13,10 @@ from conftest import with_exif
 
 from data.coco import COCODetection
 from data.coco_layout import list_image_sets, recognise
+from data.image_sets import ImageSet
 from data.skips import SkipKind
+from engine.options import Call, Options
+from engine.run import open_dataset
 from utils.errors import UserError
 
 
@@ -71,6 +74,13 @@ def test_other_json_files_are_no_layout(tmp_path, content):
     os.mkfifo(tmp_path / "b.json")
     assert recognise(tmp_path) is None and list_image_sets(tmp_path) == []
     assert recognise(tmp_path / "none") is None
+
+
+def test_training_set_without_a_box_is_refused(tmp_path):
+    write(tmp_path, "annotations/instances_train.json", "train", {1: "1.png"})
+    options = Options(dataset="COCO", root=str(tmp_path), train_sets=(ImageSet(None, "train"),))
+    with pytest.raises(UserError, match=f"{tmp_path}: the 1 training images have no box .*--train"):
+        open_dataset(options, Call(), "train_sets")
 
 
 @pytest.mark.parametrize(("name", "file"), [
