@@ -299,8 +299,9 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
         raise UserError(f"{root} holds several layouts: {several}; say by -d which one to read")
     if found:
         return found[0]
-    inside = [folder for folder in sorted(root.glob("[!.]*/"))[:20] if layouts(folder)]
-    hint = f"; {inside[0]} holds {layouts(inside[0])[0][1]}: give it as --root" if inside else ""
+    inside = ((folder, layouts(folder)) for folder in sorted(root.glob("[!.]*/"))[:20])
+    folder, found = next((each for each in inside if each[1]), (None, []))
+    hint = f"; {folder} holds {found[0][1]}: give it as --root" if found else ""
     raise UserError(
         f"{root} holds no data set in a layout that is understood{hint}. Understood are "
         f"{UNDERSTOOD}: docs/own_data.md"
