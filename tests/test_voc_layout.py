@@ -91,7 +91,8 @@ def test_names_in_another_unicode_form_are_one_image(folder):
     (folder / "Annotations/a.xml").rename(folder / f"Annotations/{NFD}.xml")
     (folder / "JPEGImages/a.jpg").rename(folder / f"JPEGImages/{NFD}.jpg")
     (folder / "ImageSets/Main/test.txt").write_text(f"été\n{NFD}\n", "utf-8")
-    write_annotation(folder / f"Annotations/{NFD}.xml", [(name, BOX[0][1]) for name in (NFD, "été")])
+    objects = [(name, BOX[0][1]) for name in (NFD, "été")]
+    write_annotation(folder / f"Annotations/{NFD}.xml", objects)
     data = read(folder, "test")
     assert data.classes == read(folder, "test", classes=[NFD]).classes == ("été",)
     assert data.ids == ["été"] and kinds(data) == {SkipKind.IMAGE_LISTED_TWICE}
