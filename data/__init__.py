@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.image_sets import ImageSet, sets_name
+from data.image_sets import ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
 from data.truth import Truth, digest
@@ -352,7 +352,7 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     }
     if published <= {*existing} or devkit or not (existing or _layout(name, Path(root))):
         return row.train_sets, row.test_sets
-    known = {each.name.lower(): each for each in sorted(existing, key=lambda each: each.year or "")}
+    known = {set_word(each.name): each for each in sorted(existing, key=lambda s: s.year or "")}
     pairs = [("trainval", "test")]
     pairs += [(a, b) for a in ("train", "trainval")
               for b in ("val", "valid", "validation", "dev", "test")]

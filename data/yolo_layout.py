@@ -21,6 +21,7 @@ from pathlib import Path
 from data.classes import check_classes
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
+from data.image_sets import set_word
 from data.split import ends
 from utils.errors import UserError
 from utils.files import read_text
@@ -119,6 +120,7 @@ class YOLOFolder:
         found: dict[str, list[Path]] = {}
         for image in self.images:
             folders = [each for each in self._folders_of(image) if each not in IMAGE_FOLDERS]
+            folders = [each for each in folders if set_word(each) in SETS] or folders
             if folders and folders[0] != "obj_train_data":  # Darknet's folder of all images
                 found.setdefault(folders[0], []).append(image)
         return found
