@@ -196,8 +196,8 @@ class AnnotatedImages(DetectionData):
             raise ValueError(f"{len(detections)} detections for {len(self)} images")
         self.check_scorable()
         # The official spelling of a single set has no year.
-        single = len(self.image_sets) == 1 and [ImageSet(None, self.image_sets[0].name)]
-        image_set = sets_name(single or self.image_sets)
+        several = len(self.image_sets) > 1
+        image_set = sets_name(self.image_sets) if several else self.image_sets[0].name
         write_comp4(directory, image_set, self.classes, self.ids, detections)
         read, _ = read_comp4(directory, image_set, self._scored, self.ids)
         result = evaluate_voc(read, self.annotations, self._scored)
