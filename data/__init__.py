@@ -351,7 +351,7 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     }
     if published <= {*existing} or devkit or not (existing or _layout(name, Path(root))):
         return row.train_sets, row.test_sets
-    known = {each.name: each for each in sorted(existing, key=lambda each: each.year or "")}
+    known = {each.name.lower(): each for each in sorted(existing, key=lambda each: each.year or "")}
     pairs = [("trainval", "test")]
     pairs += [(a, b) for a in ("train", "trainval")
               for b in ("val", "valid", "validation", "dev", "test")]
