@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DetectionData
-from data.annotation import Annotation, Loaded
+from data.annotation import Annotation, Loaded, check_ids
 from data.curves import CURVES_FILE
 from data.image import read_image
 from data.image_sets import ImageSet, sets_name
@@ -58,6 +58,7 @@ class AnnotatedImages(DetectionData):
         super().__init__(root, sets, transform)
         loaded = self.load(classes, faults)
         self.ids, self._paths, self.annotations, self.classes, self.skipped = loaded
+        check_ids(self.ids, self._paths, faults)
         self._scored = self.classes
         sizes, targets, kept = [], [], []
         for index, annotation in enumerate(self.annotations):

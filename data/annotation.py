@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,6 +58,20 @@ class Loaded(NamedTuple):
     annotations: list[Annotation]
     classes: tuple[str, ...]
     skipped: list[Skip]
+
+
+def check_ids(ids: Sequence[str], images: Sequence[Path], faults: list[str] | None) -> None:
+    """Refuse images whose id no line of a text file can hold, or add that to ``faults``."""
+    for id, image in zip(ids, images, strict=True):
+        if id.isprintable() and id == id.strip():
+            continue
+        unfit = {unicodedata.category(each) for each in id} & {"Cc", "Cs", "Zl", "Zp"}
+        if unfit or id != id.strip():
+            fault = (f"{str(image)!a}: the name of the image has a control character, half of a "
+                     "surrogate pair or a space at an end; rename the image and its annotation")
+            if faults is None:
+                raise UserError(fault)
+            faults.append(fault)
 
 
 def check_objects(what: str, annotations: Sequence[Annotation], classes: Sequence[str],

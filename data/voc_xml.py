@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -39,12 +40,12 @@ def read_annotation(path: str | Path) -> Annotation:
         where = f"{path}: object {index}"
         found = {(name.text or "").strip() for name in element.findall("name")}
         if len(found) > 1:
-            raise UserError(f"{where} has several names: {', '.join(sorted(found))}; keep one")
+            raise UserError(f"{where} has several names: {', '.join(sorted(found)):.60}; keep one")
         if not (name := "".join(found)):
             raise UserError(f"{where} has no <name>")
-        where += f' ("{name}")'
+        where += f' ("{name:.60}")'
         read = _read_boxes(element, where)
-        names += [name] * len(read)
+        names += [unicodedata.normalize("NFC", name)] * len(read)
         boxes += read
         difficult += [_read_difficult(element, where)] * len(read)
     boxes = np.array(boxes, np.float64).reshape(-1, 4) - 1
@@ -95,9 +96,8 @@ def _find_objects(path: Path, root: ElementTree.Element) -> tuple[list[ElementTr
         raise UserError(f"{path}: not a VOC annotation (its root is <{tags[0]}>); write VOC's "
                         "<annotation> with an <object> a box")
     for tag in ("filename", "size"):
-        if tags.count(tag) > 1 and sum(
-            each.find(tag) is not None for each in others if each.tag != "source"
-        ) > 1:
+        of_images = (each for each in others if each.tag != "source" and each.find(tag) is not None)
+        if tags.count(tag) > 1 and len([*of_images]) > 1:
             raise UserError(f"{path}: annotations of several images; write a file for each")
     # LabelMe keeps what was deleted.
     return [each for each in objects if _text(each, "deleted") != "1"], others
@@ -111,8 +111,11 @@ def _local(tag: str) -> str:
 
 def _read_boxes(element: ElementTree.Element, where: str) -> list[list[float]]:
     """Return the corners of each shape of an object, as the file has them."""
-    inside = [each for child in element if child.tag not in _PARTS for each in child.iter()]
-    if boxes := [each for each in inside if each.tag == "bndbox"]:
+    boxes = element.findall("bndbox")
+    if not boxes or len(boxes) < len(list(element.iter("bndbox"))):
+        inside = [each for child in element if child.tag not in _PARTS for each in child.iter()]
+        boxes = [each for each in inside if each.tag == "bndbox"]
+    if boxes:
         return [_read_corners(box, where) for box in boxes]
     shapes = [each for each in inside if each.tag in ("robndbox", "polygon", "points")]
     if not shapes:
@@ -124,15 +127,16 @@ def _read_boxes(element: ElementTree.Element, where: str) -> list[list[float]]:
 
 
 def _read_corners(bndbox: ElementTree.Element, where: str) -> list[float]:
-    tags = [child.tag for child in bndbox]
-    if several := [tag for tag in _CORNERS if tags.count(tag) > 1]:
-        raise UserError(f"{where}: <bndbox> has several <{several[0]}>; write a <bndbox> a box")
-    return [_number(bndbox, tag, where) for tag in _CORNERS]
+    texts = {child.tag: child.text or "" for child in bndbox}
+    if len(texts) < len(bndbox):
+        raise UserError(f"{where}: <bndbox> has several corners of a name; write a <bndbox> a box")
+    return [_finite(texts.get(tag, bndbox.get(tag)), tag, where) for tag in _CORNERS]
 
 
 def _read_rotated(shape: ElementTree.Element, where: str) -> list[float]:
     """Return the box around a rotated one, as roLabelImg writes it: the angle is in radians."""
-    cx, cy, w, h, angle = (_number(shape, tag, where) for tag in ("cx", "cy", "w", "h", "angle"))
+    tags = ("cx", "cy", "w", "h", "angle")
+    cx, cy, w, h, angle = (_finite(shape.findtext(tag), tag, where) for tag in tags)
     if abs(angle) > 2 * math.pi:
         raise UserError(f"{where}: <angle> is {angle:g}, expected radians")
     sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
@@ -156,14 +160,9 @@ def _enclose(shape: ElementTree.Element, where: str) -> list[float]:
     return [min(xs), min(ys), max(xs), max(ys)]
 
 
-def _number(parent: ElementTree.Element, tag: str, where: str) -> float:
-    text = parent.findtext(tag)
-    if text is None and (text := parent.get(tag)) is None:
-        raise UserError(f"{where}: <{parent.tag}> has no <{tag}>")
-    return _finite(text, tag, where)
-
-
-def _finite(text: str, tag: str, where: str) -> float:
+def _finite(text: str | None, tag: str, where: str) -> float:
+    if text is None:
+        raise UserError(f"{where} has no <{tag}>")
     try:
         value = float(text)
     except ValueError:
@@ -181,16 +180,13 @@ def _read_difficult(element: ElementTree.Element, where: str) -> bool:
 
 
 def _read_size(path: Path, elements: list[ElementTree.Element]) -> tuple[int, int] | None:
-    size = next((each for each in elements if each.tag == "size"), None)
-    if size is None:
-        return None
-    sides = []
-    for tag in ("width", "height"):
-        value = _finite(_text(size, tag) or "0", tag, str(path))
-        if value < 0:
-            raise UserError(f"{path}: <{tag}> is {value:g}; write the image's, or remove <size>")
-        sides.append(int(value))
-    return (sides[0], sides[1]) if min(sides) > 0 else None
+    for size in (each for each in elements if each.tag == "size"):
+        tags = ("width", "height")
+        width, height = (int(_finite(_text(size, tag) or "0", tag, str(path))) for tag in tags)
+        if min(width, height) < 0:
+            raise UserError(f"{path}: <size> is {width} x {height}; correct or remove it")
+        return (width, height) if width and height else None
+    return None
 
 
 def _read_filename(elements: list[ElementTree.Element]) -> str:
