@@ -15,7 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from data.annotated import AnnotatedImages
-from data.annotation import Annotation, Loaded, check_objects, refuse_missing, unknown_objects
+from data.annotation import (
+    Annotation,
+    Loaded,
+    check_objects,
+    outside_root,
+    refuse_missing,
+    unknown_objects,
+)
 from data.classes import check_classes
 from data.image import IMAGE_SUFFIXES, image_size
 from data.image_files import FileIndex
@@ -187,9 +194,7 @@ class YOLODetection(AnnotatedImages):
                 images.setdefault(path, len(images))
         if faults is None:
             refuse_missing(self.root, missing)
-        skipped += [Skip(SkipKind.OUTSIDE_ROOT, i, None, str(path)) for path, i in images.items()
-                    if relative(path, self.root).startswith("../")]
-        return list(images), skipped
+        return list(images), skipped + outside_root(self.root, list(images))
 
 
 def _read(folder: YOLOFolder, index: int, image: Path, label: Path | None,
