@@ -18,6 +18,7 @@ from data.annotated import AnnotatedImages
 from data.annotation import (
     Annotation,
     Loaded,
+    check_folder,
     check_objects,
     outside_root,
     refuse_missing,
@@ -117,6 +118,7 @@ class YOLODetection(AnnotatedImages):
         return ": pixels where shares of the image, 0 to 1, belong?" if far else ""
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
+        check_folder(self.root)
         folder = YOLOFolder(self.root)
         if folder.layout is None:
             raise UserError(
