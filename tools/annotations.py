@@ -29,9 +29,7 @@ class Annotations(Writer):
     """A data set of the images and their annotations, also of images without objects.
 
     Images are linked, or copied where the disk has no links; frames of videos are written as JPEG.
-
-    Raises:
-        UserError: The folder holds annotations already.
+    Raises UserError if the folder holds annotations already.
     """
 
     def __init__(self, folder: Path, kind: str, sources: Sequence[Source],

@@ -128,8 +128,7 @@ def open_writers(folder: Path, kinds: Collection[str], sources: Sequence[Source]
                  classes: Sequence[str], font: FreeTypeFont) -> list[Writer]:
     """Return the writers of some kinds: json, csv, drawn, and those of `ANNOTATIONS`.
 
-    Raises:
-        UserError: The folder cannot be written, or a writer refuses to replace files.
+    Raises UserError if the folder cannot be written, or a writer refuses to replace files.
     """
     check_writable(folder / "detections")
     # Those that refuse come first: the others replace the results of an earlier call.

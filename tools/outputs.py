@@ -91,8 +91,7 @@ class Output:
     def add(self, found: Found) -> None:
         """Have the detections of a frame written. Wait if too many files are pending.
 
-        Raises:
-            UserError: The disk is full, or a file of all images cannot be written.
+        Raises UserError if the disk is full, or a file of all images cannot be written.
         """
         is_image = found.frame.number is None
         for writer in self.writers:
@@ -117,11 +116,7 @@ class Output:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return the path of a file in the results folder.
-
-    Raises:
-        UserError: A link leads out of the results folder.
-    """
+    """Return a path in the results folder; raise UserError if a link leads out of it."""
     path = folder / name
     if not Path(real_path(path.parent)).is_relative_to(real_path(folder)):
         raise UserError(f"{path} lies outside {folder}; remove the link, or give another --out")
@@ -231,8 +226,7 @@ def image_ids(sources: Sequence[Source]) -> dict[str, int]:
 class Drawings(Writer):
     """Images with their boxes, and videos as .mp4, in folders as the sources are.
 
-    Raises:
-        UserError: A drawn file would overwrite a source, or another drawn file.
+    Raises UserError if a drawn file would overwrite a source, or another drawn file.
     """
 
     place = "drawn/"
@@ -290,11 +284,7 @@ def draw(found: Found, classes: Sequence[str], font: FreeTypeFont) -> np.ndarray
 
 
 class VideoFile:
-    """An .mp4 file that takes the place of ``path`` when it is closed. Every frame counts once.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """An .mp4 file that takes the place of ``path`` when it is closed; UserError if it cannot."""
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
         self.path, self._size = path, size
