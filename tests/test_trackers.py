@@ -72,11 +72,11 @@ def test_visdom_is_tensorboard():
 
 @pytest.mark.parametrize("name", TRACKERS)
 def test_a_run_and_its_continuation_reach_the_tracker_offline(tmp_path, monkeypatch, name):
-    pytest.importorskip(name)
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    pytest.importorskip(name)
     check_trackers([name])
     folder = tmp_path / "run"
     for start in (0, 2):
