@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.annotation import refuse_missing
 from data.image_sets import ImageSet
 from utils.errors import UserError
 from utils.files import read_text
@@ -95,6 +96,8 @@ def _clean(path: str) -> str:
 def list_files(root: str | Path) -> dict[str, Path]:
     """Return the lists ROOT/ImageSets/NAME.txt and ROOT/ImageSets/Main/NAME.txt by NAME."""
     folder = Path(os.path.expanduser(root), "ImageSets")
+    if not os.path.isdir(folder):
+        return {}
     files = [*sorted(folder.glob("[!.]*.txt")), *sorted(folder.glob("Main/[!.]*.txt"))]
     return {file.stem: file for file in files}
 
@@ -138,11 +141,7 @@ def listed(path: Path, names: Sequence[str]) -> list[int]:
             raise UserError(f'{where}: "{line}" fits {several}; write the whole path')
         found.update(dict.fromkeys(hits))
         missing += [] if hits else [f'"{line}" ({where})']
-    if missing:
-        more = ", ..." if len(missing) > 5 else ""
-        raise UserError(
-            f"{path}: {len(missing)} images of the list are missing: {', '.join(missing[:5])}{more}"
-        )
+    refuse_missing(path, missing)
     if not found:
         raise UserError(f"{path}: the image set lists no image")
     return list(found)
@@ -183,7 +182,9 @@ def choose(root: Path, image_set: ImageSet, names: Sequence[str],
                 *(listed(path, names) for key, path in lists.items() if key not in SPLIT_SETS)]
         pool = sorted({i for each in sets for i in each}) or range(len(names))
         if other in lists:  # this part is the rest
-            return sorted({*pool} - {*listed(lists[other], names)})
+            if rest := sorted({*pool} - {*listed(lists[other], names)}):
+                return rest
+            raise UserError(f"{lists[other]} leaves no image for {name}; take some out of it")
         chosen = in_validation([names[i] for i in pool], val_share, split_by)
         return [i for i, val in zip(pool, chosen, strict=True) if val == (name == SPLIT_VAL)]
     existing = ", ".join([*declared, *lists]) or "none"

@@ -36,6 +36,7 @@ class Listed(NamedTuple):
 
     where: its line in a list, or its annotation file. folder: of the data set, or of the year.
     annotation: its file; None if it does not exist. image: the file that the line names, or "".
+    empty: the file is missing because the image has no objects; CVAT writes none then.
     """
 
     where: str
@@ -43,6 +44,12 @@ class Listed(NamedTuple):
     id: str
     annotation: Path | None
     image: str = ""
+    empty: bool = False
+
+    @property
+    def path(self) -> Path:
+        """The annotation file, or where it is missed."""
+        return self.annotation or self.folder / "Annotations" / f"{self.id}.xml"
 
 
 def year_folders(root: Path) -> dict[str | None, Path]:
@@ -104,7 +111,7 @@ def declared_classes(root: Path) -> tuple[list[str], str] | None:
     The file is classes.txt, or labelmap.txt as CVAT writes it (name:colour:parts:actions).
     """
     for name in ("classes.txt", "labelmap.txt"):
-        if os.path.isfile(path := root / name):
+        if os.path.lexists(path := root / name):
             names = read_text(path, "class names").splitlines()
             if name == "labelmap.txt":
                 names = [line.partition(":")[0].strip() for line in names if line[:1] != "#"]
@@ -165,13 +172,14 @@ def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: fl
     folder, path = _find_set(root, image_set, index)
     if path is None:
         yield from _part(root, image_set, index, val_share, split_by)
-    elif os.path.isdir(path):
+    elif path.suffix != ".txt":
         yield from _under(path, folder, index)
     else:
         bases = annotation_folders(folder, index)
+        cvat = FileIndex(IMAGE_SUFFIXES) if os.path.isfile(folder / "labelmap.txt") else None
         for number, line in enumerate(read_text(path, "image set").splitlines(), 1):
             if line := line.strip():
-                yield _find_line(line, f"{path}:{number}", folder, bases, index)
+                yield _find_line(line, f"{path}:{number}", folder, bases, index, cvat)
 
 
 def list_all(root: Path, index: FileIndex, faults: list[str],
@@ -188,9 +196,9 @@ def list_all(root: Path, index: FileIndex, faults: list[str],
             faults.append(str(error))
             continue
         found += listed if any(each.annotation for each in listed) else []
-    if not declared:
+    if not found and not {*known} & {*declared}:
         found = list(_under(annotation_folders(root, index)[0], root, index))
-    first = {os.path.normpath(each.annotation or each.where): each for each in reversed(found)}
+    first = {os.path.normpath(each.path): each for each in reversed(found)}
     return sorted(first.values(), key=lambda each: each.id)
 
 
@@ -201,12 +209,12 @@ def _part(root: Path, image_set: ImageSet, index: FileIndex, val_share: float,
     train, val = (ImageSet(None, name) for name in SPLIT_SETS)
     other = val if image_set == train else train
     if other.name in list_files(root):
-        taken = {each.annotation for each in list_images(root, other, index)}
-        yield from (each for each in pool if each.annotation not in taken)
+        taken = {each.path for each in list_images(root, other, index)}
+        yield from (each for each in pool if each.path not in taken)
         return
     images, names = FileIndex(IMAGE_SUFFIXES), []
     for each in pool:
-        parent, name = os.path.split(os.path.splitext(each.annotation or each.id)[0])
+        parent, name = os.path.split(os.path.splitext(each.path)[0])
         file, _ = find_image(name, image_folders(each.folder, parent), (each.image,), images)
         names.append(os.path.relpath(file, root) if file else f"{each.id}{IMAGE_SUFFIXES[0]}")
     chosen = in_validation(names, val_share, split_by)
@@ -223,12 +231,14 @@ def _under(path: Path, folder: Path, index: FileIndex) -> Iterator[Listed]:
 
 
 def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
-               index: FileIndex) -> Listed:
+               index: FileIndex, cvat: FileIndex | None) -> Listed:
     """Return the image that a line of a list is about.
 
     A line is an id, which may hold spaces and folders. Additions are understood: the flag after the
     id in the official files of one class, an image suffix, back slashes, and leading folders that
     do not exist among the annotations. They are part of the id only if an annotation has that name.
+
+    cvat: finds images without objects in CVAT's layout.
     """
     line = re.sub(r"^(\.[/\\])+", "", line)
     plain = re.sub(r"\s+(-1|0|1)$", "", line)
@@ -241,6 +251,10 @@ def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
                 if len(found) > 1:
                     raise UserError(f"{found[0]} and {found[1]} annotate one image; keep one")
                 return Listed(where, folder, each, found[0], image)
+    for each in ids if cvat else ():
+        parent, name = os.path.split(bases[0] / each)
+        if find_image(name, image_folders(folder, parent), (image,), cvat)[0]:
+            return Listed(where, folder, each, None, image, empty=True)
     return Listed(where, folder, " or ".join(ids), None, image)
 
 

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -14,14 +15,22 @@ from pathlib import Path
 import numpy as np
 
 from data.annotated import AnnotatedImages
-from data.annotation import Annotation, Loaded, check_objects, unknown_objects
+from data.annotation import (
+    Annotation,
+    Loaded,
+    check_folder,
+    check_objects,
+    outside_root,
+    refuse_missing,
+    unknown_objects,
+)
 from data.classes import check_classes
 from data.image import IMAGE_SUFFIXES, image_size
 from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.split import choose, list_files
-from data.yolo_layout import NAME_FILES, YOLOFolder, is_label, names_beside, relative, split_line
+from data.yolo_layout import NAME_FILES, YOLOFolder, is_label, names_beside, relative
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -40,7 +49,7 @@ def read_label(path: Path, keypoints: int = 0) -> tuple[list[float], np.ndarray,
     numbers, edges, outside = [], [], []
     for line, text in enumerate(read_text(path, "label file", 2**28).splitlines(), 1):
         if words := text.split():
-            number, *values = split_line(f"{path}:{line}", words)
+            number, *values = _numbers(f"{path}:{line}", words)
             if keypoints and len(values) == 4 + keypoints:
                 values = values[:4]
             if min(values, default=0) < -0.001 or max(values, default=0) > 1.001:
@@ -48,6 +57,20 @@ def read_label(path: Path, keypoints: int = 0) -> tuple[list[float], np.ndarray,
             numbers.append(number)
             edges.append(_edges(f"{path}:{line}", values))
     return numbers, np.array(edges, np.float64).reshape(-1, 4), outside
+
+
+def _numbers(where: str, words: Sequence[str]) -> list[float]:
+    values = []
+    for word in words:
+        try:
+            values.append(float(word))
+        except ValueError:
+            values.append(math.nan)
+        if not math.isfinite(values[-1]):
+            raise UserError(f'{where}: "{word:.60}" is no number; write class x y width height')
+    if values[0] < 0 or values[0] % 1:
+        raise UserError(f'{where}: "{words[0]:.60}" is no class number; write 0, 1, ...')
+    return values
 
 
 def _edges(where: str, values: Sequence[float]) -> tuple[float, ...]:
@@ -95,6 +118,7 @@ class YOLODetection(AnnotatedImages):
         return ": pixels where shares of the image, 0 to 1, belong?" if far else ""
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
+        check_folder(self.root)
         folder = YOLOFolder(self.root)
         if folder.layout is None:
             raise UserError(
@@ -118,19 +142,7 @@ class YOLODetection(AnnotatedImages):
                     for i, (image, label) in enumerate(zip(images, labels, strict=True))
                     if label is None]
         skipped += _orphans(images, labels)
-        annotations, images_of = [], {}
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            try:
-                if label and (other := images_of.setdefault(label, image)) != image:
-                    raise UserError(f"{other} and {image} both have the label file {label}; keep "
-                                    "one of the images")  # fmt: skip
-                annotation = _read(folder, i, image, label, skipped)
-            except UserError as error:
-                if faults is None:
-                    raise
-                faults.append(str(error))
-                annotation = replace(Annotation.empty(label or image), size=(1, 1))
-            annotations.append(annotation)
+        annotations = _read_all(folder, images, labels, skipped, faults)
         if folder.names is None:
             numbers = sorted({name for each in annotations for name in each.names}, key=float)
             raise UserError(
@@ -141,11 +153,7 @@ class YOLODetection(AnnotatedImages):
         classes = classes or tuple(folder.names[number] for number in sorted(folder.names))
         check_objects(what, annotations, classes, faults)
         skipped += unknown_objects(annotations, classes)
-        names = [relative(path, self.root) for path in images]
-        stems = [os.path.splitext(name)[0] for name in names]
-        counts = Counter(stems)
-        ids = [each if counts[each] == 1 else name for each, name in zip(stems, names, strict=True)]
-        return Loaded(ids, images, annotations, classes, skipped)
+        return Loaded(_ids(self.root, images), images, annotations, classes, skipped)
 
     def _list(self, folder: YOLOFolder,
               faults: list[str] | None) -> tuple[list[Path], list[Skip]]:
@@ -170,13 +178,34 @@ class YOLODetection(AnnotatedImages):
                 if path in images:
                     skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, images[path], None, str(path)))
                 images.setdefault(path, len(images))
-        if missing and faults is None:
-            more = ", ..." if len(missing) > 5 else ""
-            raise UserError(f"{self.root}: {len(missing)} images that a list names are missing: "
-                            f"{', '.join(missing[:5])}{more}")
-        skipped += [Skip(SkipKind.OUTSIDE_ROOT, i, None, str(path)) for path, i in images.items()
-                    if relative(path, self.root).startswith("../")]
-        return list(images), skipped
+        if faults is None:
+            refuse_missing(self.root, missing)
+        return list(images), skipped + outside_root(self.root, list(images))
+
+
+def _ids(root: Path, images: Sequence[Path]) -> list[str]:
+    """Return the paths of images from the root, without suffix where they differ so."""
+    names = [relative(path, root) for path in images]
+    stems = [os.path.splitext(name)[0] for name in names]
+    counts = Counter(stems)
+    return [stem if counts[stem] == 1 else name for stem, name in zip(stems, names, strict=True)]
+
+
+def _read_all(folder: YOLOFolder, images: Sequence[Path], labels: Sequence[Path | None],
+              skipped: list[Skip], faults: list[str] | None) -> list[Annotation]:
+    annotations, images_of = [], {}
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        try:
+            if label and (other := images_of.setdefault(label, image)) != image:
+                raise UserError(f"{other} and {image} both have the label file {label}; keep one "
+                                "of the images")  # fmt: skip
+            annotations.append(_read(folder, i, image, label, skipped))
+        except UserError as error:
+            if faults is None:
+                raise
+            faults.append(str(error))
+            annotations.append(replace(Annotation.empty(label or image), size=(1, 1)))
+    return annotations
 
 
 def _read(folder: YOLOFolder, index: int, image: Path, label: Path | None,

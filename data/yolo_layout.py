@@ -14,11 +14,11 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from data.classes import check_classes
+from data.classes import BACKGROUND, check_classes
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import set_word
@@ -34,8 +34,6 @@ except ImportError:  # told when a data.yaml is there
 SETS = ("train", "trainval", "val", "valid", "validation", "dev", "test")
 IMAGE_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS", "JPEGImages": "labels"}
 NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "_darknet.labels")
-BACKGROUND = ("background", "__background__")
-MOST_CLASSES = 10_000
 _shown = reprlib.Repr().repr  # YAML's references make short texts that are endless values
 
 
@@ -61,10 +59,8 @@ class YOLOFolder:
             lists = {key: values for key, values in lists.items() if values}
             base = _as_texts(path, "path", content.get("path", ""))
             self.bases = [*(root / each.replace("\\", "/") for each in base), root]
-            self.absent = {
-                key: values for key, values in lists.items() if not key.startswith("train")
-                and not any(place.exists() for each in values for place in self._places(each))
-            }
+            self.absent = {key: values for key, values in lists.items()
+                           if not (key.startswith("train") or any(map(self._place, values)))}
             lists = {key: values for key, values in lists.items() if key not in self.absent}
             self.sets = lists or self.sets
             self.names, self.keypoints = _read_names(path, content), _read_keypoints(path, content)
@@ -133,13 +129,13 @@ class YOLOFolder:
         """
         images: list[Path] = []
         for value in self.sets[name]:
-            place = next((each for each in self._places(value) if each.exists()), None)
-            if place is None:
+            if (place := self._place(value)) is None:
                 raise UserError(
                     f"{self.root / self.source}: {name} is {value}, but there is no "
                     f"{' and no '.join(str(base / value) for base in self.bases)}; correct it"
                 )
-            found = self.index.inside(place) if place.is_dir() else self._listed(place, missing)
+            folder = os.path.isdir(place)
+            found = self.index.inside(place) if folder else self._listed(place, missing)
             if not found:
                 raise UserError(f"{place}: the image set {name} of {self.root} holds no image")
             images += found
@@ -154,6 +150,9 @@ class YOLOFolder:
                 missing += [] if file else [f"{line} ({path}:{number})"]
                 found.append(file or places[0])
         return found
+
+    def _place(self, text: str) -> Path | None:
+        return next(filter(os.path.exists, self._places(text)), None)
 
     def _places(self, text: str, *bases: Path) -> Iterator[Path]:
         """Yield where a path may lead: from each base, then without its folders of elsewhere."""
@@ -235,8 +234,6 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
 
 
 def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
-    if len(names) > MOST_CLASSES:
-        raise UserError(f"{path}: {len(names):,} class names, more than {MOST_CLASSES:,}")
     names = {number: name.strip() for number, name in names.items()}
     names = {number: name for number, name in names.items() if name not in BACKGROUND}
     check_classes(list(names.values()), str(path))
@@ -261,18 +258,3 @@ def names_beside(root: Path) -> dict[int, str] | None:
     if len({tuple(names.items()) for names in found.values()}) > 1:
         raise UserError(f"{' and '.join(map(str, found))} differ; make them equal, or keep one")
     return next(iter(found.values()), None)
-
-
-def split_line(where: str, words: Sequence[str]) -> list[float]:
-    """Return the numbers of a line. Raises UserError for what is none, or no class number."""
-    values = []
-    for word in words:
-        try:
-            values.append(float(word))
-        except ValueError:
-            values.append(math.nan)
-        if not math.isfinite(values[-1]):
-            raise UserError(f'{where}: "{word:.60}" is no number; write class x y width height')
-    if values[0] < 0 or values[0] % 1:
-        raise UserError(f'{where}: "{words[0]:.60}" is no class number; write 0, 1, ...')
-    return values
