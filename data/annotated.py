@@ -185,10 +185,10 @@ class AnnotatedImages(DetectionData):
         Arguments as in `data.DetectionData.evaluate`; comp4 files do not hold ``name``.
 
         Returns:
-            {"metric", "value" (mean over classes), "per_class", "iou", "image_set",
-            "voc07_11point" and "area" (see `data.voc_eval.evaluate_voc`), "per_size" and
-            "per_class_per_size" (of the metric), "ground_truths" and "detections" (counts a
-            class), "curves" (a file in ``directory``, see `data.curves`), "notes" (lines for the
+            {"metric", "value" (mean over classes), "interval", "per_class", "per_class_interval",
+            "per_size" and "per_class_per_size" (of the metric), "iou", "image_set", "voc07_11point"
+            and "area" (see `data.voc_eval.evaluate_voc`), "ground_truths" and "detections" (counts
+            a class), "curves" (a file in ``directory``, see `data.curves`), "notes" (lines for the
             log)}. The metric is the 11-point one if all years are before 2010, else the area one.
             All numbers come from the written files.
         """
@@ -210,9 +210,9 @@ class AnnotatedImages(DetectionData):
         old = all(year and year.isdigit() and int(year) < 2010 for year in years)
         main = "voc07_11point" if old else "area"
         write_voc_curves(Path(directory) / CURVES_FILE, result)
+        of_main = {key: value for key, value in result[main].items() if key != "mean"}
         return {
-            "metric": METRICS[main], "value": result[main]["mean"],
-            **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
+            "metric": METRICS[main], "value": result[main]["mean"], **of_main,
             "image_set": image_set, **result, "curves": CURVES_FILE,
         }
 
