@@ -46,7 +46,7 @@ class Listed(NamedTuple):
 
     @property
     def path(self) -> Path:
-        """The annotation file, or where it is missed."""
+        """Return the annotation file, or where it is missing."""
         return self.annotation or self.folder / "Annotations" / f"{self.id}.xml"
 
 
@@ -206,8 +206,8 @@ def _part(root: Path, image_set: ImageSet, index: FileIndex, val_share: float,
     train, val = (ImageSet(None, name) for name in SPLIT_SETS)
     other = val if image_set == train else train
     if other.name in list_files(root):
-        taken = {each.annotation for each in list_images(root, other, index)}
-        yield from (each for each in pool if each.annotation not in taken)
+        taken = {each.path for each in list_images(root, other, index)}
+        yield from (each for each in pool if each.path not in taken)
         return
     images, names = FileIndex(IMAGE_SUFFIXES), []
     for each in pool:
