@@ -64,14 +64,13 @@ def load_annotations(
     what = f"{root}: the image set {', '.join(str(ImageSet(*each)) for each in image_sets)}"
     if not found:
         raise UserError(f"{what} lists no image")
-    missing = [i for i, each in enumerate(found) if not each.annotation]
-    # CVAT lists images without objects, and writes no annotation of them.
-    background = {i for i in missing if os.path.isfile(found[i].folder / "labelmap.txt")}
     if faults is None:
-        _refuse_missing("annotation", [found[i].path for i in missing if i not in background])
-    annotations = [Annotation.empty(each.path) if i in background
-                   else _read_or_note(each.path, faults) for i, each in enumerate(found)]
-    skipped += [Skip(SkipKind.NO_LABEL_FILE, i, None, str(found[i].path)) for i in background]
+        missing = [each.path for each in found if not (each.annotation or each.empty)]
+        _refuse_missing("annotation", missing)
+    annotations = [Annotation.empty(each.path) if each.empty else _read_or_note(each.path, faults)
+                   for each in found]  # fmt: skip
+    skipped += [Skip(SkipKind.EMPTY_IN_CVAT, i, None, f"{each.where}: {each.id}")
+                for i, each in enumerate(found) if each.empty]
     if classes is None:
         classes = _choose_classes(root, image_sets, annotations, skipped, index)
     else:
