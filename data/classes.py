@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,8 +15,9 @@ def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in classes)
     if not names or "" in names:
         raise UserError(f"{source}: a class name is empty")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise UserError(f"{source}: class names must be unique, repeated: {', '.join(repeated)}")
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
+        names = ", ".join(repeated[:20])
+        raise UserError(f"{source}: class names must be unique, repeated: {names}")
     if background := {"background", "__background__"} & set(names):
         raise UserError(
             f'{source}: leave "{background.pop()}" out; the background is not a class of the data'

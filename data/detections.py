@@ -69,30 +69,36 @@ def save_detections(path: Path, ids: Sequence, detections: Sequence[dict[str, np
         np.savez_compressed(file, **arrays, made_by=np.array(json.dumps(made_by)))
 
 
-def load_detections(path: Path, ids: Sequence,
+def load_detections(path: Path, ids: Sequence, num_classes: int,
                     made_by: dict) -> tuple[list[dict[str, np.ndarray]], dict]:
     """Return the detections that `save_detections` wrote, and the file's own ``made_by``.
 
     made_by: what the detections must have been made with; it may name fewer things than the file.
-    Raises UserError for no such file, a damaged one, or one of another checkpoint, image set or
-    limit.
+    Raises UserError for no such file, a damaged one, one of another checkpoint, image set or limit,
+    or one with values that `as_columns` refuses.
     """
     again = "run the test again, without --retest"
     if not path.exists():
         raise UserError(f"{path} does not exist: no detections to score again; {again}")
     try:
-        detections, found, names = _parse(load_arrays(path))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); {again}") from error
+        detections, found, names = _parse(path)
+    except Exception as error:  # of any values
+        raise UserError(f"{path} is damaged ({error!r:.200}); {again}") from error
     if difference := _difference(found, made_by):
         what, was, wanted = difference
         raise UserError(f"{path} was made with {what} {was!r}, not {wanted!r}; {again}")
     if names != [str(i) for i in ids]:
         raise UserError(f"{path} is of other images than the image set's; {again}")
+    try:
+        as_columns(detections, ids, num_classes)
+    except ValueError as error:
+        raise UserError(f"{path} does not fit the test ({error}); {again}") from error
     return detections, found
 
 
-def _parse(saved: dict[str, np.ndarray]) -> tuple[list[dict[str, np.ndarray]], dict, list[str]]:
+def _parse(path: Path) -> tuple[list[dict[str, np.ndarray]], dict, list[str]]:
+    saved = load_arrays(path, ids=("U", 1), counts=("iu", 1), boxes=("f", 2), scores=("f", 1),
+                        labels=("iuf", 1), made_by=("U", 0))
     found = json.loads(str(saved["made_by"]))
     counts, columns = saved["counts"], [saved[k] for k in ("boxes", "scores", "labels")]
     total = int(counts.sum())

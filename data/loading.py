@@ -165,11 +165,16 @@ class Loader(DataLoader):
             **batching,
         )
 
+    processes: list[multiprocessing.process.BaseProcess] = []
+
     def __iter__(self) -> Iterator[tuple]:
-        with _sigchld_kept():
-            iterator = super().__iter__()
-        processes = multiprocessing.active_children()
+        others = multiprocessing.active_children()
         try:
+            with _sigchld_kept():
+                iterator = super().__iter__()
+            # With persistent processes an epoch but the first starts none.
+            started = [p for p in multiprocessing.active_children() if p not in others]
+            self.processes = started or self.processes
             for batch in iterator:
                 if isinstance(batch, UserError):
                     try:
@@ -180,10 +185,10 @@ class Loader(DataLoader):
                         del batch
                 yield _unpack(batch)
         except (RuntimeError, ConnectionError, EOFError) as error:
-            codes = [process.exitcode for process in processes]
-            if not any(codes):
+            codes = {p.exitcode for p in self.processes} - {None}
+            if not codes:
                 raise
-            fates = {signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes if c}
+            fates = {signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes}
             raise UserError(
                 f"a loading process died ({', '.join(sorted(fates))}), mostly for want of memory "
                 "or shared memory; give fewer --num_workers, or more of both (docker run --memory, "

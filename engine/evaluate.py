@@ -119,6 +119,13 @@ def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, devic
     }
 
 
+def detection_of(origin: dict) -> DetectConfig:
+    """Return the detection settings that `origin_of` wrote; any error for another dict."""
+    limits = origin["thresholds"]
+    return DetectConfig(limits["score"], limits["nms"], limits["per_class"], limits["per_image"],
+                        **origin["suppression"])
+
+
 def keep_and_score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origin: dict,
                    folder: Path, name: str) -> dict:
     """Replace the detections that ``folder`` holds by these, and score them."""
@@ -146,14 +153,20 @@ def score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origi
     for line in results["notes"]:
         LOGGER.info("  %s", line)
     for label, value in results["per_class"].items():
-        LOGGER.info("  %-20s %.4f", label, value)
-    value = results["value"]
-    LOGGER.info(
-        "%s: %s (%d images, %d detections of score > %g; %s)", results["metric"],
-        "no ground truth to score against" if value is None else f"{value:.4f}", results["images"],
-        results["detection_count"], origin["thresholds"]["score"], path,
-    )
+        LOGGER.info("  %-20s %s", label, _shown(value))
+    LOGGER.info("%s: %s (%d images, %d detections of score > %g; %s)", results["metric"],
+                _shown(results["value"]), results["images"], results["detection_count"],
+                origin["thresholds"]["score"], path)
     return results
+
+
+def scored(value: float | None) -> bool:
+    """Return whether a score is one: None and -1 say that there is no ground truth."""
+    return value is not None and value >= 0
+
+
+def _shown(value: float | None) -> str:
+    return f"{value:.4f}" if scored(value) else "nothing to score, no ground truth"
 
 
 def detector_name(options: Options) -> str:

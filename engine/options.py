@@ -19,7 +19,7 @@ from data import DATASETS
 from data.classes import check_classes
 from data.coco_eval import BACKENDS
 from data.config import PRIORS
-from data.image_sets import ImageSet
+from data.image_sets import ImageSet, check_sets
 from engine.declare import Checked, flag_of, option
 from engine.optim import OPTIMIZERS, SCHEDULES
 from layers.detect import SUPPRESSION, DetectConfig
@@ -47,7 +47,7 @@ RECIPES = {
 def _names(value: object) -> tuple[str, ...]:
     names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
     if not names or not value:
-        raise UserError(f"classes are {value!r}; give a list of names")
+        raise UserError(f"classes are {value!r:.80}; give a list of names")
     return check_classes(value, "the configuration")
 
 
@@ -61,8 +61,10 @@ def _sets(value: object) -> tuple[ImageSet, ...]:
         )
 
     if not (isinstance(value, list | tuple) and all(map(fits, value))):
-        raise UserError(f"image sets are {value!r}; give a list of [year or null, name]")
-    return tuple(ImageSet(*item) for item in value)
+        raise UserError(f"image sets are {value!r:.80}; give a list of [year or null, name]")
+    sets = tuple(ImageSet(*item) for item in value)
+    check_sets(sets)
+    return sets
 
 
 _what = partial(option, "what")

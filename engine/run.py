@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -32,12 +32,14 @@ from engine.resolve import (
     resolve,
     use_device,
 )
+from engine.state import State
 from layers.detect import DetectConfig
 from models.base_weights import load_base
 from models.info import DetectorInfo, published_detection
 from models.transfer import parse_class_map, transfer_classes
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.errors import UserError
+from utils.files import read_json
 from utils.logger import LOGGER
 
 
@@ -128,28 +130,35 @@ def open_run(call: Call, given: Mapping[str, object], world: World) -> Run:
     Raises:
         UserError: options, checkpoint and data do not fit together.
     """
-    found = world.decide(lambda: _chosen_checkpoint(call, given))
-    path = Path(found) if found else None
-    run = world.in_turn(lambda: _read_run(call, given, path, world))
+    read: dict[Path, dict] = {}
+    path = Path(found) if (found := world.decide(partial(_choose, call, given, read))) else None
+    run = world.in_turn(lambda: _read_run(call, given, path, read.get(path), world))
     folder = Path(world.decide(lambda: str(run_folder(call, run.options, run.saved, path))))
     return dataclasses.replace(run, folder=RunFolder(folder, run.options, world.main))
 
 
-def _chosen_checkpoint(call: Call, given: Mapping[str, object]) -> str:
+def _choose(call: Call, given: Mapping[str, object], read: dict[Path, dict]) -> str:
     check_training(call, given)
-    return str(find_checkpoint(call, given) or "")
+    read |= find_checkpoint(call, given)
+    return str(next(iter(read), ""))
 
 
-def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world: World) -> Run:
-    """Return the run without its folder."""
-    saved, start, stored = None, None, {}
+def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved: dict | None,
+              world: World) -> Run:
+    """Return the run without its folder; ``saved``: the checkpoint ``path``, if it was read."""
+    start, stored = None, {}
     if path is not None:
-        saved = load_checkpoint(path)
+        saved = saved or load_checkpoint(path)
         if "optimizer" not in saved:
             raise UserError(f"{path} holds weights only; start a run from them with --resume_net")
         before = Options.of(saved, path)
         check_resumed(given, before)
+        State.of(saved, path)
+        DetectorInfo.for_data(saved, path)
         stored = before.plain()
+        if not path.with_name("config.json").is_file():
+            # A file from elsewhere does not say where to write.
+            stored = {k: v for k, v in stored.items() if k not in ("save_folder", "cache")}
     if call.resume_net:
         start = load_checkpoint(call.resume_net)
         stored["priors"] = starting_info(start, call, given).priors
@@ -184,9 +193,9 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
 
 def _check_data(options: Options, data: dict, saved: dict | None, path: Path | None) -> None:
     """Refuse to resume a run whose training data have changed."""
-    if not saved or saved.get("data") == data:
+    if not saved or saved["data"] == data:
         return
-    before = saved.get("data") or {}
+    before = saved["data"]
     if "annotations" not in before:
         raise UserError(
             f"{path} is of an older version of this program, which did not record the annotations, "
@@ -217,51 +226,60 @@ def _open_test_set(options: Options, call: Call) -> DetectionData:
 # ---------------------------------------------------------------- resuming
 
 
-def find_checkpoint(call: Call, given: Mapping[str, object]) -> Path | None:
-    """Return the checkpoint that --resume means; None for a new run.
+def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]:
+    """Read the checkpoint that --resume means, and return it by its path; {} for a new run.
 
     "auto" takes the newest run of the network, size, data set, root and --overfit that are asked
     for. If its last.pth is damaged, previous.pth is taken, and the log says so.
 
     Raises:
-        UserError: no checkpoint of the newest run can be read.
+        UserError: no checkpoint of the newest run can be read, or it is not known of a newer one
+            whether it is wanted.
     """
     if call.resume != "auto":
-        return Path(call.resume) if call.resume else None
+        return {path: load_checkpoint(path) for path in map(Path, filter(None, [call.resume]))}
     folder = Path(given.get("save_folder", Options.save_folder))
     version, size = (given.get(key, getattr(Options, key)) for key in ("version", "size"))
     pattern = glob.escape(call.date) if call.date else "*"
     runs = [
         [run / name for name in ("last.pth", "previous.pth") if (run / name).is_file()]
         for run in (folder / f"{version}_{size}").glob(pattern)
-        if call.date or _is_wanted(run, given)
     ]
-    runs = [paths for paths in runs if paths]
-    if not runs:
-        return None
-    path, *others = max(runs, key=lambda paths: paths[0].stat().st_mtime)
+    newest = sorted(filter(None, runs), key=lambda paths: paths[0].stat().st_mtime, reverse=True)
+    path, *others = next((paths for paths in newest if _is_wanted(paths[0], call, given)), [None])
+    if path is None:
+        return {}
     try:
-        load_checkpoint(path)
+        return {path: load_checkpoint(path)}
     except UserError as error:
         if not others:
             raise
-        load_checkpoint(others[0])
+        saved = load_checkpoint(others[0])
         damaged = path.rename(path.with_name(path.name + ".damaged"))
         LOGGER.warning("%s; it is %s now, and %s is taken", error, damaged.name, others[0])
-        return others[0]
-    return path
+        return {others[0]: saved}
 
 
-def _is_wanted(run: Path, given: Mapping[str, object]) -> bool:
-    """Whether a run is of the data set, root and --overfit that are asked for."""
+def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> bool:
+    """Whether a checkpoint's run is of the --date, or the data set, root and --overfit asked for.
+
+    Raises:
+        UserError: the run's configuration cannot be read.
+    """
+    file = checkpoint.with_name("config.json")
     try:
-        config = json.loads((run / "config.json").read_text())
+        config = read_json(file)
         found = config["dataset"], config["root"], config.get("overfit", Options.overfit)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        if [*map(type, found)] != [str, str, int]:
+            raise TypeError(f"dataset, root, overfit: {found}")
+    except Exception as error:  # of whatever the file holds
+        raise UserError(
+            f"{file} is not the configuration of a run ({error!r:.200}), so --resume auto cannot "
+            f"tell whether {checkpoint} is to be continued; give --resume {checkpoint}, or move it"
+        ) from error
     root = absolute(given["root"]) if "root" in given else found[1]
     dataset, overfit = (given.get(key, getattr(Options, key)) for key in ("dataset", "overfit"))
-    return found == (dataset, root, overfit)
+    return bool(call.date) or found == (dataset, root, overfit)
 
 
 def run_folder(call: Call, options: Options, saved: dict | None, path: Path | None) -> Path:
@@ -303,7 +321,7 @@ def _refuse_older(path: Path, step: int) -> None:
     if path.name == last.name or not last.is_file():
         return
     newest = load_checkpoint(last, mmap=True).get("step", 0)
-    if newest > step:
+    if isinstance(newest, int) and newest > step:
         raise UserError(
             f"{path} is at step {step}, but {last} at {newest} already; give that, or a new "
             "--date to continue beside it"

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from data.loading import Loader
 from engine.distributed import World
-from engine.evaluate import Evaluation
-from engine.optim import MovingAverage, build_optimizer, lr_at
+from engine.evaluate import Evaluation, scored
+from engine.optim import MovingAverage, build_optimizer, check_moments, lr_at
 from engine.run import Run
 from engine.state import State, Totals
 from engine.steps import Batch, Step, TrainStep
@@ -62,7 +62,9 @@ class Trainer:
         self.steps_per_epoch = self.sampler.steps
         self.state = State()
         self.evaluated_at = -1
-        self.stop = StopSignal()
+        told = self._finishing if world.main else None
+        self.stop = StopSignal(told=told, alone=world.size == 1)
+        self.testing = False
         self.stop_at: int | None = None
         """The step after which every process has read that one of them was asked to stop."""
         self.unread: deque[Step] = deque()
@@ -102,12 +104,16 @@ class Trainer:
         Raises:
             UserError: the state of the checkpoint does not fit the run.
         """
+        self.state = State.of(saved, path)
+        if self.state.history and "metric" in self.state.history[-1]:
+            self.evaluated_at = self.state.history[-1]["step"]
         load_weights(self.net, saved.get("raw_model", saved["model"]), path)
         try:
             if self.average:
                 load_weights(self.average.net, saved["model"], path)
                 self.average.updates = int(saved["average_updates"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            check_moments(self.optimizer)
             # An option may be given anew on resume, so today's options decide. The rate is set at
             # every step, and a run that has ended keeps its last one.
             fresh = build_optimizer(self.net, self.options)
@@ -116,11 +122,11 @@ class Trainer:
             if saved["scaler"]:
                 self.train_step.scaler.load_state_dict(saved["scaler"])
             set_rng_state(saved["rng"])
-            self.state = State.of(saved)
-            if self.state.history and "metric" in self.state.history[-1]:
-                self.evaluated_at = self.state.history[-1]["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be resumed from: {error!r} in its state") from error
+        except UserError:
+            raise
+        except Exception as error:  # whatever PyTorch makes of a foreign value
+            raise UserError(f"{path} cannot be resumed from: {error!r:.200} in its state; give "
+                            "another, or start from its weights with --resume_net") from error
         step = self.state.step
         LOGGER.info("resumed at step %d (epoch %.2f)", step, step / self.steps_per_epoch)
 
@@ -149,6 +155,10 @@ class Trainer:
                 raise
             finally:
                 self.log.close()
+
+    def _finishing(self) -> str:
+        what = "the test at " if self.testing else ""
+        return f"finishing {what}step {self.state.step + (not self.testing)}, again to stop now"
 
     def _save_on(self, error: BaseException) -> None:
         """Save the state if it is that after a whole number of steps.
@@ -328,14 +338,16 @@ class Trainer:
         alone = self.world.size == 1
         net = self._tested_net()
         self.world.share_statistics(net)
+        self.testing = alone
         results = self.evaluate(net, name, lambda images: self.stop.check() if alone else None)
+        self.testing = False
         step = self.evaluated_at = self.state.step
         if results is None:
             return {}
         value, metric = results["value"], results["metric"]
-        if value is not None and value > self.state.best.get("value", -np.inf):
+        if scored(value) and value > self.state.best.get("value", -1):
             self.state.best = {"step": step, "value": value, "metric": metric}
-        self.log.scalars(step, {metric: value})
+        self.log.scalars(step, {metric: value if scored(value) else None})
         if self.options.send_images_to_visdom:
             self.log.image(step, "detections", self.evaluate.draw)
         return {key: results[key] for key in ("metric", "value", "per_class")}

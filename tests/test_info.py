@@ -46,7 +46,7 @@ def test_classes_of_a_published_file_are_assumed(states, tmp_path, caplog, count
 
 def test_names_that_are_given_are_not_assumed(states):
     names = [f"own {i}" for i in range(20)]
-    with pytest.raises(UserError, match=r"own\.pth has the 2 classes a, b, not b, a; leave"):
+    with pytest.raises(UserError, match=r"own\.pth has 2 classes: a, b, not b, a; leave"):
         saved = {"model": states[3], "classes": ["a", "b"], "config": CONFIG}
         DetectorInfo.of(saved, "own.pth", ["b", "a"])
     info = DetectorInfo.of({"model": states[21]}, "own.pth", names)
@@ -65,7 +65,7 @@ def test_classes_of_data_name_those_of_a_file_only_if_they_are_as_many(states):
 
 
 @pytest.mark.parametrize(("entry", "value"), [
-    ("version", "SSD_none"), ("version", None), ("size", "300"), ("size", 301),
+    ("version", "SSD_none"), ("version", None), ("size", "300"), ("size", 301), ("size", True),
     ("dataset", "MINE"), ("dataset", []), ("priors", "MINE"), ("priors", None),
 ])
 def test_a_configuration_that_is_not_valid_is_refused(states, entry, value):
@@ -75,16 +75,17 @@ def test_a_configuration_that_is_not_valid_is_refused(states, entry, value):
     assert repr(value) in str(refused.value)
 
 
-@pytest.mark.parametrize("classes", [[], None, "ab", [1, 2]])
-def test_a_configuration_without_names_is_refused(states, classes):
-    with pytest.raises(UserError, match=r"own\.pth: its classes"):
+@pytest.mark.parametrize("classes", [[], None, "ab", [1, 2], ["a", "a"], ["a", "b", "c"],
+                                     [f"c{n}" for n in range(200_000)]])
+def test_names_that_are_not_those_of_the_heads_are_refused(states, classes):
+    with pytest.raises(UserError, match=r"own\.pth.* classes"):
         DetectorInfo.of({"model": states[3], "classes": classes, "config": CONFIG}, "own.pth")
 
 
 @pytest.mark.parametrize(("count", "names", "said"), [
     (3, None, "2 classes and no names for them; give --classes"),
     (3, ["a"], "2 classes, but --classes names 1"),
-    (21, ["a"], "the 20 classes aeroplane, .*, not a; leave the names out"),
+    (21, ["a"], "20 classes: aeroplane, .*, not a; leave the names out"),
 ])
 def test_names_that_do_not_fit_are_refused(states, count, names, said):
     with pytest.raises(UserError, match=rf"bare\.pth .*{said}"):

@@ -457,7 +457,7 @@ def test_damaged_detections_are_told_and_the_curves_are_left(results):
     change(results, classes=names, **{key: {n: said[key][n] for n in names} for key in keys})
     path.write_bytes(whole)
     test = read(results)
-    assert f"{path} does not fit results.json" in test.notes[0]
+    assert f"{path} does not fit the test" in test.notes[0]
     assert test.curves is None and str(results / "curves.npz") in test.notes[1]
 
 

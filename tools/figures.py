@@ -114,6 +114,11 @@ def as_svg(figure: Figure, name: str, classes: Sequence[str] = ()) -> str:
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
 
 
+def has_points(table: Table) -> bool:
+    """Return whether a table of lines has a point to draw."""
+    return not all(math.isnan(row[2]) for row in table.rows)
+
+
 def draw_lines(title: str, table: Table, classes: Sequence[str] = ()) -> Figure:
     """Draw a table of lines.
 

@@ -22,7 +22,7 @@ from string import Template
 import numpy as np
 
 from data.judge import ERRORS, FOREGROUND
-from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix
+from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix, has_points
 from tools.mistakes import Mistake, as_jpeg, draw_worst, list_mistakes
 from tools.results import Test, open_test, score_again
 from tools.tables import MEANING, NOTHING, Table, error_tables, score_tables, training_tables
@@ -130,7 +130,7 @@ def _table(folder: Folder, name: str, table: Table, classes: Sequence[str] = (),
 def _curves(folder: Folder, tables: Mapping[str, Table], classes: Sequence[str]) -> dict[str, str]:
     """Return the charts of those tables that `CURVES` has, by name."""
     charts = {}
-    for name in [name for name in CURVES if name in tables]:
+    for name in [name for name in CURVES if name in tables and has_points(tables[name])]:
         of = classes if tables[name].head[0] == "class" else ()
         chart = draw_lines(CURVES[name], tables[name], of)
         if name in ("precision_recall", "calibration"):
