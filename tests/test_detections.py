@@ -43,9 +43,15 @@ def test_file_that_is_missing_or_damaged_is_refused(tmp_path):
     save_detections(path, ["a", "b"], FOUND, MADE_BY)
     arrays = dict(np.load(path))
     for change in ({"counts": np.array([1, 0])}, {"counts": np.array([3, -1])},
-                   {"made_by": np.array("[]")}):  # fmt: skip
+                   {"made_by": np.array("[]")}, {"made_by": np.array("[" * 9999)},
+                   {"counts": np.ones(2)}, {"labels": np.array(["a", "b"])}, {"ids": np.array(1)},
+                   {"scores": np.array([{}, {}], object)}, {"boxes": np.ones((4, 2))}):  # fmt: skip
         np.savez(path, **arrays | change)
-        with pytest.raises(UserError, match=f"{path} is damaged .*do not fit together"):
+        with pytest.raises(UserError, match=f"{path} is damaged .*without --retest"):
+            load_detections(path, ["a", "b"], 1, {})
+    for change in ({"labels": np.array([1, 2])}, {"scores": np.array([1, np.nan])}):
+        np.savez(path, **arrays | change)
+        with pytest.raises(UserError, match=f"{path} does not fit .*image a.*without --retest"):
             load_detections(path, ["a", "b"], 1, {})
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -330,9 +331,24 @@ def test_test_split_has_nothing_to_score(tmp_path, coco_folder):
     (coco_folder / "val2017").rename(coco_folder / "test2017")
     dataset = COCODetection(coco_folder, [("2017", "test")])
     folder = write_results(tmp_path / "out", dataset, [EMPTY] * 2, "COCO", "2017_test")
+    check_nothing_is_scored(folder)
+
+
+def check_nothing_is_scored(folder):
     path, notes = report.write_report(folder)
     assert any("no ground truth" in note for note in notes)
-    assert f'<span class="value">{NOTHING}</span>' in path.read_text() and Page(path)
+    text = path.read_text()
+    assert f'<span class="value">{NOTHING}</span>' in text and Page(path)
+    assert not re.search(r"\bnan\b", text, re.IGNORECASE) and "<svg" not in text
+
+
+def test_a_set_of_crowds_alone_has_nothing_to_score(tmp_path, coco_folder):
+    path = coco_folder / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1'))
+    dataset = COCODetection(coco_folder, [("2017", "val")])
+    folder = write_results(tmp_path / "out", dataset, scatter(dataset), "COCO", "2017_val")
+    assert json.loads((folder / "results.json").read_text())["value"] == -1
+    check_nothing_is_scored(folder)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -434,7 +450,12 @@ def test_changed_data_are_told_of_and_all_is_of_now(kind, request):
 
 def test_a_damaged_log_is_told(results):
     log = results.parents[2] / "log.jsonl"
-    for content in ('{"epoch": 1}', '{"epo', '{"epoch": 1, "loss_loc": []}'):
+    whole = {"epoch": 1, "loss_loc": 1, "loss_conf": 1}
+    wrong = [{"loss_loc": []}, {"loss_conf": None}, {"loss_loc": math.nan}, {"epoch": True},
+             {"loss_loc": 1 << 9999}, {"value": "0.5"}, {"value": 2}, {"per_class": [1]},
+             {"per_class": {"a": []}}]  # fmt: skip
+    wrong = [json.dumps({**whole, **values}) for values in wrong]
+    for content in ('{"epoch": 1}', '{"epo', "[1]", "[" * 9999, *wrong):
         log.write_text(content)
         test = open_test(results, None)
         assert not test.log and f"No training curves: {log}" in test.notes[0]
@@ -473,17 +494,18 @@ def test_damaged_curves_are_told_of_where_they_are_needed(wrong, results, coco, 
 
 
 @pytest.mark.parametrize("key, values", {
-    "per_class": [None, [], {"bolt": "0.5"}],
+    "per_class": [None, [], {"bolt": "0.5"}, {"bolt": 2}, {"bolt": True}],
     "per_class_per_size": [None, {"bolt": None}, {"bolt": {"small": 0.5}}],
-    "value": ["0.5", []],
-    "sets": [["test"], None, 1],
-    "root": [None, 1, ["a"]],
-    "overfit": ["x", 1.5, None],
-    "classes": [None, "bolt", [1], [["bolt"]], {}],
+    "value": ["0.5", [], 10**400, math.inf],
+    "sets": [["test"], None, 1, "", "../../x"],
+    "root": [None, 1, ["a"], "a\0"],
+    "overfit": ["x", 1.5, None, True, -1],
+    "classes": [None, "bolt", [1], [["bolt"]], {}, [], ["a", "a"]],
     "metric": [None, ["a"]],
     "dataset": [None, "voc", ["VOC"]],
     "ground_truths": [None, [1]],
     "notes": ["a", [1]],
+    "stats": [10**30],
 }.items())  # fmt: skip
 def test_results_with_a_wrong_value_are_refused_in_a_sentence(made, tmp_path, key, values):
     whole, path = json.loads((made[0] / "results.json").read_text()), tmp_path / "results.json"
