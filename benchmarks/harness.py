@@ -161,12 +161,6 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def process_memory(field: str, file: str = "status") -> float:
-    """Return the sum in MiB of the fields of this process in /proc whose names start so."""
-    lines = Path("/proc/self", file).read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(field)) / 1024
-
-
 def in_a_process(call: Callable, *arguments: object) -> object:
     """Return the result of a call in a new process, whose memory is its own."""
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:

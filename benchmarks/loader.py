@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import platform
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +23,7 @@ import cv2
 import numpy as np
 import torch
 
-from benchmarks.harness import CPU, machine, program, race, using_threads, write
+from benchmarks.harness import Rows, options, program, race, run, using_threads
 from data.cache import open_cache
 from data.image_sets import parse_image_sets
 from data.loading import EpochSampler, Loader, TrainingSet, set_up_loading, training_loader
@@ -121,23 +120,8 @@ def loaders_of(args: argparse.Namespace, dataset: VOCDetection,
     return loaders
 
 
-def parser() -> argparse.ArgumentParser:
-    p = program("loader", __doc__)
-    p.add_argument("--root", type=Path, required=True, help="a devkit, or a folder in VOC layout")
-    p.add_argument("--sets", help="e.g. 2007_trainval,2012_trainval (all trainval sets)")
-    p.add_argument("--size", type=positive, nargs="+", default=[512])
-    p.add_argument("--batch", type=positive, default=32)
-    p.add_argument("--images", type=positive, default=384, help="least number a round")
-    p.add_argument("--rounds", type=positive, default=7)
-    p.add_argument("--workers", type=positive, nargs="+", default=[], help="loading processes")
-    p.add_argument("--cache", help="memory, or a folder: time samples from decoded images, too")
-    p.add_argument("--json", type=Path, metavar="OUT", help="a file; -: the last line of output")
-    return p
-
-
-@command
-def main(argv: list[str] | None = None) -> int:
-    args = parser().parse_args(argv)
+def load_all(args: argparse.Namespace, device: torch.device) -> Rows:
+    """Yield one row a size and way of loading."""
     dataset = open_sets(args.root, args.sets)
     loaders = loaders_of(args, dataset, open_cache(args.cache or "off", dataset))
     sampler = loaders[args.size[0], "one core"].batch_sampler
@@ -145,29 +129,29 @@ def main(argv: list[str] | None = None) -> int:
     paths = files(dataset, sampler, steps)
     calls = {"cv2.imread": partial(imread, paths)}
     calls |= {key: partial(load, loader, steps) for key, loader in loaders.items()}
-    times, _ = race(calls, args.rounds, CPU, warm_up=1)
-    rates = {key: len(paths) / seconds for key, seconds in times.items()}
-    decoded = rates.pop("cv2.imread")
-    rows = [
-        {"size": size, "what": what, "samples_per_second": rate, "ratio": rate / decoded}
-        for (size, what), rate in rates.items()
-    ]
-    sets = ",".join(map(str, dataset.image_sets))
-    print(machine(CPU))
-    print(f"{len(dataset)} images ({sets}), {len(paths)} a round; {decoded:.0f} a second decoded")
-    for row in rows:
-        rate = f"{row['samples_per_second']:7.1f} samples/s"
-        print(f"{row['size']:4} {row['what']:28} {rate}   x{row['ratio']:.3f} of cv2.imread")
-    content = {
-        "samples_per_second_one_core": rows[0]["samples_per_second"],
-        "cv2_imread_per_second": decoded, "ratio": rows[0]["ratio"], "size": args.size[0],
-        "batch": sampler.batch_size, "pictures": len(dataset), "rows": rows,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "numpy": np.__version__, "opencv": cv2.__version__},
-    }  # fmt: skip
-    write(args.json, CPU, **content)
-    return 0
+    times, _ = race(calls, args.rounds, device, warm_up=1)
+    decoding = times.pop("cv2.imread")
+    for (size, what), seconds in times.items():
+        yield {
+            "size": size, "way": what, "images": len(dataset), "samples": len(paths),
+            "samples a second": len(paths) / seconds, "cv2.imread": len(paths) / decoding,
+            "ratio": decoding / seconds,
+        }  # fmt: skip
 
+
+def parser() -> argparse.ArgumentParser:
+    p = program("loader", __doc__, options(load_all, 7, False))
+    p.add_argument("--root", type=Path, required=True, help="a devkit, or a folder in VOC layout")
+    p.add_argument("--sets", help="e.g. 2007_trainval,2012_trainval (all trainval sets)")
+    p.add_argument("--size", type=positive, nargs="+", default=[512])
+    p.add_argument("--batch", type=positive, default=32)
+    p.add_argument("--images", type=positive, default=384, help="least number a round")
+    p.add_argument("--workers", type=positive, nargs="+", default=[], help="loading processes")
+    p.add_argument("--cache", help="memory, or a folder: time samples from decoded images, too")
+    return p
+
+
+main = command(partial(run, parser))
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -175,7 +175,7 @@ def training(s: Settings, folder: Path, name: str) -> str:
     return (
         f"train_test.py -d VOC -v {NET} -s 300 --root {shlex.quote(s.bccd)} --device {s.device} "
         f"--save_folder {folder} --date {name} --train_sets trainval --test_sets test "
-        "--num_workers 2"
+        "--num_workers 2 --basenet none"
     )
 
 

@@ -45,8 +45,8 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
     if not (run / f"Final_{args.version}_VOC.pth").is_file():
         call(
             args, "-d", "VOC", "-v", args.version, "-s", str(SIZE), "--root", str(args.root),
-            "-b", "8", "-max", str(args.epochs), "--seed", str(seed), "--ema", "0.9998",
-            *VARIANTS[variant], "--date", name, "--save_folder", str(args.runs),
+            "--basenet", "none", "-b", "8", "-max", str(args.epochs), "--seed", str(seed),
+            "--ema", "0.9998", *VARIANTS[variant], "--date", name, "--save_folder", str(args.runs),
             "--test_frequency", "1000", "--save_frequency", "0", "--resume", "auto",
         )  # fmt: skip
     return run

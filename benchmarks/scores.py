@@ -1,8 +1,7 @@
-"""Scoring of detections and reading of annotations, beside the usual programs for it.
+"""Scoring of detections, beside the usual programs for it.
 
     python -m benchmarks.scores coco [--images 5000] [--detections 100] [--commands]
-    python -m benchmarks.scores voc [--images 4952] [--detections 200]
-    python -m benchmarks.scores load [--images 118287] [--boxes 860001] [--rounds 3] [--json OUT]
+    python -m benchmarks.scores voc [--images 4952] [--detections 200] [--json OUT]
 
 All data are made up. `coco` claims: for 5,000 images with 100 detections each, hotcoco is at least
 20 times faster than pycocotools, and every digit is equal. Many scores are equal, some objects are
@@ -11,11 +10,6 @@ crowds. --commands also times `python -m data.coco_eval` on files; all backends 
 `voc` claims: 4,952 images and 20 classes, as in VOC2007 test, take less than two seconds. Both
 ways start from comp4 files and annotations in memory. The loop follows the published code,
 detection by detection, for all object sizes together; every point of every curve must be equal.
-
-`load` claims: reading train2017's annotations takes about as long as `json.load` alone and less
-memory than pycocotools, above all in loading processes. Every measurement is a process of its own,
-and subtracts the memory of the imports. A loading process is asked once for every target and image
-path; its memory is what it shares with no other process (USS).
 """
 
 from __future__ import annotations
@@ -24,29 +18,23 @@ import argparse
 import contextlib
 import io
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from functools import partial
-from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
-from benchmarks import harness
-from benchmarks.harness import Rows, options, program, race, run, turns
-from data.coco import COCODetection
+from benchmarks.harness import Rows, options, program, race, run
+from data.annotation import Annotation
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend
 from data.config import VOC_CLASSES
 from data.voc_comp4 import comp4_path, read_comp4, write_comp4
 from data.voc_eval import METRICS, evaluate_voc
-from data.voc_xml import Annotation
 from utils.arguments import positive
 from utils.errors import UserError, command
 
@@ -276,123 +264,6 @@ def voc(args: argparse.Namespace, device: torch.device) -> Rows:
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------- loading
-
-
-def make_root(root: Path, images: int, boxes: int) -> Path:
-    """Write a COCO root with a train2017 of this size and empty images; return its annotations.
-
-    Records are as long as the real ones, with outlines, licences and links.
-    """
-    rng = np.random.default_rng(0)
-    made = make_up(images, boxes, 0, len(CATEGORIES))
-    ids = np.sort(rng.choice(581_929, images, replace=False)).tolist()
-    (root / "annotations").mkdir(parents=True)
-    (root / "train2017").mkdir()
-    for id in ids:
-        (root / "train2017" / f"{id:012d}.jpg").touch()
-    path = root / "annotations" / "instances_train2017.json"
-    images, boxes = map(image_record, ids), annotation_records(made, ids, rng)
-    with open(path, "w") as file:
-        file.write(f'{{"categories": {json.dumps(CATEGORIES)}')
-        for key, each in {"images": images, "annotations": boxes}.items():
-            # As text they take less memory than as records.
-            file.write(f', "{key}": [{", ".join(map(json.dumps, each))}]')
-        file.write("}")
-    return path
-
-
-def image_record(id: int) -> dict:
-    name = f"{id:012d}.jpg"
-    return {
-        "license": 3, "file_name": name, "height": 480, "width": 640, "id": id,
-        "coco_url": f"http://images.cocodataset.org/train2017/{name}",
-        "date_captured": "2013-11-14 11:18:45",
-        "flickr_url": f"http://farm9.staticflickr.com/8186/{id:010d}_3c2b1d6d41_z.jpg",
-    }  # fmt: skip
-
-
-def annotation_records(made: MadeUp, ids: list[int], rng: np.random.Generator) -> Iterator[dict]:
-    points = rng.geometric(1 / 20, len(made.boxes)) + 3
-    for n, box in enumerate(made.boxes):
-        outline = (rng.random((points[n], 2)) * box[2:] + box[:2]).round(2).ravel().tolist()
-        runs, crowd = {"counts": [n % 997] * 200, "size": [480, 640]}, n % 86 == 0
-        yield {
-            "segmentation": runs if crowd else [outline], "area": round(0.6 * box[2:].prod(), 4),
-            "iscrowd": int(crowd), "image_id": ids[made.image[n]], "bbox": box.round(2).tolist(),
-            "category_id": int(made.label[n]), "id": 900_000 + n,
-        }  # fmt: skip
-
-
-def load_json(path: Path) -> Callable[[], object]:
-    return json.loads(path.read_text()).clear  # keeps the records in memory
-
-
-def load_pycocotools(path: Path) -> Callable[[], object]:
-    from pycocotools.coco import COCO
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        return partial(walk_coco, COCO(str(path)))
-
-
-def load_reader(path: Path) -> Callable[[], object]:
-    return partial(walk_reader, COCODetection(path.parent.parent, [("2017", "train")]))
-
-
-def walk_coco(coco: object) -> None:
-    """Ask pycocotools for every target and image, as a data set would."""
-    for id in coco.imgs:
-        coco.loadAnns(coco.getAnnIds(id)), coco.loadImgs(id)
-
-
-def walk_reader(dataset: COCODetection) -> None:
-    """Ask the reader for all that a loading process does, except the content of the images."""
-    for i in range(len(dataset)):
-        dataset.target(i), dataset.image_path(i), dataset.image_size(i)
-
-
-def unshared(walk: Callable[[], object]) -> float:
-    """Return the MiB that a walk adds to those that this process shares with no other."""
-    before = harness.process_memory("Private_", "smaps_rollup")
-    walk()
-    return harness.process_memory("Private_", "smaps_rollup") - before
-
-
-LOADERS = {"json.load": load_json, "pycocotools": load_pycocotools, "reader": load_reader}
-
-
-def measure(name: str, path: Path) -> dict[str, float]:
-    """Return seconds and MiB of one loader in this process, which must be a new one."""
-    from pycocotools.coco import COCO  # noqa: F401  its memory is not the loader's
-
-    before, start = harness.process_memory("VmRSS"), time.perf_counter()
-    walk = LOADERS[name](path)
-    report = {"seconds": time.perf_counter() - start}
-    report["peak"] = harness.process_memory("VmHWM") - before
-    report["left"] = harness.process_memory("VmRSS") - before
-    if name != "json.load":
-        process = {"num_workers": 1, "multiprocessing_context": "fork"}
-        loader = DataLoader([walk], batch_size=None, collate_fn=unshared, **process)
-        report["worker"] = next(iter(loader))
-    if name == "reader":
-        report["sent"] = len(ForkingPickler.dumps(walk)) / 2**20  # to a spawned process
-    return report
-
-
-def load(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a loader."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = make_root(Path(folder), args.images, args.boxes)
-        size = path.stat().st_size / 1e6
-        calls = {name: partial(harness.in_a_process, measure, name, path) for name in LOADERS}
-        rounds = turns(calls, args.rounds, warm_up=0)
-    for name, found in rounds.items():
-        median = {key: statistics.median(each[key] for each in found) for key in found[0]}
-        seconds = median.pop("seconds")
-        yield {"loader": name, "images": args.images, "boxes": args.boxes, "MB": size,
-               "seconds": {"median": seconds}, "MiB": median}  # fmt: skip
-
-
 def parser() -> argparse.ArgumentParser:
     p = program("scores", __doc__)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
@@ -403,9 +274,6 @@ def parser() -> argparse.ArgumentParser:
     q = commands.add_parser("voc", parents=[options(voc, 3, False)], help="VOC's precision")
     q.add_argument("--images", type=positive, default=4952)
     q.add_argument("--detections", type=positive, default=200, help="an image")
-    q = commands.add_parser("load", parents=[options(load, 3, False)], help="COCO's annotations")
-    q.add_argument("--images", type=positive, default=118_287)
-    q.add_argument("--boxes", type=positive, default=860_001)
     return p
 
 

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from data.image_sets import ImageSet, sets_name
-from data.skips import Skip, report_lines
+from data.skips import Skip, SkipKind, report_lines
+from data.split import SPLIT_TRAIN, SPLIT_VAL
 from data.truth import Truth, digest
 from utils.errors import UserError
 
@@ -63,8 +64,16 @@ class DetectionData:
         self.skipped = []
 
     @staticmethod
+    def recognise(root: str | Path) -> str | None:
+        """Return the name of the layout under ``root``, None if this reader does not know it.
+
+        Folders are listed and annotation files looked into; no image is opened.
+        """
+        return None
+
+    @staticmethod
     def list_image_sets(root: str | Path) -> list[ImageSet]:
-        """Return the image sets under ``root``; none if it does not exist."""
+        """Return the image sets declared under ``root``; none if it does not exist."""
         raise NotImplementedError
 
     def image_path(self, index: int) -> Path:
@@ -145,6 +154,39 @@ class DetectionData:
     def _keep(self, kept: list[int]) -> None:
         """Keep these images in what else a reader holds of each image."""
 
+    def describe(self) -> str:
+        """Return one line: the folder, its layout, the image sets and what they hold."""
+        layout = self.recognise(self.root)
+        return (
+            f"{self.root}{f' ({layout})' if layout else ''} {sets_name(self.image_sets)}: "
+            f"{len(self)} images, {len(self.rows)} boxes, {len(self.classes)} classes"
+        )
+
+    def check_losses(self, faults: list[str] | None = None) -> None:
+        """Record each image and class that lost all its boxes; for the end of the constructor.
+
+        Raises UserError, or adds it to ``faults``, if no box is left of those annotated.
+        """
+        dropped = [skip for skip in self.skipped if skip.box and skip.kind.level == "warning"]
+        if not dropped:
+            return
+        if not len(self.rows):
+            fault = (
+                f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is left, "
+                f"so there is nothing to learn or to score: {'; '.join(report_lines(dropped))}"
+            )
+            if faults is None:
+                raise UserError(fault)
+            faults.append(fault)
+        empty = {skip.image: skip for skip in reversed(dropped) if skip.image is not None}
+        for image in (i for i in sorted(empty) if self.offsets[i] == self.offsets[i + 1]):
+            detail = f"{self.image_path(image)} ({empty[image].kind.text}: {empty[image].detail})"
+            self.skipped.append(Skip(SkipKind.IMAGE_EMPTIED, image, None, detail))
+        truth = self.truth()
+        for label in np.setdiff1d(truth.labels[~truth.ignored], self.rows[:, 4]).tolist():
+            detail = f"{self.root}: {sets_name(self.image_sets)}: {self.classes[int(label) - 1]}"
+            self.skipped.append(Skip(SkipKind.CLASS_EMPTIED, None, None, detail))
+
     def report(self) -> list[str]:
         """Return `skipped` as lines for the log."""
         return report_lines(self.skipped)
@@ -185,30 +227,105 @@ class DataSetRow:
     priors: str = "VOC"
 
 
+_SPLIT = frozenset({"val_share", "split_by"})
 DATASETS = {
     "VOC": DataSetRow(
         reader="data.voc0712:VOCDetection", folder="VOCdevkit",
         detection={"conf_thresh": 0.03, "top_k": 300}, epochs=300, weight_decay=5e-4,
         train_sets=(ImageSet("2007", "trainval"), ImageSet("2012", "trainval")),
-        test_sets=(ImageSet("2007", "test"),),
+        test_sets=(ImageSet("2007", "test"),), options=_SPLIT,
     ),
     "COCO": DataSetRow(
         reader="data.coco:COCODetection", folder="COCO",
         detection={"conf_thresh": 0.02, "top_k": 200}, epochs=150, weight_decay=1e-4,
         train_sets=(ImageSet("2017", "train"),), test_sets=(ImageSet("2017", "val"),),
-        options=frozenset({"crowds", "eval_backend"}), priors="COCO",
+        options=_SPLIT | {"crowds", "eval_backend"}, priors="COCO",
     ),
 }
+# Own data in other layouts are trained as VOC's.
+DATASETS |= {
+    name: replace(
+        DATASETS["VOC"], reader=reader, folder=name, train_sets=(ImageSet(None, "train"),),
+        test_sets=(ImageSet(None, "val"),),
+    )
+    for name, reader in (("YOLO", "data.yolo:YOLODetection"), ("CVAT", "data.cvat:CVATDetection"))
+}
+UNDERSTOOD = (
+    "VOC (a devkit; XML files in Annotations/ or beside the images), COCO (JSON), YOLO (data.yaml; "
+    "images/ and labels/; .txt files beside the images) and CVAT for images (annotations.xml)"
+)
 
 
 def build_dataset(name: str, root: str | Path, image_sets: Collection[tuple[str | None, str]],
                   classes: Sequence[str] | None = None, **options: object) -> DetectionData:
     """Open image sets, (year, name) pairs, of the data set ``name`` (a key of `DATASETS`).
 
+    `find_layout` tells the name, `default_sets` the image sets.
+
     classes: names to read; None: those that the data set declares or holds. options: passed to
     the reader. Raises ValueError for an unknown ``name``, UserError for what the reader refuses.
     """
     return _reader(name)(root, image_sets, classes=classes, **options)
+
+
+def split_options(name: str, values: Mapping[str, object]) -> dict[str, object]:
+    """Return those of ``values`` that divide images into sets, if the data set ``name`` takes them.
+
+    They are options of `build_dataset`, and mean `data.split.in_validation`'s arguments.
+    """
+    taken = _SPLIT & DATASETS[name].options
+    return {key: value for key, value in values.items() if key in taken}
+
+
+def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, str]:
+    """Return what ``root`` holds: a key of `DATASETS`, and the layout's name for people.
+
+    preferred: a key of `DATASETS` that is taken where its reader knows the layout, or cannot tell.
+
+    Raises:
+        UserError: ``root`` is no folder, or holds no layout that is understood, or several.
+    """
+    root = Path(os.path.expanduser(root))
+    if preferred and (layout := _layout(preferred, root)) is not None:
+        return preferred, layout
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such data set folder; give the right one with --root")
+    found = layouts(root)
+    if len(found) > 1:
+        several = " and ".join(f"{layout} (-d {name})" for name, layout in found)
+        raise UserError(f"{root} holds several layouts: {several}; say by -d which one to read")
+    if found:
+        return found[0]
+    inside = [folder for folder in sorted(root.glob("[!.]*/"))[:20] if layouts(folder)]
+    hint = f"; {inside[0]} holds {layouts(inside[0])[0][1]}: give it as --root" if inside else ""
+    raise UserError(
+        f"{root} holds no data set in a layout that is understood{hint}. Understood are "
+        f"{UNDERSTOOD}: docs/own_data.md"
+    )
+
+
+def _layout(name: str, root: Path) -> str | None:
+    """Return the layout as the reader of ``name`` knows it; "" if that reader cannot tell."""
+    reader = _reader(name)
+    return "" if reader.recognise is DetectionData.recognise else reader.recognise(root)
+
+
+def layouts(root: Path) -> list[tuple[str, str]]:
+    """Return all that `find_layout` may find under ``root``, one a reader."""
+    readers = {row.reader: name for name, row in reversed(DATASETS.items())}
+    return [(name, layout) for name in reversed(readers.values())
+            if (layout := _layout(name, root))]
+
+
+def check_layout(name: str, root: str | Path) -> None:
+    """Raise UserError if only another data set's layout is under ``root``."""
+    root = Path(os.path.expanduser(root))
+    if _layout(name, root) is None and (others := layouts(root)):
+        other, layout = others[0]
+        raise UserError(
+            f"{root} holds {layout}, which -d {name} does not read; give -d {other}, or leave -d "
+            "out"
+        )
 
 
 def default_root(name: str) -> Path:
@@ -219,11 +336,26 @@ def default_root(name: str) -> Path:
 def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
     """Return the image sets to train on and to test on without --train_sets and --test_sets.
 
-    These are the published ones, or trainval and test of a ``root`` that itself holds Annotations/.
+    These are the published ones if they are there, or if ``root`` is a devkit with their years or
+    does not tell. Else they are trainval and test; else train or trainval, and the first of val,
+    valid, validation, dev and test. Without one of both, all images are divided into split_train
+    and split_val, see `data.split.in_validation`.
     """
-    if (Path(root).expanduser() / "Annotations").is_dir():
-        return (ImageSet(None, "trainval"),), (ImageSet(None, "test"),)
-    return DATASETS[name].train_sets, DATASETS[name].test_sets
+    row, existing = DATASETS[name], list_sets(name, root)
+    published = {*row.train_sets, *row.test_sets}
+    devkit = all(year for year, _ in existing) and {y for y, _ in existing} & {
+        year for year, _ in published
+    }
+    if published <= {*existing} or devkit or not (existing or _layout(name, Path(root))):
+        return row.train_sets, row.test_sets
+    known = {each.name: each for each in sorted(existing, key=lambda each: each.year or "")}
+    pairs = [("trainval", "test")]
+    pairs += [(a, b) for a in ("train", "trainval")
+              for b in ("val", "valid", "validation", "dev", "test")]
+    for train, test in pairs:
+        if train in known and test in known:
+            return (known[train],), (known[test],)
+    return (ImageSet(None, SPLIT_TRAIN),), (ImageSet(None, SPLIT_VAL),)
 
 
 def list_sets(name: str, root: str | Path) -> list[ImageSet]:

@@ -19,6 +19,7 @@ from data.coco_layout import (
     is_test_split,
     list_image_sets,
     normalise,
+    recognise,
 )
 from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
@@ -26,6 +27,7 @@ from data.detections import as_columns
 from data.image import read_image
 from data.image_sets import ImageSet
 from data.skips import Skip, SkipKind
+from data.split import VAL_SHARE
 from data.truth import Truth, digest
 from utils.errors import UserError
 
@@ -59,6 +61,7 @@ class COCODetection(DetectionData):
             always treats them as COCO does.
         eval_backend: what computes the score, one of `data.coco_eval.BACKENDS`.
         faults: for ``tools.check``. Given a list, a missing image raises when it is read.
+        val_share, split_by: see `data.split.in_validation`.
 
     Raises:
         UserError: no annotation file of that name, a malformed one (see `read_annotations`),
@@ -69,11 +72,13 @@ class COCODetection(DetectionData):
         self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
         transform: Callable | None = None, classes: Sequence[str] | None = None,
         crowds: bool = True, eval_backend: str = "pycocotools", faults: list[str] | None = None,
+        val_share: float = VAL_SHARE, split_by: str | None = None,
     ) -> None:
         if not image_sets:
             raise ValueError("image_sets is empty, expected e.g. [('2017', 'val')]")
         super().__init__(root, [normalise(*each) for each in image_sets], transform)
         self.crowds = crowds
+        self.val_share, self.split_by = val_share, split_by
         self.eval_backend = eval_backend
         self._turned: set[Path] = set()
         files = [self._read(image_set, classes) for image_set in self.image_sets]
@@ -103,6 +108,7 @@ class COCODetection(DetectionData):
         self.rows = np.concatenate(targets)
         self.offsets = np.append(0, np.cumsum(np.concatenate(counts)))
 
+    recognise = staticmethod(recognise)
     list_image_sets = staticmethod(list_image_sets)
 
     def image_path(self, index: int) -> Path:

@@ -48,6 +48,11 @@ def is_test_split(path: Path) -> bool:
     return path.name.startswith("image_info")
 
 
+def recognise(root: str | Path) -> str | None:
+    """Return the name of the layout under ``root``; see `data.DetectionData.recognise`."""
+    return "COCO" if list_image_sets(root) else None
+
+
 def list_image_sets(root: str | Path) -> list[ImageSet]:
     """Return the image sets under ``root`` that have an annotation file."""
     found = {

@@ -50,10 +50,9 @@ class Curves:
         """
         near = np.flatnonzero(np.isclose(self.ious, iou, rtol=0, atol=1e-9))
         if name not in self.classes or area not in self.areas or not len(near):
-            raise ValueError(
-                f"no curve of {name!r}, {area!r}, IoU {iou}; choose from {', '.join(self.classes)},"
-                f" {', '.join(self.areas)}, IoU {', '.join(f'{t:g}' for t in self.ious)}"
-            )
+            raise ValueError(f"no curve of {name!r}, {area!r}, IoU {iou}; choose from "
+                             f"{', '.join(self.classes)}, {', '.join(self.areas)}, IoU "
+                             f"{', '.join(f'{t:g}' for t in self.ious)}")
         t, k, a = near[0], self.classes.index(name), self.areas.index(area)
         keys = ("recall", "precision", "scores")
         if "counts" in self.arrays:

@@ -45,10 +45,8 @@ def as_columns(detections: Sequence[dict], ids: Sequence,
     good &= (labels >= 1) & (labels <= num_classes)
     if not good.all():
         k = good.argmin()
-        raise ValueError(
-            f"image {ids[images[k]]}: detection with label {labels[k]:g} of {num_classes}, "
-            f"score {scores[k]}, box {boxes[k]}"
-        )
+        raise ValueError(f"image {ids[images[k]]}: detection with label {labels[k]:g} of "
+                         f"{num_classes}, score {scores[k]}, box {boxes[k]}")
     return images, scores, labels.astype(np.int64), boxes
 
 

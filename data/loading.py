@@ -189,11 +189,9 @@ class Loader(DataLoader):
             if not codes:
                 raise
             fates = {signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes}
-            raise UserError(
-                f"a loading process died ({', '.join(sorted(fates))}), mostly for want of memory "
-                "or shared memory; give fewer --num_workers, or more of both (docker run --memory, "
-                "--shm-size)"
-            ) from error
+            raise UserError(f"a loading process died ({', '.join(sorted(fates))}), mostly for want "
+                            "of memory or shared memory; give fewer --num_workers, or more of both "
+                            "(docker run --memory, --shm-size)") from error
 
 
 def training_loader(dataset: TrainingSet, sampler: EpochSampler, workers: int,
@@ -228,12 +226,10 @@ def check_shared_memory(workers: int, batch_size: int, size: int, processes: int
     need, free = (workers * PREFETCH_FACTOR + 1) * batch, shutil.disk_usage(SHARED_MEMORY).free
     if need > free:
         fitting = max(0, (free // batch - 1) // PREFETCH_FACTOR)
-        raise UserError(
-            f"--num_workers {workers} needs {need / 2**20:.0f} MiB of shared memory for its "
-            f"batches, and {SHARED_MEMORY} has {free / 2**20:.0f} MiB free; give --num_workers "
-            f"{fitting}, or with Docker more shared memory (docker run --shm-size="
-            f"{-(-need // 2**30)}g)"
-        )
+        raise UserError(f"--num_workers {workers} needs {need / 2**20:.0f} MiB of shared memory "
+                        f"for its batches, and {SHARED_MEMORY} has {free / 2**20:.0f} MiB free; "
+                        f"give --num_workers {fitting}, or with Docker more shared memory (docker "
+                        f"run --shm-size={-(-need // 2**30)}g)")
 
 
 def set_up_loading() -> None:

@@ -11,9 +11,13 @@ class SkipKind(Enum):
     """Kinds of records that a reader changes or leaves out.
 
     text: a description for the log. level: "note" where training loses nothing that was asked for,
-    else "warning".
+    else "warning". A warning about a box means that the box is dropped.
     """
 
+    OTHER_SET_UNREAD = ("file of another image set, unread for its class names", "warning")
+    SEVERAL_IMAGES = ("image of the same name as others, taken for its suffix", "warning")
+    IMAGE_EMPTIED = ("image that lost all its boxes", "warning")
+    CLASS_EMPTIED = ("class that lost all its boxes", "warning")
     IMAGE_LISTED_TWICE = ("image listed twice, read once", "warning")
     UNKNOWN_CLASS = ("object of an unknown class, dropped", "warning")
     CLASSES_LEFT_OUT = ("image set read without some of its classes", "warning")
@@ -23,6 +27,12 @@ class SkipKind(Enum):
     AREA_NOT_POSITIVE = ("annotation with an area of 0 or less, dropped", "warning")
     BOX_CLIPPED = ("box clipped to the image", "note")
     CROWD = ("crowd, left out", "note")
+    NO_LABEL_FILE = ("image without a label file, read as background", "warning")
+    VALUE_OUTSIDE = ("label with a value outside 0 to 1, clipped", "warning")
+    LABEL_WITHOUT_IMAGE = ("label file without its image, left out", "warning")
+    SET_ABSENT = ("image set that is declared but has no files, left out", "warning")
+    OTHER_SHAPE = ("shape that is no box and has no area, left out", "warning")
+    OUTSIDE_ROOT = ("image outside the folder of the data", "warning")
     OTHER_FOLDER = ("image set with its images in another folder", "note")
 
     def __init__(self, text: str, level: str) -> None:

@@ -1,322 +1,210 @@
-"""PASCAL VOC's layout: XML annotations, the lists of image sets, and where the files lie."""
+"""PASCAL VOC's XML annotations: one file an image."""
 
 from __future__ import annotations
 
+import functools
 import math
-import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from data.classes import check_classes, read_classes
-from data.config import VOC_CLASSES
-from data.image import IMAGE_SUFFIXES
-from data.image_sets import ImageSet
-from data.skips import Skip, SkipKind
+from data.annotation import Annotation
 from utils.errors import UserError
+from utils.files import decode, read_bytes
 
-
-@dataclass(frozen=True)
-class Annotation:
-    """The content of one XML file with n objects, n may be 0.
-
-    size: (width, height) in pixels; None where the file gives none or no positive one.
-    names: class names, [n].
-    boxes: float64 [n, 4], (x1, y1, x2, y2) in pixels counted from 0 (the XML's values - 1), both
-        ends inside the box. They may have no area or lie outside the image.
-    difficult: bool [n].
-    """
-
-    path: Path
-    size: tuple[int, int] | None
-    names: tuple[str, ...]
-    boxes: np.ndarray
-    difficult: np.ndarray
-
-    @classmethod
-    def empty(cls, path: Path) -> Annotation:
-        """Return an annotation without size and objects."""
-        return cls(path, None, (), np.zeros((0, 4)), np.zeros(0, bool))
+# Tags of shapes. A file that has one which is not read is refused, never taken for background.
+_SHAPES = {"bndbox", "robndbox", "polygon", "points", "bbox", "box", "rotated_bndbox", "polyline"}
+_PARTS = ("part", "parts")  # of an object, such as a person's head
+_CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
 
 def read_annotation(path: str | Path) -> Annotation:
     """Read one VOC XML file. Tags other than <object>, <name> and <bndbox> are optional.
 
+    Objects may lie at any depth, tags may have a namespace or capital letters. An object may have
+    several <bndbox>: each is read as an object of its name. In place of <bndbox> it may have a
+    polygon or a rotated box, which is read as the box around it.
+
     Raises:
-        UserError: the file is missing or malformed, or an object has no name or lacks a finite
-            coordinate. The message names the file and the line, or the object, counted from 1.
+        UserError: the file is missing or malformed, holds shapes that cannot be read, or is of
+            several images; an object has no name or lacks a finite coordinate. The message names
+            the file and the line, or the object, counted from 1.
     """
     path = Path(path)
-    try:
-        root = ElementTree.parse(path).getroot()
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the annotation ({error.strerror})") from error
-    except ElementTree.ParseError as error:
-        raise UserError(f"{path}:{error.position[0]}: malformed XML ({error})") from error
-    except (ValueError, LookupError) as error:  # an encoding that the parser does not know
-        raise UserError(f"{path}: malformed XML ({error})") from error
+    objects, others = _find_objects(path, read_xml(path))
     names, boxes, difficult = [], [], []
-    for index, element in enumerate(root.findall("object"), 1):
+    for index, element in enumerate(objects, 1):
         where = f"{path}: object {index}"
-        name = (element.findtext("name") or "").strip()
-        if not name:
+        found = {(name.text or "").strip() for name in element.findall("name")}
+        if len(found) > 1:
+            raise UserError(f"{where} has several names: {', '.join(sorted(found))}; keep one")
+        if not (name := "".join(found)):
             raise UserError(f"{where} has no <name>")
         where += f' ("{name}")'
-        names.append(name)
-        boxes.append(_read_box(element, where))
-        difficult.append(_read_difficult(element, where))
+        read = _read_boxes(element, where)
+        names += [name] * len(read)
+        boxes += read
+        difficult += [_read_difficult(element, where)] * len(read)
     boxes = np.array(boxes, np.float64).reshape(-1, 4) - 1
-    return Annotation(path, _read_size(root), tuple(names), boxes, np.array(difficult, bool))
+    return Annotation(path, _read_size(path, others), tuple(names), boxes,
+                      np.array(difficult, bool), _read_filename(others))
 
 
-def _read_box(element: ElementTree.Element, where: str) -> list[float]:
-    bndbox = element.find("bndbox")
-    if bndbox is None:
+def read_xml(path: Path) -> ElementTree.Element:
+    """Return the root of an XML file, in any encoding. Raises UserError for what is no XML."""
+    data = read_bytes(path, "annotation", limit=2**27)
+    declared = re.match(rb"""\s*<\?xml[^>]*\bencoding\s*=\s*["']([\w.:-]+)""", data)
+    encoding = declared[1].decode() if declared else "utf-8"
+    if re.match(r"(?i)(utf|ucs)-?_?(16|32|[24]$)", encoding):  # untrue: the declaration is readable
+        encoding = "utf-8"
+    text = decode(data, path, encoding)
+    if "<!ENTITY" in text:
+        raise UserError(f"{path}: declares XML entities, which no annotation needs; remove them")
+    try:
+        return ElementTree.fromstring(text)
+    except ElementTree.ParseError as error:
+        raise UserError(f"{path}:{error.position[0]}: malformed XML ({error})") from error
+    except Exception as error:  # whatever else foreign bytes do to the parser
+        raise UserError(f"{path}: malformed XML ({error})") from error
+
+
+def _find_objects(path: Path, root: ElementTree.Element) -> tuple[list[ElementTree.Element], ...]:
+    """Return the <object> elements and those outside of them; refuse shapes out there."""
+    elements = list(root.iter())
+    written = [element.tag for element in elements]
+    tags = [*map(_local, written)]
+    if tags != written:
+        for element, tag in zip(elements, tags, strict=True):
+            element.tag = tag
+    objects, others, end = [], [], 0
+    for start in (k for k, tag in enumerate(tags) if tag == "object"):
+        if start < end:
+            raise UserError(f"{path}: object {len(objects)} holds another <object>; list them one "
+                            "by one")
+        others += elements[end:start]
+        end = start + len(list(elements[start].iter()))
+        objects.append(elements[start])
+    others += elements[end:]
+    for element in others:
+        if element.tag in _SHAPES or not {"points", "xmin"}.isdisjoint(element.keys()):
+            raise UserError(f"{path}: <{element.tag}> outside an <object> cannot be read; write "
+                            "VOC's <object> with <name> and <bndbox>")
+    if not objects and tags[0] != "annotation":
+        raise UserError(f"{path}: not a VOC annotation (its root is <{tags[0]}>); write VOC's "
+                        "<annotation> with an <object> a box")
+    for tag in ("filename", "size"):
+        if tags.count(tag) > 1 and sum(
+            each.find(tag) is not None for each in others if each.tag != "source"
+        ) > 1:
+            raise UserError(f"{path}: annotations of several images; write a file for each")
+    # LabelMe keeps what was deleted.
+    return [each for each in objects if _text(each, "deleted") != "1"], others
+
+
+@functools.lru_cache(4096)
+def _local(tag: str) -> str:
+    """Return a tag without namespace, in lower case."""
+    return tag.rpartition("}")[2].lower()
+
+
+def _read_boxes(element: ElementTree.Element, where: str) -> list[list[float]]:
+    """Return the corners of each shape of an object, as the file has them."""
+    inside = [each for child in element if child.tag not in _PARTS for each in child.iter()]
+    if boxes := [each for each in inside if each.tag == "bndbox"]:
+        return [_read_corners(box, where) for box in boxes]
+    shapes = [each for each in inside if each.tag in ("robndbox", "polygon", "points")]
+    if not shapes:
         raise UserError(f"{where} has no <bndbox>")
-    box = []
-    for tag in ("xmin", "ymin", "xmax", "ymax"):
-        text = bndbox.findtext(tag)
-        if text is None:
-            raise UserError(f"{where}: <bndbox> has no <{tag}>")
-        try:
-            box.append(float(text))
-        except ValueError:
-            box.append(math.nan)
-        if not math.isfinite(box[-1]):
-            raise UserError(f'{where}: <{tag}> is "{text.strip()}", expected a number')
-    return box
+    return [
+        _enclose(shape, where) if shape.find("cx") is None else _read_rotated(shape, where)
+        for shape in shapes
+    ]
+
+
+def _read_corners(bndbox: ElementTree.Element, where: str) -> list[float]:
+    tags = [child.tag for child in bndbox]
+    if several := [tag for tag in _CORNERS if tags.count(tag) > 1]:
+        raise UserError(f"{where}: <bndbox> has several <{several[0]}>; write a <bndbox> a box")
+    return [_number(bndbox, tag, where) for tag in _CORNERS]
+
+
+def _read_rotated(shape: ElementTree.Element, where: str) -> list[float]:
+    """Return the box around a rotated one, as roLabelImg writes it: the angle is in radians."""
+    cx, cy, w, h, angle = (_number(shape, tag, where) for tag in ("cx", "cy", "w", "h", "angle"))
+    if abs(angle) > 2 * math.pi:
+        raise UserError(f"{where}: <angle> is {angle:g}, expected radians")
+    sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
+    x, y = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
+    return [cx - x, cy - y, cx + x, cy + y]
+
+
+def _enclose(shape: ElementTree.Element, where: str) -> list[float]:
+    """Return the box around a polygon of <x..> and <y..> tags, or of points "x,y"."""
+    xs, ys = [], []
+    for leaf in (each for each in shape.iter() if not len(each) and _plain(each.text)):
+        if leaf.tag[0] in "xy":
+            (xs if leaf.tag[0] == "x" else ys).append(_finite(leaf.text, leaf.tag, where))
+        elif leaf.tag in ("points", "polygon", "point", "pt"):
+            values = re.split(r"[\s,;]+", _plain(leaf.text))
+            xs += [_finite(value, leaf.tag, where) for value in values[::2]]
+            ys += [_finite(value, leaf.tag, where) for value in values[1::2]]
+    if len(xs) < 2 or len(xs) != len(ys):
+        raise UserError(f"{where}: <{shape.tag}> has {len(xs)} x and {len(ys)} y coordinates; "
+                        "write a <bndbox>")
+    return [min(xs), min(ys), max(xs), max(ys)]
+
+
+def _number(parent: ElementTree.Element, tag: str, where: str) -> float:
+    text = parent.findtext(tag)
+    if text is None and (text := parent.get(tag)) is None:
+        raise UserError(f"{where}: <{parent.tag}> has no <{tag}>")
+    return _finite(text, tag, where)
+
+
+def _finite(text: str, tag: str, where: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not abs(value) < 2**31:  # nan, too
+        raise UserError(f'{where}: <{tag}> is "{text.strip()[:40]}", expected a number of pixels')
+    return value
 
 
 def _read_difficult(element: ElementTree.Element, where: str) -> bool:
-    flag = (element.findtext("difficult") or "0").strip().lower()
+    flag = _text(element, "difficult").lower()
     if flag not in ("", "0", "1", "false", "true", "unspecified"):
-        raise UserError(f'{where}: <difficult> is "{flag}", expected 0 or 1')
+        raise UserError(f'{where}: <difficult> is "{flag[:40]}", expected 0 or 1')
     return flag in ("1", "true")
 
 
-def _read_size(root: ElementTree.Element) -> tuple[int, int] | None:
-    try:
-        width, height = (int(float(root.findtext(f"size/{t}", "0"))) for t in ("width", "height"))
-    except (ValueError, OverflowError):
+def _read_size(path: Path, elements: list[ElementTree.Element]) -> tuple[int, int] | None:
+    size = next((each for each in elements if each.tag == "size"), None)
+    if size is None:
         return None
-    return (width, height) if width > 0 and height > 0 else None
+    sides = []
+    for tag in ("width", "height"):
+        value = _finite(_text(size, tag) or "0", tag, str(path))
+        if value < 0:
+            raise UserError(f"{path}: <{tag}> is {value:g}; write the image's, or remove <size>")
+        sides.append(int(value))
+    return (sides[0], sides[1]) if min(sides) > 0 else None
 
 
-class _FileFinder:
-    """Finds files by id and suffix; each folder is listed once.
-
-    One listing is faster than several stat calls an id, most of all on network disks.
-
-    suffixes: lower case, in order of preference; files may have them in any case.
-    """
-
-    def __init__(self, suffixes: Sequence[str]) -> None:
-        self.suffixes = suffixes
-        self._listings: dict[Path, dict[str, Path]] = {}
-
-    def find(self, path: Path) -> Path | None:
-        """Return the file of a path without suffix; None if it does not exist."""
-        if path.parent not in self._listings:
-            self._listings[path.parent] = self._list(path.parent)
-        return self._listings[path.parent].get(path.name)
-
-    def _list(self, folder: Path) -> dict[str, Path]:
-        try:
-            names = [n for n in os.listdir(folder) if Path(n).suffix.lower() in self.suffixes]
-        except FileNotFoundError:
-            return {}
-        except OSError as error:
-            raise UserError(f"{folder}: cannot read the folder ({error.strerror})") from error
-        names.sort(key=lambda n: (self.suffixes.index(Path(n).suffix.lower()), n), reverse=True)
-        return {Path(name).stem: folder / name for name in names}
+def _read_filename(elements: list[ElementTree.Element]) -> str:
+    """Return the name of the image file without folders, "" if the annotation has none."""
+    for tag in ("filename", "path"):
+        for element in elements:
+            if element.tag == tag and _plain(element.text):
+                return re.split(r"[/\\]", _plain(element.text))[-1]
+    return ""
 
 
-def _refuse_missing(what: str, paths: Sequence[Path]) -> None:
-    if paths:
-        first = ", ".join(str(path) for path in paths[:10]) + (", ..." if len(paths) > 10 else "")
-        raise UserError(f"{len(paths)} {what} file(s) of the image set missing: {first}")
+def _text(parent: ElementTree.Element, tag: str) -> str:
+    return _plain(parent.findtext(tag))
 
 
-def _year_folders(root: Path) -> dict[str | None, Path]:
-    """Return year -> folder for each VOC<year> of a devkit or its parent, and None -> root."""
-    folders = [*root.glob("VOCdevkit/VOC[0-9]*"), *root.glob("VOC[0-9]*")]
-    folders += [root] if root.absolute().name.startswith("VOC2") else []
-    return {None: root, **{folder.name[3:]: folder for folder in sorted(folders)}}
-
-
-def list_image_sets(root: str | Path) -> list[ImageSet]:
-    """Return the image sets of a devkit, or of a folder in VOC layout; none if ``root`` is missing.
-
-    The official files of one class each, such as dog_train.txt, are left out.
-    """
-    found = []
-    for year, folder in _year_folders(Path(os.path.expanduser(root))).items():
-        files = [f for main in ("Main/", "") for f in folder.glob(f"ImageSets/{main}[!.]*.txt")]
-        names = {f.stem for f in files if f.stem.rpartition("_")[0] not in VOC_CLASSES}
-        found += [ImageSet(year, name) for name in sorted(names)]
-    return found
-
-
-def _find_set(root: Path, image_set: ImageSet) -> tuple[Path, Path]:
-    if not os.path.isdir(root):  # False, too, for a name that no file system takes
-        raise UserError(
-            f"{root}: no such data set folder; give the right one with --root "
-            "(data/scripts/VOC2007.sh downloads VOC2007, docs/own_data.md is about own images)"
-        )
-    folder = _year_folders(root).get(image_set.year, root / f"VOC{image_set.year}")
-    lists = [folder / "ImageSets" / "Main", folder / "ImageSets"]
-    lists = [parent / f"{image_set.name}.txt" for parent in lists]
-    for path in lists:
-        if os.path.isfile(path):
-            return folder, path
-    if len(_year_folders(root)) == 1 and not (root / "Annotations").is_dir():
-        raise UserError(
-            f"{root} holds neither Annotations/ and JPEGImages/ nor the years of a devkit; "
-            "docs/own_data.md shows where images and annotations go"
-        )
-    existing = ", ".join(map(str, list_image_sets(root))) or "none"
-    raise UserError(
-        f'no image set "{image_set}" in {root}: looked for {lists[0]} and {lists[1]} '
-        f"(docs/own_data.md says how to make one); existing image sets: {existing}"
-    )
-
-
-def _list_images(root: Path, image_set: ImageSet,
-                 finder: _FileFinder) -> Iterator[tuple[str, Path, str, Path | None]]:
-    """Yield (file and line, folder, id, annotation file or None) of each image of an image set.
-
-    A line is an id, which may hold spaces and folders. Two additions are understood: the flag
-    after the id in the official files of one class, and an image suffix. They are part of the id
-    only if an annotation has that name.
-    """
-    folder, path = _find_set(root, image_set)
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the image set ({error})") from error
-    for number, line in enumerate(lines, 1):
-        if not (line := line.strip()):
-            continue
-        plain = re.sub(r"\s+(-1|0|1)$", "", line)
-        stem, suffix = os.path.splitext(plain)
-        ids = dict.fromkeys([line, plain, stem if suffix.lower() in IMAGE_SUFFIXES else plain])
-        found = ((each, finder.find(folder / "Annotations" / each)) for each in ids)
-        missing = (" or ".join(ids), None)
-        yield f"{path}:{number}", folder, *next((f for f in found if f[1]), missing)
-
-
-@dataclass(frozen=True)
-class VOCAnnotations:
-    """The annotations of some image sets; no image is opened for them.
-
-    ids, folders (which hold JPEGImages/) and annotations have one entry an image.
-    """
-
-    ids: list[str]
-    folders: list[Path]
-    annotations: list[Annotation]
-    classes: tuple[str, ...]
-    skipped: list[Skip]
-
-
-def load_annotations(
-    root: str | Path, image_sets: Sequence[tuple[str | None, str]],
-    classes: Sequence[str] | None = None, faults: list[str] | None = None,
-) -> VOCAnnotations:
-    """Read the annotations of image sets; arguments and errors as of ``VOCDetection``."""
-    root = Path(os.path.expanduser(root))
-    finder = _FileFinder((".xml",))
-    first: dict[tuple[Path, str], int] = {}
-    paths, missing, skipped = [], [], []
-    for year, name in image_sets:
-        listed = _list_images(root, ImageSet(year or None, name), finder)
-        for where, folder, image_id, path in listed:
-            if (key := (folder, image_id)) in first:
-                detail = f"{where}: {image_id}"
-                skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, first[key], None, detail))
-                continue
-            first[key] = len(first)
-            paths.append(path or folder / "Annotations" / f"{image_id}.xml")
-            missing += [] if path else [paths[-1]]
-    what = f"{root}: the image set {', '.join(str(ImageSet(*each)) for each in image_sets)}"
-    if not paths:
-        raise UserError(f"{what} lists no image")
-    if faults is None:
-        _refuse_missing("annotation", missing)
-    annotations = [_read_or_note(path, faults) for path in paths]
-    classes = _choose_classes(root, image_sets, classes, annotations, faults)
-    _check_objects(what, annotations, classes, faults)
-    skipped += _unknown_objects(annotations, classes)
-    folders, ids = zip(*first, strict=True)
-    return VOCAnnotations(list(ids), list(folders), annotations, classes, skipped)
-
-
-def _read_or_note(path: Path, faults: list[str] | None) -> Annotation:
-    try:
-        return read_annotation(path)
-    except UserError as error:
-        if faults is None:
-            raise
-        faults.append(str(error))
-        return Annotation.empty(path)
-
-
-def _choose_classes(
-    root: Path, image_sets: Sequence[tuple[str | None, str]], classes: Sequence[str] | None,
-    annotations: Sequence[Annotation], faults: list[str] | None,
-) -> tuple[str, ...]:
-    if classes is not None:
-        return check_classes(classes, "classes")
-    if (root / "classes.txt").is_file():
-        return read_classes(root / "classes.txt")
-    names = {name for annotation in annotations for name in annotation.names}
-    if any(year for year, _ in image_sets) and names <= set(VOC_CLASSES):
-        return VOC_CLASSES
-    # The names in all image sets, so that each of them is read with the same classes.
-    finder = _FileFinder((".xml",))
-    listed = (_list_images(root, each, finder) for each in list_image_sets(root))
-    others = {path for lines in listed for *_, path in lines}
-    others -= {None, *(annotation.path for annotation in annotations)}
-    found = names.union(*(_read_or_note(path, faults).names for path in sorted(others)))
-    return check_classes(sorted(found), str(root)) if found else ()
-
-
-def _check_objects(what: str, annotations: Sequence[Annotation], classes: Sequence[str],
-                   faults: list[str] | None) -> None:
-    names = {name for annotation in annotations for name in annotation.names}
-    if names & set(classes):
-        return
-    fault = (
-        f"{what} has no object of the classes {', '.join(classes) or '(none)'}; "
-        f"its annotations name: {', '.join(sorted(names)) or 'no object at all'}"
-    )
-    if faults is None:
-        raise UserError(fault)
-    faults.append(fault)
-
-
-def _unknown_objects(annotations: Sequence[Annotation], classes: Sequence[str]) -> Iterator[Skip]:
-    for image, annotation in enumerate(annotations):
-        for k, name in enumerate(annotation.names):
-            if name not in classes:
-                detail = f'{annotation.path}: object {k + 1} ("{name}")'
-                box = tuple(annotation.boxes[k].tolist())
-                yield Skip(SkipKind.UNKNOWN_CLASS, image, box, detail)
-
-
-def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
-    """Return the image files. Raises UserError for missing ones, unless there are ``faults``."""
-    finder = _FileFinder(IMAGE_SUFFIXES)
-    wanted = [f / "JPEGImages" / i for f, i in zip(loaded.folders, loaded.ids, strict=True)]
-    found = [finder.find(path) for path in wanted]
-    if faults is None:
-        missing = [path for path, file in zip(wanted, found, strict=True) if file is None]
-        _refuse_missing(f"image ({'/'.join(IMAGE_SUFFIXES)})", missing)
-    return [
-        file or path.with_name(path.name + IMAGE_SUFFIXES[0])
-        for path, file in zip(wanted, found, strict=True)
-    ]
+def _plain(text: str | None) -> str:
+    return (text or "").strip()

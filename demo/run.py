@@ -59,8 +59,8 @@ def train_and_test(root: Path, folder: Path, epochs: int) -> Path:
     run = time.strftime("%Y%m%d-%H%M%S")
     common = ["--save_folder", str(folder), "--num_workers", "2"]
     amp = "bf16" if bf16_pays() else "off"
-    call("-d", "VOC", "--root", str(root), "-v", VERSION, *OPTIONS, "-max", str(epochs),
-         "--amp", amp, *common, "--date", run, "--test_frequency", "0",
+    call("-d", "VOC", "--root", str(root), "-v", VERSION, "--basenet", "none", *OPTIONS,
+         "-max", str(epochs), "--amp", amp, *common, "--date", run, "--test_frequency", "0",
          "--save_frequency", "0")  # fmt: skip
     run_dir = folder / f"{VERSION}_300" / run
     checkpoint = run_dir / f"Final_{VERSION}_VOC.pth"

@@ -185,11 +185,10 @@ def join() -> World:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
-        raise UserError(
-            f"the processes of the job cannot reach each other ({first_line(error)}); if "
-            "torchrun has restarted them on several machines, give it "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (docs/many_gpus.md)"
-        ) from error
+        raise UserError(f"the processes of the job cannot reach each other ({first_line(error)}); "
+                        "if torchrun has restarted them on several machines, give it "
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment "
+                        "(docs/many_gpus.md)") from error
     return world
 
 
@@ -265,16 +264,13 @@ def launch(processes: int, program: Sequence[str]) -> int:
 def check_sync_bn(device: torch.device, size: int) -> None:
     """Raise UserError for ``--sync_bn`` in a job of several processes on the CPU."""
     if size > 1 and device.type != "cuda":
-        raise UserError(
-            f"--sync_bn needs GPUs, but the {size} processes of the job use the CPU; give "
-            "--sync_bn false"
-        )
+        raise UserError(f"--sync_bn needs GPUs, but the {size} processes of the job use the CPU; "
+                        "give --sync_bn false")
 
 
 def check_shares(batch_size: int, size: int, accumulate: int) -> None:
     """Raise UserError unless a batch divides evenly among processes and accumulation steps."""
     if batch_size % (size * accumulate):
-        raise UserError(
-            f"--batch_size {batch_size} is the batch of all {size} processes with {accumulate} "
-            f"accumulation steps; give a multiple of {size * accumulate} (docs/many_gpus.md)"
-        )
+        raise UserError(f"--batch_size {batch_size} is the batch of all {size} processes with "
+                        f"{accumulate} accumulation steps; give a multiple of {size * accumulate} "
+                        "(docs/many_gpus.md)")

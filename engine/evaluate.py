@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from data import DetectionData
+from data import DetectionData, split_options
 from data.curves import CURVES_FILE
 from data.detections import save_detections
 from data.image_sets import sets_name
@@ -104,6 +104,7 @@ def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, devic
         "class_map": class_map,
         "root": options.root,
         "sets": sets_name(options.test_sets),
+        **split_options(options.dataset, vars(options)),
         "overfit": options.overfit,
         "classes": list(options.classes),
         "thresholds": {
@@ -160,13 +161,9 @@ def score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origi
     return results
 
 
-def scored(value: float | None) -> bool:
-    """Return whether a score is one: None and -1 say that there is no ground truth."""
-    return value is not None and value >= 0
-
-
 def _shown(value: float | None) -> str:
-    return f"{value:.4f}" if scored(value) else "nothing to score, no ground truth"
+    scored = value is not None and value >= 0  # pycocotools says -1
+    return f"{value:.4f}" if scored else "no ground truth to score against"
 
 
 def detector_name(options: Options) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,9 @@ from data import DATASETS
 from data.classes import check_classes
 from data.coco_eval import BACKENDS
 from data.config import PRIORS
+from data.image import MAX_PIXELS
 from data.image_sets import ImageSet, check_sets
+from data.split import VAL_SHARE, check_pattern, check_share
 from engine.declare import Checked, flag_of, option
 from engine.optim import OPTIMIZERS, SCHEDULES
 from layers.detect import SUPPRESSION, DetectConfig
@@ -67,6 +70,13 @@ def _sets(value: object) -> tuple[ImageSet, ...]:
     return sets
 
 
+def _parts(text: str) -> str:
+    """Read the value of --freeze; "" freezes nothing."""
+    if not re.fullmatch(r"|base|base:[1-9]\d{0,3}|heads", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of base, base:K (K layers) and heads")
+    return text
+
+
 _what = partial(option, "what")
 _testing = partial(option, "testing", only="test")
 _starting = partial(option, "where training starts", only="train")
@@ -84,7 +94,8 @@ class Options(Checked):
     size: int = _what(512, "-s", "--size", read=int, choices=SIZES,
         help="side of the square network input, in pixels")
     dataset: str = _what("VOC", "-d", "--dataset", choices=DATASETS,
-        help="layout of the data; also selects the published settings")
+        help="layout of the data; also selects the published settings (default: what --root holds; "
+             "VOC without --root)")
     root: str = _what("", "--root", metavar="DIR",
         help="folder of the data (default: ~/data/VOCdevkit, ~/data/COCO)")
     classes: tuple[str, ...] | None = _what(None, "--classes", metavar="NAMES", check=_names,
@@ -92,10 +103,16 @@ class Options(Checked):
              "declares, else those that its annotations contain)")
     train_sets: tuple[ImageSet, ...] = _what((), "--train_sets", metavar="SETS", check=_sets,
         only="train", fixed=True,
-        help="e.g. 2007_trainval,2012_trainval; just trainval for a folder that itself holds "
-             "Annotations/, JPEGImages/ and ImageSets/")
+        help="e.g. 2007_trainval,2012_trainval, or train (default: those that the data declare, "
+             "else split_train)")
     test_sets: tuple[ImageSet, ...] = _what((), "--test_sets", metavar="SETS", check=_sets,
-        help="e.g. 2007_test, or test")
+        help="e.g. 2007_test, or test (default: as --train_sets; split_val)")
+    val_share: float = _what(VAL_SHARE, "--val_share", read=number, metavar="X", check=check_share,
+        fixed=True, help="share of the images in split_val, where the data declare no set to test "
+             "on; split_train has the others")
+    split_by: str | None = _what(None, "--split_by", metavar="REGEX", check=check_pattern,
+        fixed=True, help="keep images on one side whose file names match alike, such as the frames "
+             "of a film: '[^_]+' takes what comes before the first _")
     crowds: bool = option("what", True, "--crowds", read=boolean, only="train", fixed=True,
         help="COCO: train on crowds as on other boxes, as published; 'false' leaves them out")
 
@@ -110,6 +127,10 @@ class Options(Checked):
         help="optimiser")
     lr: float = _recipe(4e-3, "--lr", "--learning-rate", read=number, metavar="X",
         help="initial learning rate")
+    base_lr: float = _recipe(1.0, "--base_lr", read=number, metavar="X", fixed=True,
+        help="factor of the learning rate of the base network")
+    freeze: str = _recipe("", "--freeze", read=_parts, metavar="PARTS", fixed=True,
+        help="what keeps its weights and statistics: base, base:K (its first K layers) or heads")
     momentum: float = _recipe(0.9, "--momentum", read=fraction, metavar="X",
         help="momentum of SGD; first beta of AdamW")
     weight_decay: float = _recipe(5e-4, "--weight_decay", read=number, metavar="X",
@@ -129,6 +150,9 @@ class Options(Checked):
         help="largest norm of a step's gradient; 0: any")
     jaccard_threshold: float = _recipe(0.5, "--jaccard_threshold", read=fraction, metavar="X",
         help="lowest IoU of a positive prior box")
+    background_negatives: int = _recipe(0, "--background_negatives", read=count, metavar="N",
+        help="least number of hard negatives an image; 0: as published, three for each positive "
+             "prior box, so that an image without objects teaches nothing")
     seed: int = _recipe(0, "--seed", read=count, metavar="N", fixed=True,
         help="seed of weights, order and augmentation")
     overfit: int = _recipe(0, "--overfit", read=count, metavar="N", fixed=True,
@@ -147,6 +171,9 @@ class Options(Checked):
     recompute: bool = _machine(False, "--recompute", read=boolean, only="train",
         help="compute concatenations again in the backward pass instead of keeping them: less "
              "memory, more time, the same numbers (not with --compile)")
+    max_pixels: int = _machine(MAX_PIXELS, "--max_pixels", read=positive, metavar="N",
+        help="refuse images with more pixels before they are decoded; over 2^30 set "
+             "OPENCV_IO_MAX_IMAGE_PIXELS, too")
     cache: str = _machine("off", "--cache", metavar="off|memory|DIR", only="train",
         help="keep the decoded training images in shared memory or in a folder, if they fit")
 
@@ -214,16 +241,18 @@ class Call(Checked):
     class_agnostic: bool | None = _testing(None, "--class_agnostic", read=boolean,
         help="let boxes of different classes suppress each other, too")
     top_k: int | None = _testing(None, "--max_detections", read=positive, metavar="N",
-        help="most detections of an image, at most 50 of them of a class (default: 300 VOC, 200 "
-             "COCO)")
+        help="most detections of an image (default: 300 VOC, 200 COCO)")
+    per_class: int | None = _testing(None, "--max_per_class", read=positive, metavar="N",
+        help="most detections of a class in an image (default: 50)")
     background_shortcut: bool | None = _testing(None, "--background_shortcut", read=boolean,
         help="drop prior boxes whose background score is 0.9 or more, as the authors' later "
              "release does")
     eval_backend: str | None = option("testing", None, "--eval-backend",
         choices=BACKENDS, help="library that computes COCO's numbers (default: pycocotools)")
 
-    basenet: str | None = _starting(None, "--basenet", metavar="FILE",
-        help="pretrained weights of the base network")
+    basenet: str = _starting("auto", "--basenet", metavar="FILE|auto|none",
+        help="pretrained weights of the base network (auto: the published file if it is in "
+             "weights/, else none: new weights)")
     resume: str | None = _starting(None, "--resume", metavar="FILE|auto",
         help="continue a run from its checkpoint (auto: the newest run, or a new one)")
     resume_net: str | None = _starting(None, "--resume_net", metavar="FILE",
@@ -238,7 +267,7 @@ class Call(Checked):
         only="train", help="stop after this many steps in all, e.g. to try things out")
 
     device: str | None = option("machine", None, "--device", metavar="NAME",
-        help="auto, cpu, cuda or cuda:N (default: auto)")
+        help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     cuda: bool | None = option("machine", None, "--cuda", read=boolean,
         help="true: --device cuda; false: --device cpu")
     ngpu: int | None = option("machine", None, "--ngpu", read=positive, metavar="N",
@@ -290,7 +319,7 @@ def default_text(spec: dataclasses.Field) -> str:
 
     Data sets and recipes that differ are named.
     """
-    if spec.default in (None, "", ()):
+    if spec.default in (None, "", ()) or "(default: " in spec.metadata["help"]:
         return ""
 
     def text(value: object) -> str:
@@ -301,7 +330,10 @@ def default_text(spec: dataclasses.Field) -> str:
     row_field = {"max_epoch": "epochs", "weight_decay": "weight_decay"}.get(spec.name)
     parts = [text(spec.default)]
     if row_field:
-        parts = [f"{text(getattr(row, row_field))} {name}" for name, row in DATASETS.items()]
+        first: dict[str, str] = {}  # the other rows are trained as one of these
+        for name, row in DATASETS.items():
+            first.setdefault(text(getattr(row, row_field)), name)
+        parts = [f"{value} {name}" for value, name in first.items()]
     words = [", ".join(parts)]
     words += [f"{name}: {text(values[spec.name])}"
               for name, values in RECIPES.items() if spec.name in values]  # fmt: skip
@@ -316,7 +348,7 @@ def parser() -> Parser:
     """
     p = Parser(
         description="Train an SSD detector (the default), or evaluate one (--test).",
-        epilog="Own data in VOC layout: train_test.py -d VOC --root FOLDER -s 300. --test and "
+        epilog="Own data: train_test.py --root FOLDER -s 300. --test and "
         "--resume take the network, the size, the data set and the classes from the checkpoint.",
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,

@@ -8,9 +8,18 @@ from pathlib import Path
 
 import torch
 
-from data import DATASETS, default_root, default_sets, list_sets
+from data import (
+    DATASETS,
+    check_layout,
+    default_root,
+    default_sets,
+    find_layout,
+    list_sets,
+    split_options,
+)
 from data.classes import parse_classes
-from data.image_sets import parse_image_sets
+from data.image_sets import parse_image_sets, sets_name
+from data.split import SPLIT_SETS
 from engine.declare import check_value, flag_of
 from engine.distributed import World
 from engine.options import OPTIONS, RECIPES, Call, Options
@@ -41,21 +50,21 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         given["classes"] = list(parse_classes(given["classes"]))
     for key in ("version", "size", "dataset", "classes"):
         if key in given and stored.get(key) and given[key] != _as(stored[key], given[key]):
-            raise UserError(
-                f"--{key} {given[key]} contradicts the checkpoint, which is made for "
-                f"{stored[key]}; leave the option out"
-            )
+            raise UserError(f"--{key} {given[key]} contradicts the checkpoint, which is made for "
+                            f"{stored[key]}; leave the option out")
     values = {**stored, **given}
-    dataset = values.get("dataset", Options.dataset)
-    row = DATASETS[check_value(OPTIONS["dataset"], dataset)]
-    if "crowds" in given:
-        _check_taken("crowds", dataset)
+    values["dataset"] = dataset = asked_dataset(values, stored.get("dataset"))
+    row = DATASETS[dataset]
+    for key in ("crowds", "val_share", "split_by"):
+        if key in given:
+            _check_taken(key, dataset)
     values = {
         "priors": row.priors, "root": str(default_root(dataset)), "max_epoch": row.epochs,
         "weight_decay": row.weight_decay, "num_workers": min(Options.num_workers, cores()),
         **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))], **values,
     }
     values["root"] = root = absolute(values["root"])
+    check_layout(dataset, root)
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
         asked = values[key] if key in given else values.get(key) or sets
         if isinstance(asked, str):
@@ -64,6 +73,41 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
     options = Options(**values)
     _check_size(options)
     return options
+
+
+def asked_dataset(given: Mapping[str, object], stored: object = None) -> str:
+    """Return the data set of a call: that of -d, else ``stored``, else what --root holds.
+
+    Raises:
+        UserError: no such data set, or the root holds no layout or several.
+    """
+    dataset = given.get("dataset") or stored
+    if dataset is None and "root" in given and Path(root := absolute(given["root"])).is_dir():
+        dataset, _ = find_layout(root)
+    return check_value(OPTIONS["dataset"], dataset or Options.dataset)
+
+
+def tested_dataset(given: Mapping[str, object], trained: str) -> str:
+    """Return the data set of a test of a detector that was ``trained`` on one."""
+    if "dataset" in given or "root" not in given:
+        return given.get("dataset", trained)
+    return find_layout(absolute(given["root"]), trained)[0]
+
+
+def check_parts(options: Options) -> None:
+    """Refuse to train or to test on one part of a division, and on other image sets beside it.
+
+    Raises:
+        UserError: the training set may then hold test images.
+    """
+    train, test = (
+        any(each.name in SPLIT_SETS for each in sets)
+        for sets in (options.train_sets, options.test_sets)
+    )
+    if train != test and options.test_frequency:
+        raise UserError(f"--train_sets {sets_name(options.train_sets)} may hold images of "
+                        f"--test_sets {sets_name(options.test_sets)}: {' and '.join(SPLIT_SETS)} "
+                        f"divide all images of {options.root}; give both options or neither")
 
 
 def _as(value: object, like: object) -> object:
@@ -90,32 +134,28 @@ def check_training(call: Call, given: Mapping[str, object]) -> None:
     """
     if call.class_map and not call.resume_net:
         raise UserError("--class_map goes with --resume_net FILE or --test FILE")
-    sources = [name for name in ("resume", "resume_net", "basenet") if getattr(call, name)]
+    sources = [name for name in ("resume", "resume_net") if getattr(call, name)]
+    base = call.basenet not in ("auto", "none")
+    sources += ["basenet"] if base else []
     if len(sources) > 1:
-        raise UserError(
-            f"--{sources[0]} and --{sources[1]} both say where weights come from; give one"
-        )
+        raise UserError(f"--{sources[0]} and --{sources[1]} both say where weights come from; give "
+                        "one")
     if call.resume_epoch is not None and not call.resume_net:
-        raise UserError(
-            "--resume_epoch goes with --resume_net FILE; to continue a run of this program give "
-            "--resume instead"
-        )
+        raise UserError("--resume_epoch goes with --resume_net FILE; to continue a run of this "
+                        "program give --resume instead")
     if call.resume_net and not Path(call.resume_net).is_file():
         raise UserError(f"--resume_net {call.resume_net} does not exist; give a checkpoint")
-    if call.basenet and not Path(call.basenet).is_file():
+    if base and not Path(call.basenet).is_file():
         version = given.get("version", Options.version)
         files = " or ".join(row.file for row in published_bases(version))
-        raise UserError(
-            f"--basenet {call.basenet} does not exist; the published file for {version} is "
-            f"{files or 'none'}, and weights/README.md says where to get files"
-        )
+        raise UserError(f"--basenet {call.basenet} does not exist; the published file for "
+                        f"{version} is {files or 'none'}, and weights/README.md says where to get "
+                        "files")
     suits = RECIPES[given.get("recipe", Options.recipe)].get("optimizer", Options.optimizer)
     if not call.resume and given.get("optimizer", suits) != suits:
         if not {"lr", "weight_decay"} <= given.keys():
-            raise UserError(
-                f"--optimizer {given['optimizer']} does not suit the learning rate and the weight "
-                "decay of the recipe; give --lr and --weight_decay, too"
-            )
+            raise UserError(f"--optimizer {given['optimizer']} does not suit the learning rate and "
+                            "the weight decay of the recipe; give --lr and --weight_decay, too")
     if given.get("send_images_to_visdom") and not given.get("visdom"):
         raise UserError("--send_images_to_visdom goes with --visdom")
 
@@ -131,10 +171,8 @@ def check_resumed(given: Mapping[str, object], stored: Options) -> None:
         if key in ("train_sets", "test_sets") and isinstance(value, str):
             value = tuple(parse_image_sets(value, before))
         if OPTIONS[key].metadata["fixed"] and value != before:
-            raise UserError(
-                f"{flag_of(OPTIONS[key])} {given[key]} contradicts the run that is resumed, which "
-                f"has {before}; leave the option out"
-            )
+            raise UserError(f"{flag_of(OPTIONS[key])} {given[key]} contradicts the run that is "
+                            f"resumed, which has {before}; leave the option out")
 
 
 def dataset_options(options: Options, call: Call, testing: bool) -> dict[str, object]:
@@ -149,7 +187,8 @@ def dataset_options(options: Options, call: Call, testing: bool) -> dict[str, ob
     if call.eval_backend:
         chosen["eval_backend"] = call.eval_backend
     taken = DATASETS[options.dataset].options
-    return {key: value for key, value in chosen.items() if key in taken}
+    chosen = {key: value for key, value in chosen.items() if key in taken}
+    return chosen | split_options(options.dataset, vars(options))
 
 
 def _check_taken(name: str, dataset: str) -> None:
@@ -183,7 +222,5 @@ def check_tensorboard() -> None:
     try:
         importlib.import_module("torch.utils.tensorboard")
     except ImportError as error:
-        raise UserError(
-            f"--visdom writes for TensorBoard, which cannot be imported ({error}); pip install "
-            "tensorboard"
-        ) from error
+        raise UserError(f"--visdom writes for TensorBoard, which cannot be imported ({error}); pip "
+                        "install tensorboard") from error

@@ -18,13 +18,16 @@ from data import DATASETS, DetectionData, build_dataset
 from data.cache import open_cache
 from data.classes import parse_classes
 from data.config import TRAINING_THRESHOLD
-from data.image_sets import sets_name
+from data.image import limit_pixels
 from data.loading import check_shared_memory
+from data.split import SPLIT_SETS
 from engine.distributed import World, check_shares, check_sync_bn
 from engine.folder import RunFolder
 from engine.options import Call, Options
 from engine.resolve import (
     absolute,
+    asked_dataset,
+    check_parts,
     check_resumed,
     check_tensorboard,
     check_training,
@@ -36,6 +39,7 @@ from engine.state import State
 from layers.detect import DetectConfig
 from models.base_weights import load_base
 from models.info import DetectorInfo, published_detection
+from models.pretrained import WEIGHTS, published_bases
 from models.transfer import parse_class_map, transfer_classes
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.errors import UserError
@@ -95,25 +99,29 @@ def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
             set cannot be scored.
     """
     testing = key == "test_sets"
+    limit_pixels(options.max_pixels)
     sets, classes = getattr(options, key), options.classes
     more = dataset_options(options, call, testing)
     dataset = build_dataset(options.dataset, options.root, sets, classes, **more)
     if options.overfit:
         dataset.keep_first(options.overfit)
     if classes is not None and tuple(dataset.classes) != classes:
-        raise UserError(
-            f"{options.root} has the classes {', '.join(dataset.classes)}, but those in use "
-            f"are {', '.join(classes)}, and their order counts; give the --root of matching data"
-        )
+        raise UserError(f"{options.root} has the classes {', '.join(dataset.classes)}, but those "
+                        f"in use are {', '.join(classes)}, and their order counts; give the --root "
+                        "of matching data")
     if testing:
         dataset.check_scorable()
     return dataset
 
 
 def log_dataset(dataset: DetectionData, options: Options, key: str) -> None:
-    """Log the number of images, and a line for each kind of record that had to be changed."""
-    sets = sets_name(getattr(options, key))
-    LOGGER.info("%s %s: %d images", options.root, sets, len(dataset))
+    """Log what was found, and a line for each kind of record that had to be changed."""
+    LOGGER.info("%s", dataset.describe())
+    if any(each.name in SPLIT_SETS for each in getattr(options, key)):
+        LOGGER.info(
+            "  part of all images, %g of them to test on, chosen by their names (--val_share, "
+            "--split_by; python -m tools.split writes lists)", options.val_share,
+        )  # fmt: skip
     for line in dataset.report():
         LOGGER.info("  %s", line)
 
@@ -165,6 +173,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     options = dataclasses.replace(resolve(given, stored), ngpu=world.size)
     if options.overfit:
         options = dataclasses.replace(options, test_sets=options.train_sets)
+    check_parts(options)
     if options.visdom:
         check_tensorboard()
     if options.recompute and options.compile:
@@ -179,10 +188,8 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     _check_data(options, data, saved, path)
     parts = world.size * options.accumulate
     if len(train_set) < parts:
-        raise UserError(
-            f"{len(train_set)} images cannot be cut into {parts} parts, {world.size} processes "
-            f"with {options.accumulate} accumulation steps each; use fewer"
-        )
+        raise UserError(f"{len(train_set)} images cannot be cut into {parts} parts, {world.size} "
+                        f"processes with {options.accumulate} accumulation steps each; use fewer")
     test_set = _open_test_set(options, call) if options.test_frequency else None
     # The first process of a machine makes sure that the caches of all of its processes fit.
     processes = world.local_size if world.local_rank == 0 else 1
@@ -197,16 +204,13 @@ def _check_data(options: Options, data: dict, saved: dict | None, path: Path | N
         return
     before = saved["data"]
     if "annotations" not in before:
-        raise UserError(
-            f"{path} is of an older version of this program, which did not record the annotations, "
-            "so its run cannot continue; start a new one from its weights with --resume_net"
-        )
+        raise UserError(f"{path} is of an older version of this program, which did not record the "
+                        "annotations, so its run cannot continue; start a new one from its weights "
+                        "with --resume_net")
     what = ", ".join(key for key in data if data[key] != before.get(key))
-    raise UserError(
-        f"{path} was trained on other data than {options.root} holds now (different: {what}; "
-        f"{before.get('images')} and {data['images']} images), so its run cannot continue; start "
-        "a new one from its weights with --resume_net"
-    )
+    raise UserError(f"{path} was trained on other data than {options.root} holds now (different: "
+                    f"{what}; {before.get('images')} and {data['images']} images), so its run "
+                    "cannot continue; start a new one from its weights with --resume_net")
 
 
 def _check_memory(options: Options, images: int, tested: bool, world: World) -> None:
@@ -273,13 +277,12 @@ def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> boo
         if [*map(type, found)] != [str, str, int]:
             raise TypeError(f"dataset, root, overfit: {found}")
     except Exception as error:  # of whatever the file holds
-        raise UserError(
-            f"{file} is not the configuration of a run ({error!r:.200}), so --resume auto cannot "
-            f"tell whether {checkpoint} is to be continued; give --resume {checkpoint}, or move it"
-        ) from error
+        raise UserError(f"{file} is not the configuration of a run ({error!r:.200}), so --resume "
+                        f"auto cannot tell whether {checkpoint} is to be continued; give --resume "
+                        f"{checkpoint}, or move it") from error
     root = absolute(given["root"]) if "root" in given else found[1]
-    dataset, overfit = (given.get(key, getattr(Options, key)) for key in ("dataset", "overfit"))
-    return bool(call.date) or found == (dataset, root, overfit)
+    overfit = given.get("overfit", Options.overfit)
+    return bool(call.date) or found == (asked_dataset(given), root, overfit)
 
 
 def run_folder(call: Call, options: Options, saved: dict | None, path: Path | None) -> Path:
@@ -299,10 +302,8 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
     if call.date:
         directory = folder / call.date
         if any(directory.glob("*.pth")):
-            raise UserError(
-                f"{directory} holds a run already; give another --date, or --resume auto to "
-                "continue it"
-            )
+            raise UserError(f"{directory} holds a run already; give another --date, or --resume "
+                            "auto to continue it")
         directory.mkdir(parents=True, exist_ok=True)
         return directory
     now = time.strftime("%Y%m%d-%H%M%S")
@@ -322,10 +323,8 @@ def _refuse_older(path: Path, step: int) -> None:
         return
     newest = load_checkpoint(last, mmap=True).get("step", 0)
     if isinstance(newest, int) and newest > step:
-        raise UserError(
-            f"{path} is at step {step}, but {last} at {newest} already; give that, or a new "
-            "--date to continue beside it"
-        )
+        raise UserError(f"{path} is at step {step}, but {last} at {newest} already; give that, or "
+                        "a new --date to continue beside it")
 
 
 # ---------------------------------------------------------------- starting weights
@@ -336,7 +335,7 @@ def starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> De
     # With a class map --classes names the classes of the data, not of the file.
     names = None if call.class_map else given.get("classes")
     names = parse_classes(names) if isinstance(names, str) else names
-    dataset = given.get("dataset", Options.dataset)
+    dataset = asked_dataset(given)
     return DetectorInfo.for_data(start, Path(call.resume_net), names, dataset)
 
 
@@ -348,15 +347,33 @@ def starting_weights(net: nn.Module, run: Run, call: Call, given: Mapping[str, o
     """
     if call.resume_net:
         origin = _from_detector(net, run, call, starting_info(run.start, call, given))
-    elif call.basenet:
-        path = Path(call.basenet)
+    elif path := _base_file(call, run.options):
         match = load_base(net.base, path, run.options.version)
         origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
         origin += f"{match.source} (sha256 {sha256_of(path)})"
     else:
-        origin = "no --basenet: the base network is trained from scratch"
+        origin = "new weights: the base network is trained from scratch"
     LOGGER.info("%s", origin)
     return dataclasses.replace(run, options=dataclasses.replace(run.options, start=origin))
+
+
+def _base_file(call: Call, options: Options) -> Path | None:
+    """Return the file of --basenet; None for new weights."""
+    if call.basenet == "none":
+        return None
+    if call.basenet != "auto":
+        return Path(call.basenet)
+    rows = published_bases(options.version)
+    files = [WEIGHTS / row.file for row in rows]
+    found = next(filter(Path.is_file, files), None)
+    if found is None and rows:
+        recipe = "" if options.recipe == "modern" else "; --recipe modern suits new weights better"
+        LOGGER.warning(
+            "%s is missing: training starts from new weights, and needs many more epochs for less "
+            "AP. Get the file by `python -m tools.weights download %s`%s (--basenet)",
+            files[0], rows[0].name, recipe,
+        )  # fmt: skip
+    return found
 
 
 def _from_detector(net: nn.Module, run: Run, call: Call, info: DetectorInfo) -> str:

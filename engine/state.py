@@ -59,10 +59,9 @@ class State:
                 raise TypeError("data or history of another kind")
             return cls(step, Totals(**totals), [*map(dict, history)], dict(best))
         except Exception as error:  # whatever a foreign value does
-            raise UserError(
-                f"{path} cannot be resumed from: {error!r:.200} in its state; give another "
-                "checkpoint, or start a new run from its weights with --resume_net"
-            ) from error
+            raise UserError(f"{path} cannot be resumed from: {error!r:.200} in its state; give "
+                            "another checkpoint, or start a new run from its weights with "
+                            "--resume_net") from error
 
 
 def _check_number(value: object, kind: type | UnionType) -> None:

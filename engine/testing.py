@@ -15,7 +15,7 @@ from data.image_sets import one_folder, sets_name
 from engine.distributed import World
 from engine.evaluate import detection_of, detector_name, keep_and_score, origin_of, score
 from engine.options import OPTIONS, Call, Options
-from engine.resolve import absolute, resolve, use_device
+from engine.resolve import absolute, asked_dataset, resolve, tested_dataset, use_device
 from engine.run import log_dataset, open_dataset
 from inference.predictor import Predictor
 from inference.runtime import EXPORTED_SUFFIXES, identity
@@ -113,10 +113,11 @@ def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world:
     class_map = parse_class_map(call.class_map) if call.class_map else None
     names = parse_classes(given["classes"]) if "classes" in given else None
     # With a class map --classes names the classes of the data, not of the file.
-    dataset = given.get("dataset", Options.dataset)
-    info = DetectorInfo.for_data(saved, path, None if class_map else names, dataset)
+    assumed = Options.dataset if "config" in saved else asked_dataset(given)
+    info = DetectorInfo.for_data(saved, path, None if class_map else names, assumed)
     if names:  # before the data are looked for
         check_known(path, info.classes, names, class_map)
+    given = {**given, "dataset": tested_dataset(given, info.dataset)}
     options = resolve(given, _stored(saved, info, path, given, class_map is not None))
     device = use_device(call, options, world)
     dataset = open_dataset(options, call, "test_sets")
@@ -139,11 +140,13 @@ def _open_exported(call: Call, given: Mapping[str, object], path: Path, world: W
         raise UserError(f"--{wrong[0]} cannot change {path}, which is exported; leave it out")
     if call.device_name() not in ("auto", "cpu") or world.size > 1:
         raise UserError(f"{path} is exported and runs on the CPU, in one process; use --device cpu")
-    names = {"conf_thresh": "score_threshold", "top_k": "max_detections"}
+    names = {"conf_thresh": "score_threshold", "top_k": "max_detections",
+             "per_class": "max_per_class"}  # fmt: skip
     asked = {names.get(key, key): value for key, value in call.given_detection.items()}
     predictor = Predictor(path, **asked)
     info = predictor.info
-    stored = {"version": info.version, "size": info.size, "dataset": info.dataset}
+    stored = {"version": info.version, "size": info.size}
+    stored["dataset"] = info.dataset if "dataset" in given else tested_dataset(given, info.dataset)
     options = resolve(given, {**stored, "priors": info.priors, "classes": list(info.classes)})
     dataset = open_dataset(options, call, "test_sets")
     exported = predictor.exported
@@ -160,7 +163,7 @@ def _stored(saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, 
             mapped: bool) -> dict[str, object]:
     """Return the options that a test takes from its checkpoint."""
     stored: dict[str, object] = {"version": info.version, "size": info.size}
-    if given.get("dataset", info.dataset) == info.dataset:
+    if given["dataset"] == info.dataset:
         stored |= {"dataset": info.dataset}
         if "config" in saved:
             stored = Options.of(saved, path).plain()
@@ -172,7 +175,8 @@ def _stored(saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, 
         leave.add("test_sets")
     root = given.get("root")
     if root is not None and absolute(root) != stored.get("root"):
-        leave.add("test_sets")  # image sets of another root mean nothing here
+        # Image sets of another root, and how it is divided, mean nothing here.
+        leave |= {"test_sets", "val_share", "split_by"}
     if mapped or "classes" in given:
         leave.add("classes")
     return {k: v for k, v in stored.items() if k not in leave} | {"priors": info.priors}

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from data.loading import Loader
 from engine.distributed import World
-from engine.evaluate import Evaluation, scored
-from engine.optim import MovingAverage, build_optimizer, check_moments, lr_at
+from engine.evaluate import Evaluation
+from engine.optim import MovingAverage, build_optimizer, check_moments, freeze, lr_at
 from engine.run import Run
 from engine.state import State, Totals
 from engine.steps import Batch, Step, TrainStep
@@ -52,11 +52,12 @@ class Trainer:
         self.folder = run.folder
         self.world = world
         self.device = priors.device
+        frozen = freeze(net, options.freeze)
         self.optimizer = build_optimizer(net, options)
         forward = torch.compile(net) if options.compile else net
         self.train_step = TrainStep(
             world.replicate(forward, self.device), criterion, priors, self.optimizer,
-            amp=options.amp, clip_norm=options.clip_norm, world=world,
+            amp=options.amp, clip_norm=options.clip_norm, frozen=frozen, world=world,
         )
         self.average = MovingAverage(net, options.ema) if options.ema else None
         self.steps_per_epoch = self.sampler.steps
@@ -141,10 +142,8 @@ class Trainer:
         end = self.options.max_epoch * self.steps_per_epoch
         end = min(end, max_iters) if max_iters else end
         if end < self.state.step:
-            raise UserError(
-                f"{end} steps are asked for, but the run is at step {self.state.step} already; "
-                "raise --max_iters or --max_epoch"
-            )
+            raise UserError(f"{end} steps are asked for, but the run is at step {self.state.step} "
+                            "already; raise --max_iters or --max_epoch")
         self.log = RunLog(self.folder.path, self.state.history, self.options.visdom,
                           self.world.main)
         with self.stop:
@@ -280,11 +279,9 @@ class Trainer:
     def _refuse_loss(self, step: int, lr: float, loss_loc: float, loss_conf: float) -> None:
         indices = self.sampler.batch(step % self.steps_per_epoch)
         names = ", ".join(str(self.train_set.image_path(i)) for i in indices)
-        raise UserError(
-            f"the loss is not finite at step {step} (location loss {loss_loc}, confidence loss "
-            f"{loss_conf}; lr {lr:.3g}); {self.folder.last_good()}; check the boxes of the batch, "
-            f"or lower --lr; its images: {names}"
-        )
+        raise UserError(f"the loss is not finite at step {step} (location loss {loss_loc}, "
+                        f"confidence loss {loss_conf}; lr {lr:.3g}); {self.folder.last_good()}; "
+                        f"check the boxes of the batch, or lower --lr; its images: {names}")
 
     def _finish_epoch(self) -> None:
         """Evaluate and save as often as asked for, and write the epoch's record."""
@@ -345,9 +342,9 @@ class Trainer:
         if results is None:
             return {}
         value, metric = results["value"], results["metric"]
-        if scored(value) and value > self.state.best.get("value", -1):
+        if value is not None and value > self.state.best.get("value", -1):
             self.state.best = {"step": step, "value": value, "metric": metric}
-        self.log.scalars(step, {metric: value if scored(value) else None})
+        self.log.scalars(step, {metric: value})
         if self.options.send_images_to_visdom:
             self.log.image(step, "detections", self.evaluate.draw)
         return {key: results[key] for key in ("metric", "value", "per_class")}

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from data import DetectionData, build_dataset, default_sets, list_sets
+from data import (
+    DetectionData,
+    build_dataset,
+    default_sets,
+    find_layout,
+    layouts,
+    list_sets,
+    split_options,
+)
 from data.image import IMAGE_SUFFIXES, read_image
 from data.image_sets import ImageSet, parse_image_sets, sets_name
 from models.info import DetectorInfo
@@ -48,6 +56,8 @@ class TrainedOn:
     root: Path | None = None
     train_sets: tuple[ImageSet, ...] = ()
     test_sets: tuple[ImageSet, ...] = ()
+    split: Mapping[str, object] = field(default_factory=dict)
+    """Options that divide the images, see `data.split_options`."""
 
     @classmethod
     def of(cls, saved: Mapping, path: Path) -> TrainedOn:
@@ -60,7 +70,8 @@ class TrainedOn:
         root, *sets = (config.get(key) for key in ("root", "train_sets", "test_sets"))
         try:
             train, test = (tuple(ImageSet(*pair) for pair in pairs or ()) for pairs in sets)
-            return cls(_absolute(root) if root else None, train, test)
+            split = {key: config[key] for key in ("val_share", "split_by") if key in config}
+            return cls(_absolute(root) if root else None, train, test, split)
         except TypeError as error:
             raise UserError(
                 f"{path}: its configuration has root {root!r} and image sets {sets}, which is not "
@@ -86,17 +97,21 @@ def find_images(root: str | None, sets: str | None, limit: int, trained_on: Trai
         if root is None:
             return None
         raise UserError(f"{folder} does not exist; give a folder of images or a data set")
-    existing = list_sets(detector.dataset, folder)
+    name, existing = detector.dataset, list_sets(detector.dataset, folder)
     if not existing:
-        return _in_folder(folder, sets, limit, detector.dataset, training)
+        if not (found := layouts(folder)):
+            return _in_folder(folder, sets, limit, name, training)
+        name = name if name in dict(found) else find_layout(folder)[0]
+        existing = list_sets(name, folder)
     if sets:
         chosen = tuple(parse_image_sets(sets, existing))
     else:
-        train, test = default_sets(detector.dataset, folder)
+        train, test = default_sets(name, folder)
         if folder == trained_on.root:
             train, test = trained_on.train_sets or train, trained_on.test_sets or test
         chosen = train if training else test
-    dataset = build_dataset(detector.dataset, folder, chosen, detector.classes)
+    split = split_options(name, trained_on.split if folder == trained_on.root else {})
+    dataset = build_dataset(name, folder, chosen, detector.classes, **split)
     about = f"{folder} {sets_name(chosen)}"
     objects = sum(len(dataset.target(i)) > 0 for i in range(len(dataset)))
     if training or not objects:
@@ -108,7 +123,8 @@ def find_images(root: str | None, sets: str | None, limit: int, trained_on: Trai
 
 
 def _in_folder(folder: Path, sets: str | None, limit: int, dataset: str, training: bool) -> Images:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(file for file in folder.iterdir()
+                   if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")  # fmt: skip
     if not files:
         raise UserError(
             f"{folder} holds neither images nor a data set in {dataset} layout; give another folder"

@@ -57,9 +57,10 @@ class DetectConfig:
                 f"conf_thresh {self.conf_thresh} and nms_thresh {self.nms_thresh} should be in 0..1"
             )
 
-    def with_limits(self, conf_thresh: float | None, top_k: int | None) -> DetectConfig:
-        """Return the settings with another score threshold and limit; None: the own ones."""
-        asked = {"conf_thresh": conf_thresh, "top_k": top_k}
+    def with_limits(self, conf_thresh: float | None, top_k: int | None,
+                    per_class: int | None = None) -> DetectConfig:  # fmt: skip
+        """Return the settings with another score threshold and limits; None: the own ones."""
+        asked = {"conf_thresh": conf_thresh, "top_k": top_k, "per_class": per_class}
         return replace(self, **{key: value for key, value in asked.items() if value is not None})
 
 
@@ -119,6 +120,8 @@ class Detect(nn.Module):
                 f"loc {list(loc.shape)}, conf {list(conf.shape)}, {len(priors)} priors and "
                 f"{len(sizes)} image sizes do not fit together"
             )
+        if loc.device.type == "mps":  # lacks float64, and operations of some routines
+            loc, conf, priors = loc.cpu(), conf.cpu(), priors.cpu()
         image, prior = self._candidates(conf).nonzero(as_tuple=True)
         scores = conf[image, prior].float().softmax(1)
         over = scores[:, 1:] > self.config.conf_thresh

@@ -58,10 +58,8 @@ class DetectorInfo:
         """
         info = cls.for_data(saved, path, classes)
         if classes is not None and tuple(classes) != info.classes:
-            raise UserError(
-                f"{path} has {list_keys(info.classes, 'classes', 80)}, not "
-                f"{', '.join(classes)}; leave the names out"
-            )
+            raise UserError(f"{path} has {list_keys(info.classes, 'classes', 80)}, not "
+                            f"{', '.join(classes)}; leave the names out")
         return info
 
     @classmethod
@@ -86,10 +84,8 @@ class DetectorInfo:
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
         if info.dataset not in DATASETS:
-            raise UserError(
-                f"{path} was trained on the data set {info.dataset!r}, which is none of "
-                f"{', '.join(DATASETS)}; add it to this program, or train again"
-            )
+            raise UserError(f"{path} was trained on the data set {info.dataset!r}, which is none "
+                            f"of {', '.join(DATASETS)}; add it to this program, or train again")
         return info
 
     def build(self) -> Detector:
@@ -147,10 +143,8 @@ def _from_config(saved: Mapping, path: str | Path) -> DetectorInfo:
     kinds = {"version": str, "size": int, "dataset": str, "priors": str}
     for key, kind in kinds.items():
         if type(config.get(key)) is not kind:
-            raise UserError(
-                f"{path}: its configuration has {key} {config.get(key)!r:.60}, which is not valid; "
-                "give a checkpoint of this program"
-            )
+            raise UserError(f"{path}: its configuration has {key} {config.get(key)!r:.60}, which "
+                            "is not valid; give a checkpoint of this program")
     return DetectorInfo(**{key: config[key] for key in kinds}, classes=classes)
 
 

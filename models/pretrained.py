@@ -13,7 +13,7 @@ from models import BACKBONES
 from models.base_weights import BaseMatch, match_base
 from models.identify import Difference, bases_here, closest, identify
 from utils.checkpoint import load_checkpoint, save_checkpoint, save_safetensors
-from utils.download import fetch
+from utils.download import Place, fetch
 from utils.errors import UserError
 from utils.files import atomic_write, file_digest
 
@@ -28,13 +28,12 @@ class PublishedFile:
     """Its name on the command line."""
     file: str
     """Its file name."""
-    url: str
-    checksum: str | None
-    """"git:" and a blob id, or "sha256:" and the beginning of the digest. None if none was
-    published: then the tensors themselves are checked."""
+    places: tuple[Place, ...]
+    """Where it is, in the order in which they are tried. Where a place has no checksum, the tensors
+    themselves are checked."""
     versions: tuple[str, ...]
     """The detectors whose base network it starts (``--basenet``), or the one that it holds."""
-    licence: str
+    licence: str = "MIT"
     """The licence of the code that it was published with."""
     size: int | None = None
     """The input size of the detector that it holds, None for a base network."""
@@ -49,41 +48,51 @@ class PublishedFile:
         return f"{names} at {self.size}, {self.num_classes} classes with background"
 
 
-_AUTHORS = "https://raw.githubusercontent.com/PingoLH/PytorchSSD-HarDNet/master/weights/"
-_CLASSIFIERS = "https://ping-chao.com/hardnet/"
+WEIGHTS = Path("weights")
+"""The folder of published files."""
+_GITHUB = "https://raw.githubusercontent.com/PingoLH/"
+_AUTHORS = _GITHUB + "PytorchSSD-HarDNet/master/weights/"
+_CLASSIFIERS = _GITHUB + "Pytorch-HarDNet/master/"
+_PING_CHAO = "https://ping-chao.com/hardnet/"  # reported as gone
+_DRIVE = "https://drive.google.com/file/d/"
 _TORCHVISION = "https://download.pytorch.org/models/"
 _HARDNET68 = ("SSD_HarDNet68", "RFB_HarDNet68")
 _HARDNET85 = ("SSD_HarDNet85", "RFB_HarDNet85")
 
-
-def _row(name: str, folder: str, file: str, checksum: str | None, versions: tuple[str, ...],
-         licence: str = "MIT") -> PublishedFile:
-    return PublishedFile(name, file, folder + file, checksum, versions, licence)
-
-
 PUBLISHED = (
-    _row("hardnet68-base", _AUTHORS, "hardnet68_base_bridge.pth",
-         "git:e1c5068f95b680e0dbd2dba7fbcf9bfa76eb9d80", _HARDNET68),
-    _row("hardnet85-base", _AUTHORS, "hardnet85_base.pth",
-         "git:5fcc95ce628fba75994a83c40da1e92c118bd27a", _HARDNET85),
-    PublishedFile("ssd512-hardnet68-coco", "SSD-HarDNet68.pth",
-                  "https://drive.google.com/file/d/1IHXvQMsQbuwYbuxW7HjFQHhGSX6SKz70/view",
-                  None, ("SSD_HarDNet68",), "MIT", 512, 81),
-    PublishedFile("ssd512-hardnet85-coco", "SSD-HarDNet85.pth",
-                  "https://drive.google.com/file/d/1gagahaMFOKG6hOGpU0-CgL3m1yc13ktr/view",
-                  None, ("SSD_HarDNet85",), "MIT", 512, 81),
-    _row("hardnet68", _CLASSIFIERS, "hardnet68-5d684880.pth", "sha256:5d684880", _HARDNET68),
-    _row("hardnet85", _CLASSIFIERS, "hardnet85-a28faa00.pth", "sha256:a28faa00", _HARDNET85),
-    _row("hardnet68ds", _CLASSIFIERS, "hardnet68ds-632474d2.pth", "sha256:632474d2",
-         ("SSD_HarDNet68ds",)),
-    _row("hardnet39ds", _CLASSIFIERS, "hardnet39ds-0e6c6fa9.pth", "sha256:0e6c6fa9",
-         ("SSD_HarDNet39ds",)),
-    _row("vgg16-reducedfc", "https://s3.amazonaws.com/amdegroot-models/", "vgg16_reducedfc.pth",
-         None, ("SSD_vgg",)),
-    _row("resnet101", _TORCHVISION, "resnet101-63fe2227.pth", "sha256:63fe2227",
-         ("SSD_resnet101",), "BSD-3-Clause"),
-    _row("mobilenet-v2", _TORCHVISION, "mobilenet_v2-b0353104.pth", "sha256:b0353104",
-         ("SSD_mobile",), "BSD-3-Clause"),
+    PublishedFile("hardnet68-base", "hardnet68_base_bridge.pth", (
+        Place(_AUTHORS + "hardnet68_base_bridge.pth",
+              "git:e1c5068f95b680e0dbd2dba7fbcf9bfa76eb9d80"),), _HARDNET68),
+    PublishedFile("hardnet85-base", "hardnet85_base.pth", (
+        Place(_AUTHORS + "hardnet85_base.pth", "git:5fcc95ce628fba75994a83c40da1e92c118bd27a"),),
+        _HARDNET85),
+    PublishedFile("ssd512-hardnet68-coco", "SSD-HarDNet68.pth", (
+        Place(_DRIVE + "1IHXvQMsQbuwYbuxW7HjFQHhGSX6SKz70/view", None),), ("SSD_HarDNet68",),
+        size=512, num_classes=81),
+    PublishedFile("ssd512-hardnet85-coco", "SSD-HarDNet85.pth", (
+        Place(_DRIVE + "1gagahaMFOKG6hOGpU0-CgL3m1yc13ktr/view", None),), ("SSD_HarDNet85",),
+        size=512, num_classes=81),
+    PublishedFile("hardnet68", "hardnet68.pth", (
+        Place(_CLASSIFIERS + "hardnet68.pth", "git:1cf247ba4935866c16d0f02c886797f860fb1366"),
+        Place(_PING_CHAO + "hardnet68-5d684880.pth", "sha256:5d684880")), _HARDNET68),
+    PublishedFile("hardnet85", "hardnet85.pth", (
+        Place(_DRIVE + "1I-qbZtpVlWbRyz1c3lT7rg2IqxCl28at/view", None),
+        Place(_PING_CHAO + "hardnet85-a28faa00.pth", "sha256:a28faa00")), _HARDNET85),
+    PublishedFile("hardnet68ds", "hardnet68ds.pth", (
+        Place(_CLASSIFIERS + "hardnet68ds.pth", "git:f036deac5ad828a7838dc8101cd66112bcb55ec0"),
+        Place(_PING_CHAO + "hardnet68ds-632474d2.pth", "sha256:632474d2")), ("SSD_HarDNet68ds",)),
+    PublishedFile("hardnet39ds", "hardnet39ds.pth", (
+        Place(_CLASSIFIERS + "hardnet39ds.pth", "git:5b99f2587b2f28687aef03f8cf1c00dbb7c73294"),
+        Place(_PING_CHAO + "hardnet39ds-0e6c6fa9.pth", "sha256:0e6c6fa9")), ("SSD_HarDNet39ds",)),
+    PublishedFile("vgg16-reducedfc", "vgg16_reducedfc.pth", (
+        Place("https://s3.amazonaws.com/amdegroot-models/vgg16_reducedfc.pth", None),),
+        ("SSD_vgg",)),
+    PublishedFile("resnet101", "resnet101-63fe2227.pth", (
+        Place(_TORCHVISION + "resnet101-63fe2227.pth", "sha256:63fe2227"),), ("SSD_resnet101",),
+        "BSD-3-Clause"),
+    PublishedFile("mobilenet-v2", "mobilenet_v2-b0353104.pth", (
+        Place(_TORCHVISION + "mobilenet_v2-b0353104.pth", "sha256:b0353104"),), ("SSD_mobile",),
+        "BSD-3-Clause"),
 )
 
 
@@ -101,19 +110,23 @@ def published_bases(version: str) -> list[PublishedFile]:
     return [row for row in PUBLISHED if row.size is None and version in row.versions]
 
 
-def download(name: str, folder: str | Path = "weights") -> Path:
-    """Download a published file into ``folder``, verify it, and return its path.
+def download(name: str, folder: str | Path = WEIGHTS) -> Path:
+    """Download a published file, or ``hf://ORG/REPO/FILE[@REVISION]``; return its path in a folder.
+
+    Its checksum or its tensors are verified. A file of Hugging Face may be any file of weights.
 
     Raises:
         UserError: an unknown name, or a file that cannot be downloaded, written or verified.
     """
-    row = published(name)
+    row = None if name.startswith("hf://") else published(name)
 
     def fault(path: Path) -> str:
         try:
             found = examine(path)
         except UserError as error:
             return str(error)
+        if row is None:
+            return ""
         if row.size is None:
             right = set(row.versions) <= set(found.basenet)
         else:
@@ -121,8 +134,10 @@ def download(name: str, folder: str | Path = "weights") -> Path:
             right = (found.version, found.size, found.num_classes) == detector
         return "" if right else f"its tensors are not those of {row.fits}"
 
-    check = fault if row.checksum is None else None
-    return fetch(row.url, Path(folder) / row.file, row.checksum, check=check)
+    if row is None:
+        return fetch([Place(name, None)], Path(folder) / Path(name.partition("@")[0]).name, fault)
+    check = None if all(place.checksum for place in row.places) else fault
+    return fetch(row.places, Path(folder) / row.file, check)
 
 
 # ---------------------------------------------------------------- what a file holds
@@ -197,9 +212,10 @@ def examine(path: str | Path) -> Contents:
 def _origin(digests: Mapping[str, str]) -> str | None:
     """Return the name of the published file that has one of these digests."""
     for row in PUBLISHED:
-        name, _, expected = (row.checksum or "").partition(":")
-        if expected and digests[name].startswith(expected):
-            return row.name
+        for place in row.places:
+            name, _, expected = (place.checksum or "").partition(":")
+            if expected and digests[name].startswith(expected):
+                return row.name
     return None
 
 

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import pytest
 
 from data.scripts import voc
-from utils.download import extract_tar, fetch, unpacking_mark
+from utils.download import Place, extract_tar, fetch, unpacking_mark
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -42,12 +42,12 @@ CHECKSUMS = [
 def test_a_file_arrives_once_in_a_new_folder_and_replaces_another(server, tmp_path, checksum):
     path = tmp_path / "new" / "ä.bin"
     for _ in range(2):
-        assert fetch(f"{server.base}/a.bin", path, checksum) == path
+        assert fetch([Place(f"{server.base}/a.bin", checksum)], path) == path
     assert path.read_bytes() == CONTENT
     assert os.listdir(path.parent) == ["ä.bin"]
     assert server.asked == ["/a.bin"]
     path.write_bytes(b"half")
-    fetch(f"{server.base}/a.bin", path, checksum)
+    fetch([Place(f"{server.base}/a.bin", checksum)], path)
     assert path.read_bytes() == CONTENT
 
 
@@ -64,7 +64,7 @@ def test_a_bad_answer_leaves_the_earlier_file_and_says_what_to_do(server, tmp_pa
     path.write_bytes(b"earlier")
     url = server.base + url if url.startswith("/") else url
     with pytest.raises(UserError) as caught:
-        fetch(url, path, md5(b"something else"))
+        fetch([Place(url, md5(b"something else"))], path)
     message = str(caught.value)
     assert url in message and reason in message and f"by hand and put it at {path}" in message
     assert path.read_bytes() == b"earlier" and os.listdir(tmp_path) == ["b.bin"]
@@ -73,20 +73,39 @@ def test_a_bad_answer_leaves_the_earlier_file_and_says_what_to_do(server, tmp_pa
 def test_a_folder_that_cannot_be_made_is_named(server, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(UserError, match=r"Not a directory|File exists"):
-        fetch(f"{server.base}/a.bin", tmp_path / "file" / "a.bin", md5(CONTENT))
+        fetch([Place(f"{server.base}/a.bin", md5(CONTENT))], tmp_path / "file" / "a.bin")
 
 
 def test_without_a_checksum_a_check_decides(server, tmp_path):
     def check(file: Path) -> str:
         return "" if file.read_bytes() == CONTENT else "wrong way round"
 
+    places = [Place(f"{server.base}/a.bin", None)]
     server.files["/a.bin"] = CONTENT[::-1]
     with pytest.raises(UserError, match="wrong way round"):
-        fetch(f"{server.base}/a.bin", tmp_path / "a.bin", None, check)
+        fetch(places, tmp_path / "a.bin", check)
     server.files["/a.bin"] = CONTENT
-    assert fetch(f"{server.base}/a.bin", tmp_path / "a.bin", None, check).read_bytes() == CONTENT
+    assert fetch(places, tmp_path / "a.bin", check).read_bytes() == CONTENT
     with pytest.raises(ValueError, match="nothing would verify"):
-        fetch(f"{server.base}/a.bin", tmp_path / "a.bin", None)
+        fetch(places, tmp_path / "a.bin")
+
+
+def test_places_are_tried_in_order_and_a_file_of_any_is_kept(server, tmp_path):
+    """Two places have different bytes of the same weights."""
+    other, path = CONTENT[::-1], tmp_path / "a.bin"
+    server.files["/b.bin"] = other
+    names = {"gone": md5(CONTENT), "page": md5(CONTENT), "b": md5(other), "a": md5(CONTENT)}
+    places = [Place(f"{server.base}/{name}.bin", each) for name, each in names.items()]
+    assert fetch(places, path).read_bytes() == other
+    assert server.asked == ["/gone.bin", "/page.bin", "/b.bin"]
+    path.write_bytes(CONTENT)
+    assert fetch(places, path).read_bytes() == CONTENT and len(server.asked) == 3
+    with pytest.raises(UserError) as caught:
+        fetch(places[:2], tmp_path / "c.bin")
+    first, *table = str(caught.value).splitlines()
+    assert f"by hand and put it at {tmp_path / 'c.bin'}" in first and len(table) == 2
+    for line, place, reason in zip(table, places, ("404", "web page"), strict=False):
+        assert place.url in line and reason in line
 
 
 # ---------------------------------------------------------------- Google Drive
@@ -103,10 +122,10 @@ def test_files_of_drive_come_by_gdown_and_are_verified(tmp_path, monkeypatch):
         return output
 
     monkeypatch.setitem(sys.modules, "gdown", SimpleNamespace(download=download))
-    assert fetch(DRIVE, tmp_path / "a.pth", md5(CONTENT)).read_bytes() == CONTENT
+    assert fetch([Place(DRIVE, md5(CONTENT))], tmp_path / "a.pth").read_bytes() == CONTENT
     assert asked == [("1IHX-vQ_z", False, True)]
-    with pytest.raises(UserError, match=f"{DRIVE} gave {len(CONTENT)} bytes that are not b.pth"):
-        fetch(DRIVE, tmp_path / "b.pth", md5(b"other"))
+    with pytest.raises(UserError, match=f"{DRIVE}: gave {len(CONTENT)} bytes that are not b.pth"):
+        fetch([Place(DRIVE, md5(b"other"))], tmp_path / "b.pth")
     assert os.listdir(tmp_path) == ["a.pth"]
 
 
@@ -122,11 +141,28 @@ def refuse(**options):
 def test_what_drive_refuses_is_one_sentence(tmp_path, monkeypatch, gdown, reason):
     monkeypatch.setitem(sys.modules, "gdown", gdown)
     with pytest.raises(UserError) as caught:
-        fetch(DRIVE, tmp_path / "a.pth", md5(CONTENT))
+        fetch([Place(DRIVE, md5(CONTENT))], tmp_path / "a.pth")
     message = str(caught.value)
     assert DRIVE in message and reason in message and "\n" not in message
     assert f"put it at {tmp_path / 'a.pth'}" in message
     assert os.listdir(tmp_path) == []
+
+
+def test_files_of_hugging_face_come_by_their_package(tmp_path, monkeypatch):
+    def download(repository, file, revision):
+        assert (repository, file) == ("org/repo", "some/a.pth")
+        cached = tmp_path / f"cached {revision}"
+        cached.write_bytes(str(revision).encode())
+        return str(cached)
+
+    hub = SimpleNamespace(hf_hub_download=download)
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    for end, revision in (("", b"None"), ("@v1", b"v1")):
+        place = Place(f"hf://org/repo/some/a.pth{end}", md5(revision))
+        assert fetch([place], tmp_path / "a.pth").read_bytes() == revision
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(UserError, match=r"hf://org/repo/b\.pth.*pip install huggingface_hub"):
+        fetch([Place("hf://org/repo/b.pth", md5(b""))], tmp_path / "b.pth")
 
 
 # ---------------------------------------------------------------- archives

@@ -13,7 +13,17 @@ from data.curves import load_curves, write_curves
 from data.detections import load_detections, save_detections
 from utils import files
 from utils.errors import UserError
-from utils.files import atomic_write, load_arrays, write_json
+from utils.files import atomic_write, load_arrays, read_bytes, write_json
+
+
+@pytest.mark.parametrize("name", "pipe /dev/zero folder missing large a\0b \ud800".split())
+def test_only_a_regular_file_is_read(tmp_path, name):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "large").write_bytes(b"12345")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match="list"):
+        read_bytes(tmp_path / name, "list", limit=4)
+    assert read_bytes(tmp_path / "large", limit=5) == b"12345"
 
 
 def test_arrays_are_read_and_nothing_else_is(tmp_path):

@@ -143,8 +143,8 @@ def test_a_core_has_one_loading_process_unless_asked(monkeypatch, machine, kept,
 def test_image_sets_follow_the_root_and_what_it_holds(tmp_path, voc_folder):
     assert resolve({"root": str(voc_folder)}).test_sets == (ImageSet(None, "test"),)
     published = (ImageSet("2007", "trainval"), ImageSet("2012", "trainval"))
-    assert resolve({"root": str(tmp_path)}).train_sets == published
-    given = {"root": str(tmp_path), "train_sets": "2012_train, 2007_trainval,own_set"}
+    assert resolve({"root": str(tmp_path / "gone")}).train_sets == published
+    given = {"root": str(tmp_path / "gone"), "train_sets": "2012_train, 2007_trainval,own_set"}
     assert list(map(str, resolve(given).train_sets)) == ["2012_train", "2007_trainval", "own_set"]
     (voc_folder / "ImageSets/Main/2024_train.txt").write_text("b1\n")
     given = {"root": str(voc_folder), "train_sets": "2024_train"}
@@ -201,7 +201,7 @@ def refusal(*line: str) -> str:
     ("--resume_epoch 3", "--resume_epoch --resume_net"),
     ("--class_map a=b", "--class_map --resume_net"),
     ("--train_sets ,", "image set"), ("--train_sets=", "image set"), ("--test=", "--test empty"),
-    ("--resume=", "--resume empty"), ("--basenet=", "--basenet empty"),
+    ("--resume=", "--resume empty"), ("--basenet=", "--basenet"),
     ("--send_images_to_visdom", "--send_images_to_visdom --visdom"),
     ("--optimizer adamw", "--optimizer adamw --lr --weight_decay"),
     ("-v SSD_mobile -s 512", "512 --size"),

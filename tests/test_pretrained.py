@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from models.pretrained import PUBLISHED, examine, published, published_bases
 from tools.weights import main
 from train_test import main as train_test
 from utils.checkpoint import load_checkpoint, save_checkpoint
+from utils.download import Place
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -70,13 +72,15 @@ def files(tmp_path_factory):
 def test_every_row_names_detectors_that_exist_and_a_known_kind_of_hash():
     for row in PUBLISHED:
         assert set(row.versions) <= set(BACKBONES), row
-        assert row.url.startswith("https://") and row.file.endswith(".pth") and row.licence
-        kind, _, value = (row.checksum or "none:").partition(":")
-        assert len(value) == {"git": 40, "sha256": 8, "none": 0}[kind]
-        if kind == "sha256":  # the publishers write it into the name
-            assert row.file.endswith(f"-{value}.pth")
+        assert row.places and row.file.endswith(".pth") and row.licence
+        for url, checksum in row.places:
+            assert url.startswith("https://")
+            kind, _, value = (checksum or "none:").partition(":")
+            assert len(value) == {"git": 40, "sha256": 8, "none": 0}[kind]
+            if kind == "sha256":  # the publishers write it into the name
+                assert url.endswith(f"-{value}.pth")
         assert (row.size is None) == (row.num_classes is None)
-    for field in ("name", "file", "url"):
+    for field in ("name", "file", "places"):
         assert len({getattr(row, field) for row in PUBLISHED}) == len(PUBLISHED)
 
 
@@ -84,7 +88,8 @@ def test_every_detector_has_a_base_file_and_those_with_a_classifier_have_its_fil
     for version, row in BACKBONES.items():
         files = published_bases(version)
         assert files, version
-        hashed = [file for file in files if (file.checksum or "").startswith("sha256:")]
+        hashed = [file for file in files if any("sha256:" in (place.checksum or "")
+                                                for place in file.places)]
         assert bool(hashed) == (row.classifier is not None), version
     assert published_bases("RFB_HarDNet68")[0].file == "hardnet68_base_bridge.pth"
 
@@ -94,15 +99,17 @@ def test_the_page_of_the_folder_has_every_row():
     lines = [line for line in page.splitlines() if line.startswith("| `")]
     assert len(lines) == len(PUBLISHED)
     for row, line in zip(PUBLISHED, lines, strict=True):
-        value = (row.checksum or ":none").partition(":")[2]
-        for text in (row.name, f"`{row.file}`", row.url, value, row.licence, *row.versions):
+        values = [(checksum or ":none").partition(":")[2] for _, checksum in row.places]
+        urls = [place.url for place in row.places]
+        for text in (row.name, f"`{row.file}`", *urls, *values, row.licence, *row.versions):
             assert text in line, (row.name, text)
 
 
 def test_list_prints_them_and_an_unknown_name_is_answered_with_all(capsys):
     assert main(["list"]) == 0
     printed = capsys.readouterr().out
-    assert all(row.url in printed and row.fits in printed for row in PUBLISHED)
+    for row in PUBLISHED:
+        assert all(text in printed for text in (row.fits, *(place.url for place in row.places)))
     assert main(["download", "hardnet99"]) == 2
     error = capsys.readouterr().err
     assert all(text in error for text in ("hardnet99", *(row.name for row in PUBLISHED)))
@@ -114,11 +121,12 @@ def test_list_prints_them_and_an_unknown_name_is_answered_with_all(capsys):
 
 @pytest.fixture
 def offer(files, server, monkeypatch):
-    """offer(name, kind, **changes): let a row of the table lead to a local host of the files."""
+    """offer(name, kind, checksum, **changes): let a row lead to a local host of the files."""
 
-    def set_row(name, kind, **changes):
+    def set_row(name, kind, checksum=None, **changes):
         server.files[f"/{kind}"] = files[kind].read_bytes()
-        row = replace(published(name), url=f"{server.base}/{kind}", **changes)
+        places = (Place(f"{server.base}/{kind}", checksum),)
+        row = replace(published(name), places=places, **changes)
         others = [other for other in PUBLISHED if other.name != name]
         monkeypatch.setattr(pretrained, "PUBLISHED", (*others, row))
 
@@ -152,6 +160,13 @@ def test_a_file_without_a_published_hash_is_judged_by_its_tensors(
     assert os.listdir(tmp_path) == []
     offer(name, kind, **fitting)
     assert pretrained.download(name, tmp_path).read_bytes() == files[kind].read_bytes()
+
+
+def test_any_file_of_weights_comes_from_hugging_face(files, tmp_path, monkeypatch):
+    hub = SimpleNamespace(hf_hub_download=lambda repository, file, revision: str(files["old"]))
+    monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
+    path = pretrained.download("hf://org/repo/folder/a.pth@main", tmp_path)
+    assert path == tmp_path / "a.pth" and path.read_bytes() == files["old"].read_bytes()
 
 
 # ---------------------------------------------------------------- weights of a base network
@@ -332,7 +347,8 @@ def test_what_cannot_be_compared_is_said(files, monkeypatch, capsys):
 
 
 def test_a_published_file_is_recognised_by_its_hash(files, monkeypatch, capsys):
-    row = replace(published("ssd512-hardnet68-coco"), checksum=git(files["detector"]))
+    row = published("ssd512-hardnet68-coco")
+    row = replace(row, places=(*row.places, Place("x", git(files["detector"]))))
     monkeypatch.setattr(pretrained, "PUBLISHED", (row,))
     assert main(["inspect", str(files["detector"])]) == 0
     printed = capsys.readouterr().out

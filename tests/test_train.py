@@ -24,6 +24,8 @@ import models
 from data import DATASETS
 from data.config import VOC_300
 from data.loading import TrainingSet
+from engine.options import Call, Options
+from engine.run import _base_file
 from engine.trainer import Trainer
 from inference.predictor import Predictor
 from models import build_net
@@ -208,6 +210,22 @@ def test_base_weights_are_counted_in_the_log(call, tmp_path, capsys):
     torch.save({f"module.{k}": t for k, t in base.state_dict().items()}, tmp_path / "base.pth")
     assert call("--basenet", tmp_path / "base.pth", "--max_iters", 1, "--test_frequency", 0) == 0
     assert "9 of 9 tensors of the base network from" in capsys.readouterr().out
+
+
+def test_published_base_weights_are_taken_where_they_are(tmp_path, monkeypatch, caplog):
+    """Without them the log names the file, the command that gets it, and the recipe."""
+    monkeypatch.chdir(tmp_path)
+    options = Options(version="RFB_HarDNet68")
+    assert _base_file(Call(), options) is None
+    (record,) = caplog.records
+    for text in ("hardnet68_base_bridge.pth", "tools.weights download hardnet68-base", "modern"):
+        assert text in record.getMessage()
+    Path("weights").mkdir()
+    for name in ("hardnet68.pth", "hardnet68_base_bridge.pth"):
+        Path("weights", name).touch()
+        assert _base_file(Call(), options) == Path("weights", name)
+    assert _base_file(Call(basenet="other.pth"), options) == Path("other.pth")
+    assert _base_file(Call(basenet="none"), options) is None and len(caplog.records) == 1
 
 
 def test_tensorboard_gets_scalars_and_pictures_with_their_boxes(call):

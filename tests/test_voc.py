@@ -94,11 +94,8 @@ def test_missing_images_are_refused_all_at_once(voc_folder):
     (voc_folder / "JPEGImages/t4.jpg").rename(voc_folder / "JPEGImages/t4.txt")
     with pytest.raises(UserError, match=r"^2 image \(\.jpg/.*missing: .*t2, .*t4$"):
         read(voc_folder)
-    (voc_folder / "JPEGImages").rename(voc_folder / "images")
+    (voc_folder / "JPEGImages").rename(voc_folder / "pictures")
     with pytest.raises(UserError, match=r"^4 image .*missing: .*JPEGImages/t1, "):
-        read(voc_folder)
-    (voc_folder / "JPEGImages").touch()
-    with pytest.raises(UserError, match="JPEGImages: cannot read the folder"):
         read(voc_folder)
 
 
@@ -119,7 +116,8 @@ def test_box_without_area_is_dropped_from_training_but_not_from_evaluation(datas
     assert found == tuple(value - 1 for value in box)
     values = ", ".join(map(str, box))
     path = tmp_path / "own/Annotations/a.xml"
-    assert detail == f'{path}: object 2 ("dog") ({values}) in {WIDTH} x {HEIGHT}'
+    assert detail.startswith(f'{path}: object 2 ("dog") ({values}) in {WIDTH} x {HEIGHT}')
+    assert ("swapped corners?" in detail) == (box[2] < box[0])
     assert len(data.truth().boxes) == 2
 
 

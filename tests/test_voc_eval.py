@@ -6,11 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.annotation import Annotation
 from data.curves import load_curves
 from data.voc0712 import VOCDetection
 from data.voc_comp4 import ClassDetections, comp4_path, read_comp4, write_comp4
 from data.voc_eval import METRICS, average_precision, evaluate_voc, main, write_voc_curves
-from data.voc_xml import Annotation
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).parent / "goldens"

@@ -1,5 +1,6 @@
 """VOC's annotations: XML files, image sets, class names."""
 
+import os
 import re
 
 import numpy as np
@@ -9,7 +10,9 @@ from conftest import write_annotation
 from data.classes import parse_classes
 from data.config import VOC_CLASSES
 from data.skips import SkipKind
-from data.voc_xml import list_image_sets, load_annotations, read_annotation
+from data.voc_layout import list_image_sets
+from data.voc_read import load_annotations
+from data.voc_xml import read_annotation
 from utils.errors import UserError
 
 
@@ -55,6 +58,52 @@ BOX = "<bndbox><xmin>1</xmin><ymin>1</ymin><xmax>5</xmax><ymax>5</ymax></bndbox>
 GOOD = f"<object><name>dog</name>{BOX}</object>"
 
 
+@pytest.mark.parametrize(("text", "boxes"), [
+    (GOOD, [[0, 0, 4, 4]]),
+    (f"<object><name>dog</name>{BOX}{BOX.replace('5', '7')}</object>",
+     [[0, 0, 4, 4], [0, 0, 6, 6]]),
+    (f"<objects><annotation>{GOOD}</annotation></objects>", [[0, 0, 4, 4]]),
+    (GOOD.replace("bndbox", "BndBox").replace("object", "Object"), [[0, 0, 4, 4]]),
+    (f"<object><name>dog</name><region>{BOX}</region></object>", [[0, 0, 4, 4]]),
+    ('<object><name>dog</name><bndbox xmin="2" ymin="3" xmax="4" ymax="5"/></object>',
+     [[1, 2, 3, 4]]),
+    ("<object><name>dog</name><robndbox><cx>21</cx><cy>11</cy><w>8</w><h>4</h><angle>"
+     "1.5707963267948966</angle></robndbox></object>", [[18, 6, 22, 14]]),
+    ("<object><name>dog</name><polygon><x1>2</x1><y1>9</y1><x2>7</x2><y2>3</y2></polygon></object>",
+     [[1, 2, 6, 8]]),
+    ("<object><name>dog</name><polygon><username>x</username><pt><x>2</x><y>9</y></pt><pt><x>7</x>"
+     "<y>3</y></pt></polygon></object>", [[1, 2, 6, 8]]),
+    ("<object><name>dog</name><points><point>2,9</point><point>7,3</point></points></object>",
+     [[1, 2, 6, 8]]),
+    (GOOD.replace("<name>", "<deleted>1</deleted><name>"), []),
+])
+@pytest.mark.parametrize("root", ["annotation", "Annotation", 'annotation xmlns="urn:a"', "doc"])
+def test_objects_are_read_at_any_depth_and_in_any_shape(tmp_path, text, boxes, root):
+    found = read_annotation(xml(tmp_path, f"<{root}>{text}</{root.split()[0]}>"))
+    assert np.allclose(found.boxes, np.reshape(boxes, (-1, 4)), atol=1e-9)
+    assert found.names == ("dog",) * len(boxes)
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("<doc/>", "root is <doc>"),
+    ('<annotations><image><box xmin="1"/></image></annotations>', "<box>"),
+    (f"<annotation><item><name>dog</name>{BOX}</item></annotation>", "<bndbox> outside"),
+    (f"<annotation><object><name>a</name>{GOOD}</object></annotation>", "object 1 .*<object>"),
+    ("<a><b><filename>a</filename></b><b><filename>b</filename></b></a>", "several images|root"),
+    (f"<annotation><object><name>a</name><name>b</name>{BOX}</object></annotation>", "names: a, b"),
+    ("<annotation><size><width>1e300</width></size></annotation>", '<width> is "1e300"'),
+    ("<annotation><size><width>-1</width></size></annotation>", "<width> is -1"),
+    ("<annotation><size><width>wide</width></size></annotation>", '<width> is "wide"'),
+    ("<annotation><object><name>a</name><polygon><x>1</x></polygon></object></annotation>", "1 x"),
+    (f"<annotation>{GOOD.replace('<xmin>', '<xmin>1</xmin><xmin>')}</annotation>", "al <xmin>"),
+    ("<annotation><object><name>a</name><robndbox><cx>1</cx><cy>1</cy><w>1</w><h>1</h><angle>90"
+     "</angle></robndbox></object></annotation>", "<angle> is 90, expected radians"),
+])
+def test_annotation_that_is_not_understood_is_refused_by_file(tmp_path, text, message):
+    with pytest.raises(UserError, match=rf"a\.xml.*{message}"):
+        read_annotation(xml(tmp_path, text))
+
+
 @pytest.mark.parametrize(("text", "message"), [
     (f"<object>{BOX}</object>", "a.xml: object 2 .*<name>"),
     (f"<object><name> </name>{BOX}</object>", "a.xml: object 2 .*<name>"),
@@ -73,10 +122,41 @@ def test_malformed_annotation_is_refused_by_file_and_place(tmp_path, text, messa
         read_annotation(path)
 
 
-def test_file_that_is_no_xml_is_refused(tmp_path):
-    for text in ("", '<?xml version="1.0" encoding="klingon"?><annotation/>'):
-        with pytest.raises(UserError, match=r"a\.xml.*: malformed XML"):
-            read_annotation(xml(tmp_path, text))
+NAMED = "<annotation><object><name>{}</name>" + BOX + "</object></annotation>"
+
+
+@pytest.mark.parametrize(("encoding", "declared"), [
+    ("utf-8", "utf8"), ("utf-8-sig", None), ("cp1252", "windows-1252"), ("gbk", "GBK"),
+    ("shift_jis", "Shift_JIS"), ("utf-16", "UTF-16"), ("utf-16-le", "UTF-16"), ("utf-16", None),
+    ("utf-8", "utf-16"), ("utf-8-sig", "ascii"),
+])
+def test_annotation_is_read_in_every_encoding_of_python(tmp_path, encoding, declared):
+    name = "\u732b" if encoding in ("gbk", "shift_jis") else "\xe9t\xe9"
+    head = f'<?xml version="1.0" encoding="{declared}"?>\n' if declared else ""
+    (tmp_path / "a.xml").write_bytes((head + NAMED.format(name)).encode(encoding))
+    assert read_annotation(tmp_path / "a.xml").names == (name,)
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    (b"", r"a\.xml:1: malformed XML"),
+    (b"\x89PNG\r\n\x1a\n\0", r"a\.xml:1: byte 0x89 is not utf-8 .*save the file as UTF-8"),
+    (b"<annotation>\n\xe9</annotation>", r"a\.xml:2: byte 0xE9 is not utf-8 .* as UTF-8"),
+    (b'<?xml version="1.0" encoding="klingon"?><a/>', r'a\.xml: encoding "klingon" .* as UTF-8'),
+    (b'<?xml version="1.0" encoding="rot13"?><a/>', r'a\.xml: encoding "rot13" .* as UTF-8'),
+    (b"<annotation>\0</annotation>", r"a\.xml:1: a NUL character"),
+    (b"<annotation>&#xD800;</annotation>", r"a\.xml:1: malformed XML"),
+    (b'<!DOCTYPE a [<!ENTITY b "bb"><!ENTITY c "&b;&b;">]><annotation/>', "XML entities.* remove"),
+])
+def test_file_that_is_no_xml_is_refused(tmp_path, content, message):
+    (tmp_path / "a.xml").write_bytes(content)
+    with pytest.raises(UserError, match=message):
+        read_annotation(tmp_path / "a.xml")
+
+
+def test_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "a.xml")
+    with pytest.raises(UserError, match=r"a\.xml: .*pipe"):
+        read_annotation(tmp_path / "a.xml")
 
 
 def test_image_sets_are_found_and_read_in_every_usual_form(voc_folder, voc_devkit):
@@ -150,9 +230,9 @@ def test_missing_set_is_refused_with_the_paths_tried_and_the_existing_sets(voc_d
     assert list_image_sets(voc_folder) == [(None, "test"), (None, "trainval")]
 
 
-def test_images_and_annotations_in_one_folder_are_sent_to_the_page(tmp_path):
-    write_annotation(tmp_path / "a.xml", [("dog", (1, 1, 5, 5))])
-    with pytest.raises(UserError, match="Annotations/ and JPEGImages/ .*docs/own_data.md"):
+def test_folder_without_annotations_is_sent_to_the_page(tmp_path):
+    (tmp_path / "a.jpg").touch()
+    with pytest.raises(UserError, match="holds neither XML .*docs/own_data.md"):
         load(tmp_path, "trainval", "2007")
 
 

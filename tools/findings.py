@@ -130,9 +130,7 @@ class Report:
 
     def titles(self) -> list[str]:
         """Return a line on each part."""
-        root = self.options.root
-        return [f"{name}: {self.sets(name)} of {root}, {len(part.sizes):,} images,"
-                f" {len(part.boxes):,} boxes" for name, part in self.parts.items()]
+        return [f"{name}: {part.dataset.describe()}" for name, part in self.parts.items()]
 
     def conclusion(self) -> str:
         """Return the tables of classes and of fits, the advice and the verdict."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DATASETS, DetectionData, build_dataset, list_sets
+from data import DATASETS, DetectionData, build_dataset, list_sets, split_options
 from data.classes import check_classes
 from data.curves import CURVES_FILE, SIZES, Curves, load_curves
 from data.detections import load_detections
@@ -142,10 +142,8 @@ def find_tests(directory: Path) -> list[Path]:
     below = ("results.json", "*/results.json", "*/*/results.json", "ss_predict/*/*/results.json")
     found = [path for pattern in below for path in directory.glob(pattern) if path.is_file()]
     if not found:
-        raise UserError(
-            f"{directory} holds no results.json, nor a test under ss_predict/; give the folder of "
-            "a run or of a test's results (docs/reading_a_report.md)"
-        )
+        raise UserError(f"{directory} holds no results.json, nor a test under ss_predict/; give "
+                        "the folder of a run or of a test's results (docs/reading_a_report.md)")
     found.sort(key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True)
     return [path.parent for path in found]
 
@@ -189,7 +187,8 @@ def _open_dataset(results: Results, root: str) -> DetectionData:
     try:
         existing = list_sets(name, root)
         image_sets = [ImageSet.parse(one, existing) for one in sets.split("+")]
-        dataset = build_dataset(name, root, image_sets, results.classes)
+        dataset = build_dataset(name, root, image_sets, results.classes,
+                                **split_options(name, results.values))
         dataset.check_scorable()
         if overfit:
             dataset.keep_first(overfit)

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from models.pretrained import PUBLISHED, Contents, convert, download, examine, published
+from models.pretrained import PUBLISHED, WEIGHTS, Contents, convert, download, examine, published
 from utils.checkpoint import list_keys
 from utils.errors import command
 
@@ -27,8 +27,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="list the published files: what they fit, and where they are")
     c = commands.add_parser("download", help="download a published file, and verify it")
-    c.add_argument("name", metavar="NAME", help="a name of the list")
-    c.add_argument("--to", metavar="DIR", default="weights", help="folder (default: weights)")
+    c.add_argument("name", metavar="NAME", help="a name of the list, or hf://ORG/REPO/FILE[@REVISION]")
+    c.add_argument("--to", metavar="DIR", default=WEIGHTS, help="folder (default: weights)")
     c = commands.add_parser("inspect", help="say what a file holds, without running its code")
     c.add_argument("file", metavar="FILE")
     c.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -49,7 +49,7 @@ def describe(found: Contents) -> str:
     }
     if found.origin:
         row = published(found.origin)
-        lines["origin"] = f"{row.name}, {row.url}, licence {row.licence}"
+        lines["origin"] = f"{row.name}, {row.places[0].url}, licence {row.licence}"
     if found.version:
         lines["detector"] = found.closest
         lines["classes"] = ", ".join(found.classes or ["(names are not in the file)"])
@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command == "list":
         for row in PUBLISHED:
             print(f"{row.name:<22} {row.file}\n  {row.fits}; licence {row.licence}")
-            print(f"  {row.url}\n  {row.checksum or 'no hash known: its tensors are checked'}")
+            for url, checksum in row.places:
+                print(f"  {url}\n  {checksum or 'no hash known: its tensors are checked'}")
     elif args.command == "download":
         print(download(args.name, args.to))
     elif args.command == "inspect":

@@ -41,7 +41,7 @@ CPU_SOURCE = Path("utils/nms/_cpu_nms.pyx")
 CUDA_SOURCE = Path("utils/nms/_cuda_nms.cu")
 CORE = (
     "torch>=2.6", "torchvision", "numpy>=1.26", "opencv-python-headless>=4.8", "pillow>=10.1",
-    "pycocotools>=2.0.8", "cython>=3", "setuptools>=64",
+    "pycocotools>=2.0.8", "pyyaml>=5.1", "cython>=3", "setuptools>=64",
 )
 EVAL = ("hotcoco>=1.2", "faster-coco-eval")
 ONNX = ("onnx", "onnxscript")
@@ -52,7 +52,7 @@ EXTRAS = {
     "eval": EVAL,
     "onnx": (*ONNX, "onnxruntime"),
     "openvino": (*OPENVINO, *ONNX),
-    "weights": ("safetensors", "gdown"),
+    "weights": ("safetensors", "gdown", "huggingface_hub"),
     "report": ("matplotlib",),
     "tensorboard": ("tensorboard",),
 }

@@ -88,10 +88,8 @@ def save_safetensors(path: Path, model: Mapping[str, Tensor], about: Mapping) ->
         tensors = {k: tensor.detach().cpu().contiguous().clone() for k, tensor in model.items()}
         data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
     except Exception as error:  # the package raises various types
-        raise UserError(
-            f"{path} cannot be written: safetensors cannot hold this ({_reason(error)}); keep it "
-            "as .pth"
-        ) from error
+        raise UserError(f"{path} cannot be written: safetensors cannot hold this "
+                        f"({_reason(error)}); keep it as .pth") from error
     with atomic_write(path) as file:
         file.write(data)
 
@@ -160,10 +158,9 @@ def _load_torch(path: Path, mmap: bool) -> Mapping:
             ) from error
         # PyTorch's own text says how to open the file unsafely.
         reason = _reason(error.__context__ or error)
-        raise UserError(
-            f"{path} is damaged, is not a PyTorch file of a state dict, or holds more than tensors "
-            f"and plain data ({reason}); get it anew, or save model.state_dict() by torch.save"
-        ) from error
+        raise UserError(f"{path} is damaged, is not a PyTorch file of a state dict, or holds more "
+                        f"than tensors and plain data ({reason}); get it anew, or save "
+                        "model.state_dict() by torch.save") from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state
@@ -203,9 +200,8 @@ def _load_safetensors(path: Path) -> dict:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except Exception as error:  # as above, and for dtypes that PyTorch does not have
-        raise UserError(
-            f"{path} is damaged, or is not a safetensors file that can be read ({_reason(error)})"
-        ) from error
+        raise UserError(f"{path} is damaged, or is not a safetensors file that can be read "
+                        f"({_reason(error)})") from error
     try:
         about = {k: json.loads(about[k]) for k in ("config", "classes", "keys") if k in about}
     except (ValueError, RecursionError) as error:  # RecursionError: JSON as deep as that
@@ -222,9 +218,8 @@ def _import_safetensors(path: Path) -> ModuleType:
     try:
         import safetensors
     except ImportError as error:
-        raise UserError(
-            f"{path} needs the package safetensors, which is not installed; pip install safetensors"
-        ) from error
+        raise UserError(f"{path} needs the package safetensors, which is not installed; pip "
+                        "install safetensors") from error
     return safetensors
 
 
@@ -233,9 +228,8 @@ def _check_entries(path: Path, state: Mapping) -> None:
     found = state.get("format", _FORMAT)
     if not (isinstance(found, int) and found == _FORMAT):
         kind = repr(found) if isinstance(found, (int, str)) else f"a {type(found).__name__}"
-        raise UserError(
-            f"{path} has checkpoint format {kind}, this code reads {_FORMAT}; update the code"
-        )
+        raise UserError(f"{path} has checkpoint format {kind}, this code reads {_FORMAT}; update "
+                        "the code")
     classes = state.get("classes", [])
     if not (isinstance(classes, list | tuple) and all(map(_is_text, classes))):
         raise UserError(f'{path} has "classes" that are not a list of names; it is no checkpoint')

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import re
+import shutil
 import socket
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import ModuleType
+from typing import NamedTuple
 
 from utils.errors import UserError
 from utils.files import file_digest
@@ -20,50 +24,74 @@ from utils.files import file_digest
 SECONDS_OF_SILENCE = 30
 """A server that sends nothing for so long is given up."""
 _DRIVE = re.compile(r"https://drive\.google\.com/file/d/([\w-]+)")
+_HUB = re.compile(r"hf://([^/]+/[^/]+)/([^@]+)(?:@(.+))?")
 
 
-def fetch(url: str, path: str | Path, checksum: str | None,
+class Place(NamedTuple):
+    """Where a file is.
+
+    url: http(s), ``https://drive.google.com/file/d/ID/view`` (needs the package gdown), or
+        ``hf://ORG/REPO/FILE[@REVISION]`` (needs huggingface_hub).
+    checksum: "md5:", "sha256:" or "git:" (a blob id), and the hex digest or its beginning; None if
+        none is known.
+    """
+
+    url: str
+    checksum: str | None
+
+
+def fetch(places: Sequence[Place], path: str | Path,
           check: Callable[[Path], str] | None = None) -> Path:
-    """Download ``url`` to ``path``, verify it, and return the path. A good file is kept as it is.
+    """Download a file from the first place that has it to ``path``, and return the path.
 
-    The file takes its place after it was verified; until then an earlier file stays. Files of
-    Google Drive (https://drive.google.com/file/d/ID/view) need the package gdown, which resumes a
-    download that was cut short. Other files start anew.
+    The file takes its place after it was verified; until then an earlier file stays. A file that is
+    there already is kept if it is that of any place.
 
     Args:
-        checksum: "md5:", "sha256:" or "git:" (a blob id), and the hex digest or its beginning; None
-            if none is known.
         check: returns what else is wrong with a file, "" if nothing is.
 
     Raises:
-        UserError: the file cannot be downloaded, written or verified.
-        ValueError: neither a checksum nor a check.
+        UserError: no place gives the file, or it cannot be written. The message has a line a place.
+        ValueError: a place has no checksum, and there is no check.
     """
-    if checksum is None and check is None:
-        raise ValueError(f"nothing would verify {url}; give a checksum or a check")
+    if check is None and not all(place.checksum for place in places):
+        raise ValueError(f"nothing would verify {places[0].url}; give a checksum or a check")
     path = Path(path)
-    part = path.with_name(path.name + ".part")
     by_hand = f"download it by hand and put it at {path}"
     try:
         if path.is_file():
-            reason = _fault(path, checksum, check)
-            if not reason:
+            faults = [_fault(path, place.checksum, check) for place in places]
+            if not all(faults):
                 return path
-            print(f"{path} is not the file wanted ({reason}): replacing it", file=sys.stderr)
+            print(f"{path} is not the file wanted ({faults[0]}): replacing it", file=sys.stderr)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if drive := _DRIVE.match(url):
-            _download_from_drive(drive[1], url, part, by_hand)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}); choose another folder") from error
+    answers = []
+    for place in places:
+        try:
+            return _fetch_from(place, path, check)
+        except (UserError, OSError, HTTPException, ValueError) as error:
+            answers.append(f"{place.url}: {' '.join(str(error).split()) or type(error).__name__}")
+    if len(answers) == 1:
+        raise UserError(f"cannot download {answers[0]}; try again later, or {by_hand}")
+    lines = "\n  ".join(answers)
+    raise UserError(f"no place gives {path.name}; try again later, or {by_hand}\n  {lines}")
+
+
+def _fetch_from(place: Place, path: Path, check: Callable[[Path], str] | None) -> Path:
+    part = path.with_name(path.name + ".part")
+    try:
+        if drive := _DRIVE.match(place.url):
+            _download_from_drive(drive[1], part)
+        elif hub := _HUB.fullmatch(place.url):
+            _download_from_hub(*hub.groups(), part)
         else:
-            _download(url, part)
-        if reason := _fault(part, checksum, check):
-            raise UserError(
-                f"{url} gave {part.stat().st_size} bytes that are not {path.name} ({reason}); try "
-                f"again later or another mirror, or {by_hand}"
-            )
+            _download(place.url, part)
+        if reason := _fault(part, place.checksum, check):
+            raise UserError(f"gave {part.stat().st_size} bytes that are not {path.name} ({reason})")
         os.replace(part, path)
         return path
-    except (OSError, HTTPException, ValueError) as error:
-        raise UserError(f"cannot download {url} ({error}); try again, or {by_hand}") from error
     finally:
         with suppress(OSError):
             part.unlink()
@@ -98,23 +126,32 @@ def _download(url: str, part: Path) -> None:
         socket.setdefaulttimeout(before)
 
 
-def _download_from_drive(file_id: str, url: str, part: Path, by_hand: str) -> None:
+def _download_from_drive(file_id: str, part: Path) -> None:
     """Download by gdown, which knows Google Drive's confirmation pages."""
-    try:
-        import gdown
-    except ImportError as error:
-        raise UserError(
-            f"{url} has a page to confirm before the download, which the package gdown can do: "
-            f"pip install gdown and run again, or {by_hand}"
-        ) from error
+    gdown = _package("gdown", "a page to confirm before the download")
     try:
         # Without the cookies of the user's browser.
         done = gdown.download(id=file_id, output=str(part), resume=True, use_cookies=False)
     except Exception as error:  # gdown and requests raise various types
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"cannot download {url} ({reason}); try again, or {by_hand}") from error
+        raise UserError(str(error) or type(error).__name__) from error
     if done is None:  # releases before 5.0 print the reason
-        raise UserError(f"cannot download {url}: Google Drive refuses it at present; {by_hand}")
+        raise UserError("Google Drive refuses it at present")
+
+
+def _download_from_hub(repository: str, file: str, revision: str | None, part: Path) -> None:
+    hub = _package("huggingface_hub", "files of Hugging Face repositories")
+    try:
+        found = hub.hf_hub_download(repository, file, revision=revision)
+    except Exception as error:  # huggingface_hub and its HTTP library raise various types
+        raise UserError(str(error) or type(error).__name__) from error
+    shutil.copyfile(found, part)
+
+
+def _package(name: str, what: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise UserError(f"{what}: it needs the package {name}; pip install {name}") from error
 
 
 def unpacking_mark(path: str | Path, directory: str | Path) -> Path:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import stat
 import uuid
 import zipfile
 from collections.abc import Iterator
@@ -160,13 +161,70 @@ def locked(path: str | Path) -> Iterator[None]:
             # Not flock: loading processes, which may outlive this one, would inherit its lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise UserError(
-                f"{Path(path).parent} is in use by another process; wait for its end, or give "
-                "another --date"
-            ) from error
+            raise UserError(f"{Path(path).parent} is in use by another process; wait for its end, "
+                            "or give another --date") from error
         except OSError as error:  # a network file system without locks
             LOGGER.warning("%s cannot be locked (%s): do not train twice into it", path, error)
         yield
+
+
+def read_bytes(path: str | Path, what: str = "file", limit: int = 2**32) -> bytes:
+    """Return the content of a regular file; a FIFO or a device, which may block, is not opened.
+
+    what: what messages call the file, such as "image".
+
+    Raises:
+        UserError: the file is missing, not regular, larger than ``limit`` bytes or unreadable.
+    """
+    try:
+        status, fault = os.stat(path), None
+        if stat.S_ISDIR(status.st_mode):
+            fault = "a folder"
+        elif not stat.S_ISREG(status.st_mode):
+            fault = "a pipe or a device"
+        elif status.st_size > limit:
+            fault = f"{status.st_size:,} bytes, more than {limit:,}"
+        if fault:
+            raise UserError(f"{path}: cannot read the {what} ({fault}); give another file")
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot read the {what} ({error.strerror})") from error
+    except ValueError as error:  # NUL or a lone surrogate in the name
+        raise UserError(f"{str(path)!a}: cannot be the name of the {what} ({error})") from error
+
+
+def read_text(path: str | Path, what: str = "file", limit: int = 2**32) -> str:
+    """Return the text of a regular file; see `read_bytes` and `decode`."""
+    return decode(read_bytes(path, what, limit), path)
+
+
+_MARKS = {
+    b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"<\0": "utf-16-le", b"\0<": "utf-16-be",
+}  # the last two begin XML without a byte order mark
+
+
+def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
+    """Return the text in ``data``, the content of a file. A byte order mark decides the encoding.
+
+    Raises:
+        UserError: Python does not know the encoding, or the text is not written in it.
+    """
+    if data.startswith(tuple(_MARKS)):
+        encoding = next(name for mark, name in _MARKS.items() if data.startswith(mark))
+    try:
+        text = data.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}:{line}: byte 0x{data[error.start]:02X} is not {encoding}"
+                        f" ({error.reason}); save the file as UTF-8") from error
+    except Exception as error:  # whatever a codec does, such as not being one of text
+        raise UserError(f'{path}: encoding "{encoding}" cannot be read ({error}); save the file as'
+                        " UTF-8") from error
+    if "\0" in text:
+        line = text.count("\n", 0, text.index("\0")) + 1
+        raise UserError(f"{path}:{line}: a NUL character; save the file as UTF-8 text")
+    return text
 
 
 def check_writable(path: str | Path) -> None:

@@ -9,7 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from utils.download import extract_tar, fetch, unpacking_mark
+from utils.download import Place, extract_tar, fetch, unpacking_mark
 from utils.errors import UserError, command
 
 URL_BASE = "http://host.robots.ox.ac.uk/pascal/VOC"
@@ -52,7 +52,7 @@ def get_voc(year: str, root: Path, url_base: str = URL_BASE) -> None:
         if complete and not unpacking_mark(archive, root).exists():
             print(f"{year_dir}: {image_set} is already complete, {count} images")
             continue
-        fetch(f"{url_base.rstrip('/')}/voc{year}/{name}", archive, f"md5:{md5}")
+        fetch([Place(f"{url_base.rstrip('/')}/voc{year}/{name}", f"md5:{md5}")], archive)
         print(f"unpacking {archive}", flush=True)
         extract_tar(archive, root)
         if count_complete(year_dir, image_set) != count:

@@ -1,0 +1,234 @@
+"""Base class of the readers whose annotations are `Annotation` records: targets and VOC's score."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data import DetectionData
+from data.annotation import Annotation, Loaded
+from data.curves import CURVES_FILE
+from data.image import read_image
+from data.image_sets import ImageSet, sets_name
+from data.skips import Skip, SkipKind
+from data.split import VAL_SHARE
+from data.truth import Truth
+from data.voc_comp4 import read_comp4, write_comp4
+from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
+from utils.errors import UserError
+
+
+class AnnotatedImages(DetectionData):
+    """Samples of annotated images. A reader adds ``load`` and ``list_image_sets``.
+
+    ``ds[i]`` is (image, target): BGR uint8 [H, W, 3] and float32 [n, 5] of x1, y1, x2, y2 in
+    pixels counted from 0 and the label, from 1; n may be 0. Targets hold the objects of known
+    classes, difficult ones too, clipped to 0..W-1 and 0..H-1. Boxes without area (x2 <= x1 or
+    y2 <= y1), before or after clipping, are dropped. ``skipped`` records everything that was
+    dropped or changed.
+
+    Annotations are read by the constructor. An image is read by it only if its annotation has no
+    size or a box that leaves the image.
+
+    Args:
+        image_sets: (year, name) pairs such as ("2007", "trainval"), year None in a folder without
+            years.
+        classes: names without background; label k is ``classes[k - 1]``. None: those that the
+            layout declares, else all names in the annotations.
+        faults: for ``tools.check``. Given a list, errors of single annotations and images, and of
+            the classes, are appended to it instead of raised. Such an image has no objects; a
+            missing image raises when it is read.
+        val_share, split_by: see `data.split.in_validation`.
+    """
+
+    origin = 0
+    """Number of the first pixel in annotation files, for messages."""
+
+    def __init__(
+        self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
+        transform: Callable | None = None, classes: Sequence[str] | None = None,
+        faults: list[str] | None = None, val_share: float = VAL_SHARE, split_by: str | None = None,
+    ) -> None:
+        self.val_share, self.split_by = val_share, split_by
+        sets = [ImageSet(year or None, name) for year, name in image_sets]
+        super().__init__(root, sets, transform)
+        loaded = self.load(classes, faults)
+        self.ids, self._paths, self.annotations, self.classes, self.skipped = loaded
+        self._scored = self.classes
+        sizes, targets = [], []
+        for index, annotation in enumerate(self.annotations):
+            try:
+                size = self._find_size(index)
+            except UserError as error:
+                if faults is None:
+                    raise
+                faults.append(str(error))
+                annotation, size = Annotation.empty(annotation.path), (1, 1)
+            sizes.append(size)
+            targets.append(self._make_target(index, annotation, size))
+        self.sizes = np.array(sizes, np.int64)
+        self.rows = np.concatenate(targets)
+        self.offsets = np.cumsum([0, *map(len, targets)])
+        self.check_losses(faults)
+
+    def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
+        """Read the annotations of ``image_sets`` under ``root``; arguments as of the class.
+
+        Raises:
+            UserError: missing or malformed files, or no object of a known class.
+        """
+        raise NotImplementedError
+
+    def _find_size(self, index: int) -> tuple[int, int]:
+        annotation, path = self.annotations[index], self._paths[index]
+        size = annotation.size
+        if size is not None and (annotation.boxes[:, 2:] <= np.subtract(size, 1)).all():
+            return size
+        found = _checked_size(read_image(path), path, annotation)
+        if size is not None and not _near(size, found):
+            detail = f"{annotation.path}: {path.name} is {found[0]} x {found[1]}"
+            self.skipped.append(Skip(SkipKind.SIZE_SWAPPED, index, None, detail))
+        return found
+
+    def _make_target(self, index: int, annotation: Annotation, size: tuple[int, int]) -> np.ndarray:
+        labels = self._labels(annotation)
+        boxes = annotation.boxes
+        clipped = boxes.clip(0, np.subtract((*size, *size), 1))
+        known = labels > 0
+        area = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
+        # 0.01: what the decimals of shares leave of a box that touches the border.
+        changed = (np.abs(clipped - boxes) > 0.01).any(1)
+        for kind, which in (
+            (SkipKind.BOX_WITHOUT_AREA, known & ~area),
+            (SkipKind.BOX_OUTSIDE, known & area & ~inside),
+            (SkipKind.BOX_CLIPPED, known & area & inside & changed),
+        ):
+            for k in np.flatnonzero(which):
+                detail = (
+                    f'{annotation.path}: object {k + 1} ("{annotation.names[k]}") '
+                    f"({', '.join(f'{value:g}' for value in boxes[k] + self.origin)}) in "
+                    f"{size[0]} x {size[1]}{self.hint(boxes[k] + self.origin, size)}"
+                )
+                self.skipped.append(Skip(kind, index, tuple(boxes[k].tolist()), detail))
+        keep = known & area & inside
+        return np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32)
+
+    def hint(self, box: np.ndarray, size: tuple[int, int]) -> str:
+        """Return what may be wrong with a box that is dropped or clipped, counted from origin."""
+        if (box[2:] < box[:2]).any():
+            return ": swapped corners?"
+        fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
+        return ": fractions of the image where pixels belong?" if fractions else ""
+
+    def _labels(self, annotation: Annotation) -> np.ndarray:
+        """Return the label of each object, int64 [n]; 0 for an unknown class."""
+        label_of = {name: label for label, name in enumerate(self.classes, 1)}
+        return np.array([label_of.get(name, 0) for name in annotation.names], np.int64)
+
+    def image_path(self, index: int) -> Path:
+        return self._paths[index]
+
+    def pull_image(self, index: int) -> np.ndarray:
+        """Return the image, BGR uint8 [H, W, 3].
+
+        <size> may differ by a pixel of rounding, or have width and height swapped if all boxes lie
+        inside the image. Raises UserError if the image cannot be read, <size> is of another image,
+        or the boxes are for the image before its EXIF orientation.
+        """
+        path = self._paths[index]
+        image = read_image(path)
+        _checked_size(image, path, self.annotations[index])
+        return image
+
+    def _keep(self, kept: list[int]) -> None:
+        self.annotations = [self.annotations[i] for i in kept]
+        self._paths = [self._paths[i] for i in kept]
+        truth = self.truth()
+        counted = np.unique(truth.labels[~truth.ignored])
+        # Where all objects are difficult there is nothing to score; the notes of a score say so.
+        self._scored = tuple(self.classes[label - 1] for label in counted) or self.classes
+
+    def check_scorable(self) -> None:
+        if len(set(self.ids)) < len(self):
+            raise UserError(
+                f"{self.root}: images of different years have the same id, and comp4 files cannot "
+                "tell them apart; evaluate the image sets one by one"
+            )
+
+    def truth(self) -> Truth:
+        labels = [self._labels(annotation) for annotation in self.annotations]
+        images = np.repeat(np.arange(len(labels)), [len(each) for each in labels])
+        boxes = [annotation.boxes + (0, 0, 1, 1) for annotation in self.annotations]
+        difficult = [annotation.difficult for annotation in self.annotations]
+        labels = np.concatenate([np.empty(0, np.int64), *labels])
+        boxes = np.concatenate([np.empty((0, 4)), *boxes])
+        ignored = np.concatenate([np.empty(0, bool), *difficult])
+        known = labels > 0
+        return Truth(images[known], boxes[known], labels[known], ignored[known], "voc")
+
+    def evaluate(self, detections: Sequence[dict], directory: str | Path,
+                 name: str = "SSD") -> dict:
+        """Write comp4 files into ``directory`` and score them with both VOC metrics.
+
+        Arguments as in `data.DetectionData.evaluate`; comp4 files do not hold ``name``.
+
+        Returns:
+            {"metric", "value" (mean over classes), "per_class", "iou", "image_set",
+            "voc07_11point" and "area" (see `data.voc_eval.evaluate_voc`), "per_size" and
+            "per_class_per_size" (of the metric), "ground_truths" and "detections" (counts a
+            class), "curves" (a file in ``directory``, see `data.curves`), "notes" (lines for the
+            log)}. The metric is the 11-point one if all years are before 2010, else the area one.
+            All numbers come from the written files.
+        """
+        if len(detections) != len(self):
+            raise ValueError(f"{len(detections)} detections for {len(self)} images")
+        self.check_scorable()
+        # The official spelling of a single set has no year.
+        several = len(self.image_sets) > 1
+        image_set = sets_name(self.image_sets) if several else self.image_sets[0].name
+        write_comp4(directory, image_set, self.classes, self.ids, detections)
+        read, _ = read_comp4(directory, image_set, self._scored, self.ids)
+        result = evaluate_voc(read, self.annotations, self._scored)
+        if left_out := [c for c in self.classes if c not in self._scored]:
+            result["notes"].append(
+                f"no ground truth in the {len(self)} images kept, so not scored, for"
+                f" {len(left_out)} classes: {', '.join(left_out)}"
+            )
+        years = [each.year for each in self.image_sets]
+        old = all(year and year.isdigit() and int(year) < 2010 for year in years)
+        main = "voc07_11point" if old else "area"
+        write_voc_curves(Path(directory) / CURVES_FILE, result)
+        return {
+            "metric": METRICS[main], "value": result[main]["mean"],
+            **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
+            "image_set": image_set, **result, "curves": CURVES_FILE,
+        }
+
+
+def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tuple[int, int]:
+    """Return (width, height) of an image. Raises UserError if its annotation is for another one."""
+    size, stated, corners = image.shape[1::-1], annotation.size, annotation.boxes[:, 2:]
+    outside = (corners > size).any(1)  # size and not size - 1: a pixel is rounding
+    if _near(stated, size) if stated else not outside.any():
+        return size
+    raw = read_image(path, orient=False).shape[1::-1]
+    if _near(stated, raw) if stated else (outside & (corners <= raw).all(1)).any():
+        raise UserError(
+            f"{path}: an EXIF orientation tag turns the image to {size[0]} x {size[1]}, but the "
+            f"boxes in {annotation.path} are for {raw[0]} x {raw[1]}; remove the tag "
+            "(exiftool -Orientation= FILE) or annotate the turned image"
+        )
+    if stated and (outside.any() or not _near(stated[::-1], size)):
+        raise UserError(
+            f"{annotation.path}: <size> says {stated[0]} x {stated[1]}, but the image {path.name}"
+            f" is {size[0]} x {size[1]}; restore the annotated image, or remove <size> if the "
+            "boxes are right for this one"
+        )
+    return size
+
+
+def _near(a: tuple[int, int], b: tuple[int, int]) -> bool:
+    return abs(a[0] - b[0]) <= 1 and abs(a[1] - b[1]) <= 1

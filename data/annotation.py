@@ -1,0 +1,77 @@
+"""The annotations of an image, as readers of all layouts but COCO's hold them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.skips import Skip, SkipKind
+from utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """The annotations of one image with n objects, n may be 0.
+
+    path: the file that holds them, for messages.
+    size: (width, height) in pixels; None where the file gives none or no positive one.
+    names: class names, [n].
+    boxes: float64 [n, 4], (x1, y1, x2, y2) in pixels counted from 0, both ends
+        inside the box. They may have no area or lie outside the image.
+    difficult: bool [n].
+    filename: of the image, without folders; "" where the annotation names none.
+    """
+
+    path: Path
+    size: tuple[int, int] | None
+    names: tuple[str, ...]
+    boxes: np.ndarray
+    difficult: np.ndarray
+    filename: str = ""
+
+    @classmethod
+    def empty(cls, path: Path) -> Annotation:
+        """Return an annotation without size and objects."""
+        return cls(path, None, (), np.zeros((0, 4)), np.zeros(0, bool))
+
+
+class Loaded(NamedTuple):
+    """What a reader has read of some image sets; no image is opened for it.
+
+    ids, images (files) and annotations have one entry an image.
+    """
+
+    ids: list[str]
+    images: list[Path]
+    annotations: list[Annotation]
+    classes: tuple[str, ...]
+    skipped: list[Skip]
+
+
+def check_objects(what: str, annotations: Sequence[Annotation], classes: Sequence[str],
+                   faults: list[str] | None) -> None:
+    """Refuse image sets without an object of ``classes``, or add that to ``faults``."""
+    names = {name for annotation in annotations for name in annotation.names}
+    if names & set(classes):
+        return
+    fault = (
+        f"{what} has no object of the classes {', '.join(classes) or '(none)'}; "
+        f"its annotations name: {', '.join(sorted(names)) or 'no object at all'}"
+    )
+    if faults is None:
+        raise UserError(fault)
+    faults.append(fault)
+
+
+def unknown_objects(annotations: Sequence[Annotation], classes: Sequence[str]) -> Iterator[Skip]:
+    """Yield a record for each object whose class is not in ``classes``."""
+    for image, annotation in enumerate(annotations):
+        for k, name in enumerate(annotation.names):
+            if name not in classes:
+                detail = f'{annotation.path}: object {k + 1} ("{name}")'
+                box = tuple(annotation.boxes[k].tolist())
+                yield Skip(SkipKind.UNKNOWN_CLASS, image, box, detail)

@@ -1,0 +1,295 @@
+"""Where XML annotations, their images and the lists of image sets lie.
+
+    root/VOC2007/, root/VOC2012/, ...             years of a devkit, each a folder like one of these
+    root/ImageSets/Main/<set>.txt, ImageSets/     lists of image sets; Annotations/, JPEGImages/
+    root/<set>/, root/Annotations/<set>/          sets by folder (Roboflow)
+    root/Annotations/ or root/                    no sets (LabelImg)
+
+Images lie in JPEGImages/ or images/ instead of Annotations/, or beside the annotations.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import unicodedata
+from collections.abc import Collection, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from data.config import VOC_CLASSES
+from data.image import IMAGE_SUFFIXES
+from data.image_files import FileIndex
+from data.image_sets import ImageSet
+from data.split import SPLIT_SETS, VAL_SHARE, in_validation
+from utils.errors import UserError
+from utils.files import read_text
+
+ANNOTATION_FOLDERS = ("Annotations", "annotations", "xml", "xmls", "labels")
+IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "img")
+SPLITS = ("trainval", "train", "valid", "val", "validation", "dev", "test")
+
+
+class Listed(NamedTuple):
+    """One image of an image set.
+
+    where: its line in a list, or its annotation file. folder: of the data set, or of the year.
+    annotation: its file; None if it does not exist. image: the file that the line names, or "".
+    """
+
+    where: str
+    folder: Path
+    id: str
+    annotation: Path | None
+    image: str = ""
+
+
+def year_folders(root: Path) -> dict[str | None, Path]:
+    """Return year -> folder for each VOC<year> of a devkit or its parent, and None -> root."""
+    folders = [*root.glob("VOCdevkit/VOC[0-9]*"), *root.glob("VOC[0-9]*")]
+    folders += [root] if root.absolute().name.startswith("VOC2") else []
+    return {None: root, **{folder.name[3:]: folder for folder in sorted(folders)}}
+
+
+def recognise(root: str | Path) -> str | None:
+    """Return the name of the layout under ``root``; see `data.DetectionData.recognise`."""
+    root, index = Path(os.path.expanduser(root)), FileIndex((".xml",))
+    if not os.path.isdir(root):
+        return None
+    for year, folder in year_folders(root).items():
+        if year and index.inside(folder / "Annotations"):
+            return "VOC devkit"
+    base = annotation_folders(root, index)[0]
+    if not any(map(_is_annotation, index.inside(base)[:20])):
+        return None
+    if base != root:
+        cvat = os.path.isfile(root / "labelmap.txt")
+        return "CVAT VOC" if cvat else f"VOC XML in {base.name}/"
+    return "VOC XML, a folder a set" if split_folders(root, index) else "VOC XML beside images"
+
+
+def _is_annotation(path: Path) -> bool:
+    """Return whether an XML file begins like an annotation, and not like CVAT's <annotations>."""
+    if not os.path.isfile(path):
+        return False
+    with path.open("rb") as file:
+        head = file.read(4096).replace(b"\0", b"")  # of UTF-16
+    return re.search(rb"<(\w+:)?annotation[\s>/]", head, re.IGNORECASE) is not None
+
+
+def list_image_sets(root: str | Path) -> list[ImageSet]:
+    """Return the image sets of a devkit, or of a folder in VOC layout; none if ``root`` is missing.
+
+    The official files of one class each, such as dog_train.txt, are left out.
+    """
+    found, index = [], FileIndex((".xml",))
+    root = Path(os.path.expanduser(root))
+    for year, folder in year_folders(root).items():
+        files = [f for main in ("Main/", "") for f in folder.glob(f"ImageSets/{main}[!.]*.txt")]
+        classes = {*VOC_CLASSES, *(declared_classes(folder) or ((), ""))[0]}
+        names = {f.stem for f in files if f.stem.rpartition("_")[0] not in classes}
+        names |= split_folders(folder, index).keys()
+        found += [ImageSet(year, name) for name in sorted(names)]
+    return found
+
+
+def declared_classes(root: Path) -> tuple[list[str], str] | None:
+    """Return the class names that ``root`` declares, and the file; None if it does not.
+
+    The file is classes.txt, or labelmap.txt as CVAT writes it (name:colour:parts:actions).
+    """
+    for name in ("classes.txt", "labelmap.txt"):
+        if os.path.isfile(path := root / name):
+            names = read_text(path, "class names").splitlines()
+            if name == "labelmap.txt":
+                names = [line.partition(":")[0].strip() for line in names if line[:1] != "#"]
+                names = [name for name in names if name != "background"]
+            return [name for name in names if name.strip()], str(path)
+    return None
+
+
+def split_folders(folder: Path, index: FileIndex) -> dict[str, Path]:
+    """Return the folders of image sets, such as train/ and Annotations/train/, that hold XML."""
+    found = {}
+    for base in annotation_folders(folder, index):
+        names = sorted(os.listdir(base)) if os.path.isdir(base) else []
+        for name in (name for name in names if name.lower() in SPLITS and name not in found):
+            if os.path.isdir(base / name) and index.inside(base / name):
+                found[name] = base / name
+    return found
+
+
+def annotation_folders(folder: Path, index: FileIndex) -> list[Path]:
+    """Return the folders from which ids count: Annotations/, or another with XML; ``folder``."""
+    for name in ANNOTATION_FOLDERS:
+        base = folder / name
+        if os.path.isdir(base) and (name == "Annotations" or index.inside(base)):
+            return [base, folder]
+    return [folder]
+
+
+def _list_paths(folder: Path, name: str) -> list[Path]:
+    return [folder / "ImageSets" / main / f"{name}.txt" for main in ("Main", "")]
+
+
+def _find_list(folder: Path, name: str) -> Path | None:
+    paths = _list_paths(folder, name)
+    return next((p for p in paths if os.path.lexists(p) and not os.path.isdir(p)), None)
+
+
+def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, Path | None]:
+    """Return the folder of the data set, and the list or the folder of an image set.
+
+    It is None for a part of the images that nothing declares.
+    """
+    if not os.path.isdir(root):  # False, too, for a name that no file system takes
+        raise UserError(
+            f"{root}: no such data set folder; give the right one with --root "
+            "(data/scripts/VOC2007.sh downloads VOC2007, docs/own_data.md is about own images)"
+        )
+    folder = year_folders(root).get(image_set.year, root / f"VOC{image_set.year}")
+    if path := _find_list(folder, image_set.name):
+        return folder, path
+    if path := split_folders(folder, index).get(image_set.name):
+        return folder, path
+    if not image_set.year and image_set.name in SPLIT_SETS:
+        return folder, None
+    if len(year_folders(root)) == 1 and not index.inside(root):
+        raise UserError(
+            f"{root} holds neither XML annotations nor the years of a devkit; "
+            "docs/own_data.md shows where images and annotations go"
+        )
+    existing = ", ".join(map(str, list_image_sets(root))) or "none"
+    lists = [str(path) for path in _list_paths(folder, image_set.name)]
+    raise UserError(
+        f'no image set "{image_set}" in {root}: looked for {" and ".join(lists)} '
+        f"(docs/own_data.md says how to make one); existing image sets: {existing}"
+    )
+
+
+def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: float = VAL_SHARE,
+                split_by: str | None = None) -> Iterator[Listed]:
+    """Yield the images of an image set; val_share, split_by: see `data.split.in_validation`."""
+    folder, path = _find_set(root, image_set, index)
+    if path is None:
+        yield from _part(root, image_set, index, val_share, split_by)
+    elif os.path.isdir(path):
+        yield from _under(path, folder, index)
+    else:
+        bases = annotation_folders(folder, index)
+        for number, line in enumerate(read_text(path, "image set").splitlines(), 1):
+            if line := line.strip():
+                yield _find_line(line, f"{path}:{number}", folder, bases, index)
+
+
+def list_all(root: Path, index: FileIndex, faults: list[str],
+             known: Collection[tuple[str | None, str]] = ()) -> list[Listed]:
+    """Return the images of all image sets but the known ones; of the whole folder without sets.
+
+    faults: gets a sentence for each list that cannot be read; lists of other things are passed.
+    """
+    found, declared = [], [each for each in list_image_sets(root) if each.name not in SPLIT_SETS]
+    for image_set in (each for each in declared if each not in known):
+        try:
+            listed = list(list_images(root, image_set, index))
+        except UserError as error:  # a file that nobody asked for
+            faults.append(str(error))
+            continue
+        found += listed if any(each.annotation for each in listed) else []
+    if not declared:
+        found = list(_under(annotation_folders(root, index)[0], root, index))
+    first = {os.path.normpath(each.annotation or each.where): each for each in reversed(found)}
+    return sorted(first.values(), key=lambda each: each.id)
+
+
+def _part(root: Path, image_set: ImageSet, index: FileIndex, val_share: float,
+          split_by: str | None) -> Iterator[Listed]:
+    """Yield the images of split_train or split_val; a list of the other one leaves the rest."""
+    pool = list_all(root, index, [])
+    train, val = (ImageSet(None, name) for name in SPLIT_SETS)
+    other = val if image_set == train else train
+    if _find_list(root, other.name):
+        taken = {each.annotation for each in list_images(root, other, index)}
+        yield from (each for each in pool if each.annotation not in taken)
+        return
+    images, names = FileIndex(IMAGE_SUFFIXES), []
+    for each in pool:
+        parent, name = os.path.split(os.path.splitext(each.annotation or each.id)[0])
+        file, _ = find_image(name, image_folders(each.folder, parent), (each.image,), images)
+        names.append(os.path.relpath(file, root) if file else f"{each.id}{IMAGE_SUFFIXES[0]}")
+    chosen = in_validation(names, val_share, split_by)
+    yield from (each for each, taken in zip(pool, chosen, strict=True)
+                if taken == (image_set == val))
+
+
+def _under(path: Path, folder: Path, index: FileIndex) -> Iterator[Listed]:
+    bases = annotation_folders(folder, index)
+    for file in index.inside(path):
+        base = next((each for each in bases if file.is_relative_to(each)), folder)
+        name = os.path.splitext(os.path.relpath(file, base))[0]
+        yield Listed(str(file), folder, name.replace(os.sep, "/"), file)
+
+
+def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
+               index: FileIndex) -> Listed:
+    """Return the image that a line of a list is about.
+
+    A line is an id, which may hold spaces and folders. Additions are understood: the flag after the
+    id in the official files of one class, an image suffix, back slashes, and leading folders that
+    do not exist among the annotations. They are part of the id only if an annotation has that name.
+    """
+    plain = re.sub(r"\s+(-1|0|1)$", "", line)
+    ids, image = [line, plain], re.split(r"[/\\]", plain)[-1]
+    if image.lower().endswith(IMAGE_SUFFIXES):
+        ids.append(os.path.splitext(plain)[0])
+    else:
+        image = ""
+    ids = list(dict.fromkeys(ids))
+    for base in bases:
+        for each in chain(ids, _inner(ids[-1], base, index)):
+            if found := index.by_stem(f"{base}{os.sep}{each}"):
+                return Listed(where, folder, each, found[0], image)
+    return Listed(where, folder, " or ".join(ids), None, image)
+
+
+def _inner(name: str, base: Path, index: FileIndex) -> Iterator[str]:
+    """Yield an id with slashes, then without each of its leading folders that is not in base."""
+    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
+    yield "/".join(parts)
+    while len(parts) > 1 and not index.has_folder(base / parts[0]):
+        yield "/".join(parts := parts[1:])
+
+
+def image_folders(folder: Path, parent: str) -> list[str]:
+    """Return the folders where images may lie whose annotations lie in ``parent``, usual first."""
+    parts = [part for part in os.path.relpath(parent, folder).split(os.sep) if part != "."]
+    inner = [k for k, part in enumerate(parts) if part in ANNOTATION_FOLDERS]
+    start, end = (parts[: inner[-1]], parts[inner[-1] + 1 :]) if inner else ([], parts)
+    instead = [os.path.join(folder, *start, name, *end) for name in IMAGE_FOLDERS]
+    if inner:
+        return [*instead, parent, os.path.join(folder, *start, *end)]
+    return [parent, *instead, *(os.path.join(parent, name) for name in IMAGE_FOLDERS)]
+
+
+def find_image(stem: str, folders: Sequence[str], names: Sequence[str],
+                index: FileIndex) -> tuple[Path | None, list[Path]]:
+    """Return an image file, and further ones between which nothing decides.
+
+    names: of the file by the annotation and by the list; may be "".
+    """
+    for folder in folders:
+        if files := index.by_stem(f"{folder}{os.sep}{stem}"):
+            if len(files) == 1:
+                return files[0], []
+            named = {unicodedata.normalize("NFC", file.name): file for file in files}
+            wanted = [named.get(unicodedata.normalize("NFC", name)) for name in names]
+            chosen = next(filter(None, wanted), None)
+            return (chosen, []) if chosen else (files[0], files[1:])
+    for folder in folders:
+        for name in (stem, *names):  # the stem of a.jpg.xml, as detection names it beside a.png.xml
+            path = os.path.join(folder, name)
+            whole = name.lower().endswith(IMAGE_SUFFIXES)
+            if file := index.by_name(path) if whole else next(iter(index.by_stem(path)), None):
+                return file, []
+    return None, []
