@@ -24,17 +24,18 @@ from conftest import VOC_IMAGE_SIZE, with_exif, write_annotation, write_voc
 from tiny import TINY
 
 import train_test
-from data import DATASETS, config
+from data import DATASETS
 from data.coco import COCODetection
 from data.config import MOBILE_300, PRIORS
 from data.skips import SkipKind
 from data.voc0712 import VOCDetection
 from demo.shapes import draw_image
 from engine.options import OPTIONS
+from engine.priors import best_overlaps, read_priors
 from engine.resolve import resolve
 from layers import PriorBox
 from layers.boxes import iou
-from models import BACKBONES
+from models import BACKBONES, prior_config
 from tools import check as module
 from tools import detect, image_check, weights
 from tools import sheet as sheet_command
@@ -43,7 +44,6 @@ from tools.check import check, main
 from tools.findings import BOTH, Part, Record, Report
 from tools.image_check import near_pairs
 from tools.page import check_page
-from tools.prior_fit import best_overlaps
 from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -466,13 +466,20 @@ def test_advice_reaches_what_it_says(small_objects):
         change, share = re.fullmatch(r"  (.*): ([\d.]+)% \([\d.]+% of all boxes\)", line).groups()
         preset = PRIORS["VOC", 512]
         if change != "-s 512":
-            name, code = re.fullmatch(r"(VOC_300) = (.*) in data/config.py", change).groups()
-            preset = eval(code, dict(vars(config)))
-            assert name == "VOC_300" and preset.feature_maps == PRIORS["VOC", 300].feature_maps
+            name, sizes = re.fullmatch(r"--priors (\w+)(?: \((.*)\))?", change).groups()
+            preset = prior_config("SSD_HarDNet68", name if name == "COCO" else sizes, 300)
         shares.append(float(share))
         reached = 100 * (slow_best(preset, grains) >= 0.5).mean()
         assert reached == pytest.approx(shares[-1], abs=0.06)
     assert len(shares) == 3 and shares == sorted(shares, reverse=True) and shares[0] > 90
+
+
+def test_sizes_that_fit_are_written_for_training(small_objects, tmp_path, capsys):
+    out = tmp_path / "priors.json"
+    main(["--root", str(small_objects.options.root), "--fit_priors", str(out)])
+    (advised,) = re.findall(r"--priors fit \((.*)\):", "\n".join(small_objects.advice))
+    assert read_priors(str(out), 300) == advised
+    assert len(read_priors(str(out), 512).split(",")) == 8
 
 
 def test_the_page_is_one_file_with_the_images_and_names_are_escaped(tmp_path):

@@ -1,7 +1,8 @@
 """Check a data set before training: its faults, and how well the prior boxes fit it.
 
     python -m tools.check --root FOLDER [--train_sets SETS] [--test_sets SETS] [--classes NAMES]
-        [--size 300 512] [--priors VOC|COCO] [--json OUT] [--html OUT] [--strict]
+        [--size 300 512] [--priors VOC|COCO] [--json OUT] [--html OUT] [--fit_priors OUT]
+        [--strict]
 
 An error stops training (a missing, damaged or wrongly sized image, a malformed annotation) or makes
 the score worthless (a test image that is a training image). A warning is a loss that training does
@@ -26,7 +27,7 @@ from tools.box_check import check_boxes, check_classes
 from tools.findings import Fit, Part, Record, Report
 from tools.image_check import check_copies, check_images, check_places, scan_images
 from tools.page import check_page
-from tools.prior_fit import check_priors
+from tools.prior_fit import check_priors, fitted_sizes
 from utils.arguments import Parser
 from utils.errors import UserError, command
 from utils.files import atomic_write, check_writable, write_json
@@ -110,6 +111,8 @@ def parse(argv: Sequence[str] | None) -> dict:
     p.add_argument("--priors", choices=priors, help="whose prior boxes (default: --dataset's)")
     p.add_argument("--json", metavar="OUT", help="write every record to this file")
     p.add_argument("--html", metavar="OUT", help="write a page with the images that are at fault")
+    p.add_argument("--fit_priors", metavar="OUT",
+                   help="write sizes of prior boxes that fit the data best, for --priors OUT")
     p.add_argument("--strict", action="store_true", help="exit with status 1 also for warnings")
     return vars(p.parse_args(argv))
 
@@ -118,10 +121,10 @@ def parse(argv: Sequence[str] | None) -> dict:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit status."""
     given = parse(argv)
-    data, html = given.pop("json", None), given.pop("html", None)
+    data, html, fit = (given.pop(name, None) for name in ("json", "html", "fit_priors"))
     sizes, strict = tuple(dict.fromkeys(given.pop("size"))), given.pop("strict", False)
     options = resolve(given)
-    for path in filter(None, (data, html)):
+    for path in filter(None, (data, html, fit)):
         check_writable(path)
     setup_logging(quiet=True)  # the readers' warnings are findings
     try:
@@ -130,6 +133,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         close_logging()
     if data:
         write_json(data, as_json(report))
+    if fit and "train" in report.parts:
+        write_json(fit, fitted_sizes(report))
     print(summary(report))
     if html:
         with atomic_write(html) as file:

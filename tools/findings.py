@@ -12,10 +12,10 @@ import numpy as np
 from data import DetectionData
 from data.image_sets import sets_name
 from engine.options import Options
+from engine.priors import MATCHED
 
 LEVELS = ("error", "warning", "note")
 BOTH = "train and test"
-MATCHED = Options.jaccard_threshold  # IoU from which a prior box is positive in training
 Image = tuple[str, int]  # "train" or "test", and the index of an image
 
 
