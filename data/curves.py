@@ -62,10 +62,8 @@ class Curves:
             return {key: self.arrays[key][start : ends[n]] for key in keys}
         known = self.arrays["precision"][t, :, k, a] > -1
         found = (self.arrays[key] for key in keys)
-        return {
-            key: (array if array.ndim == 1 else array[t, :, k, a])[known]
-            for key, array in zip(keys, found, strict=True)
-        }
+        return {key: (array if array.ndim == 1 else array[t, :, k, a])[known]
+                for key, array in zip(keys, found, strict=True)}
 
 
 def write_curves(path: str | Path, classes: Sequence[str], ious: Sequence[float],

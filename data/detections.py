@@ -29,17 +29,13 @@ def as_columns(detections: Sequence[dict], ids: Sequence,
     if len(detections) != len(ids):
         raise ValueError(f"{len(detections)} detections for {len(ids)} images")
     shapes = {"scores": (-1,), "labels": (-1,), "boxes": (-1, 4)}
-    parts = [
-        [np.asarray(found[key], np.float64).reshape(shape) for found in detections]
-        for key, shape in shapes.items()
-    ]
+    parts = [[np.asarray(found[key], np.float64).reshape(shape) for found in detections]
+             for key, shape in shapes.items()]
     for i, lengths in enumerate(zip(*([*map(len, part)] for part in parts), strict=True)):
         if len(set(lengths)) > 1:
             raise ValueError("image {}: {} scores, {} labels and {} boxes".format(ids[i], *lengths))
-    scores, labels, boxes = (
-        np.concatenate([np.empty((0, *shape[1:])), *part])
-        for part, shape in zip(parts, shapes.values(), strict=True)
-    )
+    scores, labels, boxes = (np.concatenate([np.empty((0, *shape[1:])), *part])
+                             for part, shape in zip(parts, shapes.values(), strict=True))
     images = np.repeat(np.arange(len(ids)), [*map(len, parts[0])])
     good = np.isfinite(scores) & (np.abs(boxes) <= LARGEST).all(1)
     good &= (labels >= 1) & (labels <= num_classes)
@@ -56,10 +52,8 @@ def save_detections(path: Path, ids: Sequence, detections: Sequence[dict[str, np
 
     made_by: plain JSON data that says which checkpoint, image sets and limits they are of.
     """
-    arrays = {
-        "ids": np.array([str(i) for i in ids], np.str_),
-        "counts": np.array([len(each["scores"]) for each in detections], np.int64),
-    }
+    arrays = {"ids": np.array([str(i) for i in ids], np.str_),
+              "counts": np.array([len(each["scores"]) for each in detections], np.int64)}
     for key, empty in (("boxes", np.zeros((0, 4), np.float32)), ("scores", np.zeros(0, np.float32)),
                        ("labels", np.zeros(0, np.int64))):
         arrays[key] = np.concatenate([empty, *(each[key] for each in detections)])
@@ -104,10 +98,8 @@ def _parse(path: Path) -> tuple[list[dict[str, np.ndarray]], dict, list[str]]:
     if (counts < 0).any() or [c.shape for c in columns] != shapes or type(found) is not dict:
         raise ValueError("its arrays do not fit together")
     parts = [np.split(column, np.cumsum(counts)[:-1]) for column in columns]
-    detections = [
-        {"boxes": boxes, "scores": scores, "labels": labels}
-        for boxes, scores, labels in zip(*parts, strict=True)
-    ]
+    detections = [dict(zip(("boxes", "scores", "labels"), columns, strict=True))
+                  for columns in zip(*parts, strict=True)]
     return detections, found, saved["ids"].tolist()
 
 

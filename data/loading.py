@@ -154,16 +154,10 @@ class Loader(DataLoader):
     def __init__(self, dataset: Dataset, workers: int, pin_memory: bool,
                  **batching: object) -> None:
         super().__init__(
-            _Caught(dataset),
-            num_workers=workers,
-            collate_fn=_pack,
-            pin_memory=pin_memory,
-            prefetch_factor=PREFETCH_FACTOR if workers else None,
-            worker_init_fn=_start_worker,
+            _Caught(dataset), num_workers=workers, collate_fn=_pack, pin_memory=pin_memory,
+            prefetch_factor=PREFETCH_FACTOR if workers else None, worker_init_fn=_start_worker,
             # PyTorch draws seeds that nothing uses; without this, from its global generator.
-            generator=torch.Generator(),
-            **batching,
-        )
+            generator=torch.Generator(), **batching)
 
     processes: list[multiprocessing.process.BaseProcess] = []
 
@@ -282,7 +276,6 @@ def _pack(batch: list | UserError) -> tuple | UserError:
 
 
 def _unpack(batch: tuple) -> tuple:
-    """Undo the joining of `_pack`."""
     images, *rest = batch
     return images, *(list(x[0].split(x[1])) if isinstance(x[0], Tensor) else x for x in rest)
 

@@ -98,23 +98,17 @@ def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, devic
     """Return everything that decides the detections of a call. It is kept with them."""
     config = asdict(detection)
     return {
-        "checkpoint": checkpoint,
-        "dataset": options.dataset,
-        "priors": options.priors,
-        "class_map": class_map,
-        "root": options.root,
+        "checkpoint": checkpoint, "dataset": options.dataset, "priors": options.priors,
+        "class_map": class_map, "root": options.root,
         "sets": sets_name(options.test_sets),
         **split_options(options.dataset, vars(options)),
         "overfit": options.overfit,
         "classes": list(options.classes),
         "thresholds": {
-            "score": config.pop("conf_thresh"),
-            "nms": config.pop("nms_thresh"),
-            "per_class": config.pop("per_class"),
-            "per_image": config.pop("top_k"),
+            "score": config.pop("conf_thresh"), "nms": config.pop("nms_thresh"),
+            "per_class": config.pop("per_class"), "per_image": config.pop("top_k"),
         },
-        "suppression": config,
-        "amp": options.amp,
+        "suppression": config, "amp": options.amp,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__, "nms": nms.backend(device.type)},
     }
@@ -145,10 +139,9 @@ def score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origi
         origin: of ``origin_of``.
         name: of the detector, for files that an evaluation server takes.
     """
-    results = {
-        **dataset.evaluate(detections, folder, name), **origin, "images": len(dataset),
-        "detection_count": sum(len(d["scores"]) for d in detections),
-    }
+    count = sum(len(d["scores"]) for d in detections)
+    results = {**dataset.evaluate(detections, folder, name), **origin, "images": len(dataset),
+               "detection_count": count}
     path = folder / "results.json"
     write_json(path, results)
     for line in results["notes"]:

@@ -78,10 +78,8 @@ def check_gpus(ngpu: int, device: torch.device) -> None:
         UserError: torchrun started another number of processes, or PyTorch sees fewer GPUs.
     """
     if launched() and ngpu != int(os.environ["LOCAL_WORLD_SIZE"]):
-        raise UserError(
-            f"--ngpu {ngpu} contradicts torchrun, which has started "
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes here; leave the option out"
-        )
+        raise UserError(f"--ngpu {ngpu} contradicts torchrun, which has started "
+                        f"{os.environ['LOCAL_WORLD_SIZE']} processes here; leave the option out")
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if ngpu > max(gpus, 1):
         raise UserError(f"--ngpu {ngpu} on {device}: PyTorch sees {gpus} GPUs; give fewer")

@@ -67,10 +67,9 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
     values["root"] = root = absolute(values["root"])
     values["priors"] = read_priors(values["priors"], values.get("size", Options.size))
     if "priors" in given and stored.get("priors", values["priors"]) != values["priors"]:
-        raise UserError(
-            f"--priors {given['priors']} contradicts the checkpoint, which is trained with "
-            f"{stored['priors']}; leave the option out, or take its base network alone (--basenet)"
-        )
+        raise UserError(f"--priors {given['priors']} contradicts the checkpoint, which is trained "
+                        f"with {stored['priors']}; leave the option out, or take its base network "
+                        "alone (--basenet)")
     check_layout(dataset, root)
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
         asked = values[key] if key in given else values.get(key) or sets

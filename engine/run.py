@@ -210,16 +210,13 @@ def _fit_priors(options: Options, train_set: DetectionData, path: Path | None) -
     config = prior_config(options.version, DATASETS[options.dataset].priors, options.size)
     found = fit_to(train_set, config)
     if path is not None and found != options.priors:
-        raise UserError(
-            f"--priors fit contradicts the run that is resumed: {path} has {options.priors}, and "
-            f"{found} fits the data; leave the option out"
-        )
+        raise UserError(f"--priors fit contradicts the run that is resumed: {path} has "
+                        f"{options.priors}, and {found} fits the data; leave the option out")
     LOGGER.info("prior boxes that fit the training set: %s", found)
     return dataclasses.replace(options, priors=found)
 
 
 def _check_data(options: Options, data: dict, saved: dict | None, path: Path | None) -> None:
-    """Refuse to resume a run whose training data have changed."""
     if not saved or saved["data"] == data:
         return
     before = saved["data"]
@@ -257,18 +254,15 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]
     for. If its last.pth is damaged, previous.pth is taken, and the log says so.
 
     Raises:
-        UserError: no checkpoint of the newest run can be read, or it is not known of a newer one
-            whether it is wanted.
+        UserError: no checkpoint of the newest run, or no configuration of a newer, can be read.
     """
     if call.resume != "auto":
         return {path: load_checkpoint(path) for path in map(Path, filter(None, [call.resume]))}
     folder = Path(given.get("save_folder", Options.save_folder))
     version, size = (given.get(key, getattr(Options, key)) for key in ("version", "size"))
     pattern = glob.escape(call.date) if call.date else "*"
-    runs = [
-        [run / name for name in ("last.pth", "previous.pth") if (run / name).is_file()]
-        for run in (folder / f"{version}_{size}").glob(pattern)
-    ]
+    runs = [[run / name for name in ("last.pth", "previous.pth") if (run / name).is_file()]
+            for run in (folder / f"{version}_{size}").glob(pattern)]
     newest = sorted(filter(None, runs), key=lambda paths: paths[0].stat().st_mtime, reverse=True)
     path, *others = next((paths for paths in newest if _is_wanted(paths[0], call, given)), [None])
     if path is None:
@@ -285,11 +279,7 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]
 
 
 def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> bool:
-    """Whether a checkpoint's run is of the --date, or the data set, root and --overfit asked for.
-
-    Raises:
-        UserError: the run's configuration cannot be read.
-    """
+    """Whether a run is of the --date, or data set, root and --overfit asked for, or UserError."""
     file = checkpoint.with_name("config.json")
     try:
         config = read_json(file)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import UnionType
 
-from utils.checkpoint import odd_part
+from utils.checkpoint import is_number, odd_part
 from utils.errors import UserError
 
 
@@ -44,26 +43,19 @@ class State:
             UserError: it has none, or a value that no run writes.
         """
         try:
-            step, history, best = saved["step"], saved["history"], saved["best"]
+            step, best = saved["step"], dict(saved["best"])
+            history = [dict(record) for record in saved["history"]]
             totals = {f.name: saved["totals"].get(f.name, f.default) for f in fields(Totals)}
-            steps = [record["step"] for record in history] + ([best["step"]] if best else [])
-            for value in [step, *steps, totals["steps"], totals["images"]]:
-                _check_number(value, int)
-            for value in totals.values():
-                _check_number(value, int | float)
-            if best and not (isinstance(best["value"], float) and isinstance(best["metric"], str)):
-                raise TypeError(f"best is {best!r:.80}")
-            if odd := odd_part([history, best, saved["data"]]):
+            marks = [best] if best else []
+            whole = [step, totals["steps"], totals["images"],
+                     *(record["step"] for record in [*history, *marks])]
+            numbers = [*whole, *totals.values(), *(mark["value"] for mark in marks)]
+            wrong = [value for value in whole if isinstance(value, float)]
+            if wrong := wrong + [value for value in numbers if not is_number(value)]:
+                raise ValueError(f"{wrong[0]!r:.60}")
+            if odd := odd_part([history, best, dict(saved["data"])], 5_000_000):
                 raise TypeError(odd)
-            if not (isinstance(saved["data"], Mapping) and isinstance(history, list)):
-                raise TypeError("data or history of another kind")
-            return cls(step, Totals(**totals), [*map(dict, history)], dict(best))
+            return cls(step, Totals(**totals), history, best)
         except Exception as error:  # whatever a foreign value does
             raise UserError(f"{path} cannot be resumed from: {error!r:.200} in its state; give "
-                            "another checkpoint, or start a new run from its weights with "
-                            "--resume_net") from error
-
-
-def _check_number(value: object, kind: type | UnionType) -> None:
-    if isinstance(value, bool) or not isinstance(value, kind) or not 0 <= value < 1 << 62:
-        raise ValueError(f"{value!r:.60}")
+                            "another, or start from its weights with --resume_net") from error

@@ -150,10 +150,8 @@ def _open_exported(call: Call, given: Mapping[str, object], path: Path, world: W
     options = resolve(given, {**stored, "priors": info.priors, "classes": list(info.classes)})
     dataset = open_dataset(options, call, "test_sets")
     exported = predictor.exported
-    checkpoint = {
-        **identity(path), "precision": exported.info.precision, "made_of": exported.info.checkpoint,
-        "runtime": " ".join(exported.runtime),
-    }
+    checkpoint = {**identity(path), "precision": exported.info.precision,
+                  "made_of": exported.info.checkpoint, "runtime": " ".join(exported.runtime)}
     folder = test_folder(call, given, options, path)
     return Testing(options, predictor.device, dataset, predictor.detect.config, None, predictor,
                    checkpoint, folder)  # fmt: skip

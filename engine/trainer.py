@@ -57,8 +57,7 @@ class Trainer:
         forward = torch.compile(net) if options.compile else net
         self.train_step = TrainStep(
             world.replicate(forward, self.device), criterion, priors, self.optimizer,
-            amp=options.amp, clip_norm=options.clip_norm, frozen=frozen, world=world,
-        )
+            amp=options.amp, clip_norm=options.clip_norm, frozen=frozen, world=world)
         self.average = MovingAverage(net, options.ema) if options.ema else None
         self.steps_per_epoch = self.sampler.steps
         self.state = State()
@@ -79,21 +78,14 @@ class Trainer:
         """Write config.json and log what the run is."""
         options, sampler = self.options, self.sampler
         self.folder.save_options(options)
-        LOGGER.info(
-            "%s at %d, %d classes, %d images, %d steps an epoch, %d epochs, on %s (%s); run %s",
-            options.version, options.size, len(options.classes), len(self.train_set),
-            self.steps_per_epoch, options.max_epoch, self.device, options.amp, self.folder.path,
-        )  # fmt: skip
-        LOGGER.info(
-            "a step: %d images in all (%d processes x %d accumulation steps x %d), learning rate "
-            "%g (%s recipe)",
-            sampler.batch_size,
-            self.world.size,
-            options.accumulate,
-            sampler.batch_size // (self.world.size * options.accumulate),
-            options.lr,
-            options.recipe,
-        )
+        LOGGER.info("%s at %d, %d classes, %d images, %d steps an epoch, %d epochs, on %s (%s); "
+                    "run %s", options.version, options.size, len(options.classes),
+                    len(self.train_set), self.steps_per_epoch, options.max_epoch, self.device,
+                    options.amp, self.folder.path)
+        part = sampler.batch_size // (self.world.size * options.accumulate)
+        LOGGER.info("a step: %d images in all (%d processes x %d accumulation steps x %d), "
+                    "learning rate %g (%s recipe)", sampler.batch_size, self.world.size,
+                    options.accumulate, part, options.lr, options.recipe)
 
     def start_at(self, epoch: int) -> None:
         """Start the schedule at ``epoch``."""
@@ -245,7 +237,6 @@ class Trainer:
         return done
 
     def _show(self, done: Step) -> None:
-        """Draw the images of a step for TensorBoard."""
         if self.options.send_images_to_visdom:
             draw = partial(draw_batch, done.images, done.targets, self.options.classes)
             self.log.image(self.state.step, "training images", draw)
@@ -303,12 +294,11 @@ class Trainer:
         self._save(*names, "last.pth")
 
     def _record(self, epoch: int) -> dict:
-        """Return and log the record of the epoch that ends."""
         totals = self.state.totals
         seconds = max(totals.seconds, 1e-9)
+        lr = lr_at(self.state.step - 1, self.steps_per_epoch, self.options)
         record = {
-            "epoch": epoch, "step": self.state.step,
-            "lr": lr_at(self.state.step - 1, self.steps_per_epoch, self.options),
+            "epoch": epoch, "step": self.state.step, "lr": lr,
             "loss_loc": totals.loss_loc / totals.steps,
             "loss_conf": totals.loss_conf / totals.steps,
             "images_per_second": round(totals.images / seconds, 2), "seconds": round(seconds, 2),
@@ -318,13 +308,11 @@ class Trainer:
             peak = torch.cuda.max_memory_allocated(self.device)
             record["gpu_memory_gib"] = round(peak / 2**30, 2)
             torch.cuda.reset_peak_memory_stats(self.device)
-        LOGGER.info(
-            "epoch %d: loss %.4f (location %.4f, confidence %.4f), lr %.3g, %.1f img/s, %.0f %% of "
-            "the time waiting for data",
-            epoch, record["loss_loc"] + record["loss_conf"], record["loss_loc"],
-            record["loss_conf"], record["lr"], record["images_per_second"],
-            100 * record["waiting_for_data"],
-        )  # fmt: skip
+        LOGGER.info("epoch %d: loss %.4f (location %.4f, confidence %.4f), lr %.3g, %.1f img/s, "
+                    "%.0f %% of the time waiting for data", epoch,
+                    record["loss_loc"] + record["loss_conf"], record["loss_loc"],
+                    record["loss_conf"], record["lr"], record["images_per_second"],
+                    100 * record["waiting_for_data"])
         speed = ("images_per_second", "waiting_for_data", "gpu_memory_gib")
         self.log.scalars(self.state.step, {key: record[key] for key in speed if key in record})
         return record
@@ -356,14 +344,10 @@ class Trainer:
         if not self.world.main:
             return
         state = {
-            "model": self._tested_net().state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.train_step.scaler.state_dict(),
-            "rng": rng_state(),
-            **asdict(self.state),
-            "classes": list(self.options.classes),
-            "config": self.options.plain(),
-            "data": self.data,
+            "model": self._tested_net().state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.train_step.scaler.state_dict(), "rng": rng_state(),
+            **asdict(self.state), "classes": list(self.options.classes),
+            "config": self.options.plain(), "data": self.data,
         }
         if self.average:
             state["raw_model"] = self.net.state_dict()

@@ -13,7 +13,7 @@ from layers.detect import DetectConfig
 from models import build_net, prior_config
 from models.identify import identify
 from models.ssd import Detector
-from utils.checkpoint import list_keys, load_checkpoint, load_weights
+from utils.checkpoint import load_checkpoint, load_weights
 from utils.errors import UserError
 from utils.logger import LOGGER
 
@@ -58,7 +58,8 @@ class DetectorInfo:
         """
         info = cls.for_data(saved, path, classes)
         if classes is not None and tuple(classes) != info.classes:
-            raise UserError(f"{path} has {list_keys(info.classes, 'classes', 80)}, not "
+            known = ", ".join(info.classes[:80])
+            raise UserError(f"{path} has the {len(info.classes)} classes {known}, not "
                             f"{', '.join(classes)}; leave the names out")
         return info
 

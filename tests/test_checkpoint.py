@@ -29,9 +29,7 @@ from utils.errors import UserError
 def test_a_checkpoint_round_trips_exactly(tmp_path, mmap):
     state = {
         "model": {"a.weight": torch.randn(3, 4), "a.count": torch.tensor(7)},
-        "classes": ["x", "ä b"],
-        "config": {"lr": 4e-3, "sets": [[None, "train"]]},
-        "step": 12,
+        "classes": ["x", "ä b"], "config": {"lr": 4e-3, "sets": [[None, "train"]]}, "step": 12,
     }
     save_checkpoint(tmp_path / "c.pth", state)
     loaded = load_checkpoint(tmp_path / "c.pth", mmap)
@@ -135,19 +133,15 @@ def doubled(depth):
 
 
 @pytest.mark.parametrize(("entries", "words"), [
-    ({"format": 99}, "format 99"),
-    ({"format": torch.zeros(2)}, "format a Tensor"),
-    ({"format": "1\n"}, r"format '1\\n'"),
-    ({"classes": [1, 2]}, "not a list of names"),
+    ({"format": 99}, "format 99"), ({"format": torch.zeros(2)}, "format a Tensor"),
+    ({"format": "1\n"}, r"format '1\\n'"), ({"classes": [1, 2]}, "not a list of names"),
     ({"classes": "person"}, "not a list of names"),
-    ({"classes": ["a", "\ud800"]}, "not a list of names"),
-    ({"config": [1]}, "it holds a list"),
+    ({"classes": ["a", "\ud800"]}, "not a list of names"), ({"config": [1]}, "it holds a list"),
     ({"config": {"lr": torch.zeros(1)}}, "it holds a Tensor"),
     ({"config": {(1, 2): 1}}, "a key that is no text"),
     ({"model": {"a\ud800": torch.zeros(1)}}, r"named tensors: 'a\\ud800'"),
     ({"config": {"lr": doubled(99)}}, "more than 100000 values"),
-    ({"config": {"root": "a\0"}}, "NUL"),
-    ({"config": {"lr": 1 << 64}}, "more than 64 bits"),
+    ({"config": {"root": "a\0"}}, "NUL"), ({"config": {"lr": 1 << 64}}, "more than 64 bits"),
     ({"model": {"w": torch.zeros(1).expand(1 << 40)}}, "repeated.*: w"),
     ({"model": {(1, 2): torch.zeros(1)}}, "named tensors: a tuple"),
     ({"model": {"w": torch.zeros(2, dtype=torch.complex64)}},
@@ -165,11 +159,8 @@ def test_entries_that_no_checkpoint_has_are_refused_in_one_sentence(tmp_path, en
 
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation", "ignore:TypedStorage")
 def test_quantised_tensors_are_refused_in_one_sentence(tmp_path):
-    pytest.importorskip("safetensors")
-    model = {"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)}
-    with pytest.raises(UserError, match=r"c\.safetensors cannot be written: "):
-        save_safetensors(tmp_path / "c.safetensors", model, {})
-    torch.save(model, tmp_path / "c.pth")
+    torch.save({"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)},
+               tmp_path / "c.pth")
     with pytest.raises(UserError, match=r"c\.pth holds no state dict .*quantised.*: w"):
         load_checkpoint(tmp_path / "c.pth")
 
@@ -196,10 +187,8 @@ def test_an_order_of_other_tensors_is_not_followed(tmp_path, keys):
 
 
 @pytest.mark.parametrize(("model", "about"), [
-    ({"w": torch.eye(2).to_sparse()}, {}),
-    ({"w": torch.empty(2, device="meta")}, {}),
-    ({"a\ud800": torch.ones(1)}, {}),
-    ({"w": torch.ones(1)}, {"config": nested(100_000)}),
+    ({"w": torch.eye(2).to_sparse()}, {}), ({"w": torch.empty(2, device="meta")}, {}),
+    ({"a\ud800": torch.ones(1)}, {}), ({"w": torch.ones(1)}, {"config": nested(100_000)}),
     ({"w": torch.ones(1)}, {"config": {"x": torch.ones(1)}}),
 ])
 def test_what_safetensors_cannot_hold_is_one_sentence_and_no_file(tmp_path, model, about):

@@ -63,8 +63,7 @@ def test_columns_are_all_images_in_a_row():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"labels": [0]}, "image x: .*label 0 of 1"),
-    ({"labels": [2]}, "image x: .*label 2 of 1"),
+    ({"labels": [0]}, "image x: .*label 0 of 1"), ({"labels": [2]}, "image x: .*label 2 of 1"),
     ({"scores": [np.nan]}, "image x: .*score nan"),
     ({"boxes": [[0, 0, np.inf, 1]]}, "image x: .*box .*inf"),
     ({"boxes": [[0, 0, 1e160, 1e160]]}, "image x: .*box .*e\\+160"),

@@ -46,7 +46,7 @@ def test_classes_of_a_published_file_are_assumed(states, tmp_path, caplog, count
 
 def test_names_that_are_given_are_not_assumed(states):
     names = [f"own {i}" for i in range(20)]
-    with pytest.raises(UserError, match=r"own\.pth has 2 classes: a, b, not b, a; leave"):
+    with pytest.raises(UserError, match=r"own\.pth has the 2 classes a, b, not b, a; leave"):
         saved = {"model": states[3], "classes": ["a", "b"], "config": CONFIG}
         DetectorInfo.of(saved, "own.pth", ["b", "a"])
     info = DetectorInfo.of({"model": states[21]}, "own.pth", names)
@@ -85,7 +85,7 @@ def test_names_that_are_not_those_of_the_heads_are_refused(states, classes):
 @pytest.mark.parametrize(("count", "names", "said"), [
     (3, None, "2 classes and no names for them; give --classes"),
     (3, ["a"], "2 classes, but --classes names 1"),
-    (21, ["a"], "20 classes: aeroplane, .*, not a; leave the names out"),
+    (21, ["a"], "the 20 classes aeroplane, .*, not a; leave the names out"),
 ])
 def test_names_that_do_not_fit_are_refused(states, count, names, said):
     with pytest.raises(UserError, match=rf"bare\.pth .*{said}"):

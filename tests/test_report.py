@@ -356,8 +356,7 @@ def test_a_set_of_crowds_alone_has_nothing_to_score(tmp_path, coco_folder):
 
 def test_mistakes_are_listed_and_shown(tmp_path, make_voc):
     root = make_voc(tmp_path / "data", {"test": {
-        "one": [("a", (11, 11, 40, 40)), ("b", (60, 20, 90, 60))],
-        "two": [("a", (1, 1, 80, 60))],
+        "one": [("a", (11, 11, 40, 40)), ("b", (60, 20, 90, 60))], "two": [("a", (1, 1, 80, 60))],
     }})  # fmt: skip
     dataset = VOCDetection(root, [(None, "test")])
 
@@ -376,8 +375,7 @@ def test_mistakes_are_listed_and_shown(tmp_path, make_voc):
         ("duplicate", "a", "one", "a"),
         ("class", "a", "one", "b"),  # the object is missed, too, but this tells of it
         ("background", "b", "two", ""),  # 0.6: IoU 0.04 with the object
-        ("background", "b", "two", ""),
-        ("missed", "a", "two", "a"),
+        ("background", "b", "two", ""), ("missed", "a", "two", "a"),
     ]
     assert [float(row["IoU"] or 0) for row in rows[:2]] == pytest.approx([29**2 / 30**2, 1])
     captions = [text for _, text in Page(path).all("figcaption")]
@@ -496,15 +494,10 @@ def test_damaged_curves_are_told_of_where_they_are_needed(wrong, results, coco, 
 @pytest.mark.parametrize("key, values", {
     "per_class": [None, [], {"bolt": "0.5"}, {"bolt": 2}, {"bolt": True}],
     "per_class_per_size": [None, {"bolt": None}, {"bolt": {"small": 0.5}}],
-    "value": ["0.5", [], 10**400, math.inf],
-    "sets": [["test"], None, 1, "", "../../x"],
-    "root": [None, 1, ["a"], "a\0"],
-    "overfit": ["x", 1.5, None, True, -1],
-    "classes": [None, "bolt", [1], [["bolt"]], {}, [], ["a", "a"]],
-    "metric": [None, ["a"]],
-    "dataset": [None, "voc", ["VOC"]],
-    "ground_truths": [None, [1]],
-    "notes": ["a", [1]],
+    "value": ["0.5", [], 10**400, math.inf], "sets": [["test"], None, 1, "", "../../x"],
+    "root": [None, 1, ["a"], "a\0"], "overfit": ["x", 1.5, None, True, -1],
+    "classes": [None, "bolt", [1], [["bolt"]], {}, [], ["a", "a"]], "metric": [None, ["a"]],
+    "dataset": [None, "voc", ["VOC"]], "ground_truths": [None, [1]], "notes": ["a", [1]],
     "stats": [10**30],
 }.items())  # fmt: skip
 def test_results_with_a_wrong_value_are_refused_in_a_sentence(made, tmp_path, key, values):

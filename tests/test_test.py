@@ -196,8 +196,7 @@ def test_retest_refuses_detections_of_other_weights(call, trained, capsys):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (("-v", "SSD_vgg"), ("SSD_vgg", "tiny")),
-    (("-s", "512"), ("512", "300")),
+    (("-v", "SSD_vgg"), ("SSD_vgg", "tiny")), (("-s", "512"), ("512", "300")),
     (("-d", "COCO"),
      ("COCO", "instances_val2017.json")),  # data to test on, which are not there
     (("--classes", "a,b"), ("not learnt a, b", "cell, platelet, rod")),

@@ -130,7 +130,6 @@ def _table(folder: Folder, name: str, table: Table, classes: Sequence[str] = (),
 
 
 def _curves(folder: Folder, tables: Mapping[str, Table], classes: Sequence[str]) -> dict[str, str]:
-    """Return the charts of those tables that `CURVES` has, by name."""
     charts = {}
     for name in [name for name in CURVES if name in tables and has_points(tables[name])]:
         of = classes if tables[name].head[0] == "class" else ()
@@ -145,7 +144,6 @@ def _curves(folder: Folder, tables: Mapping[str, Table], classes: Sequence[str])
 
 def _gallery(test: Test, mistakes: Sequence[Mistake],
              drawn: Sequence[tuple[Mistake, np.ndarray]]) -> str:
-    """Return the images of the drawn mistakes, by kind and class."""
     parts = []
     for kind, meaning in MEANING.items():
         chosen = sorted((pair for pair in drawn if pair[0].kind == kind), key=lambda p: p[0].label)
@@ -158,7 +156,6 @@ def _gallery(test: Test, mistakes: Sequence[Mistake],
 
 
 def _figure(test: Test, m: Mistake, image: np.ndarray) -> str:
-    """Return a drawn mistake with what it is."""
     names = test.results.classes
     text = f"{names[m.label - 1]}, {m.kind}"
     if m.score is not None:

@@ -17,10 +17,10 @@ from data import DATASETS, DetectionData, build_dataset, list_sets, split_option
 from data.classes import check_classes
 from data.curves import CURVES_FILE, SIZES, Curves, load_curves
 from data.detections import load_detections
-from data.image_sets import ImageSet, check_sets, parse_image_sets
+from data.image_sets import ImageSet, parse_image_sets
 from data.judge import FOREGROUND, Judged, found_of, judge
 from data.voc_eval import METRICS
-from utils.checkpoint import odd_part
+from utils.checkpoint import is_number, odd_part
 from utils.errors import UserError
 from utils.files import read_json
 
@@ -61,7 +61,7 @@ class Results:
             raise TypeError('"classes" and "notes" must be texts')
         if odd := odd_part(values):
             raise TypeError(f"it holds {odd}")
-        check_sets(parse_image_sets(values["sets"].replace("+", ",")))
+        parse_image_sets(values["sets"].replace("+", ","))
         sizes = values["per_class_per_size"].items()
         return cls(
             values["metric"], check_classes(values["classes"], "it"), _score(values["value"]),
@@ -77,16 +77,15 @@ class Results:
 
 def _score(value: object) -> float:
     """Return a score from 0 to 1; -1, NaN and None say that there is nothing to score."""
-    value = math.nan if value is None else value
-    if isinstance(value, bool) or not isinstance(value, int | float) or value > 1:
-        raise ValueError(f"a score is {value!r:.60}")
-    return float(value) if value >= 0 else math.nan
+    if value is None or value == -1 or value != value:
+        return math.nan
+    return _number(value, 1)
 
 
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < 1e12:
+def _number(value: object, most: float = 1e12) -> float:
+    if not is_number(value, most):
         raise ValueError(f"a number is {value!r:.60}")
-    return value
+    return float(value)
 
 
 class Epoch(NamedTuple):
@@ -103,13 +102,10 @@ def read_log(path: Path) -> list[Epoch]:
     """Return the epochs of a run's log.jsonl; UserError if it is something else."""
     try:
         records = [dict(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
-        return [
-            Epoch(*(_number(r[key]) for key in ("epoch", "loss_loc", "loss_conf")),
-                  _score(r.get("value")),
-                  {name: _score(ap) for name, ap in r.get("per_class", {}).items()})
-            for r in records
-            if "epoch" in r
-        ]  # fmt: skip
+        return [Epoch(*(_number(r[key]) for key in ("epoch", "loss_loc", "loss_conf")),
+                      _score(r.get("value")),
+                      {name: _score(ap) for name, ap in r.get("per_class", {}).items()})
+                for r in records if "epoch" in r]  # fmt: skip
     except Exception as error:  # of any content
         raise UserError(f"{path} is not the log of a run ({error!r:.200})") from error
 

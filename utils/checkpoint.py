@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import atomic_write, check_archive, file_digest
+from utils.files import INFLATED, atomic_write, check_archive, file_digest
 
 _FORMAT = 1
 _SAFETENSORS = ".safetensors"
@@ -151,11 +151,10 @@ def _load_torch(path: Path, mmap: bool) -> Mapping:
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged or hostile file can make the reader raise anything
         if names := _refused_types(path):
-            raise UserError(
-                f"{path} holds {list_keys(names, 'types that are no tensors and no plain data', 3)}"
-                "; files that could run code are not opened; where you trust it, convert such "
-                "values (float(x)) and save model.state_dict() instead of the model"
-            ) from error
+            names = list_keys(names, "types that are no tensors and no plain data", 3)
+            raise UserError(f"{path} holds {names}; files that could run code are not opened; where"
+                            " you trust it, convert such values (float(x)) and save "
+                            "model.state_dict() instead of the model") from error
         # PyTorch's own text says how to open the file unsafely.
         reason = _reason(error.__context__ or error)
         raise UserError(f"{path} is damaged, is not a PyTorch file of a state dict, or holds more "
@@ -175,8 +174,8 @@ def _refused_types(path: Path) -> list[str]:
     names = set()
     with suppress(Exception), open(path, "rb") as file:
         for _ in range(4):  # before PyTorch 1.6: a magic number, a version, sizes, the object
-            names |= {arg.replace(" ", ".") for op, arg, _ in pickletools.genops(file)
-                      if op.name == "GLOBAL"}
+            ops = pickletools.genops(file)
+            names |= {arg.replace(" ", ".") for op, arg, _ in ops if op.name == "GLOBAL"}
     known = r"torch\._.*|torch\.\w*Storage|collections\.OrderedDict|_codecs\.encode|\w+\.set"
     return sorted(name for name in names if not re.fullmatch(known, name))
 
@@ -224,7 +223,6 @@ def _import_safetensors(path: Path) -> ModuleType:
 
 
 def _check_entries(path: Path, state: Mapping) -> None:
-    """Raise UserError unless format, classes and configuration are of the right kinds."""
     found = state.get("format", _FORMAT)
     if not (isinstance(found, int) and found == _FORMAT):
         kind = repr(found) if isinstance(found, (int, str)) else f"a {type(found).__name__}"
@@ -238,6 +236,12 @@ def _check_entries(path: Path, state: Mapping) -> None:
     if odd:
         raise UserError(f"{path} has a configuration that is not plain data by name (it holds "
                         f"{odd}); it is no checkpoint")
+
+
+def is_number(value: object, most: float = 1 << 62) -> bool:
+    """Return whether a foreign value is a number from 0 to ``most``, and no boolean."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and 0 <= value <= most
 
 
 def odd_part(value: object, most: int = 100_000) -> str:
@@ -266,21 +270,15 @@ def odd_part(value: object, most: int = 100_000) -> str:
 
 
 def _is_text(value: object) -> bool:
-    """Return whether it is a string that can be encoded, without lone surrogates."""
     return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
-
-
-def _name(key: object) -> str:
-    if isinstance(key, str):
-        return key if _is_text(key) else ascii(key)
-    return str(key) if isinstance(key, int) else f"a {type(key).__name__}"
 
 
 def _is_plain(tensor: Tensor) -> bool:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
         return False
     # A tensor may repeat a few stored numbers to any size.
-    whole = tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()
+    stored = max(tensor.untyped_storage().nbytes(), INFLATED)
+    whole = tensor.numel() * tensor.element_size() <= stored
     return whole and not (tensor.is_quantized or tensor.is_complex())
 
 
@@ -290,7 +288,8 @@ def _reason(error: BaseException) -> str:
 
 
 def _tensors(path: str | Path, state: Mapping) -> dict[str, Tensor]:
-    strangers = [_name(key) for key, value in state.items()
+    strangers = [key if _is_text(key) else f"{key!a:.40}" if isinstance(key, int | str) else
+                 f"a {type(key).__name__}" for key, value in state.items()
                  if not (_is_text(key) and isinstance(value, Tensor))]
     if strangers or not state:
         entries = list_keys(strangers, "entries that are no named tensors")

@@ -254,9 +254,13 @@ def write_json(path: str | Path, value: object) -> None:
 
 def read_json(path: Path) -> object:
     """Return the value in a JSON file; OSError, ValueError or RecursionError for any other file."""
-    if not path.is_file():
-        raise FileNotFoundError("it is missing, or no regular file")
+    _check_regular(path)
     return json.loads(path.read_text("utf-8"))
+
+
+def _check_regular(path: str | Path) -> None:
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise FileNotFoundError(f"{path} is missing, or no regular file")
 
 
 def check_archive(path: str | Path) -> None:
@@ -265,14 +269,14 @@ def check_archive(path: str | Path) -> None:
     Raises:
         Exception: of some type: the file is damaged, or would inflate beyond any honest size.
     """
+    _check_regular(path)
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":
             return
-        size, inflated = os.fstat(file.fileno()).st_size, 0
         with zipfile.ZipFile(file) as archive:
             inflated = sum(info.file_size for info in archive.infolist())
-            if inflated > max(INFLATED, 50 * size):
-                raise ValueError(f"its {size} bytes inflate to {inflated}")
+            if inflated > max(INFLATED, 50 * os.path.getsize(path)):
+                raise ValueError(f"its {os.path.getsize(path)} bytes inflate to {inflated}")
             # PyTorch writes all of them as 0 if it is told to compute none.
             if any(info.CRC for info in archive.infolist()) and (name := archive.testzip()):
                 raise ValueError(f"{name} in it does not match its checksum")

@@ -10,10 +10,10 @@ from contextlib import suppress
 from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
-"""What a system sends to end a program: by itself, or with its terminal (not on Windows)."""
-# A launcher hands a terminal's Ctrl-C on to processes that have received it themselves; a wrapper
-# such as timeout does, too, but at once.
-SAME_SIGNAL_SECONDS, ALONE_SECONDS = 3, 0.3
+"""What ends a program, by itself or (not on Windows) with its terminal."""
+# A wrapper such as timeout hands a terminal's Ctrl-C on to processes that have received it
+# themselves; the launcher of a job of several processes does, too, but later.
+ALONE_SECONDS, SAME_SIGNAL_SECONDS = 0.3, 3
 
 
 class Interrupted(Exception):
@@ -28,13 +28,10 @@ def heeded(numbers: tuple[signal.Signals, ...]) -> list[signal.Signals]:
 class StopSignal:
     """Context in which the first SIGINT, SIGTERM or SIGHUP sets ``asked``.
 
-    A second signal, after 0.3 seconds (in a job of several processes 3), ends the process at once,
-    or with ``gentle`` does what it did before the context: Ctrl-C raises KeyboardInterrupt, which
-    closes files. A signal that is ignored before the context stays ignored.
-
-    Args of the constructor:
-        told: returns the answer to the first signal, for standard error; None: no answer.
-        alone: whether the job has one process.
+    A second signal, after three seconds, or 0.3 if the process is ``alone``, ends the process at
+    once, or with ``gentle`` does what it did before the context: Ctrl-C raises KeyboardInterrupt,
+    which closes files. ``told`` returns the answer to the first one, for standard error. A signal
+    that was ignored before stays ignored.
     """
 
     def __init__(self, gentle: bool = False, told: Callable[[], str] | None = None,
