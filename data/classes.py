@@ -3,22 +3,32 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import read_text
+
+BACKGROUND = frozenset({"background", "__background__"})
 
 
 def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
-    """Return class names as a tuple. Raises UserError if one is empty, repeated or background."""
+    """Return class names as a tuple, without spaces around them.
+
+    Raises UserError if one is empty, repeated, background, or cannot be written to a file.
+    """
     names = tuple(name.strip() for name in classes)
     if not names or "" in names:
         raise UserError(f"{source}: a class name is empty")
+    if unfit := [name for name in names
+                 if any(unicodedata.category(each) in ("Cc", "Cs") for each in name)]:
+        raise UserError(f"{source}: the class name {unfit[0]!a:.80} has a control character or half"
+                        " of a surrogate pair; rename the class")  # fmt: skip
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
-        names = ", ".join(repeated[:20])
-        raise UserError(f"{source}: class names must be unique, repeated: {names}")
-    if background := {"background", "__background__"} & set(names):
+        raise UserError(f"{source}: class names must be unique, repeated: {', '.join(repeated)}")
+    if background := set(names) & BACKGROUND:
         raise UserError(
             f'{source}: leave "{background.pop()}" out; the background is not a class of the data'
         )
@@ -27,10 +37,7 @@ def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
 
 def read_classes(path: Path) -> tuple[str, ...]:
     """Read class names from a file with one name a line; empty lines are left out."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the class names ({error})") from error
+    lines = read_text(path, "class names").splitlines()
     return check_classes([line for line in lines if line.strip()], str(path))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import glob
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,7 +42,7 @@ from models import prior_config
 from models.info import DetectorInfo, published_detection
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import read_text
 from utils.logger import LOGGER
 
 
@@ -282,7 +283,7 @@ def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> boo
     """Whether a run is of the --date, or data set, root and --overfit asked for, or UserError."""
     file = checkpoint.with_name("config.json")
     try:
-        config = read_json(file)
+        config = json.loads(read_text(file))
         found = config["dataset"], config["root"], config.get("overfit", Options.overfit)
         if [*map(type, found)] != [str, str, int]:
             raise TypeError(f"dataset, root, overfit: {found}")

@@ -22,7 +22,7 @@ from data.judge import FOREGROUND, Judged, found_of, judge
 from data.voc_eval import METRICS
 from utils.checkpoint import is_number, odd_part
 from utils.errors import UserError
-from utils.files import read_json
+from utils.files import read_text
 
 TYPES = {
     **dict.fromkeys(("dataset", "root", "sets", "metric"), str),
@@ -101,7 +101,7 @@ class Epoch(NamedTuple):
 def read_log(path: Path) -> list[Epoch]:
     """Return the epochs of a run's log.jsonl; UserError if it is something else."""
     try:
-        records = [dict(json.loads(line)) for line in path.read_text("utf-8").splitlines()]
+        records = [dict(json.loads(line)) for line in read_text(path).splitlines()]
         return [Epoch(*(_number(r[key]) for key in ("epoch", "loss_loc", "loss_conf")),
                       _score(r.get("value")),
                       {name: _score(ap) for name, ap in r.get("per_class", {}).items()})
@@ -152,7 +152,7 @@ def open_test(directory: Path, root: str | None) -> Test:
     folder, *others = find_tests(directory)
     path = folder / "results.json"
     try:
-        results = Results.of(read_json(path))
+        results = Results.of(json.loads(read_text(path)))
     except Exception as error:  # of any content
         raise UserError(f"{path} is not a test's results ({error!r:.200}); run the test "
                         "again") from error

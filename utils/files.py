@@ -186,7 +186,8 @@ def read_bytes(path: str | Path, what: str = "file", limit: int = 2**32) -> byte
             fault = f"{status.st_size:,} bytes, more than {limit:,}"
         if fault:
             raise UserError(f"{path}: cannot read the {what} ({fault}); give another file")
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read the {what} ({error.strerror})") from error
     except ValueError as error:  # NUL or a lone surrogate in the name
@@ -252,24 +253,14 @@ def write_json(path: str | Path, value: object) -> None:
         file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
-def read_json(path: Path) -> object:
-    """Return the value in a JSON file; OSError, ValueError or RecursionError for any other file."""
-    _check_regular(path)
-    return json.loads(path.read_text("utf-8"))
-
-
-def _check_regular(path: str | Path) -> None:
-    if not os.path.isfile(path):  # a pipe would be waited for
-        raise FileNotFoundError(f"{path} is missing, or no regular file")
-
-
 def check_archive(path: str | Path) -> None:
     """Compare a zip file's contents with its checksums; pass any other file.
 
     Raises:
         Exception: of some type: the file is damaged, or would inflate beyond any honest size.
     """
-    _check_regular(path)
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise FileNotFoundError(f"{path} is missing, or no regular file")
     with open(path, "rb") as file:
         if file.read(4) != b"PK\3\4":
             return
