@@ -203,6 +203,8 @@ class Trainer:
                 self._read(self.lag, progress)
                 if self.state.step == epoch * self.steps_per_epoch + start + 1:
                     self._show(done)
+                if self.world.size == 1:
+                    self.stop.check()
                 # All processes leave after the same step, however early one of them read of it.
                 if self.stop_at is not None and self.state.step >= self.stop_at + self.lag:
                     raise Interrupted

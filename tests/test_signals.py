@@ -31,7 +31,7 @@ def test_the_first_signal_is_answered_at_once_and_the_second_does_what_it_did(nu
         signal.signal(number, before)
 
 
-def test_a_signal_that_nohup_or_a_script_ignores_stays_ignored():
+def test_a_signal_that_nohup_ignores_stays_ignored():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with StopSignal() as stop:

@@ -188,7 +188,7 @@ def _open_dataset(results: Results, root: str) -> DetectionData:
         dataset.check_scorable()
         if overfit:
             dataset.keep_first(overfit)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: names that are too long
         raise UserError(f"{error} (--root says where the data set is)") from error
     return dataset
 

@@ -21,8 +21,9 @@ class Interrupted(Exception):
 
 
 def heeded(numbers: tuple[signal.Signals, ...]) -> list[signal.Signals]:
-    """Return the signals that are not ignored: nohup ignores SIGHUP, ``&`` in a script SIGINT."""
-    return [n for n in numbers if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    """Leave out SIGHUP where it is ignored, as under nohup."""
+    return [n for n in numbers
+            if n.name != "SIGHUP" or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class StopSignal:
@@ -30,7 +31,7 @@ class StopSignal:
 
     A second signal, after three seconds, or 0.3 if the process is ``alone``, ends the process at
     once, or with ``gentle`` does what it did before the context: Ctrl-C raises KeyboardInterrupt,
-    which closes files. ``told`` returns the answer to the first one, for standard error. A signal
+    which closes files. ``told`` returns the answer to the first one, for standard error. A SIGHUP
     that was ignored before stays ignored.
     """
 
