@@ -58,6 +58,11 @@ def check_sets(sets: Iterable[ImageSet]) -> None:
             raise UserError(f"{name!r:.80} is no image set; give a name inside the data, as train")
 
 
+def set_word(name: str) -> str:
+    """Return "train" for an image set of that kind, such as Train or train2017."""
+    return re.sub(r"[_-]?\d*$", "", name.lower())
+
+
 def sets_name(sets: Iterable[tuple[str | None, str]]) -> str:
     """Return one name for several image sets, fit for a folder: "2007_trainval+2012_trainval"."""
     return one_folder("+".join(str(ImageSet(*each)) for each in sets))

@@ -21,7 +21,7 @@ from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.split import choose, list_files
-from data.yolo_layout import NAME_FILES, YOLOFolder, is_label, relative, split_line
+from data.yolo_layout import NAME_FILES, YOLOFolder, is_label, names_beside, relative, split_line
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -76,9 +76,10 @@ class YOLODetection(AnnotatedImages):
     @staticmethod
     def recognise(root: str | Path) -> str | None:
         try:
-            return YOLOFolder(Path(os.path.expanduser(root))).layout
+            folder = YOLOFolder(Path(os.path.expanduser(root)))
         except UserError:  # told when it is read
             return "YOLO (data.yaml)"
+        return folder.layout
 
     @staticmethod
     def list_image_sets(root: str | Path) -> list[ImageSet]:
@@ -101,6 +102,8 @@ class YOLODetection(AnnotatedImages):
                 "beside the images; docs/own_data.md shows where they go"
             )
         classes = None if classes is None else check_classes(classes, "classes")
+        if folder.names is None:
+            folder.names = names_beside(self.root)
         if folder.names is None and classes is not None:
             folder.names = dict(enumerate(classes))
         what = f"{self.root}: the image set {sets_name(self.image_sets)}"

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -20,6 +21,7 @@ from pathlib import Path
 from data.classes import check_classes
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
+from data.image_sets import set_word
 from data.split import ends
 from utils.errors import UserError
 from utils.files import read_text
@@ -34,16 +36,17 @@ IMAGE_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS", "JP
 NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "_darknet.labels")
 BACKGROUND = ("background", "__background__")
 MOST_CLASSES = 10_000
+_shown = reprlib.Repr().repr  # YAML's references make short texts that are endless values
 
 
 class YOLOFolder:
     """What a folder declares.
 
-    names: class names by number; None where nothing tells them. keypoints: number of values behind
+    names: class names by number; None where data.yaml has none. keypoints: number of values behind
     each box. sets: folders or lists by image set; empty where the folders of the images are the
     sets. absent: sets to test on that are declared but have no files, which tools write.
 
-    Raises UserError if data.yaml or the file of class names is malformed.
+    Raises UserError if data.yaml is malformed.
     """
 
     def __init__(self, root: Path) -> None:
@@ -65,8 +68,6 @@ class YOLOFolder:
             lists = {key: values for key, values in lists.items() if key not in self.absent}
             self.sets = lists or self.sets
             self.names, self.keypoints = _read_names(path, content), _read_keypoints(path, content)
-        if self.names is None:
-            self.names = _names_beside(root)
 
     @property
     def layout(self) -> str | None:
@@ -119,6 +120,7 @@ class YOLOFolder:
         found: dict[str, list[Path]] = {}
         for image in self.images:
             folders = [each for each in self._folders_of(image) if each not in IMAGE_FOLDERS]
+            folders = [each for each in folders if set_word(each) in SETS] or folders
             if folders and folders[0] != "obj_train_data":  # Darknet's folder of all images
                 found.setdefault(folders[0], []).append(image)
         return found
@@ -203,7 +205,7 @@ def _find_yaml(root: Path) -> tuple[Path, Mapping] | None:
 def _read_yaml(path: Path) -> object:
     if yaml is None:
         raise UserError(f"{path}: PyYAML is needed to read it; pip install pyyaml")
-    text = read_text(path, "description of the data", 2**24)
+    text = read_text(path, "description of the data", 2**20)
     try:
         return yaml.load(text, Loader=yaml.BaseLoader)  # texts: a class may be called no or 1
     except Exception as error:  # whatever foreign text does to the parser
@@ -215,7 +217,7 @@ def _as_texts(path: Path, key: str, value: object) -> list[str]:
     """Return a text or a list of texts as a list, without empty ones."""
     values = value if isinstance(value, list) else [value]
     if not all(isinstance(each, str) and "\0" not in each for each in values):
-        raise UserError(f"{path}: {key} is {str(value):.60}; give a folder, or a list of folders")
+        raise UserError(f"{path}: {key} is {_shown(value)}; give a folder, or a list of folders")
     return [each.strip() for each in values if each.strip() not in ("", "null", "~")]
 
 
@@ -226,9 +228,9 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
     names = dict(enumerate(given)) if isinstance(given, list) else given
     if not (isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
             and all(re.fullmatch("[0-9]{1,9}", str(key)) for key in names)):  # fmt: skip
-        raise UserError(f"{path}: names is {str(given):.60}; give a list of texts, or number: name")
-    if (count := content.get("nc")) is not None and str(count) != str(len(names)):
-        raise UserError(f"{path}: nc is {str(count):.60} for {len(names)} names; correct one")
+        raise UserError(f"{path}: names is {_shown(given)}; give a list of texts, or number: name")
+    if (count := content.get("nc")) is not None and count != str(len(names)):
+        raise UserError(f"{path}: nc is {_shown(count)} for {len(names)} names; correct one")
     return _checked({int(key): name for key, name in names.items()}, path)
 
 
@@ -245,11 +247,11 @@ def _read_keypoints(path: Path, content: Mapping) -> int:
     shape = content.get("kpt_shape", ["0", "0"])
     if not (isinstance(shape, list) and len(shape) == 2
             and all(re.fullmatch("[0-9]{1,4}", str(each)) for each in shape)):  # fmt: skip
-        raise UserError(f"{path}: kpt_shape is {str(shape):.60}; give [points, 2 or 3]")
+        raise UserError(f"{path}: kpt_shape is {_shown(shape)}; give [points, 2 or 3]")
     return int(shape[0]) * int(shape[1])
 
 
-def _names_beside(root: Path) -> dict[int, str] | None:
+def names_beside(root: Path) -> dict[int, str] | None:
     """Return the class names of files with one a line, in the root or up to two folders deep."""
     found: dict[Path, dict[int, str]] = {}
     for depth in ("", "*/", "*/*/"):

@@ -65,6 +65,8 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))], **values,
     }
     values["root"] = root = absolute(values["root"])
+    if Path(root).is_file():
+        raise UserError(f"--root {root} is a file; give its folder, {Path(root).parent}")
     values["priors"] = read_priors(values["priors"], values.get("size", Options.size))
     if "priors" in given and stored.get("priors", values["priors"]) != values["priors"]:
         raise UserError(f"--priors {given['priors']} contradicts the checkpoint, which is trained "
@@ -93,11 +95,12 @@ def asked_dataset(given: Mapping[str, object], stored: object = None) -> str:
     return check_value(OPTIONS["dataset"], dataset or Options.dataset)
 
 
-def tested_dataset(given: Mapping[str, object], trained: str) -> str:
+def dataset_of_test(given: Mapping[str, object], trained: str) -> str:
     """Return the data set of a test of a detector that was ``trained`` on one."""
-    if "dataset" in given or "root" not in given:
+    root = given.get("root")
+    if "dataset" in given or root is None or not Path(absolute(root)).is_dir():
         return given.get("dataset", trained)
-    return find_layout(absolute(given["root"]), trained)[0]
+    return find_layout(absolute(root), trained)[0]
 
 
 def check_parts(options: Options) -> None:

@@ -12,7 +12,7 @@ from data import build_dataset, default_sets, find_layout
 from data.image_sets import ImageSet
 from data.split import in_validation, listed
 from engine.options import Options, parse
-from engine.resolve import check_parts, resolve
+from engine.resolve import check_parts, dataset_of_test, resolve
 from engine.run import find_checkpoint
 from tools.split import main
 from utils.errors import UserError
@@ -75,7 +75,8 @@ def test_line_of_a_list_is_a_path_or_its_end(line, found, tmp_path):
 @pytest.mark.parametrize("sets, train, test", [
     ("train val test", "train", "val"), ("trainval test", "trainval", "test"),
     ("train test", "train", "test"), ("train dev validation", "train", "validation"),
-    ("train", "split_train", "split_val"), ("default", "split_train", "split_val"),
+    ("Train2017 val2017", "Train2017", "val2017"), ("train", "split_train", "split_val"),
+    ("default", "split_train", "split_val"),
 ])  # fmt: skip
 def test_default_sets_are_declared_ones_or_parts(sets, train, test, tmp_path):
     write_voc(tmp_path, {name: {f"{name}{i}": DOG for i in range(3)} for name in sets.split()})
@@ -119,6 +120,7 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
     for given, words in (
         ({"root": root, "dataset": "VOC"}, ["YOLO (data.yaml)", "-d VOC", "-d YOLO"]),
         ({"root": str(tmp_path / "in")}, ["YOLO (data.yaml)", str(tmp_path / "in/yolo")]),
+        ({"root": f"{root}/data.yaml"}, ["data.yaml is a file", root]),
         ({"root": str(tmp_path / "in/yolo/labels")}, ["COCO", "CVAT", "docs/own_data.md"]),
     ):
         with pytest.raises(UserError) as error:
@@ -128,6 +130,10 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
     with pytest.raises(UserError, match=r"VOC.*-d VOC.*YOLO.*-d YOLO"):
         find_layout(root)
     assert resolve({"root": root, "dataset": "YOLO"}).dataset == "YOLO"
+    assert dataset_of_test({"root": root}, "VOC") == "VOC"
+    assert dataset_of_test({"root": str(tmp_path / "voc")}, "YOLO") == "VOC"
+    assert dataset_of_test({"root": root, "dataset": "COCO"}, "VOC") == "COCO"
+    assert dataset_of_test({}, "CVAT") == "CVAT"
 
 
 def test_part_beside_another_set_is_refused(tmp_path):

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from conftest import write_annotation
 
-from data import default_sets
+from data import default_sets, find_layout
 from data.skips import SkipKind
 from data.voc0712 import VOCDetection
 from utils.errors import UserError
@@ -91,7 +91,8 @@ def test_names_in_another_unicode_form_are_one_image(folder):
     (folder / "Annotations/a.xml").rename(folder / f"Annotations/{NFD}.xml")
     (folder / "JPEGImages/a.jpg").rename(folder / f"JPEGImages/{NFD}.jpg")
     (folder / "ImageSets/Main/test.txt").write_text(f"été\n{NFD}\n", "utf-8")
-    write_annotation(folder / f"Annotations/{NFD}.xml", [(name, BOX[0][1]) for name in (NFD, "été")])
+    objects = [(name, BOX[0][1]) for name in (NFD, "été")]
+    write_annotation(folder / f"Annotations/{NFD}.xml", objects)
     data = read(folder, "test")
     assert data.classes == read(folder, "test", classes=[NFD]).classes == ("été",)
     assert data.ids == ["été"] and kinds(data) == {SkipKind.IMAGE_LISTED_TWICE}
@@ -165,6 +166,18 @@ def test_folders_of_image_sets_give_ids_that_are_unique_and_lists_can_name(folde
     data = read(root, "train", "valid")
     assert len({*data.ids}) == len({*data._paths}) == 2
     assert kinds(data) == {SkipKind.NO_ANNOTATION_FILE}
+    assert find_layout(root)[0] == "VOC"
+    if base == "train/{}":  # not without its image sets
+        with pytest.raises(UserError, match=f"{root} holds VOC XML.*--root"):
+            shutil.rmtree(folder / "Annotations")
+            find_layout(folder)
     (root / "ImageSets").mkdir()
     (root / "ImageSets/mine.txt").write_text("\n".join(data.ids))
     assert read(root, "mine").ids == data.ids
+
+
+@pytest.mark.parametrize("name", ["../../test", "sub/test", "/etc/hosts", "s" * 300])
+def test_set_is_a_name_and_no_path(folder, name):
+    (folder / "ImageSets/Main/test.txt").rename(folder / "test.txt")
+    with pytest.raises(UserError, match="no image set .* existing"):
+        read(folder, name)

@@ -92,7 +92,7 @@ def test_objects_are_read_at_any_depth_and_in_any_shape(tmp_path, text, boxes, r
     ("<a><b><filename>a</filename></b><b><filename>b</filename></b></a>", "several images|root"),
     (f"<annotation><object><name>a</name><name>b</name>{BOX}</object></annotation>", "names: a, b"),
     ("<annotation><size><width>1e300</width></size></annotation>", '<width> is "1e300"'),
-    ("<annotation><size><width>-1</width></size></annotation>", "<width> is -1"),
+    ("<annotation><size><width>-1</width></size></annotation>", "<size> is -1 x 0"),
     ("<annotation><size><width>wide</width></size></annotation>", '<width> is "wide"'),
     ("<annotation><object><name>a</name><polygon><x>1</x></polygon></object></annotation>", "1 x"),
     (f"<annotation>{GOOD.replace('<xmin>', '<xmin>1</xmin><xmin>')}</annotation>", "al corners"),
