@@ -38,9 +38,8 @@ def test_a_checkpoint_round_trips_exactly(tmp_path, mmap):
         assert torch.equal(loaded["model"][key], tensor)
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.",
-                                    "_orig_mod.module.model."])
 @pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "_orig_mod.module.model."])
 def test_a_bare_state_dict_loads_without_the_prefixes_of_wrappers(tmp_path, prefix, zipped):
     state = OrderedDict({f"{prefix}a.weight": torch.ones(2), f"{prefix}model.b": torch.ones(1)})
     torch.save(state, tmp_path / "c.pth", _use_new_zipfile_serialization=zipped)
@@ -110,12 +109,11 @@ def test_a_path_that_is_no_file_is_refused(tmp_path):
 
 
 def test_entries_that_are_no_tensors_are_named(tmp_path):
-    torch.save({"epoch": 3, "w": torch.ones(1)}, tmp_path / "c.pth")
-    with pytest.raises(UserError, match="1 entries that are no named tensors: epoch"):
-        load_checkpoint(tmp_path / "c.pth")
-    torch.save([1, 2], tmp_path / "c.pth")
-    with pytest.raises(UserError, match="holds a list"):
-        load_checkpoint(tmp_path / "c.pth")
+    for state, words in (({"epoch": 3, "w": torch.ones(1)}, "no named tensors: epoch"),
+                         ([1, 2], "holds a list")):
+        torch.save(state, tmp_path / "c.pth")
+        with pytest.raises(UserError, match=words):
+            load_checkpoint(tmp_path / "c.pth")
 
 
 def nested(depth):
@@ -132,6 +130,7 @@ def doubled(depth):
     return value
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation", "ignore:TypedStorage")
 @pytest.mark.parametrize(("entries", "words"), [
     ({"format": 99}, "format 99"), ({"format": torch.zeros(2)}, "format a Tensor"),
     ({"format": "1\n"}, r"format '1\\n'"), ({"classes": [1, 2]}, "not a list of names"),
@@ -147,6 +146,7 @@ def doubled(depth):
     ({"model": {"w": torch.zeros(2, dtype=torch.complex64)}},
      "1 tensors that are complex.*: w"),
     ({"model": {"w": torch.eye(2).to_sparse()}}, "sparse.*: w"),
+    ({"model": {"w": torch.quantize_per_tensor(torch.ones(2), 1, 0, torch.qint8)}}, "quant.*: w"),
     ({"model": {"w": torch.empty(2, device="meta")}}, "without data: w"),
 ])
 def test_entries_that_no_checkpoint_has_are_refused_in_one_sentence(tmp_path, entries, words):
@@ -155,14 +155,6 @@ def test_entries_that_no_checkpoint_has_are_refused_in_one_sentence(tmp_path, en
         load_checkpoint(tmp_path / "c.pth")
     assert "\n" not in str(error.value)
     str(error.value).encode()
-
-
-@pytest.mark.filterwarnings("ignore:.*quantized tensor creation", "ignore:TypedStorage")
-def test_quantised_tensors_are_refused_in_one_sentence(tmp_path):
-    torch.save({"w": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8)},
-               tmp_path / "c.pth")
-    with pytest.raises(UserError, match=r"c\.pth holds no state dict .*quantised.*: w"):
-        load_checkpoint(tmp_path / "c.pth")
 
 
 def test_a_deep_configuration_is_no_traceback(tmp_path):

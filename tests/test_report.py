@@ -448,11 +448,9 @@ def test_changed_data_are_told_of_and_all_is_of_now(kind, request):
 
 def test_a_damaged_log_is_told(results):
     log = results.parents[2] / "log.jsonl"
-    whole = {"epoch": 1, "loss_loc": 1, "loss_conf": 1}
     wrong = [{"loss_loc": []}, {"loss_conf": None}, {"loss_loc": math.nan}, {"epoch": True},
-             {"loss_loc": 1 << 9999}, {"value": "0.5"}, {"value": 2}, {"per_class": [1]},
-             {"per_class": {"a": []}}]  # fmt: skip
-    wrong = [json.dumps({**whole, **values}) for values in wrong]
+             {"loss_loc": 1 << 9999}, {"value": "0.5"}, {"value": 2}, {"per_class": {"a": []}}]
+    wrong = [json.dumps({"epoch": 1, "loss_loc": 1, "loss_conf": 1, **each}) for each in wrong]
     for content in ('{"epoch": 1}', '{"epo', "[1]", "[" * 9999, *wrong):
         log.write_text(content)
         test = open_test(results, None)

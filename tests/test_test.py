@@ -88,17 +88,18 @@ def test_retest_scores_the_kept_detections_without_the_network(call, trained, mo
     assert json.loads(path.read_text()) == first
 
 
-@pytest.mark.parametrize("wrong", [{}, {"score": "a"}, {"score": None}, {"per_class": 1.5}])
-def test_retest_refuses_detections_that_do_not_say_their_limits(call, trained, wrong, capsys):
+def test_retest_refuses_detections_that_do_not_say_their_limits(call, trained, capsys):
     assert call("--test", trained) == 0
     path = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test" / "detections.npz"
     arrays = dict(np.load(path))
     origin = json.loads(str(arrays["made_by"]))
-    origin["thresholds"] = {**origin["thresholds"], **wrong} if wrong else 5
-    np.savez(path, **arrays | {"made_by": np.array(json.dumps(origin))})
-    assert call("--test", trained, "--retest") == 2
-    error = capsys.readouterr().err
-    assert str(path) in error and "without --retest" in error and error.count("\n") == 1
+    for wrong in ({}, {"score": "a"}, {"score": None}, {"per_class": 1.5}):
+        limits = {**origin["thresholds"], **wrong} if wrong else 5
+        made_by = np.array(json.dumps({**origin, "thresholds": limits}))
+        np.savez(path, **arrays | {"made_by": made_by})
+        assert call("--test", trained, "--retest") == 2
+        error = capsys.readouterr().err
+        assert str(path) in error and "without --retest" in error and error.count("\n") == 1
 
 
 def test_the_options_of_detection_are_followed_and_recorded(call, trained, monkeypatch, capsys):
