@@ -92,7 +92,7 @@ class Testing:
         except Exception as error:  # of any values
             raise UserError(f"{path} does not say by which limits it was made ({error!r:.200}); "
                             "run the test again, without --retest") from error
-        origin = {key: origin[key] for key in self.origin.keys() & origin.keys()}
+        origin = {key: value for key, value in origin.items() if key in self.origin}
         score(self.dataset, kept, origin, self.folder, detector_name(self.options))
 
 
