@@ -44,6 +44,11 @@ class Listed(NamedTuple):
     annotation: Path | None
     image: str = ""
 
+    @property
+    def path(self) -> Path:
+        """The annotation file, or where it is missed."""
+        return self.annotation or self.folder / "Annotations" / f"{self.id}.xml"
+
 
 def year_folders(root: Path) -> dict[str | None, Path]:
     """Return year -> folder for each VOC<year> of a devkit or its parent, and None -> root."""
@@ -104,7 +109,7 @@ def declared_classes(root: Path) -> tuple[list[str], str] | None:
     The file is classes.txt, or labelmap.txt as CVAT writes it (name:colour:parts:actions).
     """
     for name in ("classes.txt", "labelmap.txt"):
-        if os.path.isfile(path := root / name):
+        if os.path.lexists(path := root / name):
             names = read_text(path, "class names").splitlines()
             if name == "labelmap.txt":
                 names = [line.partition(":")[0].strip() for line in names if line[:1] != "#"]
@@ -165,7 +170,7 @@ def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: fl
     folder, path = _find_set(root, image_set, index)
     if path is None:
         yield from _part(root, image_set, index, val_share, split_by)
-    elif os.path.isdir(path):
+    elif path.suffix != ".txt":
         yield from _under(path, folder, index)
     else:
         bases = annotation_folders(folder, index)
@@ -188,9 +193,9 @@ def list_all(root: Path, index: FileIndex, faults: list[str],
             faults.append(str(error))
             continue
         found += listed if any(each.annotation for each in listed) else []
-    if not declared:
+    if not found and not {*known} & {*declared}:
         found = list(_under(annotation_folders(root, index)[0], root, index))
-    first = {os.path.normpath(each.annotation or each.where): each for each in reversed(found)}
+    first = {os.path.normpath(each.path): each for each in reversed(found)}
     return sorted(first.values(), key=lambda each: each.id)
 
 
@@ -206,7 +211,7 @@ def _part(root: Path, image_set: ImageSet, index: FileIndex, val_share: float,
         return
     images, names = FileIndex(IMAGE_SUFFIXES), []
     for each in pool:
-        parent, name = os.path.split(os.path.splitext(each.annotation or each.id)[0])
+        parent, name = os.path.split(os.path.splitext(each.path)[0])
         file, _ = find_image(name, image_folders(each.folder, parent), (each.image,), images)
         names.append(os.path.relpath(file, root) if file else f"{each.id}{IMAGE_SUFFIXES[0]}")
     chosen = in_validation(names, val_share, split_by)

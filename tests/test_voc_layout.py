@@ -126,6 +126,8 @@ def test_list_that_nobody_asked_for_never_stops_training(folder, content):
     if unread:
         with pytest.raises(UserError, match=r"notes\.txt:1: .*UTF-8"):
             read(folder, "notes")
+    (folder / "ImageSets/Main/test.txt").unlink()
+    assert len(read(folder, "split_train", "split_val")) == 3
 
 
 @pytest.mark.parametrize(("box", "cause"), [
