@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.files import decode, read_bytes
 
 # Tags of shapes. A file that has one which is not read is refused, never taken for background.
-_SHAPES = {"bndbox", "robndbox", "polygon", "points", "bbox", "box", "rotated_bndbox", "polyline"}
+_SHAPES = {"bndbox", "xmin", "robndbox", "polygon", "points", "bbox", "box", "polyline"}
 _PARTS = ("part", "parts")  # of an object, such as a person's head
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -89,7 +89,8 @@ def _find_objects(path: Path, root: ElementTree.Element) -> tuple[list[ElementTr
         objects.append(elements[start])
     others += elements[end:]
     for element in others:
-        if element.tag in _SHAPES or not {"points", "xmin"}.isdisjoint(element.keys()):
+        named = element.tag in _SHAPES or not {"points", "xmin"}.isdisjoint(element.keys())
+        if named or not objects and element is not root and _count_numbers(element) > 3:
             raise UserError(f"{path}: <{element.tag}> outside an <object> cannot be read; write "
                             "VOC's <object> with <name> and <bndbox>")
     if not objects and tags[0] != "annotation":
@@ -101,6 +102,13 @@ def _find_objects(path: Path, root: ElementTree.Element) -> tuple[list[ElementTr
             raise UserError(f"{path}: annotations of several images; write a file for each")
     # LabelMe keeps what was deleted.
     return [each for each in objects if _text(each, "deleted") != "1"], others
+
+
+def _count_numbers(element: ElementTree.Element) -> int:
+    """Return how many numbers an element has as text, attributes or children; a box has four."""
+    texts = [element.text, *element.attrib.values(), *(child.text for child in element)]
+    words = re.split(r"[\s,;]+", " ".join(text or "" for text in texts))
+    return sum(re.fullmatch(r"[-+]?\d*\.?\d+", word) is not None for word in words)
 
 
 @functools.lru_cache(4096)

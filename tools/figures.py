@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import re
@@ -18,7 +17,7 @@ from PIL import ImageFont
 from inference.draw import escape as escape_glyphs
 from tools.tables import Table
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, csv_bytes
 
 try:
     import matplotlib
@@ -64,11 +63,12 @@ class Folder:
 
     def table(self, name: str, table: Table) -> str:
         """Write a CSV, its cells empty where a value is NaN; return a link to it."""
-        writer = csv.writer(text := io.StringIO(), lineterminator="\n")
-        for row in (table.head, *table.rows):
-            writer.writerow((f"{value:.6g}" if value == value else "")
-                            if isinstance(value, float) else value for value in row)
-        return self.write(f"{name}.csv", text.getvalue().encode())
+        rows = [
+            [(f"{value:.6g}" if value == value else "") if isinstance(value, float) else value
+             for value in row]
+            for row in (table.head, *table.rows)
+        ]  # fmt: skip
+        return self.write(f"{name}.csv", csv_bytes(rows))
 
     def chart(self, name: str, figure: Figure, table: Table, classes: Sequence[str] = ()) -> str:
         """Write a chart as PNG and its table as CSV; return a <figure> with it and the links."""
