@@ -152,11 +152,16 @@ class Loader(DataLoader):
                          prefetch_factor=PREFETCH_FACTOR if workers else None,
                          generator=torch.Generator(), **batching)
 
+    processes: list[multiprocessing.process.BaseProcess] = []
+
     def __iter__(self) -> Iterator[tuple]:
-        with _sigchld_kept():
-            iterator = super().__iter__()
-        processes = multiprocessing.active_children()
+        others = multiprocessing.active_children()
         try:
+            with _sigchld_kept():
+                iterator = super().__iter__()
+            # With persistent processes an epoch but the first starts none.
+            started = [p for p in multiprocessing.active_children() if p not in others]
+            self.processes = started or self.processes
             for batch in iterator:
                 if isinstance(batch, UserError):
                     try:
@@ -167,13 +172,13 @@ class Loader(DataLoader):
                         del batch
                 yield _unpack(batch)
         except (RuntimeError, ConnectionError, EOFError) as error:
-            codes = [process.exitcode for process in processes]
-            if not any(codes):
+            codes = {p.exitcode for p in self.processes} - {None}
+            if not codes:
                 raise
-            fates = {signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes if c}
-            raise UserError(f"a loading process died ({', '.join(sorted(fates))}), mostly for want"
-                            " of memory or shared memory; give fewer --num_workers, or more of both"
-                            " (docker run --memory, --shm-size)") from error
+            fates = {signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes}
+            raise UserError(f"a loading process died ({', '.join(sorted(fates))}), mostly for want "
+                            "of memory or shared memory; give fewer --num_workers, or more of both "
+                            "(docker run --memory, --shm-size)") from error
 
 
 def training_loader(dataset: TrainingSet, sampler: EpochSampler, workers: int,
@@ -208,10 +213,10 @@ def check_shared_memory(workers: int, batch_size: int, size: int, processes: int
     need, free = (workers * PREFETCH_FACTOR + 1) * batch, shutil.disk_usage(SHARED_MEMORY).free
     if need > free:
         fitting = max(0, (free // batch - 1) // PREFETCH_FACTOR)
-        raise UserError(f"--num_workers {workers} needs {need / 2**20:.0f} MiB of shared memory for"
-                        f" its batches, and {SHARED_MEMORY} has {free / 2**20:.0f} MiB free; give"
-                        f" --num_workers {fitting}, or with Docker more shared memory (docker run"
-                        f" --shm-size={-(-need // 2**30)}g)")
+        raise UserError(f"--num_workers {workers} needs {need / 2**20:.0f} MiB of shared memory "
+                        f"for its batches, and {SHARED_MEMORY} has {free / 2**20:.0f} MiB free; "
+                        f"give --num_workers {fitting}, or with Docker more shared memory (docker "
+                        f"run --shm-size={-(-need // 2**30)}g)")
 
 
 def set_up_loading() -> None:
@@ -263,7 +268,6 @@ def _pack(batch: list | UserError) -> tuple | UserError:
 
 
 def _unpack(batch: tuple) -> tuple:
-    """Undo the joining of `_pack`."""
     images, *rest = batch
     return images, *(list(x[0].split(x[1])) if isinstance(x[0], Tensor) else x for x in rest)
 
