@@ -16,7 +16,7 @@ from data import DetectionData, split_options
 from data.curves import CURVES_FILE
 from data.detections import save_detections
 from data.image_sets import sets_name
-from data.loading import TestSet, test_loader
+from data.loading import Loader, TestSet
 from data.transforms import TestTransform
 from engine.distributed import World
 from engine.options import Options
@@ -49,7 +49,7 @@ def detect_set(
     share = list(world.share_of(len(dataset)))
     samples = Subset(TestSet(dataset, TestTransform(options.size)), share)
     batch = -(-options.batch_size // world.size)
-    loader = test_loader(samples, batch, options.num_workers, priors.device.type == "cuda")
+    loader = Loader(samples, options.num_workers, priors.device.type == "cuda", batch_size=batch)
     progress = Progress("test", len(loader), options.log_iters)
 
     def advance(images: int) -> None:
