@@ -163,13 +163,16 @@ def _onnx(path: Path, threads: int | None) -> ExportedModel:
     options = ort.SessionOptions()
     options.log_severity_level, options.intra_op_num_threads = 3, threads or 0  # 3: errors
     try:
-        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        # With its fallback to the same provider, the package prints every failure.
+        session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"],
+                                       enable_fallback=0)
+        text = session.get_modelmeta().custom_metadata_map.get(INFO_KEY)
+        taken, names = (
+            [each.name for each in ports] for ports in (session.get_inputs(), session.get_outputs())
+        )
     except Exception as error:  # kinds of its own
         raise _unreadable(path, error) from error
-    info = ExportInfo.parse(session.get_modelmeta().custom_metadata_map.get(INFO_KEY), path)
-    taken, names = (
-        [each.name for each in ports] for ports in (session.get_inputs(), session.get_outputs())
-    )
+    info = ExportInfo.parse(text, path)
     _check_names(path, info, taken, names)
     run = partial(session.run, names)
     return ExportedModel(path, info, ("onnxruntime", ort.__version__), names, run)

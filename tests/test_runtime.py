@@ -69,6 +69,14 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path, suffix):
         assert "\n" not in str(e.value)
 
 
+def test_a_description_that_is_no_text_is_refused(tmp_path, capfd):
+    file = write_onnx(tmp_path / "x.onnx", "description", "loc conf")
+    file.write_bytes(file.read_bytes().replace(b"description", b"\xffescription"))
+    with pytest.raises(UserError, match=f"{file} cannot be opened .*export the detector again"):
+        open_model(file)
+    assert capfd.readouterr() == ("", "")
+
+
 def write_onnx(file: Path, text: str | None, outputs: str, priors: int = 11620) -> Path:
     """A graph that gives zeros under the names ``outputs`` ("loc conf")."""
     onnx = pytest.importorskip("onnx")
