@@ -1,0 +1,381 @@
+"""Mutated files of every kind that the project reads: each is read whole, or refused.
+
+A function of `TARGETS` writes a good file, and returns it and what reads it. UserError refuses. Any
+other exception, over `SECONDS` or `MEGABYTES`, and a reader's assertion that something is lost
+without a word are failures. Hypothesis reduces the edits of a failing file, and prints the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import re
+import signal
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+import cv2
+import numpy as np
+import onnx
+import pytest
+import torch
+from coco_files import annotation, write_val2017
+from conftest import write_voc
+from hypothesis import HealthCheck, Phase, given, note, settings
+from mutate import JSON, JSON_LINES, NPZ, PTH, WORDS, XML, edits, mutate
+from safetensors.torch import save
+from test_runtime import DESCRIPTION, write_onnx
+
+from data import build_dataset
+from data.coco_eval import evaluate_coco
+from data.config import VOC_CLASSES
+from data.detections import save_detections
+from data.image import IMAGE_SUFFIXES, read_image
+from data.voc0712 import VOCDetection
+from data.voc_comp4 import read_comp4, write_comp4
+from engine.options import Call, Options, parse
+from engine.resolve import resolve
+from engine.run import find_checkpoint
+from engine.testing import test_folder
+from inference.images import TrainedOn
+from inference.runtime import graph_inputs, open_model
+from models.info import DetectorInfo
+from models.transfer import match_classes, parse_class_map
+from tools import check, detect, export
+from tools.mistakes import list_mistakes
+from tools.results import open_test, score_again
+from tools.tables import error_tables, score_tables, training_tables
+from utils.checkpoint import load_checkpoint, load_weights, save_checkpoint
+from utils.errors import UserError
+
+resource = pytest.importorskip("resource")  # not on Windows
+SECONDS, MEGABYTES = 10, 1000
+TARGETS = {}  # name: (function, codec of the file, inputs of the long run)
+
+
+def target(codec=None, inputs=1000):
+    def add(write):
+        TARGETS[write.__name__] = write, codec, inputs
+        return write
+
+    return add
+
+
+def lines_of(path):
+    """Return how many lines a file of UTF-8 has that are not empty; 0 for another encoding."""
+    with contextlib.suppress(UnicodeDecodeError):
+        return sum(bool(line.strip()) for line in path.read_text("utf-8-sig").splitlines())
+    return 0
+
+
+# ---------------------------------------------------------------- data sets
+
+BOXES = {"a": [("dog", (5, 5, 40, 40)), ("cat", (50, 10, 90, 30))], "b": [("cat", (1, 2, 30, 60))]}
+
+
+def read_data(kind, root, sets):
+    """Open a data set as tools.check does, then as training does."""
+    with contextlib.suppress(UserError):
+        build_dataset(kind, root, sets, faults=[]).report()
+    dataset = build_dataset(kind, root, sets)
+    dataset.truth(), dataset.fingerprint(), dataset.report(), dataset.check_scorable()
+    ",".join(dataset.classes).encode()
+    return dataset
+
+
+def voc(folder, file):
+    path = write_voc(folder, {"test": BOXES}) / file
+    (folder / "classes.txt").write_text("dog\ncat\nfish\n")
+
+    def read():
+        dataset, found = read_data("VOC", folder, [(None, "test")]), []
+        if file == "ImageSets/Main/test.txt":
+            assert lines_of(path) <= len(dataset) + len(dataset.skipped), "lost images"
+            return
+        with contextlib.suppress(ElementTree.ParseError):
+            found = [e for e in ElementTree.parse(folder / "Annotations/a.xml").iter()
+                     if e.tag != "part" and any(child.tag == "bndbox" for child in e)]  # fmt: skip
+        skipped = sum(skip.box is not None for skip in dataset.skipped if skip.image == 0)
+        assert len(found) <= len(dataset.target(0)) + skipped, "lost boxes"
+        assert lines_of(folder / "classes.txt") <= len(dataset.classes), "lost classes"
+
+    return path, read
+
+
+for file, codec in {"Annotations/a.xml": XML, "ImageSets/Main/test.txt": WORDS,
+                    "classes.txt": WORDS}.items():  # fmt: skip
+    TARGETS[file] = partial(voc, file=file), codec, 1500
+
+
+@target(JSON, 2000)
+def coco_annotations(folder):
+    records = [annotation(k, k % 2 + 1, [k, k, 10, 12]) for k in range(4)]
+    path = write_val2017(folder, records, ids=(1, 2)) / "annotations/instances_val2017.json"
+
+    def read():
+        dataset = read_data("COCO", folder, [("2017", "val")])
+        records = json.loads(path.read_bytes())["annotations"]
+        assert len(records) <= len(dataset.rows) + len(dataset.skipped), "lost boxes"
+
+    return path, read
+
+
+@target(JSON, 300)
+def coco_results(folder):
+    truth = write_val2017(folder, [annotation(1, 42, [1, 1, 9, 9])])
+    truth /= "annotations/instances_val2017.json"
+    path, record = folder / "found.json", {"image_id": 42, "category_id": 3, "score": 0.5}
+    path.write_text(json.dumps([record | {"bbox": [k, 1, 9, 8.5]} for k in range(3)]))
+    return path, partial(evaluate_coco, path, truth)
+
+
+@target(WORDS)
+def comp4(folder):
+    found = [{"boxes": np.ones((2, 4)), "scores": np.full(2, 0.25), "labels": np.ones(2, int)}] * 2
+    write_comp4(folder, "test", ["dog"], ["a", "b c"], found)
+    path = folder / "comp4_det_test_dog.txt"
+
+    def read():
+        found, _ = read_comp4(folder, "test", ["dog"], ["a", "b c"])
+        assert len(found["dog"].scores) >= lines_of(path), "lost detections"
+
+    return path, read
+
+
+def image(folder, suffix):
+    path = folder / f"a{suffix}"
+    pixels = np.random.default_rng(0).integers(0, 255, (9, 13, 3), np.uint8)
+    path.write_bytes(cv2.imencode(suffix, pixels)[1].tobytes())
+
+    def read():
+        read = read_image(path)
+        assert read.dtype == np.uint8 and read.ndim == 3 and read.shape[2] == 3
+
+    return path, read
+
+
+for suffix in IMAGE_SUFFIXES:
+    if cv2.haveImageWriter(suffix) and suffix not in (".jpeg", ".tiff"):
+        TARGETS[f"image{suffix}"] = partial(image, suffix=suffix), None, 1000
+
+
+# ---------------------------------------------------------------- detectors
+
+NET = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2))
+NAMES = ["dog", "cat"]
+GIVEN = {"version": "SSD_HarDNet68", "size": 300, "root": "d", "classes": NAMES,
+         "train_sets": [[None, "train"]], "test_sets": [["2007", "test"]]}  # fmt: skip
+CONFIG = Options.of({"config": GIVEN, "classes": NAMES}, Path("a")).plain()
+SAVED = {"model": NET.state_dict(), "config": CONFIG, "classes": NAMES, "step": 3}
+
+
+def read_checkpoint(path):
+    """Do what a test and a resumed run do with a checkpoint before they build its network."""
+    saved = load_checkpoint(path)
+    if "config" in saved:
+        DetectorInfo.of(saved, path).prior_config()
+        TrainedOn.of(saved, path)
+        options = resolve({"root": "d"}, Options.of(saved, path).plain())
+        folder = test_folder(Call(test="x"), {}, options, path)
+        assert folder.parents[1].name == "ss_predict" and ".." not in folder.parts, folder
+    load_weights(torch.nn.Sequential(*NET), saved["model"], path)
+    return saved
+
+
+@target(PTH, 2000)
+def checkpoint(folder):
+    path = folder / "last.pth"
+    save_checkpoint(path, SAVED)
+    return path, partial(read_checkpoint, path)
+
+
+@target()
+def checkpoint_bytes(folder):
+    path, read = checkpoint(folder)
+    whole = str(load_checkpoint(path))
+
+    def read_whole():
+        assert str(read()) == whole, "damage is not noticed"
+
+    return path, read_whole
+
+
+@target()
+def safetensors(folder):
+    path = folder / "a.safetensors"
+    about = {"config": CONFIG, "classes": NAMES, "keys": [*NET.state_dict()]}
+    path.write_bytes(save(NET.state_dict(), {key: json.dumps(about[key]) for key in about}))
+    return path, partial(read_checkpoint, path)
+
+
+def load_onnx(data):
+    return json.loads(onnx.load_from_string(data).metadata_props[0].value)
+
+
+def dump_onnx(tree):
+    file = io.BytesIO()
+    write_onnx(file, json.dumps(tree), "loc conf")
+    return file.getvalue()
+
+
+@target((load_onnx, dump_onnx))
+def exported(folder):
+    path = folder / "a.onnx"
+    path.write_bytes(dump_onnx(DESCRIPTION | {"version": "SSD_HarDNet68"}))
+
+    def read():
+        model = open_model(path, 1)
+        model(graph_inputs([np.zeros((8, 8, 3), np.uint8)], model.info))
+
+    return path, read
+
+
+# ---------------------------------------------------------------- runs
+
+def run_with_a_test(folder, name):
+    dataset = VOCDetection(write_voc(folder / "data", {"test": BOXES}), [(None, "test")])
+    test = folder / "run/ss_predict/best/test"
+    found = [{"boxes": np.array([(4, 4, 39, 39), (1, 1, 9, 9)], np.float32), "labels": [2, 1],
+              "scores": np.array([0.9, 0.5], np.float32)}] * 2  # fmt: skip
+    origin = {"checkpoint": {"file": "best.pth", "sha256": "0"}, "dataset": "VOC", "sets": "test",
+              "root": str(dataset.root), "overfit": 0, "classes": list(dataset.classes)}
+    results = {**dataset.evaluate(found, test), **origin, "images": 2}
+    save_detections(test / "detections.npz", dataset.ids, found, origin)
+    (test / "results.json").write_text(json.dumps(results))
+    log = {"epoch": 1, "loss_loc": 1.5, "loss_conf": 2.5, "value": 0.5, "per_class": {"dog": 0.5}}
+    (folder / "run/log.jsonl").write_text(f"{json.dumps(log)}\n" * 3)
+
+    def read():
+        test = score_again(open_test(folder / "run", None))
+        score_tables(test, 0.4), training_tables(test.log)
+        if test.judged:
+            error_tables(test.judged, test.results, test.dataset.ids,
+                         list_mistakes(test.judged, 0.4), 0.4)  # fmt: skip
+
+    return next((folder / "run").rglob(name)), read
+
+
+for name, codec in {"results.json": JSON, "detections.npz": NPZ, "curves.npz": NPZ,
+                    "log.jsonl": JSON_LINES}.items():  # fmt: skip
+    TARGETS[name] = partial(run_with_a_test, name=name), codec, 500
+
+
+@target(JSON)
+def config(folder):
+    run = folder / f"{Options.version}_{Options.size}/run"
+    save_checkpoint(run / "last.pth", SAVED)
+    (run / "config.json").write_text(json.dumps(CONFIG))
+    given = {"save_folder": str(folder)}
+    return run / "config.json", partial(find_checkpoint, Call(resume="auto"), given)
+
+
+# ---------------------------------------------------------------- texts
+
+@target(WORDS)
+def class_map(folder):
+    path = folder / "map.txt"
+    path.write_text("dog=dog\ncat=person\nbus=bus\n")
+
+    def read():
+        for text in (str(path), path.read_bytes().decode(errors="surrogateescape")):
+            match_classes(VOC_CLASSES, ["dog", "cat", "bus"], parse_class_map(text))
+
+    return path, read
+
+
+def call(path, command):
+    """Give the words of a file to a command line; SystemExit 2 and an OSError refuse, too."""
+    words = path.read_bytes().decode(errors="surrogateescape").split()
+    silent = io.StringIO()
+    with contextlib.redirect_stderr(silent), contextlib.redirect_stdout(silent):
+        try:
+            command(words)
+        except SystemExit as error:
+            assert error.code in (0, 2)
+        except OSError as error:
+            assert error.filename
+
+
+@target(WORDS)
+def options(folder):
+    path = folder / "words"
+    path.write_text(f"--root {folder}\n-v SSD_HarDNet68\n-s 300\n-d VOC\n--classes a,b\n--lr 0.1\n"
+                    "--train_sets 2007_trainval,2012_trainval\n--test_sets test\n--cache off\n-b 4"
+                    "\n--resume auto\n--seed 1\n--compile false\n--device cpu\n--date x\n")
+    return path, partial(call, path, lambda words: resolve(parse(words)[1]).plain())
+
+
+def tool_options(folder, read, words):
+    path = folder / "words"
+    path.write_text(words)
+    return path, partial(call, path, read)
+
+
+for tool, words in {
+    check: "--root d\n--classes a,b\n-s 300\n--strict\n--train_sets a,b",
+    detect: "a.pth b.jpg\n--classes a,b\n--score_threshold 0.5\n--max_detections 5\n--save voc",
+    export: "a.pth\n--classes a,b\n--format onnx\n--limit 3\n--tolerance 0.5\n--score_threshold 1",
+}.items():
+    TARGETS[tool.__name__] = partial(tool_options, read=tool.parse, words=words), WORDS, 300
+
+
+# ---------------------------------------------------------------- the runner
+
+def kilobytes(field):
+    return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+@contextlib.contextmanager
+def limits():
+    """Fail after `SECONDS`; on Linux also if the memory of the process rises by `MEGABYTES`."""
+    def stop(*_):
+        pytest.fail(f"a reading takes more than {SECONDS} s")
+
+    linux = os.path.exists("/proc/self/clear_refs")
+    if linux:
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+        before, most = kilobytes("VmRSS"), kilobytes("VmSize") + 4 * MEGABYTES * 1024
+        resource.setrlimit(resource.RLIMIT_AS, (most * 1024, -1))
+    signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        resource.setrlimit(resource.RLIMIT_AS, (-1, -1))
+    if linux:
+        rise = (kilobytes("VmHWM") - before) // 1024
+        assert rise < MEGABYTES, f"a reading takes {rise} MB"
+
+
+def fuzz(name, folder, inputs):
+    write, codec, _ = TARGETS[name]
+    path, read = write(folder)
+    whole = path.read_bytes()
+    read()
+
+    @settings(max_examples=inputs, derandomize=True, deadline=None, database=None,
+              phases=[Phase.generate, Phase.shrink], suppress_health_check=[*HealthCheck])
+    @given(edits(codec))
+    def read_mutated(changes):
+        data = mutate(whole, changes, codec)
+        path.write_bytes(data)
+        note(f"{path.name}: {data[:2000]!r}")
+        with limits(), contextlib.suppress(UserError):
+            read()
+
+    read_mutated()
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_mutated_file_is_read_whole_or_refused_in_a_sentence(name, tmp_path):
+    fuzz(name, tmp_path, 40)
+
+
+@pytest.mark.fuzz
+@pytest.mark.parametrize("name", TARGETS)
+def test_many_mutated_files(name, tmp_path):
+    fuzz(name, tmp_path, TARGETS[name][2])
