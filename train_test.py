@@ -51,7 +51,8 @@ def build_trainer(run: Run, call: Call, given: Mapping[str, object], world: Worl
 
     boxes = prior_config(options.version, options.priors, options.size)
     priors = PriorBox(boxes).to(run.device)()
-    criterion = MultiBoxLoss(run.num_classes, options.jaccard_threshold, variance=boxes.variance)
+    criterion = MultiBoxLoss(run.num_classes, options.jaccard_threshold, variance=boxes.variance,
+                             least_negatives=options.background_negatives)
     detect = Detect.of(run.detection, boxes.variance)
 
     augment = ResizeOnly(options.size) if options.overfit else SSDAugmentation(options.size)

@@ -74,7 +74,7 @@ class PublishedLoss(MultiBoxLoss):
         return torch.stack(labels), torch.stack(offsets)
 
     def loss(self, outputs: tuple[Tensor, Tensor], labels: Tensor, offsets: Tensor,
-             count: Tensor) -> tuple[Tensor, Tensor]:
+             count: Tensor | int) -> tuple[Tensor, Tensor]:
         loc, conf = (x.float() for x in outputs)
         positive = labels > 0
         mask = positive.unsqueeze(2).expand_as(loc)

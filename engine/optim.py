@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from utils.errors import UserError
+
 OPTIMIZERS = ("sgd", "adamw")
 SCHEDULES = ("steps", "cosine")
 
@@ -31,6 +33,7 @@ class Recipe(Protocol):
     gamma: float
     warm_epoch: int
     max_epoch: int
+    base_lr: float
 
 
 def lr_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
@@ -53,24 +56,51 @@ def lr_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
     return recipe.lr * recipe.gamma**passed
 
 
-def parameter_groups(net: nn.Module, weight_decay: float, norm_decay: bool) -> list[dict]:
-    """Return parameter groups for an optimiser.
+def freeze(net: nn.Module, parts: str) -> list[nn.Module]:
+    """Let parameters of a detector keep their values, and return the modules that hold them.
 
-    One group with ``norm_decay``. Else two: weights of convolutions (parameters of more than one
-    dimension) decay; biases and the weights of norms do not.
+    The optimiser leaves them out. Keep the modules in evaluation mode, so that their norms stay as
+    they are, too.
+
+    Args:
+        parts: "base", "base:K" for the first K layers of the base network, "heads", or "" for none.
+
+    Raises:
+        UserError: the base network has fewer layers.
     """
-    everything = list(net.parameters())
-    if norm_decay:
-        return [{"params": everything, "weight_decay": weight_decay}]
+    name, _, layers = parts.partition(":")
+    modules = {"": [], "base": list(net.base), "heads": [net.loc, net.conf]}[name]
+    if layers and int(layers) > len(modules):
+        raise UserError(f"--freeze {parts}: the base network has {len(modules)} layers; give fewer")
+    modules = modules[: int(layers)] if layers else modules
+    for module in modules:
+        module.requires_grad_(False)
+    return modules
+
+
+def parameter_groups(net: nn.Module, recipe: Recipe) -> list[dict]:
+    """Return parameter groups for an optimiser, without frozen parameters.
+
+    Without ``norm_decay``, weights of convolutions (parameters of more than one dimension) decay;
+    biases and the weights of norms do not. "lr_factor" multiplies the learning rate of a group; it
+    is ``base_lr`` for the base network.
+    """
+    base = set(net.base.parameters()) if recipe.base_lr != 1 else set()
+    groups: dict[tuple[bool, bool], list] = {}
+    for parameter in net.parameters():
+        if parameter.requires_grad:
+            decays = recipe.norm_decay or parameter.ndim > 1
+            groups.setdefault((decays, parameter in base), []).append(parameter)
     return [
-        {"params": [p for p in everything if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in everything if p.ndim <= 1], "weight_decay": 0.0},
-    ]
+        {"params": parameters, "weight_decay": recipe.weight_decay if decays else 0.0,
+         "lr_factor": recipe.base_lr if in_base else 1.0}
+        for (decays, in_base), parameters in groups.items()
+    ]  # fmt: skip
 
 
 def build_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """Return the optimiser of the recipe for all parameters of ``net``."""
-    groups = parameter_groups(net, recipe.weight_decay, recipe.norm_decay)
+    """Return the optimiser of the recipe for all parameters of ``net`` that are not frozen."""
+    groups = parameter_groups(net, recipe)
     if recipe.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=recipe.lr, momentum=recipe.momentum)
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -66,6 +67,13 @@ def _sets(value: object) -> tuple[ImageSet, ...]:
     return tuple(ImageSet(*item) for item in value)
 
 
+def _parts(text: str) -> str:
+    """Read the value of --freeze; "" freezes nothing."""
+    if not re.fullmatch(r"|base|base:[1-9]\d{0,3}|heads", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of base, base:K (K layers) and heads")
+    return text
+
+
 _what = partial(option, "what")
 _testing = partial(option, "testing", only="test")
 _starting = partial(option, "where training starts", only="train")
@@ -116,6 +124,10 @@ class Options(Checked):
         help="optimiser")
     lr: float = _recipe(4e-3, "--lr", "--learning-rate", read=number, metavar="X",
         help="initial learning rate")
+    base_lr: float = _recipe(1.0, "--base_lr", read=number, metavar="X", fixed=True,
+        help="factor of the learning rate of the base network")
+    freeze: str = _recipe("", "--freeze", read=_parts, metavar="PARTS", fixed=True,
+        help="what keeps its weights and statistics: base, base:K (its first K layers) or heads")
     momentum: float = _recipe(0.9, "--momentum", read=fraction, metavar="X",
         help="momentum of SGD; first beta of AdamW")
     weight_decay: float = _recipe(5e-4, "--weight_decay", read=number, metavar="X",
@@ -135,6 +147,9 @@ class Options(Checked):
         help="largest norm of a step's gradient; 0: any")
     jaccard_threshold: float = _recipe(0.5, "--jaccard_threshold", read=fraction, metavar="X",
         help="lowest IoU of a positive prior box")
+    background_negatives: int = _recipe(0, "--background_negatives", read=count, metavar="N",
+        help="least number of hard negatives an image; 0: as published, three for each positive "
+             "prior box, so that an image without objects teaches nothing")
     seed: int = _recipe(0, "--seed", read=count, metavar="N", fixed=True,
         help="seed of weights, order and augmentation")
     overfit: int = _recipe(0, "--overfit", read=count, metavar="N", fixed=True,
@@ -245,7 +260,7 @@ class Call(Checked):
         only="train", help="stop after this many steps in all, e.g. to try things out")
 
     device: str | None = option("machine", None, "--device", metavar="NAME",
-        help="auto, cpu, cuda or cuda:N (default: auto)")
+        help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     cuda: bool | None = option("machine", None, "--cuda", read=boolean,
         help="true: --device cuda; false: --device cpu")
     ngpu: int | None = option("machine", None, "--ngpu", read=positive, metavar="N",

@@ -57,13 +57,14 @@ class TrainStep:
         optimizer: updates the parameters of ``net``.
         amp: a key of ``utils.device.AMP_TYPES``.
         clip_norm: largest L2 norm of the gradient of all parameters; 0: any.
+        frozen: modules of ``net`` that stay in evaluation mode.
         world: the processes that train together.
     """
 
     def __init__(
         self, net: nn.Module, criterion: MultiBoxLoss, priors: Tensor,
         optimizer: torch.optim.Optimizer, *, amp: str = "off", clip_norm: float = 0.0,
-        world: World = SINGLE_PROCESS,
+        frozen: Sequence[nn.Module] = (), world: World = SINGLE_PROCESS,
     ):
         self.net = net
         self.criterion = criterion
@@ -71,6 +72,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.amp = amp
         self.clip_norm = clip_norm
+        self.frozen = frozen
         self.world = world
         self.scaler = torch.amp.GradScaler(priors.device.type, enabled=amp == "fp16")
 
@@ -81,8 +83,10 @@ class TrainStep:
         A loss that is not finite has already spoilt the weights when the step returns.
         """
         self.net.train()
+        for module in self.frozen:
+            module.eval()
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_factor", 1.0)
         self.optimizer.zero_grad(set_to_none=True)
         total = self._backward(parts)
         total[2] = float(stop)
@@ -92,7 +96,7 @@ class TrainStep:
             nn.utils.clip_grad_norm_(self.net.parameters(), self.clip_norm)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        values, arrived = total.to("cpu", non_blocking=True), None
+        values, arrived = total.to("cpu", non_blocking=total.is_cuda), None
         if total.is_cuda:
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(total.device))
@@ -103,14 +107,14 @@ class TrainStep:
         """Add the gradients of all parts; return [location loss, confidence loss, 0]."""
         device = self.priors.device
         matched = [self.criterion.match(targets, self.priors) for _, targets, _ in parts]
-        positives = self.world.sum(sum((labels > 0).sum() for labels, _ in matched))
+        count = self.world.sum(sum(self.criterion.count(labels) for labels, _ in matched))
         total = torch.zeros(3, device=device)
         for k, ((images, _, _), (labels, offsets)) in enumerate(zip(parts, matched, strict=True)):
             last = k == len(parts) - 1
             with contextlib.nullcontext() if last else no_sync(self.net):
                 with autocast(device, self.amp):
                     outputs = self.net(to_input(images, INPUT_MEAN, device))
-                losses = self.criterion.loss(outputs, labels, offsets, positives)
+                losses = self.criterion.loss(outputs, labels, offsets, count)
                 # DDP averages gradients over the processes, but these losses are to be summed.
                 self.scaler.scale(sum(losses) * self.world.size).backward()
             total[:2] += torch.stack(losses).detach()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data.loading import Loader
 from engine.distributed import World
 from engine.evaluate import Evaluation
-from engine.optim import MovingAverage, build_optimizer, lr_at
+from engine.optim import MovingAverage, build_optimizer, freeze, lr_at
 from engine.run import Run
 from engine.state import State, Totals
 from engine.steps import Batch, Step, TrainStep
@@ -52,11 +52,12 @@ class Trainer:
         self.folder = run.folder
         self.world = world
         self.device = priors.device
+        frozen = freeze(net, options.freeze)
         self.optimizer = build_optimizer(net, options)
         forward = torch.compile(net) if options.compile else net
         self.train_step = TrainStep(
             world.replicate(forward, self.device), criterion, priors, self.optimizer,
-            amp=options.amp, clip_norm=options.clip_norm, world=world,
+            amp=options.amp, clip_norm=options.clip_norm, frozen=frozen, world=world,
         )
         self.average = MovingAverage(net, options.ema) if options.ema else None
         self.steps_per_epoch = self.sampler.steps

@@ -119,6 +119,8 @@ class Detect(nn.Module):
                 f"loc {list(loc.shape)}, conf {list(conf.shape)}, {len(priors)} priors and "
                 f"{len(sizes)} image sizes do not fit together"
             )
+        if loc.device.type == "mps":  # lacks float64, and operations of some routines
+            loc, conf, priors = loc.cpu(), conf.cpu(), priors.cpu()
         image, prior = self._candidates(conf).nonzero(as_tuple=True)
         scores = conf[image, prior].float().softmax(1)
         over = scores[:, 1:] > self.config.conf_thresh

@@ -17,20 +17,25 @@ class MultiBoxLoss(nn.Module):
 
     Both are sums divided by the number of positive priors in the batch. The hard negatives of an
     image are the non-positive priors with the highest confidence loss, three for each positive;
-    ties: earlier prior.
+    ties: earlier prior. So an image without objects has none, as published: it adds no gradient.
+    With ``least_negatives`` N, an image has at least N of them, and counts as at least N / 3
+    (rounded down) positives in the divisor.
 
     A call matches and computes the losses. If a batch comes in parts (accumulation steps,
-    processes), call ``match`` for every part, add up the positives, and call ``loss`` with the sum.
+    processes), call ``match`` for every part, add up ``count``, and call ``loss`` with the sum.
     Neither synchronises with a GPU, forward or backward.
     """
 
-    def __init__(self, num_classes: int, threshold: float = 0.5, negatives_per_positive: int = 3,
-                 variance: tuple[float, float] = (0.1, 0.2)) -> None:  # fmt: skip
+    def __init__(
+        self, num_classes: int, threshold: float = 0.5, negatives_per_positive: int = 3,
+        variance: tuple[float, float] = (0.1, 0.2), least_negatives: int = 0,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_classes = num_classes
         self.threshold = threshold
         self.negatives_per_positive = negatives_per_positive
         self.variance = variance
+        self.least_negatives = least_negatives
 
     def forward(self, predictions: tuple[Tensor, Tensor], priors: Tensor,
                 targets: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -52,7 +57,7 @@ class MultiBoxLoss(nn.Module):
         """
         self._check(predictions, len(targets), len(priors))
         labels, offsets = self.match(targets, priors)
-        return self.loss(predictions, labels, offsets, (labels > 0).sum())
+        return self.loss(predictions, labels, offsets, self.count(labels))
 
     @torch.no_grad()
     def match(self, targets: Sequence[Tensor], priors: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,18 +78,24 @@ class MultiBoxLoss(nn.Module):
         boxes = pad_targets(targets, priors.device)
         return match(boxes, priors, self.threshold, self.variance, index=priors.is_cpu)
 
+    def count(self, labels: Tensor) -> Tensor:
+        """Return the positives that images count as, int64 0-d, given the labels of ``match``."""
+        least = self.least_negatives // self.negatives_per_positive
+        return (labels > 0).sum(1).clamp(min=least).sum()
+
     def loss(self, predictions: tuple[Tensor, Tensor], labels: Tensor, offsets: Tensor,
-             positives: Tensor | int) -> tuple[Tensor, Tensor]:  # fmt: skip
+             count: Tensor | int) -> tuple[Tensor, Tensor]:
         """Return the two losses of a call, given the result of ``match``.
 
-        ``positives`` is the number of positive priors in the whole batch, by which the sums are
-        divided (by 1 if it is 0): a 0-d tensor on the device of the predictions, or a number.
+        The sums are divided by ``count``, that of the whole batch (by 1 if it is 0): a 0-d tensor
+        on the device of the predictions, or a number.
         """
         loc, conf = predictions
         self._check(predictions, *labels.shape)
         loss_loc = _location_loss(loc, labels, offsets, conf.is_cpu)
-        loss_conf = _ConfidenceLoss.apply(conf, labels, self.negatives_per_positive, conf.is_cpu)
-        count = torch.as_tensor(positives).clamp(min=1)
+        negatives = self.negatives_per_positive, self.least_negatives
+        loss_conf = _ConfidenceLoss.apply(conf, labels, negatives, conf.is_cpu)
+        count = torch.as_tensor(count).clamp(min=1)
         return loss_loc / count, loss_conf / count
 
     def _check(self, predictions: tuple[Tensor, Tensor], batch: int, priors: int) -> None:
@@ -119,12 +130,13 @@ class _ConfidenceLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, conf: Tensor, labels: Tensor, ratio: int, index: bool) -> Tensor:
+    def forward(ctx, conf: Tensor, labels: Tensor, negatives: tuple[int, int],
+                index: bool) -> Tensor:
         losses = torch.empty(labels.shape, dtype=_precision(conf), device=conf.device)
         for part in _parts(conf):
             likelihood = conf[part].log_softmax(-1, dtype=losses.dtype)
             losses[part] = likelihood.gather(-1, labels[part][..., None]).squeeze(-1).neg_()
-        chosen = (labels > 0) | _hard_negatives(losses, labels, ratio, index)
+        chosen = (labels > 0) | _hard_negatives(losses, labels, negatives, index)
         ctx.index = index
         rows = chosen.flatten().nonzero().squeeze(1) if index else chosen
         ctx.save_for_backward(conf, labels, rows)
@@ -165,10 +177,15 @@ def _gradient(conf: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
     return rows.scatter_(-1, label, rows.gather(-1, label) - 1).mul_(grad)
 
 
-def _hard_negatives(losses: Tensor, labels: Tensor, ratio: int, index: bool) -> Tensor:
-    """Return bool [B, P]: the non-positive priors with the highest loss, ``ratio`` per positive."""
-    positive = labels > 0
-    wanted = (ratio * positive.sum(1, keepdim=True)).clamp(max=labels.shape[1] - 1)
+def _hard_negatives(losses: Tensor, labels: Tensor, negatives: tuple[int, int],
+                    index: bool) -> Tensor:
+    """Return bool [B, P]: the non-positive priors with the highest loss.
+
+    negatives: their number per positive prior, and the least number in an image.
+    """
+    positive, (ratio, least) = labels > 0, negatives
+    wanted = (ratio * positive.sum(1, keepdim=True)).clamp(min=least)
+    wanted = wanted.clamp(max=labels.shape[1] - 1)
     # NaN counts as a high loss, so that it reaches the sum.
     losses = losses.nan_to_num(torch.inf, torch.inf, -torch.inf).masked_fill(positive, -torch.inf)
     # The highest loss that is not wanted: take the losses above it, and fill up with equal ones.

@@ -33,7 +33,14 @@ def test_a_name_means_a_device(gpus, name, local_rank, expected):
 
 def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert choose_device() == torch.device("cpu")
+    with pytest.raises(UserError, match=r"mps.*--device cpu"):
+        choose_device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_device() == choose_device("mps", "bf16") == torch.device("mps")
+    with pytest.raises(UserError, match=r"fp16.*bf16"):
+        choose_device("mps", "fp16")
 
 
 @pytest.mark.parametrize(("arguments", "value", "fix"), [

@@ -379,6 +379,21 @@ def test_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_exactly(voc_folder,
     assert_same_run(train.folder / "straight", train.folder / "full")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_options_of_training_at_random_are_exact_on_resume(train, seed):
+    rng, more = np.random.default_rng(seed), ["--test_frequency=0"]
+    for name, values in {
+        "--recipe": ("published", "modern"), "--freeze": ("", "base:2", "heads"),
+        "--base_lr": (1, 0.1), "--background_negatives": (0, 9), "--clip_norm": (0, 5),
+    }.items():  # fmt: skip
+        more += [f"{name}={rng.choice(values)}"]
+    assert train("straight", *more) == 0
+    for stop in np.sort(rng.choice(np.arange(1, 12), 2, replace=False)):
+        assert train("broken", *more, "--max_iters", stop, "--resume", "auto") == 0
+    assert train("broken", *more, "--resume", "auto") == 0
+    assert_same_run(train.folder / "straight", train.folder / "broken")
+
+
 # ---------------------------------------------------------------- the best, and what does not count
 
 

@@ -262,7 +262,7 @@ def test_loss_and_gradient_of_every_prior_masked_equal_those_of_the_chosen_ones(
     results = []
     for index in (False, True):
         losses = [_location_loss(loc, labels, offsets, index)]
-        losses.append(_ConfidenceLoss.apply(conf, labels, 3, index))
+        losses.append(_ConfidenceLoss.apply(conf, labels, (3, 0), index))
         gradients = torch.autograd.grad(sum(losses), (loc, conf))
         assert [g.dtype for g in gradients] == [dtype] * 2
         results.append([*losses, *gradients])
@@ -288,7 +288,7 @@ def test_gradient_equals_finite_differences(index):
         torch.randn(2, 9, n, generator=generator, dtype=torch.float64) for n in (4, 3, 4)
     )
     labels = torch.tensor([[0, 2, 0, 0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0, 0, 0, 1]])
-    for loss, x in ((lambda x: _ConfidenceLoss.apply(x, labels, 2, index), conf),
+    for loss, x in ((lambda x: _ConfidenceLoss.apply(x, labels, (2, 0), index), conf),
                     (lambda x: _location_loss(x, labels, offsets, index), loc)):
         assert torch.autograd.gradcheck(loss, x.requires_grad_())
 
@@ -298,30 +298,51 @@ def test_the_gradient_does_not_depend_on_the_order_of_outputs_in_memory(index):
     (_, conf), targets = random_batch((4, 9))
     labels, _ = MultiBoxLoss(5).match(targets, PRIORS)
     other = conf.detach().mT.contiguous().mT.requires_grad_()
-    gradients = [torch.autograd.grad(_ConfidenceLoss.apply(x, labels, 3, index), x)[0]
+    gradients = [torch.autograd.grad(_ConfidenceLoss.apply(x, labels, (3, 0), index), x)[0]
                  for x in (conf, other)]  # fmt: skip
     assert not other.is_contiguous() and gradients[0].any()
     torch.testing.assert_close(*gradients)
 
 
+def test_an_image_without_objects_teaches_by_its_hardest_negatives():
+    """It has 7 negatives, and counts as 7 // 3 positives beside those of the other image."""
+    torch.manual_seed(0)
+    conf = torch.randn(2, 40, 3, requires_grad=True)
+    target = torch.tensor([[0.1, 0.1, 0.6, 0.6, 1.0]])
+    priors = torch.rand(40, 4) * 0.5 + 0.2
+    outputs, targets = (torch.zeros(2, 40, 4), conf), [target, torch.zeros(0, 5)]
+    published, ours = MultiBoxLoss(3), MultiBoxLoss(3, least_negatives=7)
+    (gradient,) = torch.autograd.grad(published(outputs, priors, targets)[1], conf)
+    assert gradient[0].any() and not gradient[1].any()
+    (gradient,) = torch.autograd.grad(ours(outputs, priors, targets)[1], conf)
+    losses = F.cross_entropy(conf[1], torch.zeros(40, dtype=torch.long), reduction="none")
+    taught = gradient[1].any(1).nonzero().flatten()
+    assert set(taught.tolist()) == set(losses.topk(7).indices.tolist())
+    labels, _ = ours.match(targets, priors)
+    count = max(int((labels[0] > 0).sum()), 2) + 2
+    expected = conf[1].softmax(1)[taught] - torch.tensor([1.0, 0, 0])
+    torch.testing.assert_close(gradient[1, taught], expected / count)
+
+
 def test_second_derivative_is_refused():
     conf = torch.randn(1, 4, 3, requires_grad=True)
-    loss = _ConfidenceLoss.apply(conf, torch.tensor([[1, 0, 0, 0]]), 3, True)
+    loss = _ConfidenceLoss.apply(conf, torch.tensor([[1, 0, 0, 0]]), (3, 0), True)
     with pytest.raises(NotImplementedError, match="no second derivative"):
         torch.autograd.grad(loss, conf, create_graph=True)
 
 
+@pytest.mark.parametrize("least", [0, 7])
 @pytest.mark.parametrize("index", [False, True])
-def test_of_equal_losses_the_earlier_priors_are_negatives(index):
+def test_of_equal_losses_the_earlier_priors_are_negatives(index, least):
     generator = torch.Generator().manual_seed(3)
     # Few different losses, so that nearly every border lies among equal ones.
     losses = torch.randint(0, 4, (40, 30), generator=generator).float()
     labels = torch.randint(-12, 3, (40, 30), generator=generator).clamp(min=0)
     labels[0], labels[1] = 0, 1
-    chosen = _hard_negatives(losses, labels, 3, index)
+    chosen = _hard_negatives(losses, labels, (3, least), index)
     for row, label, found in zip(losses.tolist(), labels.tolist(), chosen, strict=True):
         order = sorted((i for i in range(30) if not label[i]), key=lambda i: (-row[i], i))
-        wanted = order[: 3 * (30 - len(order))]
+        wanted = order[: max(least, 3 * (30 - len(order)))]
         assert found.nonzero().squeeze(1).tolist() == sorted(wanted)
 
 
@@ -332,7 +353,7 @@ def test_negative_that_is_no_number_is_noticed(index, value):
     conf[0, 7, 1] = value
     labels = torch.zeros(1, 50, dtype=torch.long)
     labels[0, 3] = 1
-    assert not _ConfidenceLoss.apply(conf, labels, 3, index).isfinite()
+    assert not _ConfidenceLoss.apply(conf, labels, (3, 0), index).isfinite()
 
 
 def test_parts_of_a_batch_with_one_count_add_up_to_the_whole():

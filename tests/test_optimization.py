@@ -6,12 +6,30 @@ import copy
 
 import pytest
 import torch
+from tiny import TINY
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from engine.optim import COSINE_END, MovingAverage, ema_decay_at, lr_at, parameter_groups
+from data.config import VOC_300
+from engine.optim import (
+    COSINE_END,
+    MovingAverage,
+    build_optimizer,
+    ema_decay_at,
+    freeze,
+    lr_at,
+    parameter_groups,
+)
 from engine.options import Options
-from models import build_net
+from engine.steps import TrainStep
+from layers import MultiBoxLoss, PriorBox
+from models import BACKBONES, build_net
+from utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(BACKBONES, "tiny", TINY)
 
 
 def rate(step, epochs=150, warm_epochs=1, schedule="steps"):
@@ -47,15 +65,53 @@ def test_cosine_is_that_of_pytorch():
 
 def test_norms_and_biases_are_the_group_that_does_not_decay():
     net = build_net("SSD_HarDNet68", 300, 4)
-    (everything,) = parameter_groups(net, 5e-4, norm_decay=True)
+    (everything,) = parameter_groups(net, Options())
     assert len(everything["params"]) == len(list(net.parameters()))
     assert everything["weight_decay"] == 5e-4
-    decaying, others = parameter_groups(net, 5e-4, norm_decay=False)
+    decaying, others = parameter_groups(net, Options(norm_decay=False))
     assert (decaying["weight_decay"], others["weight_decay"]) == (5e-4, 0)
     convolutions = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d)]
     assert {id(p) for p in decaying["params"]} == {id(p) for p in convolutions}
     rest = {id(p) for p in net.parameters()} - {id(p) for p in convolutions}
     assert {id(p) for p in others["params"]} == rest
+
+
+@pytest.mark.parametrize(("parts", "kept"), [
+    ("base", "base."), ("base:2", ("base.0.", "base.1.")), ("heads", ("loc.", "conf.")),
+])
+def test_frozen_parts_stay_as_they_are(parts, kept):
+    """Bit for bit, with weight decay, batch statistics and a moving average of everything."""
+    torch.manual_seed(0)
+    net = build_net("tiny", 300, 3)
+    options = Options(freeze=parts, optimizer="adamw", weight_decay=0.5)
+    before = copy.deepcopy(net.state_dict())
+    frozen = freeze(net, parts)
+    trained = sum(p.numel() for p in net.parameters() if p.requires_grad)
+    counted = sum(p.numel() for k, p in net.named_parameters() if not k.startswith(kept))
+    assert trained == counted < sum(p.numel() for p in net.parameters())
+    average, priors = MovingAverage(net, 0.5), PriorBox(VOC_300)()
+    step = TrainStep(net, MultiBoxLoss(3), priors, build_optimizer(net, options), frozen=frozen)
+    images = torch.randint(0, 256, (2, 3, 300, 300), dtype=torch.uint8)
+    for _ in range(2):
+        step([(images, [torch.tensor([[0.1, 0.2, 0.6, 0.7, 1.0]])] * 2, [0, 1])], 1e-2)
+        average.update(net)
+    for found in (net.state_dict(), average.net.state_dict()):
+        changed = {key for key, value in found.items() if not torch.equal(value, before[key])}
+        assert changed and not any(key.startswith(kept) for key in changed)
+    with pytest.raises(UserError, match="base:4.* 3 layers"):
+        freeze(net, "base:4")
+
+
+def test_base_network_has_a_learning_rate_of_its_own():
+    net = build_net("tiny", 300, 3)
+    optimizer = build_optimizer(net, Options(base_lr=0.1, momentum=0, weight_decay=0))
+    before = copy.deepcopy(net.state_dict())
+    step = TrainStep(net, MultiBoxLoss(3), PriorBox(VOC_300)(), optimizer)
+    images = torch.zeros(1, 3, 300, 300, dtype=torch.uint8)
+    step([(images, [torch.tensor([[0.1, 0.2, 0.6, 0.7, 1.0]])], [0])], 1e-3)
+    for key, parameter in net.named_parameters():
+        rate = 1e-4 if key.startswith("base.") else 1e-3
+        torch.testing.assert_close(parameter, before[key] - rate * parameter.grad)
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9998])

@@ -18,27 +18,38 @@ def choose_device(name: str = "auto", amp: str = "off",
     """Return the device called ``name``. The current CUDA device stays as it is.
 
     Args:
-        name: "auto" (a GPU if PyTorch sees one, else the CPU), "cpu", "cuda" or "cuda:N".
+        name: "auto" (a CUDA GPU if PyTorch sees one, else Apple's, else the CPU), "cpu", "cuda",
+            "cuda:N" or "mps" (Apple's GPU; no test has run on one).
         amp: a key of ``AMP_TYPES``.
         local_rank: the GPU of this process in a job of several processes, None in a job of one.
 
     Raises:
         UserError: an unknown name, a GPU that PyTorch does not see, one GPU for several processes,
-            or fp16 on a CPU.
+            or fp16 without a CUDA GPU.
     """
+    apple = torch.backends.mps.is_available()
     if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     kind, _, index = name.partition(":")
-    if not (name == "cpu" or (kind == "cuda" and (name == kind or index.isdecimal()))):
-        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda or cuda:N")
-    if amp == "fp16" and kind == "cpu":
-        raise UserError("--amp fp16 needs a GPU; use --amp bf16 on a CPU")
+    if not (name in ("cpu", "mps") or (kind == "cuda" and (name == kind or index.isdecimal()))):
+        raise UserError(f"--device {name} is unknown; give auto, cpu, cuda, cuda:N or mps")
+    if amp == "fp16" and kind != "cuda":
+        raise UserError("--amp fp16 needs a CUDA GPU; use --amp bf16 elsewhere")
     if kind == "cpu":
         return torch.device("cpu")
     if local_rank is not None:
+        if kind == "mps":
+            raise UserError("--device mps serves one process; use --device cpu for several")
         if index:
             raise UserError(f"--device {name} is one GPU for several processes; leave it out")
         name, index = f"cuda:{local_rank}", str(local_rank)
+    if kind == "mps":
+        if not apple:
+            raise UserError(
+                f"--device mps is not there: PyTorch {torch.__version__} sees no Apple GPU; use "
+                "--device cpu"
+            )
+        return torch.device("mps")
     gpus = torch.cuda.device_count()
     if int(index or 0) >= gpus:
         raise UserError(
@@ -50,7 +61,7 @@ def choose_device(name: str = "auto", amp: str = "off",
 
 def to_input(images: Tensor, mean: Sequence[float], device: torch.device) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 on the device, minus the per-channel mean, channels last."""
-    images = images.to(device, non_blocking=True).float()
+    images = images.to(device, non_blocking=device.type == "cuda").float()
     # Filled on the device: a copy from the host would wait for it.
     for channel, value in zip(images.unbind(1), mean, strict=True):
         channel -= value
