@@ -10,6 +10,7 @@ import math
 import zipfile
 from contextlib import suppress
 from copy import deepcopy
+from itertools import product
 from xml.etree import ElementTree
 from xml.sax.saxutils import escape, quoteattr
 
@@ -19,9 +20,9 @@ from hypothesis import strategies as st
 
 VALUES = (
     0, 1, -1, 0.5, None, True, "", " ", [], {}, [[0, 0]], {"a": []}, "NaN", "-1", "1e999", "0x1F",
-    math.nan, math.inf, -math.inf, 1e300, 1e-300, 2**31, 2**63, 10**40, "10" * 3000, "\0", "a\0b",
-    "\ud800", "é", "e\u0301", "x" * 300, "..", "../../x", "/dev/null", "C:\\x", "a/b", "\n", "~",
-    "\x1b[31m", "=1+1", "{0}", "%s", "\u202e", "١٢", "1_0", json.loads("[" * 90 + "]" * 90),
+    math.nan, math.inf, 1e300, 1e-300, 2**31, 2**63, 10**40, "10" * 3000, "a\0b", "\ud800",
+    "e\u0301", "x" * 300, "..", "../../x", "/dev/null", "C:\\x", "\n", "~", "\x1b[31m", "=1+1",
+    "{0}", "%s", "١٢", "1_0", json.loads("[" * 90 + "]" * 90),
 )  # fmt: skip
 ARRAYS = (
     np.zeros(0), np.array(math.nan), np.full(3, -1), np.array(["x"]), np.ones((2, 2, 2)),
@@ -156,13 +157,22 @@ PTH = (lambda data: torch.load(io.BytesIO(data), weights_only=True),
        lambda tree: written(lambda file: torch.save(tree, file)))  # fmt: skip
 
 
+def values(codec):
+    return (*VALUES, *{NPZ: ARRAYS, PTH: TENSORS}.get(codec, ()))
+
+
 def edits(codec=None):
     """Return a strategy of one to four edits; without a codec they are of bytes."""
-    extra = {NPZ: ARRAYS, PTH: TENSORS}.get(codec, ())
-    names = [*TREE * bool(codec), *BYTES, *["member"] * bool(extra)]
-    place = st.integers(0, 2**20)
-    edit = st.tuples(st.sampled_from(names), place, place, st.sampled_from((*VALUES, *extra)))
+    names = [*BYTES, *["member"] * 3 * (codec in (NPZ, PTH)), *TREE * 2 * bool(codec)]
+    place = st.integers(0, 15) | st.integers(0, 2**20)
+    edit = st.tuples(st.sampled_from(names), place, place, st.sampled_from(values(codec)))
     return st.lists(edit, min_size=1, max_size=4)
+
+
+def replacements(data, codec):
+    """Yield lists of one edit: each place that the codec finds, and each value there."""
+    for at, value in product(range(1 + len([*places(codec[0](data))])), values(codec)):
+        yield [("replace", at, 0, value)]
 
 
 def mutate(data, changes, codec=None):

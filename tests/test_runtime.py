@@ -132,6 +132,7 @@ def detection(**changes: object) -> str:
     (changed(classes=[1]), "classes [1]"),
     (changed(classes=[]), "classes []"),
     (changed(mean=[104, 117]), "mean [104, 117]"),
+    (changed(mean=[10**40, 117, 123]), f"mean [{10**40}, 117, 123]"),
     (changed(variance=[0.1, None]), "variance [0.1, None]"),
 ])
 def test_a_description_that_is_not_ours_is_refused(text, problem):
