@@ -19,7 +19,8 @@ from engine.distributed import World, end
 from engine.evaluate import Evaluation, detect_exported, detect_set
 from engine.job import run_job
 from engine.options import Call
-from engine.run import Run, open_run, starting_weights
+from engine.run import Run, open_run
+from engine.start import starting_weights
 from engine.testing import open_test
 from engine.trainer import Trainer
 from layers import Detect, MultiBoxLoss, PriorBox

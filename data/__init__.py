@@ -162,9 +162,11 @@ class DetectionData:
             f"{len(self)} images, {len(self.rows)} boxes, {len(self.classes)} classes"
         )
 
-    def check_losses(self, faults: list[str] | None = None) -> None:
+    def check_losses(self, faults: list[str] | None = None,
+                     labels: np.ndarray | None = None) -> None:
         """Record each image and class that lost all its boxes; for the end of the constructor.
 
+        labels: of all annotated boxes; None: those of `truth`.
         Raises UserError, or adds it to ``faults``, if no box is left of those annotated.
         """
         dropped = [skip for skip in self.skipped if skip.box and skip.kind.level == "warning"]
@@ -182,8 +184,9 @@ class DetectionData:
         for image in (i for i in sorted(empty) if self.offsets[i] == self.offsets[i + 1]):
             detail = f"{self.image_path(image)} ({empty[image].kind.text}: {empty[image].detail})"
             self.skipped.append(Skip(SkipKind.IMAGE_EMPTIED, image, None, detail))
-        truth = self.truth()
-        for label in np.setdiff1d(truth.labels[~truth.ignored], self.rows[:, 4]).tolist():
+        if labels is None:
+            labels = (truth := self.truth()).labels[~truth.ignored]
+        for label in np.setdiff1d(labels, self.rows[:, 4]).tolist():
             detail = f"{self.root}: {sets_name(self.image_sets)}: {self.classes[int(label) - 1]}"
             self.skipped.append(Skip(SkipKind.CLASS_EMPTIED, None, None, detail))
 
@@ -248,7 +251,7 @@ DATASETS |= {
         DATASETS["VOC"], reader=reader, folder=name, train_sets=(ImageSet(None, "train"),),
         test_sets=(ImageSet(None, "val"),),
     )
-    for name, reader in ()
+    for name, reader in (("YOLO", "data.yolo:YOLODetection"), ("CVAT", "data.cvat:CVATDetection"))
 }
 UNDERSTOOD = (
     "VOC (a devkit; XML files in Annotations/ or beside the images), COCO (JSON), YOLO (data.yaml; "

@@ -43,6 +43,9 @@ class AnnotatedImages(DetectionData):
         val_share, split_by: see `data.split.in_validation`.
     """
 
+    origin = 0
+    """Number of the first pixel in annotation files, for messages."""
+
     def __init__(
         self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
         transform: Callable | None = None, classes: Sequence[str] | None = None,
@@ -96,7 +99,8 @@ class AnnotatedImages(DetectionData):
         known = labels > 0
         area = (boxes[:, 2:] > boxes[:, :2]).all(1)
         inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
-        changed = (clipped != boxes).any(1)
+        # 0.01: what the decimals of shares leave of a box that touches the border.
+        changed = (np.abs(clipped - boxes) > 0.01).any(1)
         for kind, which in (
             (SkipKind.BOX_WITHOUT_AREA, known & ~area),
             (SkipKind.BOX_OUTSIDE, known & area & ~inside),
@@ -105,12 +109,19 @@ class AnnotatedImages(DetectionData):
             for k in np.flatnonzero(which):
                 detail = (
                     f'{annotation.path}: object {k + 1} ("{annotation.names[k]}") '
-                    f"({', '.join(f'{value:g}' for value in boxes[k] + 1)}) in "
-                    f"{size[0]} x {size[1]}{_hint(boxes[k] + 1)}"
+                    f"({', '.join(f'{value:g}' for value in boxes[k] + self.origin)}) in "
+                    f"{size[0]} x {size[1]}{self.hint(boxes[k] + self.origin, size)}"
                 )
                 self.skipped.append(Skip(kind, index, tuple(boxes[k].tolist()), detail))
         keep = known & area & inside
         return np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32)
+
+    def hint(self, box: np.ndarray, size: tuple[int, int]) -> str:
+        """Return what may be wrong with a box that is dropped or clipped, counted from origin."""
+        if (box[2:] < box[:2]).any():
+            return ": swapped corners?"
+        fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
+        return ": fractions of the image where pixels belong?" if fractions else ""
 
     def _labels(self, annotation: Annotation) -> np.ndarray:
         """Return the label of each object, int64 [n]; 0 for an unknown class."""
@@ -195,14 +206,6 @@ class AnnotatedImages(DetectionData):
             **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
             "image_set": image_set, **result, "curves": CURVES_FILE,
         }
-
-
-def _hint(box: np.ndarray) -> str:
-    """Return what may be wrong with a box that is counted from 1."""
-    if (box[2:] < box[:2]).any():
-        return ": swapped corners?"
-    fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
-    return ": fractions of the image where pixels belong?" if fractions else ""
 
 
 def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tuple[int, int]:

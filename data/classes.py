@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import os
+import unicodedata
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import UserError
 
+BACKGROUND = frozenset({"background", "__background__"})
+
 
 def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
-    """Return class names as a tuple. Raises UserError if one is empty, repeated or background."""
+    """Return class names as a tuple, without spaces around them.
+
+    Raises UserError if one is empty, repeated, background, or cannot be written to a file.
+    """
     names = tuple(name.strip() for name in classes)
     if not names or "" in names:
         raise UserError(f"{source}: a class name is empty")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
+    if unfit := [name for name in names
+                 if any(unicodedata.category(each) in ("Cc", "Cs") for each in name)]:
+        raise UserError(f"{source}: the class name {unfit[0]!a:.80} has a control character or half"
+                        " of a surrogate pair; rename the class")  # fmt: skip
+    if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UserError(f"{source}: class names must be unique, repeated: {', '.join(repeated)}")
-    if background := {"background", "__background__"} & set(names):
+    if background := set(names) & BACKGROUND:
         raise UserError(
             f'{source}: leave "{background.pop()}" out; the background is not a class of the data'
         )

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from data import DetectionData
 from data.coco_eval import evaluate_coco, load_backend, notes
-from data.coco_json import COCOAnnotations, read_annotations
+from data.coco_json import COCOAnnotations, join, read_annotations
 from data.coco_layout import (
+    Part,
+    annotation_files,
     file_stem,
     find_annotations,
     find_images,
@@ -24,10 +29,10 @@ from data.coco_layout import (
 from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
 from data.detections import as_columns
-from data.image import read_image
+from data.image import image_size, read_image
 from data.image_sets import ImageSet
 from data.skips import Skip, SkipKind
-from data.split import VAL_SHARE
+from data.split import SPLIT_SETS, VAL_SHARE, choose, list_files
 from data.truth import Truth, digest
 from utils.errors import UserError
 
@@ -78,11 +83,13 @@ class COCODetection(DetectionData):
             raise ValueError("image_sets is empty, expected e.g. [('2017', 'val')]")
         super().__init__(root, [normalise(*each) for each in image_sets], transform)
         self.crowds = crowds
-        self.val_share, self.split_by = val_share, split_by
         self.eval_backend = eval_backend
+        self.val_share, self.split_by = val_share, split_by
+        self._faults = faults
         self._turned: set[Path] = set()
-        files = [self._read(image_set, classes) for image_set in self.image_sets]
-        self._files = [file.path for file in files]
+        parts = [part for each in self.image_sets for part in self._open(each, classes)]
+        files = [part.file for part in parts]
+        self._part_sets, self._files = [part.image_set for part in parts], [f.path for f in files]
         known = files[0].categories()
         for file in files[1:]:
             if file.categories() != known:
@@ -90,23 +97,31 @@ class COCODetection(DetectionData):
         self.classes = tuple(known if classes is None else classes)
         self.category_ids = {k: known[name] for k, name in enumerate(self.classes, 1)}
         self.category_labels = {id: label for label, id in self.category_ids.items()}
+        for detail in dict.fromkeys(detail for file in files for detail in file.surplus):
+            self.skipped.append(Skip(SkipKind.CATEGORY_SURPLUS, None, None, detail))
         self._digest = digest(self.classes, *(file.digest() for file in files))
         # What follows goes to every loader process. Arrays are shared there, or copied whole where
         # processes are not forked; of a list each object would be copied when it is first used.
-        ids = np.concatenate([file.image_ids for file in files])
-        self._check_unique(ids)
-        self.ids = ids.tolist()
+        self._folders = [part.folder for part in parts]
+        self._names = np.concatenate([part.names for part in parts])
+        self._file_ids = np.concatenate([file.image_ids for file in files])
         self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
-        places = [
-            self._find_images(*each, faults) for each in zip(files, self.image_sets, strict=True)
-        ]
-        self._folders, names = zip(*places, strict=True)
-        self._names = np.concatenate(names)
+        self.ids = self._unique_ids()
+        far = [os.path.isabs(name) or ".." in name for name in self._names.tolist()]
+        for n in np.flatnonzero(far).tolist():
+            if os.path.relpath(path := self.image_path(n), self.root).startswith(".."):
+                self.skipped.append(Skip(SkipKind.OUTSIDE_ROOT, n, None, str(path)))
         self.sizes = np.concatenate([file.sizes for file in files])
         starts = np.cumsum([0, *(len(file.image_ids) for file in files)])
         targets, counts = zip(*map(self._targets, files, starts.tolist()), strict=True)
         self.rows = np.concatenate(targets)
         self.offsets = np.append(0, np.cumsum(np.concatenate(counts)))
+        labels = [self._labels(file)[~file.crowds] for file in files]
+        self.check_losses(faults, np.concatenate(labels))
+        losses = [s.detail for s in self.skipped if s.kind is SkipKind.CLASSES_LEFT_OUT]
+        if losses and not any(map(len, labels)):
+            self._fault(f"{self.root}: no box of the chosen classes: {'; '.join(losses)}; choose "
+                        "others (--classes)")  # fmt: skip
 
     recognise = staticmethod(recognise)
     list_image_sets = staticmethod(list_image_sets)
@@ -140,11 +155,12 @@ class COCODetection(DetectionData):
         return stored
 
     def _keep(self, kept: list[int]) -> None:
-        self._names = self._names[kept]
+        self._names, self._file_ids = self._names[kept], self._file_ids[kept]
         used, self._set_of = np.unique(self._set_of[kept], return_inverse=True)
-        self.image_sets, self._files, self._folders = (
-            [items[s] for s in used] for items in (self.image_sets, self._files, self._folders)
+        self._part_sets, self._files, self._folders = (
+            [items[s] for s in used] for items in (self._part_sets, self._files, self._folders)
         )
+        self.image_sets = list(dict.fromkeys(self._part_sets))
 
     def check_scorable(self) -> None:
         if len(self.image_sets) > 1:
@@ -156,13 +172,18 @@ class COCODetection(DetectionData):
     def truth(self) -> Truth:
         """Return the objects to score against; the annotation files are read again."""
         parts = []
-        for k, path in enumerate(self._files):
-            images = np.flatnonzero(self._set_of == k)
-            file = read_annotations(path, boxes=not is_test_split(path)).of_classes(self.classes)
-            file = file.of_images([self.ids[i] for i in images])
+        for images, file in self._read_again():
             boxes = np.hstack([file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:]])
             parts.append((images[file.owners()], boxes, self._labels(file), file.crowds))
         return Truth(*map(np.concatenate, zip(*parts, strict=True)), "coco")
+
+    def _read_again(self) -> Iterator[tuple[np.ndarray, COCOAnnotations]]:
+        """Yield the indices of a file's images, and these images with their boxes and `ids`."""
+        for k, path in enumerate(self._files):
+            images = np.flatnonzero(self._set_of == k)
+            file = read_annotations(path, boxes=not is_test_split(path)).of_classes(self.classes)
+            file = file.of_images(self._file_ids[images])
+            yield images, replace(file, image_ids=np.array(self.ids)[images])
 
     def fingerprint(self) -> dict:
         """Return plain data that is equal for equal ids, annotations and ``crowds``.
@@ -198,7 +219,7 @@ class COCODetection(DetectionData):
             raise ValueError(f"{name!r} cannot be in the name of a submitted file")
         self.check_scorable()
         results = self._results(detections)
-        [image_set], [file] = self.image_sets, self._files
+        [image_set], file = self.image_sets, self._files[0]
         test = is_test_split(file)
         split = f"{file_stem(image_set)}_{name}" if test else file_stem(image_set)
         path = Path(directory) / f"detections_{split}_results.json"
@@ -218,8 +239,8 @@ class COCODetection(DetectionData):
 
     def _score(self, results: COCOResults, directory: Path) -> dict:
         curves = directory / CURVES_FILE
-        scored = evaluate_coco(results, self._files[0], self.eval_backend, curves, self.classes,
-                               self.ids)
+        truth = join([file for _, file in self._read_again()])
+        scored = evaluate_coco(results, truth, self.eval_backend, curves)
         return {
             "value": scored["stats"][0], "per_class": scored["per_category"],
             "per_class_per_size": scored["per_category_per_size"],
@@ -233,41 +254,66 @@ class COCODetection(DetectionData):
         categories = np.array(list(self.category_ids.values()))[labels - 1]
         return COCOResults(np.array(self.ids)[images], categories, boxes, scores)
 
-    def _read(self, image_set: ImageSet, classes: Sequence[str] | None) -> COCOAnnotations:
-        path = find_annotations(self.root, image_set)
+    def _open(self, image_set: ImageSet, classes: Sequence[str] | None) -> list[Part]:
+        """Read an image set's annotation file, or those parts of all that are listed or divided."""
+        files, lists = annotation_files(self.root), list_files(self.root)
+        name = str(image_set)
+        if not files or name not in lists and (name not in SPLIT_SETS or name in files):
+            return [self._read(find_annotations(self.root, image_set), image_set, classes)]
+        parts = [
+            self._read(path, normalise(None, stem), classes)
+            for stem, path in sorted(files.items()) if not is_test_split(path)
+        ]
+        root, starts = os.path.abspath(self.root), np.cumsum([0, *(len(p.names) for p in parts)])
+        paths = [os.path.relpath(p.folder / each, root) for p in parts for each in p.names.tolist()]
+        declared = {str(part.image_set): range(*starts[k : k + 2]) for k, part in enumerate(parts)}
+        chosen = choose(self.root, image_set, paths, declared, self.val_share, self.split_by)
+        kept = [np.intersect1d(chosen, span) - span[0] for span in declared.values()]
+        return [
+            part._replace(image_set=image_set, names=part.names[which],
+                          file=part.file.of_images(part.file.image_ids[which]))
+            for part, which in zip(parts, kept, strict=True) if len(which)
+        ]
+
+    def _read(self, path: Path, image_set: ImageSet, classes: Sequence[str] | None) -> Part:
         file = read_annotations(path, boxes=not is_test_split(path))
-        if classes is None:
-            return file
-        part = file.of_classes(classes)
-        if len(part.classes) < len(file.classes):
-            detail = (
-                f"{path.name}: {len(part.classes)} of {len(file.classes)} classes,"
-                f" {len(part.boxes)} of {len(file.boxes)} boxes"
-            )
+        if classes is not None and sorted(classes) != sorted(file.classes):
+            counts = f"{len(classes)} of {len(file.classes)} classes", len(file.boxes)
+            file = file.of_classes(classes)
+            detail = f"{path.name}: {counts[0]}, {len(file.boxes)} of {counts[1]} boxes"
             self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
+        part = find_images(self.root, file, image_set)
+        if part.missing and self._faults is None:
+            more = " ..." if len(part.missing) > 10 else ""
+            raise UserError(
+                f"{part.folder}: {len(part.missing)} of the {len(part.names)} images in"
+                f" {path.name} are missing: {', '.join(part.missing[:10])}{more}"
+            )
+        if part.folder != part.usual:
+            detail = f"{path.name}: {part.folder}, they are not in {part.usual}"
+            self.skipped.append(Skip(SkipKind.OTHER_FOLDER, None, None, detail))
+        first: dict[str, int] = {}
+        for id, name in zip(file.image_ids.tolist(), part.names.tolist(), strict=True):
+            if (other := first.setdefault(name, id)) != id:
+                self._fault(f"{path}: image ids {other} and {id} have the same file {name}; leave"
+                            " one out, and give its boxes to the other")  # fmt: skip
+        for n in np.flatnonzero(file.sizes[:, 0] == 0).tolist():
+            file.sizes[n] = image_size(part.folder / str(part.names[n]))
         return part
 
-    def _check_unique(self, ids: np.ndarray) -> None:
-        once, counts = np.unique(ids, return_counts=True)
-        if len(once) < len(ids):
-            raise UserError(
-                f"{' and '.join(map(str, self._files))}: image id {once[counts > 1][0]} is in more"
-                " than one of them"
-            )
+    def _unique_ids(self) -> list[int]:
+        """Return the images' ids in their files; 0, 1, ... if the files use the same ids.
 
-    def _find_images(self, file: COCOAnnotations, image_set: ImageSet,
-                     faults: list[str] | None) -> tuple[Path, np.ndarray]:
-        found = find_images(self.root, file, image_set)
-        if found.missing and faults is None:
-            more = " ..." if len(found.missing) > 10 else ""
-            raise UserError(
-                f"{found.folder}: {len(found.missing)} of the {len(found.names)} images in"
-                f" {file.path.name} are missing: {', '.join(found.missing[:10])}{more}"
-            )
-        if found.folder != found.usual:
-            detail = f"{file.path.name}: {found.folder}, they are not in {found.usual}"
-            self.skipped.append(Skip(SkipKind.OTHER_FOLDER, None, None, detail))
-        return found.folder, found.names
+        Raises UserError for an id and a file name that occur twice.
+        """
+        ids = self._file_ids.tolist()
+        images = [*zip(ids, map(os.path.basename, self._names.tolist()), strict=True)]
+        if len(set(images)) < len(ids):
+            (twice, _), _ = Counter(images).most_common(1)[0]
+            files = " and ".join(map(str, self._files))
+            raise UserError(f"{files}: image id {twice} is in more than one of them")
+        several = len(self._files) > len(self.image_sets) or len(set(ids)) < len(ids)
+        return list(range(len(ids))) if several else ids
 
     def _targets(self, file: COCOAnnotations, start: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the targets, float32 [m, 5], and how many of them each image has, int64 [N].
@@ -284,13 +330,13 @@ class COCODetection(DetectionData):
         outside = ((high <= 0) | (low >= sizes)).any(1)
         # A box of one pixel has x2 = x1, and neither an IoU nor a logarithm of its width.
         flat = ~outside & (corners[:, 2:] <= corners[:, :2]).any(1)
-        empty = ~outside & ~flat & (file.areas <= 0)
-        kept = ~outside & ~flat & ~empty
+        kept = ~outside & ~flat
+        shares = flat & (0 < np.abs(file.boxes).max(initial=0) <= 1)
         crowd = kept & file.crowds & (not self.crowds)
         kept &= ~crowd
         for kind, rows in (
-            (SkipKind.BOX_OUTSIDE, outside), (SkipKind.BOX_WITHOUT_AREA, flat),
-            (SkipKind.AREA_NOT_POSITIVE, empty), (SkipKind.CROWD, crowd),
+            (SkipKind.BOX_OUTSIDE, outside), (SkipKind.BOX_WITHOUT_AREA, flat & ~shares),
+            (SkipKind.BOX_IN_SHARES, shares), (SkipKind.CROWD, crowd),
             (SkipKind.BOX_CLIPPED, kept & beyond.any(1)),
         ):
             for n in np.flatnonzero(rows):
@@ -301,9 +347,19 @@ class COCODetection(DetectionData):
                 )
                 image = start + int(owners[n])
                 self.skipped.append(Skip(kind, image, (x, y, x + w, y + h), detail))
+        size = file.boxes[:, 2:]
+        if (low < size).all() and (size <= sizes).all() and (high > 1.1 * sizes).any():
+            detail = f"{file.path}: bbox {file.boxes[0].tolist()} and all others"
+            self.skipped.append(Skip(SkipKind.BOX_FORMAT, None, None, detail))
         target = np.hstack([corners, self._labels(file)[:, None]])[kept].astype(np.float32)
         return target, np.bincount(owners[kept], minlength=len(file.image_ids))
+
+    def _fault(self, fault: str) -> None:
+        if self._faults is None:
+            raise UserError(fault)
+        self._faults.append(fault)
 
     def _labels(self, file: COCOAnnotations) -> np.ndarray:
         label_of = [self.category_labels[id] for id in file.category_ids.tolist()]
         return np.array(label_of, np.int64)[file.labels - 1]
+

@@ -39,9 +39,9 @@ STATS = (
 
 
 def evaluate_coco(
-    results: str | Path | list[dict] | COCOResults, annotations_path: str | Path,
+    results: str | Path | list[dict] | COCOResults, annotations: str | Path | COCOAnnotations,
     backend: str = "pycocotools", curves: str | Path | None = None,
-    classes: Sequence[str] | None = None, images: Sequence[int] | None = None,
+    classes: Sequence[str] | None = None,
 ) -> dict:
     """Score detections over all images of an annotation file, with pycocotools' defaults.
 
@@ -51,10 +51,10 @@ def evaluate_coco(
 
     Args:
         results: a results JSON, its parsed content, or columns.
+        annotations: an annotation file, or its content.
         backend: one of `BACKENDS`.
         curves: where to write the precision-recall arrays, see `data.curves`.
-        classes, images: score these categories, or the images of these ids, as if the file had no
-            others.
+        classes: score these categories, as if the file had no others.
 
     Returns:
         {"stats": the 12 numbers of `STATS`, "per_category": {name: AP at [.5:.95]}, "per_size":
@@ -67,11 +67,10 @@ def evaluate_coco(
         ValueError: no such backend.
     """
     evaluate, version = load_backend(backend)
-    truth = read_annotations(annotations_path)
+    read = isinstance(annotations, COCOAnnotations)
+    truth = annotations if read else read_annotations(annotations)
     if classes is not None:
         truth = truth.of_classes(classes)
-    if images is not None:
-        truth = truth.of_images(images)
     source = results if isinstance(results, str | Path) else "results"
     if not isinstance(results, COCOResults):
         content = results if isinstance(results, list) else read_json(results)

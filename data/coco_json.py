@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import gc
 import json
+import re
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from data.classes import BACKGROUND, check_classes
 from data.detections import LARGEST
 from data.truth import digest
-from utils.errors import UserError
+from utils.errors import UserError, first_line
+from utils.files import read_bytes
+
+MOST_PIXELS = 10**6  # of an image's width or height
 
 
 def read_json(path: str | Path, object_hook: Callable[[dict], object] | None = None) -> object:
     """Parse a JSON file. Raises UserError if it cannot be read or is not JSON."""
+    data = read_bytes(path)
     collecting = gc.isenabled()
     gc.disable()  # half of the time goes to searching the growing records for garbage
     try:
-        data = Path(path).read_bytes()
         text = data.decode(json.detect_encoding(data), "surrogatepass")
         del data  # the two are most of the memory that a large file takes
         return json.loads(text, object_hook=object_hook)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not a JSON file ({error})") from error
+    except Exception as error:
+        fault = f"{path}: not a JSON file ({first_line(error)}); export it as one document in UTF-8"
+        raise UserError(fault) from error
     finally:
         if collecting:
             gc.enable()
@@ -52,9 +58,8 @@ class Records:
         self.records = records
 
     def integers(self, field: str) -> np.ndarray:
-        """Return a field of whole numbers, also written as 96.0: int64 [n]."""
-        values = self._values(field)
-        values = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+        """Return a field of whole numbers, also written as 96.0 or "96": int64 [n]."""
+        values = [v if type(v) is int else _whole(v) for v in self._values(field)]
         return self._array(field, values, (), np.int64, "a whole number")
 
     def numbers(self, field: str) -> np.ndarray:
@@ -72,9 +77,11 @@ class Records:
     def unfit(self, n: int, field: str, wanted: str) -> UserError:
         """Return the error that a field of object ``n`` is not what is ``wanted``."""
         record = self.records[n] if isinstance(self.records[n], dict) else {}
-        where = f"{self.kind}[{n}]" + (f" (id {record['id']})" if "id" in record else "")
-        value = f"{record.get(field)!r:.60}"
-        return UserError(f"{self.source}: {where} needs {wanted} as '{field}', found {value}")
+        id = f" (id {reprlib.repr(record['id'])})" if "id" in record else ""
+        return UserError(
+            f"{self.source}: {self.kind}[{n}]{id} needs {wanted} as '{field}', found"
+            f" {reprlib.repr(record.get(field))}"
+        )
 
     def _values(self, field: str) -> list:
         return [r.get(field) if isinstance(r, dict) else None for r in self.records]
@@ -87,10 +94,17 @@ class Records:
         return np.array(values, dtype).reshape(-1, *shape)
 
 
+def _whole(value: object) -> object:
+    """Return the integer that a float or a string stands for; any other value as it is."""
+    whole = isinstance(value, float) and value.is_integer() or (
+        isinstance(value, str) and re.fullmatch(r"-?\d{1,18}", value))
+    return int(value) if whole else value
+
+
 def _fits(value: object, shape: tuple[int, ...], dtype: type) -> bool:
     try:
         array = np.array(value)
-    except ValueError:  # ragged
+    except Exception:  # ragged, or nested too deeply
         return False
     kinds = "i" if dtype is np.int64 else "iuf"
     return array.shape == shape and array.dtype.kind in kinds and bool(np.isfinite(array).all())
@@ -122,15 +136,16 @@ class COCOAnnotations:
     image_ids: np.ndarray  # int64 [N], ascending
     file_names: np.ndarray  # str [N], "" where the file has none
     split: str  # folder of the first image in its coco_url, "" where it has none
-    sizes: np.ndarray  # int64 [N, 2], width and height
+    sizes: np.ndarray  # int64 [N, 2], width and height; 0, 0 where the file has none
     category_ids: np.ndarray  # int64 [K], ascending; label k is category_ids[k - 1]
     classes: tuple[str, ...]  # K names
     offsets: np.ndarray  # int64 [N + 1]; image i owns the boxes offsets[i]:offsets[i + 1]
     boxes: np.ndarray  # float64 [M, 4], x, y, w, h in pixels as annotated
     labels: np.ndarray  # int64 [M], 1..K
-    areas: np.ndarray  # float64 [M], of the segmentation; w * h where the file has none
+    areas: np.ndarray  # float64 [M], of the segmentation; w * h where that is not positive
     crowds: np.ndarray  # bool [M]
     annotation_ids: list  # M ids, None where the file has none
+    surplus: tuple[str, ...] = ()  # descriptions of categories that were left out
 
     def categories(self) -> dict[str, int]:
         """Return class name -> category id, by id."""
@@ -153,16 +168,15 @@ class COCOAnnotations:
         """
         if len(set(classes)) < len(classes):
             raise ValueError(f"classes must be unique, got {', '.join(classes)}")
-        if unknown := [name for name in classes if name not in self.classes]:
-            raise UserError(
-                f"{self.path}: has no category {', '.join(unknown)}; it has"
-                f" {', '.join(self.classes)}"
-            )
-        chosen = np.array([name in classes for name in self.classes])
+        known, asked = set(self.classes), set(classes)
+        if unknown := [name for name in classes if name not in known]:
+            raise UserError(f"{self.path}: has no category {', '.join(unknown)}; it has"
+                            f" {', '.join(self.classes)}")  # fmt: skip
+        chosen = np.array([name in asked for name in self.classes])
         part = self._of_boxes(chosen[self.labels - 1])
         return replace(
             part, category_ids=self.category_ids[chosen],
-            classes=tuple(name for name in self.classes if name in classes),
+            classes=tuple(name for name in self.classes if name in asked),
             labels=np.cumsum(chosen)[part.labels - 1],
         )
 
@@ -188,8 +202,25 @@ class COCOAnnotations:
         )
 
 
+def join(files: Sequence[COCOAnnotations]) -> COCOAnnotations:
+    """Return files of the same categories as one; image ids must ascend over all of them."""
+    columns = {
+        name: np.concatenate([getattr(file, name) for file in files])
+        for name in ("image_ids", "file_names", "sizes", "boxes", "labels", "areas", "crowds")
+    }
+    counts = np.concatenate([np.diff(file.offsets) for file in files])
+    return replace(
+        files[0], offsets=np.append(0, np.cumsum(counts)),
+        annotation_ids=[id for file in files for id in file.annotation_ids], **columns,
+    )
+
+
 def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
     """Read a COCO annotation file; without ``boxes`` an image_info file, which has no annotations.
+
+    An annotation without "bbox" gets the enclosing box of its "segmentation". A category without
+    boxes is left out if it is called background, has the name of another, or is the supercategory
+    of all others: exports have such roots.
 
     Raises:
         UserError: not JSON, missing or malformed fields, an id that occurs twice, or an annotation
@@ -201,31 +232,58 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
     image_ids, images = _by_id(path, "images", document)
     sizes = _read_sizes(path, images, image_ids)
     category_ids, categories = _by_id(path, "categories", document)
-    classes = _read_classes(path, categories, category_ids)
     records = Records(path, "annotations", document.get("annotations") if boxes else [])
+    for record in records.records:
+        if isinstance(record, dict) and "segmentation" in record:
+            record["bbox"] = _enclosing_box(record) or record.get("bbox")
     box = records.boxes()
     where = f"{path}: annotations"
     image, category = (
         positions(where, field, records.integers(field), known, path)
         for field, known in (("image_id", image_ids), ("category_id", category_ids))
     )
+    counts = np.bincount(category, minlength=len(categories))
+    classes, kept = _read_classes(path, categories, counts)
     order = np.argsort(image, kind="stable")
     url = str(images[0].get("coco_url") or "")
     return COCOAnnotations(
         path=Path(path), image_ids=image_ids,
         file_names=np.array([str(image.get("file_name") or "") for image in images]),
-        split=url.split("/")[-2] if "/" in url else "", sizes=sizes, category_ids=category_ids,
-        classes=classes, offsets=np.searchsorted(image[order], np.arange(len(image_ids) + 1)),
-        boxes=box[order], labels=category[order] + 1, areas=_read_areas(records, box)[order],
-        crowds=_read_crowds(records)[order],
+        split=url.split("/")[-2] if "/" in url else "", sizes=sizes,
+        category_ids=category_ids[kept], classes=classes,
+        offsets=np.searchsorted(image[order], np.arange(len(image_ids) + 1)),
+        boxes=box[order], labels=np.cumsum(kept)[category[order]],
+        areas=_read_areas(records, box)[order], crowds=_read_crowds(records)[order],
         annotation_ids=[records.records[n].get("id") for n in order],
-    )
+        surplus=tuple(f"{Path(path).name}: category id {category_ids[n]} ({categories[n]['name']})"
+                      for n in np.flatnonzero(~kept)),
+    )  # fmt: skip
 
 
 def _without_outline(record: dict) -> dict:
     """Drop most of an annotation's memory, which boxes do not need."""
-    record.pop("segmentation", None)
+    if record.get("bbox"):
+        record.pop("segmentation", None)
     return record
+
+
+def _enclosing_box(record: dict) -> list[float] | None:
+    """Return the x, y, w, h around a segmentation: polygons or a run-length code; None: no such."""
+    outline = record["segmentation"]
+    try:
+        if isinstance(outline, dict):
+            height, width = outline["size"]
+            if not 0 < height <= MOST_PIXELS or not 0 < width <= MOST_PIXELS:
+                return None
+            from pycocotools import mask
+
+            code = outline if isinstance(outline["counts"], str) else mask.frPyObjects(
+                outline, height, width)
+            return mask.toBbox(code).tolist()
+        points = np.concatenate([np.array(each, np.float64).reshape(-1, 2) for each in outline])
+        return [*points.min(0).tolist(), *np.ptp(points, 0).tolist()]
+    except Exception:  # the message for a wrong "bbox" follows
+        return None
 
 
 def _by_id(path: str | Path, kind: str, document: dict) -> tuple[np.ndarray, list[dict]]:
@@ -239,29 +297,46 @@ def _by_id(path: str | Path, kind: str, document: dict) -> tuple[np.ndarray, lis
 
 
 def _read_sizes(path: str | Path, images: list[dict], ids: np.ndarray) -> np.ndarray:
-    records = Records(path, "images", images)
-    sizes = np.stack([records.integers("width"), records.integers("height")], 1)
-    if len(wrong := np.flatnonzero((sizes < 1).any(1))):
+    sides = ("width", "height")
+    stated = [each if all(map(each.get, sides)) else {**each, **dict.fromkeys(sides, 0)}
+              for each in images]
+    records = Records(path, "images", stated)
+    sizes = np.stack([records.integers(side) for side in sides], 1)
+    if len(wrong := np.flatnonzero(((sizes < 0) | (sizes > MOST_PIXELS)).any(1))):
         n = wrong[0]
         raise UserError(f"{path}: image id {ids[n]} has the size {sizes[n].tolist()}")
+    sizes[(sizes == 0).any(1)] = 0
     return sizes
 
 
-def _read_classes(path: str | Path, categories: list[dict], ids: np.ndarray) -> tuple[str, ...]:
-    names = tuple(category.get("name") for category in categories)
-    for n, name in enumerate(names):
-        if not isinstance(name, str) or not name.strip() or name in names[:n]:
-            raise UserError(f"{path}: category id {ids[n]} has no name of its own: {name!r:.60}")
-    return names
+def _read_classes(path: str | Path, categories: list[dict],
+                  counts: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
+    """Return the names of the categories that are read, and which these are, bool [K]."""
+    names = [name.strip() if isinstance(name := each.get("name"), str) else ""
+             for each in categories]  # fmt: skip
+    if "" in names:
+        raise Records(path, "categories", categories).unfit(names.index(""), "name", "a text")
+    kept = np.ones(len(names), bool)
+    alike, above = Counter(names), Counter(str(each.get("supercategory")) for each in categories)
+    first: dict[str, int] = {}
+    for n, (category, name) in enumerate(zip(categories, names, strict=True)):
+        if not counts[n] and len(names) > 1:
+            root = above[name] == len(names) - 1 and category.get("supercategory") != name
+            kept[n] = alike[name] == 1 and not root and name not in BACKGROUND
+            alike[name] -= not kept[n]
+        elif (other := first.setdefault(name, category["id"])) != category["id"]:
+            raise UserError(f"{path}: category ids {other} and {category['id']} have the same name "
+                            f"{name!r}, and boxes; give them one id or two names")  # fmt: skip
+    return check_classes([names[n] for n in np.flatnonzero(kept)], str(path)), kept
 
 
 def _read_areas(records: Records, boxes: np.ndarray) -> np.ndarray:
-    """Return the field "area", float64 [n]; w * h where an object has none."""
-    areas = [
-        record if record.get("area") is not None else {"area": w * h}
+    """Return the field "area", float64 [n]; w * h where it is no positive number."""
+    return np.array([
+        area if isinstance(area := record.get("area"), int | float) and 0 < area < LARGEST**2
+        else w * h
         for record, (*_, w, h) in zip(records.records, boxes.tolist(), strict=True)
-    ]
-    return Records(records.source, records.kind, areas).numbers("area")
+    ], np.float64)
 
 
 def _read_crowds(records: Records) -> np.ndarray:

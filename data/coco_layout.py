@@ -8,27 +8,44 @@
 
 Own data are read alike, with or without a year, with any set name, categories and ids. A set that
 has an image_info file alone is a test split without ground truth. The files may also lie in
-root/original_annotations/. Where an image's ``file_name`` exists, it decides; it may have folders
-in it and start from root/<split>/, root/images/<split>/, root/images/ or root/.
+root/original_annotations/.
+
+Annotation files of other names are read if none of these exists: root/<set>/_annotations.coco.json
+(Roboflow), root/result.json (Label Studio), and any JSON file in root or in one of its folders that
+looks like COCO's. The set is the part of the file's name that says train, val, ..., else the name
+of a folder with images, else the file's.
+
+Where an image's ``file_name`` exists, it decides; it may have folders in it and start from the
+annotation file's folder, root/<split>/, root/images/<split>/, root/images/ or root/. Else Unicode
+forms, back slashes, and the folders of another machine or of a URL are looked through.
 """
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import unquote
 
 import numpy as np
 
 from data.coco_json import COCOAnnotations
+from data.image import IMAGE_SUFFIXES
+from data.image_files import FileIndex
 from data.image_sets import ImageSet
+from data.split import list_files
 from utils.errors import UserError
 
 # Sets that are parts of another split and have no image folder of their own.
 IMAGES_OF = {"minival": "val", "valminusminival": "val", "test-dev": "test"}
 ANNOTATION_FOLDERS = ("annotations", "original_annotations")
 ANNOTATION_KINDS = ("instances_", "image_info_")
+ROBOFLOW = "_annotations.coco.json"
+SET_IN_NAME = re.compile(
+    r"(?:.*[^a-z])?((?:trainval|train|validation|valid|val|dev|test)(?:20\d\d)?)(?:[^a-z].*)?")
+
 
 
 def normalise(year: str | None, name: str) -> ImageSet:
@@ -50,18 +67,48 @@ def is_test_split(path: Path) -> bool:
 
 def recognise(root: str | Path) -> str | None:
     """Return the name of the layout under ``root``; see `data.DetectionData.recognise`."""
-    return "COCO" if list_image_sets(root) else None
+    paths = annotation_files(Path(os.path.expanduser(root))).values()
+    if {path.name for path in paths} == {ROBOFLOW}:
+        return "Roboflow COCO"
+    known = {(): None, ("result.json",): "Label Studio COCO"}
+    return known.get(tuple(path.name for path in paths), "COCO")
 
 
 def list_image_sets(root: str | Path) -> list[ImageSet]:
-    """Return the image sets under ``root`` that have an annotation file."""
-    found = {
-        normalise(None, path.stem.removeprefix(kind))
-        for folder in ANNOTATION_FOLDERS
-        for kind in ANNOTATION_KINDS
-        for path in (Path(os.path.expanduser(root)) / folder).glob(f"{kind}?*.json")
-    }
+    """Return the image sets under ``root`` that have an annotation file or a list."""
+    found = {normalise(None, stem) for stem in annotation_files(Path(os.path.expanduser(root)))}
+    found |= {ImageSet(None, name) for name in list_files(root)} if found else set()
     return sorted(found, key=lambda each: (each.year or "", each.name))
+
+
+def annotation_files(root: Path) -> dict[str, Path]:
+    """Return the annotation file of each image set, by `file_stem`; ground truth comes first."""
+    found = {
+        path.stem.removeprefix(kind): path
+        for folder in ANNOTATION_FOLDERS[::-1]
+        for kind in ANNOTATION_KINDS[::-1]
+        for path in (root / folder).glob(f"{kind}?*.json")
+    }
+    for path in () if found else sorted([*root.glob("*.json"), *root.glob("*/*.json")]):
+        if path.name == ROBOFLOW or _looks_like_coco(path):
+            beside = path.parent != root and path.parent.name not in ANNOTATION_FOLDERS
+            match = SET_IN_NAME.fullmatch(path.stem.lower())
+            name = match[1] if match else path.parent.name if beside else path.stem
+            taken = "_".join(path.relative_to(root).with_suffix("").parts)
+            found[taken if name in found else name] = path
+    return found
+
+
+def _looks_like_coco(path: Path) -> bool:
+    try:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            start = file.read(2**16).replace(b"\0", b"")  # of UTF-16, too
+    except OSError:
+        return False
+    fields = re.search(rb'"images"\s*:\s*\[|"image_id"\s*:', start)
+    return bool(fields and re.match(rb"[^\w\[]*\{", start))
 
 
 def find_annotations(root: Path, image_set: ImageSet) -> Path:
@@ -70,40 +117,37 @@ def find_annotations(root: Path, image_set: ImageSet) -> Path:
     Raises:
         UserError: no such file. The message names the image sets, or the JSON files, that exist.
     """
-    paths = [
-        root / folder / f"{kind}{file_stem(image_set)}.json"
-        for folder in ANNOTATION_FOLDERS
-        for kind in ANNOTATION_KINDS
-    ]
-    for path in paths:
-        if os.path.isfile(path):  # False, too, for a name that no file system takes
-            return path
+    name = file_stem(image_set)
+    if path := annotation_files(root).get(name):
+        return path
     existing = ", ".join(map(str, list_image_sets(root)))
     if not existing:
         files = sorted(path for glob in ("*.json", "*/*.json") for path in root.glob(glob))
         files = ", ".join(str(path.relative_to(root)) for path in files[:10])
         existing = f"none; JSON files there: {files or 'none'}"
     raise UserError(
-        f"{paths[0]}: no such annotation file, nor {paths[1].name}, nor one of them in"
-        f" {ANNOTATION_FOLDERS[1]}/; image sets in {root}: {existing} (--root, --train_sets,"
-        " --test_sets; docs/own_data.md)"
+        f"{root / ANNOTATION_FOLDERS[0]}/instances_{name}.json: no such annotation file, nor"
+        f" image_info_{name}.json, nor one of them in {ANNOTATION_FOLDERS[1]}/; image sets in"
+        f" {root}: {existing} (--root, --train_sets, --test_sets; docs/own_data.md)"
     )
 
 
-class ImageFiles(NamedTuple):
-    """The image files of one annotation file.
+class Part(NamedTuple):
+    """Images of an annotation file that belong to an image set, and where they are.
 
-    usual: the folder where they are expected. folder: where they are. names: str [N], in the
-    order of the annotation file; may hold folders. missing: those that do not exist.
+    usual: the folder where they are expected. folder: where they are. names: str [N], of their
+    files, in the order of ``file``; may hold folders. missing: those that do not exist.
     """
 
+    image_set: ImageSet
+    file: COCOAnnotations
     usual: Path
     folder: Path
     names: np.ndarray
     missing: list[str]
 
 
-def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> ImageFiles:
+def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> Part:
     """Find the folder that has most of the images of an annotation file.
 
     Raises:
@@ -114,32 +158,48 @@ def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> Image
     before_2017 = year in ("2014", "2015")
     places = ("images", "") if before_2017 else ("", "images")
     folders = [root / place / split for split in splits if split for place in places]
-    usual, best = folders[0], None
-    for folder in dict.fromkeys([*folders, root / "images", root]):
-        if os.path.isdir(folder):
-            prefix = f"COCO_{folder.name}_" if before_2017 else ""
-            names, missing = _names_in(folder, prefix, file)
-            if best is None or len(missing) < len(best.missing):
-                best = ImageFiles(usual, folder, np.array(names), missing)
-            if not missing:
-                return best
+    folders += [root / "images", root, file.path.parent, file.path.parent / "images"]
+    usual, best, index = folders[0], None, FileIndex(IMAGE_SUFFIXES)
+    there = [folder for folder in dict.fromkeys(folders) if os.path.isdir(folder)]
+    for folder, loosely in [(folder, loosely) for loosely in (False, True) for folder in there]:
+        prefix = f"COCO_{folder.name}_" if before_2017 else ""
+        names, missing = _names_in(folder, prefix, file, index if loosely else None)
+        if best is None or len(missing) < len(best.missing):
+            expected = usual if year else folder
+            best = Part(image_set, file, expected, folder, np.array(names), missing)
+        if not missing:
+            return best
     if not os.path.isdir(usual) and (best is None or len(best.missing) == len(file.image_ids)):
         raise UserError(
             f"{usual}: no such folder, for the images of {file.path.name}, such as"
             f" {file.file_names[0] or file.image_ids[0]}; nor are they in"
-            f" {', '.join(map(str, folders[1:]))}, {root / 'images'} or {root}"
+            f" {', '.join(map(str, folders[1:]))}"
         )
     return best
 
 
-def _names_in(folder: Path, prefix: str, file: COCOAnnotations) -> tuple[list[str], list[str]]:
+def _names_in(folder: Path, prefix: str, file: COCOAnnotations,
+              index: FileIndex | None) -> tuple[list[str], list[str]]:
+    """Return the file of each image, and which do not exist; index: also look for other forms."""
     existing = set(os.listdir(folder))
     names, missing = [], []
     for id, name in zip(file.image_ids.tolist(), file.file_names.tolist(), strict=True):
         usual = f"{prefix}{id:012d}.jpg"
         name = usual if not name or (name not in existing and usual in existing) else name
-        names.append(name)
         # The listing has no names with a folder in them.
         if name not in existing and not os.path.isfile(folder / name):
-            missing.append(name)
+            found = index and next(filter(None, map(index.by_name, _forms(folder, name))), None)
+            if found:
+                name = os.path.join(os.getcwd(), found)
+            else:
+                missing.append(name)
+        names.append(name)
     return names, missing
+
+
+def _forms(folder: Path, name: str) -> Iterator[Path]:
+    """Yield the paths that a file_name may mean: itself, then its last part, also of a URL."""
+    yield folder / name
+    last = name.replace("\\", "/").split("?d=")[-1]
+    for text in (last, last.split("?")[0], unquote(last.split("?")[0])):
+        yield folder / text.rpartition("/")[2]

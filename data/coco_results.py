@@ -5,18 +5,18 @@ Format: https://cocodataset.org/#format-results.
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import zipfile
-import zlib
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
 from data.coco_json import COCOAnnotations, Records, positions, read_annotations
-from utils.errors import UserError
-from utils.files import atomic_write
+from utils.errors import UserError, first_line
+from utils.files import atomic_write, read_bytes
 
 COCO_FIELDS = ("image_id", "category_id", "bbox", "score")
 
@@ -96,21 +96,21 @@ def check_submission(archive: str | Path, annotations_path: str | Path) -> int:
 
 
 def _read_archive(archive: str | Path, split: str) -> tuple[str, object]:
+    data, content = read_bytes(archive, "archive"), b""
     try:
-        with zipfile.ZipFile(archive) as members:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
             names = members.namelist()
-            pattern = rf"detections_{re.escape(split)}_[\w.+-]+_results\.json"
-            if len(names) != 1 or not re.fullmatch(pattern, names[0], re.ASCII):
-                raise UserError(
-                    f"{archive}: holds {', '.join(names) or 'nothing'}, where the server wants"
-                    f" only detections_{split}_<name>_results.json, in no folder"
-                )
-            data = members.read(names[0])
-    except OSError as error:
-        raise UserError(f"{archive}: cannot be read ({error.strerror})") from error
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-        raise UserError(f"{archive}: not a zip that can be read ({error})") from error
+            if len(names) == 1:
+                content = members.read(names[0])
+    except Exception as error:
+        raise UserError(f"{archive}: not a zip that can be read ({first_line(error)})") from error
+    pattern = rf"detections_{re.escape(split)}_[\w.+-]+_results\.json"
+    if len(names) != 1 or not re.fullmatch(pattern, names[0], re.ASCII):
+        raise UserError(
+            f"{archive}: holds {', '.join(names) or 'nothing'}, where the server wants"
+            f" only detections_{split}_<name>_results.json, in no folder"
+        )
     try:
-        return names[0], json.loads(data)
-    except (ValueError, RecursionError) as error:
+        return names[0], json.loads(content)
+    except Exception as error:
         raise UserError(f"{archive}: {names[0]} is not a JSON file ({error})") from error

@@ -5,8 +5,11 @@ Nothing is read or computed on import; every class below is a frozen record of n
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
+from math import inf
 
 INPUT_MEAN = (104.0, 117.0, 123.0)
 """Per-channel mean in BGR order, subtracted from pixel values in 0..255 (std is 1)."""
@@ -35,6 +38,23 @@ class PriorConfig:
         }
         if len(set(lengths.values())) != 1:
             raise ValueError(f"each of these needs one entry per source map: {lengths}")
+
+    @property
+    def text(self) -> str:
+        """The sizes: the minimum of each source map, then the last maximum, with commas."""
+        return ",".join(f"{side:g}" for side in (*self.min_sizes, self.max_sizes[-1]))
+
+    def with_sizes(self, sizes: Sequence[float]) -> PriorConfig:
+        """Return the preset with other sizes, in the order of ``text``.
+
+        Raises:
+            ValueError: another number of sizes, or sizes that are not positive and ascending.
+        """
+        if len(sizes) != len(self.min_sizes) + 1:
+            raise ValueError(f"{len(sizes)} sizes, but {len(self.min_sizes) + 1} are needed")
+        if not all(0 < a < b < inf for a, b in pairwise(sizes)):
+            raise ValueError(f"the sizes {', '.join(f'{x:g}' for x in sizes)} do not rise from 0")
+        return replace(self, min_sizes=tuple(sizes[:-1]), max_sizes=tuple(sizes[1:]))
 
     @property
     def boxes_per_cell(self) -> tuple[int, ...]:

@@ -2,43 +2,128 @@
 
 from __future__ import annotations
 
+import functools
+import io
+import os
+import warnings
 from pathlib import Path
 
 import cv2
 import numpy as np
+from PIL import Image
 
-from utils.errors import UserError
+from utils.errors import UserError, first_line
+from utils.files import read_bytes
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jfif",
+)  # fmt: skip
 """Suffixes of image files, in order of preference; files may have them in any case."""
+MAX_PIXELS = 2**27
+"""Most pixels of an image unless ``limit_pixels`` is called: 400 MB decoded."""
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")
+"""Pillow's names of the formats; each is a suffix, too."""
+_VARIABLE = "SSD_MAX_PIXELS"  # of the environment, which processes that load images inherit
+
+
+def limit_pixels(most: int | None) -> None:
+    """Set the most pixels of an image in this process and those it starts; None changes nothing."""
+    if most is not None:
+        os.environ[_VARIABLE] = str(most)
+
+
+def check_pixels(path: object, size: tuple[int, int]) -> None:
+    """Raise UserError if an image of this (width, height) has more pixels than are allowed."""
+    most, pixels = int(os.environ.get(_VARIABLE, MAX_PIXELS)), size[0] * size[1]
+    if pixels > most:
+        raise UserError(
+            f"{path}: the image is {size[0]} x {size[1]}, more than {most:,} pixels; make it "
+            f"smaller, or allow it with --max_pixels {pixels}"
+        )
 
 
 def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
     """Read an image file as BGR uint8 [H, W, 3], also if it is grey, has alpha or 16 bit.
 
+    Alpha is dropped, 16 bit lose the lower 8, and of several images in a file the first is read.
+
     orient: whether to apply the EXIF orientation tag, as OpenCV does and so the published code.
 
     Raises:
-        UserError: the file is missing, empty, not an image, or a JPEG or PNG without its end
-            marker. Damage before an end marker goes unnoticed: OpenCV fills the missing part,
-            mostly with grey.
+        UserError: the file is missing, no regular file, empty, not an image, too large (see
+            ``limit_pixels``), or cut off. Damage before the end of a JPEG goes unnoticed: OpenCV
+            fills the missing part, mostly with grey.
     """
-    try:
-        data = Path(path).read_bytes()  # cv2.imread cannot open non-ASCII paths on Windows
-    except OSError as error:
-        raise UserError(f"{path}: cannot read the image ({error.strerror})") from error
+    data = read_bytes(path, "image", 2**30)  # cv2.imread cannot open non-ASCII paths on Windows
     if not data:
         raise UserError(f"{path}: the image file is empty; copy or download it again")
     if not _is_complete(data):  # OpenCV may fill the missing part and go on
         raise UserError(f"{path}: the image is cut off before its end; copy or download it again")
+    kind, size = _header(data)
+    check_pixels(path, size)
     flags = cv2.IMREAD_COLOR if orient else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
-        image = cv2.imdecode(np.frombuffer(data, np.uint8), flags)
-    except cv2.error as error:  # such as more pixels than OpenCV accepts
-        raise UserError(f"{path}: OpenCV cannot decode the image ({error.err})") from error
-    if image is None:
-        raise UserError(f"{path}: not an image that OpenCV can decode")
-    return image
+        image, fault = cv2.imdecode(np.frombuffer(data, np.uint8), flags), ""
+    except Exception as error:  # such as more pixels than OpenCV accepts, or no memory for them
+        image, fault = None, f" ({first_line(error)})"
+    if image is not None:
+        return image
+    if kind and not cv2.haveImageWriter(f".{kind.lower()}"):  # formats are built in both ways
+        raise UserError(f"{path}: this OpenCV ({cv2.__version__}) does not know {kind} images; "
+                        "convert the image, or pip install -U opencv-python-headless")  # fmt: skip
+    if kind:
+        raise UserError(f"{path}: OpenCV cannot decode this {kind} image{fault}; copy it again, or "
+                        "convert it to PNG of 8 bit")  # fmt: skip
+    raise UserError(f"{path}: not an image that OpenCV can decode{fault}")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Return (width, height) of an image as `read_image` turns it.
+
+    The header tells. Only an image that Pillow does not know, or one that is no JPEG but has an
+    orientation, is decoded. Raises UserError for what is no image.
+    """
+    try:
+        if path.is_file():
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                with Image.open(path) as image:
+                    turned = _orientation(image) > 4
+                    if image.format in ("JPEG", "MPO"):
+                        return image.size[::-1] if turned else image.size
+                    if not turned:
+                        return image.size
+    except Exception:  # told by OpenCV, which decides what is an image
+        pass
+    height, width, _ = read_image(path).shape
+    return width, height
+
+
+def _orientation(image: Image.Image) -> int:
+    # getexif() of a PNG without the tag would decode it.
+    known = image.format != "PNG" or "exif" in image.info
+    return image.getexif().get(0x0112, 1) if known else 1
+
+
+def _header(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Return Pillow's format and (width, height) without decoding; ("", (0, 0)) if unknown."""
+    # Not Image.open, which has a limit of its own that only all of a process can change.
+    for kind, (factory, accept) in _openers().items():
+        if accept(data[:16]) is True:
+            try:
+                return kind, factory(io.BytesIO(data), "").size
+            except Exception:  # a damaged header, which OpenCV may read
+                return kind, (0, 0)
+    return "", (0, 0)
+
+
+@functools.cache
+def _openers() -> dict[str, tuple]:
+    Image.init()
+    # What is wrong with an image is told by read_image.
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
+    warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
+    return {kind: Image.OPEN[kind] for kind in FORMATS if kind in Image.OPEN}
 
 
 def _is_complete(data: bytes) -> bool:

@@ -38,23 +38,16 @@ class FileIndex:
 
     def by_stem(self, path: str | Path) -> list[Path]:
         """Return the files of a path without suffix that have one of the suffixes."""
-        for folder, name in _spellings(path):
-            stems = self._listing(folder).stems
-            if found := stems.get(name) or stems.get(_nfc(name)):
-                return [Path(each) for each in found]
-        return []
+        return [Path(file) for file in self._find(path, "stems") or ()]
 
     def by_name(self, path: str | Path) -> Path | None:
         """Return the file of a path, whatever its suffix; None if it does not exist."""
-        for folder, name in _spellings(path):
-            files = self._listing(folder).files
-            if found := files.get(name) or files.get(_nfc(name)):
-                return Path(found)
-        return None
+        file = self._find(path, "files")
+        return Path(file) if file else None
 
     def has_folder(self, path: str | Path) -> bool:
         """Return whether a path is a folder."""
-        return any(name in self._listing(folder).folders for folder, name in _spellings(path))
+        return self._find(path, "folders") is not None
 
     def inside(self, folder: str | Path) -> list[Path]:
         """Return all files under ``folder`` that have one of the suffixes, sorted.
@@ -72,6 +65,13 @@ class FileIndex:
             names = sorted(name for name in listing.folders if not name.startswith("."))
             left += [listing.folders[name] for name in names]
         return [Path(file) for file in sorted(found, key=lambda file: file.split(os.sep))]
+
+    def _find(self, path: str | Path, table: str) -> str | list[str] | None:
+        path = os.fspath(path)
+        folder, name = os.path.split(path)
+        names = getattr(self._listing(folder), table)
+        found = names.get(name) or names.get(_nfc(name))
+        return self._find(path.replace("\\", "/"), table) if not found and "\\" in path else found
 
     def _listing(self, folder: str) -> _Listing:
         if folder not in self._listings:
@@ -109,9 +109,3 @@ class FileIndex:
 
 def _nfc(name: str) -> str:
     return unicodedata.normalize("NFC", name)
-
-
-def _spellings(path: str | Path) -> list[tuple[str, str]]:
-    """Return (folder, name) of a path as it is and with slashes for back slashes."""
-    path = os.fspath(path)
-    return [os.path.split(each) for each in dict.fromkeys([path, path.replace("\\", "/")])]

@@ -126,12 +126,12 @@ def listed(path: Path, names: Sequence[str]) -> list[int]:
     for i, name in enumerate(names):
         end = _clean(name)
         for each in dict.fromkeys((end, posixpath.splitext(end)[0])):
-            for key in _ends(each):
+            for key in ends(each):
                 index.setdefault(key, []).append(i)
     found: dict[int, None] = {}
     missing = []
     for where, line in read_list(path):
-        hits = next((index[key] for key in _ends(_clean(line)) if key in index), [])
+        hits = next((index[key] for key in ends(_clean(line)) if key in index), [])
         whole = [i for i in hits if _clean(names[i]) == _clean(line)]
         if len(hits := whole or hits) > 1:
             several = " and ".join(names[i] for i in hits[:2])
@@ -148,7 +148,7 @@ def listed(path: Path, names: Sequence[str]) -> list[int]:
     return list(found)
 
 
-def _ends(path: str) -> Iterator[str]:
+def ends(path: str) -> Iterator[str]:
     """Yield a path, then what is left of it after each of its folders."""
     parts = path.lstrip("/").split("/")
     for start in range(len(parts)):

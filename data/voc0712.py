@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from data.annotated import AnnotatedImages
 from data.annotation import Loaded
-from data.voc_layout import find_images, list_image_sets, load_annotations, recognise
+from data.voc_layout import list_image_sets, recognise
+from data.voc_read import find_images, load_annotations
 
 
 class VOCDetection(AnnotatedImages):
@@ -30,10 +31,13 @@ class VOCDetection(AnnotatedImages):
             annotations of one image, or no object of a known class.
     """
 
+    origin = 1
     recognise = staticmethod(recognise)
     list_image_sets = staticmethod(list_image_sets)
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
-        found = load_annotations(self.root, self.image_sets, classes, faults)
+        found = load_annotations(
+            self.root, self.image_sets, classes, faults, self.val_share, self.split_by
+        )
         images = find_images(found, faults)
         return Loaded(found.ids, images, found.annotations, found.classes, found.skipped)

@@ -20,7 +20,8 @@ from data.curves import SIZE_RANGES, SIZES, write_curves
 from data.image_sets import ImageSet
 from data.skips import report_lines
 from data.voc_comp4 import ClassDetections, read_comp4
-from data.voc_layout import list_image_sets, load_annotations
+from data.voc_layout import list_image_sets
+from data.voc_read import load_annotations
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 

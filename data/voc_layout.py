@@ -13,20 +13,16 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
-from data.annotation import Annotation, check_objects, unknown_objects
-from data.classes import check_classes
 from data.config import VOC_CLASSES
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import ImageSet
-from data.skips import Skip, SkipKind
-from data.voc_xml import read_annotation
+from data.split import SPLIT_SETS, VAL_SHARE, in_validation
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -58,9 +54,28 @@ def year_folders(root: Path) -> dict[str | None, Path]:
 
 def recognise(root: str | Path) -> str | None:
     """Return the name of the layout under ``root``; see `data.DetectionData.recognise`."""
-    folders = year_folders(Path(os.path.expanduser(root))).values()
-    found = any(path for folder in folders for path in folder.glob("Annotations/*.xml"))
-    return "VOC" if found else None
+    root, index = Path(os.path.expanduser(root)), FileIndex((".xml",))
+    if not os.path.isdir(root):
+        return None
+    for year, folder in year_folders(root).items():
+        if year and index.inside(folder / "Annotations"):
+            return "VOC devkit"
+    base = annotation_folders(root, index)[0]
+    if not any(map(_is_annotation, index.inside(base)[:20])):
+        return None
+    if base != root:
+        cvat = os.path.isfile(root / "labelmap.txt")
+        return "CVAT VOC" if cvat else f"VOC XML in {base.name}/"
+    return "VOC XML, a folder a set" if split_folders(root, index) else "VOC XML beside images"
+
+
+def _is_annotation(path: Path) -> bool:
+    """Return whether an XML file begins like an annotation, and not like CVAT's <annotations>."""
+    if not os.path.isfile(path):
+        return False
+    with path.open("rb") as file:
+        head = file.read(4096).replace(b"\0", b"")  # of UTF-16
+    return re.search(rb"<(\w+:)?annotation[\s>/]", head, re.IGNORECASE) is not None
 
 
 def list_image_sets(root: str | Path) -> list[ImageSet]:
@@ -114,50 +129,106 @@ def annotation_folders(folder: Path, index: FileIndex) -> list[Path]:
     return [folder]
 
 
-def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, Path]:
-    """Return the folder of the data set, and the list or the folder of an image set."""
+def _list_paths(folder: Path, name: str) -> list[Path]:
+    return [folder / "ImageSets" / main / f"{name}.txt" for main in ("Main", "")]
+
+
+def _find_list(folder: Path, name: str) -> Path | None:
+    paths = _list_paths(folder, name)
+    return next((p for p in paths if os.path.lexists(p) and not os.path.isdir(p)), None)
+
+
+def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, Path | None]:
+    """Return the folder of the data set, and the list or the folder of an image set.
+
+    It is None for a part of the images that nothing declares.
+    """
     if not os.path.isdir(root):  # False, too, for a name that no file system takes
         raise UserError(
             f"{root}: no such data set folder; give the right one with --root "
             "(data/scripts/VOC2007.sh downloads VOC2007, docs/own_data.md is about own images)"
         )
     folder = year_folders(root).get(image_set.year, root / f"VOC{image_set.year}")
-    lists = [folder / "ImageSets" / "Main", folder / "ImageSets"]
-    lists = [parent / f"{image_set.name}.txt" for parent in lists]
-    for path in lists:
-        if os.path.lexists(path) and not os.path.isdir(path):
-            return folder, path
+    if path := _find_list(folder, image_set.name):
+        return folder, path
     if path := split_folders(folder, index).get(image_set.name):
         return folder, path
+    if not image_set.year and image_set.name in SPLIT_SETS:
+        return folder, None
     if len(year_folders(root)) == 1 and not index.inside(root):
         raise UserError(
             f"{root} holds neither XML annotations nor the years of a devkit; "
             "docs/own_data.md shows where images and annotations go"
         )
     existing = ", ".join(map(str, list_image_sets(root))) or "none"
+    lists = [str(path) for path in _list_paths(folder, image_set.name)]
     raise UserError(
-        f'no image set "{image_set}" in {root}: looked for {lists[0]} and {lists[1]} '
+        f'no image set "{image_set}" in {root}: looked for {" and ".join(lists)} '
         f"(docs/own_data.md says how to make one); existing image sets: {existing}"
     )
 
 
-def list_images(root: Path, image_set: ImageSet, index: FileIndex) -> Iterator[Listed]:
-    """Yield the images of an image set."""
+def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: float = VAL_SHARE,
+                split_by: str | None = None) -> Iterator[Listed]:
+    """Yield the images of an image set; val_share, split_by: see `data.split.in_validation`."""
     folder, path = _find_set(root, image_set, index)
-    if os.path.isdir(path):
-        yield from _under(folder, path, index)
+    if path is None:
+        yield from _part(root, image_set, index, val_share, split_by)
+    elif os.path.isdir(path):
+        yield from _under(path, folder, index)
+    else:
+        bases = annotation_folders(folder, index)
+        for number, line in enumerate(read_text(path, "image set").splitlines(), 1):
+            if line := line.strip():
+                yield _find_line(line, f"{path}:{number}", folder, bases, index)
+
+
+def list_all(root: Path, index: FileIndex, faults: list[str],
+             known: Collection[tuple[str | None, str]] = ()) -> list[Listed]:
+    """Return the images of all image sets but the known ones; of the whole folder without sets.
+
+    faults: gets a sentence for each list that cannot be read; lists of other things are passed.
+    """
+    found, declared = [], [each for each in list_image_sets(root) if each.name not in SPLIT_SETS]
+    for image_set in (each for each in declared if each not in known):
+        try:
+            listed = list(list_images(root, image_set, index))
+        except UserError as error:  # a file that nobody asked for
+            faults.append(str(error))
+            continue
+        found += listed if any(each.annotation for each in listed) else []
+    if not declared:
+        found = list(_under(annotation_folders(root, index)[0], root, index))
+    first = {os.path.normpath(each.annotation or each.where): each for each in reversed(found)}
+    return sorted(first.values(), key=lambda each: each.id)
+
+
+def _part(root: Path, image_set: ImageSet, index: FileIndex, val_share: float,
+          split_by: str | None) -> Iterator[Listed]:
+    """Yield the images of split_train or split_val; a list of the other one leaves the rest."""
+    pool = list_all(root, index, [])
+    train, val = (ImageSet(None, name) for name in SPLIT_SETS)
+    other = val if image_set == train else train
+    if _find_list(root, other.name):
+        taken = {each.annotation for each in list_images(root, other, index)}
+        yield from (each for each in pool if each.annotation not in taken)
         return
+    images, names = FileIndex(IMAGE_SUFFIXES), []
+    for each in pool:
+        parent, name = os.path.split(os.path.splitext(each.annotation or each.id)[0])
+        file, _ = find_image(name, image_folders(each.folder, parent), (each.image,), images)
+        names.append(os.path.relpath(file, root) if file else f"{each.id}{IMAGE_SUFFIXES[0]}")
+    chosen = in_validation(names, val_share, split_by)
+    yield from (each for each, taken in zip(pool, chosen, strict=True)
+                if taken == (image_set == val))
+
+
+def _under(path: Path, folder: Path, index: FileIndex) -> Iterator[Listed]:
     bases = annotation_folders(folder, index)
-    for number, line in enumerate(read_text(path, "image set").splitlines(), 1):
-        if line := line.strip():
-            yield _find_line(line, f"{path}:{number}", folder, bases, index)
-
-
-def _under(folder: Path, path: Path, index: FileIndex) -> Iterator[Listed]:
     for file in index.inside(path):
-        parts = os.path.splitext(os.path.relpath(file, folder))[0].split(os.sep)
-        name = "/".join(part for part in parts if part not in ANNOTATION_FOLDERS)
-        yield Listed(str(file), folder, name, file)
+        base = next((each for each in bases if file.is_relative_to(each)), folder)
+        name = os.path.splitext(os.path.relpath(file, base))[0]
+        yield Listed(str(file), folder, name.replace(os.sep, "/"), file)
 
 
 def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
@@ -190,9 +261,8 @@ def _inner(name: str, base: Path, index: FileIndex) -> Iterator[str]:
         yield "/".join(parts := parts[1:])
 
 
-def image_folders(folder: Path, annotation: Path) -> list[str]:
-    """Return the folders where the image of an annotation may lie, the usual one first."""
-    parent = str(annotation.parent)
+def image_folders(folder: Path, parent: str) -> list[str]:
+    """Return the folders where images may lie whose annotations lie in ``parent``, usual first."""
     parts = [part for part in os.path.relpath(parent, folder).split(os.sep) if part != "."]
     inner = [k for k, part in enumerate(parts) if part in ANNOTATION_FOLDERS]
     start, end = (parts[: inner[-1]], parts[inner[-1] + 1 :]) if inner else ([], parts)
@@ -202,141 +272,22 @@ def image_folders(folder: Path, annotation: Path) -> list[str]:
     return [parent, *instead, *(os.path.join(parent, name) for name in IMAGE_FOLDERS)]
 
 
-@dataclass(frozen=True)
-class VOCAnnotations:
-    """The annotations of some image sets, one entry an image; no image is opened for them."""
-
-    listed: list[Listed]
-    annotations: list[Annotation]
-    classes: tuple[str, ...]
-    skipped: list[Skip]
-
-    @property
-    def ids(self) -> list[str]:
-        return [each.id for each in self.listed]
-
-
-def load_annotations(
-    root: str | Path, image_sets: Sequence[tuple[str | None, str]],
-    classes: Sequence[str] | None = None, faults: list[str] | None = None,
-) -> VOCAnnotations:
-    """Read the annotations of image sets; arguments and errors as of ``VOCDetection``."""
-    root = Path(os.path.expanduser(root))
-    index = FileIndex((".xml",))
-    first: dict[str, int] = {}
-    found, skipped = [], []
-    for year, name in image_sets:
-        for each in list_images(root, ImageSet(year or None, name), index):
-            path = os.path.normpath(each.annotation or each.folder / "Annotations" / each.id)
-            if path in first:
-                detail = f"{each.where}: {each.id}"
-                skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, first[path], None, detail))
-                continue
-            first[path] = len(first)
-            found.append(each)
-    what = f"{root}: the image set {', '.join(str(ImageSet(*each)) for each in image_sets)}"
-    if not found:
-        raise UserError(f"{what} lists no image")
-    paths = [each.annotation or each.folder / "Annotations" / f"{each.id}.xml" for each in found]
-    if faults is None:
-        missing = [path for each, path in zip(found, paths, strict=True) if not each.annotation]
-        _refuse_missing("annotation", missing)
-    annotations = [_read_or_note(path, faults) for path in paths]
-    if classes is None:
-        classes = _choose_classes(root, image_sets, annotations, skipped)
-    else:
-        classes = check_classes(classes, "classes")
-    check_objects(what, annotations, classes, faults)
-    skipped += unknown_objects(annotations, classes)
-    return VOCAnnotations(found, annotations, classes, skipped)
-
-
-def _refuse_missing(what: str, paths: Sequence[Path]) -> None:
-    if paths:
-        first = ", ".join(str(path) for path in paths[:10]) + (", ..." if len(paths) > 10 else "")
-        raise UserError(f"{len(paths)} {what} file(s) of the image set missing: {first}")
-
-
-def _read_or_note(path: Path, faults: list[str] | None) -> Annotation:
-    try:
-        return read_annotation(path)
-    except UserError as error:
-        if faults is None:
-            raise
-        faults.append(str(error))
-        return Annotation.empty(path)
-
-
-def _choose_classes(root: Path, image_sets: Sequence[tuple[str | None, str]],
-                    annotations: Sequence[Annotation], skipped: list[Skip]) -> tuple[str, ...]:
-    if (declared := declared_classes(root)) is not None:
-        return check_classes(*declared)
-    names = {name for annotation in annotations for name in annotation.names}
-    if any(year for year, _ in image_sets) and names <= set(VOC_CLASSES):
-        return VOC_CLASSES
-    # The names in all image sets, so that each of them is read with the same classes.
-    index, others, unread = FileIndex((".xml",)), set(), []
-    for image_set in list_image_sets(root):
-        try:
-            others.update(each.annotation for each in list_images(root, image_set, index))
-        except UserError as error:  # a file that nobody asked for
-            unread.append(str(error))
-    for path in sorted(others - {None, *(annotation.path for annotation in annotations)}):
-        try:
-            names.update(read_annotation(path).names)
-        except UserError as error:
-            unread.append(str(error))
-    skipped += [Skip(SkipKind.OTHER_SET_UNREAD, None, None, detail) for detail in unread]
-    return check_classes(sorted(names), str(root)) if names else ()
-
-
-def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
-    """Return the image files, and add to ``loaded.skipped`` where others have the same name.
-
-    Raises UserError for missing ones and for two annotations of one image, unless there are
-    ``faults``.
-    """
-    index, folders = FileIndex(IMAGE_SUFFIXES), {}
-    images, missing, users = [], [], {}
-    for i, (each, annotation) in enumerate(zip(loaded.listed, loaded.annotations, strict=True)):
-        path = annotation.path
-        if (where := (each.folder, path.parent)) not in folders:
-            folders[where] = image_folders(each.folder, path)
-        stems = [os.path.join(folder, path.stem) for folder in folders[where]]
-        found, rest = _find_image(stems, (annotation.filename, each.image), index)
-        if rest:
-            detail = f"{path}: {found} is taken, not {', '.join(file.name for file in rest)}"
-            loaded.skipped.append(Skip(SkipKind.SEVERAL_IMAGES, i, None, detail))
-        if found is None:
-            missing.append(Path(stems[0]))
-            found = missing[-1].with_name(path.stem + IMAGE_SUFFIXES[0])
-        elif (other := users.setdefault(os.path.normpath(found), path)) is not path:
-            fault = f"{other} and {path} both annotate {found}; keep one of them"
-            if faults is None:
-                raise UserError(fault)
-            faults.append(fault)
-        images.append(found)
-    if faults is None:
-        _refuse_missing(f"image ({'/'.join(IMAGE_SUFFIXES)})", missing)
-    return images
-
-
-def _find_image(stems: Sequence[str], names: Sequence[str],
+def find_image(stem: str, folders: Sequence[str], names: Sequence[str],
                 index: FileIndex) -> tuple[Path | None, list[Path]]:
     """Return an image file, and further ones between which nothing decides.
 
-    stems: paths without suffix. names: of the file by the annotation and by the list; may be "".
+    names: of the file by the annotation and by the list; may be "".
     """
-    wanted = [unicodedata.normalize("NFC", name) for name in names if name]
-    for stem in stems:
-        if files := index.by_stem(stem):
+    for folder in folders:
+        if files := index.by_stem(f"{folder}{os.sep}{stem}"):
+            if len(files) == 1:
+                return files[0], []
             named = {unicodedata.normalize("NFC", file.name): file for file in files}
-            if chosen := next((named[name] for name in wanted if name in named), None):
-                return chosen, []
-            return files[0], files[1:]
-    for stem in stems:
-        folder, own = os.path.split(stem)
-        for name in (own, *wanted):  # own: of a.jpg.xml, as detection names it beside a.png.xml
+            wanted = [named.get(unicodedata.normalize("NFC", name)) for name in names]
+            chosen = next(filter(None, wanted), None)
+            return (chosen, []) if chosen else (files[0], files[1:])
+    for folder in folders:
+        for name in (stem, *names):  # the stem of a.jpg.xml, as detection names it beside a.png.xml
             path = os.path.join(folder, name)
             whole = name.lower().endswith(IMAGE_SUFFIXES)
             if file := index.by_name(path) if whole else next(iter(index.by_stem(path)), None):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,16 +33,9 @@ def read_annotation(path: str | Path) -> Annotation:
             the file and the line, or the object, counted from 1.
     """
     path = Path(path)
-    root = read_xml(path)
-    elements = list(root.iter())
-    for element in elements:
-        element.tag = element.tag.rpartition("}")[2].lower()
-    objects = [element for element in elements if element.tag == "object"]
-    _check_layout(path, root, elements, objects)
+    objects, others = _find_objects(path, read_xml(path))
     names, boxes, difficult = [], [], []
     for index, element in enumerate(objects, 1):
-        if _text(element, "deleted") == "1":  # LabelMe
-            continue
         where = f"{path}: object {index}"
         found = {(name.text or "").strip() for name in element.findall("name")}
         if len(found) > 1:
@@ -50,14 +43,13 @@ def read_annotation(path: str | Path) -> Annotation:
         if not (name := "".join(found)):
             raise UserError(f"{where} has no <name>")
         where += f' ("{name}")'
-        read = list(_read_boxes(element, where))
+        read = _read_boxes(element, where)
         names += [name] * len(read)
         boxes += read
         difficult += [_read_difficult(element, where)] * len(read)
     boxes = np.array(boxes, np.float64).reshape(-1, 4) - 1
-    difficult = np.array(difficult, bool)
-    return Annotation(path, _read_size(path, elements), tuple(names), boxes, difficult,
-                      _read_filename(path, elements))
+    return Annotation(path, _read_size(path, others), tuple(names), boxes,
+                      np.array(difficult, bool), _read_filename(others))
 
 
 def read_xml(path: Path) -> ElementTree.Element:
@@ -78,46 +70,63 @@ def read_xml(path: Path) -> ElementTree.Element:
         raise UserError(f"{path}: malformed XML ({error})") from error
 
 
-def _check_layout(path: Path, root: ElementTree.Element, elements: list[ElementTree.Element],
-                  objects: list[ElementTree.Element]) -> None:
-    """Refuse a file whose objects are not all understood."""
-    read = set()
-    for index, element in enumerate(objects, 1):
-        inside = list(element.iter())[1:]
-        if any(each.tag == "object" for each in inside):
-            raise UserError(f"{path}: object {index} holds another <object>; list them one by one")
-        read.update(map(id, inside))
-    for element in elements:
-        shape = element.tag in _SHAPES or element.get("points") or element.get("xmin")
-        if shape and id(element) not in read:
+def _find_objects(path: Path, root: ElementTree.Element) -> tuple[list[ElementTree.Element], ...]:
+    """Return the <object> elements and those outside of them; refuse shapes out there."""
+    elements = list(root.iter())
+    written = [element.tag for element in elements]
+    tags = [*map(_local, written)]
+    if tags != written:
+        for element, tag in zip(elements, tags, strict=True):
+            element.tag = tag
+    objects, others, end = [], [], 0
+    for start in (k for k, tag in enumerate(tags) if tag == "object"):
+        if start < end:
+            raise UserError(f"{path}: object {len(objects)} holds another <object>; list them one "
+                            "by one")
+        others += elements[end:start]
+        end = start + len(list(elements[start].iter()))
+        objects.append(elements[start])
+    others += elements[end:]
+    for element in others:
+        if element.tag in _SHAPES or not {"points", "xmin"}.isdisjoint(element.keys()):
             raise UserError(f"{path}: <{element.tag}> outside an <object> cannot be read; write "
                             "VOC's <object> with <name> and <bndbox>")
-    if not objects and root.tag != "annotation":
-        raise UserError(f"{path}: not a VOC annotation (its root is <{root.tag}>); write VOC's "
+    if not objects and tags[0] != "annotation":
+        raise UserError(f"{path}: not a VOC annotation (its root is <{tags[0]}>); write VOC's "
                         "<annotation> with an <object> a box")
     for tag in ("filename", "size"):
-        if sum(e.find(tag) is not None for e in elements if e.tag not in ("source", "object")) > 1:
+        if tags.count(tag) > 1 and sum(
+            each.find(tag) is not None for each in others if each.tag != "source"
+        ) > 1:
             raise UserError(f"{path}: annotations of several images; write a file for each")
+    # LabelMe keeps what was deleted.
+    return [each for each in objects if _text(each, "deleted") != "1"], others
 
 
-def _read_boxes(element: ElementTree.Element, where: str) -> Iterator[list[float]]:
-    """Yield the corners of each shape of an object, as the file has them."""
+@functools.lru_cache(4096)
+def _local(tag: str) -> str:
+    """Return a tag without namespace, in lower case."""
+    return tag.rpartition("}")[2].lower()
+
+
+def _read_boxes(element: ElementTree.Element, where: str) -> list[list[float]]:
+    """Return the corners of each shape of an object, as the file has them."""
     inside = [each for child in element if child.tag not in _PARTS for each in child.iter()]
     if boxes := [each for each in inside if each.tag == "bndbox"]:
-        yield from (_read_corners(box, where) for box in boxes)
-        return
+        return [_read_corners(box, where) for box in boxes]
     shapes = [each for each in inside if each.tag in ("robndbox", "polygon", "points")]
     if not shapes:
         raise UserError(f"{where} has no <bndbox>")
-    for shape in shapes:
-        rotated = shape.find("cx") is not None
-        yield _read_rotated(shape, where) if rotated else _enclose(shape, where)
+    return [
+        _enclose(shape, where) if shape.find("cx") is None else _read_rotated(shape, where)
+        for shape in shapes
+    ]
 
 
 def _read_corners(bndbox: ElementTree.Element, where: str) -> list[float]:
-    for tag in _CORNERS:
-        if len(bndbox.findall(tag)) > 1:
-            raise UserError(f"{where}: <bndbox> has several <{tag}>; write a <bndbox> for each box")
+    tags = [child.tag for child in bndbox]
+    if several := [tag for tag in _CORNERS if tags.count(tag) > 1]:
+        raise UserError(f"{where}: <bndbox> has several <{several[0]}>; write a <bndbox> a box")
     return [_number(bndbox, tag, where) for tag in _CORNERS]
 
 
@@ -148,8 +157,8 @@ def _enclose(shape: ElementTree.Element, where: str) -> list[float]:
 
 
 def _number(parent: ElementTree.Element, tag: str, where: str) -> float:
-    text = parent.findtext(tag, parent.get(tag))
-    if text is None:
+    text = parent.findtext(tag)
+    if text is None and (text := parent.get(tag)) is None:
         raise UserError(f"{where}: <{parent.tag}> has no <{tag}>")
     return _finite(text, tag, where)
 
@@ -184,7 +193,7 @@ def _read_size(path: Path, elements: list[ElementTree.Element]) -> tuple[int, in
     return (sides[0], sides[1]) if min(sides) > 0 else None
 
 
-def _read_filename(path: Path, elements: list[ElementTree.Element]) -> str:
+def _read_filename(elements: list[ElementTree.Element]) -> str:
     """Return the name of the image file without folders, "" if the annotation has none."""
     for tag in ("filename", "path"):
         for element in elements:

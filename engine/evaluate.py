@@ -149,9 +149,10 @@ def score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origi
     for label, value in results["per_class"].items():
         LOGGER.info("  %-20s %.4f", label, value)
     value = results["value"]
+    scored = value is not None and value >= 0  # pycocotools says -1
     LOGGER.info(
         "%s: %s (%d images, %d detections of score > %g; %s)", results["metric"],
-        "no ground truth to score against" if value is None else f"{value:.4f}", results["images"],
+        f"{value:.4f}" if scored else "no ground truth to score against", results["images"],
         results["detection_count"], origin["thresholds"]["score"], path,
     )
     return results

@@ -10,20 +10,19 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from data import DATASETS
-from data.classes import check_classes
 from data.coco_eval import BACKENDS
-from data.config import PRIORS
+from data.image import MAX_PIXELS
 from data.image_sets import ImageSet
 from data.split import VAL_SHARE, check_pattern, check_share
 from engine.declare import Checked, flag_of, option
 from engine.optim import OPTIMIZERS, SCHEDULES
+from engine.rules import names, parts, priors, sets
 from layers.detect import SUPPRESSION, DetectConfig
 from models import BACKBONES, SIZES
 from utils.arguments import (
@@ -46,34 +45,6 @@ RECIPES = {
 }
 """Values that a recipe gives to options, unless they are given on the command line."""
 
-def _names(value: object) -> tuple[str, ...]:
-    names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
-    if not names or not value:
-        raise UserError(f"classes are {value!r}; give a list of names")
-    return check_classes(value, "the configuration")
-
-
-def _sets(value: object) -> tuple[ImageSet, ...]:
-    def fits(item: object) -> bool:
-        return (
-            isinstance(item, list | tuple)
-            and len(item) == 2
-            and isinstance(item[0], str | None)
-            and isinstance(item[1], str)
-        )
-
-    if not (isinstance(value, list | tuple) and all(map(fits, value))):
-        raise UserError(f"image sets are {value!r}; give a list of [year or null, name]")
-    return tuple(ImageSet(*item) for item in value)
-
-
-def _parts(text: str) -> str:
-    """Read the value of --freeze; "" freezes nothing."""
-    if not re.fullmatch(r"|base|base:[1-9]\d{0,3}|heads", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of base, base:K (K layers) and heads")
-    return text
-
-
 _what = partial(option, "what")
 _testing = partial(option, "testing", only="test")
 _starting = partial(option, "where training starts", only="train")
@@ -95,14 +66,14 @@ class Options(Checked):
              "VOC without --root)")
     root: str = _what("", "--root", metavar="DIR",
         help="folder of the data (default: ~/data/VOCdevkit, ~/data/COCO)")
-    classes: tuple[str, ...] | None = _what(None, "--classes", metavar="NAMES", check=_names,
+    classes: tuple[str, ...] | None = _what(None, "--classes", metavar="NAMES", check=names,
         help="a,b,c or a file with one name a line (default: the classes that the data set "
              "declares, else those that its annotations contain)")
-    train_sets: tuple[ImageSet, ...] = _what((), "--train_sets", metavar="SETS", check=_sets,
+    train_sets: tuple[ImageSet, ...] = _what((), "--train_sets", metavar="SETS", check=sets,
         only="train", fixed=True,
         help="e.g. 2007_trainval,2012_trainval, or train (default: those that the data declare, "
              "else split_train)")
-    test_sets: tuple[ImageSet, ...] = _what((), "--test_sets", metavar="SETS", check=_sets,
+    test_sets: tuple[ImageSet, ...] = _what((), "--test_sets", metavar="SETS", check=sets,
         help="e.g. 2007_test, or test (default: as --train_sets; split_val)")
     val_share: float = _what(VAL_SHARE, "--val_share", read=number, metavar="X", check=check_share,
         fixed=True, help="share of the images in split_val, where the data declare no set to test "
@@ -110,6 +81,10 @@ class Options(Checked):
     split_by: str | None = _what(None, "--split_by", metavar="REGEX", check=check_pattern,
         fixed=True, help="keep images on one side whose file names match alike, such as the frames "
              "of a film: '[^_]+' takes what comes before the first _")
+    priors: str = _what("VOC", "--priors", metavar="VOC|COCO|fit|FILE", check=priors,
+        only="train", fixed=True,
+        help="prior boxes: of VOC or COCO (default: as -d), fit to the training boxes, or a file "
+             "of tools.check --fit_priors")
     crowds: bool = option("what", True, "--crowds", read=boolean, only="train", fixed=True,
         help="COCO: train on crowds as on other boxes, as published; 'false' leaves them out")
 
@@ -126,7 +101,7 @@ class Options(Checked):
         help="initial learning rate")
     base_lr: float = _recipe(1.0, "--base_lr", read=number, metavar="X", fixed=True,
         help="factor of the learning rate of the base network")
-    freeze: str = _recipe("", "--freeze", read=_parts, metavar="PARTS", fixed=True,
+    freeze: str = _recipe("", "--freeze", read=parts, metavar="PARTS", fixed=True,
         help="what keeps its weights and statistics: base, base:K (its first K layers) or heads")
     momentum: float = _recipe(0.9, "--momentum", read=fraction, metavar="X",
         help="momentum of SGD; first beta of AdamW")
@@ -168,6 +143,9 @@ class Options(Checked):
     recompute: bool = _machine(False, "--recompute", read=boolean, only="train",
         help="compute concatenations again in the backward pass instead of keeping them: less "
              "memory, more time, the same numbers (not with --compile)")
+    max_pixels: int = _machine(MAX_PIXELS, "--max_pixels", read=positive, metavar="N",
+        help="refuse images with more pixels before they are decoded; over 2^30 set "
+             "OPENCV_IO_MAX_IMAGE_PIXELS, too")
     cache: str = _machine("off", "--cache", metavar="off|memory|DIR", only="train",
         help="keep the decoded training images in shared memory or in a folder, if they fit")
 
@@ -186,8 +164,6 @@ class Options(Checked):
     send_images_to_visdom: bool = _output(False, "--send_images_to_visdom", read=boolean,
         only="train", help="with --visdom: also training images with their boxes, and detections")
 
-    priors: str = option("recorded", "VOC", help="prior boxes that the weights are trained with",
-        choices=sorted({name for name, _ in PRIORS}))
     ngpu: int = option("recorded", 1, help="processes that trained", read=positive)
     start: str = option("recorded", "", help="where the first weights came from")
     # fmt: on
@@ -235,8 +211,9 @@ class Call(Checked):
     class_agnostic: bool | None = _testing(None, "--class_agnostic", read=boolean,
         help="let boxes of different classes suppress each other, too")
     top_k: int | None = _testing(None, "--max_detections", read=positive, metavar="N",
-        help="most detections of an image, at most 50 of them of a class (default: 300 VOC, 200 "
-             "COCO)")
+        help="most detections of an image (default: 300 VOC, 200 COCO)")
+    per_class: int | None = _testing(None, "--max_per_class", read=positive, metavar="N",
+        help="most detections of a class in an image (default: 50)")
     background_shortcut: bool | None = _testing(None, "--background_shortcut", read=boolean,
         help="drop prior boxes whose background score is 0.9 or more, as the authors' later "
              "release does")

@@ -23,6 +23,7 @@ from data.split import SPLIT_SETS
 from engine.declare import check_value, flag_of
 from engine.distributed import World
 from engine.options import OPTIONS, RECIPES, Call, Options
+from engine.priors import FIT, read_priors
 from models import prior_config
 from models.pretrained import published_bases
 from utils.arguments import cores
@@ -66,6 +67,12 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))], **values,
     }
     values["root"] = root = absolute(values["root"])
+    values["priors"] = read_priors(values["priors"], values.get("size", Options.size))
+    if "priors" in given and stored.get("priors", values["priors"]) != values["priors"]:
+        raise UserError(
+            f"--priors {given['priors']} contradicts the checkpoint, which is trained with "
+            f"{stored['priors']}; leave the option out, or take its base network alone (--basenet)"
+        )
     check_layout(dataset, root)
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
         asked = values[key] if key in given else values.get(key) or sets
@@ -120,9 +127,10 @@ def _as(value: object, like: object) -> object:
 
 def _check_size(options: Options) -> None:
     try:
-        prior_config(options.version, options.priors, options.size)
+        fits = options.priors == FIT
+        prior_config(options.version, Options.priors if fits else options.priors, options.size)
     except ValueError as error:
-        raise UserError(f"{error} (--size)") from error
+        raise UserError(f"{error} (--size, --priors)") from error
 
 
 def absolute(root: object) -> str:
@@ -180,7 +188,9 @@ def check_resumed(given: Mapping[str, object], stored: Options) -> None:
         before = getattr(stored, key)
         if key in ("train_sets", "test_sets") and isinstance(value, str):
             value = tuple(parse_image_sets(value, before))
-        if OPTIONS[key].metadata["fixed"] and value != before:
+        if key == "priors" and value != FIT:
+            value = read_priors(value, stored.size)
+        if OPTIONS[key].metadata["fixed"] and value not in (before, FIT):
             raise UserError(
                 f"{flag_of(OPTIONS[key])} {given[key]} contradicts the run that is resumed, which "
                 f"has {before}; leave the option out"

@@ -12,17 +12,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from data import DATASETS, DetectionData, build_dataset
 from data.cache import open_cache
 from data.classes import parse_classes
 from data.config import TRAINING_THRESHOLD
+from data.image import limit_pixels
 from data.loading import check_shared_memory
 from data.split import SPLIT_SETS
 from engine.distributed import World, check_shares, check_sync_bn
 from engine.folder import RunFolder
 from engine.options import Call, Options
+from engine.priors import FIT, fit_to
 from engine.resolve import (
     absolute,
     asked_dataset,
@@ -35,11 +36,9 @@ from engine.resolve import (
     use_device,
 )
 from layers.detect import DetectConfig
-from models.base_weights import load_base
+from models import prior_config
 from models.info import DetectorInfo, published_detection
-from models.pretrained import WEIGHTS, published_bases
-from models.transfer import parse_class_map, transfer_classes
-from utils.checkpoint import load_checkpoint, load_weights, sha256_of
+from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.logger import LOGGER
 
@@ -96,6 +95,7 @@ def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
             set cannot be scored.
     """
     testing = key == "test_sets"
+    limit_pixels(options.max_pixels)
     sets, classes = getattr(options, key), options.classes
     more = dataset_options(options, call, testing)
     dataset = build_dataset(options.dataset, options.root, sets, classes, **more)
@@ -157,6 +157,9 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
         before = Options.of(saved, path)
         check_resumed(given, before)
         stored = before.plain()
+    fits = given.get("priors") == FIT
+    if fits and path is not None:
+        given = {key: value for key, value in given.items() if key != "priors"}
     if call.resume_net:
         start = load_checkpoint(call.resume_net)
         stored["priors"] = starting_info(start, call, given).priors
@@ -174,6 +177,8 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
         check_sync_bn(device, world.size)
     train_set = open_dataset(options, call, "train_sets")
     options = dataclasses.replace(options, classes=tuple(train_set.classes))
+    if fits:
+        options = _fit_priors(options, train_set, path)
     data = train_set.fingerprint()
     _check_data(options, data, saved, path)
     parts = world.size * options.accumulate
@@ -188,6 +193,23 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
     pull = open_cache(options.cache, train_set, processes)
     _check_memory(options, len(train_set), test_set is not None, world)
     return Run(options, device, train_set, pull, test_set, data, saved, path, start)
+
+
+def _fit_priors(options: Options, train_set: DetectionData, path: Path | None) -> Options:
+    """Return the options with prior boxes that fit the training set.
+
+    Raises:
+        UserError: the run of ``path`` that is resumed has others.
+    """
+    config = prior_config(options.version, DATASETS[options.dataset].priors, options.size)
+    found = fit_to(train_set, config)
+    if path is not None and found != options.priors:
+        raise UserError(
+            f"--priors fit contradicts the run that is resumed: {path} has {options.priors}, and "
+            f"{found} fits the data; leave the option out"
+        )
+    LOGGER.info("prior boxes that fit the training set: %s", found)
+    return dataclasses.replace(options, priors=found)
 
 
 def _check_data(options: Options, data: dict, saved: dict | None, path: Path | None) -> None:
@@ -317,9 +339,6 @@ def _refuse_older(path: Path, step: int) -> None:
         )
 
 
-# ---------------------------------------------------------------- starting weights
-
-
 def starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> DetectorInfo:
     """Describe the checkpoint ``start`` of --resume_net."""
     # With a class map --classes names the classes of the data, not of the file.
@@ -327,55 +346,3 @@ def starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> De
     names = parse_classes(names) if isinstance(names, str) else names
     dataset = asked_dataset(given)
     return DetectorInfo.for_data(start, Path(call.resume_net), names, dataset)
-
-
-def starting_weights(net: nn.Module, run: Run, call: Call, given: Mapping[str, object]) -> Run:
-    """Load what --resume_net or --basenet names; return the run that records it.
-
-    Raises:
-        UserError: the file does not fit the network.
-    """
-    if call.resume_net:
-        origin = _from_detector(net, run, call, starting_info(run.start, call, given))
-    elif path := _base_file(call, run.options):
-        match = load_base(net.base, path, run.options.version)
-        origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
-        origin += f"{match.source} (sha256 {sha256_of(path)})"
-    else:
-        origin = "new weights: the base network is trained from scratch"
-    LOGGER.info("%s", origin)
-    return dataclasses.replace(run, options=dataclasses.replace(run.options, start=origin))
-
-
-def _base_file(call: Call, options: Options) -> Path | None:
-    """Return the file of --basenet; None for new weights."""
-    if call.basenet == "none":
-        return None
-    if call.basenet != "auto":
-        return Path(call.basenet)
-    rows = published_bases(options.version)
-    files = [WEIGHTS / row.file for row in rows]
-    found = next(filter(Path.is_file, files), None)
-    if found is None and rows:
-        recipe = "" if options.recipe == "modern" else "; --recipe modern suits new weights better"
-        LOGGER.warning(
-            "%s is missing: training starts from new weights, and needs many more epochs for less "
-            "AP. Get the file by `python -m tools.weights download %s`%s (--basenet)",
-            files[0], rows[0].name, recipe,
-        )  # fmt: skip
-    return found
-
-
-def _from_detector(net: nn.Module, run: Run, call: Call, info: DetectorInfo) -> str:
-    options, path = run.options, Path(call.resume_net)
-    state, origin = run.start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
-    class_map = parse_class_map(call.class_map) if call.class_map else None
-    if class_map is not None or info.classes != options.classes:
-        state, new = transfer_classes(state, info.classes, options.classes, class_map, options.seed)
-        kept = len(options.classes) - len(new)
-        origin += f", {kept} of {len(options.classes)} classes by name"
-        origin += f"; new: {', '.join(new)}" if new else ""
-    if info.priors != DATASETS[options.dataset].priors:
-        origin += f"; prior boxes of {info.priors}, as they were trained with"
-    load_weights(net, state, path)
-    return origin

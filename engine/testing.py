@@ -133,7 +133,8 @@ def _open_exported(call: Call, given: Mapping[str, object], path: Path, world: W
         raise UserError(f"--{wrong[0]} cannot change {path}, which is exported; leave it out")
     if call.device_name() not in ("auto", "cpu") or world.size > 1:
         raise UserError(f"{path} is exported and runs on the CPU, in one process; use --device cpu")
-    names = {"conf_thresh": "score_threshold", "top_k": "max_detections"}
+    names = {"conf_thresh": "score_threshold", "top_k": "max_detections",
+             "per_class": "max_per_class"}  # fmt: skip
     asked = {names.get(key, key): value for key, value in call.given_detection.items()}
     predictor = Predictor(path, **asked)
     info = predictor.info

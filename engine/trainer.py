@@ -334,7 +334,7 @@ class Trainer:
         if results is None:
             return {}
         value, metric = results["value"], results["metric"]
-        if value is not None and value > self.state.best.get("value", -np.inf):
+        if value is not None and value > self.state.best.get("value", -1):
             self.state.best = {"step": step, "value": value, "metric": metric}
         self.log.scalars(step, {metric: value})
         if self.options.send_images_to_visdom:

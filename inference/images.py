@@ -123,7 +123,8 @@ def find_images(root: str | None, sets: str | None, limit: int, trained_on: Trai
 
 
 def _in_folder(folder: Path, sets: str | None, limit: int, dataset: str, training: bool) -> Images:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(file for file in folder.iterdir()
+                   if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")  # fmt: skip
     if not files:
         raise UserError(
             f"{folder} holds neither images nor a data set in {dataset} layout; give another folder"

@@ -6,17 +6,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import torch
+from PIL import ImageOps
 from torch import Tensor
 
 from data.config import INPUT_MEAN
-from data.image import read_image
+from data.image import check_pixels, limit_pixels, read_image
 from data.transforms import TestTransform
 from inference.deploy import deploy
 from inference.runtime import EXPORTED_SUFFIXES, ExportedModel, graph_inputs, open_model
@@ -24,10 +27,15 @@ from layers import Detect, PriorBox
 from layers.detect import DetectConfig
 from models.info import load_detector
 from utils.device import AMP_TYPES, choose_device, to_input
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
-Image = str | PathLike | np.ndarray
-"""A file, or BGR uint8 [H, W, 3] as OpenCV reads it."""
+Image = str | PathLike | np.ndarray | PIL.Image.Image
+"""A file, an array or a PIL image.
+
+An array is uint8: BGR [H, W, 3] as OpenCV reads it, [H, W, 4] with an alpha that is left out, or
+grey, [H, W] or [H, W, 1]. A PIL image has any mode but F and I, and is turned as its EXIF
+orientation says."""
+TAKEN = "a path, a BGR or grey array of uint8, [H, W, 3], [H, W, 4] or [H, W], or a PIL image"
 
 
 class Predictor:
@@ -39,11 +47,12 @@ class Predictor:
         device: "auto", "cpu", "cuda" or "cuda:N". Exported files run on the CPU.
         amp: "off", "bf16" or "fp16" (GPU only). An exported file has its own precision.
         classes: class names, for a checkpoint that stores none.
-        score_threshold, max_detections: lowest score of a detection, and most detections of an
-            image; None: the published values of the data set.
+        score_threshold, max_detections, max_per_class: lowest score of a detection, and most
+            detections of an image and of a class in it; None: the published values.
         nms, class_agnostic, background_shortcut: as in ``layers.detect.DetectConfig``.
         threads: CPU threads of an exported file's runtime; None: the runtime chooses. For a
             checkpoint use ``torch.set_num_threads``.
+        max_pixels: refuse images with more pixels, in all of this process; None changes nothing.
 
     Attributes: ``file``, its name; ``info``, a ``DetectorInfo``; ``config``, a ``DetectConfig``;
     ``device``; ``exported``, the file in its runtime, None for a checkpoint.
@@ -58,7 +67,9 @@ class Predictor:
         classes: Sequence[str] | None = None, score_threshold: float | None = None,
         max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
         background_shortcut: bool = False, threads: int | None = None,
+        max_pixels: int | None = None, max_per_class: int | None = None,
     ) -> None:  # fmt: skip
+        limit_pixels(max_pixels)
         path = Path(file)
         self.file = path.name
         self.exported: ExportedModel | None = None
@@ -86,7 +97,7 @@ class Predictor:
         self.priors = PriorBox(self.info.prior_config()).to(self.device)()
         self.detect = Detect.of(config, variance)
         self.config = replace(
-            config.with_limits(score_threshold, max_detections),
+            config.with_limits(score_threshold, max_detections, max_per_class),
             nms=nms, class_agnostic=class_agnostic, background_shortcut=background_shortcut,
         )  # fmt: skip
 
@@ -123,11 +134,13 @@ class Predictor:
             a list.
 
         Raises:
-            UserError: a file that cannot be read as an image, or an array that is none.
+            UserError: a file that cannot be read as an image, or what is no ``Image``.
             FloatingPointError: as ``postprocess``.
         """
         if isinstance(images, Image):
             return self([images])[0]
+        if isinstance(images, Mapping) or not isinstance(images, Iterable):
+            raise UserError(f"{type(images).__name__} is not an image; give {TAKEN}, or a list")
         arrays = [_load(image) for image in images]
         found = []
         for batch in self.batches(arrays):
@@ -205,12 +218,31 @@ class Predictor:
         ]
 
 
-def _load(image: Image) -> np.ndarray:
+def _load(image: object) -> np.ndarray:
+    """Return BGR uint8 [H, W, 3] of a file, an array or a PIL image."""
+    if isinstance(image, str | PathLike):
+        return read_image(os.fsdecode(image))
+    if isinstance(image, PIL.Image.Image):
+        return _of_pil(image)
     if not isinstance(image, np.ndarray):
-        return read_image(image)
-    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-        raise UserError(
-            f"an image is {image.dtype} {list(image.shape)}, should be uint8 [height, width, 3], "
-            "BGR as OpenCV reads it"
-        )
-    return image
+        raise UserError(f"{type(image).__name__} is not an image; give {TAKEN}")
+    grey = image[:, :, None] if image.ndim == 2 else image
+    channels = grey.shape[2] if grey.ndim == 3 and image.size else 0
+    if image.dtype != np.uint8 or channels not in (1, 3, 4):
+        raise UserError(f"an image is {image.dtype} {list(image.shape)}; give {TAKEN}")
+    return np.repeat(grey, 3, 2) if channels == 1 else np.ascontiguousarray(grey[:, :, :3])
+
+
+def _of_pil(image: PIL.Image.Image) -> np.ndarray:
+    check_pixels("the PIL image", image.size)
+    try:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I;16"):  # 16 bit, of which OpenCV keeps the upper 8
+            return _load((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode not in ("F", "I"):
+            return _load(np.asarray(image.convert("RGB"))[:, :, ::-1])
+        fault = "no range of values; convert it to L"
+    except Exception as error:  # Pillow decodes only now, and converts not from every mode
+        fault = first_line(error)
+    name = getattr(image, "filename", "") or "PIL image"
+    raise UserError(f"{name}: no RGB image of mode {image.mode} ({fault}); give {TAKEN}")

@@ -57,9 +57,10 @@ class DetectConfig:
                 f"conf_thresh {self.conf_thresh} and nms_thresh {self.nms_thresh} should be in 0..1"
             )
 
-    def with_limits(self, conf_thresh: float | None, top_k: int | None) -> DetectConfig:
-        """Return the settings with another score threshold and limit; None: the own ones."""
-        asked = {"conf_thresh": conf_thresh, "top_k": top_k}
+    def with_limits(self, conf_thresh: float | None, top_k: int | None,
+                    per_class: int | None = None) -> DetectConfig:  # fmt: skip
+        """Return the settings with another score threshold and limits; None: the own ones."""
+        asked = {"conf_thresh": conf_thresh, "top_k": top_k, "per_class": per_class}
         return replace(self, **{key: value for key, value in asked.items() if value is not None})
 
 

@@ -67,16 +67,18 @@ BACKBONES = {
 SIZES = tuple(sorted({size for _, size in PRIORS}))
 
 
-def prior_config(version: str, dataset: str, size: int) -> PriorConfig:
+def prior_config(version: str, priors: str, size: int) -> PriorConfig:
     """Return the prior boxes of a detector.
 
     Args:
         version: a key of ``BACKBONES``.
-        dataset: "VOC" or "COCO", whose objects the boxes suit.
+        priors: "VOC" or "COCO", whose objects the boxes suit, or sizes of one's own in pixels of
+            the input, as ``PriorConfig.text`` gives them.
         size: the side of the network's input.
 
     Raises:
-        ValueError: an unknown version, size or data set; the message names those that exist.
+        ValueError: an unknown version, size or name; the message names those that exist. Or sizes
+            that do not fit the source maps.
     """
     if version not in BACKBONES:
         raise ValueError(f"unknown version {version!r}, choose from {', '.join(BACKBONES)}")
@@ -84,10 +86,14 @@ def prior_config(version: str, dataset: str, size: int) -> PriorConfig:
     if size not in row.sizes:
         sizes = ", ".join(map(str, row.sizes))
         raise ValueError(f"{version} does not exist at size {size!r}, choose from {sizes}")
-    if (dataset, size) not in row.priors:
-        datasets = ", ".join(name for name, other in row.priors if other == size)
-        raise ValueError(f"no prior boxes for the data set {dataset!r}, choose from {datasets}")
-    return row.priors[dataset, size]
+    if (priors, size) in row.priors:
+        return row.priors[priors, size]
+    try:
+        sizes = [float(text) for text in priors.split(",")]
+    except ValueError:
+        names = ", ".join(name for name, other in row.priors if other == size)
+        raise ValueError(f"no prior boxes {priors!r}, choose from {names}, or give sizes") from None
+    return next(preset for (_, s), preset in row.priors.items() if s == size).with_sizes(sizes)
 
 
 def build_net(version: str, size: int, num_classes: int) -> Detector:

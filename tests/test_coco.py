@@ -106,7 +106,8 @@ def test_sets_are_joined_in_order(tmp_path):
     assert dataset.ids == [9, 42, 4, 5]
     assert [len(dataset.target(i)) for i in range(4)] == [0, 1, 0, 1]
     assert dataset.image_path(2) == tmp_path / "train2017" / "4.jpg"
-    assert [skip[:2] for skip in dataset.skipped] == [(SkipKind.BOX_WITHOUT_AREA, 2)]
+    kinds = SkipKind.BOX_WITHOUT_AREA, SkipKind.IMAGE_EMPTIED
+    assert [skip[:2] for skip in dataset.skipped] == [(kind, 2) for kind in kinds]
     assert dataset.truth().images.tolist() == [1, 2, 3]
     for call in (dataset.check_scorable, lambda: dataset.evaluate([{}] * 4, tmp_path)):
         with pytest.raises(UserError, match=f"{tmp_path}: .* one .* not 2017_val, 2017_train"):
@@ -114,7 +115,7 @@ def test_sets_are_joined_in_order(tmp_path):
     read(tmp_path).check_scorable()
     other = [{"id": 1, "name": "dog"}]
     for names, categories, message in (
-        ({9: "9.jpg"}, CATEGORIES, "image id 9 is in more than one"),
+        ({9: f"{9:012d}.jpg"}, CATEGORIES, "image id 9 is in more than one"),
         ({8: "8.jpg"}, other, "train2017.json: its categories differ from instances_val"),
     ):
         write_set(tmp_path, "instances_train2017.json", "train2017", names, [],
@@ -179,7 +180,6 @@ def test_boxes_without_area_are_dropped_and_clipped_ones_kept_and_both_recorded(
         annotation(1, 9, [10, 5, 0, 10]),
         annotation(2, 9, [10, 5, 20, -3]),
         annotation(3, 9, [WIDTH + 1, 5, 20, 10]),
-        annotation(4, 9, [10, 5, 20, 10], area=0),
         annotation(5, 9, [50, -2, 20, 10]),
         annotation(6, 9, [50, 30, 10.004, 10]),  # touches the border but for COCO's rounding
         annotation(7, 9, [10, 5, 1, 10]),  # x2 = x1: no width that could be encoded
@@ -191,12 +191,48 @@ def test_boxes_without_area_are_dropped_and_clipped_ones_kept_and_both_recorded(
     np.testing.assert_allclose(dataset.target(0), [[50, 0, 59, 9, 1], [50, 30, 59, 39, 1]])
     kinds = [skip.kind for skip in dataset.skipped]
     assert {kind: kinds.count(kind) for kind in kinds} == {
-        SkipKind.BOX_OUTSIDE: 4, SkipKind.BOX_WITHOUT_AREA: 3, SkipKind.AREA_NOT_POSITIVE: 1,
-        SkipKind.BOX_CLIPPED: 1,
-    }  # fmt: skip
+        SkipKind.BOX_OUTSIDE: 4, SkipKind.BOX_WITHOUT_AREA: 3, SkipKind.BOX_CLIPPED: 1,
+    }
     detail = "instances_val2017.json: annotation 5 of image 9, bbox [50.0, -2.0, 20.0, 10.0]"
     assert dataset.skipped[-1][1:] == (0, (50, -2, 70, 8), detail)
-    assert len(dataset.truth().boxes) == 10
+    assert len(dataset.truth().boxes) == 9
+
+
+@pytest.mark.parametrize("area", [0, -5, None, float("nan"), "big", [1]])
+def test_area_is_no_reason_to_drop_a_box(tmp_path, area):
+    boxes = [annotation(1, 9, [10, 5, 20, 10], area=area), annotation(2, 9, [5, 5, 9, 30])]
+    dataset = read(write_val2017(tmp_path, boxes))
+    assert dataset.target(0).tolist() == [[10, 5, 29, 14, 1], [5, 5, 13, 34, 1]]
+    report = dataset.evaluate(perfect(dataset), tmp_path / "out")
+    assert report["value"] == pytest.approx(1) and dataset.skipped == []
+    assert len(dataset.truth().boxes) == 2 and report["per_size"]["small"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("bbox", "options", "cause"), [
+    ([0.1, 0.2, 0.5, 0.5], {}, "in shares of the image instead of pixels.*: 3"),
+    ([30, 20, -10, -5], {}, "without area.*: 3"), ([90, 20, 10, 5], {}, "outside.*: 3"),
+    ([10, 5, 20, 10], {"classes": ["kite", "oar"]}, "no box .*: 2 of 3 classes, 0 of 3 box"),
+])  # fmt: skip
+def test_set_with_none_of_its_boxes_left_is_refused_by_cause(tmp_path, bbox, options, cause):
+    write_val2017(tmp_path, [annotation(n, 9, bbox) for n in range(3)])
+    with pytest.raises(UserError, match=f"^{tmp_path}: .*{cause}"):
+        read(tmp_path, **options)
+    faults: list[str] = []
+    assert len(read(tmp_path, faults=faults, **options)) == 2 and len(faults) == 1
+
+
+def test_class_and_image_with_none_of_their_boxes_left_are_counted(tmp_path):
+    boxes = [annotation(n, id, [90, 5, 9, 9], 7) for n, id in ((1, 9), (2, 42))]
+    dataset = read(write_val2017(tmp_path, [*boxes, annotation(3, 9, [1, 1, 9, 9])]))
+    lost = [skip[:2] for skip in dataset.skipped if skip.kind is not SkipKind.BOX_OUTSIDE]
+    assert lost == [(SkipKind.IMAGE_EMPTIED, 1), (SkipKind.CLASS_EMPTIED, None)]
+    assert "kite" in dataset.skipped[-1].detail
+
+
+def test_boxes_that_look_like_corners_are_told(tmp_path):
+    boxes = [annotation(1, 9, [30, 20, 55, 38]), annotation(2, 9, [5, 5, 20, 20])]
+    kinds = [skip.kind for skip in read(write_val2017(tmp_path, boxes)).skipped]
+    assert kinds == [SkipKind.BOX_CLIPPED, SkipKind.BOX_FORMAT]
 
 
 def test_image_that_cannot_be_used_is_named_when_it_is_read(tmp_path):

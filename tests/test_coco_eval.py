@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend, main, notes
-from data.coco_json import read_annotations
+from data.coco_json import join, read_annotations
 from data.coco_results import COCOResults
 from data.curves import SIZES, load_curves
 from utils.errors import UserError
@@ -346,8 +346,8 @@ def test_results_that_cannot_be_scored_are_named(small, tmp_path, results, messa
 def test_files_that_cannot_be_read_are_named(small, tmp_path):
     (tmp_path / "half.json").write_text('[{"image_id":')
     for results, truth, message in (
-        (tmp_path / "none.json", small, "none.json: cannot be read"),
-        ([], tmp_path / "none.json", "none.json: cannot be read"),
+        (tmp_path / "none.json", small, "none.json: cannot read"),
+        ([], tmp_path / "none.json", "none.json: cannot read"),
         (tmp_path / "half.json", small, "half.json: not a JSON file"),
     ):
         with pytest.raises(UserError, match=message):
@@ -383,17 +383,19 @@ def test_images_asked_for_are_scored_as_if_there_were_no_others(golden, tmp_path
         document[key] = [item for item in document[key] if item[field] in ids]
     (tmp_path / "part.json").write_text(json.dumps(document))
     of_them = [record for record in records if record["image_id"] in ids]
-    report = evaluate_coco(of_them, truth, images=ids[::-1])
+    part = read_annotations(truth).of_images(ids[::-1])
+    report = evaluate_coco(of_them, part)
     assert report == evaluate_coco(of_them, tmp_path / "part.json") and report["stats"][0] > 0
-    part = read_annotations(truth).of_images(ids)
+    halves = [part.of_images(each) for each in (part.image_ids[:3], part.image_ids[3:])]
+    assert report == evaluate_coco(of_them, join(halves))
     expected = read_annotations(tmp_path / "part.json")
     for name in ("image_ids", "file_names", "sizes", "offsets", "boxes", "labels", "areas",
                  "crowds", "annotation_ids", "category_ids", "classes"):  # fmt: skip
         np.testing.assert_array_equal(getattr(part, name), getattr(expected, name))
     with pytest.raises(UserError, match="has the image_id .*, which .* does not list"):
-        evaluate_coco(records, truth, images=ids)
+        evaluate_coco(records, part)
     with pytest.raises(UserError, match=r"truth.json: chosen\[1\] has the image_id -5, which"):
-        evaluate_coco([], truth, images=[ids[0], -5])
+        part.of_images([ids[0], -5])
 
 
 def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path, capsys):

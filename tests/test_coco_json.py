@@ -22,6 +22,8 @@ BOX = annotation(17, 9, [10, 5, 20, 10])
 @pytest.mark.parametrize(("document", "message"), [
     ("{", "not a JSON file"),
     ("[" * 100_000, "not a JSON file"),
+    ("{}\n{}", "not a JSON file .Extra data.* as one document"),
+    ('{"a": "\xe9"}'.encode("latin-1"), "not a JSON file .*0xe9.* in UTF-8"),
     ("[]", "not a COCO annotation file"),
     ("{}", "no list of images"),
     ({"annotations": None}, "no list of annotations"),
@@ -31,15 +33,15 @@ BOX = annotation(17, 9, [10, 5, 20, 10])
     ({"annotations": [{**BOX, "bbox": [1, 2, 3, "4"]}]}, "4 finite numbers"),
     ({"annotations": [BOX, {**BOX, "bbox": [0, 0, 1e160, 1e160]}]},
      r"annotations\[1\] \(id 17\) needs 4 numbers up to 1e\+100 as 'bbox', found \[0, 0, 1e"),
-    ({"annotations": [{**BOX, "area": "big"}]}, "a finite number as 'area', found 'big'"),
-    ({"annotations": [{**BOX, "image_id": "9"}]}, "a whole number as 'image_id', found '9'"),
+    ({"annotations": [{**BOX, "bbox": []}]}, r"4 finite numbers as 'bbox', found \[\]"),
+    ({"annotations": [{**BOX, "image_id": "9a"}]}, "a whole number as 'image_id', found '9a'"),
     ({"annotations": [{**BOX, "image_id": 10**30}]}, "a whole number as 'image_id'"),
     ({"annotations": [BOX, {**BOX, "image_id": 8}]}, r"annotations\[1\] has the image_id 8"),
     ({"annotations": [{**BOX, "category_id": 5}]}, "has the category_id 5, .* 3 to 90"),
     ({"images": []}, "lists no images"),
     ({"images": [IMAGE, IMAGE]}, "images id 9 occurs twice"),
-    ({"images": [{"id": 1}]}, r"images\[0\] \(id 1\) needs a whole number as 'width'"),
-    ({"images": [{**IMAGE, "width": 0}]}, r"image id 9 has the size \[0, 40\]"),
+    ({"images": [{**IMAGE, "width": -1}]}, r"image id 9 has the size \[-1, 40\]"),
+    ({"images": [{**IMAGE, "width": [[9]]}]}, r"images\[0\] \(id 9\) .* 'width', found \[\[9\]\]"),
     ({"images": [{**IMAGE, "width": 60.5}]}, "a whole number as 'width', found 60.5"),
     ({"images": [{**IMAGE, "width": 1e300}]}, "a whole number as 'width'"),
     ({"annotations": [{**BOX, "iscrowd": "0"}]},
@@ -47,29 +49,65 @@ BOX = annotation(17, 9, [10, 5, 20, 10])
     ({"annotations": [{**BOX, "iscrowd": 2}]}, "0 or 1 as 'iscrowd', found 2"),
     ({"annotations": [{**BOX, "iscrowd": None}]}, "0 or 1 as 'iscrowd', found None"),
     ({"categories": []}, "lists no categories"),
-    ({"categories": [{"id": 3}]}, "category id 3 has no name of its own: None"),
-    ({"categories": [{"id": 3, "name": 5}]}, "category id 3 has no name of its own: 5"),
-    ({"categories": [{"id": 3, "name": " "}]}, "category id 3 has no name of its own: ' '"),
-    ({"categories": [{"id": i, "name": "dog"} for i in (1, 2)]}, "category id 2 has no name"),
+    ({"categories": [{"id": 3}]}, r"categories\[0\] \(id 3\) needs a text as 'name', found None"),
+    ({"categories": [{"id": 3, "name": 5}]}, "needs a text as 'name', found 5"),
+    ({"categories": [{"id": 3, "name": " "}]}, "needs a text as 'name', found ' '"),
+    ({"categories": [{"id": 3, "name": "a\ud83d"}]}, r"class name 'a\\ud83d' .*rename"),
+    ({"categories": [{"id": 3, "name": "a\0"}]}, r"class name 'a\\x00' .*rename"),
+    ({"categories": [{"id": 3, "name": "background"}]}, 'leave "background" out'),
+    ({"categories": [{"id": i, "name": "dog"} for i in (1, 3)],
+      "annotations": [BOX, {**BOX, "category_id": 1}]}, "ids 1 and 3 have the same name 'dog'"),
 ])  # fmt: skip
 def test_malformed_file_is_refused_by_record_and_value(tmp_path, document, message):
     path = write_val2017(tmp_path, []) / FILE
     if isinstance(document, dict):
         valid = {"images": [IMAGE], "categories": CATEGORIES, "annotations": [BOX]}
         document = json.dumps(valid | document)
-    path.write_text(document)
+    path.write_bytes(document if isinstance(document, bytes) else document.encode())
     with pytest.raises(UserError, match=f"^{path}: .*{message}"):
         read_annotations(path)
 
 
-def test_whole_floats_and_booleans_and_missing_fields_are_accepted(tmp_path):
-    least = {"image_id": 9, "category_id": 3, "bbox": [10, 5, 20, 10]}
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32-be"])
+def test_whole_floats_and_booleans_and_missing_fields_are_accepted(tmp_path, encoding):
+    least = {"image_id": "9", "category_id": 3, "bbox": [10, 5, 20, 10]}
     boxes = [BOX, {**BOX, "id": 18, "area": None, "iscrowd": True, "image_id": 9.0}, least]
-    images = [{**IMAGE, "width": float(WIDTH)}]
-    file = read_annotations(write_val2017(tmp_path, boxes, images=images) / FILE)
-    assert file.sizes.tolist() == [[WIDTH, HEIGHT]] and file.sizes.dtype == np.int64
+    images = [{**IMAGE, "id": "9", "width": float(WIDTH)}, {"id": 10.0},
+              {**IMAGE, "id": 11, "height": 0}]  # fmt: skip
+    path = write_val2017(tmp_path, boxes, images=images) / FILE
+    path.write_text(path.read_text(), encoding)
+    file = read_annotations(path)
+    assert file.sizes.tolist() == [[WIDTH, HEIGHT], [0, 0], [0, 0]] and file.sizes.dtype == np.int64
     assert file.crowds.tolist() == [False, True, False]
     assert file.areas.tolist() == [200, 200, 200] and file.annotation_ids == [17, 18, None]
+
+
+@pytest.mark.parametrize("outline", [
+    [[2, 3, 7, 3, 7, 8.5], [4, 1, 5, 1, 5, 2]],
+    {"size": [10, 20], "counts": [21, 9, 1, 9, 160]}, {"size": [10, 20], "counts": "e0910o4"},
+])
+def test_annotation_without_a_box_gets_the_one_around_its_outline(tmp_path, outline):
+    box = {"id": 1, "image_id": 9, "category_id": 3, "segmentation": outline}
+    found = read_annotations(write_val2017(tmp_path, [box, {**box, "bbox": []}]) / FILE).boxes
+    expected = [2, 1, 5, 7.5] if isinstance(outline, list) else [2, 1, 2, 9]
+    assert found.tolist() == [expected, expected]
+
+
+@pytest.mark.parametrize(("categories", "classes", "left_out"), [
+    ([(0, "car", "none"), (1, "car", "car")], {"car": 1}, ["0"]),
+    ([(1, "car", ""), (4, "car ", "")], {"car": 1}, ["4"]),
+    ([(0, "all", "none"), (1, "car", "all"), (2, "van", "all")], {"car": 1, "van": 2}, ["0"]),
+    ([(0, "background", None), (1, "car", None)], {"car": 1}, ["0"]),
+    ([(1, "car", "car"), (2, "van", "car")], {"car": 1, "van": 2}, []),
+])
+def test_root_and_empty_duplicate_are_left_out(tmp_path, categories, classes, left_out):
+    records = [dict(zip(("id", "name", "supercategory"), each, strict=True)) for each in categories]
+    boxes = [annotation(1, 9, [10, 5, 20, 10], 1)]
+    dataset = COCODetection(write_val2017(tmp_path, boxes, categories=records), [("2017", "val")])
+    assert dict(zip(dataset.classes, dataset.category_ids.values(), strict=True)) == classes
+    assert dataset.target(0)[:, 4].tolist() == [1]
+    told = [skip.detail for skip in dataset.skipped if skip.kind is SkipKind.CATEGORY_SURPLUS]
+    assert [detail.split()[3] for detail in told] == left_out
 
 
 @pytest.mark.parametrize(("year", "name", "file", "folder"), [
@@ -176,10 +214,10 @@ def test_missing_annotation_file_names_the_sets_that_exist(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             COCODetection(root, [("2017", name)])
-    for name in ("annotations/train.json", "val/_annotations.coco.json"):
+    for name in ("annotations/train.json", "val/labels.json"):
         (tmp_path / "other" / name).parent.mkdir(parents=True)
         (tmp_path / "other" / name).touch()
-    there = "none; JSON files there: annotations/train.json, val/_annotations.coco.json"
+    there = "none; JSON files there: annotations/train.json, val/labels.json"
     with pytest.raises(UserError, match=f"image sets in .*other: {there} .--root"):
         COCODetection(tmp_path / "other", [("2017", "val")])
 
@@ -258,5 +296,5 @@ def test_submission_that_is_no_zip(tmp_path):
         archive.write_bytes(damaged)
         with pytest.raises(UserError, match="submission.zip: not a zip that can be read"):
             check_submission(archive, truth)
-    with pytest.raises(UserError, match="none.zip: cannot be read"):
+    with pytest.raises(UserError, match="none.zip: cannot read"):
         check_submission(tmp_path / "none.zip", truth)

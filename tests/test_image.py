@@ -1,14 +1,17 @@
 """Reading image files: pixels as OpenCV has them, and every damage by the file's name."""
 
+import io
 import struct
 import zlib
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 from conftest import with_exif
 
-from data.image import read_image
+from data.image import FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, limit_pixels, read_image
+from data.transforms import SSDAugmentation, TestTransform
 from utils.errors import UserError
 
 
@@ -20,6 +23,17 @@ def image():
 
 def encode(suffix, image, *options):
     return cv2.imencode(suffix, image, options)[1].tobytes()
+
+
+def pil(kind, image, mode="RGB", **options):
+    file = io.BytesIO()
+    PIL.Image.fromarray(image[:, :, ::-1]).convert(mode).save(file, kind, **options)
+    return file.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def limit(monkeypatch):
+    monkeypatch.setenv("SSD_MAX_PIXELS", str(MAX_PIXELS))
 
 
 def test_image_is_opencvs_from_a_non_ascii_path_too(tmp_path, image):
@@ -58,7 +72,8 @@ def huge_png():
 
 @pytest.mark.parametrize(("data", "message"), [
     (None, r"cannot read .*No such file"), (b"", "empty; copy or download"),
-    (b"<html>404</html>", "not an image"), (huge_png(), "decode"),
+    (b"<html>404</html>", "not an image"),
+    (huge_png(), r"60000 x 60000, more than 134,217,728 pixels.*--max_pixels 3600000000"),
 ])
 def test_file_that_is_no_image_is_refused(tmp_path, data, message):
     path = tmp_path / "a.png"
@@ -68,14 +83,60 @@ def test_file_that_is_no_image_is_refused(tmp_path, data, message):
         read_image(path)
 
 
-@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("share", [0.99, 0.6, 0.1])
-def test_image_cut_off_is_refused(tmp_path, image, suffix, share):
-    data = encode(suffix, image)
-    path = tmp_path / f"a{suffix}"
+def test_image_cut_off_is_refused(tmp_path, image, kind, share):
+    data = pil(kind, image)
+    path = tmp_path / "a"
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UserError, match=f"^{path}: .*cut off .*; copy or download"):
+    with pytest.raises(UserError, match=f"^{path}: .*(cut off .*; copy or download|; copy it)"):
         read_image(path)
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK"])
+def test_every_format_is_read_and_its_size_known_before(tmp_path, image, kind, mode, monkeypatch):
+    path, suffix = tmp_path / "a", f".{kind.lower()}"
+    assert suffix in IMAGE_SUFFIXES
+    try:
+        data = pil(kind, image, mode)
+    except (OSError, ValueError):
+        pytest.skip("Pillow does not write this mode")
+    path.write_bytes(data)
+    assert read_image(path).shape == (48, 64, 3)
+    if mode == "RGB" and kind != "GIF":  # which has a palette
+        assert np.abs(read_image(path).astype(int) - image).mean() < 4
+    monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
+    limit_pixels(48 * 64)
+    with pytest.raises(UserError, match=f"cannot decode this {kind}"):
+        read_image(path)
+    monkeypatch.setattr(cv2, "haveImageWriter", lambda name: name != suffix)
+    with pytest.raises(UserError, match=f"^{path}: .*not know {kind} images; convert"):
+        read_image(path)
+    limit_pixels(48 * 64 - 1)
+    with pytest.raises(UserError, match=f"^{path}: .*64 x 48, more than 3,071 .*--max_pixels 3072"):
+        read_image(path)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG", "AVIF"])
+def test_of_several_images_in_a_file_the_first_is_read(tmp_path, image, kind):
+    (tmp_path / "a").write_bytes(pil(kind, image, save_all=True,
+                                     append_images=[PIL.Image.new("RGB", (64, 48), "red")]))
+    (tmp_path / "b").write_bytes(pil(kind, image))
+    both = [read_image(tmp_path / name).astype(int) for name in "ab"]
+    assert np.abs(both[0] - both[1]).mean() < 4
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1)])
+def test_thin_images_train_and_are_tested(tmp_path, size):
+    path = tmp_path / "a.png"
+    path.write_bytes(encode(".png", np.full((*size, 3), 7, np.uint8)))
+    image = read_image(path)
+    assert TestTransform(300)(image).shape == (300, 300, 3)
+    box = np.array([[0, 0, size[1], size[0], 1]], np.float32)
+    for seed in range(20):
+        sample, target = SSDAugmentation(300)(image, box, np.random.default_rng(seed))
+        assert sample.shape == (300, 300, 3) and np.isfinite(target).all()
 
 
 def test_only_the_end_marker_of_the_image_itself_counts(tmp_path, image):

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import cv2
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 
 from data.config import COCO_300, COCO_CLASSES, VOC_300, VOC_CLASSES
+from data.image import read_image
 from data.transforms import TestTransform
 from engine.steps import detect_all
-from inference.predictor import Predictor
+from inference.predictor import Predictor, _load
 from layers import Detect, PriorBox
 from models import build_net
 from utils.errors import UserError
@@ -138,11 +141,49 @@ def test_what_is_not_finite_is_no_detection(file, value):
             predictor.postprocess(outputs, [(64, 48)])
 
 
+def test_an_image_is_a_path_an_array_or_a_pil_image_of_any_mode(tmp_path):
+    rgb = PIL.Image.fromarray(made_up((20, 30))[0])
+    rgb.getexif()[0x112] = 6  # turns a quarter
+    rgb.save(tmp_path / "a.png", exif=rgb.getexif())
+    bgr = read_image(tmp_path / "a.png")
+    assert bgr.shape == (20, 30, 3)
+    alpha = np.dstack([bgr, bgr[:, :, 0]])
+    turned = PIL.Image.fromarray(bgr[:, :, ::-1]).convert("RGBA")
+    for image in (rgb, str(tmp_path / "a.png"), PIL.Image.open(tmp_path / "a.png"), bgr, alpha,
+                  bgr[:, ::-1][:, ::-1], turned):  # fmt: skip
+        assert np.array_equal(_load(image), bgr)
+    for mode in ("1", "L", "LA", "P", "CMYK", "HSV", "YCbCr", "I;16"):
+        assert _load(turned.convert("L").convert(mode)).shape == (20, 30, 3)
+    grey = np.arange(6, dtype=np.uint8).reshape(2, 3)
+    deep = PIL.Image.fromarray(grey.astype(np.uint16) * 256 + 99)
+    for image in (grey, grey[:, :, None], PIL.Image.fromarray(grey), deep):
+        assert np.array_equal(_load(image), np.dstack([grey] * 3))
+
+
+def test_lists_tuples_and_generators_are_taken_and_what_is_no_image_is_refused(file, monkeypatch):
+    predictor = Predictor(file, score_threshold=1)
+    image = made_up((20, 20))[0]
+    mixed = [image, PIL.Image.fromarray(image), np.zeros((1, 9000), np.uint8)]
+    for images in (mixed, tuple(mixed), iter(mixed)):
+        assert len(predictor(images)) == 3
+    cut = io.BytesIO()
+    PIL.Image.fromarray(image).save(cut, "png")
+    for wrong in (
+        None, 3, b"abc", {"a.jpg": image}, torch.zeros(3, 4, 4), [image, None], [[image]],
+        np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8),
+        np.zeros((4, 4, 2), np.uint8), *(PIL.Image.new(mode, (4, 4)) for mode in "FI"),
+        PIL.Image.new("RGB", (0, 4)),
+        PIL.Image.open(io.BytesIO(cut.getvalue()[:90])),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match="; give a path, a BGR or grey array .* PIL image"):
+            predictor(wrong)
+    monkeypatch.setenv("SSD_MAX_PIXELS", "399")
+    with pytest.raises(UserError, match="20 x 20, more than 399 pixels.*--max_pixels 400"):
+        predictor(mixed[1])
+
+
 def test_mistakes_are_told(file, tmp_path):
     predictor = Predictor(file)
-    for wrong in (np.zeros((4, 4), np.uint8), np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8)):
-        with pytest.raises(UserError, match=r"an image is \w+ \[.*\], should be uint8"):
-            predictor(wrong)
     with pytest.raises(UserError, match=r"none\.jpg"):
         predictor(tmp_path / "none.jpg")
     torch.save(build_net(VERSION, 300, 4).state_dict(), tmp_path / "own.pth")

@@ -109,13 +109,13 @@ def test_the_options_of_detection_are_followed_and_recorded(call, trained, monke
         "class_agnostic": False, "background_shortcut": False,
     }  # fmt: skip
     options = ["--score_threshold", 0, "--nms", "soft-gaussian", "--class_agnostic"]
-    options += ["--max_detections", 7, "--background_shortcut"]
+    options += ["--max_detections", 7, "--max_per_class", 60, "--background_shortcut"]
     other = results(*options)
     assert made.pop() == {
-        "conf_thresh": 0, "nms_thresh": 0.45, "per_class": 50, "top_k": 7, "nms": "soft-gaussian",
+        "conf_thresh": 0, "nms_thresh": 0.45, "per_class": 60, "top_k": 7, "nms": "soft-gaussian",
         "class_agnostic": True, "background_shortcut": True,
     }  # fmt: skip
-    assert other["thresholds"] == {"score": 0, "nms": 0.45, "per_class": 50, "per_image": 7}
+    assert other["thresholds"] == {"score": 0, "nms": 0.45, "per_class": 60, "per_image": 7}
     assert other["suppression"] == {
         "nms": "soft-gaussian", "class_agnostic": True, "background_shortcut": True,
     }  # fmt: skip

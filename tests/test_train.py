@@ -25,7 +25,7 @@ from data import DATASETS
 from data.config import VOC_300
 from data.loading import TrainingSet
 from engine.options import Call, Options
-from engine.run import _base_file
+from engine.start import _base_file
 from engine.trainer import Trainer
 from inference.predictor import Predictor
 from models import build_net

@@ -10,7 +10,8 @@ from conftest import write_annotation
 from data.classes import parse_classes
 from data.config import VOC_CLASSES
 from data.skips import SkipKind
-from data.voc_layout import list_image_sets, load_annotations
+from data.voc_layout import list_image_sets
+from data.voc_read import load_annotations
 from data.voc_xml import read_annotation
 from utils.errors import UserError
 

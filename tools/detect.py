@@ -26,6 +26,8 @@ import torch
 from PIL.ImageFont import FreeTypeFont
 
 from data.classes import parse_classes
+from data.image import limit_pixels
+from engine.options import add_option
 from inference.draw import draw_caption, escape, find_font, one_line
 from inference.predictor import Predictor
 from layers.detect import SUPPRESSION
@@ -84,7 +86,7 @@ def open_predictor(args: argparse.Namespace) -> Predictor:
         args.weights, device=args.device, amp=args.amp,
         classes=parse_classes(args.classes) if args.classes else None,
         score_threshold=args.score_threshold, max_detections=args.max_detections,
-        nms=args.nms, class_agnostic=args.class_agnostic,
+        max_per_class=args.max_per_class, nms=args.nms, class_agnostic=args.class_agnostic,
     )  # fmt: skip
     if args.score_threshold is None:  # an exported file may have a higher one inside
         least = max(THRESHOLD, predictor.config.conf_thresh)
@@ -187,6 +189,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    f"detection (default: {THRESHOLD}, or the higher one of an exported file)")
     g.add_argument("--max_detections", type=positive, metavar="N",
                    help="most detections of an image (default: 300 VOC, 200 COCO)")
+    g.add_argument("--max_per_class", type=positive, metavar="N",
+                   help="most detections of a class in an image (default: 50)")
     g.add_argument("--classes", metavar="NAMES", help="a,b,c or a file, for weights without names")
     g.add_argument("--nms", choices=SUPPRESSION, default="hard",
                    help="suppression of overlapping boxes (default: hard)")
@@ -199,6 +203,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    help="images at a time (default: 8)")
     g.add_argument("--workers", type=positive, default=min(4, cores()), metavar="N",
                    help="threads that read and write images (default: one per core, at most 4)")
+    add_option(g, "max_pixels")
     # fmt: on
     args = p.parse_args(argv)
     if not args.sources and not args.live:
@@ -211,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     args = parse(argv)
     setup_logging()
+    limit_pixels(args.max_pixels)
     try:
         return detect(args)
     except torch.OutOfMemoryError as error:

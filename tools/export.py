@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data.classes import parse_classes
+from data.image import limit_pixels
+from engine.options import add_option
 from inference.export import IMAGES, ExportOptions, export
 from inference.formats import FORMATS, PRECISIONS
 from inference.proof import TOLERANCE, TooDifferent
@@ -57,9 +59,11 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
     g.add_argument("--calibrate_sets", metavar="SETS",
                    help="image sets of the data set, e.g. 2007_trainval")
     # fmt: on
-    args = p.parse_args(argv)
-    classes = parse_classes(args.classes) if args.classes else None
-    return ExportOptions(**{**vars(args), "classes": classes})
+    add_option(p, "max_pixels")
+    given = vars(p.parse_args(argv))
+    limit_pixels(given.pop("max_pixels"))
+    classes = parse_classes(given["classes"]) if given["classes"] else None
+    return ExportOptions(**{**given, "classes": classes})
 
 
 @command

@@ -12,10 +12,10 @@ import numpy as np
 from data import DetectionData
 from data.image_sets import sets_name
 from engine.options import Options
+from engine.priors import MATCHED
 
 LEVELS = ("error", "warning", "note")
 BOTH = "train and test"
-MATCHED = Options.jaccard_threshold  # IoU from which a prior box is positive in training
 Image = tuple[str, int]  # "train" or "test", and the index of an image
 
 
@@ -130,9 +130,7 @@ class Report:
 
     def titles(self) -> list[str]:
         """Return a line on each part."""
-        root = self.options.root
-        return [f"{name}: {self.sets(name)} of {root}, {len(part.sizes):,} images,"
-                f" {len(part.boxes):,} boxes" for name, part in self.parts.items()]
+        return [f"{name}: {part.dataset.describe()}" for name, part in self.parts.items()]
 
     def conclusion(self) -> str:
         """Return the tables of classes and of fits, the advice and the verdict."""

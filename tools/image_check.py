@@ -1,9 +1,11 @@
-"""Read every image of a data set: faults, EXIF orientations, and copies."""
+"""Read every image of a data set: faults, EXIF orientations, faint images, copies and places."""
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Iterator
+import unicodedata
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 from pathlib import Path
@@ -12,8 +14,8 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from data import DetectionData
-from data.image import read_image
+from data import DetectionData, list_sets
+from data.image import IMAGE_SUFFIXES, read_image
 from data.truth import digest
 from tools.findings import BOTH, Record, Report
 from utils.errors import UserError
@@ -25,6 +27,8 @@ THUMBNAIL = 32  # side of the grey thumbnails that are compared
 NEAR_RMS, NEAR_MAX = 0.25, 1.5
 PLAIN = 2.0  # grey levels: an image with a smaller standard deviation has nothing to compare
 PRODUCTS = 2**24  # computed at once: 64 MB, whatever the number of images
+FAINT = 16  # grey levels between the darkest and the brightest pixel; 12 bits in 16 give 15
+LISTS = {"classes", "obj", "readme", "test", "train", "val", "valid"}  # texts beside annotations
 THREADS = 8  # OpenCV decodes without Python's lock
 
 
@@ -33,12 +37,14 @@ class Scan(NamedTuple):
 
     fault: why training would stop at the image.
     turned: an EXIF orientation turns the image, and no size tells which way it was annotated.
+    levels: the lowest and the highest grey level.
     digest: of the pixels.
     thumbnail: uint8 [32, 32], grey.
     """
 
     fault: str | None = None
     turned: bool = False
+    levels: tuple[int, int] = (0, 255)
     digest: str | None = None
     thumbnail: np.ndarray = np.zeros((THUMBNAIL, THUMBNAIL), np.uint8)
 
@@ -63,7 +69,7 @@ def scan_image(dataset: DetectionData, index: int) -> Scan:
     grey = cv2.cvtColor(image, cv2.COLOR_BGR2GRAY)
     small = cv2.resize(grey, (THUMBNAIL, THUMBNAIL), interpolation=cv2.INTER_AREA)
     turned = fault is None and _is_turned(dataset.image_path(index))
-    return Scan(fault, turned, digest(image), small)
+    return Scan(fault, turned, (int(grey.min()), int(grey.max())), digest(image), small)
 
 
 def read(dataset: DetectionData, index: int) -> tuple[np.ndarray | None, str | None]:
@@ -85,6 +91,65 @@ def _is_turned(path: Path) -> bool:
     upright, stored = read_image(path), read_image(path, orient=False)
     # Where the shapes differ, the annotated size has told which image to read.
     return upright.shape == stored.shape and not np.array_equal(upright, stored)
+
+
+def check_images(report: Report, name: str, faults: list[str], scans: list[Scan]) -> None:
+    """Add what reading the images and annotations of a part showed."""
+    images = {scan.fault: ((name, i),) for i, scan in enumerate(scans) if scan.fault}
+    records = [Record(text, images.get(text, ())) for text in dict.fromkeys([*faults, *images])]
+    report.add("error", name, "record that training stops at", records)
+    turned = [(name, i) for i, scan in enumerate(scans) if scan.turned]
+    what = "image that an EXIF orientation turns: its boxes may be for the image before or after it"
+    report.add("warning", name, what, [Record(str(report.path(x)), (x,)) for x in turned])
+    records = [
+        Record(f"{report.path((name, i))}: grey levels {low} to {high} of 0 to 255", ((name, i),))
+        for i, (low, high) in enumerate(scan.levels for scan in scans)
+        if high - low < FAINT
+    ]
+    report.add("warning", name, "image of one colour or nearly so (12 bits stored in 16?)", records)
+
+
+def check_places(report: Report) -> None:
+    """Find images outside the root, and in the folders of the images what belongs to no part."""
+    root, images, annotations = os.path.realpath(report.options.root), set(), set()
+    for name, part in report.parts.items():
+        paths = [report.path((name, i)) for i in range(len(part.sizes))]
+        images |= {*paths}
+        annotations |= {each.path for each in getattr(part.dataset, "annotations", ())}
+        real = ((i, Path(os.path.realpath(path))) for i, path in enumerate(paths))
+        report.add("warning", name, "image outside the root, reached by its name or by a link", (
+            Record(f"{paths[i]} is {path}", ((name, i),))
+            for i, path in real if not path.is_relative_to(root)))  # fmt: skip
+    if len(report.parts) < 2:
+        return
+    sets = {*list_sets(report.options.dataset, root)}
+    others = sets - {*report.options.train_sets, *report.options.test_sets}
+    found = _beside(images, IMAGE_SUFFIXES)
+    names, labelled = {*map(_stem, found | images)}, {*map(_stem, annotations)}
+    if not names & labelled:  # one file holds all annotations
+        annotations, labelled = set(), set()
+    more = {path for path in _beside(annotations, {path.suffix for path in annotations})
+            if path.name.split(".")[0].lower() not in LISTS}  # fmt: skip
+    labelled |= {*map(_stem, more)}
+    records = []
+    for path in sorted(found - images):
+        without = bool(labelled) and _stem(path) not in labelled
+        records.append(Record(f"{path}" + ", without an annotation file" * without))
+    level = "note" if others else "warning"  # the others may list it
+    report.add(level, BOTH, "image in these folders, but in neither part", records)
+    lone = sorted(path for path in more if _stem(path) not in names)
+    report.add("warning", BOTH, "annotation file without an image", map(Record, map(str, lone)))
+
+
+def _beside(paths: Iterable[Path], suffixes: Collection[str]) -> set[Path]:
+    """Return the files with these suffixes in the folders of other files."""
+    folders = {path.parent for path in paths}
+    return {path for folder in folders if folder.is_dir() for path in folder.iterdir()
+            if path.suffix.lower() in suffixes and path.name[0] != "."}  # fmt: skip
+
+
+def _stem(path: Path) -> str:
+    return unicodedata.normalize("NFC", path.stem)
 
 
 def check_copies(report: Report, scans: dict[str, list[Scan]]) -> None:

@@ -21,7 +21,9 @@ from string import Template
 
 import numpy as np
 
+from data.image import limit_pixels
 from data.judge import ERRORS, FOREGROUND
+from engine.options import add_option
 from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix
 from tools.mistakes import Mistake, as_jpeg, draw_worst, list_mistakes
 from tools.results import Test, open_test, score_again
@@ -180,7 +182,9 @@ def main(argv: list[str] | None = None) -> int:
                    help="images of mistakes of each type and class (6)")
     p.add_argument("--output", type=Path, metavar="PAGE.html",
                    help="the page (default: report.html in the test's folder)")
+    add_option(p, "max_pixels")
     args = p.parse_args(argv)
+    limit_pixels(args.max_pixels)
     if args.output and not re.fullmatch(r"\.html?", args.output.suffix):
         p.error(f"--output {args.output}: the page's name must end in .html")
     path, notes = write_report(args.directory, args.output, args.root, args.score, args.examples)

@@ -14,7 +14,9 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from data.image import limit_pixels
 from data.judge import CORRECT, Judged
+from engine.options import add_option
 from inference.draw import contact_sheet, draw_comparison
 from tools.results import open_test
 from utils.arguments import Parser, fraction, positive
@@ -76,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
                    help="least score of a detection (0.4)")
     p.add_argument("--images", type=positive, default=8, metavar="N",
                    help="number of best and number of worst images (8)")
+    add_option(p, "max_pixels")
     args = p.parse_args(argv)
+    limit_pixels(args.max_pixels)
     if args.output and args.output.suffix.lower() != ".png":
         p.error(f"--output {args.output}: the sheet's name must end in .png")
     path = draw_sheet(args.directory, args.output, args.root, args.score, args.images)

@@ -208,7 +208,8 @@ def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
     Raises:
         UserError: Python does not know the encoding, or the text is not written in it.
     """
-    encoding = next((name for mark, name in _MARKS.items() if data.startswith(mark)), encoding)
+    if data.startswith(tuple(_MARKS)):
+        encoding = next(name for mark, name in _MARKS.items() if data.startswith(mark))
     try:
         text = data.decode(encoding)
     except UnicodeDecodeError as error:

@@ -1,0 +1,253 @@
+"""CVAT's own XML "for images": one file with the annotations of all images."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.annotated import AnnotatedImages
+from data.annotation import Annotation, Loaded, check_objects, unknown_objects
+from data.classes import check_classes
+from data.image import IMAGE_SUFFIXES
+from data.image_files import FileIndex
+from data.image_sets import ImageSet, sets_name
+from data.skips import Skip, SkipKind
+from data.split import choose, list_files
+from data.voc_xml import read_xml
+from utils.errors import UserError
+
+AREAS = ("box", "polygon", "ellipse", "mask")
+"""Shapes that are read, as the boxes around them."""
+
+
+def find_files(root: Path) -> list[Path]:
+    """Return the XML files in ``root``, not below it, whose first tag is <annotations>."""
+    files = [file for file in sorted(root.glob("[!.]*.xml")) if file.is_file()]
+    named = [file for file in files if file.name == "annotations.xml"]
+    # Other files are looked into as long as they are CVAT's: a folder may hold thousands of VOC's.
+    found = list(named)
+    for file in (file for file in files if file not in named):
+        with open(file, "rb") as opened:
+            head = opened.read(4096)
+        if not re.match(rb"[\s\0\xef\xbb\xbf\xff\xfe]*(<[?!][^>]*>\s*)*<annotations[\s>]", head):
+            break
+        found.append(file)
+    return found
+
+
+class _Image:
+    """One <image> of a file."""
+
+    def __init__(self, path: Path, number: int, element: ElementTree.Element) -> None:
+        self.path = path
+        self.element = element
+        self.name = (element.get("name") or "").strip()
+        self.where = f'{path}: image {number} ("{self.name}")'
+        if not self.name:
+            raise UserError(f"{path}: image {number} has no name; export the task again")
+        self.subset = (element.get("subset") or "").strip()
+
+    def size(self) -> tuple[int, int] | None:
+        """Return (width, height); None where the file does not give them."""
+        sides = [self.element.get(key) for key in ("width", "height")]
+        if None in sides:
+            return None
+        width, height = (_number(f"{self.where}: {key}", text)
+                         for key, text in zip(("width", "height"), sides, strict=True))
+        if min(width, height) < 1:
+            raise UserError(f"{self.where} is {width:g} x {height:g}; write the image's size")
+        return int(width), int(height)
+
+    def shapes(self) -> Iterator[tuple[int, ElementTree.Element]]:
+        """Yield the shapes with their positions in the file, from 1."""
+        yield from enumerate(self.element, 1)
+
+    def read(self) -> Annotation:
+        """Return the boxes around all shapes that have an area.
+
+        Raises:
+            UserError: a shape has no label or a wrong value; see the message.
+        """
+        names, edges = [], []
+        for number, shape in self.shapes():
+            if shape.tag not in AREAS:
+                continue
+            where = f"{self.where}: {shape.tag} {number}"
+            name = (shape.get("label") or "").strip()
+            if not name:
+                raise UserError(f"{where} has no label; export the task again")
+            names.append(name)
+            edges.append(_edges(f'{where} ("{name}")', shape))
+        boxes = np.array(edges, np.float64).reshape(-1, 4) - (0, 0, 1, 1)
+        return Annotation(self.path, self.size(), tuple(names), boxes, np.zeros(len(names), bool))
+
+
+def _number(where: str, text: str | None) -> float:
+    try:
+        value = float(text or "")
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value) or abs(value) > 1e9:
+        raise UserError(f'{where} is "{text or ""}", expected a number of pixels; correct it')
+    return value
+
+
+def _edges(where: str, shape: ElementTree.Element) -> tuple[float, ...]:
+    """Return left, top, right and bottom of the box around a shape."""
+
+    def values(*keys: str) -> list[float]:
+        return [_number(f"{where}: {key}", shape.get(key)) for key in keys]
+
+    angle = math.radians(_number(f"{where}: rotation", shape.get("rotation", "0")))
+    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    if shape.tag == "polygon":
+        words = re.split(r"[,;]", (shape.get("points") or "").strip("; "))
+        points = [_number(f"{where}: points", word) for word in words]
+        if len(points) < 4 or len(points) % 2:
+            raise UserError(f"{where}: {len(points)} numbers in points; write x,y;x,y;x,y")
+        x, y = points[::2], points[1::2]
+        return min(x), min(y), max(x), max(y)
+    if shape.tag == "mask":
+        left, top, width, height = values("left", "top", "width", "height")
+        return left, top, left + width, top + height
+    if shape.tag == "ellipse":
+        x, y, rx, ry = values("cx", "cy", "rx", "ry")
+        half = math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)
+    else:
+        left, top, right, bottom = values("xtl", "ytl", "xbr", "ybr")
+        if not angle:
+            return left, top, right, bottom
+        x, y, w, h = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
+        half = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
+    return x - half[0], y - half[1], x + half[0], y + half[1]
+
+
+class _File:
+    """All images of the files under a root."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.images: list[_Image] = []
+        self.labels: dict[str, None] = {}
+        for path in find_files(root):
+            document = read_xml(path)
+            if document.tag != "annotations":
+                raise UserError(f"{path}: its first tag is <{document.tag}>, not <annotations>")
+            if document.find("track") is not None:
+                raise UserError(
+                    f'{path}: an export "for video", whose tracks name no images; export the task '
+                    'as "CVAT for images" or in another format'
+                )
+            elements = document.findall("image")
+            self.images += [_Image(path, k, each) for k, each in enumerate(elements, 1)]
+            for label in document.iterfind("./meta//label"):
+                kind = (label.findtext("type") or "any").strip()
+                if label.find("parent") is None and kind in ("any", "rectangle", *AREAS):
+                    self.labels[(label.findtext("name") or "").strip()] = None
+
+    def subsets(self) -> dict[str, list[int]]:
+        """Return the positions of the images of each subset; none if there is only one."""
+        found: dict[str, list[int]] = {}
+        for i, image in enumerate(self.images):
+            found.setdefault(image.subset, []).append(i)
+        if found.keys() <= {"", "default"}:
+            return {}
+        return {name or "default": found[name] for name in found}
+
+
+class CVATDetection(AnnotatedImages):
+    """Samples of a task or a project that CVAT exported "for images" into ``root``.
+
+    Boxes are those around boxes, polygons, ellipses and masks, also rotated ones, as continuous
+    edges - (0, 1); other shapes are recorded. Images lie in images/, images/SUBSET/ or beside the
+    XML. Image sets are subsets of a project, else lists or parts (`data.split`). Arguments as of
+    `AnnotatedImages`; classes are the labels of the task, in its order.
+    """
+
+    @staticmethod
+    def recognise(root: str | Path) -> str | None:
+        return "CVAT for images" if find_files(Path(os.path.expanduser(root))) else None
+
+    @staticmethod
+    def list_image_sets(root: str | Path) -> list[ImageSet]:
+        root = Path(os.path.expanduser(root))
+        names = dict.fromkeys([*_File(root).subsets(), *list_files(root)])
+        return [ImageSet(None, name) for name in names]
+
+    def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
+        file = _File(self.root)
+        if not file.images:
+            raise UserError(
+                f"{self.root}: no annotations.xml of CVAT with an <image>; export the task as "
+                '"CVAT for images"'
+            )
+        chosen: dict[int, int] = {}
+        skipped = []
+        names = [f"{image.subset}/{image.name}" if image.subset else image.name
+                 for image in file.images]
+        for image_set in self.image_sets:
+            for i in choose(self.root, image_set, names, file.subsets(), self.val_share,
+                            self.split_by):
+                if i in chosen:
+                    where = file.images[i].where
+                    skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, chosen[i], None, where))
+                chosen.setdefault(i, len(chosen))
+        images = [file.images[i] for i in chosen]
+        paths = self._find(images, faults)
+        annotations = [_read_or_note(image, faults) for image in images]
+        if classes is None:
+            used = {shape.get("label", "").strip() for image in file.images
+                    for _, shape in image.shapes() if shape.tag in AREAS}
+            classes = [*file.labels, *sorted(used - {*file.labels, ""})]
+        classes = check_classes(classes, "classes") if classes else ()
+        what = f"{self.root}: the image set {sets_name(self.image_sets)}"
+        check_objects(what, annotations, classes, faults)
+        skipped += unknown_objects(annotations, classes)
+        skipped += [
+            Skip(SkipKind.OTHER_SHAPE, i, None, f"{image.where}: {shape.tag} {number}")
+            for i, image in enumerate(images) for number, shape in image.shapes()
+            if shape.tag not in AREAS
+        ]
+        ids = [names[i] for i in chosen]
+        return Loaded(ids, paths, annotations, classes, skipped)
+
+    def _find(self, images: Sequence[_Image], faults: list[str] | None) -> list[Path]:
+        index = FileIndex(IMAGE_SUFFIXES)
+        paths, missing, users = [], [], {}
+        for image in images:
+            folders = [self.root / "images" / image.subset, self.root / "images",
+                       self.root / image.subset, self.root]
+            tried = [folder / name for name in (image.name, re.split(r"[/\\]", image.name)[-1])
+                     for folder in folders]
+            found = next(filter(None, map(index.by_name, tried)), None)
+            if found is None:
+                missing.append(f"{tried[0]} ({image.where})")
+            elif (other := users.setdefault(found, image)) is not image:
+                fault = f"{other.where} and {image.where} are both {found}; keep one of them"
+                if faults is None:
+                    raise UserError(fault)
+                faults.append(fault)
+            paths.append(found or tried[0])
+        if missing and faults is None:
+            more = ", ..." if len(missing) > 5 else ""
+            raise UserError(
+                f"{self.root}: {len(missing)} of {len(images)} images are missing: "
+                f"{', '.join(missing[:5])}{more}; export the task with its images"
+            )
+        return paths
+
+
+def _read_or_note(image: _Image, faults: list[str] | None) -> Annotation:
+    try:
+        return image.read()
+    except UserError as error:
+        if faults is None:
+            raise
+        faults.append(str(error))
+        return Annotation.empty(image.path)

@@ -1,0 +1,71 @@
+"""Where training starts: new weights, those of a base network, or those of a whole detector."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+
+from data import DATASETS
+from engine.options import Call, Options
+from engine.run import Run, starting_info
+from models.base_weights import load_base
+from models.info import DetectorInfo
+from models.pretrained import WEIGHTS, published_bases
+from models.transfer import parse_class_map, transfer_classes
+from utils.checkpoint import load_weights, sha256_of
+from utils.logger import LOGGER
+
+
+def starting_weights(net: nn.Module, run: Run, call: Call, given: Mapping[str, object]) -> Run:
+    """Load what --resume_net or --basenet names; return the run that records it.
+
+    Raises:
+        UserError: the file does not fit the network.
+    """
+    if call.resume_net:
+        origin = _from_detector(net, run, call, starting_info(run.start, call, given))
+    elif path := _base_file(call, run.options):
+        match = load_base(net.base, path, run.options.version)
+        origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
+        origin += f"{match.source} (sha256 {sha256_of(path)})"
+    else:
+        origin = "new weights: the base network is trained from scratch"
+    LOGGER.info("%s", origin)
+    return dataclasses.replace(run, options=dataclasses.replace(run.options, start=origin))
+
+
+def _base_file(call: Call, options: Options) -> Path | None:
+    """Return the file of --basenet; None for new weights."""
+    if call.basenet == "none":
+        return None
+    if call.basenet != "auto":
+        return Path(call.basenet)
+    rows = published_bases(options.version)
+    files = [WEIGHTS / row.file for row in rows]
+    found = next(filter(Path.is_file, files), None)
+    if found is None and rows:
+        recipe = "" if options.recipe == "modern" else "; --recipe modern suits new weights better"
+        LOGGER.warning(
+            "%s is missing: training starts from new weights, and needs many more epochs for less "
+            "AP. Get the file by `python -m tools.weights download %s`%s (--basenet)",
+            files[0], rows[0].name, recipe,
+        )  # fmt: skip
+    return found
+
+
+def _from_detector(net: nn.Module, run: Run, call: Call, info: DetectorInfo) -> str:
+    options, path = run.options, Path(call.resume_net)
+    state, origin = run.start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
+    class_map = parse_class_map(call.class_map) if call.class_map else None
+    if class_map is not None or info.classes != options.classes:
+        state, new = transfer_classes(state, info.classes, options.classes, class_map, options.seed)
+        kept = len(options.classes) - len(new)
+        origin += f", {kept} of {len(options.classes)} classes by name"
+        origin += f"; new: {', '.join(new)}" if new else ""
+    if info.priors != DATASETS[options.dataset].priors:
+        origin += f"; prior boxes of {info.priors}, as they were trained with"
+    load_weights(net, state, path)
+    return origin

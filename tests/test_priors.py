@@ -1,0 +1,89 @@
+"""Prior boxes of one's own: sizes as text, files of them, and sizes fitted to data."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny import TINY
+
+import models
+from data import build_dataset
+from data.config import COCO_512, MOBILE_300, VOC_300
+from engine.options import Options
+from engine.priors import best_overlaps, fit_to, fitted, read_priors, share
+from engine.resolve import check_resumed, resolve
+from layers import PriorBox
+from models import prior_config
+from models.info import load_detector
+from train_test import main
+from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
+
+
+@pytest.fixture(autouse=True)
+def tiny(monkeypatch):
+    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+
+
+@pytest.mark.parametrize("config", [VOC_300, COCO_512, MOBILE_300])
+def test_sizes_as_text_give_the_same_prior_boxes(config):
+    version = "SSD_mobile" if config is MOBILE_300 else "SSD_HarDNet68"
+    same = prior_config(version, config.text, config.size)
+    assert torch.equal(PriorBox(same)(), PriorBox(config)())
+
+
+@pytest.mark.parametrize(("priors", "message"), [
+    ("30,60", "2 sizes, but 7"), ("30,60,111,162,213,264,200", "rise"), ("0,1,2,3,4,5,6", "rise"),
+    ("1,,2,3,4,5,6", "choose from VOC, COCO"), ("XYZ", "choose from VOC, COCO"),
+])
+def test_sizes_that_fit_no_network_are_refused(priors, message):
+    with pytest.raises(ValueError, match=message):
+        prior_config("SSD_HarDNet68", priors, 300)
+
+
+def test_a_file_has_the_sizes_of_each_input(tmp_path):
+    path = tmp_path / "priors.json"
+    path.write_text(json.dumps({"300": [12.5, 25, 50, 100, 150, 200, 250]}))
+    assert read_priors(str(path), 300) == "12.5,25,50,100,150,200,250"
+    assert [read_priors(name, 300) for name in ("VOC", "fit", "1,2")] == ["VOC", "fit", "1,2"]
+    for file, words in ((path, '"512".*--fit_priors'), (tmp_path / "no.json", "VOC, COCO, fit")):
+        with pytest.raises(UserError, match=f"{file.name}.*{words}"):
+            read_priors(str(file), 512)
+
+
+def test_the_fit_serves_small_boxes_and_keeps_the_number_of_prior_boxes():
+    rng = np.random.default_rng(0)
+    sides = rng.uniform(0.03, 0.06, (300, 1)) * rng.uniform(0.8, 1.2, (300, 2))
+    boxes = np.hstack([low := rng.uniform(0, 0.9, (300, 2)), low + sides])
+    own = fitted(VOC_300, boxes, np.ones(300))
+    assert own.num_priors == VOC_300.num_priors and own.max_sizes[-1] == VOC_300.max_sizes[-1]
+    assert share(best_overlaps(VOC_300, boxes)) < 0.1 < 0.7 < share(best_overlaps(own, boxes))
+    assert fitted(VOC_300, boxes[:0], np.ones(0)) == VOC_300
+
+
+def test_a_run_keeps_the_prior_boxes_that_fit_its_data(voc_folder, tmp_path):
+    common = ["-v", "tiny", "-s", "300", "--root", str(voc_folder), "--save_folder", str(tmp_path)]
+    common += ["--date", "a", "-b", "2", "--num_workers", "0", "--device", "cpu", "--priors", "fit"]
+    assert main([*common, "--max_iters", "1"]) == 0
+    last = tmp_path / "tiny_300" / "a" / "last.pth"
+    found = load_checkpoint(last)["config"]["priors"]
+    options = resolve({"version": "tiny", "size": 300, "root": str(voc_folder)})
+    dataset = build_dataset(options.dataset, options.root, options.train_sets)
+    assert found == fit_to(dataset, VOC_300) and found != "VOC"
+    _, info = load_detector(last)
+    assert info.prior_config().text == found
+    assert main([*common, "--max_iters", "2", "--resume", "auto"]) == 0
+    assert main(["--test", str(last), "--device", "cpu"]) == 0
+    assert main([*common[:-1], "VOC", "--resume", "auto", "--max_iters", "3"]) == 2
+    assert main([*common[:8], "--date", "b", "--resume_net", str(last), "--priors", "COCO"]) == 2
+
+
+def test_the_prior_boxes_of_a_run_stay():
+    stored = Options(priors="1,2,3,4,5,6,7")
+    for same in ("1,2,3,4,5,6,7", "fit"):  # a fit is compared once the data are read
+        check_resumed({"priors": same}, stored)
+    with pytest.raises(UserError, match="--priors COCO.*1,2,3"):
+        check_resumed({"priors": "COCO"}, stored)

@@ -1,0 +1,147 @@
+"""Findings on the boxes and classes of a data set."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import NormalDist
+
+import numpy as np
+
+from data.skips import SkipKind
+from models.info import published_detection
+from tools.findings import BOTH, Part, Record, Report
+
+# No prior box is more than 3 times as long as wide, so none reaches an IoU over 0.24 with a sliver,
+# half of what a match asks for. Most slivers are slips of the mouse.
+SLIVER = 20
+WHOLE = 0.99  # share of both sides
+SAME = 0.99  # IoU from which two boxes of a class are one object annotated twice
+NEIGHBOURS = 64  # compared with each box, so time does not grow with the square of the boxes
+FEW = 10  # boxes of a class, below which its AP is mostly luck
+SKEW, CHANCE = 2, 0.001  # factor between shares, and probability of a false alarm in a report
+
+
+def check_boxes(report: Report, name: str) -> None:
+    """Add what the reader changed or left out, and boxes that are probably mistakes."""
+    part = report.parts[name]
+    kinds: dict[SkipKind, list[Record]] = defaultdict(list)
+    for skip in part.dataset.skipped:
+        images = () if skip.image is None else ((name, skip.image),)
+        kinds[skip.kind].append(Record(skip.detail, images, skip.box))
+    for kind, records in kinds.items():
+        asked = kind is SkipKind.CLASSES_LEFT_OUT and report.options.classes
+        report.add("note" if asked else kind.level, name, kind.text, records)
+    sides, sizes = part.boxes[:, 2:] - part.boxes[:, :2], part.sizes[part.images]
+    for what, which in (
+        ("tiny box, a side under 1 % of the image's (dropped unless a crop enlarges it)",
+         # The rule of SSDAugmentation; a test drops no box.
+         (100 * sides < sizes).any(1) & (name == "train")),
+        (f"sliver, over {SLIVER} times as long as wide, which no prior box fits",
+         sides.max(1) > SLIVER * sides.min(1)),
+        ("box over the whole image", (sides + 1 >= WHOLE * sizes).all(1)),
+        ("box that occurs twice (same class and place)", _repeated(part)),
+    ):  # fmt: skip
+        report.add("warning", name, what, _box_records(report, name, np.flatnonzero(which)))
+    if without := len(part.sizes) - len(np.unique(part.images)):
+        text = f"{without} of {len(part.sizes)} images"
+        report.add("note", name, "images without an object", [Record(text)])
+    _check_limits(report, name)
+
+
+def _box_records(report: Report, name: str, rows: Iterable[int]) -> list[Record]:
+    part, records = report.parts[name], []
+    for k in rows:
+        image, box = (name, int(part.images[k])), part.boxes[k]
+        label, (width, height) = part.dataset.classes[part.labels[k] - 1], part.sizes[image[1]]
+        text = (f"{report.path(image)}: {label}, {box[2] - box[0]:.4g} x {box[3] - box[1]:.4g}"
+                f" in {width} x {height}")
+        records.append(Record(text, (image,), tuple(box.tolist())))
+    return records
+
+
+def _repeated(part: Part) -> np.ndarray:
+    """Return which boxes are an earlier box of the same class and image again, bool [M]."""
+    repeated = np.zeros(len(part.boxes), bool)
+    order = np.lexsort((*part.boxes.T[::-1], part.labels, part.images))
+    group, boxes = np.stack([part.images, part.labels], 1)[order], part.boxes[order]
+    for shift in range(1, min(NEIGHBOURS, len(boxes))):
+        a, b = boxes[:-shift], boxes[shift:]
+        low, high = np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])
+        shared = (high - low).clip(0).prod(1)
+        union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - shared
+        alike = (group[:-shift] == group[shift:]).all(1)
+        if not alike.any():
+            break
+        repeated[order[shift:][alike & (shared > SAME * union)]] = True
+    return repeated
+
+
+def _check_limits(report: Report, name: str) -> None:
+    """Find images with more objects than a published test keeps detections."""
+    part, limits = report.parts[name], published_detection(report.options.dataset)
+    columns = np.stack([part.images, part.labels], 1)
+    for what, groups, most, option in (
+        ("objects of a class", columns, limits.per_class, "--max_per_class"),
+        ("objects", columns[:, :1], limits.top_k, "--max_detections"),
+    ):
+        (found, counts), records = np.unique(groups, axis=0, return_counts=True), []
+        for (image, *label), count in zip(found.tolist(), counts.tolist(), strict=True):
+            if count > most:
+                of = f" {part.dataset.classes[label[0] - 1]}" if label else ""
+                text = f"{report.path((name, image))}: {count}{of}"
+                records.append(Record(text, ((name, image),)))
+        what = f"image with more {what} than a test keeps detections ({most}; {option})"
+        report.add("warning", name, what, records)
+
+
+def check_classes(report: Report) -> None:
+    """Find classes that are rare, missing, unevenly split or named alike, and unscorable tests."""
+    classes = report.classes()
+    for name, part in report.parts.items():
+        counts = {key: part.count(key)[0] for key in classes}
+        if name == "test" and not _scored(part):
+            what = "nothing to score: no object of a class that is not difficult or a crowd"
+            report.add("warning", name, what, [Record(f"{report.sets(name)}")])
+        if name == "train" or any(counts.values()):  # a test split of COCO has no boxes
+            missing = (Record(key) for key in classes if not counts[key])
+            report.add("warning", name, f"class without a box to {name} on", missing)
+        few = (Record(f"{key}: {n}") for key, n in counts.items() if 0 < n < FEW)
+        report.add("warning", name, f"class with fewer than {FEW} boxes to {name} on", few)
+    if len(report.parts) == 2:
+        what = f"class over {SKEW} times as frequent in one part as in the other"
+        report.add("warning", BOTH, what, _skewed(*report.parts.values(), classes))
+    alike = defaultdict(list)
+    for key in classes:
+        alike[re.sub(r"[\s_-]", "", key).casefold()].append(key)
+    groups = [Record(", ".join(names)) for names in alike.values() if len(names) > 1]
+    report.add("warning", BOTH, "classes whose names differ only in case or spaces", groups)
+
+
+def _scored(part: Part) -> bool:
+    return not part.dataset.truth().ignored.all()
+
+
+def _skewed(train: Part, test: Part, classes: Sequence[str]) -> list[Record]:
+    """Return the classes that chance has not spread so unevenly over the images of the parts.
+
+    The test is chi-square with Yates's correction on images with and without the class: boxes of an
+    image are no independent draws. Many classes make a false alarm no likelier.
+    """
+    limit = NormalDist().inv_cdf(1 - CHANCE / (2 * max(len(classes), 1))) ** 2
+    records, images = [], np.array([len(train.sizes), len(test.sizes)])
+    for key in classes:
+        having = np.array([train.count(key)[1], test.count(key)[1]])
+        if not having.all():
+            continue  # told as missing
+        table = np.array([having, images - having])
+        expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
+        distance = (np.abs(table - expected) - 0.5).clip(0) ** 2
+        shares = having / images
+        if not expected.all() or shares.max() <= SKEW * shares.min():
+            continue
+        if (distance / expected).sum() > limit:
+            text = f"{key}: in {shares[0]:.1%} of the training images, {shares[1]:.1%} of the test"
+            records.append(Record(text + " images"))
+    return records
