@@ -16,6 +16,7 @@ from xml.sax.saxutils import escape, quoteattr
 
 import numpy as np
 import torch
+import yaml
 from hypothesis import strategies as st
 
 VALUES = (
@@ -150,6 +151,7 @@ JSON = json.loads, lambda tree: json.dumps(tree, indent=1).encode()
 JSON_LINES = (lambda data: [*map(json.loads, data.splitlines())],
               lambda tree: "\n".join(map(json.dumps, tree)).encode())  # fmt: skip
 XML = load_xml, dump_xml
+YAML = yaml.safe_load, lambda tree: yaml.safe_dump(tree, sort_keys=False).encode()
 WORDS = lambda data: [line.split() for line in data.decode().split("\n")], dump_words
 NPZ = (lambda data: dict(np.load(io.BytesIO(data))),
        lambda tree: written(lambda file: np.savez(file, **tree)))  # fmt: skip

@@ -12,6 +12,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 from coco_files import annotation, write_val2017
 from conftest import write_voc
 from hypothesis import HealthCheck, Phase, given, settings
-from mutate import JSON, JSON_LINES, NPZ, PTH, WORDS, XML, edits, mutate, replacements
+from mutate import JSON, JSON_LINES, NPZ, PTH, WORDS, XML, YAML, edits, mutate, replacements
 from safetensors.torch import save
 from test_runtime import DESCRIPTION, write_onnx
 
@@ -73,7 +74,7 @@ BOXES = {"a": [("dog", (5, 5, 40, 40)), ("cat", (50, 10, 90, 30))], "b": [("cat"
 def read_data(kind, root):
     """Open a data set as tools.check does, then as training does."""
     find_layout(root)
-    sets = list_sets(kind, root)[:1]
+    sets = list_sets(kind, root) or [(None, "train")]
     with contextlib.suppress(UserError):
         build_dataset(kind, root, sets, faults=[]).report()
     dataset = build_dataset(kind, root, sets)
@@ -89,7 +90,7 @@ def lines_of(path):
 
 def boxes_of(path, tag="bndbox"):
     elements = ElementTree.parse(path).iter()
-    return sum(any(e.tag == tag for e in element) for element in elements if element.tag != "part")
+    return sum(e.tag == tag for element in elements if element.tag != "part" for e in element)
 
 
 def data_target(kind, write, file, codec, inputs, count, of="rows"):
@@ -117,7 +118,57 @@ def write_coco(folder):
     write_val2017(folder, records, ids=(1, 2))
 
 
+def write_yolo(folder):
+    write_voc(folder, {"test": BOXES})
+    (folder / "JPEGImages").rename(folder / "images")
+    shutil.rmtree(folder / "Annotations")
+    shutil.rmtree(folder / "ImageSets")
+    (folder / "labels").mkdir()
+    text = "0 0.5 0.5 0.25 0.25\n1 0.25 0.25 0.75 0.25 0.5 0.75\n"
+    for name in BOXES:
+        (folder / f"labels/{name}.txt").write_text(text)
+    (folder / "data.yaml").write_text("path: .\ntrain: [images]\nval: images\nnames: [dog, cat]\n")
+
+
+def write_cvat(folder):
+    write_yolo(folder)
+    shutil.rmtree(folder / "labels")
+    (folder / "data.yaml").unlink()
+    box = '<box label="dog" xtl="5" ytl="5.5" xbr="40" ybr="40"></box>'
+    images = "".join(f'<image id="{n}" name="{name}.jpg" width="96" height="72" subset="train">'
+                     f"{box}</image>" for n, name in enumerate(BOXES))  # fmt: skip
+    (folder / "annotations.xml").write_text(f"<annotations>{images}</annotations>")
+
+
+data_target("YOLO", write_yolo, "labels/a.txt", WORDS, 1000, lambda path: lines_of(path) + 2)
+data_target("YOLO", write_yolo, "data.yaml", YAML, 1000, lambda path: 4)
+data_target("CVAT", write_cvat, "annotations.xml", XML, 1000, partial(boxes_of, tag="box"))
 data_target("VOC", write_classes, "classes.txt", WORDS, 700, lines_of, "classes")
+def write_yolo(folder):
+    write_voc(folder, {"test": BOXES})
+    (folder / "JPEGImages").rename(folder / "images")
+    shutil.rmtree(folder / "Annotations")
+    shutil.rmtree(folder / "ImageSets")
+    (folder / "labels").mkdir()
+    text = "0 0.5 0.5 0.25 0.25\n1 0.25 0.25 0.75 0.25 0.5 0.75\n"
+    for name in BOXES:
+        (folder / f"labels/{name}.txt").write_text(text)
+    (folder / "data.yaml").write_text("path: .\ntrain: [images]\nval: images\nnames: [dog, cat]\n")
+
+
+def write_cvat(folder):
+    write_yolo(folder)
+    shutil.rmtree(folder / "labels")
+    (folder / "data.yaml").unlink()
+    box = '<box label="dog" xtl="5" ytl="5.5" xbr="40" ybr="40"></box>'
+    images = "".join(f'<image id="{n}" name="{name}.jpg" width="96" height="72" subset="train">'
+                     f"{box}</image>" for n, name in enumerate(BOXES))  # fmt: skip
+    (folder / "annotations.xml").write_text(f"<annotations>{images}</annotations>")
+
+
+data_target("YOLO", write_yolo, "labels/a.txt", WORDS, 1000, lambda path: lines_of(path) + 2)
+data_target("YOLO", write_yolo, "data.yaml", YAML, 1000, lambda path: 4)
+data_target("CVAT", write_cvat, "annotations.xml", XML, 1000, partial(boxes_of, tag="box"))
 data_target("VOC", write_classes, "ImageSets/Main/test.txt", WORDS, 1000, lines_of, "ids")
 data_target("VOC", partial(write_voc, sets={"test": BOXES}), "Annotations/a.xml", XML, 2000,
             lambda path: boxes_of(path) + 1)
@@ -166,7 +217,8 @@ for suffix in IMAGE_SUFFIXES:
 
 # ---------------------------------------------------------------- detectors
 
-NET = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 3), torch.nn.BatchNorm2d(2))
+HEAD = torch.nn.Sequential(torch.nn.Conv2d(2, 18, 1))  # of 6 prior boxes and 3 classes
+NET = torch.nn.ModuleDict({"conf": HEAD, "norm": torch.nn.BatchNorm2d(2)})
 NAMES = ["dog", "cat"]
 GIVEN = {"version": "SSD_HarDNet68", "size": 300, "root": "d", "classes": NAMES,
          "train_sets": [[None, "train"]], "test_sets": [["2007", "test"]]}  # fmt: skip
@@ -183,7 +235,7 @@ def read_checkpoint(path):
         options = resolve({"root": "d", "save_folder": "w"}, Options.of(saved, path).plain())
         folder = test_folder(Call(test="x"), {}, options, path)
         assert folder.parents[1].name == "ss_predict" and ".." not in folder.parts, folder
-    load_weights(torch.nn.Sequential(*NET), saved["model"], path)
+    load_weights(NET, saved["model"], path)
     return saved
 
 
@@ -237,7 +289,7 @@ def exported(folder):
 
 # ---------------------------------------------------------------- runs
 
-def run_with_a_test(folder, name):
+def run_with_a_test(folder, name, data=True):
     dataset = VOCDetection(write_voc(folder / "data", {"test": BOXES}), [(None, "test")])
     test = folder / "run/ss_predict/best/test"
     found = [{"boxes": np.array([(4, 4, 39, 39), (1, 1, 9, 9)], np.float32), "labels": [2, 1],
@@ -247,6 +299,8 @@ def run_with_a_test(folder, name):
     results = {**dataset.evaluate(found, test), **origin, "images": 2}
     save_detections(test / "detections.npz", dataset.ids, found, origin)
     (test / "results.json").write_text(json.dumps(results))
+    if not data:
+        shutil.rmtree(folder / "data")
 
     def read():
         test = score_again(open_test(folder / "run", None))
@@ -255,11 +309,11 @@ def run_with_a_test(folder, name):
             error_tables(test.judged, test.results, test.dataset.ids,
                          list_mistakes(test.judged, 0.4), 0.4)  # fmt: skip
 
-    return next((folder / "run").rglob(name)), read
+    return test / name, read
 
 
 for name, codec in {"results.json": JSON, "detections.npz": NPZ, "curves.npz": NPZ}.items():
-    TARGETS[name] = partial(run_with_a_test, name=name), codec, 700
+    TARGETS[name] = partial(run_with_a_test, name=name, data=name != "curves.npz"), codec, 500
 
 
 @target(JSON_LINES)
@@ -356,6 +410,11 @@ def limits():
     if linux:
         rise = (kilobytes("VmHWM") - before) // 1024
         assert rise < MEGABYTES, f"a reading takes {rise} MB"
+
+
+@pytest.fixture(autouse=True)
+def fast_disk(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 def fuzz(name, folder, inputs=None):
