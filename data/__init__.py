@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.image_sets import ImageSet, sets_name
+from data.image_sets import ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
 from data.truth import Truth, digest
@@ -299,8 +299,9 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
         raise UserError(f"{root} holds several layouts: {several}; say by -d which one to read")
     if found:
         return found[0]
-    inside = [folder for folder in sorted(root.glob("[!.]*/"))[:20] if layouts(folder)]
-    hint = f"; {inside[0]} holds {layouts(inside[0])[0][1]}: give it as --root" if inside else ""
+    inside = ((folder, layouts(folder)) for folder in sorted(root.glob("[!.]*/"))[:20])
+    folder, found = next((each for each in inside if each[1]), (None, []))
+    hint = f"; {folder} holds {found[0][1]}: give it as --root" if found else ""
     raise UserError(
         f"{root} holds no data set in a layout that is understood{hint}. Understood are "
         f"{UNDERSTOOD}: docs/own_data.md"
@@ -351,7 +352,7 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     }
     if published <= {*existing} or devkit or not (existing or _layout(name, Path(root))):
         return row.train_sets, row.test_sets
-    known = {each.name: each for each in sorted(existing, key=lambda each: each.year or "")}
+    known = {set_word(each.name): each for each in sorted(existing, key=lambda s: s.year or "")}
     pairs = [("trainval", "test")]
     pairs += [(a, b) for a in ("train", "trainval")
               for b in ("val", "valid", "validation", "dev", "test")]

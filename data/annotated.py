@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DetectionData
-from data.annotation import Annotation, Loaded
+from data.annotation import Annotation, Loaded, check_ids
 from data.curves import CURVES_FILE
 from data.image import read_image
 from data.image_sets import ImageSet, sets_name
@@ -45,6 +45,8 @@ class AnnotatedImages(DetectionData):
 
     origin = 0
     """Number of the first pixel in annotation files, for messages."""
+    scores_dropped = False
+    """Whether the score counts objects that training drops."""
 
     def __init__(
         self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
@@ -56,8 +58,9 @@ class AnnotatedImages(DetectionData):
         super().__init__(root, sets, transform)
         loaded = self.load(classes, faults)
         self.ids, self._paths, self.annotations, self.classes, self.skipped = loaded
+        check_ids(self.ids, self._paths, faults)
         self._scored = self.classes
-        sizes, targets = [], []
+        sizes, targets, kept = [], [], []
         for index, annotation in enumerate(self.annotations):
             try:
                 size = self._find_size(index)
@@ -67,11 +70,15 @@ class AnnotatedImages(DetectionData):
                 faults.append(str(error))
                 annotation, size = Annotation.empty(annotation.path), (1, 1)
             sizes.append(size)
-            targets.append(self._make_target(index, annotation, size))
+            target, keep = self._make_target(index, annotation, size)
+            targets.append(target)
+            kept.append(annotation.part(keep))
         self.sizes = np.array(sizes, np.int64)
         self.rows = np.concatenate(targets)
         self.offsets = np.cumsum([0, *map(len, targets)])
         self.check_losses(faults)
+        if not self.scores_dropped:
+            self.annotations = kept
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
         """Read the annotations of ``image_sets`` under ``root``; arguments as of the class.
@@ -92,7 +99,9 @@ class AnnotatedImages(DetectionData):
             self.skipped.append(Skip(SkipKind.SIZE_SWAPPED, index, None, detail))
         return found
 
-    def _make_target(self, index: int, annotation: Annotation, size: tuple[int, int]) -> np.ndarray:
+    def _make_target(self, index: int, annotation: Annotation,
+                     size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+        """Return the target, and which objects are in it, bool [n]."""
         labels = self._labels(annotation)
         boxes = annotation.boxes
         clipped = boxes.clip(0, np.subtract((*size, *size), 1))
@@ -114,7 +123,7 @@ class AnnotatedImages(DetectionData):
                 )
                 self.skipped.append(Skip(kind, index, tuple(boxes[k].tolist()), detail))
         keep = known & area & inside
-        return np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32)
+        return np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32), keep
 
     def hint(self, box: np.ndarray, size: tuple[int, int]) -> str:
         """Return what may be wrong with a box that is dropped or clipped, counted from origin."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,13 @@ class Annotation:
         """Return an annotation without size and objects."""
         return cls(path, None, (), np.zeros((0, 4)), np.zeros(0, bool))
 
+    def part(self, kept: np.ndarray) -> Annotation:
+        """Return the annotation with the objects that are ``kept``, bool [n]."""
+        if kept.all():
+            return self
+        names = tuple(name for name, keep in zip(self.names, kept, strict=True) if keep)
+        return replace(self, names=names, boxes=self.boxes[kept], difficult=self.difficult[kept])
+
 
 class Loaded(NamedTuple):
     """What a reader has read of some image sets; no image is opened for it.
@@ -50,6 +58,20 @@ class Loaded(NamedTuple):
     annotations: list[Annotation]
     classes: tuple[str, ...]
     skipped: list[Skip]
+
+
+def check_ids(ids: Sequence[str], images: Sequence[Path], faults: list[str] | None) -> None:
+    """Refuse images whose id no line of a text file can hold, or add that to ``faults``."""
+    for id, image in zip(ids, images, strict=True):
+        if id.isprintable() and id == id.strip():
+            continue
+        unfit = {unicodedata.category(each) for each in id} & {"Cc", "Cs", "Zl", "Zp"}
+        if unfit or id != id.strip():
+            fault = (f"{str(image)!a}: the name of the image has a control character, half of a "
+                     "surrogate pair or a space at an end; rename the image and its annotation")
+            if faults is None:
+                raise UserError(fault)
+            faults.append(fault)
 
 
 def check_objects(what: str, annotations: Sequence[Annotation], classes: Sequence[str],

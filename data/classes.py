@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import UserError
+from utils.files import read_text
 
 BACKGROUND = frozenset({"background", "__background__"})
 
@@ -36,10 +37,7 @@ def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
 
 def read_classes(path: Path) -> tuple[str, ...]:
     """Read class names from a file with one name a line; empty lines are left out."""
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the class names ({error})") from error
+    lines = read_text(path, "class names").splitlines()
     return check_classes([line for line in lines if line.strip()], str(path))
 
 

@@ -87,18 +87,13 @@ class COCODetection(DetectionData):
         self.val_share, self.split_by = val_share, split_by
         self._faults = faults
         self._turned: set[Path] = set()
-        parts = [part for each in self.image_sets for part in self._open(each, classes)]
-        files = [part.file for part in parts]
-        self._part_sets, self._files = [part.image_set for part in parts], [f.path for f in files]
-        known = files[0].categories()
-        for file in files[1:]:
-            if file.categories() != known:
-                raise UserError(f"{file.path}: its categories differ from {files[0].path.name}'s")
+        parts = [part for each in self.image_sets for part in self._open(each)]
+        self._part_sets = [part.image_set for part in parts]
+        files = self._choose_classes([part.file for part in parts], classes)
+        self._files, known = [file.path for file in files], files[0].categories()
         self.classes = tuple(known if classes is None else classes)
         self.category_ids = {k: known[name] for k, name in enumerate(self.classes, 1)}
         self.category_labels = {id: label for label, id in self.category_ids.items()}
-        for detail in dict.fromkeys(detail for file in files for detail in file.surplus):
-            self.skipped.append(Skip(SkipKind.CATEGORY_SURPLUS, None, None, detail))
         self._digest = digest(self.classes, *(file.digest() for file in files))
         # What follows goes to every loader process. Arrays are shared there, or copied whole where
         # processes are not forked; of a list each object would be copied when it is first used.
@@ -118,10 +113,6 @@ class COCODetection(DetectionData):
         self.offsets = np.append(0, np.cumsum(np.concatenate(counts)))
         labels = [self._labels(file)[~file.crowds] for file in files]
         self.check_losses(faults, np.concatenate(labels))
-        losses = [s.detail for s in self.skipped if s.kind is SkipKind.CLASSES_LEFT_OUT]
-        if losses and not any(map(len, labels)):
-            self._fault(f"{self.root}: no box of the chosen classes: {'; '.join(losses)}; choose "
-                        "others (--classes)")  # fmt: skip
 
     recognise = staticmethod(recognise)
     list_image_sets = staticmethod(list_image_sets)
@@ -254,14 +245,14 @@ class COCODetection(DetectionData):
         categories = np.array(list(self.category_ids.values()))[labels - 1]
         return COCOResults(np.array(self.ids)[images], categories, boxes, scores)
 
-    def _open(self, image_set: ImageSet, classes: Sequence[str] | None) -> list[Part]:
+    def _open(self, image_set: ImageSet) -> list[Part]:
         """Read an image set's annotation file, or those parts of all that are listed or divided."""
         files, lists = annotation_files(self.root), list_files(self.root)
         name = str(image_set)
         if not files or name not in lists and (name not in SPLIT_SETS or name in files):
-            return [self._read(find_annotations(self.root, image_set), image_set, classes)]
+            return [self._read(find_annotations(self.root, image_set), image_set)]
         parts = [
-            self._read(path, normalise(None, stem), classes)
+            self._read(path, normalise(None, stem))
             for stem, path in sorted(files.items()) if not is_test_split(path)
         ]
         root, starts = os.path.abspath(self.root), np.cumsum([0, *(len(p.names) for p in parts)])
@@ -275,13 +266,8 @@ class COCODetection(DetectionData):
             for part, which in zip(parts, kept, strict=True) if len(which)
         ]
 
-    def _read(self, path: Path, image_set: ImageSet, classes: Sequence[str] | None) -> Part:
+    def _read(self, path: Path, image_set: ImageSet) -> Part:
         file = read_annotations(path, boxes=not is_test_split(path))
-        if classes is not None and sorted(classes) != sorted(file.classes):
-            counts = f"{len(classes)} of {len(file.classes)} classes", len(file.boxes)
-            file = file.of_classes(classes)
-            detail = f"{path.name}: {counts[0]}, {len(file.boxes)} of {counts[1]} boxes"
-            self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
         part = find_images(self.root, file, image_set)
         if part.missing and self._faults is None:
             more = " ..." if len(part.missing) > 10 else ""
@@ -300,6 +286,29 @@ class COCODetection(DetectionData):
         for n in np.flatnonzero(file.sizes[:, 0] == 0).tolist():
             file.sizes[n] = image_size(part.folder / str(part.names[n]))
         return part
+
+    def _choose_classes(self, files: list[COCOAnnotations],
+                        classes: Sequence[str] | None) -> list[COCOAnnotations]:
+        """Return the files with these classes; None: all but roots that have no box in any file."""
+        used = {file.classes[n - 1] for file in files for n in np.unique(file.labels).tolist()}
+        if classes is None:
+            _check_categories(files)
+            classes = [n for n in files[0].classes if n in used or n not in files[0].roots]
+        parts = [file.of_classes(classes) for file in files]
+        _check_categories(parts)
+        if used and used.isdisjoint(classes):
+            self._fault(f"{self.root}: no box of {', '.join(classes)} in {files[0].path.name}; "
+                        f"choose from {', '.join(sorted(used))} (--classes)")  # fmt: skip
+        for file, part in zip(files, parts, strict=True):
+            left = set(file.classes) - set(classes)
+            roots = [f"{file.path.name}: {name}" for name in left & file.roots - used]
+            for detail in (*file.surplus, *roots):
+                self.skipped.append(Skip(SkipKind.CATEGORY_SURPLUS, None, None, detail))
+            if left - file.roots or left & used:
+                detail = (f"{file.path.name}: {len(classes)} of {len(file.classes)} classes,"
+                          f" {len(part.boxes)} of {len(file.boxes)} boxes")  # fmt: skip
+                self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
+        return parts
 
     def _unique_ids(self) -> list[int]:
         """Return the images' ids in their files; 0, 1, ... if the files use the same ids.
@@ -363,3 +372,8 @@ class COCODetection(DetectionData):
         label_of = [self.category_labels[id] for id in file.category_ids.tolist()]
         return np.array(label_of, np.int64)[file.labels - 1]
 
+
+def _check_categories(files: Sequence[COCOAnnotations]) -> None:
+    for file in files:
+        if file.categories() != files[0].categories():
+            raise UserError(f"{file.path}: its categories differ from {files[0].path.name}'s")

@@ -145,6 +145,7 @@ class COCOAnnotations:
     areas: np.ndarray  # float64 [M], of the segmentation; w * h where that is not positive
     crowds: np.ndarray  # bool [M]
     annotation_ids: list  # M ids, None where the file has none
+    roots: frozenset[str] = frozenset()  # classes that are the supercategory of all others
     surplus: tuple[str, ...] = ()  # descriptions of categories that were left out
 
     def categories(self) -> dict[str, int]:
@@ -172,6 +173,8 @@ class COCOAnnotations:
         if unknown := [name for name in classes if name not in known]:
             raise UserError(f"{self.path}: has no category {', '.join(unknown)}; it has"
                             f" {', '.join(self.classes)}")  # fmt: skip
+        if asked == known:
+            return self
         chosen = np.array([name in asked for name in self.classes])
         part = self._of_boxes(chosen[self.labels - 1])
         return replace(
@@ -219,8 +222,7 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
     """Read a COCO annotation file; without ``boxes`` an image_info file, which has no annotations.
 
     An annotation without "bbox" gets the enclosing box of its "segmentation". A category without
-    boxes is left out if it is called background, has the name of another, or is the supercategory
-    of all others: exports have such roots.
+    boxes is left out if it is called background or has the name of another.
 
     Raises:
         UserError: not JSON, missing or malformed fields, an id that occurs twice, or an annotation
@@ -250,7 +252,7 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
         path=Path(path), image_ids=image_ids,
         file_names=np.array([str(image.get("file_name") or "") for image in images]),
         split=url.split("/")[-2] if "/" in url else "", sizes=sizes,
-        category_ids=category_ids[kept], classes=classes,
+        category_ids=category_ids[kept], classes=classes, roots=_find_roots(categories, classes),
         offsets=np.searchsorted(image[order], np.arange(len(image_ids) + 1)),
         boxes=box[order], labels=np.cumsum(kept)[category[order]],
         areas=_read_areas(records, box)[order], crowds=_read_crowds(records)[order],
@@ -317,17 +319,21 @@ def _read_classes(path: str | Path, categories: list[dict],
     if "" in names:
         raise Records(path, "categories", categories).unfit(names.index(""), "name", "a text")
     kept = np.ones(len(names), bool)
-    alike, above = Counter(names), Counter(str(each.get("supercategory")) for each in categories)
-    first: dict[str, int] = {}
+    alike, first = Counter(names), {}
     for n, (category, name) in enumerate(zip(categories, names, strict=True)):
         if not counts[n] and len(names) > 1:
-            root = above[name] == len(names) - 1 and category.get("supercategory") != name
-            kept[n] = alike[name] == 1 and not root and name not in BACKGROUND
+            kept[n] = alike[name] == 1 and name not in BACKGROUND
             alike[name] -= not kept[n]
         elif (other := first.setdefault(name, category["id"])) != category["id"]:
             raise UserError(f"{path}: category ids {other} and {category['id']} have the same name "
                             f"{name!r}, and boxes; give them one id or two names")  # fmt: skip
     return check_classes([names[n] for n in np.flatnonzero(kept)], str(path)), kept
+
+
+def _find_roots(categories: list[dict], classes: Sequence[str]) -> frozenset[str]:
+    above = Counter(str(each.get("supercategory")) for each in categories)
+    own = {each["name"] for each in categories if each["name"] == each.get("supercategory")}
+    return frozenset(n for n in classes if above[n] == len(categories) - 1 > 0 and n not in own)
 
 
 def _read_areas(records: Records, boxes: np.ndarray) -> np.ndarray:

@@ -89,8 +89,10 @@ def annotation_files(root: Path) -> dict[str, Path]:
         for kind in ANNOTATION_KINDS[::-1]
         for path in (root / folder).glob(f"{kind}?*.json")
     }
-    for path in () if found else sorted([*root.glob("*.json"), *root.glob("*/*.json")]):
-        if path.name == ROBOFLOW or _looks_like_coco(path):
+    paths = [] if found else sorted([*root.glob("*.json"), *root.glob("*/*.json")])
+    for path in paths:
+        # A tool that writes many files writes one an image, and not COCO's.
+        if path.name == ROBOFLOW or (len(paths) < 200 and _looks_like_coco(path)):
             beside = path.parent != root and path.parent.name not in ANNOTATION_FOLDERS
             match = SET_IN_NAME.fullmatch(path.stem.lower())
             name = match[1] if match else path.parent.name if beside else path.stem

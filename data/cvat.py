@@ -6,7 +6,7 @@ import math
 import os
 import re
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -28,16 +28,16 @@ AREAS = ("box", "polygon", "ellipse", "mask")
 
 def find_files(root: Path) -> list[Path]:
     """Return the XML files in ``root``, not below it, whose first tag is <annotations>."""
-    files = [file for file in sorted(root.glob("[!.]*.xml")) if file.is_file()]
-    named = [file for file in files if file.name == "annotations.xml"]
-    # Other files are looked into as long as they are CVAT's: a folder may hold thousands of VOC's.
-    found = list(named)
-    for file in (file for file in files if file not in named):
+    files = [file for file in root.glob("[!.]*.xml") if file.is_file()]
+    found = []
+    for file in sorted(files, key=lambda file: (file.name != "annotations.xml", file.name)):
         with open(file, "rb") as opened:
-            head = opened.read(4096)
-        if not re.match(rb"[\s\0\xef\xbb\xbf\xff\xfe]*(<[?!][^>]*>\s*)*<annotations[\s>]", head):
-            break
-        found.append(file)
+            head = opened.read(4096).replace(b"\0", b"")
+        tag = re.search(rb"<([A-Za-z]\w*)", head)
+        if file.name != "annotations.xml" and not (tag and tag[1] == b"annotations"):
+            break  # a folder may hold thousands of VOC's
+        if not (tag and tag[1] == b"annotation"):
+            found.append(file)
     return found
 
 
@@ -45,47 +45,33 @@ class _Image:
     """One <image> of a file."""
 
     def __init__(self, path: Path, number: int, element: ElementTree.Element) -> None:
-        self.path = path
-        self.element = element
-        self.name = (element.get("name") or "").strip()
+        self.path, self.element = path, element
+        self.name, self.subset = ((element.get(key) or "").strip() for key in ("name", "subset"))
         self.where = f'{path}: image {number} ("{self.name}")'
         if not self.name:
             raise UserError(f"{path}: image {number} has no name; export the task again")
-        self.subset = (element.get("subset") or "").strip()
-
-    def size(self) -> tuple[int, int] | None:
-        """Return (width, height); None where the file does not give them."""
-        sides = [self.element.get(key) for key in ("width", "height")]
-        if None in sides:
-            return None
-        width, height = (_number(f"{self.where}: {key}", text)
-                         for key, text in zip(("width", "height"), sides, strict=True))
-        if min(width, height) < 1:
-            raise UserError(f"{self.where} is {width:g} x {height:g}; write the image's size")
-        return int(width), int(height)
-
-    def shapes(self) -> Iterator[tuple[int, ElementTree.Element]]:
-        """Yield the shapes with their positions in the file, from 1."""
-        yield from enumerate(self.element, 1)
 
     def read(self) -> Annotation:
         """Return the boxes around all shapes that have an area.
 
-        Raises:
-            UserError: a shape has no label or a wrong value; see the message.
+        Raises UserError for a shape without a label, or a value that is no finite number.
         """
-        names, edges = [], []
-        for number, shape in self.shapes():
-            if shape.tag not in AREAS:
-                continue
-            where = f"{self.where}: {shape.tag} {number}"
-            name = (shape.get("label") or "").strip()
-            if not name:
-                raise UserError(f"{where} has no label; export the task again")
-            names.append(name)
-            edges.append(_edges(f'{where} ("{name}")', shape))
+        names, edges, size = [], [], None
+        if "width" in self.element.attrib and "height" in self.element.attrib:
+            width, height = (_number(f"{self.where}: {key}", self.element.get(key))
+                             for key in ("width", "height"))
+            if min(width, height) < 1:
+                raise UserError(f"{self.where} is {width:g} x {height:g}; write the image's size")
+            size = int(width), int(height)
+        for number, shape in enumerate(self.element, 1):
+            if shape.tag in AREAS:
+                names.append((shape.get("label") or "").strip())
+                where = f'{self.where}: {shape.tag} {number} ("{names[-1]}")'
+                if not names[-1]:
+                    raise UserError(f"{where} has no label; export the task again")
+                edges.append(_edges(where, shape))
         boxes = np.array(edges, np.float64).reshape(-1, 4) - (0, 0, 1, 1)
-        return Annotation(self.path, self.size(), tuple(names), boxes, np.zeros(len(names), bool))
+        return Annotation(self.path, size, tuple(names), boxes, np.zeros(len(names), bool))
 
 
 def _number(where: str, text: str | None) -> float:
@@ -128,37 +114,30 @@ def _edges(where: str, shape: ElementTree.Element) -> tuple[float, ...]:
     return x - half[0], y - half[1], x + half[0], y + half[1]
 
 
-class _File:
-    """All images of the files under a root."""
+def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
+    """Return the images of all files, and the labels that may have an area."""
+    images, labels = [], {}
+    for path in find_files(root):
+        document = read_xml(path)
+        if document.tag != "annotations":
+            raise UserError(f"{path}: its first tag is <{document.tag}>, not <annotations>")
+        if document.find("track") is not None:
+            raise UserError(f'{path}: an export "for video", whose tracks name no images; export '
+                            'the task as "CVAT for images" or in another format')  # fmt: skip
+        images += [_Image(path, k, each) for k, each in enumerate(document.findall("image"), 1)]
+        for label in document.iterfind("./meta//label"):
+            kind = (label.findtext("type") or "any").strip()
+            if label.find("parent") is None and kind in ("any", "rectangle", *AREAS):
+                labels[(label.findtext("name") or "").strip()] = None
+    return images, list(labels)
 
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.images: list[_Image] = []
-        self.labels: dict[str, None] = {}
-        for path in find_files(root):
-            document = read_xml(path)
-            if document.tag != "annotations":
-                raise UserError(f"{path}: its first tag is <{document.tag}>, not <annotations>")
-            if document.find("track") is not None:
-                raise UserError(
-                    f'{path}: an export "for video", whose tracks name no images; export the task '
-                    'as "CVAT for images" or in another format'
-                )
-            elements = document.findall("image")
-            self.images += [_Image(path, k, each) for k, each in enumerate(elements, 1)]
-            for label in document.iterfind("./meta//label"):
-                kind = (label.findtext("type") or "any").strip()
-                if label.find("parent") is None and kind in ("any", "rectangle", *AREAS):
-                    self.labels[(label.findtext("name") or "").strip()] = None
 
-    def subsets(self) -> dict[str, list[int]]:
-        """Return the positions of the images of each subset; none if there is only one."""
-        found: dict[str, list[int]] = {}
-        for i, image in enumerate(self.images):
-            found.setdefault(image.subset, []).append(i)
-        if found.keys() <= {"", "default"}:
-            return {}
-        return {name or "default": found[name] for name in found}
+def _subsets(images: Sequence[_Image]) -> dict[str, list[int]]:
+    """Return the positions of the images of each subset; none if there is only CVAT's own."""
+    found: dict[str, list[int]] = {}
+    for i, image in enumerate(images):
+        found.setdefault(image.subset or "default", []).append(i)
+    return {} if found.keys() <= {"default"} else found
 
 
 class CVATDetection(AnnotatedImages):
@@ -177,69 +156,59 @@ class CVATDetection(AnnotatedImages):
     @staticmethod
     def list_image_sets(root: str | Path) -> list[ImageSet]:
         root = Path(os.path.expanduser(root))
-        names = dict.fromkeys([*_File(root).subsets(), *list_files(root)])
+        names = dict.fromkeys([*_subsets(_read_files(root)[0]), *list_files(root)])
         return [ImageSet(None, name) for name in names]
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
-        file = _File(self.root)
-        if not file.images:
-            raise UserError(
-                f"{self.root}: no annotations.xml of CVAT with an <image>; export the task as "
-                '"CVAT for images"'
-            )
+        every, labels = _read_files(self.root)
+        if not every:
+            raise UserError(f"{self.root}: no annotations.xml of CVAT with an <image>; export the "
+                            'task as "CVAT for images"')  # fmt: skip
+        names = [f"{image.subset}/{image.name}".strip("/") for image in every]
         chosen: dict[int, int] = {}
         skipped = []
-        names = [f"{image.subset}/{image.name}" if image.subset else image.name
-                 for image in file.images]
         for image_set in self.image_sets:
-            for i in choose(self.root, image_set, names, file.subsets(), self.val_share,
+            for i in choose(self.root, image_set, names, _subsets(every), self.val_share,
                             self.split_by):
                 if i in chosen:
-                    where = file.images[i].where
+                    where = every[i].where
                     skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, chosen[i], None, where))
                 chosen.setdefault(i, len(chosen))
-        images = [file.images[i] for i in chosen]
+        images = [every[i] for i in chosen]
         paths = self._find(images, faults)
         annotations = [_read_or_note(image, faults) for image in images]
         if classes is None:
-            used = {shape.get("label", "").strip() for image in file.images
-                    for _, shape in image.shapes() if shape.tag in AREAS}
-            classes = [*file.labels, *sorted(used - {*file.labels, ""})]
-        classes = check_classes(classes, "classes") if classes else ()
+            used = {(shape.get("label") or "").strip() for image in every
+                    for shape in image.element if shape.tag in AREAS}
+            classes = [*labels, *sorted(used - {*labels, ""})]
+        classes = check_classes(classes, str(self.root)) if classes else ()
         what = f"{self.root}: the image set {sets_name(self.image_sets)}"
         check_objects(what, annotations, classes, faults)
         skipped += unknown_objects(annotations, classes)
-        skipped += [
-            Skip(SkipKind.OTHER_SHAPE, i, None, f"{image.where}: {shape.tag} {number}")
-            for i, image in enumerate(images) for number, shape in image.shapes()
-            if shape.tag not in AREAS
-        ]
-        ids = [names[i] for i in chosen]
-        return Loaded(ids, paths, annotations, classes, skipped)
+        skipped += [Skip(SkipKind.OTHER_SHAPE, i, None, f"{image.where}: {shape.tag} {number}")
+                    for i, image in enumerate(images)
+                    for number, shape in enumerate(image.element, 1) if shape.tag not in AREAS]
+        return Loaded([names[i] for i in chosen], paths, annotations, classes, skipped)
 
     def _find(self, images: Sequence[_Image], faults: list[str] | None) -> list[Path]:
-        index = FileIndex(IMAGE_SUFFIXES)
-        paths, missing, users = [], [], {}
+        index, users, paths, missing, twice = FileIndex(IMAGE_SUFFIXES), {}, [], [], []
         for image in images:
-            folders = [self.root / "images" / image.subset, self.root / "images",
-                       self.root / image.subset, self.root]
-            tried = [folder / name for name in (image.name, re.split(r"[/\\]", image.name)[-1])
-                     for folder in folders]
+            tried = [self.root / folder / name
+                     for name in (image.name, re.split(r"[/\\]", image.name)[-1])
+                     for folder in (f"images/{image.subset}", "images", image.subset, "")]
             found = next(filter(None, map(index.by_name, tried)), None)
-            if found is None:
-                missing.append(f"{tried[0]} ({image.where})")
-            elif (other := users.setdefault(found, image)) is not image:
-                fault = f"{other.where} and {image.where} are both {found}; keep one of them"
-                if faults is None:
-                    raise UserError(fault)
-                faults.append(fault)
+            missing += [] if found else [f"{tried[0]} ({image.where})"]
+            if found and (other := users.setdefault(found, image)) is not image:
+                twice.append(f"{other.where} and {image.where} are both {found}; keep one of them")
             paths.append(found or tried[0])
-        if missing and faults is None:
+        if faults is not None:
+            faults += twice
+        elif missing or twice:
             more = ", ..." if len(missing) > 5 else ""
-            raise UserError(
+            raise UserError(twice[0] if twice else (
                 f"{self.root}: {len(missing)} of {len(images)} images are missing: "
                 f"{', '.join(missing[:5])}{more}; export the task with its images"
-            )
+            ))
         return paths
 
 

@@ -15,14 +15,11 @@ from PIL import Image
 from utils.errors import UserError, first_line
 from utils.files import read_bytes
 
-IMAGE_SUFFIXES = (
-    ".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".gif", ".avif", ".jfif",
-)  # fmt: skip
+IMAGE_SUFFIXES = (*".jpg .jpeg .png .bmp .webp .tif .tiff .gif .avif .jfif".split(),)
 """Suffixes of image files, in order of preference; files may have them in any case."""
 MAX_PIXELS = 2**27
 """Most pixels of an image unless ``limit_pixels`` is called: 400 MB decoded."""
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")
-"""Pillow's names of the formats; each is a suffix, too."""
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "TIFF", "WEBP", "AVIF")  # Pillow's names, and suffixes
 _VARIABLE = "SSD_MAX_PIXELS"  # of the environment, which processes that load images inherit
 
 
@@ -36,10 +33,8 @@ def check_pixels(path: object, size: tuple[int, int]) -> None:
     """Raise UserError if an image of this (width, height) has more pixels than are allowed."""
     most, pixels = int(os.environ.get(_VARIABLE, MAX_PIXELS)), size[0] * size[1]
     if pixels > most:
-        raise UserError(
-            f"{path}: the image is {size[0]} x {size[1]}, more than {most:,} pixels; make it "
-            f"smaller, or allow it with --max_pixels {pixels}"
-        )
+        raise UserError(f"{path}: the image is {size[0]} x {size[1]}, more than {most:,} pixels; "
+                        f"make it smaller, or allow it with --max_pixels {pixels}")  # fmt: skip
 
 
 def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
@@ -57,10 +52,11 @@ def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
     data = read_bytes(path, "image", 2**30)  # cv2.imread cannot open non-ASCII paths on Windows
     if not data:
         raise UserError(f"{path}: the image file is empty; copy or download it again")
-    if not _is_complete(data):  # OpenCV may fill the missing part and go on
+    if not _is_complete(data):  # OpenCV fills a JPEG, and makes room for what a PNG promises
         raise UserError(f"{path}: the image is cut off before its end; copy or download it again")
     kind, size = _header(data)
     check_pixels(path, size)
+    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)  # told below
     flags = cv2.IMREAD_COLOR if orient else cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
     try:
         image, fault = cv2.imdecode(np.frombuffer(data, np.uint8), flags), ""
@@ -68,13 +64,10 @@ def read_image(path: str | Path, orient: bool = True) -> np.ndarray:
         image, fault = None, f" ({first_line(error)})"
     if image is not None:
         return image
+    fix = f"copy this {kind or 'file'} again, or convert it to PNG of 8 bit"
     if kind and not cv2.haveImageWriter(f".{kind.lower()}"):  # formats are built in both ways
-        raise UserError(f"{path}: this OpenCV ({cv2.__version__}) does not know {kind} images; "
-                        "convert the image, or pip install -U opencv-python-headless")  # fmt: skip
-    if kind:
-        raise UserError(f"{path}: OpenCV cannot decode this {kind} image{fault}; copy it again, or "
-                        "convert it to PNG of 8 bit")  # fmt: skip
-    raise UserError(f"{path}: not an image that OpenCV can decode{fault}")
+        fix = f"it has no {kind}; convert the image, or pip install -U opencv-python-headless"
+    raise UserError(f"{path}: not an image that OpenCV {cv2.__version__} can decode{fault}; {fix}")
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -107,6 +100,8 @@ def _orientation(image: Image.Image) -> int:
 
 def _header(data: bytes) -> tuple[str, tuple[int, int]]:
     """Return Pillow's format and (width, height) without decoding; ("", (0, 0)) if unknown."""
+    if data.startswith(b"\x89PNG"):  # of which OpenCV takes headers that Pillow refuses
+        return "PNG", (int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big"))
     # Not Image.open, which has a limit of its own that only all of a process can change.
     for kind, (factory, accept) in _openers().items():
         if accept(data[:16]) is True:
@@ -120,21 +115,22 @@ def _header(data: bytes) -> tuple[str, tuple[int, int]]:
 @functools.cache
 def _openers() -> dict[str, tuple]:
     Image.init()
-    # What is wrong with an image is told by read_image.
-    cv2.utils.logging.setLogLevel(cv2.utils.logging.LOG_LEVEL_SILENT)
     warnings.filterwarnings("ignore", module="PIL.TiffImagePlugin")
     return {kind: Image.OPEN[kind] for kind in FORMATS if kind in Image.OPEN}
 
 
 def _is_complete(data: bytes) -> bool:
     """Return whether a JPEG or PNG has its end marker; other formats count as complete."""
-    # The search starts at the end: from the start it takes a tenth of the time to decode.
     if data.startswith(b"\x89PNG"):
-        return data.rfind(b"IEND") >= 0
+        position = 8
+        while position + 8 <= len(data) and data[position + 4 : position + 8] != b"IEND":
+            position += 12 + int.from_bytes(data[position : position + 4], "big")
+        return position + 8 <= len(data)
     if not data.startswith(b"\xff\xd8"):
         return True
     # Skip the header segments: an EXIF thumbnail is a JPEG with its own end marker. From the first
-    # scan on, 0xFF 0xD9 is the end marker, because scan data escapes 0xFF.
+    # scan on, 0xFF 0xD9 is the end marker, because scan data escapes 0xFF. The search starts at the
+    # end: from the start it takes a tenth of the time to decode.
     position = data.find(b"\xff", 2)
     while 0 <= position < len(data) - 3:
         marker = data[position + 1]

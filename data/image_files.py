@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +45,11 @@ class FileIndex:
         file = self._find(path, "files")
         return Path(file) if file else None
 
+    def subfolders(self, path: str | Path) -> list[Path]:
+        """Return the folders in a folder, sorted."""
+        folders = self._listing(os.fspath(path)).folders
+        return [Path(each) for each in sorted(set(folders.values()))]
+
     def has_folder(self, path: str | Path) -> bool:
         """Return whether a path is a folder."""
         return self._find(path, "folders") is not None
@@ -54,17 +59,22 @@ class FileIndex:
 
         Links to folders are followed. Files and folders whose name begins with a dot are left out.
         """
-        found, left, seen = set(), [os.fspath(folder)], set()
-        while left:
-            if (real := os.path.realpath(path := left.pop())) in seen:
-                continue
-            seen.add(real)
-            listing = self._listing(path)
-            files = {file for stem in listing.stems.values() for file in stem}
-            found |= {file for file in files if not os.path.basename(file).startswith(".")}
-            names = sorted(name for name in listing.folders if not name.startswith("."))
-            left += [listing.folders[name] for name in names]
+        stems = (files for listing in self._walk(folder) for files in listing.stems.values())
+        found = {file for files in stems for file in files if os.path.basename(file)[0] != "."}
         return [Path(file) for file in sorted(found, key=lambda file: file.split(os.sep))]
+
+    def holds_files(self, folder: str | Path) -> bool:
+        """Return whether `inside` is not empty, sooner."""
+        return any(stem[0] != "." for listing in self._walk(folder) for stem in listing.stems)
+
+    def _walk(self, folder: str | Path) -> Iterator[_Listing]:
+        left, seen = [os.fspath(folder)], set()
+        while left:
+            if (real := os.path.realpath(path := left.pop())) not in seen:
+                seen.add(real)
+                yield (listing := self._listing(path))
+                names = sorted(name for name in listing.folders if name[0] != ".")
+                left += [listing.folders[name] for name in names]
 
     def _find(self, path: str | Path, table: str) -> str | list[str] | None:
         path = os.fspath(path)

@@ -47,6 +47,11 @@ def parse_image_sets(text: str, existing: Collection[ImageSet] = ()) -> list[Ima
     return sets
 
 
+def set_word(name: str) -> str:
+    """Return "train" for an image set of that kind, such as Train or train2017."""
+    return re.sub(r"[_-]?\d*$", "", name.lower())
+
+
 def sets_name(sets: Iterable[tuple[str | None, str]]) -> str:
     """Return one name for several image sets, fit for a folder: "2007_trainval+2012_trainval"."""
     return re.sub(r"[/\\]", "_", "+".join(str(ImageSet(*each)) for each in sets))

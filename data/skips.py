@@ -29,6 +29,7 @@ class SkipKind(Enum):
     BOX_OUTSIDE = ("box outside the image, dropped", "warning")
     BOX_CLIPPED = ("box clipped to the image", "note")
     CROWD = ("crowd, left out", "note")
+    NO_ANNOTATION_FILE = ("image without an annotation file, left out", "warning")
     NO_LABEL_FILE = ("image without a label file, read as background", "warning")
     VALUE_OUTSIDE = ("label with a value outside 0 to 1, clipped", "warning")
     LABEL_WITHOUT_IMAGE = ("label file without its image, left out", "warning")

@@ -32,6 +32,7 @@ class VOCDetection(AnnotatedImages):
     """
 
     origin = 1
+    scores_dropped = True  # as published
     recognise = staticmethod(recognise)
     list_image_sets = staticmethod(list_image_sets)
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from data.detections import as_columns
 from utils.errors import UserError
-from utils.files import atomic_write
+from utils.files import atomic_write, read_text
 
 
 class ClassDetections(NamedTuple):
@@ -84,10 +84,7 @@ def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
 
 
 def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:
-    try:
-        text = path.read_text("utf-8-sig") if path else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot read the detections ({error})") from error
+    text = read_text(path, "detections") if path else ""
     images, numbers = [], []
     for number, line in enumerate(text.splitlines(), 1):
         if not (line := line.strip()):

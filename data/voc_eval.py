@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data import bootstrap
 from data.annotation import Annotation
 from data.classes import parse_classes
 from data.curves import SIZE_RANGES, SIZES, write_curves
@@ -63,20 +64,26 @@ def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[A
     for all sizes.
 
     Returns:
-        {"iou", "voc07_11point" and "area": {"mean", "per_class": {class: AP}, "per_size":
-        {size: mean AP}, "per_class_per_size": {class: {size: AP}}}, "ground_truths" (not
+        {"iou", "voc07_11point" and "area": {"mean", "interval", "per_class": {class: AP},
+        "per_class_interval": {class: interval}, "per_size": {size: mean AP}, "per_class_per_size":
+        {class: {size: AP}}}; an interval is [low, high] of 95 % by `data.bootstrap`, None where
+        too few images have objects. "ground_truths" (not
         difficult) and "detections": {class: count}, "notes": lines, "curves": {class: {size:
         {"scores", "recall", "precision"} float64 [n]}}}, with the size "all" in the curves. A class
         without ground truth has AP 0 and counts in the mean, as in the published 11-point code; a
         note says so. Without ground truth of a size it has -1 there and is left out of that mean.
     """
-    objects = _Objects.of(annotations)
-    keys = ("per_class", "per_size", "per_class_per_size")
+    objects, weights = _Objects.of(annotations), bootstrap.draw(len(annotations))
+    drawn: list[tuple[np.ndarray, np.ndarray]] = []
+    keys = ("per_class", "per_class_interval", "per_size", "per_class_per_size")
     result: dict = {"iou": iou, **{m: {"mean": 0.0} | {k: {} for k in keys} for m in METRICS}}
     result |= {"ground_truths": {}, "detections": {}, "notes": [], "curves": {}}
     for name in classes:
         found = detections[name]
-        curves, totals = _class_curves(found, objects.of_class(name), iou)
+        curves, totals, counted = _class_curves(found, objects.of_class(name), iou)
+        drawn.append(bootstrap.precisions(counted, weights) if totals["all"] else 2 * [None])
+        for metric, aps in zip(METRICS, drawn[-1], strict=True):
+            result[metric]["per_class_interval"][name] = bootstrap.interval(aps)
         for metric in METRICS:
             aps = {
                 size: average_precision(curve["recall"], curve["precision"], metric)
@@ -89,19 +96,21 @@ def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[A
         result["ground_truths"][name] = totals["all"]
         result["detections"][name] = len(found.scores)
         result["curves"][name] = curves
-        if not totals["all"]:
-            result["notes"].append(
-                f"0 ground truths for class {name}: its AP is set to 0 and counts in the mean"
-            )
-        elif not len(found.scores):
-            result["notes"].append(f"0 detections for class {name}: its AP is 0")
-    for metric in METRICS:
+        result["notes"] += _notes(name, totals["all"], len(found.scores))
+    for metric, of_classes in zip(METRICS, zip(*drawn, strict=True), strict=True):
         aps = result[metric]
+        aps["interval"] = bootstrap.interval(bootstrap.mean(of_classes))
         aps["mean"] = float(np.mean(list(aps["per_class"].values())))
         for size in SIZES:
             known = [ap[size] for ap in aps["per_class_per_size"].values() if ap[size] > -1]
             aps["per_size"][size] = float(np.mean(known)) if known else -1.0
     return result
+
+
+def _notes(name: str, objects: int, detections: int) -> list[str]:
+    if not objects:
+        return [f"0 ground truths for class {name}: its AP is set to 0 and counts in the mean"]
+    return [] if detections else [f"0 detections for class {name}: its AP is 0"]
 
 
 class _Objects(NamedTuple):
@@ -131,8 +140,9 @@ class _Objects(NamedTuple):
         return _Objects(starts, *(column[chosen] for column in self[1:]))
 
 
-def _class_curves(found: ClassDetections, objects: _Objects,
-                  iou: float) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int]]:
+def _class_curves(
+    found: ClassDetections, objects: _Objects, iou: float,
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int], bootstrap.Counted]:
     # The published code sorts unstably: its order of equal scores depends on the processor.
     order = np.argsort(-found.scores, kind="stable")
     boxes, counted = found.boxes[order], ~objects.difficult
@@ -145,7 +155,10 @@ def _class_curves(found: ClassDetections, objects: _Objects,
         recall, precision = _curve(matched, first, valid, inside)
         curves[size] = {"scores": found.scores[order], "recall": recall, "precision": precision}
         totals[size] = int(valid.sum())
-    return curves, totals
+    counts = (matched < 0) | np.append(counted, False)[matched]
+    of_image = np.diff(np.append(0, counted.cumsum())[objects.starts])
+    part = bootstrap.Counted(found.images[order][counts], first[counts], of_image)
+    return curves, totals, part
 
 
 def _match(images: np.ndarray, boxes: np.ndarray, objects: _Objects,
@@ -229,18 +242,22 @@ def _find_year(root: Path, image_set: str) -> str | None:
 
 def _table(result: dict) -> str:
     width = max(map(len, (*result["ground_truths"], "mean, medium")))
-    lines = [f"{'class':{width}}  ground truths  detections  " + "  ".join(METRICS.values())]
+    heads = [f"{title:>18}  {'95 % interval':16}" for title in METRICS.values()]
+    lines = [f"{'class':{width}}  ground truths  detections  " + "  ".join(heads)]
     for name, total in result["ground_truths"].items():
-        values = [f"{result[m]['per_class'][name]:{len(title)}.4f}" for m, title in METRICS.items()]
         counts = f"{total:13}  {result['detections'][name]:10}"
-        lines.append("  ".join([f"{name:{width}}", counts, *values]))
-    means = {"mean": [result[metric]["mean"] for metric in METRICS]}
+        cells = [_cell(found["per_class"][name], found["per_class_interval"][name])
+                 for found in map(result.get, METRICS)]
+        lines.append("  ".join([f"{name:{width}}", counts, *cells]))
+    means = {"mean": [_cell(result[m]["mean"], result[m]["interval"]) for m in METRICS]}
     for size in SIZES:  # -1: no ground truth
-        means[f"mean, {size}"] = [result[metric]["per_size"][size] for metric in METRICS]
-    for title, row in means.items():
-        values = [f"{v:{len(m)}.4f}" for v, m in zip(row, METRICS.values(), strict=True)]
-        lines.append("  ".join([f"{title:{width}}", " " * 25, *values]))
-    return "\n".join(lines)
+        means[f"mean, {size}"] = [_cell(result[m]["per_size"][size]) for m in METRICS]
+    lines += ["  ".join([f"{title:{width}}", " " * 25, *row]) for title, row in means.items()]
+    return "\n".join(map(str.rstrip, lines))
+
+
+def _cell(value: float, bounds: Sequence[float] | None = None) -> str:
+    return f"{value:18.4f}  {bootstrap.text(bounds):16}"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -24,7 +24,7 @@ from data.image_files import FileIndex
 from data.image_sets import ImageSet
 from data.split import SPLIT_SETS, VAL_SHARE, in_validation
 from utils.errors import UserError
-from utils.files import read_text
+from utils.files import read_bytes, read_text
 
 ANNOTATION_FOLDERS = ("Annotations", "annotations", "xml", "xmls", "labels")
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "img")
@@ -58,7 +58,7 @@ def recognise(root: str | Path) -> str | None:
     if not os.path.isdir(root):
         return None
     for year, folder in year_folders(root).items():
-        if year and index.inside(folder / "Annotations"):
+        if year and index.holds_files(folder / "Annotations"):
             return "VOC devkit"
     base = annotation_folders(root, index)[0]
     if not any(map(_is_annotation, index.inside(base)[:20])):
@@ -71,10 +71,10 @@ def recognise(root: str | Path) -> str | None:
 
 def _is_annotation(path: Path) -> bool:
     """Return whether an XML file begins like an annotation, and not like CVAT's <annotations>."""
-    if not os.path.isfile(path):
+    try:
+        head = read_bytes(path, "annotation").replace(b"\0", b"")[:4096]  # NUL: of UTF-16
+    except UserError:
         return False
-    with path.open("rb") as file:
-        head = file.read(4096).replace(b"\0", b"")  # of UTF-16
     return re.search(rb"<(\w+:)?annotation[\s>/]", head, re.IGNORECASE) is not None
 
 
@@ -111,22 +111,19 @@ def declared_classes(root: Path) -> tuple[list[str], str] | None:
 
 def split_folders(folder: Path, index: FileIndex) -> dict[str, Path]:
     """Return the folders of image sets, such as train/ and Annotations/train/, that hold XML."""
-    found = {}
+    found: dict[str, Path] = {}
     for base in annotation_folders(folder, index):
-        names = sorted(os.listdir(base)) if os.path.isdir(base) else []
-        for name in (name for name in names if name.lower() in SPLITS and name not in found):
-            if os.path.isdir(base / name) and index.inside(base / name):
-                found[name] = base / name
+        for path in index.subfolders(base):
+            if path.name.lower() in SPLITS and index.holds_files(path):
+                found.setdefault(path.name, path)
     return found
 
 
 def annotation_folders(folder: Path, index: FileIndex) -> list[Path]:
     """Return the folders from which ids count: Annotations/, or another with XML; ``folder``."""
-    for name in ANNOTATION_FOLDERS:
-        base = folder / name
-        if os.path.isdir(base) and (name == "Annotations" or index.inside(base)):
-            return [base, folder]
-    return [folder]
+    bases = [folder / name for name in ANNOTATION_FOLDERS if index.has_folder(folder / name)]
+    bases = [base for base in bases if index.holds_files(base)] or bases[:1]
+    return [*bases[:1], folder]
 
 
 def _list_paths(folder: Path, name: str) -> list[Path]:
@@ -155,7 +152,7 @@ def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, 
         return folder, path
     if not image_set.year and image_set.name in SPLIT_SETS:
         return folder, None
-    if len(year_folders(root)) == 1 and not index.inside(root):
+    if len(year_folders(root)) == 1 and not index.holds_files(root):
         raise UserError(
             f"{root} holds neither XML annotations nor the years of a devkit; "
             "docs/own_data.md shows where images and annotations go"
@@ -239,6 +236,7 @@ def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
     id in the official files of one class, an image suffix, back slashes, and leading folders that
     do not exist among the annotations. They are part of the id only if an annotation has that name.
     """
+    line = re.sub(r"^(\.[/\\])+", "", line)
     plain = re.sub(r"\s+(-1|0|1)$", "", line)
     ids, image = [line, plain], re.split(r"[/\\]", plain)[-1]
     if image.lower().endswith(IMAGE_SUFFIXES):
@@ -249,13 +247,15 @@ def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
     for base in bases:
         for each in chain(ids, _inner(ids[-1], base, index)):
             if found := index.by_stem(f"{base}{os.sep}{each}"):
+                if len(found) > 1:
+                    raise UserError(f"{found[0]} and {found[1]} annotate one image; keep one")
                 return Listed(where, folder, each, found[0], image)
     return Listed(where, folder, " or ".join(ids), None, image)
 
 
 def _inner(name: str, base: Path, index: FileIndex) -> Iterator[str]:
     """Yield an id with slashes, then without each of its leading folders that is not in base."""
-    parts = [part for part in re.split(r"[/\\]", name) if part not in ("", ".")]
+    parts = [part for part in re.split(r"[/\\]", name) if part]
     yield "/".join(parts)
     while len(parts) > 1 and not index.has_folder(base / parts[0]):
         yield "/".join(parts := parts[1:])

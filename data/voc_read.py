@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -71,10 +72,15 @@ def load_annotations(
     if classes is None:
         classes = _choose_classes(root, image_sets, annotations, skipped, index)
     else:
-        classes = check_classes(classes, "classes")
+        classes = check_classes(_nfc(classes), "classes")
     check_objects(what, annotations, classes, faults)
     skipped += unknown_objects(annotations, classes)
     return VOCAnnotations(found, annotations, classes, skipped)
+
+
+def _nfc(names: Iterable[str]) -> list[str]:
+    """Return names in the form in which those of annotations are read."""
+    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def _key(path: Path) -> str:
@@ -102,7 +108,7 @@ def _choose_classes(root: Path, image_sets: Sequence[tuple[str | None, str]],
                     annotations: Sequence[Annotation], skipped: list[Skip],
                     index: FileIndex) -> tuple[str, ...]:
     if (declared := declared_classes(root)) is not None:
-        return check_classes(*declared)
+        return check_classes(_nfc(declared[0]), declared[1])
     names = {name for annotation in annotations for name in annotation.names}
     if any(year for year, _ in image_sets) and names <= set(VOC_CLASSES):
         return VOC_CLASSES
@@ -139,7 +145,9 @@ def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
         if found is None:
             missing.append(Path(folders[where][0], stem))
             found = missing[-1].with_name(stem + IMAGE_SUFFIXES[0])
-        elif (other := users.setdefault(_key(found), path)) is not path:
+        elif ".." in str(found) and os.path.relpath(found, each.folder)[:2] == "..":
+            loaded.skipped.append(Skip(SkipKind.OUTSIDE_ROOT, i, None, str(found)))
+        if (other := users.setdefault(_key(found), path)) is not path:
             fault = f"{other} and {path} both annotate {found}; keep one of them"
             if faults is None:
                 raise UserError(fault)
@@ -147,4 +155,19 @@ def find_images(loaded: VOCAnnotations, faults: list[str] | None) -> list[Path]:
         images.append(found)
     if faults is None:
         _refuse_missing(f"image ({'/'.join(IMAGE_SUFFIXES)})", missing)
+    loaded.skipped.extend(_without_annotation(loaded.listed, images, index))
     return images
+
+
+def _without_annotation(listed: Sequence[Listed], images: Sequence[Path],
+                        index: FileIndex) -> Iterator[Skip]:
+    """Yield a record for each image that no annotation is for, where no list says what belongs."""
+    annotations, parents = FileIndex((".xml",)), {}
+    for each, image in zip(listed, images, strict=True):
+        if each.where == str(each.annotation):
+            parents.setdefault(image.parent, set()).add(each.annotation.parent)
+    beside = (file for folder in parents for file in index.inside(folder))
+    for file in sorted({file for file in beside if file.parent in parents}.difference(images)):
+        names = [each / name for each in parents[file.parent] for name in (file.stem, file.name)]
+        if not any(map(annotations.by_stem, names)):
+            yield Skip(SkipKind.NO_ANNOTATION_FILE, None, None, str(file))

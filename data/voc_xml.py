@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import re
+import unicodedata
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def read_annotation(path: str | Path) -> Annotation:
             raise UserError(f"{where} has no <name>")
         where += f' ("{name}")'
         read = _read_boxes(element, where)
-        names += [name] * len(read)
+        names += [unicodedata.normalize("NFC", name)] * len(read)
         boxes += read
         difficult += [_read_difficult(element, where)] * len(read)
     boxes = np.array(boxes, np.float64).reshape(-1, 4) - 1
@@ -111,8 +112,11 @@ def _local(tag: str) -> str:
 
 def _read_boxes(element: ElementTree.Element, where: str) -> list[list[float]]:
     """Return the corners of each shape of an object, as the file has them."""
-    inside = [each for child in element if child.tag not in _PARTS for each in child.iter()]
-    if boxes := [each for each in inside if each.tag == "bndbox"]:
+    boxes = element.findall("bndbox")
+    if not boxes or len(boxes) < len(list(element.iter("bndbox"))):
+        inside = [each for child in element if child.tag not in _PARTS for each in child.iter()]
+        boxes = [each for each in inside if each.tag == "bndbox"]
+    if boxes:
         return [_read_corners(box, where) for box in boxes]
     shapes = [each for each in inside if each.tag in ("robndbox", "polygon", "points")]
     if not shapes:
@@ -124,15 +128,16 @@ def _read_boxes(element: ElementTree.Element, where: str) -> list[list[float]]:
 
 
 def _read_corners(bndbox: ElementTree.Element, where: str) -> list[float]:
-    tags = [child.tag for child in bndbox]
-    if several := [tag for tag in _CORNERS if tags.count(tag) > 1]:
-        raise UserError(f"{where}: <bndbox> has several <{several[0]}>; write a <bndbox> a box")
-    return [_number(bndbox, tag, where) for tag in _CORNERS]
+    texts = {child.tag: child.text or "" for child in bndbox}
+    if len(texts) < len(bndbox):
+        raise UserError(f"{where}: <bndbox> has several corners of a name; write a <bndbox> a box")
+    return [_finite(texts.get(tag, bndbox.get(tag)), tag, where) for tag in _CORNERS]
 
 
 def _read_rotated(shape: ElementTree.Element, where: str) -> list[float]:
     """Return the box around a rotated one, as roLabelImg writes it: the angle is in radians."""
-    cx, cy, w, h, angle = (_number(shape, tag, where) for tag in ("cx", "cy", "w", "h", "angle"))
+    tags = ("cx", "cy", "w", "h", "angle")
+    cx, cy, w, h, angle = (_finite(shape.findtext(tag), tag, where) for tag in tags)
     if abs(angle) > 2 * math.pi:
         raise UserError(f"{where}: <angle> is {angle:g}, expected radians")
     sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
@@ -156,14 +161,9 @@ def _enclose(shape: ElementTree.Element, where: str) -> list[float]:
     return [min(xs), min(ys), max(xs), max(ys)]
 
 
-def _number(parent: ElementTree.Element, tag: str, where: str) -> float:
-    text = parent.findtext(tag)
-    if text is None and (text := parent.get(tag)) is None:
-        raise UserError(f"{where}: <{parent.tag}> has no <{tag}>")
-    return _finite(text, tag, where)
-
-
-def _finite(text: str, tag: str, where: str) -> float:
+def _finite(text: str | None, tag: str, where: str) -> float:
+    if text is None:
+        raise UserError(f"{where} has no <{tag}>")
     try:
         value = float(text)
     except ValueError:

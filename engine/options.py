@@ -214,6 +214,13 @@ class Call(Checked):
         help="most detections of an image (default: 300 VOC, 200 COCO)")
     per_class: int | None = _testing(None, "--max_per_class", read=positive, metavar="N",
         help="most detections of a class in an image (default: 50)")
+    tiles: int | None = _testing(None, "--tiles", read=count, metavar="SIDE",
+        help="also look at square tiles of so many pixels, for small objects in large images "
+             "(default: 0, the whole image alone)")
+    overlap: float | None = _testing(None, "--overlap", read=fraction, metavar="X",
+        help="share of a tile that the next one shows, too (default: 0.2)")
+    flip: bool | None = _testing(None, "--flip", read=boolean,
+        help="also look at mirrored images")
     background_shortcut: bool | None = _testing(None, "--background_shortcut", read=boolean,
         help="drop prior boxes whose background score is 0.9 or more, as the authors' later "
              "release does")

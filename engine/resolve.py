@@ -67,6 +67,8 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))], **values,
     }
     values["root"] = root = absolute(values["root"])
+    if Path(root).is_file():
+        raise UserError(f"--root {root} is a file; give its folder, {Path(root).parent}")
     values["priors"] = read_priors(values["priors"], values.get("size", Options.size))
     if "priors" in given and stored.get("priors", values["priors"]) != values["priors"]:
         raise UserError(
@@ -96,7 +98,7 @@ def asked_dataset(given: Mapping[str, object], stored: object = None) -> str:
     return check_value(OPTIONS["dataset"], dataset or Options.dataset)
 
 
-def tested_dataset(given: Mapping[str, object], trained: str) -> str:
+def dataset_of_test(given: Mapping[str, object], trained: str) -> str:
     """Return the data set of a test of a detector that was ``trained`` on one."""
     if "dataset" in given or "root" not in given:
         return given.get("dataset", trained)

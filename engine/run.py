@@ -19,7 +19,7 @@ from data.classes import parse_classes
 from data.config import TRAINING_THRESHOLD
 from data.image import limit_pixels
 from data.loading import check_shared_memory
-from data.split import SPLIT_SETS
+from data.split import SPLIT_SETS, list_files
 from engine.distributed import World, check_shares, check_sync_bn
 from engine.folder import RunFolder
 from engine.options import Call, Options
@@ -114,7 +114,8 @@ def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
 def log_dataset(dataset: DetectionData, options: Options, key: str) -> None:
     """Log what was found, and a line for each kind of record that had to be changed."""
     LOGGER.info("%s", dataset.describe())
-    if any(each.name in SPLIT_SETS for each in getattr(options, key)):
+    lists = list_files(options.root)
+    if any(str(s) in SPLIT_SETS and str(s) not in lists for s in getattr(options, key)):
         LOGGER.info(
             "  part of all images, %g of them to test on, chosen by their names (--val_share, "
             "--split_by; python -m tools.split writes lists)", options.val_share,

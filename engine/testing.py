@@ -15,7 +15,7 @@ from data.image_sets import sets_name
 from engine.distributed import World
 from engine.evaluate import detector_name, keep_and_score, origin_of, score
 from engine.options import OPTIONS, Call, Options
-from engine.resolve import absolute, asked_dataset, resolve, tested_dataset, use_device
+from engine.resolve import absolute, asked_dataset, dataset_of_test, resolve, use_device
 from engine.run import log_dataset, open_dataset
 from inference.predictor import Predictor
 from inference.runtime import EXPORTED_SUFFIXES, identity
@@ -110,7 +110,7 @@ def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world:
     info = DetectorInfo.for_data(saved, path, None if class_map else names, assumed)
     if names:  # before the data are looked for
         check_known(path, info.classes, names, class_map)
-    given = {**given, "dataset": tested_dataset(given, info.dataset)}
+    given = {**given, "dataset": dataset_of_test(given, info.dataset)}
     options = resolve(given, _stored(saved, info, path, given, class_map is not None))
     device = use_device(call, options, world)
     dataset = open_dataset(options, call, "test_sets")
@@ -139,7 +139,7 @@ def _open_exported(call: Call, given: Mapping[str, object], path: Path, world: W
     predictor = Predictor(path, **asked)
     info = predictor.info
     stored = {"version": info.version, "size": info.size}
-    stored["dataset"] = info.dataset if "dataset" in given else tested_dataset(given, info.dataset)
+    stored["dataset"] = info.dataset if "dataset" in given else dataset_of_test(given, info.dataset)
     options = resolve(given, {**stored, "priors": info.priors, "classes": list(info.classes)})
     dataset = open_dataset(options, call, "test_sets")
     exported = predictor.exported

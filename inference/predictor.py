@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from data.image import check_pixels, limit_pixels, read_image
 from data.transforms import TestTransform
 from inference.deploy import deploy
 from inference.runtime import EXPORTED_SUFFIXES, ExportedModel, graph_inputs, open_model
+from inference.views import Views, merge
 from layers import Detect, PriorBox
 from layers.detect import DetectConfig
 from models.info import load_detector
@@ -35,6 +37,8 @@ Image = str | PathLike | np.ndarray | PIL.Image.Image
 An array is uint8: BGR [H, W, 3] as OpenCV reads it, [H, W, 4] with an alpha that is left out, or
 grey, [H, W] or [H, W, 1]. A PIL image has any mode but F and I, and is turned as its EXIF
 orientation says."""
+VIEWS_AT_A_TIME = 8
+"""Most views of an image in a batch."""
 TAKEN = "a path, a BGR or grey array of uint8, [H, W, 3], [H, W, 4] or [H, W], or a PIL image"
 
 
@@ -53,6 +57,7 @@ class Predictor:
         threads: CPU threads of an exported file's runtime; None: the runtime chooses. For a
             checkpoint use ``torch.set_num_threads``.
         max_pixels: refuse images with more pixels, in all of this process; None changes nothing.
+        tiles, overlap, flip: see ``inference.views.Views``; by default the whole image alone.
 
     Attributes: ``file``, its name; ``info``, a ``DetectorInfo``; ``config``, a ``DetectConfig``;
     ``device``; ``exported``, the file in its runtime, None for a checkpoint.
@@ -67,9 +72,11 @@ class Predictor:
         classes: Sequence[str] | None = None, score_threshold: float | None = None,
         max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
         background_shortcut: bool = False, threads: int | None = None,
-        max_pixels: int | None = None, max_per_class: int | None = None,
+        max_pixels: int | None = None, max_per_class: int | None = None, tiles: int = 0,
+        overlap: float | None = None, flip: bool = False,
     ) -> None:  # fmt: skip
         limit_pixels(max_pixels)
+        self.views = Views(tiles, Views.overlap if overlap is None else overlap, flip)
         path = Path(file)
         self.file = path.name
         self.exported: ExportedModel | None = None
@@ -142,10 +149,15 @@ class Predictor:
         if isinstance(images, Mapping) or not isinstance(images, Iterable):
             raise UserError(f"{type(images).__name__} is not an image; give {TAKEN}, or a list")
         arrays = [_load(image) for image in images]
-        found = []
-        for batch in self.batches(arrays):
-            sizes = [(image.shape[1], image.shape[0]) for image in batch]
-            found += self.postprocess(self.forward(self.preprocess(batch)), sizes)
+        views = [self.views.of(image) for image in arrays]
+        parts = [view.image for each in views for view in each]
+        step, parts_found = max(len(arrays), VIEWS_AT_A_TIME), []
+        for start in range(0, len(parts), step):
+            for batch in self.batches(parts[start : start + step]):
+                sizes = [(image.shape[1], image.shape[0]) for image in batch]
+                parts_found += self.postprocess(self.forward(self.preprocess(batch)), sizes)
+        rest = iter(parts_found)
+        found = [merge(each, [*islice(rest, len(each))], self.detect) for each in views]
         for each in found:
             each["names"] = [self.info.classes[label - 1] for label in each["labels"].tolist()]
         return found

@@ -21,21 +21,27 @@ def to_centre_size(boxes: Tensor) -> Tensor:
     return torch.cat([(boxes[..., 2:] + boxes[..., :2]) / 2, boxes[..., 2:] - boxes[..., :2]], -1)
 
 
+def intersections(a: Tensor, b: Tensor) -> Tensor:
+    """Return the areas that corner boxes share: [..., N, 4] x [..., M, 4] -> [..., N, M]."""
+    x1, y1, x2, y2 = a.unsqueeze(-2).unbind(-1)
+    left, top, right, bottom = b.unsqueeze(-3).unbind(-1)
+    # Coordinate by coordinate and in place: a quarter of the time and half of the memory.
+    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
+    height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0)
+    return width.mul_(height)
+
+
 def iou(a: Tensor, b: Tensor) -> Tensor:
     """Return the IoU of floating-point corner boxes: [..., N, 4] x [..., M, 4] -> [..., N, M].
 
     Two boxes without area have an IoU of 0, not NaN. It is fastest if ``b`` is the transpose of a
     contiguous [4, M].
     """
-    x1, y1, x2, y2 = a.unsqueeze(-2).unbind(-1)
-    left, top, right, bottom = b.unsqueeze(-3).unbind(-1)
-    # Coordinate by coordinate and in place: a quarter of the time and half of the memory.
-    width = torch.minimum(x2, right).sub_(torch.maximum(x1, left)).clamp_(min=0)
-    height = torch.minimum(y2, bottom).sub_(torch.maximum(y1, top)).clamp_(min=0)
-    intersection = width.mul_(height)
-    union = ((x2 - x1) * (y2 - y1) + (right - left) * (bottom - top)).sub_(intersection)
+    areas = [(x[..., 2] - x[..., 0]) * (x[..., 3] - x[..., 1]) for x in (a, b)]
+    shared = intersections(a, b)
+    union = (areas[0].unsqueeze(-1) + areas[1].unsqueeze(-2)).sub_(shared)
     # Without area: 0 / tiny = 0, not NaN.
-    return intersection.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
+    return shared.div_(union.clamp_(min=torch.finfo(union.dtype).tiny))
 
 
 def encode(corners: Tensor, priors: Tensor, variance: tuple[float, float]) -> Tensor:

@@ -134,7 +134,7 @@ class Detect(nn.Module):
         if not boxes.isfinite().all():
             raise FloatingPointError("loc contains NaN or infinity")
         image, label = image[row], label + 1
-        found, score = self._suppress(boxes, scores[row, label], image, label, conf.shape[2])
+        found, score = self.suppress(boxes, scores[row, label], image, label, conf.shape[2])
         counts = torch.bincount(image[found], minlength=len(sizes)).tolist()
         parts = [part.split(counts) for part in (boxes[found], score, label[found])]
         most = self.config.top_k
@@ -143,9 +143,14 @@ class Detect(nn.Module):
             for boxes, scores, labels in zip(*parts, strict=True)
         ]
 
-    def _suppress(self, boxes: Tensor, scores: Tensor, image: Tensor, label: Tensor,
-                  classes: int) -> tuple[Tensor, Tensor]:
-        """Return the indices of the boxes that are kept, by image, then score; and their scores."""
+    def suppress(self, boxes: Tensor, scores: Tensor, image: Tensor, label: Tensor,
+                 classes: int) -> tuple[Tensor, Tensor]:
+        """Return the indices of the boxes that are kept, by image, then score; and their scores.
+
+        Args:
+            boxes: [N, 4] corners in pixels; N may be 0.
+            scores, image, label: [N]; label in 1..classes-1.
+        """
         config = self.config
         group = image * classes + label
         groups, limit = group, config.per_class

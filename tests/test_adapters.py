@@ -86,3 +86,4 @@ def test_the_page_does_what_it_says(voc_folder, tmp_path, monkeypatch):
         assert np.array_equal(detections.xyxy, found["boxes"].numpy())
         assert np.array_equal(detections.confidence, found["scores"].numpy())
         assert list(detections.data["class_name"]) == found["names"]
+        assert len(names["sliced"]) > 0

@@ -281,7 +281,7 @@ def test_probable_mistakes_are_warned_of_with_their_place(tmp_path):
         ("test", "class without a box to test on"): ["ant", "cat"],
         ("test", "nothing to score: no object of a class that is not difficult or a crowd"):
             ["test"],
-        ("train", "image outside the root, reached by its name or by a link"):
+        ("train", "image outside the folder of the data, reached by a link"):
             [f"thin.jpg is {tmp_path}/elsewhere.jpg"],
         (BOTH, "image in these folders, but in neither part"):
             ["spare.jpg", "stray.jpg, without an annotation file"],

@@ -94,20 +94,25 @@ def test_annotation_without_a_box_gets_the_one_around_its_outline(tmp_path, outl
 
 
 @pytest.mark.parametrize(("categories", "classes", "left_out"), [
-    ([(0, "car", "none"), (1, "car", "car")], {"car": 1}, ["0"]),
-    ([(1, "car", ""), (4, "car ", "")], {"car": 1}, ["4"]),
-    ([(0, "all", "none"), (1, "car", "all"), (2, "van", "all")], {"car": 1, "van": 2}, ["0"]),
-    ([(0, "background", None), (1, "car", None)], {"car": 1}, ["0"]),
+    ([(0, "car", "none"), (1, "car", "car")], {"car": 1}, ["id 0"]),
+    ([(1, "car", ""), (4, "car ", "")], {"car": 1}, ["id 4"]),
+    ([(0, "all", "none"), (1, "car", "all"), (2, "van", "all")], {"car": 1, "van": 2}, ["all"]),
+    ([(0, "background", None), (1, "car", None)], {"car": 1}, ["id 0"]),
+    ([(1, "car", "vehicle")], {"car": 1}, []),
+    ([(1, "car", "none"), (2, "van", "car")], {"car": 1, "van": 2}, []),
     ([(1, "car", "car"), (2, "van", "car")], {"car": 1, "van": 2}, []),
 ])
 def test_root_and_empty_duplicate_are_left_out(tmp_path, categories, classes, left_out):
     records = [dict(zip(("id", "name", "supercategory"), each, strict=True)) for each in categories]
     boxes = [annotation(1, 9, [10, 5, 20, 10], 1)]
-    dataset = COCODetection(write_val2017(tmp_path, boxes, categories=records), [("2017", "val")])
+    write_val2017(tmp_path, boxes, categories=records)
+    write_set(tmp_path, "instances_no.json", "no", {1: "1.jpg"}, [], categories=records)
+    dataset = COCODetection(tmp_path, [("2017", "val")])
+    assert COCODetection(tmp_path, [(None, "no")], classes=["car"]).classes == ("car",)
     assert dict(zip(dataset.classes, dataset.category_ids.values(), strict=True)) == classes
     assert dataset.target(0)[:, 4].tolist() == [1]
-    told = [skip.detail for skip in dataset.skipped if skip.kind is SkipKind.CATEGORY_SURPLUS]
-    assert [detail.split()[3] for detail in told] == left_out
+    assert [skip.kind for skip in dataset.skipped] == [SkipKind.CATEGORY_SURPLUS] * len(left_out)
+    assert all(name in skip.detail for skip, name in zip(dataset.skipped, left_out, strict=True))
 
 
 @pytest.mark.parametrize(("year", "name", "file", "folder"), [

@@ -89,7 +89,7 @@ def test_image_cut_off_is_refused(tmp_path, image, kind, share):
     data = pil(kind, image)
     path = tmp_path / "a"
     path.write_bytes(data[: int(len(data) * share)])
-    with pytest.raises(UserError, match=f"^{path}: .*(cut off .*; copy or download|; copy it)"):
+    with pytest.raises(UserError, match=f"^{path}: .*(cut off .*; copy or download|copy this)"):
         read_image(path)
 
 
@@ -108,14 +108,21 @@ def test_every_format_is_read_and_its_size_known_before(tmp_path, image, kind, m
         assert np.abs(read_image(path).astype(int) - image).mean() < 4
     monkeypatch.setattr(cv2, "imdecode", lambda *_: None)
     limit_pixels(48 * 64)
-    with pytest.raises(UserError, match=f"cannot decode this {kind}"):
+    with pytest.raises(UserError, match=f"can decode; copy this {kind} again"):
         read_image(path)
     monkeypatch.setattr(cv2, "haveImageWriter", lambda name: name != suffix)
-    with pytest.raises(UserError, match=f"^{path}: .*not know {kind} images; convert"):
+    with pytest.raises(UserError, match=f"^{path}: .*it has no {kind}; convert"):
         read_image(path)
     limit_pixels(48 * 64 - 1)
     with pytest.raises(UserError, match=f"^{path}: .*64 x 48, more than 3,071 .*--max_pixels 3072"):
         read_image(path)
+
+
+def test_a_png_cannot_claim_more_memory_than_it_fills(tmp_path, image):
+    png = encode(".png", image)
+    (tmp_path / "a.png").write_bytes(png.replace(png[33:37], b"\xee\xee\xee\xee", 1))
+    with pytest.raises(UserError, match="cut off"):  # OpenCV would make room for 4 GB
+        read_image(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "TIFF", "PNG", "AVIF"])

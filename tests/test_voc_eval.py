@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data import bootstrap
 from data.annotation import Annotation
 from data.curves import load_curves
 from data.voc0712 import VOCDetection
@@ -355,12 +356,18 @@ def test_command_line_gives_the_numbers_of_evaluate_without_images(scored, tmp_p
     assert "0 ground truths for class platelet" in text
     assert all(metric in text for metric in METRICS.values())
     row = next(line for line in text.splitlines() if line.startswith("rod"))
-    assert row.split()[-2:] == [f"{result[metric]['per_class']['rod']:.4f}" for metric in METRICS]
+    cells = (f"{result[m]['per_class']['rod']:.4f}  {text_of(result[m], 'rod')}" for m in METRICS)
+    assert row.split()[3:] == " ".join(cells).split()
     mean, *sizes = text.splitlines()[-4:]
-    assert mean.split() == ["mean", *(f"{result[metric]['mean']:.4f}" for metric in METRICS)]
+    cells = (f"{result[m]['mean']:.4f} {bootstrap.text(result[m]['interval'])}" for m in METRICS)
+    assert mean.split() == ["mean", *" ".join(cells).split()]
     for line, size in zip(sizes, LIMITS, strict=True):
         values = [f"{result[metric]['per_size'][size]:.4f}" for metric in METRICS]
         assert line.split() == ["mean,", size, *values]
+
+
+def text_of(scores, name):
+    return bootstrap.text(scores["per_class_interval"][name])
 
 
 def test_classes_can_be_given_and_one_without_a_file_has_no_detections(scored, tmp_path, capsys):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from statistics import NormalDist
 
 import numpy as np
@@ -43,22 +43,17 @@ def check_boxes(report: Report, name: str) -> None:
         ("box over the whole image", (sides + 1 >= WHOLE * sizes).all(1)),
         ("box that occurs twice (same class and place)", _repeated(part)),
     ):  # fmt: skip
-        report.add("warning", name, what, _box_records(report, name, np.flatnonzero(which)))
+        records = []
+        for k in np.flatnonzero(which):
+            image, label = (name, int(part.images[k])), part.dataset.classes[part.labels[k] - 1]
+            text = "{}: {}, {:.4g} x {:.4g} in {} x {}".format(
+                report.path(image), label, *sides[k], *sizes[k])  # fmt: skip
+            records.append(Record(text, (image,), tuple(part.boxes[k].tolist())))
+        report.add("warning", name, what, records)
     if without := len(part.sizes) - len(np.unique(part.images)):
         text = f"{without} of {len(part.sizes)} images"
         report.add("note", name, "images without an object", [Record(text)])
     _check_limits(report, name)
-
-
-def _box_records(report: Report, name: str, rows: Iterable[int]) -> list[Record]:
-    part, records = report.parts[name], []
-    for k in rows:
-        image, box = (name, int(part.images[k])), part.boxes[k]
-        label, (width, height) = part.dataset.classes[part.labels[k] - 1], part.sizes[image[1]]
-        text = (f"{report.path(image)}: {label}, {box[2] - box[0]:.4g} x {box[3] - box[1]:.4g}"
-                f" in {width} x {height}")
-        records.append(Record(text, (image,), tuple(box.tolist())))
-    return records
 
 
 def _repeated(part: Part) -> np.ndarray:
@@ -66,15 +61,13 @@ def _repeated(part: Part) -> np.ndarray:
     repeated = np.zeros(len(part.boxes), bool)
     order = np.lexsort((*part.boxes.T[::-1], part.labels, part.images))
     group, boxes = np.stack([part.images, part.labels], 1)[order], part.boxes[order]
+    areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     for shift in range(1, min(NEIGHBOURS, len(boxes))):
         a, b = boxes[:-shift], boxes[shift:]
-        low, high = np.maximum(a[:, :2], b[:, :2]), np.minimum(a[:, 2:], b[:, 2:])
-        shared = (high - low).clip(0).prod(1)
-        union = (a[:, 2:] - a[:, :2]).prod(1) + (b[:, 2:] - b[:, :2]).prod(1) - shared
-        alike = (group[:-shift] == group[shift:]).all(1)
-        if not alike.any():
-            break
-        repeated[order[shift:][alike & (shared > SAME * union)]] = True
+        shared = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
+        shared = shared.clip(0).prod(1) * (group[:-shift] == group[shift:]).all(1)
+        same = shared > SAME * (areas[:-shift] + areas[shift:] - shared)
+        repeated[order[shift:][same]] = True
     return repeated
 
 
@@ -82,18 +75,17 @@ def _check_limits(report: Report, name: str) -> None:
     """Find images with more objects than a published test keeps detections."""
     part, limits = report.parts[name], published_detection(report.options.dataset)
     columns = np.stack([part.images, part.labels], 1)
-    for what, groups, most, option in (
-        ("objects of a class", columns, limits.per_class, "--max_per_class"),
-        ("objects", columns[:, :1], limits.top_k, "--max_detections"),
+    for of, groups, most, option in (
+        (" of a class", columns, limits.per_class, "--max_per_class"),
+        ("", columns[:, :1], limits.top_k, "--max_detections"),
     ):
-        (found, counts), records = np.unique(groups, axis=0, return_counts=True), []
-        for (image, *label), count in zip(found.tolist(), counts.tolist(), strict=True):
-            if count > most:
-                of = f" {part.dataset.classes[label[0] - 1]}" if label else ""
-                text = f"{report.path((name, image))}: {count}{of}"
-                records.append(Record(text, ((name, image),)))
-        what = f"image with more {what} than a test keeps detections ({most}; {option})"
-        report.add("warning", name, what, records)
+        found, counts = np.unique(groups, axis=0, return_counts=True)
+        what = f"image with more objects{of} than a test keeps detections ({most}; {option})"
+        report.add("warning", name, what, (
+            Record(f"{report.path((name, image))}: {count} "
+                   + ", ".join(part.dataset.classes[k - 1] for k in label), ((name, image),))
+            for (image, *label), count in zip(found.tolist(), counts.tolist(), strict=True)
+            if count > most))  # fmt: skip
 
 
 def check_classes(report: Report) -> None:
@@ -101,9 +93,9 @@ def check_classes(report: Report) -> None:
     classes = report.classes()
     for name, part in report.parts.items():
         counts = {key: part.count(key)[0] for key in classes}
-        if name == "test" and not _scored(part):
+        if name == "test" and part.dataset.truth().ignored.all():
             what = "nothing to score: no object of a class that is not difficult or a crowd"
-            report.add("warning", name, what, [Record(f"{report.sets(name)}")])
+            report.add("warning", name, what, [Record(report.sets(name))])
         if name == "train" or any(counts.values()):  # a test split of COCO has no boxes
             missing = (Record(key) for key in classes if not counts[key])
             report.add("warning", name, f"class without a box to {name} on", missing)
@@ -119,29 +111,21 @@ def check_classes(report: Report) -> None:
     report.add("warning", BOTH, "classes whose names differ only in case or spaces", groups)
 
 
-def _scored(part: Part) -> bool:
-    return not part.dataset.truth().ignored.all()
+def _skewed(train: Part, test: Part, classes: Sequence[str]) -> Iterator[Record]:
+    """Yield the classes that chance has not spread so unevenly over the images of the parts.
 
-
-def _skewed(train: Part, test: Part, classes: Sequence[str]) -> list[Record]:
-    """Return the classes that chance has not spread so unevenly over the images of the parts.
-
-    The test is chi-square with Yates's correction on images with and without the class: boxes of an
-    image are no independent draws. Many classes make a false alarm no likelier.
+    The test is chi-square with Yates's correction on images with and without the class, because
+    boxes of one image are no independent draws.
     """
+    # Bonferroni's correction: many classes make a false alarm no likelier.
     limit = NormalDist().inv_cdf(1 - CHANCE / (2 * max(len(classes), 1))) ** 2
-    records, images = [], np.array([len(train.sizes), len(test.sizes)])
+    images = np.array([len(train.sizes), len(test.sizes)])
     for key in classes:
         having = np.array([train.count(key)[1], test.count(key)[1]])
-        if not having.all():
-            continue  # told as missing
-        table = np.array([having, images - having])
-        expected = np.outer(table.sum(1), table.sum(0)) / table.sum()
-        distance = (np.abs(table - expected) - 0.5).clip(0) ** 2
-        shares = having / images
-        if not expected.all() or shares.max() <= SKEW * shares.min():
-            continue
-        if (distance / expected).sum() > limit:
-            text = f"{key}: in {shares[0]:.1%} of the training images, {shares[1]:.1%} of the test"
-            records.append(Record(text + " images"))
-    return records
+        table, shares = np.array([having, images - having]), having / images.clip(1)
+        expected = np.outer(table.sum(1), table.sum(0)) / max(table.sum(), 1)
+        if not (having.all() and expected.all() and shares.max() > SKEW * shares.min()):
+            continue  # a class without boxes is told as such
+        if ((np.abs(table - expected) - 0.5).clip(0) ** 2 / expected).sum() > limit:
+            yield Record("{}: in {:.1%} of the training images, {:.1%} of the test images".format(
+                key, *shares))  # fmt: skip

@@ -87,6 +87,7 @@ def open_predictor(args: argparse.Namespace) -> Predictor:
         classes=parse_classes(args.classes) if args.classes else None,
         score_threshold=args.score_threshold, max_detections=args.max_detections,
         max_per_class=args.max_per_class, nms=args.nms, class_agnostic=args.class_agnostic,
+        tiles=args.tiles or 0, overlap=args.overlap, flip=bool(args.flip),
     )  # fmt: skip
     if args.score_threshold is None:  # an exported file may have a higher one inside
         least = max(THRESHOLD, predictor.config.conf_thresh)
@@ -194,6 +195,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     g.add_argument("--classes", metavar="NAMES", help="a,b,c or a file, for weights without names")
     g.add_argument("--nms", choices=SUPPRESSION, default="hard",
                    help="suppression of overlapping boxes (default: hard)")
+    for name in ("tiles", "overlap", "flip"):
+        add_option(g, name)
     g.add_argument("--class_agnostic", action="store_true",
                    help="suppress boxes of different classes, too")
     g = p.add_argument_group("machine")

@@ -16,6 +16,7 @@ import numpy as np
 
 from data import DetectionData, list_sets
 from data.image import IMAGE_SUFFIXES, read_image
+from data.skips import SkipKind
 from data.truth import digest
 from tools.findings import BOTH, Record, Report
 from utils.errors import UserError
@@ -101,44 +102,40 @@ def check_images(report: Report, name: str, faults: list[str], scans: list[Scan]
     turned = [(name, i) for i, scan in enumerate(scans) if scan.turned]
     what = "image that an EXIF orientation turns: its boxes may be for the image before or after it"
     report.add("warning", name, what, [Record(str(report.path(x)), (x,)) for x in turned])
-    records = [
-        Record(f"{report.path((name, i))}: grey levels {low} to {high} of 0 to 255", ((name, i),))
-        for i, (low, high) in enumerate(scan.levels for scan in scans)
-        if high - low < FAINT
-    ]
-    report.add("warning", name, "image of one colour or nearly so (12 bits stored in 16?)", records)
+    faint = {(name, i): scan.levels for i, scan in enumerate(scans) if np.ptp(scan.levels) < FAINT}
+    report.add("warning", name, "image of one colour or nearly so (12 bits stored in 16?)", (
+        Record("{}: grey levels {} to {} of 0 to 255".format(report.path(x), *levels), (x,))
+        for x, levels in faint.items()))  # fmt: skip
 
 
 def check_places(report: Report) -> None:
     """Find images outside the root, and in the folders of the images what belongs to no part."""
-    root, images, annotations = os.path.realpath(report.options.root), set(), set()
+    root, images, used = os.path.realpath(report.options.root), set(), set()
     for name, part in report.parts.items():
-        paths = [report.path((name, i)) for i in range(len(part.sizes))]
-        images |= {*paths}
-        annotations |= {each.path for each in getattr(part.dataset, "annotations", ())}
-        real = ((i, Path(os.path.realpath(path))) for i, path in enumerate(paths))
-        report.add("warning", name, "image outside the root, reached by its name or by a link", (
-            Record(f"{paths[i]} is {path}", ((name, i),))
-            for i, path in real if not path.is_relative_to(root)))  # fmt: skip
+        told = {skip.image for skip in part.dataset.skipped if skip.kind is SkipKind.OUTSIDE_ROOT}
+        paths = {i: report.path((name, i)) for i in range(len(part.sizes))}
+        real = {i: Path(os.path.realpath(paths[i])) for i in paths if i not in told}
+        report.add("warning", name, f"{SkipKind.OUTSIDE_ROOT.text}, reached by a link", (
+            Record(f"{paths[i]} is {path}", ((name, i),)) for i, path in real.items()
+            if not path.is_relative_to(root)))  # fmt: skip
+        images.update(paths.values())
+        used |= {each.path for each in getattr(part.dataset, "annotations", ())}
     if len(report.parts) < 2:
         return
+    found, stems = _beside(images, IMAGE_SUFFIXES), {*map(_stem, used)}
+    names = {*map(_stem, found | images)}
+    # Where one file holds all annotations, its name says nothing.
+    more = _beside(used, {path.suffix for path in used}) if names & stems else set()
+    stems = (stems | {*map(_stem, more)}) if more else names
     sets = {*list_sets(report.options.dataset, root)}
-    others = sets - {*report.options.train_sets, *report.options.test_sets}
-    found = _beside(images, IMAGE_SUFFIXES)
-    names, labelled = {*map(_stem, found | images)}, {*map(_stem, annotations)}
-    if not names & labelled:  # one file holds all annotations
-        annotations, labelled = set(), set()
-    more = {path for path in _beside(annotations, {path.suffix for path in annotations})
-            if path.name.split(".")[0].lower() not in LISTS}  # fmt: skip
-    labelled |= {*map(_stem, more)}
-    records = []
-    for path in sorted(found - images):
-        without = bool(labelled) and _stem(path) not in labelled
-        records.append(Record(f"{path}" + ", without an annotation file" * without))
-    level = "note" if others else "warning"  # the others may list it
-    report.add(level, BOTH, "image in these folders, but in neither part", records)
-    lone = sorted(path for path in more if _stem(path) not in names)
-    report.add("warning", BOTH, "annotation file without an image", map(Record, map(str, lone)))
+    others = sets - {*report.options.train_sets, *report.options.test_sets}  # may list them
+    what = "image in these folders, but in neither part"
+    report.add("note" if others else "warning", BOTH, what, (
+        Record(f"{path}" + ", without an annotation file" * (_stem(path) not in stems))
+        for path in sorted(found - images)))  # fmt: skip
+    report.add("warning", BOTH, "annotation file without an image", (
+        Record(str(path)) for path in sorted(more)
+        if _stem(path) not in names and path.name.split(".")[0].lower() not in LISTS))  # fmt: skip
 
 
 def _beside(paths: Iterable[Path], suffixes: Collection[str]) -> set[Path]:

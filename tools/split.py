@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from data import build_dataset, split_options
+from data import build_dataset, default_sets, split_options
 from data.image_sets import ImageSet
 from data.split import SPLIT_SETS
 from engine.options import add_option
@@ -50,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with atomic_write(path) as file:
             file.write("".join(f"{Path(line).as_posix()}\n" for line in lines).encode())
         print(f"{path}: {part.describe()}")
+    if default_sets(options.dataset, options.root)[0] != tuple(sets[0]):
+        print(f"--train_sets {SPLIT_SETS[0]} --test_sets {SPLIT_SETS[1]} takes them")
     return 0
 
 

@@ -184,7 +184,8 @@ def read_bytes(path: str | Path, what: str = "file", limit: int = 2**32) -> byte
             fault = f"{status.st_size:,} bytes, more than {limit:,}"
         if fault:
             raise UserError(f"{path}: cannot read the {what} ({fault}); give another file")
-        return Path(path).read_bytes()
+        with open(path, "rb") as file:
+            return file.read()
     except OSError as error:
         raise UserError(f"{path}: cannot read the {what} ({error.strerror})") from error
     except ValueError as error:  # NUL or a lone surrogate in the name

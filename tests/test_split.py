@@ -1,0 +1,162 @@
+"""Image sets that nothing declares, the layout that a root holds, and what contradicts it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from conftest import write_voc
+from test_yolo import CAT, write
+
+from data import build_dataset, default_sets, find_layout
+from data.image_sets import ImageSet
+from data.split import in_validation, listed
+from engine.options import Options, parse
+from engine.resolve import check_parts, dataset_of_test, resolve
+from engine.run import find_checkpoint
+from tools.split import main
+from utils.errors import UserError
+
+DOG = [("dog", (5, 5, 40, 40))]
+
+
+def chosen(paths: list[str], *rule: object) -> set[str]:
+    return {path for path, val in zip(paths, in_validation(paths, *rule), strict=True) if val}
+
+
+def test_split_depends_on_names_alone():
+    # sha256 of "a" to "e" begins with ca, 3e, 2e, 18, 3f.
+    names = ["a.jpg", "b.jpg", "x/c.png", "d.jpg", "e.jpg"]
+    assert chosen(names) == {"d.jpg"}
+    assert chosen(names, 0.4) == chosen(names[::-1], 0.4) == {"d.jpg", "x/c.png"}
+    assert chosen(["images\\c.webp", "e\u0301.jpg", "\u00e9.png", "a.x"], 0.1) == {"images\\c.webp"}
+    assert chosen(names, 0.99) == {*names} - {"a.jpg"}  # never empty on either side
+
+
+# sha256: c_2 06, d 18, c_1 2c, c 2e, 1 6b, d_2 72, d_1 86, f/ 8f, 2 d4.
+@pytest.mark.parametrize("pattern, val", [
+    (r"[^_]+", {"d_1.jpg", "d_2.jpg"}), (r"\w+_(\d)", {"d_1.jpg", "f/c_1.jpg"}),
+    ("f/", {"d_2.jpg"}), ("z*", {"f/c_2.jpg"}), ("none", {"f/c_2.jpg"}),
+])  # fmt: skip
+def test_images_of_a_group_stay_on_one_side(pattern, val):
+    assert chosen(["d_1.jpg", "d_2.jpg", "f/c_1.jpg", "f/c_2.jpg"], 0.2, pattern) == val
+
+
+@pytest.mark.parametrize("names, rule, words", [
+    (["a.jpg", "a.png"], (0.2,), "one group a"), (["f_1.jpg", "f_2.jpg"], (0.2, "f"), "--split_by"),
+    ([], (0.2,), "none"), (["a.jpg"], (1.5,), "--val_share 1.5"), (["a.jpg"], (0.2, "("), "'('"),
+    (["a.jpg"], (float("nan"),), "nan"), (["a.jpg"], ("x",), "'x'"),
+])  # fmt: skip
+def test_split_that_cannot_be_is_refused(names, rule, words):
+    with pytest.raises(UserError) as error:
+        in_validation(names, *rule)
+    assert all(word in str(error.value) for word in words.split())
+
+
+NAMES = ["images/train/a.jpg", "images/val/a.jpg", "images/val/\u00e9.b.png", "c.jpg"]
+
+
+@pytest.mark.parametrize("line, found", [
+    ("c", [3]), ("./c.jpg", [3]), ("images\\train\\a", [0]), ("/x/data/images/val/a.jpg", [1]),
+    ("e\u0301.b", [2]), ("val/e\u0301.b.png\nc\nc.jpg", [2, 3]),
+    ("a", "fits images/train/a.jpg images/val/a.jpg :1"), ("c\ngone", '"gone" :2'),
+    ("", "no image"),
+])  # fmt: skip
+def test_line_of_a_list_is_a_path_or_its_end(line, found, tmp_path):
+    (tmp_path / "own.txt").write_text(line)
+    if isinstance(found, list):
+        assert listed(tmp_path / "own.txt", NAMES) == found
+        return
+    with pytest.raises(UserError) as error:
+        listed(tmp_path / "own.txt", NAMES)
+    assert all(word in str(error.value) for word in ["own.txt", *found.split()])
+
+
+@pytest.mark.parametrize("sets, train, test", [
+    ("train val test", "train", "val"), ("trainval test", "trainval", "test"),
+    ("train test", "train", "test"), ("train dev validation", "train", "validation"),
+    ("Train2017 val2017", "Train2017", "val2017"), ("train", "split_train", "split_val"),
+    ("default", "split_train", "split_val"),
+])  # fmt: skip
+def test_default_sets_are_declared_ones_or_parts(sets, train, test, tmp_path):
+    write_voc(tmp_path, {name: {f"{name}{i}": DOG for i in range(3)} for name in sets.split()})
+    assert default_sets("VOC", tmp_path) == ((ImageSet(None, train),), (ImageSet(None, test),))
+    data = build_dataset("VOC", tmp_path, [(None, test)], val_share=0.5)
+    assert len(data) == (2 if test == "split_val" else 3)
+
+
+@pytest.mark.parametrize("kind", ["VOC", "YOLO"])
+def test_lists_of_the_command_decide_from_then_on(kind, tmp_path, capsys):
+    if kind == "VOC":
+        write_voc(tmp_path, {"one": {name: DOG for name in "abcdef"}})
+    else:
+        write(tmp_path, {f"one/{name}": CAT for name in "abcde"}, "train: images\nnames: [cat]")
+
+    def parts(**options):
+        sets = [[(None, f"split_{name}")] for name in ("train", "val")]
+        data = [build_dataset(kind, tmp_path, each, **options) for each in sets]
+        return [{part.image_path(i).stem for i in range(len(part))} for part in data]
+
+    before = parts(val_share=0.5)
+    assert main(["--root", str(tmp_path), "--val_share", "0.5"]) == 0
+    assert parts() == before and len(before[1]) == 3
+    assert "split_val.txt" in capsys.readouterr().out
+    assert main(["--root", str(tmp_path)]) == 2 and "delete" in capsys.readouterr().err
+    (tmp_path / "ImageSets/split_train.txt").unlink()
+    assert parts() == before  # the rest of the other list
+
+
+# ---------------------------------------------------------------- which layout
+
+
+def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
+    write(tmp_path / "in/yolo", {"train/a": CAT})
+    write_voc(tmp_path / "voc", {"trainval": {"a": DOG}, "test": {"b": DOG}})
+    root = str(tmp_path / "in/yolo")
+    options = resolve({"root": root})
+    assert (options.dataset, options.priors, options.max_epoch) == ("YOLO", "VOC", 300)
+    assert (options.train_sets, options.test_sets) == (((None, "train"),), ((None, "val"),))
+    assert resolve({"root": str(tmp_path / "voc")}).dataset == "VOC"
+    for given, words in (
+        ({"root": root, "dataset": "VOC"}, ["YOLO (data.yaml)", "-d VOC", "-d YOLO"]),
+        ({"root": str(tmp_path / "in")}, ["YOLO (data.yaml)", str(tmp_path / "in/yolo")]),
+        ({"root": f"{root}/data.yaml"}, ["data.yaml is a file", root]),
+        ({"root": str(tmp_path / "in/yolo/labels")}, ["COCO", "CVAT", "docs/own_data.md"]),
+    ):
+        with pytest.raises(UserError) as error:
+            resolve(given)
+        assert all(word in str(error.value) for word in words), error.value
+    write_voc(tmp_path / "in/yolo", {"train": {"a": DOG}})
+    with pytest.raises(UserError, match=r"VOC.*-d VOC.*YOLO.*-d YOLO"):
+        find_layout(root)
+    assert resolve({"root": root, "dataset": "YOLO"}).dataset == "YOLO"
+    assert dataset_of_test({"root": root}, "VOC") == "VOC"
+    assert dataset_of_test({"root": str(tmp_path / "voc")}, "YOLO") == "VOC"
+    assert dataset_of_test({"root": root, "dataset": "COCO"}, "VOC") == "COCO"
+    assert dataset_of_test({}, "CVAT") == "CVAT"
+
+
+def test_part_beside_another_set_is_refused(tmp_path):
+    for train, test in (("split_train", "own"), ("own", "split_val")):
+        options = Options(train_sets=((None, train),), test_sets=((None, test),), root="R")
+        with pytest.raises(UserError, match=f"{train}.*{test}"):
+            check_parts(options)
+    check_parts(Options(train_sets=((None, "split_train"),), test_sets=((None, "split_val"),)))
+    assert parse(["--val_share", ".3", "--split_by", "a"])[1] == {"val_share": 0.3, "split_by": "a"}
+
+
+def test_resume_auto_knows_a_run_by_the_layout_of_its_root(tmp_path):
+    root = write(tmp_path / "yolo", {"train/a": CAT})
+    run = tmp_path / "w/SSD_HarDNet68_512/a"
+    run.mkdir(parents=True)
+    (run / "last.pth").write_bytes(b"")
+    for dataset, wanted in (("YOLO", True), ("VOC", False)):
+        config = {"dataset": dataset, "root": str(root)}
+        (run / "config.json").write_text(json.dumps(config))
+        call, given = parse(["--resume", "auto", "--root", str(root), "--save_folder",
+                             str(tmp_path / "w")])  # fmt: skip
+        if wanted:
+            with pytest.raises(UserError, match=r"last\.pth"):  # found, and damaged
+                find_checkpoint(call, given)
+        else:
+            assert find_checkpoint(call, given) is None
