@@ -63,7 +63,7 @@ class YOLOFolder:
             self.bases = [*(root / each.replace("\\", "/") for each in base), root]
             self.absent = {
                 key: values for key, values in lists.items() if not key.startswith("train")
-                and not any(place.exists() for each in values for place in self._places(each))
+                and not any(os.path.exists(at) for each in values for at in self._places(each))
             }
             lists = {key: values for key, values in lists.items() if key not in self.absent}
             self.sets = lists or self.sets
@@ -133,7 +133,7 @@ class YOLOFolder:
         """
         images: list[Path] = []
         for value in self.sets[name]:
-            place = next((each for each in self._places(value) if each.exists()), None)
+            place = next((each for each in self._places(value) if os.path.exists(each)), None)
             if place is None:
                 raise UserError(
                     f"{self.root / self.source}: {name} is {value}, but there is no "

@@ -17,6 +17,7 @@ from data import (
     build_dataset,
     default_root,
     default_sets,
+    find_layout,
     list_sets,
 )
 from data.image_sets import parse_image_sets, sets_name
@@ -72,7 +73,10 @@ def test_existing_sets_are_listed_and_none_of_a_missing_root(voc_devkit, coco_fo
         "2007_test", "2007_trainval", "2012_trainval",
     ]  # fmt: skip
     assert [*map(str, list_sets("COCO", str(coco_folder)))] == ["2017_train", "2017_val"]
-    assert list_sets("VOC", tmp_path / "no") == list_sets("COCO", tmp_path / "no") == []
+    for name, root in itertools.product(DATASETS, (tmp_path / "no", "a\0b", "\ud800", "x" * 6000)):
+        assert list_sets(name, root) == []
+        with pytest.raises(UserError, match="no such data set folder; give the right one"):
+            find_layout(root)
 
 
 def test_unknown_data_set_is_refused():
