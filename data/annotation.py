@@ -74,6 +74,14 @@ def check_ids(ids: Sequence[str], images: Sequence[Path], faults: list[str] | No
             faults.append(fault)
 
 
+def refuse_missing(place: Path, missing: Sequence[str]) -> None:
+    """Raise UserError for images that annotations or lists name and that do not exist."""
+    if missing:
+        more = ", ..." if len(missing) > 5 else ""
+        raise UserError(f"{place}: missing images ({len(missing)}): {', '.join(missing[:5])}{more};"
+                        " copy them there, or correct the names")  # fmt: skip
+
+
 def check_objects(what: str, annotations: Sequence[Annotation], classes: Sequence[str],
                    faults: list[str] | None) -> None:
     """Refuse image sets without an object of ``classes``, or add that to ``faults``."""

@@ -102,15 +102,18 @@ def annotation_files(root: Path) -> dict[str, Path]:
 
 
 def _looks_like_coco(path: Path) -> bool:
+    """Return whether the start and the end of a file are of an object with images and boxes."""
     try:
         if not path.is_file():
             return False
         with open(path, "rb") as file:
-            start = file.read(2**16).replace(b"\0", b"")  # of UTF-16, too
+            ends = file.read(2**16)
+            file.seek(max(0, os.path.getsize(path) - 2**16))
+            ends = (ends + file.read(2**16)).replace(b"\0", b"")  # of UTF-16, too
     except OSError:
         return False
-    fields = re.search(rb'"images"\s*:\s*\[|"image_id"\s*:', start)
-    return bool(fields and re.match(rb"[^\w\[]*\{", start))
+    wanted = (rb'"(images|categories)"\s*:\s*\[', rb'"image_id"\s*:|"annotations"\s*:\s*\[\s*\]')
+    return re.match(rb"[^\w\[]*\{", ends) is not None and all(re.search(w, ends) for w in wanted)
 
 
 def find_annotations(root: Path, image_set: ImageSet) -> Path:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data.annotated import AnnotatedImages
-from data.annotation import Annotation, Loaded, check_objects, unknown_objects
+from data.annotation import Annotation, Loaded, check_objects, refuse_missing, unknown_objects
 from data.classes import check_classes
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
@@ -207,12 +207,10 @@ class CVATDetection(AnnotatedImages):
             paths.append(found or tried[0])
         if faults is not None:
             faults += twice
-        elif missing or twice:
-            more = ", ..." if len(missing) > 5 else ""
-            raise UserError(twice[0] if twice else (
-                f"{self.root}: {len(missing)} of {len(images)} images are missing: "
-                f"{', '.join(missing[:5])}{more}; export the task with its images"
-            ))
+        elif twice:
+            raise UserError(twice[0])
+        else:
+            refuse_missing(self.root, missing)
         return paths
 
 

@@ -31,8 +31,8 @@ def limit_pixels(most: int | None) -> None:
 
 def check_pixels(path: object, size: tuple[int, int]) -> None:
     """Raise UserError if an image of this (width, height) has more pixels than are allowed."""
-    most, pixels = int(os.environ.get(_VARIABLE, MAX_PIXELS)), size[0] * size[1]
-    if pixels > most:
+    limit, pixels = os.environ.get(_VARIABLE, ""), size[0] * size[1]
+    if pixels > (most := int(limit) if limit.isdecimal() else MAX_PIXELS):
         raise UserError(f"{path}: the image is {size[0]} x {size[1]}, more than {most:,} pixels; "
                         f"make it smaller, or allow it with --max_pixels {pixels}")  # fmt: skip
 

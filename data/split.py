@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.annotation import refuse_missing
 from data.image_sets import ImageSet
 from utils.errors import UserError
 from utils.files import read_text
@@ -138,11 +139,7 @@ def listed(path: Path, names: Sequence[str]) -> list[int]:
             raise UserError(f'{where}: "{line}" fits {several}; write the whole path')
         found.update(dict.fromkeys(hits))
         missing += [] if hits else [f'"{line}" ({where})']
-    if missing:
-        more = ", ..." if len(missing) > 5 else ""
-        raise UserError(
-            f"{path}: {len(missing)} images of the list are missing: {', '.join(missing[:5])}{more}"
-        )
+    refuse_missing(path, missing)
     if not found:
         raise UserError(f"{path}: the image set lists no image")
     return list(found)

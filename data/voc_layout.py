@@ -22,7 +22,7 @@ from data.config import VOC_CLASSES
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import ImageSet
-from data.split import SPLIT_SETS, VAL_SHARE, in_validation
+from data.split import SPLIT_SETS, VAL_SHARE, in_validation, list_files
 from utils.errors import UserError
 from utils.files import read_bytes, read_text
 
@@ -43,6 +43,11 @@ class Listed(NamedTuple):
     id: str
     annotation: Path | None
     image: str = ""
+
+    @property
+    def path(self) -> Path:
+        """The annotation file, or where it is missed."""
+        return self.annotation or self.folder / "Annotations" / f"{self.id}.xml"
 
 
 def year_folders(root: Path) -> dict[str | None, Path]:
@@ -66,7 +71,12 @@ def recognise(root: str | Path) -> str | None:
     if base != root:
         cvat = os.path.isfile(root / "labelmap.txt")
         return "CVAT VOC" if cvat else f"VOC XML in {base.name}/"
-    return "VOC XML, a folder a set" if split_folders(root, index) else "VOC XML beside images"
+    if split_folders(root, index):
+        return "VOC XML, a folder a set"
+    for folder in index.subfolders(root):  # the image sets that it declares must not be passed over
+        if index.has_folder(folder / "ImageSets") or split_folders(folder, index):
+            return None
+    return "VOC XML beside images"
 
 
 def _is_annotation(path: Path) -> bool:
@@ -86,9 +96,8 @@ def list_image_sets(root: str | Path) -> list[ImageSet]:
     found, index = [], FileIndex((".xml",))
     root = Path(os.path.expanduser(root))
     for year, folder in year_folders(root).items():
-        files = [f for main in ("Main/", "") for f in folder.glob(f"ImageSets/{main}[!.]*.txt")]
         classes = {*VOC_CLASSES, *(declared_classes(folder) or ((), ""))[0]}
-        names = {f.stem for f in files if f.stem.rpartition("_")[0] not in classes}
+        names = {name for name in list_files(folder) if name.rpartition("_")[0] not in classes}
         names |= split_folders(folder, index).keys()
         found += [ImageSet(year, name) for name in sorted(names)]
     return found
@@ -100,7 +109,7 @@ def declared_classes(root: Path) -> tuple[list[str], str] | None:
     The file is classes.txt, or labelmap.txt as CVAT writes it (name:colour:parts:actions).
     """
     for name in ("classes.txt", "labelmap.txt"):
-        if os.path.isfile(path := root / name):
+        if os.path.lexists(path := root / name):
             names = read_text(path, "class names").splitlines()
             if name == "labelmap.txt":
                 names = [line.partition(":")[0].strip() for line in names if line[:1] != "#"]
@@ -122,17 +131,8 @@ def split_folders(folder: Path, index: FileIndex) -> dict[str, Path]:
 def annotation_folders(folder: Path, index: FileIndex) -> list[Path]:
     """Return the folders from which ids count: Annotations/, or another with XML; ``folder``."""
     bases = [folder / name for name in ANNOTATION_FOLDERS if index.has_folder(folder / name)]
-    bases = [base for base in bases if index.holds_files(base)] or bases[:1]
-    return [*bases[:1], folder]
-
-
-def _list_paths(folder: Path, name: str) -> list[Path]:
-    return [folder / "ImageSets" / main / f"{name}.txt" for main in ("Main", "")]
-
-
-def _find_list(folder: Path, name: str) -> Path | None:
-    paths = _list_paths(folder, name)
-    return next((p for p in paths if os.path.lexists(p) and not os.path.isdir(p)), None)
+    used = [base for base in bases if index.holds_files(base)]
+    return [*(used or ([] if index.holds_files(folder) else bases))[:1], folder]
 
 
 def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, Path | None]:
@@ -146,9 +146,8 @@ def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, 
             "(data/scripts/VOC2007.sh downloads VOC2007, docs/own_data.md is about own images)"
         )
     folder = year_folders(root).get(image_set.year, root / f"VOC{image_set.year}")
-    if path := _find_list(folder, image_set.name):
-        return folder, path
-    if path := split_folders(folder, index).get(image_set.name):
+    declared = split_folders(folder, index) | list_files(folder)
+    if path := declared.get(image_set.name):
         return folder, path
     if not image_set.year and image_set.name in SPLIT_SETS:
         return folder, None
@@ -158,7 +157,7 @@ def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, 
             "docs/own_data.md shows where images and annotations go"
         )
     existing = ", ".join(map(str, list_image_sets(root))) or "none"
-    lists = [str(path) for path in _list_paths(folder, image_set.name)]
+    lists = [str(folder / "ImageSets" / main / f"{image_set.name}.txt") for main in ("Main", "")]
     raise UserError(
         f'no image set "{image_set}" in {root}: looked for {" and ".join(lists)} '
         f"(docs/own_data.md says how to make one); existing image sets: {existing}"
@@ -171,7 +170,7 @@ def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: fl
     folder, path = _find_set(root, image_set, index)
     if path is None:
         yield from _part(root, image_set, index, val_share, split_by)
-    elif os.path.isdir(path):
+    elif path.suffix != ".txt":
         yield from _under(path, folder, index)
     else:
         bases = annotation_folders(folder, index)
@@ -194,9 +193,9 @@ def list_all(root: Path, index: FileIndex, faults: list[str],
             faults.append(str(error))
             continue
         found += listed if any(each.annotation for each in listed) else []
-    if not declared:
+    if not found and not {*known} & {*declared}:
         found = list(_under(annotation_folders(root, index)[0], root, index))
-    first = {os.path.normpath(each.annotation or each.where): each for each in reversed(found)}
+    first = {os.path.normpath(each.path): each for each in reversed(found)}
     return sorted(first.values(), key=lambda each: each.id)
 
 
@@ -206,13 +205,13 @@ def _part(root: Path, image_set: ImageSet, index: FileIndex, val_share: float,
     pool = list_all(root, index, [])
     train, val = (ImageSet(None, name) for name in SPLIT_SETS)
     other = val if image_set == train else train
-    if _find_list(root, other.name):
+    if other.name in list_files(root):
         taken = {each.annotation for each in list_images(root, other, index)}
         yield from (each for each in pool if each.annotation not in taken)
         return
     images, names = FileIndex(IMAGE_SUFFIXES), []
     for each in pool:
-        parent, name = os.path.split(os.path.splitext(each.annotation or each.id)[0])
+        parent, name = os.path.split(os.path.splitext(each.path)[0])
         file, _ = find_image(name, image_folders(each.folder, parent), (each.image,), images)
         names.append(os.path.relpath(file, root) if file else f"{each.id}{IMAGE_SUFFIXES[0]}")
     chosen = in_validation(names, val_share, split_by)
@@ -238,12 +237,9 @@ def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
     """
     line = re.sub(r"^(\.[/\\])+", "", line)
     plain = re.sub(r"\s+(-1|0|1)$", "", line)
-    ids, image = [line, plain], re.split(r"[/\\]", plain)[-1]
-    if image.lower().endswith(IMAGE_SUFFIXES):
-        ids.append(os.path.splitext(plain)[0])
-    else:
-        image = ""
-    ids = list(dict.fromkeys(ids))
+    stem, suffix = os.path.splitext(plain)
+    image = re.split(r"[/\\]", plain)[-1] if suffix.lower() in IMAGE_SUFFIXES else ""
+    ids = [*dict.fromkeys([line, plain, stem if image else plain])]
     for base in bases:
         for each in chain(ids, _inner(ids[-1], base, index)):
             if found := index.by_stem(f"{base}{os.sep}{each}"):

@@ -54,7 +54,7 @@ def load_annotations(
     found, skipped = [], []
     for year, name in image_sets:
         for each in list_images(root, ImageSet(year or None, name), index, val_share, split_by):
-            path = _key(each.annotation or each.folder / "Annotations" / each.id)
+            path = _key(each.path)
             if path in first:
                 detail = f"{each.where}: {each.id}"
                 skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, first[path], None, detail))
@@ -64,11 +64,9 @@ def load_annotations(
     what = f"{root}: the image set {', '.join(str(ImageSet(*each)) for each in image_sets)}"
     if not found:
         raise UserError(f"{what} lists no image")
-    paths = [each.annotation or each.folder / "Annotations" / f"{each.id}.xml" for each in found]
     if faults is None:
-        missing = [path for each, path in zip(found, paths, strict=True) if not each.annotation]
-        _refuse_missing("annotation", missing)
-    annotations = [_read_or_note(path, faults) for path in paths]
+        _refuse_missing("annotation", [each.path for each in found if not each.annotation])
+    annotations = [_read_or_note(each.path, faults) for each in found]
     if classes is None:
         classes = _choose_classes(root, image_sets, annotations, skipped, index)
     else:

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.files import decode, read_bytes
 
 # Tags of shapes. A file that has one which is not read is refused, never taken for background.
-_SHAPES = {"bndbox", "robndbox", "polygon", "points", "bbox", "box", "rotated_bndbox", "polyline"}
+_SHAPES = {"bndbox", "xmin", "robndbox", "polygon", "points", "bbox", "box", "polyline"}
 _PARTS = ("part", "parts")  # of an object, such as a person's head
 _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 
@@ -40,10 +40,10 @@ def read_annotation(path: str | Path) -> Annotation:
         where = f"{path}: object {index}"
         found = {(name.text or "").strip() for name in element.findall("name")}
         if len(found) > 1:
-            raise UserError(f"{where} has several names: {', '.join(sorted(found))}; keep one")
+            raise UserError(f"{where} has several names: {', '.join(sorted(found)):.60}; keep one")
         if not (name := "".join(found)):
             raise UserError(f"{where} has no <name>")
-        where += f' ("{name}")'
+        where += f' ("{name:.60}")'
         read = _read_boxes(element, where)
         names += [unicodedata.normalize("NFC", name)] * len(read)
         boxes += read
@@ -89,19 +89,26 @@ def _find_objects(path: Path, root: ElementTree.Element) -> tuple[list[ElementTr
         objects.append(elements[start])
     others += elements[end:]
     for element in others:
-        if element.tag in _SHAPES or not {"points", "xmin"}.isdisjoint(element.keys()):
+        named = element.tag in _SHAPES or not {"points", "xmin"}.isdisjoint(element.keys())
+        if named or not objects and element is not root and _count_numbers(element) > 3:
             raise UserError(f"{path}: <{element.tag}> outside an <object> cannot be read; write "
                             "VOC's <object> with <name> and <bndbox>")
     if not objects and tags[0] != "annotation":
         raise UserError(f"{path}: not a VOC annotation (its root is <{tags[0]}>); write VOC's "
                         "<annotation> with an <object> a box")
     for tag in ("filename", "size"):
-        if tags.count(tag) > 1 and sum(
-            each.find(tag) is not None for each in others if each.tag != "source"
-        ) > 1:
+        of_images = (each for each in others if each.tag != "source" and each.find(tag) is not None)
+        if tags.count(tag) > 1 and len([*of_images]) > 1:
             raise UserError(f"{path}: annotations of several images; write a file for each")
     # LabelMe keeps what was deleted.
     return [each for each in objects if _text(each, "deleted") != "1"], others
+
+
+def _count_numbers(element: ElementTree.Element) -> int:
+    """Return how many numbers an element has as text, attributes or children; a box has four."""
+    texts = [element.text, *element.attrib.values(), *(child.text for child in element)]
+    words = re.split(r"[\s,;]+", " ".join(text or "" for text in texts))
+    return sum(re.fullmatch(r"[-+]?\d*\.?\d+", word) is not None for word in words)
 
 
 @functools.lru_cache(4096)
@@ -181,16 +188,13 @@ def _read_difficult(element: ElementTree.Element, where: str) -> bool:
 
 
 def _read_size(path: Path, elements: list[ElementTree.Element]) -> tuple[int, int] | None:
-    size = next((each for each in elements if each.tag == "size"), None)
-    if size is None:
-        return None
-    sides = []
-    for tag in ("width", "height"):
-        value = _finite(_text(size, tag) or "0", tag, str(path))
-        if value < 0:
-            raise UserError(f"{path}: <{tag}> is {value:g}; write the image's, or remove <size>")
-        sides.append(int(value))
-    return (sides[0], sides[1]) if min(sides) > 0 else None
+    for size in (each for each in elements if each.tag == "size"):
+        tags = ("width", "height")
+        width, height = (int(_finite(_text(size, tag) or "0", tag, str(path))) for tag in tags)
+        if min(width, height) < 0:
+            raise UserError(f"{path}: <size> is {width} x {height}; correct or remove it")
+        return (width, height) if width and height else None
+    return None
 
 
 def _read_filename(elements: list[ElementTree.Element]) -> str:

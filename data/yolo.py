@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -14,14 +15,14 @@ from pathlib import Path
 import numpy as np
 
 from data.annotated import AnnotatedImages
-from data.annotation import Annotation, Loaded, check_objects, unknown_objects
+from data.annotation import Annotation, Loaded, check_objects, refuse_missing, unknown_objects
 from data.classes import check_classes
 from data.image import IMAGE_SUFFIXES, image_size
 from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.split import choose, list_files
-from data.yolo_layout import NAME_FILES, YOLOFolder, is_label, names_beside, relative, split_line
+from data.yolo_layout import NAME_FILES, YOLOFolder, is_label, names_beside, relative
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -40,7 +41,7 @@ def read_label(path: Path, keypoints: int = 0) -> tuple[list[float], np.ndarray,
     numbers, edges, outside = [], [], []
     for line, text in enumerate(read_text(path, "label file", 2**28).splitlines(), 1):
         if words := text.split():
-            number, *values = split_line(f"{path}:{line}", words)
+            number, *values = _numbers(f"{path}:{line}", words)
             if keypoints and len(values) == 4 + keypoints:
                 values = values[:4]
             if min(values, default=0) < -0.001 or max(values, default=0) > 1.001:
@@ -48,6 +49,20 @@ def read_label(path: Path, keypoints: int = 0) -> tuple[list[float], np.ndarray,
             numbers.append(number)
             edges.append(_edges(f"{path}:{line}", values))
     return numbers, np.array(edges, np.float64).reshape(-1, 4), outside
+
+
+def _numbers(where: str, words: Sequence[str]) -> list[float]:
+    values = []
+    for word in words:
+        try:
+            values.append(float(word))
+        except ValueError:
+            values.append(math.nan)
+        if not math.isfinite(values[-1]):
+            raise UserError(f'{where}: "{word:.60}" is no number; write class x y width height')
+    if values[0] < 0 or values[0] % 1:
+        raise UserError(f'{where}: "{words[0]:.60}" is no class number; write 0, 1, ...')
+    return values
 
 
 def _edges(where: str, values: Sequence[float]) -> tuple[float, ...]:
@@ -170,10 +185,8 @@ class YOLODetection(AnnotatedImages):
                 if path in images:
                     skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, images[path], None, str(path)))
                 images.setdefault(path, len(images))
-        if missing and faults is None:
-            more = ", ..." if len(missing) > 5 else ""
-            raise UserError(f"{self.root}: {len(missing)} images that a list names are missing: "
-                            f"{', '.join(missing[:5])}{more}")
+        if faults is None:
+            refuse_missing(self.root, missing)
         skipped += [Skip(SkipKind.OUTSIDE_ROOT, i, None, str(path)) for path, i in images.items()
                     if relative(path, self.root).startswith("../")]
         return list(images), skipped

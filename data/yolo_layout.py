@@ -14,11 +14,11 @@ import os
 import re
 import reprlib
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from data.classes import check_classes
+from data.classes import BACKGROUND, check_classes
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import set_word
@@ -34,8 +34,6 @@ except ImportError:  # told when a data.yaml is there
 SETS = ("train", "trainval", "val", "valid", "validation", "dev", "test")
 IMAGE_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS", "JPEGImages": "labels"}
 NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "_darknet.labels")
-BACKGROUND = ("background", "__background__")
-MOST_CLASSES = 10_000
 _shown = reprlib.Repr().repr  # YAML's references make short texts that are endless values
 
 
@@ -235,8 +233,6 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
 
 
 def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
-    if len(names) > MOST_CLASSES:
-        raise UserError(f"{path}: {len(names):,} class names, more than {MOST_CLASSES:,}")
     names = {number: name.strip() for number, name in names.items()}
     names = {number: name for number, name in names.items() if name not in BACKGROUND}
     check_classes(list(names.values()), str(path))
@@ -261,18 +257,3 @@ def names_beside(root: Path) -> dict[int, str] | None:
     if len({tuple(names.items()) for names in found.values()}) > 1:
         raise UserError(f"{' and '.join(map(str, found))} differ; make them equal, or keep one")
     return next(iter(found.values()), None)
-
-
-def split_line(where: str, words: Sequence[str]) -> list[float]:
-    """Return the numbers of a line. Raises UserError for what is none, or no class number."""
-    values = []
-    for word in words:
-        try:
-            values.append(float(word))
-        except ValueError:
-            values.append(math.nan)
-        if not math.isfinite(values[-1]):
-            raise UserError(f'{where}: "{word:.60}" is no number; write class x y width height')
-    if values[0] < 0 or values[0] % 1:
-        raise UserError(f'{where}: "{words[0]:.60}" is no class number; write 0, 1, ...')
-    return values

@@ -100,9 +100,10 @@ def asked_dataset(given: Mapping[str, object], stored: object = None) -> str:
 
 def dataset_of_test(given: Mapping[str, object], trained: str) -> str:
     """Return the data set of a test of a detector that was ``trained`` on one."""
-    if "dataset" in given or "root" not in given:
+    root = given.get("root")
+    if "dataset" in given or root is None or not Path(absolute(root)).is_dir():
         return given.get("dataset", trained)
-    return find_layout(absolute(given["root"]), trained)[0]
+    return find_layout(absolute(root), trained)[0]
 
 
 def check_parts(options: Options) -> None:

@@ -91,8 +91,8 @@ def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
     """Return the data set of the image sets ``key``, "train_sets" or "test_sets".
 
     Raises:
-        UserError: the data cannot be read, their classes are not those of the options, or a test
-            set cannot be scored.
+        UserError: the data cannot be read, their classes are not those of the options, a test set
+            cannot be scored, or a training set has no box.
     """
     testing = key == "test_sets"
     limit_pixels(options.max_pixels)
@@ -108,6 +108,9 @@ def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
         )
     if testing:
         dataset.check_scorable()
+    elif not len(dataset.rows):
+        raise UserError(f"{options.root}: the {len(dataset)} training images have no box to learn "
+                        "from; annotate some, or give other image sets (--train_sets)")  # fmt: skip
     return dataset
 
 

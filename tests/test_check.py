@@ -260,6 +260,9 @@ def test_probable_mistakes_are_warned_of_with_their_place(tmp_path):
     cv2.imwrite(str(folder / "spare.jpg"), deep[90:] >> 4)
     write_annotation(root / "Annotations" / "spare.xml", DOG)
     write_annotation(root / "Annotations" / "lone.xml", DOG)
+    lists = root / "ImageSets/Main"
+    (root / "Annotations/whole.xml").rename(root / "Annotations/whole.jpg.xml")  # detection's name
+    (lists / "trainval.txt").write_text("twice\nthin\nwhole.jpg\nmany\nflat\ndeep\n")
     (tmp_path / "elsewhere.jpg").write_bytes((folder / "thin.jpg").read_bytes())
     (folder / "thin.jpg").unlink()
     (folder / "thin.jpg").symlink_to(tmp_path / "elsewhere.jpg")
@@ -288,7 +291,6 @@ def test_probable_mistakes_are_warned_of_with_their_place(tmp_path):
         (BOTH, "annotation file without an image"): [f"{root}/Annotations/lone.xml"],
     }.items():  # fmt: skip
         assert texts[part, what] == wanted, what
-    lists = root / "ImageSets/Main"
     (lists / "more.txt").write_text("spare\n")
     assert (BOTH, "image in these folders, but in neither part") in found(report_of(root), "note")
 

@@ -13,7 +13,10 @@ from conftest import with_exif
 
 from data.coco import COCODetection
 from data.coco_layout import list_image_sets, recognise
+from data.image_sets import ImageSet
 from data.skips import SkipKind
+from engine.options import Call, Options
+from engine.run import open_dataset
 from utils.errors import UserError
 
 
@@ -61,13 +64,23 @@ def test_layouts_of_tools_are_found_and_read(tmp_path, files, layout, sets):
         assert dataset.skipped == []
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{", '{"shapes": []}', "\0" * 9, '"images": [3]'])
+@pytest.mark.parametrize("content", [
+    "", "[]", "{", "\0" * 9, '{"shapes": []}', '{"images": [{"id": 1}], "categories": []}',
+    '[{"images": [1], "image_id": 1}]',
+])
 def test_other_json_files_are_no_layout(tmp_path, content):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "train.json").write_text(content)
     os.mkfifo(tmp_path / "b.json")
     assert recognise(tmp_path) is None and list_image_sets(tmp_path) == []
     assert recognise(tmp_path / "none") is None
+
+
+def test_training_set_without_a_box_is_refused(tmp_path):
+    write(tmp_path, "annotations/instances_train.json", "train", {1: "1.png"})
+    options = Options(dataset="COCO", root=str(tmp_path), train_sets=(ImageSet(None, "train"),))
+    with pytest.raises(UserError, match=f"{tmp_path}: the 1 training images have no box .*--train"):
+        open_dataset(options, Call(), "train_sets")
 
 
 @pytest.mark.parametrize(("name", "file"), [

@@ -106,5 +106,5 @@ def test_images_are_found_beside_or_by_subset_and_subsets_are_sets(folder, tmp_p
     with pytest.raises(UserError, match=r"image 1 .*image 2 .*both .*b\.png"):
         build_dataset("CVAT", tmp_path / "two", [(None, "x"), (None, "y")])
     (tmp_path / folder.format("validation") / "b.png").unlink()
-    with pytest.raises(UserError, match=r"1 of 1 images are missing.*b\.png.*with its images"):
+    with pytest.raises(UserError, match=r"missing images \(1\).*b\.png.*copy"):
         read(tmp_path, "validation")

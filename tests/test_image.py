@@ -1,17 +1,26 @@
 """Reading image files: pixels as OpenCV has them, and every damage by the file's name."""
 
 import io
+import os
 import struct
 import zlib
+from contextlib import suppress
+from pathlib import Path
 
 import cv2
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import with_exif
+from conftest import with_exif, write_voc
 
 from data.image import FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, limit_pixels, read_image
 from data.transforms import SSDAugmentation, TestTransform
+from engine.options import Call
+from engine.resolve import resolve
+from engine.run import open_dataset
+from inference.predictor import Predictor
+from tools import detect, export, report, sheet
+from tools.check import check
 from utils.errors import UserError
 
 
@@ -132,6 +141,26 @@ def test_of_several_images_in_a_file_the_first_is_read(tmp_path, image, kind):
     (tmp_path / "b").write_bytes(pil(kind, image))
     both = [read_image(tmp_path / name).astype(int) for name in "ab"]
     assert np.abs(both[0] - both[1]).mean() < 4
+
+
+def test_every_command_that_reads_images_takes_the_limit(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for most, command, words in (
+        ("5", sheet, "none"), ("6", report, "none"), ("7", detect, "none.pth none.jpg"),
+        ("8", export, "none.pth --format onnx"),
+    ):  # fmt: skip
+        assert command.main([*words.split(), "--max-pixels", most]) == 2
+        assert os.environ["SSD_MAX_PIXELS"] == most
+    root = write_voc(tmp_path / "own", {"trainval": {"a": [("dog", (1, 1, 50, 50))]}})
+    for most, read in (
+        (9, lambda options: open_dataset(options, Call(), "train_sets").pull_image(0)),
+        (10, lambda options: check(options)),
+        (11, lambda options: Predictor(Path("none.pth"), max_pixels=options.max_pixels)),
+    ):
+        with suppress(UserError):
+            read(resolve({"root": str(root), "max_pixels": most}))
+        with pytest.raises(UserError, match=f"a.jpg: the image is 96 x 72, more than {most} "):
+            read_image(root / "JPEGImages/a.jpg")
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1)])

@@ -7,7 +7,7 @@ import unicodedata
 import pytest
 from conftest import write_annotation
 
-from data import default_sets
+from data import default_sets, find_layout
 from data.skips import SkipKind
 from data.voc0712 import VOCDetection
 from utils.errors import UserError
@@ -126,6 +126,8 @@ def test_list_that_nobody_asked_for_never_stops_training(folder, content):
     if unread:
         with pytest.raises(UserError, match=r"notes\.txt:1: .*UTF-8"):
             read(folder, "notes")
+    (folder / "ImageSets/Main/test.txt").unlink()
+    assert len(read(folder, "split_train", "split_val")) == 3
 
 
 @pytest.mark.parametrize(("box", "cause"), [
@@ -166,6 +168,18 @@ def test_folders_of_image_sets_give_ids_that_are_unique_and_lists_can_name(folde
     data = read(root, "train", "valid")
     assert len({*data.ids}) == len({*data._paths}) == 2
     assert kinds(data) == {SkipKind.NO_ANNOTATION_FILE}
+    assert find_layout(root)[0] == "VOC"
+    if base == "train/{}":  # not without its image sets
+        with pytest.raises(UserError, match=f"{root} holds VOC XML.*--root"):
+            shutil.rmtree(folder / "Annotations")
+            find_layout(folder)
     (root / "ImageSets").mkdir()
     (root / "ImageSets/mine.txt").write_text("\n".join(data.ids))
     assert read(root, "mine").ids == data.ids
+
+
+@pytest.mark.parametrize("name", ["../../test", "sub/test", "/etc/hosts", "s" * 300])
+def test_set_is_a_name_and_no_path(folder, name):
+    (folder / "ImageSets/Main/test.txt").rename(folder / "test.txt")
+    with pytest.raises(UserError, match="no image set .* existing"):
+        read(folder, name)

@@ -37,7 +37,8 @@ def test_annotation_is_read_with_boxes_counted_from_0(tmp_path):
 
 @pytest.mark.parametrize(
     "size", ["", "<size/>", "<size><width>0</width><height>0</height></size>",
-             "<size><width/><height>8</height></size>"]
+             "<size><width/><height>8</height></size>",
+             "<date>2024-01-02 10 20 30</date><gps><lat>1</lat><lon>2</lon></gps>"]
 )  # fmt: skip
 def test_annotation_without_size_and_objects_is_empty(tmp_path, size):
     found = read_annotation(xml(tmp_path, f"<annotation>{size}</annotation>"))
@@ -88,11 +89,13 @@ def test_objects_are_read_at_any_depth_and_in_any_shape(tmp_path, text, boxes, r
     ("<doc/>", "root is <doc>"),
     ('<annotations><image><box xmin="1"/></image></annotations>', "<box>"),
     (f"<annotation><item><name>dog</name>{BOX}</item></annotation>", "<bndbox> outside"),
+    ("<annotation><item><l>1</l><t>1</t><w>1</w><h>1</h></item></annotation>", "<item> out"),
+    ("<annotation><rect>1, 2, 3.5, 4</rect></annotation>", "<rect> outside"),
     (f"<annotation><object><name>a</name>{GOOD}</object></annotation>", "object 1 .*<object>"),
     ("<a><b><filename>a</filename></b><b><filename>b</filename></b></a>", "several images|root"),
     (f"<annotation><object><name>a</name><name>b</name>{BOX}</object></annotation>", "names: a, b"),
     ("<annotation><size><width>1e300</width></size></annotation>", '<width> is "1e300"'),
-    ("<annotation><size><width>-1</width></size></annotation>", "<width> is -1"),
+    ("<annotation><size><width>-1</width></size></annotation>", "<size> is -1 x 0"),
     ("<annotation><size><width>wide</width></size></annotation>", '<width> is "wide"'),
     ("<annotation><object><name>a</name><polygon><x>1</x></polygon></object></annotation>", "1 x"),
     (f"<annotation>{GOOD.replace('<xmin>', '<xmin>1</xmin><xmin>')}</annotation>", "al corners"),

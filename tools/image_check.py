@@ -134,7 +134,7 @@ def check_places(report: Report) -> None:
         Record(f"{path}" + ", without an annotation file" * (_stem(path) not in stems))
         for path in sorted(found - images)))  # fmt: skip
     report.add("warning", BOTH, "annotation file without an image", (
-        Record(str(path)) for path in sorted(more)
+        Record(str(path)) for path in sorted(more - used)
         if _stem(path) not in names and path.name.split(".")[0].lower() not in LISTS))  # fmt: skip
 
 

@@ -184,12 +184,17 @@ def read_bytes(path: str | Path, what: str = "file", limit: int = 2**32) -> byte
             fault = f"{status.st_size:,} bytes, more than {limit:,}"
         if fault:
             raise UserError(f"{path}: cannot read the {what} ({fault}); give another file")
-        with open(path, "rb") as file:
-            return file.read()
+        with open(path, "rb", opener=_open_at_once) as file:
+            return file.read() or b""
     except OSError as error:
         raise UserError(f"{path}: cannot read the {what} ({error.strerror})") from error
     except ValueError as error:  # NUL or a lone surrogate in the name
         raise UserError(f"{str(path)!a}: cannot be the name of the {what} ({error})") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file so that reading never waits; files of /proc, which look regular, may."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_text(path: str | Path, what: str = "file", limit: int = 2**32) -> str:
