@@ -21,7 +21,8 @@ from data.truth import Truth, digest
 from utils.errors import UserError
 
 _EXPORTS = {
-    "COCODetection": "data.coco", "VOCDetection": "data.voc0712", "VOC_CLASSES": "data.config",
+    "COCODetection": "data.coco", "CVATDetection": "data.cvat", "VOCDetection": "data.voc0712",
+    "YOLODetection": "data.yolo", "VOC_CLASSES": "data.config",
     "detection_collate": "data.loading",
 }
 
@@ -331,7 +332,7 @@ def layouts(root: Path) -> list[tuple[str, str]]:
 def check_layout(name: str, root: str | Path) -> None:
     """Raise UserError if only another data set's layout is under ``root``."""
     root = Path(os.path.expanduser(root))
-    if _layout(name, root) is None and (others := layouts(root)):
+    if os.path.isdir(root) and _layout(name, root) is None and (others := layouts(root)):
         other, layout = others[0]
         raise UserError(
             f"{root} holds {layout}, which -d {name} does not read; give -d {other}, or leave -d "
@@ -352,12 +353,14 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     valid, validation, dev and test. Without one of both, all images are divided into split_train
     and split_val, see `data.split.in_validation`.
     """
+    root = Path(os.path.expanduser(root))
     row, existing = DATASETS[name], list_sets(name, root)
     published = {*row.train_sets, *row.test_sets}
     devkit = all(year for year, _ in existing) and {y for y, _ in existing} & {
         year for year, _ in published
     }
-    if published <= {*existing} or devkit or not (existing or _layout(name, Path(root))):
+    there = existing or (os.path.isdir(root) and _layout(name, root))
+    if published <= {*existing} or devkit or not there:
         return row.train_sets, row.test_sets
     known = {set_word(each.name): each for each in sorted(existing, key=lambda s: s.year or "")}
     pairs = [("trainval", "test")]

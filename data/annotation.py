@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -74,12 +75,25 @@ def check_ids(ids: Sequence[str], images: Sequence[Path], faults: list[str] | No
             faults.append(fault)
 
 
+def check_folder(root: Path) -> None:
+    """Raise UserError if ``root`` is no folder."""
+    if not os.path.isdir(root):
+        raise UserError(f"{root}: no such data set folder; give the right one with --root")
+
+
 def refuse_missing(place: Path, missing: Sequence[str]) -> None:
     """Raise UserError for images that annotations or lists name and that do not exist."""
     if missing:
         more = ", ..." if len(missing) > 5 else ""
         raise UserError(f"{place}: missing images ({len(missing)}): {', '.join(missing[:5])}{more};"
                         " copy them there, or correct the names")  # fmt: skip
+
+
+def outside_root(root: Path, images: Sequence[Path]) -> list[Skip]:
+    """Return records of the images that do not lie under ``root``, links not followed."""
+    start = os.path.join(os.path.abspath(root), "")
+    return [Skip(SkipKind.OUTSIDE_ROOT, i, None, str(image)) for i, image in enumerate(images)
+            if not os.path.abspath(image).startswith(start)]
 
 
 def check_objects(what: str, annotations: Sequence[Annotation], classes: Sequence[str],

@@ -83,6 +83,8 @@ def list_image_sets(root: str | Path) -> list[ImageSet]:
 
 def annotation_files(root: Path) -> dict[str, Path]:
     """Return the annotation file of each image set, by `file_stem`; ground truth comes first."""
+    if not os.path.isdir(root):
+        return {}
     found = {
         path.stem.removeprefix(kind): path
         for folder in ANNOTATION_FOLDERS[::-1]

@@ -12,7 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from data.annotated import AnnotatedImages
-from data.annotation import Annotation, Loaded, check_objects, refuse_missing, unknown_objects
+from data.annotation import (
+    Annotation,
+    Loaded,
+    check_folder,
+    check_objects,
+    outside_root,
+    refuse_missing,
+    unknown_objects,
+)
 from data.classes import check_classes
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
@@ -164,6 +172,7 @@ class CVATDetection(AnnotatedImages):
         return [ImageSet(None, name) for name in names]
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
+        check_folder(self.root)
         every, labels = _read_files(self.root)
         if not every:
             raise UserError(f"{self.root}: no annotations.xml of CVAT with an <image>; export the "
@@ -188,7 +197,7 @@ class CVATDetection(AnnotatedImages):
         classes = check_classes(classes, str(self.root)) if classes else ()
         what = f"{self.root}: the image set {sets_name(self.image_sets)}"
         check_objects(what, annotations, classes, faults)
-        skipped += unknown_objects(annotations, classes)
+        skipped += [*unknown_objects(annotations, classes), *outside_root(self.root, paths)]
         skipped += [Skip(SkipKind.OTHER_SHAPE, i, None, f"{image.where}: {shape.tag} {number}")
                     for i, image in enumerate(images)
                     for number, shape in enumerate(image.element, 1) if shape.tag not in AREAS]

@@ -96,6 +96,8 @@ def _clean(path: str) -> str:
 def list_files(root: str | Path) -> dict[str, Path]:
     """Return the lists ROOT/ImageSets/NAME.txt and ROOT/ImageSets/Main/NAME.txt by NAME."""
     folder = Path(os.path.expanduser(root), "ImageSets")
+    if not os.path.isdir(folder):
+        return {}
     files = [*sorted(folder.glob("[!.]*.txt")), *sorted(folder.glob("Main/[!.]*.txt"))]
     return {file.stem: file for file in files}
 

@@ -15,7 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from data.annotated import AnnotatedImages
-from data.annotation import Annotation, Loaded, check_objects, refuse_missing, unknown_objects
+from data.annotation import (
+    Annotation,
+    Loaded,
+    check_folder,
+    check_objects,
+    outside_root,
+    refuse_missing,
+    unknown_objects,
+)
 from data.classes import check_classes
 from data.image import IMAGE_SUFFIXES, image_size
 from data.image_files import FileIndex
@@ -110,6 +118,7 @@ class YOLODetection(AnnotatedImages):
         return ": pixels where shares of the image, 0 to 1, belong?" if far else ""
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
+        check_folder(self.root)
         folder = YOLOFolder(self.root)
         if folder.layout is None:
             raise UserError(
@@ -187,9 +196,7 @@ class YOLODetection(AnnotatedImages):
                 images.setdefault(path, len(images))
         if faults is None:
             refuse_missing(self.root, missing)
-        skipped += [Skip(SkipKind.OUTSIDE_ROOT, i, None, str(path)) for path, i in images.items()
-                    if relative(path, self.root).startswith("../")]
-        return list(images), skipped
+        return list(images), skipped + outside_root(self.root, list(images))
 
 
 def _read(folder: YOLOFolder, index: int, image: Path, label: Path | None,

@@ -59,10 +59,8 @@ class YOLOFolder:
             lists = {key: values for key, values in lists.items() if values}
             base = _as_texts(path, "path", content.get("path", ""))
             self.bases = [*(root / each.replace("\\", "/") for each in base), root]
-            self.absent = {
-                key: values for key, values in lists.items() if not key.startswith("train")
-                and not any(os.path.exists(at) for each in values for at in self._places(each))
-            }
+            self.absent = {key: values for key, values in lists.items()
+                           if not (key.startswith("train") or any(map(self._place, values)))}
             lists = {key: values for key, values in lists.items() if key not in self.absent}
             self.sets = lists or self.sets
             self.names, self.keypoints = _read_names(path, content), _read_keypoints(path, content)
@@ -131,13 +129,13 @@ class YOLOFolder:
         """
         images: list[Path] = []
         for value in self.sets[name]:
-            place = next((each for each in self._places(value) if os.path.exists(each)), None)
-            if place is None:
+            if (place := self._place(value)) is None:
                 raise UserError(
                     f"{self.root / self.source}: {name} is {value}, but there is no "
                     f"{' and no '.join(str(base / value) for base in self.bases)}; correct it"
                 )
-            found = self.index.inside(place) if place.is_dir() else self._listed(place, missing)
+            folder = os.path.isdir(place)
+            found = self.index.inside(place) if folder else self._listed(place, missing)
             if not found:
                 raise UserError(f"{place}: the image set {name} of {self.root} holds no image")
             images += found
@@ -152,6 +150,9 @@ class YOLOFolder:
                 missing += [] if file else [f"{line} ({path}:{number})"]
                 found.append(file or places[0])
         return found
+
+    def _place(self, text: str) -> Path | None:
+        return next(filter(os.path.exists, self._places(text)), None)
 
     def _places(self, text: str, *bases: Path) -> Iterator[Path]:
         """Yield where a path may lead: from each base, then without its folders of elsewhere."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,7 +68,7 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         **RECIPES[check_value(OPTIONS["recipe"], values.get("recipe", Options.recipe))], **values,
     }
     values["root"] = root = absolute(values["root"])
-    if Path(root).is_file():
+    if os.path.isfile(root):
         raise UserError(f"--root {root} is a file; give its folder, {Path(root).parent}")
     values["priors"] = read_priors(values["priors"], values.get("size", Options.size))
     if "priors" in given and stored.get("priors", values["priors"]) != values["priors"]:
@@ -93,7 +94,7 @@ def asked_dataset(given: Mapping[str, object], stored: object = None) -> str:
         UserError: no such data set, or the root holds no layout or several.
     """
     dataset = given.get("dataset") or stored
-    if dataset is None and "root" in given and Path(root := absolute(given["root"])).is_dir():
+    if dataset is None and "root" in given and os.path.isdir(root := absolute(given["root"])):
         dataset, _ = find_layout(root)
     return check_value(OPTIONS["dataset"], dataset or Options.dataset)
 
@@ -101,7 +102,7 @@ def asked_dataset(given: Mapping[str, object], stored: object = None) -> str:
 def dataset_of_test(given: Mapping[str, object], trained: str) -> str:
     """Return the data set of a test of a detector that was ``trained`` on one."""
     root = given.get("root")
-    if "dataset" in given or root is None or not Path(absolute(root)).is_dir():
+    if "dataset" in given or root is None or not os.path.isdir(absolute(root)):
         return given.get("dataset", trained)
     return find_layout(absolute(root), trained)[0]
 

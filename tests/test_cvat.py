@@ -95,16 +95,16 @@ def test_file_without_images_or_boxes_is_refused_with_its_cause(how, words, tmp_
 
 @pytest.mark.parametrize("folder", ["images/{}", "images", "{}", ""])
 def test_images_are_found_beside_or_by_subset_and_subsets_are_sets(folder, tmp_path):
-    names = {'in\\a.png" subset="train': BOX, 'b.png" subset="validation': BOX + "<tag/>"}
-    write(tmp_path, names, folder)
-    train, test = default_sets("CVAT", tmp_path)
+    names = {'..\\in\\a.png" subset="train': BOX, 'b.png" subset="validation': BOX + "<tag/>"}
+    root = write(tmp_path / "d", names, folder)
+    train, test = default_sets("CVAT", root)
     assert (str(train[0]), str(test[0])) == ("train", "validation")
-    assert read(tmp_path, "train").image_path(0).name == "a.png"
-    kinds = [skip.kind for skip in read(tmp_path, "validation").skipped]
-    assert kinds == [SkipKind.OTHER_SHAPE]
+    assert read(root, "train").image_path(0).name == "a.png"
+    kinds = [[skip.kind for skip in read(root, name).skipped] for name in ("train", "validation")]
+    assert kinds == [[SkipKind.OUTSIDE_ROOT] * (folder == ""), [SkipKind.OTHER_SHAPE]]
     write(tmp_path / "two", {'b.png" subset="x': BOX, 'b.png" subset="y': BOX})
     with pytest.raises(UserError, match=r"image 1 .*image 2 .*both .*b\.png"):
         build_dataset("CVAT", tmp_path / "two", [(None, "x"), (None, "y")])
-    (tmp_path / folder.format("validation") / "b.png").unlink()
+    (root / folder.format("validation") / "b.png").unlink()
     with pytest.raises(UserError, match=r"missing images \(1\).*b\.png.*copy"):
-        read(tmp_path, "validation")
+        read(root, "validation")

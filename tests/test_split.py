@@ -8,7 +8,7 @@ import pytest
 from conftest import write_voc
 from test_yolo import CAT, write
 
-from data import build_dataset, default_sets, find_layout
+from data import DATASETS, build_dataset, default_sets, find_layout
 from data.image_sets import ImageSet
 from data.split import in_validation, listed
 from engine.options import Options, parse
@@ -134,6 +134,15 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
     assert dataset_of_test({"root": str(tmp_path / "voc")}, "YOLO") == "VOC"
     assert dataset_of_test({"root": root, "dataset": "COCO"}, "VOC") == "COCO"
     assert dataset_of_test({}, "CVAT") == "CVAT"
+
+
+@pytest.mark.parametrize("root", ["x" * 5000, "a\0b", "\ud800", "/dev/null/x"])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_root_that_no_file_system_takes_is_refused_by_its_reader(root, dataset):
+    options = resolve({"root": root, "dataset": dataset})
+    assert resolve({"root": root}).dataset == "VOC"
+    with pytest.raises(UserError):
+        build_dataset(dataset, options.root, options.train_sets)
 
 
 def test_part_beside_another_set_is_refused(tmp_path):

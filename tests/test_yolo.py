@@ -80,7 +80,8 @@ def test_line_that_is_no_label_is_refused_by_file_line_and_value(line, words, tm
     ("names: [a, b\ntrain: x", "malformed YAML"), ("train: {a: b}\nnames: [a]", "train"),
     ("train: images/train\nnames: 7", "names is '7'"), (f"{YAML}nc: 3", "nc is '3'"),
     ("train: images/train\nnames: {a: cat}", "names"), (f"{YAML}kpt_shape: 17", "kpt_shape"),
-    ("train: images/train\nnames: [a, a]", "unique"), ("train: gone\nnames: [cat]", "gone"),
+    ("train: images/train\nnames: [a, a]", "unique"),
+    (f"train: {'gone' * 99}\nnames: [cat]", "gone"),
     ("train: images/train\nnames: " + "[" * 5000, "malformed YAML"), (b"names: \xff", "0xFF"),
 ])  # fmt: skip
 def test_description_that_cannot_be_read_is_refused_by_file_and_value(text, words, tmp_path):

@@ -60,14 +60,17 @@ def _repeated(part: Part) -> np.ndarray:
     """Return which boxes are an earlier box of the same class and image again, bool [M]."""
     repeated = np.zeros(len(part.boxes), bool)
     order = np.lexsort((*part.boxes.T[::-1], part.labels, part.images))
-    group, boxes = np.stack([part.images, part.labels], 1)[order], part.boxes[order]
+    images, labels, boxes = part.images[order], part.labels[order], part.boxes[order]
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    for shift in range(1, min(NEIGHBOURS, len(boxes))):
-        a, b = boxes[:-shift], boxes[shift:]
+    for shift in range(1, NEIGHBOURS):
+        alike = (images[shift:] == images[:-shift]) & (labels[shift:] == labels[:-shift])
+        if not len(rows := np.flatnonzero(alike)):
+            break
+        a, b = boxes[rows], boxes[rows + shift]
         shared = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2])
-        shared = shared.clip(0).prod(1) * (group[:-shift] == group[shift:]).all(1)
-        same = shared > SAME * (areas[:-shift] + areas[shift:] - shared)
-        repeated[order[shift:][same]] = True
+        shared = shared.clip(0).prod(1)
+        same = shared > SAME * (areas[rows] + areas[rows + shift] - shared)
+        repeated[order[rows[same] + shift]] = True
     return repeated
 
 
