@@ -367,9 +367,7 @@ def parse(argv: Sequence[str]) -> tuple[Call, dict[str, object]]:
         and not (value is False and not OPTIONS[name].default)
     ]
     if wrong and call.test:
-        raise UserError(
-            f"{', '.join(wrong)}: for training, but --test evaluates; give one of them"
-        )
+        raise UserError(f"{', '.join(wrong)}: for training, but --test evaluates; give one of them")
     if wrong:
         raise UserError(f"{', '.join(wrong)}: for testing only; give --test FILE, too")
     return call, {name: value for name, value in given.items() if name not in names}

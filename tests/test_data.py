@@ -20,7 +20,7 @@ from data import (
     find_layout,
     list_sets,
 )
-from data.image_sets import parse_image_sets, sets_name
+from data.image_sets import check_sets, one_folder, parse_image_sets, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from utils.errors import UserError
 
@@ -51,6 +51,12 @@ def test_text_without_an_image_set_is_refused():
 
 def test_sets_have_one_name_that_is_fit_for_a_folder():
     assert sets_name([ImageSet("2007", "trainval"), (None, "a/b")]) == "2007_trainval+a_b"
+    for name in ("..", "/etc/x", "a/../../b", "c:\\x", "a\0"):
+        with pytest.raises(UserError, match="is no image set; give"):
+            check_sets([ImageSet(None, name)])
+    names = {"..": "_._", "CON": "_CON", "nul.x": "_nul.x", "a.": "a_", "a\0b": "a_b", "ü": "ü"}
+    assert {name: one_folder(name) for name in names} == names
+    assert len(one_folder("é" * 200).encode()) <= 120
 
 
 def test_own_set_named_like_a_year_is_read(make_voc, tmp_path):
