@@ -20,7 +20,7 @@ import cv2
 import numpy as np
 import torch
 
-from utils.arguments import positive
+from utils.arguments import Parser, positive
 from utils.device import choose_device
 from utils.files import write_json
 
@@ -32,8 +32,8 @@ Calls = Mapping[Hashable, Callable[[], object]]
 
 def program(name: str, doc: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Return the parser of a benchmark, described by the first line of its module."""
-    return argparse.ArgumentParser(f"python -m benchmarks.{name}", description=doc.split("\n")[0],
-                                   parents=parents, allow_abbrev=False)  # fmt: skip
+    return Parser(prog=f"python -m benchmarks.{name}", description=doc.split("\n")[0],
+                  parents=parents, allow_abbrev=False)  # fmt: skip
 
 
 def options(rows: Callable[[argparse.Namespace, torch.device], Rows], rounds: int,

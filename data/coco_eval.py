@@ -24,6 +24,7 @@ from data.classes import parse_classes
 from data.coco_json import COCOAnnotations, read_annotations, read_json
 from data.coco_results import COCO_FIELDS, COCOResults, check_submission
 from data.curves import SIZES, write_curves
+from utils.arguments import Parser
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 
@@ -204,13 +205,13 @@ def _lists(truth: COCOAnnotations) -> dict:
     }
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data.coco_eval", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+def _parser() -> Parser:
+    parser = Parser(prog="python -m data.coco_eval", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", help="results JSON, or the .zip of a test split")
     parser.add_argument("annotations", help="annotation JSON, e.g. instances_val2017.json")
     parser.add_argument(
-        "--eval-backend", "--eval_backend", choices=BACKENDS, default=BACKENDS[0],
+        "--eval-backend", choices=BACKENDS, default=BACKENDS[0],
         help="what computes the numbers (%(default)s); hotcoco gives the same bits, much faster",
     )  # fmt: skip
     parser.add_argument("--classes", metavar="NAMES",

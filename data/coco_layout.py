@@ -129,7 +129,8 @@ def find_annotations(root: Path, image_set: ImageSet) -> Path:
         return path
     existing = ", ".join(map(str, list_image_sets(root)))
     if not existing:
-        files = sorted(path for glob in ("*.json", "*/*.json") for path in root.glob(glob))
+        globs = ("*.json", "*/*.json") if os.path.isdir(root) else ()
+        files = sorted(path for glob in globs for path in root.glob(glob))
         files = ", ".join(str(path.relative_to(root)) for path in files[:10])
         existing = f"none; JSON files there: {files or 'none'}"
     raise UserError(

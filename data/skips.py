@@ -36,6 +36,7 @@ class SkipKind(Enum):
     SET_ABSENT = ("image set that is declared but has no files, left out", "warning")
     OTHER_SHAPE = ("shape that is no box and has no area, left out", "warning")
     OUTSIDE_ROOT = ("image outside the folder of the data", "warning")
+    EMPTY_IN_CVAT = ("image without an annotation file, background in CVAT's exports", "note")
     OTHER_FOLDER = ("image set with its images in another folder", "note")
 
     def __init__(self, text: str, level: str) -> None:

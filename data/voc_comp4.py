@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
+import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -28,9 +30,16 @@ class ClassDetections(NamedTuple):
     boxes: np.ndarray
 
 
-def comp4_path(directory: str | Path, image_set: str, name: str) -> Path:
-    """Return comp4_det_<set>_<class>.txt. A character that file names cannot hold becomes %XX."""
-    name = re.sub(r'[<>:"/\\|?*%\x00-\x1f]', lambda match: f"%{ord(match[0]):02X}", name)
+def comp4_path(directory: str | Path, image_set: str, name: str, whole: bool = False) -> Path:
+    """Return comp4_det_<set>_<class>.txt. A character that file names cannot hold becomes %XX.
+
+    A long name ends in a digest. whole: escape all but a-z and 0-9, for a class whose name some
+    disks confuse with another one's, such as "Cat" and "cat".
+    """
+    unfit = "[^a-z0-9]" if whole else r'[<>:"/\\|?*%\x00-\x1f]'
+    name = re.sub(unfit, lambda match: "".join(f"%{b:02X}" for b in match[0].encode()), name)
+    if len(data := name.encode()) > 150:
+        name = f"{data[:130].decode(errors='ignore')}%{hashlib.sha256(data).hexdigest()[:16]}"
     return Path(directory) / f"comp4_det_{image_set}_{name}.txt"
 
 
@@ -45,7 +54,7 @@ def write_comp4(directory: str | Path, image_set: str, classes: Sequence[str], i
     Raises UserError for a file that cannot be written.
     """
     images, scores, labels, boxes = as_columns(detections, ids, len(classes))
-    boxes = boxes + 1
+    boxes, seen = boxes + 1, set()
     for label, name in enumerate(classes, 1):
         of_class = np.flatnonzero(labels == label)
         names = [ids[image] for image in images[of_class].tolist()]
@@ -55,8 +64,10 @@ def write_comp4(directory: str | Path, image_set: str, classes: Sequence[str], i
             f"{image_id} {score:.9g} {x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}\n"
             for image_id, score, x1, y1, x2, y2 in rows
         ]
-        with atomic_write(comp4_path(directory, image_set, name)) as file:
+        key = unicodedata.normalize("NFC", name).casefold()
+        with atomic_write(comp4_path(directory, image_set, name, whole=key in seen)) as file:
             file.write("".join(lines).encode())
+        seen.add(key)
 
 
 def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
@@ -66,7 +77,9 @@ def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
     Raises UserError, with file and line, for no file at all, a malformed line, or an image id that
     is not in ``ids``.
     """
-    paths = {name: comp4_path(directory, image_set, name) for name in classes}
+    paths = {name: comp4_path(directory, image_set, name, whole=True) for name in classes}
+    paths = {name: path if path.is_file() else comp4_path(directory, image_set, name)
+             for name, path in paths.items()}  # fmt: skip
     missing = {name: path for name, path in paths.items() if not path.is_file()}
     if len(missing) == len(paths):
         existing = sorted(path.name for path in Path(directory).glob("comp4_det_*.txt"))[:10]

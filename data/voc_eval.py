@@ -5,7 +5,6 @@ python -m data.voc_eval DETECTIONS_DIR --root DIR --set test [--year 2007]
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from data.skips import report_lines
 from data.voc_comp4 import ClassDetections, read_comp4
 from data.voc_layout import list_image_sets
 from data.voc_read import load_annotations
+from utils.arguments import Parser
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 
@@ -260,8 +260,8 @@ def _cell(value: float, bounds: Sequence[float] | None = None) -> str:
     return f"{value:18.4f}  {bootstrap.text(bounds):16}"
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+def build_parser() -> Parser:
+    parser = Parser(
         prog="python -m data.voc_eval",
         description="Score comp4 detection files: average precision per class, both VOC metrics.",
     )

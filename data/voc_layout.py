@@ -36,6 +36,7 @@ class Listed(NamedTuple):
 
     where: its line in a list, or its annotation file. folder: of the data set, or of the year.
     annotation: its file; None if it does not exist. image: the file that the line names, or "".
+    empty: the file is missing because the image has no objects; CVAT writes none then.
     """
 
     where: str
@@ -43,6 +44,7 @@ class Listed(NamedTuple):
     id: str
     annotation: Path | None
     image: str = ""
+    empty: bool = False
 
     @property
     def path(self) -> Path:
@@ -174,9 +176,10 @@ def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: fl
         yield from _under(path, folder, index)
     else:
         bases = annotation_folders(folder, index)
+        cvat = FileIndex(IMAGE_SUFFIXES) if os.path.isfile(folder / "labelmap.txt") else None
         for number, line in enumerate(read_text(path, "image set").splitlines(), 1):
             if line := line.strip():
-                yield _find_line(line, f"{path}:{number}", folder, bases, index)
+                yield _find_line(line, f"{path}:{number}", folder, bases, index, cvat)
 
 
 def list_all(root: Path, index: FileIndex, faults: list[str],
@@ -206,8 +209,8 @@ def _part(root: Path, image_set: ImageSet, index: FileIndex, val_share: float,
     train, val = (ImageSet(None, name) for name in SPLIT_SETS)
     other = val if image_set == train else train
     if other.name in list_files(root):
-        taken = {each.annotation for each in list_images(root, other, index)}
-        yield from (each for each in pool if each.annotation not in taken)
+        taken = {each.path for each in list_images(root, other, index)}
+        yield from (each for each in pool if each.path not in taken)
         return
     images, names = FileIndex(IMAGE_SUFFIXES), []
     for each in pool:
@@ -228,12 +231,14 @@ def _under(path: Path, folder: Path, index: FileIndex) -> Iterator[Listed]:
 
 
 def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
-               index: FileIndex) -> Listed:
+               index: FileIndex, cvat: FileIndex | None) -> Listed:
     """Return the image that a line of a list is about.
 
     A line is an id, which may hold spaces and folders. Additions are understood: the flag after the
     id in the official files of one class, an image suffix, back slashes, and leading folders that
     do not exist among the annotations. They are part of the id only if an annotation has that name.
+
+    cvat: finds images without objects in CVAT's layout.
     """
     line = re.sub(r"^(\.[/\\])+", "", line)
     plain = re.sub(r"\s+(-1|0|1)$", "", line)
@@ -246,6 +251,10 @@ def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
                 if len(found) > 1:
                     raise UserError(f"{found[0]} and {found[1]} annotate one image; keep one")
                 return Listed(where, folder, each, found[0], image)
+    for each in ids if cvat else ():
+        parent, name = os.path.split(bases[0] / each)
+        if find_image(name, image_folders(folder, parent), (image,), cvat)[0]:
+            return Listed(where, folder, each, None, image, empty=True)
     return Listed(where, folder, " or ".join(ids), None, image)
 
 

@@ -65,8 +65,12 @@ def load_annotations(
     if not found:
         raise UserError(f"{what} lists no image")
     if faults is None:
-        _refuse_missing("annotation", [each.path for each in found if not each.annotation])
-    annotations = [_read_or_note(each.path, faults) for each in found]
+        missing = [each.path for each in found if not (each.annotation or each.empty)]
+        _refuse_missing("annotation", missing)
+    annotations = [Annotation.empty(each.path) if each.empty else _read_or_note(each.path, faults)
+                   for each in found]  # fmt: skip
+    skipped += [Skip(SkipKind.EMPTY_IN_CVAT, i, None, f"{each.where}: {each.id}")
+                for i, each in enumerate(found) if each.empty]
     if classes is None:
         classes = _choose_classes(root, image_sets, annotations, skipped, index)
     else:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-from tools.outputs import voc_annotation
+from tools.annotations import voc_annotation
 from utils.arguments import Parser, count, positive
 from utils.errors import UserError, command
 

@@ -21,6 +21,7 @@ from engine.distributed import (
     leave,
 )
 from engine.options import Call, parse
+from utils.console import console, printable
 from utils.device import choose_device
 from utils.errors import UserError, first_line, reason
 from utils.logger import close_logging, setup_logging
@@ -29,6 +30,7 @@ from utils.signals import ENDING, Interrupted, heeded
 Work = Callable[[Call, Mapping[str, object], World], None]
 
 
+@console()
 def run_job(program: str, argv: Sequence[str] | None, train: Work, test: Work) -> int:
     """Parse the command line, join the job's other processes, work, and return the exit status.
 
@@ -62,7 +64,7 @@ def run_job(program: str, argv: Sequence[str] | None, train: Work, test: Work) -
         if told is None:
             raise
         status, text = told
-        if text:
+        if text := printable(text):
             print(text if world.main else f"[process {world.rank}] {text}", file=sys.stderr)
         return status
     finally:

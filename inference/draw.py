@@ -30,8 +30,7 @@ FONT_FILES = (
 """Font files to look for in the system's folders, those with the most scripts first."""
 GREEN, RED, ORANGE, GREY = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
-LEGIBLE = 256
-"""Least pixels of an image's shorter side at which labels leave its objects in sight."""
+LEGIBLE = 256  # least pixels of an image's shorter side at which labels leave its objects in sight
 
 
 def class_colour(label: int) -> tuple[int, int, int]:
@@ -42,26 +41,19 @@ def class_colour(label: int) -> tuple[int, int, int]:
     return b, g, r
 
 
-def draw_detections(
-    image: np.ndarray, boxes: np.ndarray, labels: Sequence[int],
-    scores: Sequence[float] | None = None, names: Sequence[str] | None = None,
-    font: FreeTypeFont | None = None,
-) -> np.ndarray:
+def draw_detections(image: np.ndarray, boxes: np.ndarray, labels: Sequence[int],
+                    scores: Sequence[float] | None = None, names: Sequence[str] | None = None,
+                    font: FreeTypeFont | None = None) -> np.ndarray:
     """Return a copy of the image with every box and its label, in the class's colour.
 
     The best score lies on top. Line width and text follow the image's size; a label never leaves
     the image.
 
-    Args:
-        image: BGR uint8 [H, W, 3].
-        boxes: [n, 4], n may be 0.
-        labels: [n], from 1.
-        scores: [n], or None to leave them out.
-        font: for the names; None: Pillow's own, for ASCII.
+    boxes: [n, 4], n may be 0; labels: [n], from 1; scores: [n], or None to leave them out. font:
+    for the names; None: Pillow's own, for ASCII.
 
-    Raises:
-        ValueError: another image dtype or shape, lengths that differ, a coordinate that is NaN, or
-            a label without a name.
+    Raises ValueError for another image dtype or shape, lengths that differ, a coordinate that is
+    NaN, or a label without a name.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     values = [None] * len(boxes) if scores is None else scores

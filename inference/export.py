@@ -88,14 +88,15 @@ def export(options: ExportOptions) -> list[str]:
     load_weights(net, saved["model"], options.checkpoint)
     images, calibration = _images(options, saved, detector)
     info = _describe(options, form, detector, calibration)
-    check_writable(output)
+    manifest = output.with_name(output.name + ".json")
+    for kept in (output, manifest):
+        check_writable(kept)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
         file = Path(folder, output.name)
         write(options.format, net, info, file, calibration)
         proof = prove(net, info, file, images)
         if problem := excess(proof.comparison, options.allowed(), proof.ap):
             raise TooDifferent(f"{output} is not kept: {problem}", proof)
-        manifest = output.with_name(output.name + ".json")
         for replaced in (manifest, output):  # never an .xml beside a .bin that is not its own
             replaced.unlink(missing_ok=True)
         for new, kept in reversed([*zip(files_of(file), files_of(output), strict=True)]):

@@ -9,7 +9,7 @@ from pathlib import Path
 from data import DATASETS
 from layers.detect import DetectConfig
 from models.info import DetectorInfo
-from utils.errors import UserError
+from utils.errors import UserError, first_line
 
 INFO_KEY = "ssd_hardnet"
 """Key of the description in ONNX's metadata and in OpenVINO's runtime information."""
@@ -32,24 +32,16 @@ class ExportInfo:
     """
 
     detector: DetectorInfo
-    variance: tuple[float, ...]
-    """Of the box encoding: two numbers."""
-    mean: tuple[float, ...]
-    """Subtracted from the pixels: three numbers, BGR."""
-    preprocess: bool
-    """Whether the graph takes uint8 images and subtracts the mean itself."""
-    nms: bool
-    """Whether the graph gives detections, not the outputs of the network."""
+    variance: tuple[float, ...]  # of the box encoding: two numbers
+    mean: tuple[float, ...]  # subtracted from the pixels: three numbers, BGR
+    preprocess: bool  # whether the graph takes uint8 images and subtracts the mean itself
+    nms: bool  # whether the graph gives detections, not the outputs of the network
     dynamic: bool
     """Whether the graph takes batches of any size, and with ``preprocess`` images of any size."""
-    precision: str
-    """fp32, bf16, fp16 or int8."""
-    detection: DetectConfig
-    """Built into the graph if ``nms``, else the default of whoever runs it."""
-    checkpoint: dict[str, str]
-    """"file" and "sha256" of the exported checkpoint."""
-    versions: dict[str, str]
-    """Versions of the packages that wrote the file."""
+    precision: str  # fp32, bf16, fp16 or int8
+    detection: DetectConfig  # built into the graph if ``nms``, else the default of whoever runs it
+    checkpoint: dict[str, str]  # "file" and "sha256" of the exported checkpoint
+    versions: dict[str, str]  # versions of the packages that wrote the file
     calibration: dict[str, object] | None = None
     """Of INT8: "pictures", how many images, and "of", where they lie."""
 
@@ -110,6 +102,6 @@ class ExportInfo:
             values["detector"] = DetectorInfo(**{key: values[key] for key in _DETECTOR})
             values["detection"] = DetectConfig(**stored["detection"])
             return cls(**{spec.name: values.get(spec.name) for spec in fields(cls)})
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
-            damage = f"no {error}" if isinstance(error, KeyError) else str(error)
+        except Exception as error:  # of any kind, as the text is anybody's
+            damage = f"no {error}" if isinstance(error, KeyError) else first_line(error)[:200]
             raise UserError(f"{path}: {damage} in its description; export it again") from error

@@ -33,8 +33,7 @@ class Format:
     title: str
     suffix: str
     precisions: tuple[str, ...]
-    packages: tuple[str, ...]
-    """That write and run it."""
+    packages: tuple[str, ...]  # that write and run it
 
     def packages_for(self, precision: str) -> tuple[str, ...]:
         """Return the packages that write and run a file of this precision."""
@@ -54,10 +53,7 @@ def write(form: str, net: nn.Module, info: ExportInfo, path: Path,
           calibration: Images | None) -> None:
     """Write a network in evaluation mode as a file of the format ``form``, a key of `FORMATS`.
 
-    INT8 takes its ranges from the images ``calibration``.
-
-    Raises:
-        UserError: the exporter cannot write this network.
+    INT8 takes its ranges from ``calibration``. UserError: the exporter cannot write this network.
     """
     try:
         if form == "onnx":

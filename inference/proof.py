@@ -27,11 +27,9 @@ from utils.errors import UserError
 class Tolerance:
     """How much an exported file may differ from the network."""
 
-    matched: float
-    """Least share of boxes with a partner."""
+    matched: float  # least share of boxes with a partner
     score: float | None = None
-    pixels: float | None = None
-    """Largest differences of partners; None: any."""
+    pixels: float | None = None  # largest differences of partners, as is score; None: any
     ap: float = 0.3
     """Largest loss in points (100 x AP); on 72 images of BCCD rounding moves a tenth."""
 
@@ -47,25 +45,20 @@ MARGIN = 0.05
 """Boxes are compared from this far above the score threshold: at the threshold itself rounding
 decides whether a box exists."""
 PARTNER_IOU = 0.5
-BATCH = 4
-"""Images a batch, of a graph that takes any number."""
+BATCH = 4  # images a batch, of a graph that takes any number
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Two lists of detections, box by box."""
 
-    boxes: int
-    """Boxes of either list that reach the score floor."""
-    unmatched_network: int
+    boxes: int  # boxes of either list that reach the score floor
+    unmatched_network: int  # boxes without a partner
     unmatched_file: int
-    """Those without a partner."""
-    matched: float | None
-    """Share of those with a partner; None without boxes."""
+    matched: float | None  # share of those with a partner; None without boxes
     score_difference: float | None
     pixel_difference: float | None
-    least_iou: float | None
-    """Largest differences and least IoU of partners; None without partners."""
+    least_iou: float | None  # the three are of partners; None without partners
 
 
 class APs(NamedTuple):
@@ -130,9 +123,8 @@ class TooDifferent(Exception):
 def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof:
     """Run real images through the network as it was trained and through the file ``path``.
 
-    Raises:
-        UserError: the network finds no box to compare, or gives NaN or infinity.
-        TooDifferent: the file gives NaN or infinity.
+    Raises UserError if the network finds no box to compare, or gives NaN or infinity; TooDifferent
+    if the file does.
     """
     predictor, detect = Predictor(path), Detect.of(info.detection, info.variance)
     priors = PriorBox(info.detector.prior_config())()

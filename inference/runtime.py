@@ -9,6 +9,7 @@ Only files of ``python -m tools.export`` are accepted. They carry a description 
 from __future__ import annotations
 
 import importlib
+import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -34,29 +35,23 @@ class ExportedModel:
     info: ExportInfo
     runtime: tuple[str, str]
     """Name and version of the package that runs it, e.g. ("onnxruntime", "1.31.1")."""
-    names: Sequence[str]
-    """Of the outputs, in order."""
-    run: Callable[[Arrays], Iterable[np.ndarray]]
-    """Of the runtime: inputs by name -> outputs."""
+    names: Sequence[str]  # of the outputs, in order
+    run: Callable[[Arrays], Iterable[np.ndarray]]  # of the runtime: inputs by name -> outputs
 
     def __call__(self, inputs: Arrays) -> Arrays:
         """Run the graph on a batch.
 
-        Args:
-            inputs: of ``graph_inputs``. "images" float32 [B, 3, S, S], BGR minus the mean; with
-                ``info.preprocess`` instead "pictures" uint8 [B, H, W, 3], BGR. With ``info.nms``
-                also "sizes" float32 [B, 2], (width, height) in pixels. Unless ``info.dynamic``, B
-                is 1 and H and W are S.
+        inputs: of ``graph_inputs``. "images" float32 [B, 3, S, S], BGR minus the mean; with
+            ``info.preprocess`` instead "pictures" uint8 [B, H, W, 3], BGR. With ``info.nms`` also
+            "sizes" float32 [B, 2], (width, height) in pixels. Unless ``info.dynamic``, B is 1 and
+            H and W are S.
 
-        Returns:
-            "loc" float32 [B, P, 4] and "conf" float32 [B, P, C] logits. With ``info.nms`` instead
-            "boxes" float32 [n, 4], (x1, y1, x2, y2) in pixels, "scores" float32 [n], "labels"
-            int64 [n] in 1..C-1 and "image" int64 [n], the index in the batch, ascending; n may be
-            0.
+        Returns "loc" float32 [B, P, 4] and "conf" float32 [B, P, C] logits. With ``info.nms``
+        instead "boxes" float32 [n, 4], (x1, y1, x2, y2) in pixels, "scores" float32 [n], "labels"
+        int64 [n] in 1..C-1 and "image" int64 [n], the index in the batch, ascending; n may be 0.
 
-        Raises:
-            UserError: the runtime cannot run the graph on these inputs, or its outputs do not have
-                the shapes of its detector.
+        Raises UserError if the runtime cannot run the graph on these inputs, or if its outputs are
+        not those of its detector.
         """
         try:
             outputs = dict(zip(self.names, self.run(inputs), strict=True))
@@ -70,30 +65,33 @@ class ExportedModel:
         return outputs
 
     def _check(self, outputs: Arrays, batch: int) -> None:
+        classes = len(self.info.detector.classes)
         if self.info.nms:
-            n = outputs["scores"].size
-            shapes = {"boxes": (n, 4), "scores": (n,), "labels": (n,), "image": (n,)}
+            n = np.size(outputs["scores"])
+            wanted = {"boxes": ("float", (n, 4)), "scores": ("float", (n,)),
+                      "labels": ("int", (n,)), "image": ("int", (n,))}  # fmt: skip
         else:
-            detector = self.info.detector
-            priors = detector.prior_config().num_priors
-            shapes = {"loc": (batch, priors, 4), "conf": (batch, priors, len(detector.classes) + 1)}
-        for name, shape in shapes.items():
-            if outputs[name].shape != shape:
+            priors = self.info.detector.prior_config().num_priors
+            wanted = {"loc": ("float", (batch, priors, 4)),
+                      "conf": ("float", (batch, priors, classes + 1))}  # fmt: skip
+        for name, (kind, shape) in wanted.items():
+            found = np.asarray(outputs[name])
+            if found.shape != shape or not found.dtype.name.startswith(kind):
                 raise UserError(
-                    f"{self.path} gives {name} {list(outputs[name].shape)}, its detector should "
-                    f"give {list(shape)}; export the detector again"
+                    f"{self.path} gives {name} {found.dtype} {list(found.shape)}, its detector "
+                    f"should give {kind} {list(shape)}; export the detector again"
                 )
+        for name, low, high in (("labels", 1, classes), ("image", 0, batch - 1)):
+            if self.info.nms and not ((outputs[name] >= low) & (outputs[name] <= high)).all():
+                raise UserError(f"{self.path} gives {name} that are not in {low}..{high}; export "
+                                "the detector again")  # fmt: skip
 
 
 def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
     """Open an .onnx file in ONNX Runtime, or an .xml file, with its .bin, in OpenVINO.
 
-    Args:
-        threads: CPU threads of the runtime; None: the runtime chooses.
-
-    Raises:
-        UserError: the file is missing, damaged, not written by ``python -m tools.export``, or
-            written by a newer version of it; or the runtime is not installed.
+    threads: CPU threads of the runtime; None: the runtime chooses. Raises UserError if the file is
+    missing, damaged or not of ``python -m tools.export``, or the runtime is not installed.
     """
     path = Path(path)
     if path.suffix not in EXPORTED_SUFFIXES:
@@ -139,11 +137,7 @@ def identity(path: str | Path) -> dict[str, object]:
 
 
 def import_package(name: str, extra: str) -> ModuleType:
-    """Import an optional package; ``extra`` is the extra of this project that installs it.
-
-    Raises:
-        UserError: the package cannot be imported; the sentence tells how to install it.
-    """
+    """Import an optional package; ``extra`` is the extra of this project that installs it."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -161,18 +155,18 @@ def cpu_has_bf16() -> bool:
 def _onnx(path: Path, threads: int | None) -> ExportedModel:
     ort = import_package("onnxruntime", "onnx")
     options = ort.SessionOptions()
-    options.log_severity_level, options.intra_op_num_threads = 3, threads or 0  # 3: errors
+    options.log_severity_level = 4  # exceptions tell the errors
+    options.intra_op_num_threads = threads or 0
     try:
-        # With its fallback to the same provider, the package prints every failure.
         session = ort.InferenceSession(path, options, providers=["CPUExecutionProvider"],
-                                       enable_fallback=0)
+                                       enable_fallback=0)  # which would try again, with a banner
         text = session.get_modelmeta().custom_metadata_map.get(INFO_KEY)
-        taken, names = (
-            [each.name for each in ports] for ports in (session.get_inputs(), session.get_outputs())
-        )
     except Exception as error:  # kinds of its own
         raise _unreadable(path, error) from error
     info = ExportInfo.parse(text, path)
+    taken, names = (
+        [each.name for each in ports] for ports in (session.get_inputs(), session.get_outputs())
+    )
     _check_names(path, info, taken, names)
     run = partial(session.run, names)
     return ExportedModel(path, info, ("onnxruntime", ort.__version__), names, run)
@@ -182,6 +176,8 @@ def _openvino(path: Path, threads: int | None) -> ExportedModel:
     openvino = import_package("openvino", "openvino")
     core = openvino.Core()
     try:
+        if ElementTree.parse(path).getroot().tag != "net":  # OpenVINO would try other formats
+            raise ValueError("it is no graph of OpenVINO")
         model = core.read_model(path)
         text = model.get_rt_info(INFO_KEY).astype(str) if model.has_rt_info(INFO_KEY) else None
     except Exception as error:  # kinds of its own
@@ -209,8 +205,7 @@ def _openvino(path: Path, threads: int | None) -> ExportedModel:
 
 
 _RUNTIMES = {".onnx": _onnx, ".xml": _openvino}
-EXPORTED_SUFFIXES = tuple(_RUNTIMES)
-"""Suffixes of exported files."""
+EXPORTED_SUFFIXES = tuple(_RUNTIMES)  # suffixes of exported files
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:

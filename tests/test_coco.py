@@ -334,7 +334,7 @@ def test_disk_that_is_full_is_told_with_the_file_and_leaves_none(tmp_path, monke
 
     monkeypatch.setattr("utils.files.os.fsync", fsync)
     name = "test2017_SSD_results.zip" if test else "val2017_results.json"
-    with pytest.raises(UserError, match=rf"out/detections_{name} could not .* No space left"):
+    with pytest.raises(UserError, match=rf"out/detections_{name} could not .*No space left"):
         dataset.evaluate([nothing], tmp_path / "out")
     left = [path.name for path in (tmp_path / "out").iterdir()]
     assert left == (["detections_test2017_SSD_results.json"] if test else [])

@@ -102,8 +102,8 @@ def test_places_are_tried_in_order_and_a_file_of_any_is_kept(server, tmp_path):
     assert fetch(places, path).read_bytes() == CONTENT and len(server.asked) == 3
     with pytest.raises(UserError) as caught:
         fetch(places[:2], tmp_path / "c.bin")
-    first, *table = str(caught.value).splitlines()
-    assert f"by hand and put it at {tmp_path / 'c.bin'}" in first and len(table) == 2
+    *table, last = str(caught.value).split("; ")
+    assert last.endswith(f"by hand and put it at {tmp_path / 'c.bin'}") and len(table) == 2
     for line, place, reason in zip(table, places, ("404", "web page"), strict=False):
         assert place.url in line and reason in line
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from utils.errors import UserError, command
-from utils.logger import LOGGER, Progress, close_logging, setup_logging
+from utils.logger import LOGGER, Progress, RunLog, close_logging, setup_logging
 
 LONG = """
 import sys
@@ -68,43 +68,75 @@ def test_who_reads_the_output_may_leave_early():
     assert (program.stderr.read(), program.wait()) == ("", 0)
 
 
-def test_text_beyond_the_encoding_of_the_console_is_escaped(monkeypatch, tmp_path):
-    console = io.TextIOWrapper(io.BytesIO(), encoding="cp1252", newline="")
-    monkeypatch.setattr(sys, "stdout", console)
-    text = "é 漢 \udce9"  # the last one is of a file name that is not UTF-8
+NAME = "é 漢 \udce9 \x1b[31m \u202e"
+"""Bytes that are not UTF-8, a colour of terminals, and a mark that turns the direction of text."""
+
+
+@pytest.mark.parametrize("encoding, expected", [
+    ("utf-8", r"é 漢 \udce9 \x1b[31m \u202e"),
+    ("cp1252", r"é \u6f22 \udce9 \x1b[31m \u202e"),
+    ("ascii", r"\xe9 \u6f22 \udce9 \x1b[31m \u202e"),
+])  # fmt: skip
+def test_what_a_console_cannot_show_is_escaped(encoding, expected, monkeypatch, tmp_path):
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="") for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
 
     @command
     def main(argv=None):
-        print(text)
+        print(NAME)
         setup_logging(tmp_path / "log")
-        LOGGER.info(text)
+        LOGGER.info("%s\nand", NAME)
         close_logging()
-        return 0
+        raise UserError(f"{NAME}\r\n")
 
-    assert main([]) == 0
-    printed, logged = console.buffer.getvalue().decode("cp1252").splitlines()
-    assert printed == logged[9:] == r"é \u6f22 \udce9"
-    assert (tmp_path / "log").read_text("utf-8")[9:] == "é 漢 \\udce9\n"
+    assert main([]) == 2
+    streams[1].flush()
+    out, err = (stream.buffer.getvalue().decode(encoding) for stream in streams)
+    printed, logged = out.splitlines()
+    assert (printed, logged[9:]) == (expected, rf"{expected}\nand")
+    assert err == rf"error: {expected}\r\n" + "\n"
+    assert (tmp_path / "log").read_text("utf-8")[9:] == r"é 漢 \udce9 \x1b[31m \u202e\nand" + "\n"
 
 
 class Gone(io.StringIO):
-    """A terminal that was closed."""
+    """A terminal or file that cannot be written any more."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
 
     def isatty(self):
         return True
 
     def write(self, text):
-        raise OSError(errno.EIO, "Input/output error")
+        raise OSError(self.number, "no")
 
 
-def test_a_program_goes_on_without_its_terminal(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(sys, "stdout", Gone())
-    setup_logging(tmp_path / "log")
-    progress = Progress("epoch 1", 2, every=1)
-    progress.update(4, loss=1.5)
-    LOGGER.info("a message")
-    progress.update(4, loss=1.25)
-    progress.close()
-    close_logging()
-    assert capsys.readouterr().err == ""
-    assert [line[9:] for line in (tmp_path / "log").read_text().splitlines()][0] == "a message"
+@pytest.mark.parametrize("stream, status", [
+    (None, 0), (Gone(errno.EIO), 0), (Gone(errno.EPIPE), 0), (Gone(errno.ENOSPC), 2),
+], ids=repr)  # fmt: skip
+def test_a_command_goes_on_without_its_output_and_its_log(stream, status, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "stderr", stream)
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+
+    @command
+    def main(argv=None):
+        for file in (tmp_path / "log", Path("/dev/full")):
+            setup_logging(file)
+            progress = Progress("epoch 1", 2, every=1)
+            progress.update(4, loss=1.5)
+            LOGGER.info("a message")
+            progress.close()
+            close_logging()
+        log = RunLog(tmp_path, [], tensorboard=False)
+        log.add({"epoch": 1})
+        log.path.unlink()  # there is room again
+        log.add({"epoch": 2})
+        print("the end", file=sys.stderr)
+        return 0
+
+    assert main([]) == status
+    assert (tmp_path / "log").read_text().splitlines()[-1].endswith("a message")
+    assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'

@@ -1,5 +1,7 @@
 """Files that are written whole or not at all, and array files that are damaged."""
 
+import csv
+import io
 import json
 import os
 import subprocess
@@ -11,7 +13,7 @@ import torch
 
 from utils import files
 from utils.errors import UserError
-from utils.files import atomic_write, load_arrays, read_bytes, write_json
+from utils.files import atomic_write, csv_bytes, load_arrays, read_bytes, write_json
 
 
 @pytest.mark.parametrize("name", "pipe /dev/zero folder missing large a\0b \ud800".split())
@@ -50,6 +52,14 @@ def test_json_holds_every_name_and_text_as_it_is(tmp_path):
     write_json(path, value)
     assert json.loads(path.read_bytes().decode("utf-8")) == value
     assert "\\ud800é" in path.read_text("utf-8")
+
+
+def test_no_text_of_a_table_is_a_formula():
+    texts = [start + "1+cmd|' /C calc'!A0" for start in "=+-@＝＋－＠"]
+    others = ["a=1", "", "-1.50", "-1e-05", "12", -3, 0.5, "- 1.jpg", "-.1.jpg", "\r=1", "\ud800"]
+    rows = list(csv.reader(io.StringIO(csv_bytes([texts, others]).decode(), newline="")))
+    assert rows[0] == ["'" + text for text in texts]
+    assert rows[1] == [*map(str, others[:-4]), "'- 1.jpg", "'-.1.jpg", r"\r=1", r"\ud800"]
 
 
 class Refused(Exception):

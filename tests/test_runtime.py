@@ -13,7 +13,7 @@ from tiny import TINY
 import models
 from inference.export_info import INFO_KEY, ExportInfo
 from inference.predictor import Predictor
-from inference.runtime import EXPORTED_SUFFIXES, identity, open_model
+from inference.runtime import EXPORTED_SUFFIXES, ExportedModel, identity, open_model
 from layers.detect import DetectConfig
 from utils.checkpoint import sha256_of
 from utils.errors import UserError
@@ -100,10 +100,30 @@ def test_a_foreign_graph_is_refused(tmp_path):
     for (text, outputs, priors), problem in (
         ((None, "loc conf", 11620), "has no description of its detector; export it with python -m"),
         ((about, "boxes scores", 11620), "gives boxes, scores, where .* says loc, conf; export"),
-        ((about, "loc conf", 8732), r"gives loc \[1, 8732, 4\], .* \[1, 11620, 4\]; export"),
+        ((about, "loc conf", 8732), r"gives loc .*\[1, 8732, 4\], .* \[1, 11620, 4\]; export"),
     ):
         with pytest.raises(UserError, match=rf"x\.onnx {problem}"):
             Predictor(write_onnx(file, text, outputs, priors))(image)
+
+
+@pytest.mark.parametrize("change, told", [
+    ({"labels": np.array([1, 2])}, "labels that are not in 1..1"),
+    ({"image": np.array([0, 1])}, "image that are not in 0..0"),
+    ({"image": np.array([0.0, 0.0])}, r"image float64 \[2\], .* int \[2\]"),
+    ({"scores": ["a", "b"]}, r"scores <U1 \[2\]"),
+    ({"boxes": np.zeros((2, 5), np.float32)}, r"boxes float32 \[2, 5\], .* \[2, 4\]"),
+])  # fmt: skip
+def test_outputs_that_no_detector_gives_are_refused(change, told):
+    arrays = {"boxes": np.zeros((2, 4), np.float32), "scores": np.zeros(2, np.float32),
+              "labels": np.array([1, 1]), "image": np.array([0, 0])}  # fmt: skip
+    info = ExportInfo.parse(changed(nms=True), Path("x.onnx"))
+    for outputs in (arrays, arrays | change):
+        model = ExportedModel(Path("x.onnx"), info, ("runtime", "1"), list(outputs),
+                              lambda _, found=outputs: found.values())
+        if outputs is arrays:
+            assert model({"images": np.zeros((1, 3, 300, 300), np.float32)}) == arrays
+    with pytest.raises(UserError, match=rf"^x\.onnx gives {told}.*; export the detector again"):
+        model({"images": np.zeros((1, 3, 300, 300), np.float32)})
 
 
 def changed(**changes: object) -> str:
@@ -118,12 +138,15 @@ def detection(**changes: object) -> str:
     ("", "has no description of its detector"),
     ("{", "Expecting"),
     ("[]", "must be integers"),
+    ("[" * 100_000, "recursion"),
+    ("1" * 5_000, "4300 digits"),
+    (changed(size=2**70), "size"),
     ("{}", "no 'format'"),
     (changed(format=2), "format 2 of a newer version"),
     (changed(size="300"), "size '300'"),
     (changed(version="other"), "unknown version 'other'"),
     (changed(dataset="other"), "dataset 'other'"),
-    (changed(priors="other"), "no prior boxes for the data set 'other'"),
+    (changed(priors="other"), "no prior boxes 'other'"),
     (changed(detection=5), "detection 5"),
     (detection(other=1), "'other'"),
     (detection(top_k=0), "top_k 0"),

@@ -13,7 +13,6 @@ import sys
 import threading
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
-from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,6 +26,7 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny import TINY
 
+import data
 import models
 from data.config import COCO_CLASSES
 from data.voc0712 import VOCDetection
@@ -35,7 +35,8 @@ from inference.draw import LEGIBLE
 from inference.predictor import Predictor
 from layers.detect import DetectConfig
 from tools import detect, export, outputs
-from tools.outputs import Annotations, Drawings, Found, Output, VideoFile, voc_xml, yolo_txt
+from tools.annotations import Annotations, label_names, voc_xml, yolo_txt
+from tools.outputs import Drawings, Found, Output, VideoFile
 from tools.sources import IMAGES, Frame, Source, find_sources, read_frames, run_ahead
 from utils.errors import UserError
 
@@ -139,7 +140,7 @@ class Capture:
                        cv2.CAP_PROP_POS_MSEC: time}  # fmt: skip
 
     def __call__(self, path):
-        self.path = path
+        self.path = getattr(self, "path", path)
         return self
 
     def isOpened(self):
@@ -230,17 +231,17 @@ def test_pycocotools_loads_the_results(weights):
 
 
 def test_classes_of_coco_have_their_official_numbers():
-    ids = dict(zip(COCO_CLASSES, outputs.category_ids(COCO_CLASSES), strict=True))
+    ids = {each["name"]: each["id"] for each in outputs.categories(COCO_CLASSES)}
     official = {"person": 1, "stop sign": 13, "sheep": 20, "handbag": 31, "bottle": 44, "bed": 65,
                 "dining table": 67, "toilet": 70, "tv": 72, "toothbrush": 90}  # fmt: skip
     assert {name: ids[name] for name in official} == official and len(set(ids.values())) == 80
-    assert outputs.category_ids(("a", "b")) == (1, 2)
+    assert [each["id"] for each in outputs.categories(("a", "b"))] == [1, 2]
 
 
 def test_annotations_of_voc_and_yolo():
     boxes = [[9.6, 19.4, 49.7, 39.0], [-20, -5, 150, 30], [200, 5, 250, 30]]
     found, names = found_in("in/a&b.jpg", boxes, [2, 1, 1]), ("cat", "<dog>")
-    Path("a.xml").write_bytes(voc_xml(found, names))
+    Path("a.xml").write_bytes(voc_xml(found, found.name, names))
     annotation = read_annotation("a.xml")
     assert annotation.names == ("<dog>", "cat") and annotation.size == (100, 50)
     assert annotation.boxes.tolist() == [[10, 19, 50, 39], [0, 0, 99, 30]]  # the third is outside
@@ -248,7 +249,8 @@ def test_annotations_of_voc_and_yolo():
     assert (root.findtext("folder"), root.findtext("filename")) == ("in", "a&b.jpg")
     assert [e.text for e in root.findall("object/score")] == ["0.90000", "0.80000"]
     assert [e.text for e in root.find("object/bndbox")] == ["11", "20", "51", "40"]  # 1-based
-    lines = [list(map(float, line.split())) for line in yolo_txt(found, names).decode().split("\n")]
+    text = yolo_txt(found, "", names).decode()
+    lines = [list(map(float, line.split())) for line in text.split("\n")]
     assert lines[:2] == [
         pytest.approx([1, (9.6 + 50.7) / 200, (19.4 + 40) / 100, 41.1 / 100, 20.6 / 50], abs=1e-6),
         pytest.approx([0, 0.5, 31 / 100, 1, 31 / 50], abs=1e-6),
@@ -259,7 +261,7 @@ def test_a_reader_keeps_thin_boxes_of_voc(make_voc):
     boxes = [[10.2, 10.2, 10.4, 20], [98.6, 30, 140, 40], [5, 48.7, 9, 49], [-3, 2, 0.3, 8]]
     folder = make_voc(Path("voc"), {"all": {"a": []}}, (100, 50))
     found = found_in("a.jpg", boxes, [1] * 4)
-    (folder / "Annotations/a.xml").write_bytes(voc_xml(found, ("cat",)))
+    (folder / "Annotations/a.xml").write_bytes(voc_xml(found, found.name, ("cat",)))
     dataset = VOCDetection(folder, [(None, "all")], classes=("cat",))
     assert dataset.target(0)[:, :4].tolist() == [
         [10, 10, 11, 20], [98, 30, 99, 40], [5, 48, 9, 49], [0, 2, 1, 8],
@@ -268,33 +270,98 @@ def test_a_reader_keeps_thin_boxes_of_voc(make_voc):
 
 def test_characters_that_xml_does_not_allow_are_replaced():
     found = found_in("in\x01/a\x1f\x7f\ufffe猫\U0001f600.jpg", [1, 2, 30, 40], [1])
-    root = ElementTree.fromstring(voc_xml(found, ("c\0at",)))
+    root = ElementTree.fromstring(voc_xml(found, found.name, ("c\0at",)))
     assert root.findtext("folder") == "in\ufffd"
     assert root.findtext("filename") == "a\ufffd\x7f\ufffd猫\U0001f600.jpg"
     assert root.findtext("object/name") == "c\ufffdat"
 
 
-def test_every_image_has_a_file_also_without_objects(weights):
-    for name in ("a.jpg", "in/c.png"):
+@pytest.mark.parametrize("least", [0.4, 1])
+def test_annotations_are_data_sets_of_all_images(least, weights):
+    for name in ("a.jpg", "in/a.png", "in/a.jpg", "in/c.ppm"):
         image_file(f"photos/{name}")
-    options = ("--save", "voc", "yolo", "csv", "json", "--no-draw", "--out")
-    assert call(weights, "photos", *options, "full") == 0
-    expected = {"voc/Annotations/a.xml", "voc/Annotations/in/c.xml", "yolo/labels/a.txt",
-                "yolo/labels/in/c.txt", "voc/classes.txt", "yolo/classes.txt", "detections.csv",
-                "detections.json", "images.json"}  # fmt: skip
-    assert files("full") == expected
-    assert Path("full/voc/classes.txt").read_text().split() == CLASSES
-    annotation = read_annotation("full/voc/Annotations/in/c.xml")
-    lines = Path("full/yolo/labels/in/c.txt").read_text().splitlines()
-    assert len(annotation.names) == len(lines) > 0
+    video_file("photos/film.mp4", 1)
+    stems = ["a", "film.mp4/000000", "in/a.jpg", "in/a.png", "in/c"]
+    images = [stem + suffix for stem, suffix in zip(stems, (".jpg",) * 3 + (".png",) * 2,
+                                                    strict=True)]  # fmt: skip
+    options = ("--save", "voc", "yolo", "coco", "csv", "json", "--no-draw", "--score_threshold")
+    assert call(weights, "photos", *options, least) == 0
+    written = {
+        "voc": [f"Annotations/{stem}.xml" for stem in stems],
+        "yolo": ["data.yaml", *(f"labels/{stem}.txt" for stem in stems)],
+        "coco": ["annotations/instances_default.json"],
+    }
+    for kind, names in written.items():
+        folder = "JPEGImages" if kind == "voc" else "images"
+        expected = {"classes.txt", *names, *(f"{folder}/{name}" for name in images)}
+        assert files(OUT / kind) == expected
+        assert (OUT / kind / "classes.txt").read_text().split() == CLASSES
+        assert (OUT / kind / folder / "a.jpg").samefile("photos/a.jpg")
+    found = read("coco/annotations/instances_default.json")
+    assert [(each["id"], each["file_name"]) for each in found["images"]] == [*enumerate(images, 1)]
+    assert len(rows()) == len(read("detections.json")) >= len(found["annotations"])
+    assert bool(rows()) == bool(found["annotations"]) == (least < 1)
+    assert json.dumps(CLASSES) in (OUT / "yolo/data.yaml").read_text()
 
-    empty = Path("empty")
-    assert call(weights, "photos", *options, empty, "--score_threshold", 1) == 0
-    assert files(empty) == expected
-    assert read_annotation(empty / "voc/Annotations/in/c.xml").names == ()
-    assert (empty / "yolo/labels/in/c.txt").read_text() == ""
-    assert read("detections.json", empty) == [] and len(read("images.json", empty)["images"]) == 2
-    assert (empty / "detections.csv").read_text() == ",".join(outputs.CSV_HEADER) + "\n"
+
+@pytest.mark.parametrize("kind", ["voc", "yolo", "coco"])
+def test_what_is_saved_can_be_trained_on(kind, weights):
+    given = {"a.jpg.jpg": "a.jpg", "a.png.png": "a.png", "b.jpg": "b.jpg", "é.jpg": "é.jpg",
+             "c.png": "in/c.ppm", "a.jpg": "in/a.jpg"}  # fmt: skip
+    for seed, name in enumerate(given.values()):
+        image_file(f"photos/{name}", seed=seed)
+    image_file("photos/not\n\x1bthis.jpg")
+    assert call(weights, "photos", "--save", kind, "--no-draw", "--out", "boxes") == 1
+    root, predictor = Path("boxes", kind), Predictor(weights, score_threshold=0.4, device="cpu")
+    row, _ = data.find_layout(root)
+    for sets in data.default_sets(row, root):
+        dataset = data.build_dataset(row, root, sets)
+        assert set(dataset.classes) <= set(CLASSES) and not dataset.skipped
+        for k in range(len(dataset)):
+            name, target = given.pop(dataset.image_path(k).name), dataset.target(k)
+            found = predictor(f"photos/{name}")["boxes"].numpy().clip(0, (95, 71, 95, 71))
+            found = found[(found[:, 2:] > found[:, :2]).all(1)]
+            assert dataset.pull_image(k).shape == (72, 96, 3) and len(found) == len(target)
+            apart = np.abs(found[:, None] - target[None, :, :4]).max(2)
+            assert apart.min(1).max() < (2 if kind == "voc" else 0.02)  # VOC's are whole pixels
+    assert not given
+
+
+def test_what_cannot_be_written_is_counted_and_the_rest_is_done(weights, capsys):
+    long = "ü" * 125 + ".jpg"  # 254 bytes
+    for name in ("a.jpg", "b.jpg", "c.jpg", long):
+        image_file(f"photos/{name}")
+    os.rename("photos/c.jpg", f"photos/{'x' * 250}.jfif")  # which is drawn as .jfif.png
+    video_file("photos/film.mp4", 3)
+    video_file(f"photos/{'v' * 251}.mp4", 2)
+    for taken in ("drawn/a.jpg", "voc/JPEGImages/b.jpg", "drawn/film.mp4"):
+        (OUT / taken).mkdir(parents=True)
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("photos/pipe.jpg")
+        os.mkfifo("photos/pipe.mp4")
+    assert call(weights, "photos", "--save", "json", "voc") == 1
+    told = capsys.readouterr()
+    not_written = [line for line in told.err.splitlines() if line.startswith("not written: ")]
+    assert len(not_written) == 4
+    for name in ("drawn/a.jpg", "JPEGImages/b.jpg", "drawn/film.mp4", "x.jfif.png"):
+        assert any(name in line for line in not_written)
+    assert "4 could not be written" in told.out
+    if hasattr(os, "mkfifo"):
+        assert "2 could not be read" in told.out and "photos/pipe.mp4" in told.err
+    assert files(OUT / "drawn") == {"b.jpg", long, f"{'v' * 251}.mp4"}
+    assert len(files(OUT / "voc/Annotations")) == 3 + 3 + 2
+    assert len(read("images.json")["images"]) == 4 + 3 + 2
+
+
+def test_nothing_is_written_behind_a_link_out_of_the_results(weights, capsys):
+    image_file("photos/in/a.jpg")
+    image_file("photos/b.jpg")
+    (OUT / "drawn").mkdir(parents=True)
+    Path("elsewhere").mkdir()
+    os.symlink(Path("elsewhere").absolute(), OUT / "drawn/in")
+    assert call(weights, "photos") == 1
+    assert "remove the link" in capsys.readouterr().err and files("elsewhere") == set()
+    assert files(OUT / "drawn") == {"b.jpg"}
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -335,15 +402,14 @@ def test_jobs_run_ahead_only_so_far():
 def test_output_waits_for_slow_writers():
     free, added = threading.Semaphore(0), []
     add = lambda found: (free.acquire(), added.append(found))  # noqa: E731
-    with ExitStack() as stack:
-        output = Output([SimpleNamespace(in_order=False, add=add)], 2, stack)
+    writer = SimpleNamespace(in_order=False, add=add, close=lambda: None)
+    with Output([writer], 2) as output:
         for number in range(5):
             if number == 4:  # which waits for the first
                 threading.Timer(0.05, free.release, [5]).start()
             output.add(found_in("a.jpg", [], []))
         assert added
-        output.finish()
-        assert len(added) == 5
+    assert len(added) == 5
 
 
 @pytest.mark.parametrize("happens, status, done, message", [
@@ -444,7 +510,7 @@ def test_what_an_earlier_call_has_drawn_is_left_out(caplog):
 ])  # fmt: skip
 def test_names_and_numbers_do_not_collide(given, labels, ids):
     sources = sources_of(*given)
-    assert list(outputs.label_names(sources).values()) == labels
+    assert list(label_names(sources).values()) == labels
     assert list(outputs.image_ids(sources).values()) == ids
 
 
@@ -511,8 +577,12 @@ def test_annotations_are_never_replaced(weights, capsys):
     (["none.jpg"], "none.jpg does not exist; give"),
     (["notes.txt"], "notes.txt holds no image .* end in"),
     (["camera", "1"], "cameras 0, 1 .* give one"),
+    (["pipe.mp4"], "pipe.mp4 is a pipe or a device; give"),
+    (["/dev/zero"], "/dev/zero is a pipe or a device; give"),
 ])  # fmt: skip
 def test_words_that_name_no_source(words, message):
+    if hasattr(os, "mkfifo"):
+        os.mkfifo("pipe.mp4")
     Path("empty").mkdir()
     Path("notes.txt").write_text("some words\n")
     image_file("a.png")
@@ -537,13 +607,13 @@ def test_a_source_must_be_given(capsys):
     (["none.pth", "a.png"], "none.pth"),
     (["best.pth", "a.png", "--live"], "--live shows cameras and videos; leave it out"),
     (["best.pth", "a.png", "--out", "notes.txt"], "notes.txt"),
-    (["best.pth", "a.png", "--out", "o"], "a.png could not be written"),
-    (["best.pth", "3", "--out", "o"], "camera_3 cannot be opened; is it connected"),
+    (["best.pth", "a.png", "--out", "o"], "images.json: cannot be written"),
+    (["best.pth", "3", "--out", "p"], "camera_3 cannot be opened; is it connected"),
 ])  # fmt: skip
 def test_mistakes_end_with_one_sentence(words, message, weights, monkeypatch, capsys):
     monkeypatch.setattr(cv2, "VideoCapture", Capture(opened=False))
     Path("notes.txt").touch()
-    Path("o/drawn/a.png").mkdir(parents=True)
+    Path("o/images.json").mkdir(parents=True)
     image_file("a.png")
     assert call(*words) == 2
     error = capsys.readouterr().err
@@ -751,13 +821,13 @@ def test_characters_that_no_font_has_are_told(monkeypatch, caplog):
 # ---------------------------------------------------------------- the page
 
 
-def test_every_command_of_the_page_runs(weights):
+def test_every_command_of_the_page_runs(weights, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     text = (ROOT / "docs" / "detect.md").read_text("utf-8")
     blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 6
+    assert len(commands) == 7
     for name in ("photos/a.jpg", "photos/in/b.jpg", "shots/c.png", "one.jpg"):
         image_file(name)
     video_file("film.mp4", 3)
@@ -767,6 +837,9 @@ def test_every_command_of_the_page_runs(weights):
         assert (python, option) == ("python", "-m")
         assert programs[program].main(words) == 0, command
     assert {"boxes", "runs", "best.onnx"} <= set(os.listdir())
-    options = (ROOT / "tools" / "detect.py").read_text("utf-8")
-    told = set(re.findall(r"--[a-z]\w+", text)) - {"--format", "--images", "--no"}
-    assert {name for name in told if f'"{name}"' not in options} == set()
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="0"):
+        detect.parse(["--help"])
+    options = capsys.readouterr().out
+    told = set(re.findall(r"--[a-z]\w+", text)) - {"--format", "--images", "--no", "--root"}
+    assert {name for name in told if name not in options} == set()

@@ -1,6 +1,7 @@
 import errno
 import itertools
 import json
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -266,13 +267,22 @@ def test_reading_back_gives_the_same_scores_order_and_boxes(tmp_path):
         assert read[name].images.tolist() == images.tolist()
 
 
-def test_class_name_that_no_file_can_have_is_escaped(tmp_path):
-    names = ["cat/dog", "a:b", "blood cell", "Zelle_ä"]
+def test_every_class_name_has_a_file_of_its_own_on_every_disk(tmp_path):
+    names = ["cat/dog", "a:b", "blood cell", "Zelle_ä", "zelle_a\u0308", "CON", "..", "\\", "a.",
+             "cat", "Cat", "CAT", "猫" * 100, "猫" * 100 + "2"]  # fmt: skip
     assert comp4_path("d", "test", names[0]).name == "comp4_det_test_cat%2Fdog.txt"
-    found = {"boxes": np.ones((4, 4)), "scores": np.ones(4), "labels": np.arange(1, 5)}
+    found = {"boxes": np.ones((len(names), 4)), "scores": np.arange(1, len(names) + 1) / 99,
+             "labels": np.arange(1, len(names) + 1)}  # fmt: skip
     write_comp4(tmp_path, "test", names, ["x"], [found])
-    read, _ = read_comp4(tmp_path, "test", names, ["x"])
-    assert [len(read[name].scores) for name in names] == [1, 1, 1, 1]
+    files = [path.name for path in tmp_path.iterdir()]
+    keys = {unicodedata.normalize("NFC", file).casefold() for file in files}
+    assert len(keys) == len(files) == len(names)
+    assert max(len(file.encode()) for file in files) < 200
+    for given in (names, names[::-1], *([name] for name in names)):
+        read, missing = read_comp4(tmp_path, "test", given, ["x"])
+        assert not missing
+        for name in given:
+            assert read[name].scores == pytest.approx([(names.index(name) + 1) / 99])
 
 
 def test_wrong_detections_and_a_full_disk_leave_the_old_file(tmp_path, monkeypatch):
@@ -286,7 +296,7 @@ def test_wrong_detections_and_a_full_disk_leave_the_old_file(tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("utils.files.os.fsync", fsync)
-    with pytest.raises(UserError, match=r"comp4_det_test_cat\.txt could not .* No space left"):
+    with pytest.raises(UserError, match=r"comp4_det_test_cat\.txt could not .*No space left"):
         write_comp4(tmp_path, "test", ["cat"], ["x"], [found | {"scores": [0.25]}])
     assert [path.read_bytes() for path in tmp_path.iterdir()] == [before]
 

@@ -148,10 +148,15 @@ def test_lost_boxes_are_told_and_a_set_without_any_left_is_refused(folder, box, 
     assert len(read(folder, "test", faults=faults).rows) == 0 and cause in faults[0]
 
 
-def test_classes_of_cvat_come_from_its_label_map(folder):
+def test_cvat_declares_classes_and_writes_no_file_for_an_image_without_objects(folder):
+    (folder / "Annotations/c.xml").unlink()
+    with pytest.raises(UserError, match=r"missing: .*c\.xml"):
+        read(folder, "test")
     (folder / "labelmap.txt").write_text("# label:color\nbackground:0,0,0::\ncat:1,2,3::\ndog:::\n")
     (folder / "ImageSets/Main/dog_test.txt").write_text("a 1\nb -1\n")
-    assert read(folder, "test").classes == ("cat", "dog")
+    data = read(folder, "test")
+    assert data.classes == ("cat", "dog") and kinds(data) == {SkipKind.EMPTY_IN_CVAT}
+    assert data.ids == ["a", "b", "c"] and len(data.target(2)) == 0
     assert [each.name for each in VOCDetection.list_image_sets(folder)] == ["test"]
 
 

@@ -1,12 +1,12 @@
 """Detect objects in images, folders, videos or a camera; draw them and write them to files.
 
-    python -m tools.detect WEIGHTS SOURCE... [--out DIR] [--save json csv voc yolo] [--no-draw]
+    python -m tools.detect WEIGHTS SOURCE... [--out DIR] [--save json csv voc yolo coco] [--no-draw]
 
 WEIGHTS is a checkpoint (.pth, .safetensors) or an exported network. SOURCE is an image, a folder, a
 quoted pattern, a video, or a camera ("camera" or its number). docs/detect.md describes the results.
 
-Exit status: 0 done; 1 a source could not be read (it is named, the rest is done), or an unexpected
-failure; 2 bad usage or bad input; 130 interrupted (what was done is kept).
+Exit status: 0 done; 1 an image could not be read or written (it is named, the rest is done), or an
+unexpected failure; 2 bad usage or bad input; 130 interrupted (what was done is kept).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -31,16 +31,17 @@ from engine.options import add_option
 from inference.draw import draw_caption, escape, find_font, one_line
 from inference.predictor import Predictor
 from layers.detect import SUPPRESSION
-from tools.outputs import ANNOTATIONS, Found, Output, Writer, draw, open_writers
-from tools.sources import Frame, Reader, find_sources
+from tools.annotations import ANNOTATIONS, Annotations
+from tools.outputs import CsvFile, Drawings, Found, JsonFiles, Output, Writer, draw
+from tools.sources import Frame, Reader, Source, find_sources
 from utils.arguments import Parser, cores, fraction, positive
 from utils.device import AMP_TYPES
 from utils.errors import UserError, command
+from utils.files import check_writable
 from utils.logger import LOGGER, close_logging, setup_logging
 from utils.signals import StopSignal
 
-THRESHOLD = 0.4
-"""Default of --score_threshold. That of an evaluation would draw too many boxes."""
+THRESHOLD = 0.4  # default of --score_threshold. That of an evaluation would draw too many boxes.
 WINDOW = "detections (q: quit)"
 
 
@@ -123,6 +124,25 @@ def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
     return font
 
 
+def open_writers(folder: Path, kinds: Collection[str], sources: Sequence[Source],
+                 classes: Sequence[str], font: FreeTypeFont) -> list[Writer]:
+    """Return the writers of some kinds: json, csv, drawn, and those of `ANNOTATIONS`.
+
+    Raises UserError if the folder cannot be written, or a writer refuses to replace files.
+    """
+    check_writable(folder / "detections")
+    # Those that refuse come first: the others replace the results of an earlier call.
+    writers: list[Writer] = []
+    if "drawn" in kinds:
+        writers.append(Drawings(folder, sources, classes, font))
+    writers += [Annotations(folder, k, sources, classes) for k in ANNOTATIONS if k in kinds]
+    if "csv" in kinds:
+        writers.insert(0, CsvFile(folder, classes))
+    if "json" in kinds:
+        writers.insert(0, JsonFiles(folder, sources, classes))
+    return writers
+
+
 def detect(args: argparse.Namespace) -> int:
     """Do what the command line asks for, and return the exit status."""
     folder = Path(args.out or Path("runs", "detect", Path(args.weights).stem))
@@ -141,8 +161,8 @@ def detect(args: argparse.Namespace) -> int:
         writers: list[Writer] = []
         if args.out or not args.live:
             kinds = {*args.save, "drawn"} if args.draw else {*args.save}
-            writers = open_writers(folder, kinds, sources, info.classes, font, stack)
-        output = Output(writers, args.workers, stack)
+            writers = open_writers(folder, kinds, sources, info.classes, font)
+        output = stack.enter_context(Output(writers, args.workers))
         reader = Reader(sources, 1 if args.live else args.batch_size, args.workers)
         objects, is_open = 0, True
         with closing(reader.batches()) as batches:
@@ -154,17 +174,17 @@ def detect(args: argparse.Namespace) -> int:
                         is_open = window.show(draw(found, info.classes, font))
                 if stop.asked or not is_open:
                     break
-        output.finish()
     if stop.asked:
         print("interrupted", file=sys.stderr)
-    skipped = f"; {reader.broken} could not be read" if reader.broken else ""
+    skipped = "".join(f"; {count} could not be {done}" for count, done in (
+        (reader.broken, "read"), (output.unwritten, "written")) if count)  # fmt: skip
     LOGGER.info("%d images, %d video frames: %d objects in %.1f s%s", reader.images, reader.frames,
                 objects, time.monotonic() - start, skipped)  # fmt: skip
     if not objects and reader.images + reader.frames:
         LOGGER.info("no score is over %g; give a lower --score_threshold", threshold)
     if writers:
         LOGGER.info("%s: %s", folder, ", ".join(writer.place for writer in writers))
-    return 130 if stop.asked else int(reader.broken > 0)
+    return 130 if stop.asked else int(reader.broken + output.unwritten > 0)
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -179,7 +199,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     g.add_argument("--out", metavar="DIR", help="results folder (default: runs/detect/NAME with "
                    "the name of the weights)")
     g.add_argument("--save", nargs="*", choices=["json", "csv", *ANNOTATIONS], metavar="KIND",
-                   default=["json", "csv"], help="json (COCO), csv, voc, yolo (default: json csv)")
+                   default=["json", "csv"],
+                   help="json, csv; data sets: voc, yolo, coco (default: json csv)")
     g.add_argument("--draw", action=argparse.BooleanOptionalAction, default=True,
                    help="draw images and videos with their boxes")
     g.add_argument("--live", action="store_true",

@@ -19,6 +19,7 @@ from data.image import IMAGE_SUFFIXES, read_image
 from data.skips import SkipKind
 from data.truth import digest
 from tools.findings import BOTH, Record, Report
+from utils.console import rewrite_line
 from utils.errors import UserError
 
 THUMBNAIL = 32  # side of the grey thumbnails that are compared
@@ -57,9 +58,8 @@ def scan_images(dataset: DetectionData, part: str) -> list[Scan]:
         for start in range(0, total, 256):  # after an interrupt, one batch is still read
             scans += pool.map(scan_image, repeat(dataset), range(start, min(start + 256, total)))
             if sys.stderr.isatty():
-                end = "\r\033[K" if len(scans) == total else ""
-                line = f"\r{part}: {len(scans):,} of {total:,} images{end}"
-                print(line, end="", file=sys.stderr, flush=True)
+                line = f"{part}: {len(scans):,} of {total:,} images" * (len(scans) < total)
+                rewrite_line(line, sys.stderr)
     return scans
 
 

@@ -1,24 +1,21 @@
-"""What detection writes: COCO JSON, CSV, VOC XML, YOLO text, drawn images and videos.
+"""What detection writes: JSON and CSV, drawn images and videos.
 
-Boxes are (x1, y1, x2, y2) in pixels, 0-based, both ends inside the box. JSON and CSV keep them as
-the detector gives them, which may reach outside the image. VOC and YOLO files are annotations:
-boxes are clipped to the image, and boxes outside it are dropped.
+Boxes are (x1, y1, x2, y2) in pixels, 0-based, both ends inside the box. They are those of the
+detector, which may reach outside the image.
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import errno
 import json
 import os
-import re
-import xml.etree.ElementTree as ElementTree
-from collections import Counter, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import sys
+import zlib
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import cv2
 import numpy as np
@@ -28,11 +25,10 @@ from data.config import COCO_CLASSES
 from inference.draw import draw_detections, enlarge
 from tools.sources import Frame, Source, real_path
 from utils.errors import UserError
-from utils.files import atomic_write, check_writable
+from utils.files import atomic_write, check_writable, csv_bytes
 
 # COCO numbers its 80 categories up to 90, without ten of these numbers.
 COCO_IDS = tuple(sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83}))
-_NOT_IN_XML = re.compile("[^\t\n\r -\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 CSV_HEADER = ("file", "frame", "time", "class", "score", "x1", "y1", "x2", "y2")
 DRAWN = frozenset(".jpg .jpeg .jpe .png .bmp .dib .webp .tif .tiff .ppm".split())
 """Suffixes that a drawn image keeps: every OpenCV can write colours to such files."""
@@ -42,12 +38,9 @@ class Found(NamedTuple):
     """The detections of a frame, best score first; n may be 0."""
 
     frame: Frame
-    boxes: np.ndarray
-    """float64 [n, 4]."""
-    scores: np.ndarray
-    """float32 [n]."""
-    labels: np.ndarray
-    """int64 [n], in 1..C."""
+    boxes: np.ndarray  # float64 [n, 4]
+    scores: np.ndarray  # float32 [n]
+    labels: np.ndarray  # int64 [n], in 1..C
 
     @property
     def name(self) -> str:
@@ -62,138 +55,155 @@ class Found(NamedTuple):
 class Writer(Protocol):
     """One kind of result."""
 
-    place: str
-    """What it writes, relative to the results folder."""
-    in_order: bool
-    """Whether frames must be added one after the other."""
+    place: str  # what it writes, relative to the results folder
+    in_order = False
+    """Whether it is one file for all images: frames must be added one after the other."""
 
     def add(self, found: Found) -> None: ...
 
+    def close(self) -> None:
+        """Finish the files that are being written."""
+
 
 class Output:
-    """Write results in ``workers`` threads, those of videos in order, until ``stack`` closes."""
+    """A context in which results are written in ``workers`` threads, those of videos in order.
 
-    def __init__(self, writers: Sequence[Writer], workers: int, stack: ExitStack) -> None:
-        self.writers = writers
-        self._in_order = stack.enter_context(ThreadPoolExecutor(1))
-        self._pool = stack.enter_context(ThreadPoolExecutor(workers))
-        self._pending, self._most = deque[Future](), 2 * workers
+    A file of one image that cannot be written is reported, counted as ``unwritten`` and skipped.
+    """
+
+    def __init__(self, writers: Sequence[Writer], workers: int) -> None:
+        self.writers, self.unwritten = writers, 0
+        self._in_order, self._pool = ThreadPoolExecutor(1), ThreadPoolExecutor(workers)
+        self._pending, self._most = deque[tuple[Writer, Future]](), 2 * workers
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            with self._in_order, self._pool:
+                if kind is None:
+                    self._finish()
+        finally:  # what was done is kept
+            for writer in self.writers:
+                self._try(writer, writer.close)
 
     def add(self, found: Found) -> None:
-        """Have the detections of a frame written. Wait if too many files are pending."""
+        """Have the detections of a frame written. Wait if too many files are pending.
+
+        Raises UserError if the disk is full, or a file of all images cannot be written.
+        """
         is_image = found.frame.number is None
         for writer in self.writers:
             pool = self._pool if is_image and not writer.in_order else self._in_order
-            self._pending.append(pool.submit(writer.add, found))
-        self.finish(self._most)
+            self._pending.append((writer, pool.submit(writer.add, found)))
+        self._finish(self._most)
 
-    def finish(self, most: int = 0) -> None:
+    def _finish(self, most: int = 0) -> None:
         """Wait until at most ``most`` files are pending."""
         while len(self._pending) > most:
-            self._pending.popleft().result()
+            writer, future = self._pending.popleft()
+            self._try(writer, future.result)
+
+    def _try(self, writer: Writer, do: Callable[[], None]) -> None:
+        try:
+            do()
+        except UserError as error:
+            if writer.in_order or getattr(error.__cause__, "errno", 0) == errno.ENOSPC:
+                raise
+            self.unwritten += 1
+            print(f"not written: {error}", file=sys.stderr)
 
 
-def open_writers(
-    folder: Path, kinds: Collection[str], sources: Sequence[Source], classes: Sequence[str],
-    font: FreeTypeFont, stack: ExitStack,
-) -> list[Writer]:  # fmt: skip
-    """Return the writers of some kinds: json, csv, voc, yolo, drawn; ``stack`` closes their files.
+def inside(folder: Path, name: str) -> Path:
+    """Return a path in the results folder; raise UserError if a link leads out of it."""
+    path = folder / name
+    if not Path(real_path(path.parent)).is_relative_to(real_path(folder)):
+        raise UserError(f"{path} lies outside {folder}; remove the link, or give another --out")
+    return path
 
-    Raises:
-        UserError: The folder cannot be written, or a writer refuses to replace files.
-    """
-    check_writable(folder / "detections")
-    writers: list[Writer] = []
-    # Those that refuse come first: the others replace the results of an earlier call.
-    if "drawn" in kinds:
-        writers.append(drawings := Drawings(folder, sources, classes, font))
-        stack.callback(drawings.close)
-    writers += [Annotations(folder, k, sources, classes) for k in ANNOTATIONS if k in kinds]
-    if "csv" in kinds:
-        writers.insert(0, CsvFile(folder, classes, stack))
-    if "json" in kinds:
-        writers.insert(0, JsonFiles(folder, sources, classes, stack))
-    return writers
+
+def write(folder: Path, name: str, data: bytes) -> None:
+    with atomic_write(inside(folder, name)) as file:
+        file.write(data)
+
+
+def write_image(folder: Path, name: str, image: np.ndarray) -> None:
+    try:
+        good, data = cv2.imencode(os.path.splitext(name)[1], image)
+    except cv2.error:  # such as of more pixels than the format takes
+        good = False
+    if not good:
+        raise UserError(f"{folder / name}: OpenCV cannot write this image; give --no-draw")
+    write(folder, name, data.tobytes())
 
 
 # ---------------------------------------------------------------- one file for all images
 
 
-@contextmanager
-def growing(path: Path, start: str, end: str) -> Iterator[BinaryIO]:
-    """Open a file that begins with ``start``, ends with ``end``, and takes its place at the end.
-
-    An exception does not discard it: what was detected before is kept.
-    """
-    with ExitStack() as stack:
-        file = stack.enter_context(atomic_write(path))
-        file.write(start.encode())
-        try:
-            yield file
-        finally:
-            file.write(end.encode())
-            stack.close()
-
-
-class JsonFiles:
+class JsonFiles(Writer):
     """detections.json in COCO's results format, and images.json with images and categories."""
 
-    place = "detections.json"
-    in_order = True
+    place, in_order = "detections.json", True
 
-    def __init__(self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
-                 stack: ExitStack) -> None:
-        self._categories, self._ids, self._count = category_ids(classes), image_ids(sources), 0
-        pairs = zip(self._categories, classes, strict=True)
-        head = json.dumps([{"id": k, "name": name} for k, name in pairs], ensure_ascii=False)
-        head = f'{{"categories": {head},\n"images": ['
-        images = growing(folder / "images.json", head, "\n]}\n")
-        detections = growing(folder / "detections.json", "[", "\n]\n")
-        self._images, self._detections = map(stack.enter_context, (images, detections))
-        self._between = {self._images: "\n", self._detections: "\n"}
+    def __init__(self, folder: Path, sources: Sequence[Source], classes: Sequence[str]) -> None:
+        self._out, self._ids = folder, image_ids(sources)
+        self._categories = categories(classes)
+        # Texts need a quarter of the memory of the records.
+        self._images: list[str] = []
+        self._detections: list[str] = []
+        for name in ("images.json", self.place):
+            check_writable(folder / name)
 
     def add(self, found: Found) -> None:
-        self._count += 1
-        number, about = self._ids.get(found.name, self._count), {"file_name": found.name}
+        about = {"file_name": found.name}
+        number = self._ids.get(found.name, len(self._images) + 1)
         if found.frame.number is not None:
             about |= {"frame": found.frame.number, "time": round(found.frame.time, 3)}
         width, height = found.size
-        self._append(self._images, {"id": number, **about, "width": width, "height": height})
+        self._images.append(_json({"id": number, **about, "width": width, "height": height}))
         boxes = np.hstack([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2] + 1])
         for box, score, label in zip(boxes, found.scores, found.labels, strict=True):
-            record = {"image_id": number, "category_id": self._categories[label - 1]}
+            record = {"image_id": number, "category_id": self._categories[label - 1]["id"]}
             record["bbox"] = [round(float(v), 2) for v in box]
-            self._append(self._detections, {**record, "score": round(float(score), 5), **about})
+            self._detections.append(_json({**record, "score": round(float(score), 5), **about}))
 
-    def _append(self, file: BinaryIO, record: dict) -> None:
-        file.write((self._between[file] + json.dumps(record, ensure_ascii=False)).encode())
-        self._between[file] = ",\n"
+    def close(self) -> None:
+        images, detections = map(",\n".join, (self._images, self._detections))
+        head = f'{{"categories": {_json(self._categories)},\n"images": [\n'
+        write(self._out, "images.json", f"{head}{images}\n]}}\n".encode())
+        write(self._out, self.place, f"[\n{detections}\n]\n".encode())
 
 
-class CsvFile:
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)
+
+
+class CsvFile(Writer):
     """detections.csv: a line per box with `CSV_HEADER`; frame and time are empty for images."""
 
-    place = "detections.csv"
-    in_order = True
+    place, in_order = "detections.csv", True
 
-    def __init__(self, folder: Path, classes: Sequence[str], stack: ExitStack) -> None:
-        head = ",".join(CSV_HEADER) + "\n"
-        self._file = stack.enter_context(growing(folder / self.place, head, ""))
-        self._classes = classes
+    def __init__(self, folder: Path, classes: Sequence[str]) -> None:
+        self._out, self._classes, self._lines = folder, classes, [csv_bytes([CSV_HEADER])]
+        check_writable(folder / self.place)
 
     def add(self, found: Found) -> None:
-        frame, text = found.frame, io.StringIO()
+        frame = found.frame
         when = ("", "") if frame.number is None else (frame.number, f"{frame.time:.3f}")
-        csv.writer(text, lineterminator="\n").writerows(
+        self._lines.append(csv_bytes(
             (found.name, *when, self._classes[k - 1], f"{score:.5f}", *(f"{v:.2f}" for v in box))
             for box, score, k in zip(found.boxes, found.scores, found.labels, strict=True)
-        )
-        self._file.write(text.getvalue().encode())
+        ))  # fmt: skip
+
+    def close(self) -> None:
+        write(self._out, self.place, b"".join(self._lines))
 
 
-def category_ids(classes: Sequence[str]) -> tuple[int, ...]:
-    """Return the COCO JSON number of each class: official for COCO's 80 classes, else 1..C."""
-    return COCO_IDS if tuple(classes) == COCO_CLASSES else tuple(range(1, len(classes) + 1))
+def categories(classes: Sequence[str]) -> list[dict]:
+    """Return COCO's records of the classes: official numbers for COCO's 80, else from 1."""
+    ids = COCO_IDS if tuple(classes) == COCO_CLASSES else range(1, len(classes) + 1)
+    return [{"id": k, "name": name} for k, name in zip(ids, classes, strict=True)]
 
 
 def image_ids(sources: Sequence[Source]) -> dict[str, int]:
@@ -210,138 +220,13 @@ def image_ids(sources: Sequence[Source]) -> dict[str, int]:
     return {source.name: k for source, k in zip(sources, numbers, strict=True)}
 
 
-# ---------------------------------------------------------------- one file per image
-
-
-class Annotations:
-    """One annotation file per image or frame, also without objects, and ``classes.txt``.
-
-    Raises:
-        UserError: The folder holds annotations already.
-    """
-
-    in_order = False
-
-    def __init__(self, folder: Path, kind: str, sources: Sequence[Source],
-                 classes: Sequence[str]) -> None:
-        self.place, self._suffix, self._encode = ANNOTATIONS[kind]
-        self._folder = folder / self.place
-        if self._folder.is_dir() and any(self._folder.iterdir()):
-            raise UserError(
-                f"{self._folder} holds annotations, which may be corrected by hand; give another "
-                "--out, or remove that folder"
-            )
-        self._classes, self._names = classes, label_names(sources)
-        write(folder / kind / "classes.txt", "".join(f"{name}\n" for name in classes).encode())
-
-    def add(self, found: Found) -> None:
-        name = self._names[found.name]
-        if found.frame.number is not None:
-            name += f"/{found.frame.number:06d}"
-        write(self._folder / f"{name}{self._suffix}", self._encode(found, self._classes))
-
-
-def label_names(sources: Sequence[Source]) -> dict[str, str]:
-    """Return the annotation file's name without suffix, for each source by name.
-
-    It is the image's name without suffix, as readers expect. Videos keep the suffix, and so do
-    images that would else share a file (``a.jpg`` and ``a.png``, ``a.jpg.png`` and ``a.jpg``).
-    """
-    stems = [os.path.splitext(source.name)[0] for source in sources]
-    keys = [stem.casefold() for stem in stems]  # some file systems ignore case
-    times = Counter(keys + [source.name.casefold() for source in sources])
-    return {
-        source.name: stem if source.kind == "image" and times[key] == 1 else source.name
-        for source, stem, key in zip(sources, stems, keys, strict=True)
-    }
-
-
-def voc_xml(found: Found, classes: Sequence[str]) -> bytes:
-    """Return a VOC annotation with a ``<score>`` per object.
-
-    Boxes are rounded to whole pixels, and are at least two pixels wide and high: readers drop a
-    box of one pixel as empty.
-    """
-    boxes, inside = _clipped(found)
-    low = np.minimum(boxes[:, :2].round(), np.array(found.size) - 2)
-    high = np.maximum(boxes[:, 2:].round(), low + 1)
-    boxes = np.hstack([low, high]).astype(int)
-    scores, labels = found.scores[inside], found.labels[inside]
-    return voc_annotation(found.name, found.size, [
-        (classes[label - 1], box, {"truncated": 0, "difficult": 0, "score": f"{score:.5f}"})
-        for box, score, label in zip(boxes, scores, labels, strict=True)
-    ])  # fmt: skip
-
-
-def voc_annotation(
-    name: str, size: tuple[int, int],
-    objects: Iterable[tuple[str, Sequence[int], Mapping[str, object]]],
-) -> bytes:  # fmt: skip
-    """Return the VOC XML of an image.
-
-    Args:
-        name: The image file, relative, with "/".
-        size: Width and height.
-        objects: Class name, box in whole pixels, 0-based inclusive (VOC's are 1-based), and further
-            tags. Characters that XML does not allow become U+FFFD.
-    """
-    root = ElementTree.Element("annotation")
-    folder, _, file = name.rpartition("/")
-    _put(root, folder=folder, filename=file)
-    _put(ElementTree.SubElement(root, "size"), width=size[0], height=size[1], depth=3)
-    _put(root, segmented=0)
-    for label, box, tags in objects:
-        element = ElementTree.SubElement(root, "object")
-        _put(element, name=label, pose="Unspecified", **tags)
-        corners = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-        _put(ElementTree.SubElement(element, "bndbox"), **{key: v + 1 for key, v in corners})
-    ElementTree.indent(root)
-    return ElementTree.tostring(root, "utf-8") + b"\n"
-
-
-def _put(parent: ElementTree.Element, **texts: object) -> None:
-    for tag, text in texts.items():
-        ElementTree.SubElement(parent, tag).text = _NOT_IN_XML.sub("\ufffd", str(text))
-
-
-def yolo_txt(found: Found, classes: Sequence[str]) -> bytes:
-    """Return a line per box: class from 0, then centre, width and height relative to the image."""
-    boxes, inside = _clipped(found)
-    low, high = boxes[:, :2], boxes[:, 2:] + 1
-    relative = np.hstack([(low + high) / 2, high - low]) / (*found.size, *found.size)
-    rows = zip(found.labels[inside], relative, strict=True)
-    lines = [f"{label - 1} {' '.join(f'{value:.6f}' for value in box)}\n" for label, box in rows]
-    return "".join(lines).encode()
-
-
-def _clipped(found: Found) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes clipped to the image [m, 4], and which of all n are in it: bool [n]."""
-    width, height = found.size
-    boxes = found.boxes.clip(0, np.array([width, height, width, height]) - 1)
-    inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return boxes[inside], inside
-
-
-ANNOTATIONS = {
-    "voc": ("voc/Annotations/", ".xml", voc_xml),
-    "yolo": ("yolo/labels/", ".txt", yolo_txt),
-}
-"""Kind -> folder, suffix, and the function that encodes a file."""
-
-
-def write(path: Path, data: bytes) -> None:
-    with atomic_write(path) as file:
-        file.write(data)
-
-
 # ---------------------------------------------------------------- images and videos with boxes
 
 
-class Drawings:
+class Drawings(Writer):
     """Images with their boxes, and videos as .mp4, in folders as the sources are.
 
-    Raises:
-        UserError: A drawn file would overwrite a source, or another drawn file.
+    Raises UserError if a drawn file would overwrite a source, or another drawn file.
     """
 
     place = "drawn/"
@@ -349,12 +234,13 @@ class Drawings:
 
     def __init__(self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
                  font: FreeTypeFont) -> None:
-        self._folder, self._classes, self._font = folder / self.place, classes, font
+        self._out, self._classes, self._font = folder, classes, font
         self._video: VideoFile | None = None
+        self._refused: set[Path] = set()
         inputs = {real_path(source.path) for source in sources if source.kind != "camera"}
         drawn: dict[Path, Source] = {}
         for source in sources:
-            path = self._path(source)
+            path = folder / self._name(source)
             if real_path(path) in inputs:
                 raise UserError(f"{path} would be overwritten; give another --out")
             if (other := drawn.setdefault(path, source)) is not source:
@@ -364,32 +250,31 @@ class Drawings:
                 )
 
     def add(self, found: Found) -> None:
-        path = self._path(found.frame.source)
-        image = draw(found, self._classes, self._font)
-        if found.frame.number is not None:
-            if self._video is None or self._video.path != path:
+        name = self._name(found.frame.source)
+        image, path = draw(found, self._classes, self._font), inside(self._out, name)
+        if found.frame.number is None:
+            write_image(self._out, name, image)
+        elif path not in self._refused:
+            if self._video is not None and self._video.path != path:
                 self.close()
-                self._video = VideoFile(path, image.shape[1::-1], found.frame.rate)
+            try:
+                size = image.shape[1::-1]
+                self._video = self._video or VideoFile(path, size, found.frame.rate)
+            except UserError:
+                self._refused.add(path)
+                raise
             self._video.write(image)
-            return
-        good, data = cv2.imencode(path.suffix, image)
-        if not good:
-            raise UserError(f"{path}: OpenCV cannot write this image; give --no-draw")
-        write(path, data.tobytes())
 
     def close(self) -> None:
-        """Finish the video that is being written."""
-        if self._video is not None:
-            self._video.close()
-        self._video = None
+        video, self._video = self._video, None
+        if video is not None:
+            video.close()
 
-    def _path(self, source: Source) -> Path:
-        name = source.name
+    def _name(self, source: Source) -> str:
+        name = self.place + source.name
         if source.kind != "image":
-            name += "" if name.lower().endswith(".mp4") else ".mp4"
-        elif Path(name).suffix.lower() not in DRAWN:
-            name += ".png"
-        return self._folder / name
+            return name if name.lower().endswith(".mp4") else f"{name}.mp4"
+        return name if Path(name).suffix.lower() in DRAWN else f"{name}.png"
 
 
 def draw(found: Found, classes: Sequence[str], font: FreeTypeFont) -> np.ndarray:
@@ -399,16 +284,14 @@ def draw(found: Found, classes: Sequence[str], font: FreeTypeFont) -> np.ndarray
 
 
 class VideoFile:
-    """An .mp4 file that takes the place of ``path`` when it is closed. Every frame counts once.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
+    """An .mp4 file that takes the place of ``path`` when it is closed; UserError if it cannot."""
 
     def __init__(self, path: Path, size: tuple[int, int], rate: float) -> None:
         self.path, self._size = path, size
-        self._part = path.with_name(f".part-{path.name}")  # OpenCV needs the suffix
         check_writable(path)
+        # OpenCV needs the suffix; the name of the video may be as long as the disk allows.
+        self._part = path.with_name(f".part-{zlib.crc32(os.fsencode(path.name)):08x}.mp4")
+        self._part.unlink(missing_ok=True)
         # MPEG-4 stores times in units of 1/n s with n below 2^16: a high rate gets few digits.
         rate = round(rate, 3 if rate < 65 else 2 if rate < 655 else 0)
         codec = cv2.VideoWriter_fourcc(*"mp4v")
@@ -426,4 +309,6 @@ class VideoFile:
 
     def close(self) -> None:
         self._writer.release()
+        if not cv2.VideoCapture(str(self._part)).isOpened():  # OpenCV tells no failed write
+            raise UserError(f"{self.path} could not be written whole; make room, or give --no-draw")
         os.replace(self._part, self.path)

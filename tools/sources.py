@@ -31,34 +31,26 @@ VIDEOS = frozenset(
 )
 RESULTS = {"detections.json", "detections.csv", "images.json"}
 """Files of an earlier call beside its folder ``drawn``."""
-LOG_EVERY = 1000
-"""Images per log line where the output is not a terminal."""
+LOG_EVERY = 1000  # images per log line where the output is not a terminal
 T = TypeVar("T")
 
 
 class Source(NamedTuple):
     """An image file, a video file or a camera."""
 
-    path: str | int
-    """The file, or the number of the camera."""
-    name: str
-    """Unique name in results and messages: the relative path with "/", or "camera_N"."""
-    kind: str
-    """One of "image", "video", "camera"."""
+    path: str | int  # the file, or the number of the camera
+    name: str  # unique name in results and messages: the relative path with "/", or "camera_N"
+    kind: str  # one of "image", "video", "camera"
 
 
 class Frame(NamedTuple):
     """An image, or a frame of a video or camera."""
 
     source: Source
-    image: np.ndarray
-    """BGR uint8 [H, W, 3]."""
-    number: int | None = None
-    """Position in the video, from 0. None for an image."""
-    time: float = 0.0
-    """Seconds since the start of the video."""
-    rate: float = 0.0
-    """Frames per second of the video."""
+    image: np.ndarray  # BGR uint8 [H, W, 3]
+    number: int | None = None  # position in the video, from 0. None for an image.
+    time: float = 0.0  # seconds since the start of the video
+    rate: float = 0.0  # frames per second of the video
 
 
 # ---------------------------------------------------------------- finding
@@ -82,7 +74,7 @@ def find_sources(words: Sequence[str], out: Path) -> list[Source]:
     roots: set[str] = set()
     cameras: set[int] = set()
     for word in words:
-        if not os.path.exists(word) and (word == "camera" or word.isdecimal()):
+        if not os.path.exists(word) and (word == "camera" or word.isdecimal() and len(word) < 5):
             cameras.add(0 if word == "camera" else int(word))
             continue
         found = {os.path.abspath(path): kind for path in _files(word, out) if (kind := _kind(path))}
@@ -115,8 +107,10 @@ def real_path(path: str | Path) -> str:
 def _files(word: str, out: Path) -> Iterable[str]:
     if os.path.isdir(word):
         return _inside(word, out)
-    if os.path.exists(word):
+    if os.path.isfile(word):
         return [word]
+    if os.path.exists(word):
+        raise UserError(f"{word} is a pipe or a device; give images, folders, videos or camera")
     if not glob.has_magic(word):
         raise UserError(f"{word} does not exist; give images, folders, videos or camera")
     return sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))
@@ -194,7 +188,10 @@ class Reader:
                     progress.update(1)
 
     def _read_video(self, source: Source) -> Iterator[list[Frame]]:
-        capture, is_camera = cv2.VideoCapture(source.path), source.kind == "camera"
+        is_camera = source.kind == "camera"
+        if not is_camera and not os.path.isfile(source.path):  # a pipe would block
+            return self._skip(f"{source.path}: not a file")
+        capture = cv2.VideoCapture(source.path)
         if is_camera and not capture.isOpened():
             why = "is it connected, in use by another program, or has it another number?"
             raise UserError(f"{source.name} cannot be opened; {why}")

@@ -17,13 +17,14 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from models.pretrained import PUBLISHED, WEIGHTS, Contents, convert, download, examine, published
+from utils.arguments import Parser
 from utils.checkpoint import list_keys
 from utils.errors import command
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser(prog="python -m tools.weights",
-                                description="Published weights, and files of weights.")
+    p = Parser(prog="python -m tools.weights",
+               description="Published weights, and files of weights.")
     commands = p.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("list", help="list the published files: what they fit, and where they are")
     c = commands.add_parser("download", help="download a published file, and verify it")

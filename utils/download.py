@@ -11,7 +11,7 @@ import socket
 import sys
 import tarfile
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,8 +21,7 @@ from typing import NamedTuple
 from utils.errors import UserError
 from utils.files import file_digest
 
-SECONDS_OF_SILENCE = 30
-"""A server that sends nothing for so long is given up."""
+SECONDS_OF_SILENCE = 30  # a server that sends nothing for so long is given up
 _DRIVE = re.compile(r"https://drive\.google\.com/file/d/([\w-]+)")
 _HUB = re.compile(r"hf://([^/]+/[^/]+)/([^@]+)(?:@(.+))?")
 
@@ -72,22 +71,23 @@ def fetch(places: Sequence[Place], path: str | Path,
         try:
             return _fetch_from(place, path, check)
         except (UserError, OSError, HTTPException, ValueError) as error:
-            answers.append(f"{place.url}: {' '.join(str(error).split()) or type(error).__name__}")
+            answers.append(f"{place.url}: {error or type(error).__name__}")
     if len(answers) == 1:
         raise UserError(f"cannot download {answers[0]}; try again later, or {by_hand}")
-    lines = "\n  ".join(answers)
-    raise UserError(f"no place gives {path.name}; try again later, or {by_hand}\n  {lines}")
+    told = "; ".join(answers)
+    raise UserError(f"no place gives {path.name} ({told}); try again later, or {by_hand}")
 
 
 def _fetch_from(place: Place, path: Path, check: Callable[[Path], str] | None) -> Path:
     part = path.with_name(path.name + ".part")
     try:
-        if drive := _DRIVE.match(place.url):
-            _download_from_drive(drive[1], part)
-        elif hub := _HUB.fullmatch(place.url):
-            _download_from_hub(*hub.groups(), part)
-        else:
-            _download(place.url, part)
+        with redirect_stderr(sys.__stderr__):  # progress bars need control characters
+            if drive := _DRIVE.match(place.url):
+                _download_from_drive(drive[1], part)
+            elif hub := _HUB.fullmatch(place.url):
+                _download_from_hub(*hub.groups(), part)
+            else:
+                _download(place.url, part)
         if reason := _fault(part, place.checksum, check):
             raise UserError(f"gave {part.stat().st_size} bytes that are not {path.name} ({reason})")
         os.replace(part, path)
@@ -120,7 +120,7 @@ def _download(url: str, part: Path) -> None:
         # In a folder of its own: torch.hub leaves a temporary file behind if the URL is not valid.
         with TemporaryDirectory(dir=part.parent) as folder:
             file = Path(folder, part.name)
-            download_url_to_file(url, str(file), progress=sys.stderr.isatty())
+            download_url_to_file(url, str(file), progress=bool(sys.stderr) and sys.stderr.isatty())
             os.replace(file, part)
     finally:
         socket.setdefaulttimeout(before)
@@ -133,7 +133,7 @@ def _download_from_drive(file_id: str, part: Path) -> None:
         # Without the cookies of the user's browser.
         done = gdown.download(id=file_id, output=str(part), resume=True, use_cookies=False)
     except Exception as error:  # gdown and requests raise various types
-        raise UserError(str(error) or type(error).__name__) from error
+        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
     if done is None:  # releases before 5.0 print the reason
         raise UserError("Google Drive refuses it at present")
 
@@ -143,7 +143,7 @@ def _download_from_hub(repository: str, file: str, revision: str | None, part: P
     try:
         found = hub.hf_hub_download(repository, file, revision=revision)
     except Exception as error:  # huggingface_hub and its HTTP library raise various types
-        raise UserError(str(error) or type(error).__name__) from error
+        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
     shutil.copyfile(found, part)
 
 

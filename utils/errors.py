@@ -6,14 +6,18 @@ import functools
 import sys
 from collections.abc import Callable, Sequence
 
-from utils.console import accept_any_text, discard_output
+from utils.console import console, printable
 
 
 class UserError(Exception):
     """Bad usage or bad input; its text is one sentence with the file, the value and the fix.
 
-    Command lines print it to stderr without a traceback and exit with status 2.
+    Control characters in it, as of file names, are escaped. Command lines print it to stderr
+    without a traceback and exit with status 2.
     """
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 def reason(error: OSError) -> str:
@@ -31,27 +35,24 @@ def first_line(error: BaseException) -> str:
 def command(main: Callable[..., int]) -> Callable[[Sequence[str] | None], int]:
     """Decorate the ``main`` of a command line: report mistakes in a sentence, not a traceback.
 
-    Exit status: 2 after a ``UserError`` or an error of a file, 130 after Ctrl-C, 0 when the reader
-    of standard output has left (``| head``). Other exceptions pass.
+    Exit status: 2 after a ``UserError``, an error of a file or output that could not be written,
+    130 after Ctrl-C. When the reader of the output leaves (``| head``), the command goes on to its
+    end without it. Other exceptions pass.
     """
 
     @functools.wraps(main)
+    @console()
     def run(argv: Sequence[str] | None = None) -> int:
-        accept_any_text()
         try:
             status = main(argv)
-            sys.stdout.flush()
-            return status
-        except BrokenPipeError:
-            discard_output()
-            return 0
+            return 2 if sys.stdout.lost() else status
         except ConnectionError:  # of another process; no file of the user
             raise
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         except OSError as error:
-            print(f"error: {reason(error)}", file=sys.stderr)
+            print(f"error: {printable(reason(error))}", file=sys.stderr)
             return 2
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

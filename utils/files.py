@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
 import io
 import json
 import os
+import re
 import stat
 import uuid
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
-from utils.errors import UserError
+from utils.console import printable
+from utils.errors import UserError, first_line
 from utils.logger import LOGGER
 
 INFLATED = 1 << 28
@@ -27,6 +30,9 @@ try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+
+_FORMULA = re.compile(r"(?!-?[\d.]+(e[+-]?\d+)?$)[=+\-@＝＋－＠]")
+"""The start of a text that may be a formula; a number is none."""
 
 
 @contextmanager
@@ -91,7 +97,7 @@ def _create_temporary(folder: Path) -> tuple[Path, _RecordingFile]:
     Its name is short: the name of the final file may be as long as the file system allows.
     """
     while True:
-        part = folder / f".ssd-{uuid.uuid4().hex}.part"
+        part = folder / f".ssd-{uuid.uuid4().hex[:8]}.part"
         raw = _RecordingFile(part, "x")
         _lock(raw)
         if part.exists():  # else another process deleted it before it was locked
@@ -102,7 +108,7 @@ def _create_temporary(folder: Path) -> tuple[Path, _RecordingFile]:
 @functools.cache
 def remove_abandoned(folder: Path) -> None:
     """Delete the temporary files of killed processes in a folder; once per process."""
-    for part in folder.glob(f".ssd-{'?' * 32}.part"):
+    for part in folder.glob(f".ssd-{'[0-9a-f]' * 8}.part"):
         with suppress(OSError):  # Windows deletes no file that is open
             with open(part, "r+b") as file:
                 abandoned = _lock(file)
@@ -122,7 +128,8 @@ def _lock(file: io.FileIO | BinaryIO) -> bool:
 
 
 def _not_written(path: Path, error: OSError) -> UserError:
-    return UserError(f"{path} could not be written ({error}); make room, or choose another folder")
+    why = error.strerror or error  # the error itself names the temporary file
+    return UserError(f"{path} could not be written ({why}); make room, or choose another folder")
 
 
 @contextmanager
@@ -145,13 +152,10 @@ def _sync_folder(folder: Path) -> None:
 
 @contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Hold a lock on the file ``path``, which is created.
+    """Hold a lock on the file ``path``, which is created, to the end of the block or process.
 
-    The lock ends with the block or with the process. Windows, which has no POSIX record locks,
-    locks nothing.
-
-    Raises:
-        UserError: another process holds the lock.
+    Windows, which has no POSIX record locks, locks nothing. Raises UserError if another process
+    holds the lock.
     """
     if fcntl is None:
         yield
@@ -234,17 +238,14 @@ def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
 
 
 def check_writable(path: str | Path) -> None:
-    """Create the folder of a file that will be written later.
-
-    Raises:
-        UserError: the file cannot be written there.
-    """
+    """Create the folder of a file that will be written later; raise UserError if it cannot be."""
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror})") from error
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        refused = path.is_dir() or not os.access(path.parent, os.W_OK)
+    except (OSError, ValueError) as error:  # ValueError: NUL in the name
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
+    if refused:
         raise UserError(f"{path}: cannot be written (a folder, or no permission)")
 
 
@@ -276,6 +277,18 @@ def check_archive(path: str | Path) -> None:
             # PyTorch writes all of them as 0 if it is told to compute none.
             if any(info.CRC for info in archive.infolist()) and (name := archive.testzip()):
                 raise ValueError(f"{name} in it does not match its checksum")
+
+
+def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
+    """Return rows as CSV, control characters escaped.
+
+    A ' stands before a text that spreadsheets would take for a formula, as OWASP says.
+    """
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(
+        ["'" * bool(_FORMULA.match(cell)) + cell for cell in map(printable, row)] for row in rows
+    )
+    return text.getvalue().encode()
 
 
 def load_arrays(path: str | Path, **kinds: tuple[str, int]) -> dict[str, np.ndarray]:

@@ -7,23 +7,33 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 
-from utils.console import accept_any_text, discard_output
+from utils.console import printable, rewrite_line
 
 LOGGER = logging.getLogger("ssd")
 
 
-class _Console(logging.StreamHandler):
-    """Messages on standard output; the program goes on when nobody reads them any more."""
+class _Line(logging.Formatter):
+    """A message on one line; control characters are escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+class _LogFile(logging.FileHandler):
+    """A log file; the program goes on where it cannot be written, as on a full disk."""
+
+    told = False
 
     def handleError(self, record: logging.LogRecord) -> None:
-        if isinstance(sys.exc_info()[1], OSError):
-            discard_output()
-        else:
-            super().handleError(record)
+        if not self.told:
+            self.told = True
+            print(f"{self.baseFilename} cannot be written ({sys.exc_info()[1]}); the program goes "
+                  "on, make room", file=sys.stderr)
 
 
 def setup_logging(file: Path | None = None, quiet: bool = False) -> None:
@@ -33,14 +43,13 @@ def setup_logging(file: Path | None = None, quiet: bool = False) -> None:
         quiet: drop them, because another process of the job sends the same.
     """
     close_logging()
-    accept_any_text()
     LOGGER.setLevel(logging.CRITICAL if quiet else logging.INFO)
     LOGGER.propagate = False
-    handlers: list[logging.Handler] = [_Console(sys.stdout)]
+    handlers: list[logging.Handler] = [logging.StreamHandler(sys.stdout)]
     if file is not None:
-        handlers.append(logging.FileHandler(file, encoding="utf-8", errors="backslashreplace"))
+        handlers.append(_LogFile(file, encoding="utf-8", errors="backslashreplace"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+        handler.setFormatter(_Line("%(asctime)s %(message)s", "%H:%M:%S"))
         LOGGER.addHandler(handler)
 
 
@@ -50,7 +59,8 @@ def close_logging() -> None:
     LOGGER.propagate = True
     for handler in LOGGER.handlers[:]:
         LOGGER.removeHandler(handler)
-        handler.close()
+        with suppress(OSError):  # what the file still lacks cannot be written either
+            handler.close()
 
 
 class Progress:
@@ -77,22 +87,14 @@ class Progress:
         now = time.monotonic()
         if self.live and (now - self.shown > 0.1 or self.done == self.total):
             self.shown = now
-            self._rewrite(self._line(now, values))
+            rewrite_line(self._line(now, values), sys.stdout)
         elif not self.live and self.every and self.done % self.every == 0:
             LOGGER.info(self._line(now, values))
 
     def close(self) -> None:
         """Clear the line for the next message."""
         if self.live and self.shown:
-            self._rewrite("")
-
-    def _rewrite(self, text: str) -> None:
-        try:
-            sys.stdout.write(f"\r\033[K{text}")
-            sys.stdout.flush()
-        except OSError:  # the terminal was closed
-            discard_output()
-            self.live = False
+            rewrite_line("", sys.stdout)
 
     def images_per_second(self) -> float:
         return self.images / max(time.monotonic() - self.start, 1e-9)
@@ -118,7 +120,7 @@ class RunLog:
             write: False in a process that leaves the log to another one.
         """
         self.path = directory / "log.jsonl" if write else None
-        self.writer = None
+        self.writer, self._waiting = None, b""
         if self.path:
             self.path.write_text("".join(f"{json.dumps(line)}\n" for line in history))
         if self.path and tensorboard:
@@ -127,9 +129,15 @@ class RunLog:
             self.writer = SummaryWriter(directory / "tensorboard")
 
     def add(self, record: dict) -> None:
-        if self.path:
-            with open(self.path, "a") as file:
-                file.write(f"{json.dumps(record)}\n")
+        """Add a line; on a full disk it waits for the next call."""
+        if not self.path:
+            return
+        self._waiting += f"{json.dumps(record)}\n".encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:  # which tells how much it has written
+                self._waiting = self._waiting[file.write(self._waiting) :]
+        except OSError as error:
+            LOGGER.warning("%s cannot be written (%s); make room", self.path, error)
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Send named values to TensorBoard, but for None (a test set without ground truth)."""

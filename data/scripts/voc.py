@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
+from utils.arguments import Parser
 from utils.download import Place, extract_tar, fetch, unpacking_mark
 from utils.errors import UserError, command
 
@@ -65,7 +65,7 @@ def get_voc(year: str, root: Path, url_base: str = URL_BASE) -> None:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m data.scripts.voc",
         description="Download and unpack Pascal VOC. After an interruption, run it again to go on.",
     )
