@@ -36,16 +36,11 @@ STYLE = {
     "svg.hashsalt": "ssd-hardnet",  # the same chart has the same bytes
     "text.parse_math": False,  # a class name may have dollar signs
     "font.family": "DejaVu Sans",  # comes with matplotlib
-    "figure.constrained_layout.use": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "grid.alpha": 0.15,
-    "legend.frameon": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
-                     "ytick.color", "grid.color"), INK),
-}  # fmt: skip
+    "figure.constrained_layout.use": True, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "grid.alpha": 0.15,
+    "legend.frameon": False, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "grid.color": INK,
+}
 
 
 def check_matplotlib() -> None:
@@ -68,11 +63,8 @@ class Folder:
 
     def table(self, name: str, table: Table) -> str:
         """Write a CSV, its cells empty where a value is NaN; return a link to it."""
-        rows = [
-            [(f"{value:.6g}" if value == value else "") if isinstance(value, float) else value
-             for value in row]
-            for row in (table.head, *table.rows)
-        ]  # fmt: skip
+        rows = ([(f"{value:.6g}" if value == value else "") if isinstance(value, float) else value
+                 for value in row] for row in (table.head, *table.rows))
         return self.write(f"{name}.csv", csv_bytes(rows))
 
     def chart(self, name: str, figure: Figure, table: Table, classes: Sequence[str] = ()) -> str:
@@ -110,6 +102,11 @@ def as_svg(figure: Figure, name: str, classes: Sequence[str] = ()) -> str:
         mark = f'<g data-class="{n}"><title>{escape(label)}</title>'
         text = text.replace(f'<g id="class-{n}">', mark)
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+
+
+def has_points(table: Table) -> bool:
+    """Return whether a table of lines has a point to draw."""
+    return not all(math.isnan(row[2]) for row in table.rows)
 
 
 def draw_lines(title: str, table: Table, classes: Sequence[str] = ()) -> Figure:
