@@ -56,6 +56,8 @@ class DetectionData:
     """float32 [M, 5], the targets of all images in a row."""
     offsets: np.ndarray
     """int64 [N + 1]; image i has ``rows[offsets[i]:offsets[i + 1]]``."""
+    quick_score = False
+    """Whether `evaluate` leaves out intervals that take more than a second or so."""
 
     def __init__(self, root: str | Path, image_sets: Sequence[ImageSet],
                  transform: Callable | None = None) -> None:
@@ -101,7 +103,8 @@ class DetectionData:
         name: of the detector, for files that an evaluation server takes.
 
         Returns a dict with at least "metric" (str), "value" (float, None without ground truth),
-        "per_class" (class -> float) and "notes" (lines for the log).
+        "per_class" (class -> float) and "notes" (lines for the log); maybe "interval" and
+        "per_class_interval", see `data.bootstrap.interval`.
         """
         raise NotImplementedError
 

@@ -43,8 +43,8 @@ class AnnotatedImages(DetectionData):
         val_share, split_by: see `data.split.in_validation`.
     """
 
-    origin = 0
-    """Number of the first pixel in annotation files, for messages."""
+    offset = (0, 0, 1, 1)
+    """What turns boxes into the values of annotation files, for messages."""
     scores_dropped = False
     """Whether the score counts objects that training drops."""
 
@@ -95,7 +95,7 @@ class AnnotatedImages(DetectionData):
             return size
         found = _checked_size(read_image(path), path, annotation)
         if size is not None and not _near(size, found):
-            detail = f"{annotation.path}: {path.name} is {found[0]} x {found[1]}"
+            detail = f"{annotation}: {path.name} is {found[0]} x {found[1]}"
             self.skipped.append(Skip(SkipKind.SIZE_SWAPPED, index, None, detail))
         return found
 
@@ -117,16 +117,16 @@ class AnnotatedImages(DetectionData):
         ):
             for k in np.flatnonzero(which):
                 detail = (
-                    f'{annotation.path}: object {k + 1} ("{annotation.names[k]}") '
-                    f"({', '.join(f'{value:g}' for value in boxes[k] + self.origin)}) in "
-                    f"{size[0]} x {size[1]}{self.hint(boxes[k] + self.origin, size)}"
+                    f'{annotation}: object {k + 1} ("{annotation.names[k]}") '
+                    f"({', '.join(f'{value:g}' for value in boxes[k] + self.offset)}) in "
+                    f"{size[0]} x {size[1]}{self.hint(boxes[k] + self.offset, size)}"
                 )
                 self.skipped.append(Skip(kind, index, tuple(boxes[k].tolist()), detail))
         keep = known & area & inside
         return np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32), keep
 
     def hint(self, box: np.ndarray, size: tuple[int, int]) -> str:
-        """Return what may be wrong with a box that is dropped or clipped, counted from origin."""
+        """Return what may be wrong with a box that is dropped or clipped, as in its file."""
         if (box[2:] < box[:2]).any():
             return ": swapped corners?"
         fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
@@ -185,10 +185,10 @@ class AnnotatedImages(DetectionData):
         Arguments as in `data.DetectionData.evaluate`; comp4 files do not hold ``name``.
 
         Returns:
-            {"metric", "value" (mean over classes), "per_class", "iou", "image_set",
-            "voc07_11point" and "area" (see `data.voc_eval.evaluate_voc`), "per_size" and
-            "per_class_per_size" (of the metric), "ground_truths" and "detections" (counts a
-            class), "curves" (a file in ``directory``, see `data.curves`), "notes" (lines for the
+            {"metric", "value" (mean over classes), "interval", "per_class", "per_class_interval",
+            "per_size" and "per_class_per_size" (of the metric), "iou", "image_set", "voc07_11point"
+            and "area" (see `data.voc_eval.evaluate_voc`), "ground_truths" and "detections" (counts
+            a class), "curves" (a file in ``directory``, see `data.curves`), "notes" (lines for the
             log)}. The metric is the 11-point one if all years are before 2010, else the area one.
             All numbers come from the written files.
         """
@@ -210,9 +210,9 @@ class AnnotatedImages(DetectionData):
         old = all(year and year.isdigit() and int(year) < 2010 for year in years)
         main = "voc07_11point" if old else "area"
         write_voc_curves(Path(directory) / CURVES_FILE, result)
+        of_main = {key: value for key, value in result[main].items() if key != "mean"}
         return {
-            "metric": METRICS[main], "value": result[main]["mean"],
-            **{key: result[main][key] for key in ("per_class", "per_size", "per_class_per_size")},
+            "metric": METRICS[main], "value": result[main]["mean"], **of_main,
             "image_set": image_set, **result, "curves": CURVES_FILE,
         }
 
@@ -227,12 +227,12 @@ def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tupl
     if _near(stated, raw) if stated else (outside & (corners <= raw).all(1)).any():
         raise UserError(
             f"{path}: an EXIF orientation tag turns the image to {size[0]} x {size[1]}, but the "
-            f"boxes in {annotation.path} are for {raw[0]} x {raw[1]}; remove the tag "
+            f"boxes in {annotation} are for {raw[0]} x {raw[1]}; remove the tag "
             "(exiftool -Orientation= FILE) or annotate the turned image"
         )
     if stated and (outside.any() or not _near(stated[::-1], size)):
         raise UserError(
-            f"{annotation.path}: <size> says {stated[0]} x {stated[1]}, but the image {path.name}"
+            f"{annotation}: <size> says {stated[0]} x {stated[1]}, but the image {path.name}"
             f" is {size[0]} x {size[1]}; restore the annotated image, or remove <size> if the "
             "boxes are right for this one"
         )

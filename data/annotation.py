@@ -26,6 +26,7 @@ class Annotation:
         inside the box. They may have no area or lie outside the image.
     difficult: bool [n].
     filename: of the image, without folders; "" where the annotation names none.
+    where: what messages call it; "" for the path.
     """
 
     path: Path
@@ -34,6 +35,10 @@ class Annotation:
     boxes: np.ndarray
     difficult: np.ndarray
     filename: str = ""
+    where: str = ""
+
+    def __str__(self) -> str:
+        return self.where or str(self.path)
 
     @classmethod
     def empty(cls, path: Path) -> Annotation:
@@ -116,6 +121,6 @@ def unknown_objects(annotations: Sequence[Annotation], classes: Sequence[str]) -
     for image, annotation in enumerate(annotations):
         for k, name in enumerate(annotation.names):
             if name not in classes:
-                detail = f'{annotation.path}: object {k + 1} ("{name}")'
+                detail = f'{annotation}: object {k + 1} ("{name}")'
                 box = tuple(annotation.boxes[k].tolist())
                 yield Skip(SkipKind.UNKNOWN_CLASS, image, box, detail)

@@ -15,16 +15,24 @@ DRAWS = 1000
 CONFIDENCE = 0.95
 
 
+RECALLS = {"voc07_11point": np.arange(0, 1.1, 0.1), "area": None, "coco": np.linspace(0, 1, 101)}
+"""Recalls whose precisions a metric averages, as published to the last bit; None: the area."""
+AT_ONCE = 1 << 19
+"""Numbers that a step of `precisions` holds."""
+
+
 class Counted(NamedTuple):
-    """The detections of one class that count, and its objects.
+    """The n detections of one class at T IoU thresholds, and its objects.
 
     images: int64 [n], the image of each detection, by falling score.
-    hits: bool [n], whether it is correct.
+    hits: bool [T, n], whether it is correct.
+    counts: bool [T, n], whether it is correct or wrong, not ignored.
     objects: int64 [images], objects of each image.
     """
 
     images: np.ndarray
     hits: np.ndarray
+    counts: np.ndarray
     objects: np.ndarray
 
 
@@ -35,34 +43,43 @@ def draw(images: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     return np.bincount(flat, minlength=draws * images).reshape(draws, images).astype(np.float32)
 
 
-def precisions(counted: Counted, weights: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the average precision of each draw by the metrics of `data.voc_eval.METRICS`.
+def precisions(counted: Counted, weights: np.ndarray, metrics: Sequence[str]) -> np.ndarray:
+    """Return the average precision of each draw by metrics, keys of `RECALLS`.
 
     weights: [draws, images], as `draw` returns them.
 
     Returns:
-        float64 [draws] by the 11-point metric, and by the area metric; NaN for a draw that has no
-        object.
+        float64 [metrics, T, draws]; NaN for a draw that has no object.
     """
-    images, hits, objects = counted
-    found, total = images[hits], weights @ objects.astype(np.float32)
-    # Precision falls between hits, so only the misses before each hit are counted.
-    before = np.cumsum(hits)[~hits]
-    misses = np.bincount(images[~hits] * (len(found) + 1) + before,
-                         minlength=len(objects) * (len(found) + 1))
-    misses = misses.reshape(len(objects), -1)[:, :-1].astype(np.float32)
-    wrong = np.cumsum(weights @ misses, 1, np.float64)
-    right = np.cumsum(weights[:, found], 1, np.float64)
-    recall = right / np.where(total, total, np.nan)[:, None].astype(np.float64)
-    precision = right / np.maximum(right + wrong, 1)
-    envelope = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
-    area = (np.diff(recall, prepend=0) * envelope).sum(1)
-    ends = np.hstack([envelope, np.zeros((len(weights), 1))])
-    rows = np.arange(len(weights))
-    # arange, not linspace, as in data.voc_eval.average_precision.
-    points = [ends[rows, (recall < t).sum(1)] for t in np.arange(0, 1.1, 0.1)]
-    missing = total == 0
-    return tuple(np.where(missing, np.nan, each) for each in (np.mean(points, 0), area))
+    images, hits, counts, objects = counted
+    total = weights @ objects.astype(np.float32)
+    found = np.flatnonzero(hits.any(0))
+    aps = np.zeros((len(metrics), len(hits), len(weights)))
+    if not len(found):
+        return np.where(total, aps, np.nan)
+    step = max(1, AT_ONCE // (found[-1] + 1))
+    for start in range(0, len(weights), step):
+        part = slice(start, start + step)
+        some, wanted = weights[part], np.maximum(total[part, None], 1).astype(np.float64)
+        # Precision falls between hits, so the detections between two are counted together.
+        between = some[:, images[: found[-1] + 1]]
+        seen = np.add.reduceat(between, np.append(0, found[:-1] + 1), 1).cumsum(1)
+        for t in np.flatnonzero(hits.any(1)):
+            (right,), (gone,) = hits[t].nonzero(), (~counts[t]).nonzero()
+            ignored = np.pad(some[:, images[gone]].cumsum(1), ((0, 0), (1, 0)))
+            ignored = ignored[:, np.searchsorted(gone, right)]
+            counting = seen[:, np.searchsorted(found, right)] - ignored
+            correct = some[:, images[right]].cumsum(1, np.float64)
+            precision = correct / np.maximum(counting, 1)
+            envelope = np.maximum.accumulate(precision[:, ::-1], 1)[:, ::-1]
+            for of_metric, metric in zip(aps, metrics, strict=True):
+                reached, recalls = correct / wanted, RECALLS[metric]
+                if recalls is not None:
+                    reached = np.searchsorted(recalls, reached, "right") / len(recalls)
+                # Of each rise of recall, the best precision from there on.
+                of_metric[t, part] = np.einsum("dn,dn->d", reached, envelope)
+                of_metric[t, part] -= np.einsum("dn,dn->d", reached[:, :-1], envelope[:, 1:])
+    return np.where(total, aps, np.nan)
 
 
 def mean(of_classes: Sequence[np.ndarray | None]) -> np.ndarray | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DetectionData
+from data.bootstrap import DRAWS
 from data.coco_eval import evaluate_coco, load_backend, notes
 from data.coco_json import COCOAnnotations, join, read_annotations
 from data.coco_layout import (
@@ -35,6 +36,9 @@ from data.skips import Skip, SkipKind
 from data.split import SPLIT_SETS, VAL_SHARE, choose, list_files
 from data.truth import Truth, digest
 from utils.errors import UserError
+
+QUICK = 20_000_000
+"""Detections times draws whose intervals take about a second."""
 
 
 def clip_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
@@ -197,7 +201,8 @@ class COCODetection(DetectionData):
         Returns:
             {"metric", "value" (AP at [.5:.95]), "per_class" (the same a class), "iou",
             "max_dets", "image_set", "results" and "curves" (files in ``directory``, see
-            `data.curves`), "stats" (the twelve numbers of `data.coco_eval.STATS`), "per_size" and
+            `data.curves`), "stats" (the twelve numbers of `data.coco_eval.STATS`), "interval",
+            "per_class_interval" and "at_50" (see `data.coco_eval.evaluate_coco`), "per_size" and
             "per_class_per_size" (AP of small, medium and large objects), "backend" (name and
             version), "notes" (lines for the log)}; -1 means no ground truth. For a test split
             "value" is None, "per_class" is empty, "archive" names the .zip, and numbers are left
@@ -231,9 +236,13 @@ class COCODetection(DetectionData):
     def _score(self, results: COCOResults, directory: Path) -> dict:
         curves = directory / CURVES_FILE
         truth = join([file for _, file in self._read_again()])
-        scored = evaluate_coco(results, truth, self.eval_backend, curves)
+        few = len(results.scores) * DRAWS <= QUICK
+        scored = evaluate_coco(results, truth, self.eval_backend, curves,
+                               intervals=few or not self.quick_score)
         return {
             "value": scored["stats"][0], "per_class": scored["per_category"],
+            "interval": scored["interval"], "at_50": scored["at_50"],
+            "per_class_interval": scored["per_category_interval"],
             "per_class_per_size": scored["per_category_per_size"],
             **{key: scored[key] for key in ("per_size", "stats", "backend")}, "curves": CURVES_FILE,
             "notes": notes(scored),

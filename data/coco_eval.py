@@ -20,10 +20,13 @@ from pathlib import Path
 
 import numpy as np
 
+from data import bootstrap
 from data.classes import parse_classes
 from data.coco_json import COCOAnnotations, read_annotations, read_json
 from data.coco_results import COCO_FIELDS, COCOResults, check_submission
 from data.curves import SIZES, write_curves
+from data.judge import Found, count
+from data.truth import Truth
 from utils.arguments import Parser
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
@@ -42,7 +45,7 @@ STATS = (
 def evaluate_coco(
     results: str | Path | list[dict] | COCOResults, annotations: str | Path | COCOAnnotations,
     backend: str = "pycocotools", curves: str | Path | None = None,
-    classes: Sequence[str] | None = None,
+    classes: Sequence[str] | None = None, intervals: bool = True,
 ) -> dict:
     """Score detections over all images of an annotation file, with pycocotools' defaults.
 
@@ -56,11 +59,15 @@ def evaluate_coco(
         backend: one of `BACKENDS`.
         curves: where to write the precision-recall arrays, see `data.curves`.
         classes: score these categories, as if the file had no others.
+        intervals: whether to compute them; they take seconds for thousands of images.
 
     Returns:
-        {"stats": the 12 numbers of `STATS`, "per_category": {name: AP at [.5:.95]}, "per_size":
-        {"small", "medium", "large": AP}, "per_category_per_size": {name: {size: AP}}, "backend":
-        name and version}. -1 means no ground truth; no detections at all score 0.
+        {"stats": the 12 numbers of `STATS`, "per_category": {name: AP at [.5:.95]}, "interval",
+        "per_category_interval", "per_size": {"small", "medium", "large": AP},
+        "per_category_per_size": {name: {size: AP}}, "at_50": {"mean", "interval", "per_class",
+        "per_class_interval"} of the AP at .50, "backend": name and version}. -1 means no ground
+        truth; no detections at all score 0. An interval is [low, high] of 95 % by `data.bootstrap`,
+        None where too few images have objects; {} and None without ``intervals``.
 
     Raises:
         UserError: a file that cannot be read or is malformed, results of an image or a category
@@ -87,20 +94,63 @@ def evaluate_coco(
     if curves is not None:
         ious, recall = evaluation.params.iouThrs, np.array(evaluation.params.recThrs)
         write_curves(curves, truth.classes, ious, recall=recall, precision=precision, scores=scores)
-    return _report(truth, evaluation.stats, precision) | {"backend": version}
+    report = _report(truth, evaluation.stats, precision) | {"backend": version}
+    if intervals:
+        ious = np.array(evaluation.params.iouThrs)
+        found = Found(image - 1, _extents(results.boxes), category, results.scores)
+        _add_intervals(report, truth, Found(*(each[np.argsort(image, kind="stable")]
+                                              for each in found)), ious)
+    return report
 
 
 def _report(truth: COCOAnnotations, stats: np.ndarray, precision: np.ndarray) -> dict:
     stats = np.asarray(stats).tolist()
     means = precision.mean(axis=(0, 1)).tolist()  # [category][area]
     by_name = dict(zip(truth.classes, means, strict=True))
+    at_50 = dict(zip(truth.classes, precision[0, :, :, 0].mean(0).tolist(), strict=True))
     return {
         "stats": stats,
         "per_category": {name: aps[0] for name, aps in by_name.items()},
+        "interval": None, "per_category_interval": {},
+        "at_50": {"mean": stats[1], "interval": None, "per_class": at_50,
+                  "per_class_interval": {}},
         "per_size": dict(zip(SIZES, stats[3:6], strict=True)),
         "per_category_per_size": {name: dict(zip(SIZES, aps[1:], strict=True)) for name,
                                   aps in by_name.items()},
     }
+
+
+def _add_intervals(report: dict, truth: COCOAnnotations, found: Found, ious: np.ndarray) -> None:
+    objects = Truth(truth.owners(), _extents(truth.boxes), truth.labels, truth.crowds, "coco")
+    images = len(truth.image_ids)
+    weights, drawn = bootstrap.draw(images), {}
+    counted = count(objects, found, ious, len(truth.classes), images)
+    for name, each in zip(truth.classes, counted, strict=True):
+        if each.objects.any():
+            (aps,) = bootstrap.precisions(each, weights, ("coco",))
+            drawn[name] = np.stack([aps.mean(0), aps[0]])
+    for n, (part, key) in enumerate([(report, "per_category"), (report["at_50"], "per_class")]):
+        aps = {name: each[n] for name, each in drawn.items()}
+        part["interval"] = bootstrap.interval(bootstrap.mean([*aps.values()]))
+        part[f"{key}_interval"] = {name: bootstrap.interval(aps.get(name))
+                                   for name in truth.classes}
+
+
+def _extents(boxes: np.ndarray) -> np.ndarray:
+    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+
+
+def _classes(report: dict) -> list[str]:
+    """Return a line a class with both AP and their intervals."""
+    width, at_50 = max(map(len, ("class", *report["per_category"]))), report["at_50"]
+    head = [f"{title:>10}  {'95 % interval':16}" for title in ("AP", "AP at .50")]
+    lines = [f"{'class':{width}}  {'  '.join(head)}"]
+    for name, ap in report["per_category"].items():
+        cells = [(ap, report["per_category_interval"][name]),
+                 (at_50["per_class"][name], at_50["per_class_interval"][name])]
+        shown = [f"{value:10.4f}  {bootstrap.text(bounds):16}" for value, bounds in cells]
+        lines.append(f"{name:{width}}  {'  '.join(shown)}")
+    return [line.rstrip() for line in lines]
 
 
 def notes(report: dict) -> list[str]:
@@ -233,12 +283,14 @@ def main(argv: list[str] | None = None) -> int:
     report = evaluate_coco(args.results, args.annotations, args.eval_backend, classes=classes)
     if args.json:
         write_json(args.json, report)
-    for (metric, iou, area, count), value in zip(STATS, report["stats"], strict=True):
+    shown = [report["interval"], report["at_50"]["interval"], *[None] * (len(STATS) - 2)]
+    rows = zip(STATS, report["stats"], shown, strict=True)
+    for (metric, iou, area, most), value, bounds in rows:
         long = {"AP": "Average Precision", "AR": "Average Recall"}[metric]
-        where = f"IoU={iou:<9} | area={area:>6s} | maxDets={count:>3d}"
-        print(f" {long:<18} ({metric}) @[ {where} ] = {value:0.4f}")
-    for line in notes(report):
-        print(line)
+        where = f"IoU={iou:<9} | area={area:>6s} | maxDets={most:>3d}"
+        interval = f" ({bootstrap.text(bounds)})" if bounds else ""
+        print(f" {long:<18} ({metric}) @[ {where} ] = {value:0.4f}{interval}")
+    print(*notes(report), *_classes(report), sep="\n")
     return 0
 
 

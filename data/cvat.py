@@ -21,7 +21,7 @@ from data.annotation import (
     refuse_missing,
     unknown_objects,
 )
-from data.classes import check_classes
+from data.classes import BACKGROUND, check_classes
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
@@ -55,6 +55,7 @@ class _Image:
     def __init__(self, path: Path, number: int, element: ElementTree.Element) -> None:
         self.path, self.element = path, element
         self.name, self.subset = ((element.get(key) or "").strip() for key in ("name", "subset"))
+        self.subset = self.subset or path.stem.removeprefix("annotations")  # Datumaro's Train.xml
         self.where = f'{path}: image {number} ("{self.name}")'
         if not self.name:
             raise UserError(f"{path}: image {number} has no name; export the task again")
@@ -79,7 +80,8 @@ class _Image:
                     raise UserError(f"{where} has no label; export the task again")
                 edges.append(_edges(where, shape))
         boxes = np.array(edges, np.float64).reshape(-1, 4) - (0, 0, 1, 1)
-        return Annotation(self.path, size, tuple(names), boxes, np.zeros(len(names), bool))
+        flags = np.zeros(len(names), bool)
+        return Annotation(self.path, size, tuple(names), boxes, flags, where=self.where)
 
 
 def _number(where: str, text: str | None) -> float:
@@ -127,6 +129,8 @@ def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
     images, labels = [], {}
     for path in find_files(root):
         document = read_xml(path)
+        for element in document.iter():
+            element.tag = element.tag.rpartition("}")[2]
         if document.tag != "annotations":
             raise UserError(f"{path}: its first tag is <{document.tag}>, not <annotations>")
         if document.find("track") is not None:
@@ -141,7 +145,7 @@ def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
             kind = (label.findtext("type") or "any").strip()
             if label.find("parent") is None and kind in ("any", "rectangle", *AREAS):
                 labels[(label.findtext("name") or "").strip()] = None
-    return images, list(labels)
+    return images, [label for label in labels if label and label not in BACKGROUND]
 
 
 def _subsets(images: Sequence[_Image]) -> dict[str, list[int]]:
@@ -157,8 +161,8 @@ class CVATDetection(AnnotatedImages):
 
     Boxes are those around boxes, polygons, ellipses and masks, also rotated ones, as continuous
     edges - (0, 1); other shapes are recorded. Images lie in images/, images/SUBSET/ or beside the
-    XML. Image sets are subsets of a project, else lists or parts (`data.split`). Arguments as of
-    `AnnotatedImages`; classes are the labels of the task, in its order.
+    XML. Image sets are subsets of a project, or files of other names, else lists or parts
+    (`data.split`). Arguments as of `AnnotatedImages`; classes are the labels of the task, in order.
     """
 
     @staticmethod
@@ -196,6 +200,9 @@ class CVATDetection(AnnotatedImages):
             classes = [*labels, *sorted(used - {*labels, ""})]
         classes = check_classes(classes, str(self.root)) if classes else ()
         what = f"{self.root}: the image set {sets_name(self.image_sets)}"
+        tags = sorted({shape.tag for image in images for shape in image.element})
+        if tags and not {*AREAS} & {*tags} and faults is None:
+            raise UserError(f"{what} has no {', '.join(AREAS)}, only {', '.join(tags)}; draw boxes")
         check_objects(what, annotations, classes, faults)
         skipped += [*unknown_objects(annotations, classes), *outside_root(self.root, paths)]
         skipped += [Skip(SkipKind.OTHER_SHAPE, i, None, f"{image.where}: {shape.tag} {number}")

@@ -13,10 +13,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.bootstrap import Counted
 from data.detections import as_columns
 from data.truth import Truth
 
 FOREGROUND, BACKGROUND = 0.5, 0.1
+MOST = 100  # detections of a class in an image that COCO's score takes
 # Kinds of detections. Errors stand in the order in which the first that fits is taken.
 KINDS = ("correct", "ignored", "localisation", "class", "duplicate", "both", "background")
 CORRECT, IGNORED, LOCALISATION, CLASS, DUPLICATE, BOTH, NOTHING = range(len(KINDS))
@@ -144,6 +146,38 @@ def match(truth: Truth, found: Found, thresholds: Sequence[float]) -> np.ndarray
             chosen = _assign(of_class, truth.ignored[there], truth.rule, threshold)
             at[rows] = np.where(chosen < 0, -1, there[chosen])
     return matched
+
+
+def count(truth: Truth, found: Found, thresholds: Sequence[float], num_classes: int,
+          num_images: int) -> list[Counted]:
+    """Return what the average precision of each class counts, see `match`.
+
+    By the rule "coco" the `MOST` best detections of a class in an image count.
+    """
+    if truth.rule == "coco":
+        found = best_of_each(found, MOST)
+    matched = match(truth, found, thresholds)
+    counts = ~np.append(truth.ignored, False)[matched]  # -1, no object, is the last
+    hits = counts & (matched >= 0)
+    order = np.lexsort((-found.scores, found.labels))
+    ends = np.searchsorted(found.labels[order], np.arange(1, num_classes + 2))
+    counted = []
+    for label in range(1, num_classes + 1):
+        rows = order[ends[label - 1] : ends[label]]
+        objects = truth.images[(truth.labels == label) & ~truth.ignored]
+        counted.append(Counted(found.images[rows], hits[:, rows], counts[:, rows],
+                               np.bincount(objects, minlength=num_images)))
+    return counted
+
+
+def best_of_each(found: Found, most: int) -> Found:
+    """Return the `most` best detections of each class in each image, in the order of `found`."""
+    order = np.lexsort((-found.scores, found.labels, found.images))
+    groups = np.stack([found.images, found.labels])[:, order]
+    new = np.append(True, (groups[:, 1:] != groups[:, :-1]).any(0))[: len(order)]
+    ranks = np.arange(len(order)) - np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
+    kept = np.sort(order[ranks < most])
+    return Found(*(column[kept] for column in found))
 
 
 def pairs(truth: Truth,

@@ -182,7 +182,9 @@ def choose(root: Path, image_set: ImageSet, names: Sequence[str],
                 *(listed(path, names) for key, path in lists.items() if key not in SPLIT_SETS)]
         pool = sorted({i for each in sets for i in each}) or range(len(names))
         if other in lists:  # this part is the rest
-            return sorted({*pool} - {*listed(lists[other], names)})
+            if rest := sorted({*pool} - {*listed(lists[other], names)}):
+                return rest
+            raise UserError(f"{lists[other]} leaves no image for {name}; take some out of it")
         chosen = in_validation([names[i] for i in pool], val_share, split_by)
         return [i for i, val in zip(pool, chosen, strict=True) if val == (name == SPLIT_VAL)]
     existing = ", ".join([*declared, *lists]) or "none"

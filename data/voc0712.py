@@ -31,7 +31,7 @@ class VOCDetection(AnnotatedImages):
             annotations of one image, or no object of a known class.
     """
 
-    origin = 1
+    offset = (1, 1, 1, 1)
     scores_dropped = True  # as published
     recognise = staticmethod(recognise)
     list_image_sets = staticmethod(list_image_sets)

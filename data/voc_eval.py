@@ -74,14 +74,15 @@ def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[A
         note says so. Without ground truth of a size it has -1 there and is left out of that mean.
     """
     objects, weights = _Objects.of(annotations), bootstrap.draw(len(annotations))
-    drawn: list[tuple[np.ndarray, np.ndarray]] = []
+    drawn: list[Sequence[np.ndarray | None]] = []
     keys = ("per_class", "per_class_interval", "per_size", "per_class_per_size")
     result: dict = {"iou": iou, **{m: {"mean": 0.0} | {k: {} for k in keys} for m in METRICS}}
     result |= {"ground_truths": {}, "detections": {}, "notes": [], "curves": {}}
     for name in classes:
         found = detections[name]
         curves, totals, counted = _class_curves(found, objects.of_class(name), iou)
-        drawn.append(bootstrap.precisions(counted, weights) if totals["all"] else 2 * [None])
+        aps = bootstrap.precisions(counted, weights, METRICS)[:, 0] if totals["all"] else None
+        drawn.append(2 * [None] if aps is None else aps)
         for metric, aps in zip(METRICS, drawn[-1], strict=True):
             result[metric]["per_class_interval"][name] = bootstrap.interval(aps)
         for metric in METRICS:
@@ -157,7 +158,7 @@ def _class_curves(
         totals[size] = int(valid.sum())
     counts = (matched < 0) | np.append(counted, False)[matched]
     of_image = np.diff(np.append(0, counted.cumsum())[objects.starts])
-    part = bootstrap.Counted(found.images[order][counts], first[counts], of_image)
+    part = bootstrap.Counted(found.images[order], first[None], counts[None], of_image)
     return curves, totals, part
 
 

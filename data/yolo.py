@@ -142,19 +142,7 @@ class YOLODetection(AnnotatedImages):
                     for i, (image, label) in enumerate(zip(images, labels, strict=True))
                     if label is None]
         skipped += _orphans(images, labels)
-        annotations, images_of = [], {}
-        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            try:
-                if label and (other := images_of.setdefault(label, image)) != image:
-                    raise UserError(f"{other} and {image} both have the label file {label}; keep "
-                                    "one of the images")  # fmt: skip
-                annotation = _read(folder, i, image, label, skipped)
-            except UserError as error:
-                if faults is None:
-                    raise
-                faults.append(str(error))
-                annotation = replace(Annotation.empty(label or image), size=(1, 1))
-            annotations.append(annotation)
+        annotations = _read_all(folder, images, labels, skipped, faults)
         if folder.names is None:
             numbers = sorted({name for each in annotations for name in each.names}, key=float)
             raise UserError(
@@ -165,11 +153,7 @@ class YOLODetection(AnnotatedImages):
         classes = classes or tuple(folder.names[number] for number in sorted(folder.names))
         check_objects(what, annotations, classes, faults)
         skipped += unknown_objects(annotations, classes)
-        names = [relative(path, self.root) for path in images]
-        stems = [os.path.splitext(name)[0] for name in names]
-        counts = Counter(stems)
-        ids = [each if counts[each] == 1 else name for each, name in zip(stems, names, strict=True)]
-        return Loaded(ids, images, annotations, classes, skipped)
+        return Loaded(_ids(self.root, images), images, annotations, classes, skipped)
 
     def _list(self, folder: YOLOFolder,
               faults: list[str] | None) -> tuple[list[Path], list[Skip]]:
@@ -197,6 +181,31 @@ class YOLODetection(AnnotatedImages):
         if faults is None:
             refuse_missing(self.root, missing)
         return list(images), skipped + outside_root(self.root, list(images))
+
+
+def _ids(root: Path, images: Sequence[Path]) -> list[str]:
+    """Return the paths of images from the root, without suffix where they differ so."""
+    names = [relative(path, root) for path in images]
+    stems = [os.path.splitext(name)[0] for name in names]
+    counts = Counter(stems)
+    return [stem if counts[stem] == 1 else name for stem, name in zip(stems, names, strict=True)]
+
+
+def _read_all(folder: YOLOFolder, images: Sequence[Path], labels: Sequence[Path | None],
+              skipped: list[Skip], faults: list[str] | None) -> list[Annotation]:
+    annotations, images_of = [], {}
+    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+        try:
+            if label and (other := images_of.setdefault(label, image)) != image:
+                raise UserError(f"{other} and {image} both have the label file {label}; keep one "
+                                "of the images")  # fmt: skip
+            annotations.append(_read(folder, i, image, label, skipped))
+        except UserError as error:
+            if faults is None:
+                raise
+            faults.append(str(error))
+            annotations.append(replace(Annotation.empty(label or image), size=(1, 1)))
+    return annotations
 
 
 def _read(folder: YOLOFolder, index: int, image: Path, label: Path | None,

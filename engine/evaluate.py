@@ -179,6 +179,7 @@ class Evaluation:
         The files lie in ss_predict/``name`` of the run's folder.
         """
         dataset, options = self.run.test_set, self.run.options
+        dataset.quick_score = True
         self.detections = detect_set(net, self.detect, self.priors, dataset, options, self.world,
                                      on_batch)
         if self.detections is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -165,10 +164,12 @@ def check_training(call: Call, given: Mapping[str, object]) -> None:
     suits = RECIPES[given.get("recipe", Options.recipe)].get("optimizer", Options.optimizer)
     if not call.resume and given.get("optimizer", suits) != suits:
         if not {"lr", "weight_decay"} <= given.keys():
-            raise UserError(f"--optimizer {given['optimizer']} does not suit the learning rate and "
-                            "the weight decay of the recipe; give --lr and --weight_decay, too")
-    if given.get("send_images_to_visdom") and not given.get("visdom"):
-        raise UserError("--send_images_to_visdom goes with --visdom")
+            raise UserError(
+                f"--optimizer {given['optimizer']} does not suit the learning rate and the weight "
+                "decay of the recipe; give --lr and --weight_decay, too"
+            )
+    if given.get("send_images_to_visdom") and not (given.get("visdom") or given.get("log")):
+        raise UserError("--send_images_to_visdom goes with --log NAMES or --visdom")
 
 
 def check_resumed(given: Mapping[str, object], stored: Options) -> None:
@@ -224,16 +225,3 @@ def use_device(call: Call, options: Options, world: World) -> torch.device:
         # Streams, events and pinned memory are those of the current device.
         torch.cuda.set_device(device.index or 0)
     return device
-
-
-def check_tensorboard() -> None:
-    """Refuse --visdom where TensorBoard cannot be imported.
-
-    Raises:
-        UserError: the package is missing or broken.
-    """
-    try:
-        importlib.import_module("torch.utils.tensorboard")
-    except ImportError as error:
-        raise UserError(f"--visdom writes for TensorBoard, which cannot be imported ({error}); pip "
-                        "install tensorboard") from error

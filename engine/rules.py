@@ -13,6 +13,7 @@ from data.classes import check_classes
 from data.config import PRIORS
 from data.image_sets import ImageSet, check_sets
 from utils.errors import UserError
+from utils.trackers import TRACKERS
 
 
 def names(value: object) -> tuple[str, ...]:
@@ -48,6 +49,13 @@ def priors(value: object) -> str:
     if not names_priors(value):
         raise UserError(f"--priors is {value!r:.80}; give VOC, COCO, fit, or a file of sizes")
     return value
+
+
+def tracker_names(text: str) -> str:
+    """Read the value of --log: names separated by commas; "" names none."""
+    if wrong := [name for name in text.split(",") if text and name not in TRACKERS]:
+        raise argparse.ArgumentTypeError(f"{wrong[0]!r} is none of {', '.join(TRACKERS)}")
+    return text
 
 
 def parts(text: str) -> str:

@@ -30,7 +30,6 @@ from engine.resolve import (
     asked_dataset,
     check_parts,
     check_resumed,
-    check_tensorboard,
     check_training,
     dataset_options,
     resolve,
@@ -44,6 +43,7 @@ from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.files import read_text
 from utils.logger import LOGGER
+from utils.trackers import check_trackers
 
 
 @dataclass(frozen=True)
@@ -180,8 +180,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     if options.overfit:
         options = dataclasses.replace(options, test_sets=options.train_sets)
     check_parts(options)
-    if options.visdom:
-        check_tensorboard()
+    check_trackers(options.trackers)
     if options.recompute and options.compile:
         raise UserError("--recompute changes nothing under --compile; give one of them")
     device = use_device(call, options, world)

@@ -26,6 +26,7 @@ from utils.checkpoint import load_weights, rng_state, set_rng_state
 from utils.errors import UserError
 from utils.logger import LOGGER, Progress, RunLog
 from utils.signals import Interrupted, StopSignal
+from utils.trackers import Trackers
 
 
 class Trainer:
@@ -134,10 +135,14 @@ class Trainer:
         end = self.options.max_epoch * self.steps_per_epoch
         end = min(end, max_iters) if max_iters else end
         if end < self.state.step:
-            raise UserError(f"{end} steps are asked for, but the run is at step {self.state.step} "
-                            "already; raise --max_iters or --max_epoch")
-        self.log = RunLog(self.folder.path, self.state.history, self.options.visdom,
-                          self.world.main)
+            raise UserError(
+                f"{end} steps are asked for, but the run is at step {self.state.step} already; "
+                "raise --max_iters or --max_epoch"
+            )
+        main = self.world.main
+        self.log = RunLog(self.folder.path, self.state.history, main)
+        names = self.options.trackers if main else ()
+        self.trackers = Trackers(names, self.folder.path, self.options.plain())
         with self.stop:
             try:
                 self._train(end)
@@ -145,7 +150,7 @@ class Trainer:
                 self._save_on(error)
                 raise
             finally:
-                self.log.close()
+                self.trackers.close()
 
     def _finishing(self) -> str:
         what = "the test at " if self.testing else ""
@@ -241,7 +246,7 @@ class Trainer:
     def _show(self, done: Step) -> None:
         if self.options.send_images_to_visdom:
             draw = partial(draw_batch, done.images, done.targets, self.options.classes)
-            self.log.image(self.state.step, "training images", draw)
+            self.trackers.image(self.state.step, "training images", draw)
 
     def _read(self, leave: int, progress: Progress | None = None) -> None:
         """Add the results of the unread steps to the totals, but for the latest ``leave``.
@@ -265,7 +270,7 @@ class Trainer:
             shown["lr"] = done.lr
             if progress is not None:
                 progress.update(images, **shown)
-            self.log.scalars(step + 1, shown)
+            self.trackers.scalars(step + 1, shown)
             if stop and self.stop_at is None:
                 self.stop_at = step + 1
 
@@ -316,7 +321,7 @@ class Trainer:
                     record["loss_conf"], record["lr"], record["images_per_second"],
                     100 * record["waiting_for_data"])
         speed = ("images_per_second", "waiting_for_data", "gpu_memory_gib")
-        self.log.scalars(self.state.step, {key: record[key] for key in speed if key in record})
+        self.trackers.scalars(self.state.step, {key: record[key] for key in speed if key in record})
         return record
 
     def _evaluate(self, name: str) -> dict:
@@ -334,9 +339,9 @@ class Trainer:
         value, metric = results["value"], results["metric"]
         if value is not None and value > self.state.best.get("value", -1):
             self.state.best = {"step": step, "value": value, "metric": metric}
-        self.log.scalars(step, {metric: value})
+        self.trackers.scalars(step, {metric: value})
         if self.options.send_images_to_visdom:
-            self.log.image(step, "detections", self.evaluate.draw)
+            self.trackers.image(step, "detections", self.evaluate.draw)
         return {key: results[key] for key in ("metric", "value", "per_class")}
 
     # ------------------------------------------------------------ state

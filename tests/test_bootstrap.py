@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from test_coco_eval import random_set
 
 from data import bootstrap
 from data.annotation import Annotation
+from data.coco import COCODetection
+from data.coco_eval import BACKENDS, evaluate_coco
 from data.voc_comp4 import ClassDetections
 from data.voc_eval import METRICS, evaluate_voc
 
@@ -57,15 +61,15 @@ def test_every_draw_is_the_score_of_the_drawn_images(monkeypatch):
     seen = []
     precisions = bootstrap.precisions
 
-    def keep(counted, _):
-        seen.append(precisions(counted, weights))
+    def keep(counted, _, metrics):
+        seen.append(precisions(counted, weights, metrics))
         return seen[-1]
 
     with monkeypatch.context() as patch:
         patch.setattr(bootstrap, "precisions", keep)
         whole = evaluate_voc(found, annotations, CLASSES)
     for k, metric in enumerate(METRICS):
-        of_classes = [each[k] for each in seen]
+        of_classes = [each[k, 0] for each in seen]
         assert [aps[0] for aps in of_classes] == pytest.approx(
             list(whole[metric]["per_class"].values())
         )
@@ -99,6 +103,81 @@ def test_too_few_images_with_objects_have_no_interval():
 def test_a_thousand_draws_of_five_thousand_images_are_fast_enough_to_be_usual():
     rng = np.random.default_rng(0)
     images = rng.integers(0, 5000, 20_000)
-    counted = bootstrap.Counted(images, rng.random(20_000) < 0.05, rng.integers(0, 2, 5000))
-    eleven, area = bootstrap.precisions(counted, bootstrap.draw(5000))
-    assert eleven.shape == area.shape == (1000,) and (area > 0).all()
+    hits = rng.random((1, 20_000)) < 0.05
+    counted = bootstrap.Counted(images, hits, hits | True, rng.integers(0, 2, 5000))
+    aps = bootstrap.precisions(counted, bootstrap.draw(5000), bootstrap.RECALLS)
+    assert aps.shape == (3, 1, 1000) and (aps > 0).all()
+
+
+def coco_anew(document, results, weights):
+    """The score by pycocotools of a set that has each image as often as its weight says."""
+    images = np.repeat(np.sort([image["id"] for image in document["images"]]), weights)
+    several = {"categories": document["categories"], "annotations": [],
+               "images": [{"id": new, "width": 640, "height": 480} for new in range(len(images))]}
+    found = []
+    for new, old in enumerate(images.tolist()):
+        several["annotations"] += [each | {"image_id": new, "id": (new + 1) * 10_000 + n}
+                                   for n, each in enumerate(document["annotations"])
+                                   if each["image_id"] == old]
+        found += [each | {"image_id": new} for each in results if each["image_id"] == old]
+    return several, found
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_every_draw_is_the_coco_score_of_the_drawn_images(seed, tmp_path, monkeypatch):
+    path, rng = tmp_path / "truth.json", np.random.default_rng(seed)
+    columns = random_set(rng, path)
+    document = json.loads(path.read_text())
+    scores = rng.permutation(len(columns.scores)) / 1e6  # the order of equal ones is another
+    columns = columns._replace(scores=scores)
+    results = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in
+               zip(*(column.tolist() for column in columns), strict=True)]
+    weights = bootstrap.draw(len(document["images"]), 6, seed)
+    weights[0] = 1
+    with monkeypatch.context() as patch:
+        patch.setattr(bootstrap, "draw", lambda _: weights)
+        patch.setattr(bootstrap, "interval", lambda values: values)
+        whole = evaluate_coco(columns, path)
+    for n, row in enumerate(weights.astype(int)):
+        several, found = coco_anew(document, results, row)
+        path.write_text(json.dumps(several))
+        anew = evaluate_coco(found, path, intervals=False)
+        for part, key, wanted, mean in (
+            (whole, "per_category", anew["per_category"], anew["stats"][0]),
+            (whole["at_50"], "per_class", anew["at_50"]["per_class"], anew["stats"][1]),
+        ):
+            drawn = part[f"{key}_interval"]
+            values = {name: -1 if aps is None or np.isnan(aps[n]) else aps[n]
+                      for name, aps in drawn.items()}
+            assert values == pytest.approx(wanted)
+            assert part["interval"] is None or part["interval"][n] == pytest.approx(mean)
+
+
+def test_coco_intervals_are_those_of_every_backend_and_hold_the_score(tmp_path):
+    seeds = np.random.default_rng(1)
+    while True:
+        results = random_set(seeds, tmp_path / "truth.json")
+        if len(set(results.image_ids.tolist())) == 20:
+            break
+    reports = []
+    for backend in BACKENDS:
+        pytest.importorskip(backend.replace("-", "_"))
+        reports.append(evaluate_coco(results, tmp_path / "truth.json", backend))
+        assert reports[0]["per_category_interval"] == reports[-1]["per_category_interval"]
+    report = reports[0]
+    low, high = report["interval"]
+    assert low < report["stats"][0] < high
+    low, high = report["at_50"]["interval"]
+    assert low < report["at_50"]["mean"] == report["stats"][1] < high
+
+
+def test_while_training_slow_intervals_are_left_out(coco_folder, tmp_path, monkeypatch):
+    dataset = COCODetection(coco_folder, [("2017", "val")])
+    found = [{"boxes": t[:, :4], "scores": np.ones(len(t)), "labels": t[:, 4]}
+             for t in map(dataset.target, range(len(dataset)))]
+    dataset.quick_score = True
+    assert dataset.evaluate(found, tmp_path)["per_class_interval"]
+    monkeypatch.setattr("data.coco.QUICK", 0)
+    assert dataset.evaluate(found, tmp_path)["per_class_interval"] == {}
+    dataset.quick_score = False
+    assert dataset.evaluate(found, tmp_path)["per_class_interval"]

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 
+from data import bootstrap
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend, main, notes
 from data.coco_json import join, read_annotations
 from data.coco_results import COCOResults
@@ -412,7 +413,17 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
     if importlib.util.find_spec("hotcoco"):
         assert main([str(results), str(truth), "--eval-backend", "hotcoco"]) == 0
         assert capsys.readouterr().out == printed
-    assert table[12:] == notes(report) and len(table) == 13
+    intervals = [report["interval"], report["at_50"]["interval"]]
+    for n, bounds in enumerate(intervals):
+        table[n], shown = table[n].removesuffix(")").rsplit(" (", 1)
+        assert shown == bootstrap.text(bounds) and shown
+    assert table[12:13] == notes(report) and len(table) == 14 + 80
+    name, of_50 = "category 1", report["at_50"]
+    assert table[14].split() == " ".join([
+        f"{name} {report['per_category'][name]:.4f}",
+        bootstrap.text(report["per_category_interval"][name]),
+        f"{of_50['per_class'][name]:.4f} {bootstrap.text(of_50['per_class_interval'][name])}",
+    ]).split() and len(table[14].split()) == 10  # fmt: skip
 
     reference = COCO(str(truth))
     evaluation = COCOeval(reference, reference.loadRes(str(results)), "bbox")

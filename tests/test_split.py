@@ -102,8 +102,13 @@ def test_lists_of_the_command_decide_from_then_on(kind, tmp_path, capsys):
     assert parts() == before and len(before[1]) == 3
     assert "split_val.txt" in capsys.readouterr().out
     assert main(["--root", str(tmp_path)]) == 2 and "delete" in capsys.readouterr().err
+    lines = (tmp_path / "ImageSets/split_train.txt").read_text()
     (tmp_path / "ImageSets/split_train.txt").unlink()
     assert parts() == before  # the rest of the other list
+    with open(tmp_path / "ImageSets/split_val.txt", "a") as file:
+        file.write(lines)
+    with pytest.raises(UserError, match=r"split_val\.txt.*split_train|no image"):
+        parts()
 
 
 # ---------------------------------------------------------------- which layout
