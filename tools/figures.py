@@ -63,8 +63,11 @@ class Folder:
 
     def table(self, name: str, table: Table) -> str:
         """Write a CSV, its cells empty where a value is NaN; return a link to it."""
-        rows = ([(f"{value:.6g}" if value == value else "") if isinstance(value, float) else value
-                 for value in row] for row in (table.head, *table.rows))
+        rows = [
+            [(f"{value:.6g}" if value == value else "") if isinstance(value, float) else value
+             for value in row]
+            for row in (table.head, *table.rows)
+        ]  # fmt: skip
         return self.write(f"{name}.csv", csv_bytes(rows))
 
     def chart(self, name: str, figure: Figure, table: Table, classes: Sequence[str] = ()) -> str:
