@@ -164,10 +164,8 @@ def check_training(call: Call, given: Mapping[str, object]) -> None:
     suits = RECIPES[given.get("recipe", Options.recipe)].get("optimizer", Options.optimizer)
     if not call.resume and given.get("optimizer", suits) != suits:
         if not {"lr", "weight_decay"} <= given.keys():
-            raise UserError(
-                f"--optimizer {given['optimizer']} does not suit the learning rate and the weight "
-                "decay of the recipe; give --lr and --weight_decay, too"
-            )
+            raise UserError(f"--optimizer {given['optimizer']} does not suit the learning rate and "
+                            "the weight decay of the recipe; give --lr and --weight_decay, too")
     if given.get("send_images_to_visdom") and not (given.get("visdom") or given.get("log")):
         raise UserError("--send_images_to_visdom goes with --log NAMES or --visdom")
 

@@ -135,10 +135,8 @@ class Trainer:
         end = self.options.max_epoch * self.steps_per_epoch
         end = min(end, max_iters) if max_iters else end
         if end < self.state.step:
-            raise UserError(
-                f"{end} steps are asked for, but the run is at step {self.state.step} already; "
-                "raise --max_iters or --max_epoch"
-            )
+            raise UserError(f"{end} steps are asked for, but the run is at step {self.state.step} "
+                            "already; raise --max_iters or --max_epoch")
         main = self.world.main
         self.log = RunLog(self.folder.path, self.state.history, main)
         names = self.options.trackers if main else ()
