@@ -72,12 +72,12 @@ def _not_finite(error: FloatingPointError, amp: str) -> str:
     return f"the network's output is not finite ({error}); {causes}"
 
 
-def detect_exported(predictor: Predictor, dataset: DetectionData,
-                    options: Options) -> list[dict[str, np.ndarray]]:
-    """Return the detections of all images of ``dataset`` by an exported file, in order.
+def detect_by(predictor: Predictor, dataset: DetectionData,
+              options: Options) -> list[dict[str, np.ndarray]]:
+    """Return the detections of all images of ``dataset`` by a predictor, in order.
 
     Raises:
-        UserError: the output of the file is not finite, or an image cannot be read.
+        UserError: its output is not finite, or an image cannot be read.
     """
     found, size = [], options.batch_size
     progress = Progress("test", -(-len(dataset) // size), options.log_iters)
@@ -87,7 +87,7 @@ def detect_exported(predictor: Predictor, dataset: DetectionData,
             found += predictor([dataset.pull_image(i) for i in batch])
             progress.update(len(batch))
     except FloatingPointError as error:
-        raise UserError(f"the output of the exported file is not finite ({error})") from error
+        raise UserError(f"the output of {predictor.file} is not finite ({error})") from error
     finally:
         progress.close()
     return [{key: d[key].numpy() for key in ("boxes", "scores", "labels")} for d in found]
