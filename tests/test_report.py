@@ -246,7 +246,7 @@ def test_page_of_the_documentation_names_every_option(capsys):
         report.main(["--help"])
     words = capsys.readouterr().out.split()
     options = {word for word in words if word.startswith("--")} - {"--help"}
-    assert len(options) == 5 and all(f"`{option}" in text for option in options)
+    assert len(options) == 6 and all(f"`{option}" in text for option in options)
     assert all(f"| {kind} |" in text for kind in ERRORS)
 
 
