@@ -474,6 +474,7 @@ def test_damaged_curves_are_told_of_where_they_are_needed(wrong, results, coco, 
 
 @pytest.mark.parametrize("key, values", {
     "per_class": [None, [], {"bolt": "0.5"}],
+    "interval": [0.5, [0.1], [0.1, "1"]], "per_class_interval": [None, {"bolt": 0.1}],
     "per_class_per_size": [None, {"bolt": None}, {"bolt": {"small": 0.5}}],
     "value": ["0.5", []],
     "sets": [["test"], None, 1],
