@@ -106,10 +106,9 @@ class DiskCache:
         missing = [i for i, name in enumerate(self.names.tolist()) if name not in there]
         need = sum(HEADER + int(np.prod(self._shape(i))) for i in missing)
         if need > free:
-            raise UserError(
-                f"--cache {directory} needs {_gb(need)} for {len(missing)} decoded images, and "
-                f"its disk has {_gb(free)} free; make room, give another folder, or --cache off"
-            )
+            raise UserError(f"--cache {directory} needs {_gb(need)} for {len(missing)} decoded "
+                            f"images, and its disk has {_gb(free)} free; make room, give another "
+                            "folder, or --cache off")
 
     def __call__(self, index: int) -> np.ndarray:
         path, shape = self.directory / str(self.names[index]), self._shape(index)
@@ -120,10 +119,8 @@ class DiskCache:
                 if image.shape == shape:
                     _write(path, image)
         except OSError as error:
-            raise UserError(
-                f"{path}: cannot write the decoded image ({error.strerror or error}); make "
-                "room, give another folder, or --cache off"
-            ) from error
+            raise UserError(f"{path}: cannot write the decoded image ({error.strerror or error}); "
+                            "make room, give another folder, or --cache off") from error
         return image
 
     def _shape(self, index: int) -> tuple[int, int, int]:

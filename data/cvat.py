@@ -55,6 +55,7 @@ class _Image:
     def __init__(self, path: Path, number: int, element: ElementTree.Element) -> None:
         self.path, self.element = path, element
         self.name, self.subset = ((element.get(key) or "").strip() for key in ("name", "subset"))
+        self.subset = self.subset or path.stem.removeprefix("annotations")  # Datumaro's Train.xml
         self.where = f'{path}: image {number} ("{self.name}")'
         if not self.name:
             raise UserError(f"{path}: image {number} has no name; export the task again")
@@ -156,8 +157,8 @@ class CVATDetection(AnnotatedImages):
 
     Boxes are those around boxes, polygons, ellipses and masks, also rotated ones, as continuous
     edges - (0, 1); other shapes are recorded. Images lie in images/, images/SUBSET/ or beside the
-    XML. Image sets are subsets of a project, else lists or parts (`data.split`). Arguments as of
-    `AnnotatedImages`; classes are the labels of the task, in its order.
+    XML. Image sets are subsets of a project, or files of other names, else lists or parts
+    (`data.split`). Arguments as of `AnnotatedImages`; classes are the labels of the task, in order.
     """
 
     @staticmethod

@@ -154,22 +154,21 @@ class Loader(DataLoader):
     def __init__(self, dataset: Dataset, workers: int, pin_memory: bool,
                  **batching: object) -> None:
         super().__init__(
-            _Caught(dataset),
-            num_workers=workers,
-            collate_fn=_pack,
-            pin_memory=pin_memory,
-            prefetch_factor=PREFETCH_FACTOR if workers else None,
-            worker_init_fn=_start_worker,
+            _Caught(dataset), num_workers=workers, collate_fn=_pack, pin_memory=pin_memory,
+            prefetch_factor=PREFETCH_FACTOR if workers else None, worker_init_fn=_start_worker,
             # PyTorch draws seeds that nothing uses; without this, from its global generator.
-            generator=torch.Generator(),
-            **batching,
-        )
+            generator=torch.Generator(), **batching)
+
+    processes: list[multiprocessing.process.BaseProcess] = []
 
     def __iter__(self) -> Iterator[tuple]:
-        with _sigchld_kept():
-            iterator = super().__iter__()
-        processes = multiprocessing.active_children()
+        others = multiprocessing.active_children()
         try:
+            with _sigchld_kept():
+                iterator = super().__iter__()
+            # With persistent processes an epoch but the first starts none.
+            started = [p for p in multiprocessing.active_children() if p not in others]
+            self.processes = started or self.processes
             for batch in iterator:
                 if isinstance(batch, UserError):
                     try:
@@ -180,15 +179,13 @@ class Loader(DataLoader):
                         del batch
                 yield _unpack(batch)
         except (RuntimeError, ConnectionError, EOFError) as error:
-            codes = [process.exitcode for process in processes]
-            if not any(codes):
+            codes = {p.exitcode for p in self.processes} - {None}
+            if not codes:
                 raise
-            fates = {signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes if c}
-            raise UserError(
-                f"a loading process died ({', '.join(sorted(fates))}), mostly for want of memory "
-                "or shared memory; give fewer --num_workers, or more of both (docker run --memory, "
-                "--shm-size)"
-            ) from error
+            fates = {signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes}
+            raise UserError(f"a loading process died ({', '.join(sorted(fates))}), mostly for want "
+                            "of memory or shared memory; give fewer --num_workers, or more of both "
+                            "(docker run --memory, --shm-size)") from error
 
 
 def training_loader(dataset: TrainingSet, sampler: EpochSampler, workers: int,
@@ -223,12 +220,10 @@ def check_shared_memory(workers: int, batch_size: int, size: int, processes: int
     need, free = (workers * PREFETCH_FACTOR + 1) * batch, shutil.disk_usage(SHARED_MEMORY).free
     if need > free:
         fitting = max(0, (free // batch - 1) // PREFETCH_FACTOR)
-        raise UserError(
-            f"--num_workers {workers} needs {need / 2**20:.0f} MiB of shared memory for its "
-            f"batches, and {SHARED_MEMORY} has {free / 2**20:.0f} MiB free; give --num_workers "
-            f"{fitting}, or with Docker more shared memory (docker run --shm-size="
-            f"{-(-need // 2**30)}g)"
-        )
+        raise UserError(f"--num_workers {workers} needs {need / 2**20:.0f} MiB of shared memory "
+                        f"for its batches, and {SHARED_MEMORY} has {free / 2**20:.0f} MiB free; "
+                        f"give --num_workers {fitting}, or with Docker more shared memory (docker "
+                        f"run --shm-size={-(-need // 2**30)}g)")
 
 
 def set_up_loading() -> None:
@@ -281,7 +276,6 @@ def _pack(batch: list | UserError) -> tuple | UserError:
 
 
 def _unpack(batch: tuple) -> tuple:
-    """Undo the joining of `_pack`."""
     images, *rest = batch
     return images, *(list(x[0].split(x[1])) if isinstance(x[0], Tensor) else x for x in rest)
 

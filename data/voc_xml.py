@@ -38,7 +38,7 @@ def read_annotation(path: str | Path) -> Annotation:
     names, boxes, difficult = [], [], []
     for index, element in enumerate(objects, 1):
         where = f"{path}: object {index}"
-        found = {(name.text or "").strip() for name in element.findall("name")}
+        found = {_plain(name.text) for name in element.findall("name")}
         if len(found) > 1:
             raise UserError(f"{where} has several names: {', '.join(sorted(found)):.60}; keep one")
         if not (name := "".join(found)):
@@ -89,7 +89,8 @@ def _find_objects(path: Path, root: ElementTree.Element) -> tuple[list[ElementTr
         objects.append(elements[start])
     others += elements[end:]
     for element in others:
-        named = element.tag in _SHAPES or not {"points", "xmin"}.isdisjoint(element.keys())
+        keys = element.keys()
+        named = element.tag in _SHAPES or "xmin" in keys or "points" in keys
         if named or not objects and element is not root and _count_numbers(element) > 3:
             raise UserError(f"{path}: <{element.tag}> outside an <object> cannot be read; write "
                             "VOC's <object> with <name> and <bndbox>")

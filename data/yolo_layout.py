@@ -51,16 +51,18 @@ class YOLOFolder:
         self.root, self.bases, self.source, self.keypoints = root, [root], "", 0
         self.index, self._texts = FileIndex(IMAGE_SUFFIXES), FileIndex((".txt",))
         self.names, self.absent = None, {}
-        self.sets = {name: [f"{name}.txt"] for name in SETS if (root / f"{name}.txt").is_file()}
+        self.sets = {file.stem: [file.name] for file in sorted(root.glob("*.txt"))
+                     if file.stem.lower() in SETS and file.is_file()}  # fmt: skip
         if found := _find_yaml(root):
             path, content = found
             self.source = path.name
-            lists = {key: _as_texts(path, key, content[key]) for key in SETS if key in content}
+            lists = {key: _as_texts(path, key, content[key]) for key in content
+                     if str(key).lower() in SETS}  # fmt: skip
             lists = {key: values for key, values in lists.items() if values}
             base = _as_texts(path, "path", content.get("path", ""))
             self.bases = [*(root / each.replace("\\", "/") for each in base), root]
             self.absent = {key: values for key, values in lists.items()
-                           if not (key.startswith("train") or any(map(self._place, values)))}
+                           if key.lower()[:5] != "train" and not any(map(self._place, values))}
             lists = {key: values for key, values in lists.items() if key not in self.absent}
             self.sets = lists or self.sets
             self.names, self.keypoints = _read_names(path, content), _read_keypoints(path, content)

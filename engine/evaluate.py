@@ -98,26 +98,27 @@ def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, devic
     """Return everything that decides the detections of a call. It is kept with them."""
     config = asdict(detection)
     return {
-        "checkpoint": checkpoint,
-        "dataset": options.dataset,
-        "priors": options.priors,
-        "class_map": class_map,
-        "root": options.root,
+        "checkpoint": checkpoint, "dataset": options.dataset, "priors": options.priors,
+        "class_map": class_map, "root": options.root,
         "sets": sets_name(options.test_sets),
         **split_options(options.dataset, vars(options)),
         "overfit": options.overfit,
         "classes": list(options.classes),
         "thresholds": {
-            "score": config.pop("conf_thresh"),
-            "nms": config.pop("nms_thresh"),
-            "per_class": config.pop("per_class"),
-            "per_image": config.pop("top_k"),
+            "score": config.pop("conf_thresh"), "nms": config.pop("nms_thresh"),
+            "per_class": config.pop("per_class"), "per_image": config.pop("top_k"),
         },
-        "suppression": config,
-        "amp": options.amp,
+        "suppression": config, "amp": options.amp,
         "versions": {"python": platform.python_version(), "torch": torch.__version__,
                      "numpy": np.__version__, "nms": nms.backend(device.type)},
     }
+
+
+def detection_of(origin: dict) -> DetectConfig:
+    """Return the detection settings that `origin_of` wrote; any error for another dict."""
+    limits = origin["thresholds"]
+    return DetectConfig(limits["score"], limits["nms"], limits["per_class"], limits["per_image"],
+                        **origin["suppression"])
 
 
 def keep_and_score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origin: dict,
@@ -138,24 +139,24 @@ def score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origi
         origin: of ``origin_of``.
         name: of the detector, for files that an evaluation server takes.
     """
-    results = {
-        **dataset.evaluate(detections, folder, name), **origin, "images": len(dataset),
-        "detection_count": sum(len(d["scores"]) for d in detections),
-    }
+    count = sum(len(d["scores"]) for d in detections)
+    results = {**dataset.evaluate(detections, folder, name), **origin, "images": len(dataset),
+               "detection_count": count}
     path = folder / "results.json"
     write_json(path, results)
     for line in results["notes"]:
         LOGGER.info("  %s", line)
     for label, value in results["per_class"].items():
-        LOGGER.info("  %-20s %.4f", label, value)
-    value = results["value"]
-    scored = value is not None and value >= 0  # pycocotools says -1
-    LOGGER.info(
-        "%s: %s (%d images, %d detections of score > %g; %s)", results["metric"],
-        f"{value:.4f}" if scored else "no ground truth to score against", results["images"],
-        results["detection_count"], origin["thresholds"]["score"], path,
-    )
+        LOGGER.info("  %-20s %s", label, _shown(value))
+    LOGGER.info("%s: %s (%d images, %d detections of score > %g; %s)", results["metric"],
+                _shown(results["value"]), results["images"], results["detection_count"],
+                origin["thresholds"]["score"], path)
     return results
+
+
+def _shown(value: float | None) -> str:
+    scored = value is not None and value >= 0  # pycocotools says -1
+    return f"{value:.4f}" if scored else "no ground truth to score against"
 
 
 def detector_name(options: Options) -> str:

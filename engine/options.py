@@ -22,7 +22,7 @@ from data.image_sets import ImageSet
 from data.split import VAL_SHARE, check_pattern, check_share
 from engine.declare import Checked, flag_of, option
 from engine.optim import OPTIMIZERS, SCHEDULES
-from engine.rules import names, parts, priors, sets
+from engine.rules import names, parts, priors, sets, tracker_names
 from layers.detect import SUPPRESSION, DetectConfig
 from models import BACKBONES, SIZES
 from utils.arguments import (
@@ -159,14 +159,22 @@ class Options(Checked):
         help="epochs between evaluations (and one at the end); 0: none, and no test set")
     log_iters: int = _output(10, "--log_iters", read=steps_or_boolean, metavar="N",
         help="steps between log lines where output is no terminal; 0: none")
+    log: str = _output("", "--log", read=tracker_names, metavar="NAMES", only="train",
+        help="send numbers to tensorboard, wandb, mlflow, trackio, or several with commas")
     visdom: bool = _output(False, "--visdom", read=boolean, only="train",
-        help="write live plots for TensorBoard")
+        help="the same as --log tensorboard")
     send_images_to_visdom: bool = _output(False, "--send_images_to_visdom", read=boolean,
-        only="train", help="with --visdom: also training images with their boxes, and detections")
+        only="train", help="with --log: also training images with their boxes, and detections")
 
     ngpu: int = option("recorded", 1, help="processes that trained", read=positive)
     start: str = option("recorded", "", help="where the first weights came from")
     # fmt: on
+
+    @property
+    def trackers(self) -> list[str]:
+        """The trackers of --log; --visdom is the published name of TensorBoard's."""
+        asked = ["tensorboard"] * self.visdom + self.log.split(",")
+        return list(dict.fromkeys(filter(None, asked)))
 
     def plain(self) -> dict:
         """Return the options as a dict that JSON and a checkpoint can hold."""
@@ -367,9 +375,7 @@ def parse(argv: Sequence[str]) -> tuple[Call, dict[str, object]]:
         and not (value is False and not OPTIONS[name].default)
     ]
     if wrong and call.test:
-        raise UserError(
-            f"{', '.join(wrong)}: for training, but --test evaluates; give one of them"
-        )
+        raise UserError(f"{', '.join(wrong)}: for training, but --test evaluates; give one of them")
     if wrong:
         raise UserError(f"{', '.join(wrong)}: for testing only; give --test FILE, too")
     return call, {name: value for name, value in given.items() if name not in names}

@@ -11,9 +11,9 @@ import torch
 from data import DetectionData
 from data.classes import parse_classes
 from data.detections import load_detections
-from data.image_sets import sets_name
+from data.image_sets import one_folder, sets_name
 from engine.distributed import World
-from engine.evaluate import detector_name, keep_and_score, origin_of, score
+from engine.evaluate import detection_of, detector_name, keep_and_score, origin_of, score
 from engine.options import OPTIONS, Call, Options
 from engine.resolve import absolute, asked_dataset, dataset_of_test, resolve, use_device
 from engine.run import log_dataset, open_dataset
@@ -85,7 +85,14 @@ class Testing:
         if call.given_detection:
             asked += ["thresholds", "suppression"]
         same = {key: self.origin[key] for key in asked}
-        kept, origin = load_detections(self.folder / "detections.npz", self.dataset.ids, same)
+        path = self.folder / "detections.npz"
+        kept, origin = load_detections(path, self.dataset.ids, len(self.dataset.classes), same)
+        try:
+            detection_of(origin)
+        except Exception as error:  # of any values
+            raise UserError(f"{path} does not say by which limits it was made ({error!r:.200}); "
+                            "run the test again, without --retest") from error
+        origin = {key: value for key, value in origin.items() if key in self.origin}
         score(self.dataset, kept, origin, self.folder, detector_name(self.options))
 
 
@@ -143,10 +150,8 @@ def _open_exported(call: Call, given: Mapping[str, object], path: Path, world: W
     options = resolve(given, {**stored, "priors": info.priors, "classes": list(info.classes)})
     dataset = open_dataset(options, call, "test_sets")
     exported = predictor.exported
-    checkpoint = {
-        **identity(path), "precision": exported.info.precision, "made_of": exported.info.checkpoint,
-        "runtime": " ".join(exported.runtime),
-    }
+    checkpoint = {**identity(path), "precision": exported.info.precision,
+                  "made_of": exported.info.checkpoint, "runtime": " ".join(exported.runtime)}
     folder = test_folder(call, given, options, path)
     return Testing(options, predictor.device, dataset, predictor.detect.config, None, predictor,
                    checkpoint, folder)  # fmt: skip
@@ -183,10 +188,10 @@ def test_folder(call: Call, given: Mapping[str, object], options: Options, path:
     if call.date:
         run = folder / call.date
     elif not in_a_run or ("save_folder" in given and run.parent != folder.absolute()):
-        run = folder / path.stem
+        run = folder / one_folder(path.stem)
     # An exported file keeps its suffix: it lies beside the checkpoint that it is made of.
     name = path.name if path.suffix in EXPORTED_SUFFIXES else path.stem
-    return run / "ss_predict" / name / sets_name(options.test_sets)
+    return run / "ss_predict" / one_folder(name) / sets_name(options.test_sets)
 
 
 test_folder.__test__ = False

@@ -252,9 +252,8 @@ def find_font(texts: Iterable[str] = (), file: str | Path | None = None) -> Free
         try:
             return ImageFont.truetype(str(Path(file).expanduser()))
         except OSError as error:
-            raise UserError(
-                f"{file} cannot be used as a font ({error}); give a .ttf, .otf or .ttc"
-            ) from error
+            raise UserError(f"{file} cannot be used as a font ({error}); give a .ttf, .otf or "
+                            ".ttc") from error
     wanted = {character for text in texts for character in text if not character.isascii()}
     fonts = _fonts(FONT_FILES if wanted else ())
     return max(fonts, key=lambda font: sum(_has(font, c) for c in wanted))

@@ -86,10 +86,8 @@ class Predictor:
             raise UserError(f"{path}: .pt2 files are programs and are not run; export to ONNX")
         if path.suffix in EXPORTED_SUFFIXES:
             if device not in ("auto", "cpu") or amp != "off" or classes is not None:
-                raise UserError(
-                    f"{path} is exported: it runs on the CPU, in its own precision, and has its "
-                    "classes inside; leave device, amp and classes out"
-                )
+                raise UserError(f"{path} is exported: it runs on the CPU, in its own precision, "
+                                "and has its classes inside; leave device, amp and classes out")
             self.device = torch.device("cpu")
             self.exported = open_model(path, threads)
             self.info = self.exported.info.detector
@@ -124,11 +122,10 @@ class Predictor:
             inside = self.exported.info.detection
             threshold = max(inside.conf_thresh, config.conf_thresh)
             if config != inside.with_limits(threshold, min(inside.top_k, config.top_k)):
-                raise UserError(
-                    f"{self.exported.path} has its non-maximum suppression inside: hard, per "
-                    f"class, scores over {inside.conf_thresh:g}, at most {inside.top_k} detections "
-                    f"an image; {config} is not a part of that; export it again without --with-nms"
-                )
+                raise UserError(f"{self.exported.path} has its non-maximum suppression inside: "
+                                f"hard, per class, scores over {inside.conf_thresh:g}, at most "
+                                f"{inside.top_k} detections an image; {config} is not a part of "
+                                "that; export it again without --with-nms")
         self.detect = Detect.of(config, self.detect.variance)
 
     def __call__(self, images: Image | Iterable[Image]) -> dict | list[dict]:

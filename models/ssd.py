@@ -31,10 +31,8 @@ class Detector(nn.Module):
                    num_classes: int) -> None:
         """Add the heads on source maps of ``channels``; call it last, for the order of keys."""
         if len(channels) != len(boxes_per_cell):
-            raise ValueError(
-                f"the network has {len(channels)} source maps, the prior boxes are given for "
-                f"{len(boxes_per_cell)}"
-            )
+            raise ValueError(f"the network has {len(channels)} source maps, the prior boxes are "
+                             f"given for {len(boxes_per_cell)}")
         self.num_classes = num_classes
         self.loc = _heads(channels, [a * 4 for a in boxes_per_cell])
         self.conf = _heads(channels, [a * num_classes for a in boxes_per_cell])

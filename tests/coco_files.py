@@ -15,13 +15,14 @@ def annotation(id, image_id, bbox, category_id=3, **more):
             "iscrowd": 0, **more}  # fmt: skip
 
 
-def write_set(root, file, folder, names, annotations=None, **document):
+def write_set(root, file, folder, names, annotations=None, size=(WIDTH, HEIGHT), **document):
     """One annotation file and its images, plain and of the grey level of their id.
 
     names: {image id: file name}.
     """
+    width, height = size
     images = [
-        {"id": id, "file_name": name, "width": WIDTH, "height": HEIGHT}
+        {"id": id, "file_name": name, "width": width, "height": height}
         for id, name in names.items()
     ]
     document = {"images": images, "categories": CATEGORIES, **document}
@@ -31,7 +32,7 @@ def write_set(root, file, folder, names, annotations=None, **document):
     (root / "annotations" / file).write_text(json.dumps(document))
     (root / folder).mkdir(parents=True, exist_ok=True)
     for id, name in names.items():
-        image = np.full((HEIGHT, WIDTH, 3), id % 256, np.uint8)
+        image = np.full((height, width, 3), id % 256, np.uint8)
         (root / folder / name).write_bytes(cv2.imencode(".png", image)[1].tobytes())
     return root
 

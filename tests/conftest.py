@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import json
 import os
 import struct
 import threading
@@ -19,7 +18,9 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from coco_files import annotation, write_set
 from hypothesis import settings
+from layouts import voc_xml
 
 # For --hypothesis-profile fuzz: minutes in place of seconds.
 settings.register_profile("fuzz", max_examples=5000, deadline=None)
@@ -73,15 +74,7 @@ def server():
 
 def write_annotation(path: Path, objects, size=VOC_IMAGE_SIZE) -> None:
     """objects: (name, (xmin, ymin, xmax, ymax) as the XML has them) or (name, box, difficult)."""
-    lines = ["<annotation>", f"<filename>{path.stem}.jpg</filename>"]
-    if size:
-        lines.append(f"<size><width>{size[0]}</width><height>{size[1]}</height></size>")
-    for name, box, *difficult in objects:
-        tags = zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
-        bndbox = "".join(f"<{tag}>{value}</{tag}>" for tag, value in tags)
-        flag = f"<difficult>{int(difficult[0])}</difficult>" if difficult else ""
-        lines.append(f"<object><name>{name}</name>{flag}<bndbox>{bndbox}</bndbox></object>")
-    path.write_text("\n".join([*lines, "</annotation>"]), "utf-8")
+    path.write_text(voc_xml(f"{path.stem}.jpg", objects, size), "utf-8")
 
 
 def write_voc(folder: Path, sets: dict[str, dict[str, list]], size=VOC_IMAGE_SIZE,
@@ -174,22 +167,10 @@ def voc_devkit(tmp_path) -> Path:
 @pytest.fixture
 def coco_folder(tmp_path) -> Path:
     """A COCO root with train2017 (3 pictures) and val2017 (2), categories 3 and 7."""
-    root = tmp_path / "coco"
-    (root / "annotations").mkdir(parents=True)
-    sizes = {"width": VOC_IMAGE_SIZE[0], "height": VOC_IMAGE_SIZE[1]}
+    categories = [{"id": 3, "name": "thing"}, {"id": 7, "name": "other"}]
     for name, ids in (("train2017", (1, 2, 3)), ("val2017", (4, 5))):
-        (root / name).mkdir()
-        images, annotations = [], []
-        for i in ids:
-            image = np.random.default_rng(i).integers(0, 60, (*VOC_IMAGE_SIZE[::-1], 3), np.uint8)
-            image[10:50, 20:60] = 200
-            cv2.imwrite(str(root / name / f"{i:012d}.jpg"), image)
-            images.append({"id": i, "file_name": f"{i:012d}.jpg", **sizes})
-            annotations.append(
-                {"id": i, "image_id": i, "category_id": 3 + 4 * (i % 2), "iscrowd": 0,
-                 "bbox": [20, 10, 40, 40], "area": 1600}
-            )  # fmt: skip
-        categories = [{"id": 3, "name": "thing"}, {"id": 7, "name": "other"}]
-        document = {"images": images, "annotations": annotations, "categories": categories}
-        (root / "annotations" / f"instances_{name}.json").write_text(json.dumps(document))
-    return root
+        boxes = [annotation(i, i, [20, 10, 40, 40], 3 + 4 * (i % 2)) for i in ids]
+        names = {i: f"{i:012d}.jpg" for i in ids}
+        write_set(tmp_path / "coco", f"instances_{name}.json", name, names, boxes, VOC_IMAGE_SIZE,
+                  categories=categories)  # fmt: skip
+    return tmp_path / "coco"

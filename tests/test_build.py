@@ -123,8 +123,7 @@ def test_a_compiler_without_openmp_serves_and_it_is_said(tree, tmp_path):
         pytest.skip("OpenMP is not asked for here")
     refusal = "c++: error: unsupported option \u2018-fopenmp\u2019"  # quoted as gcc does
     compiler = script(
-        tmp_path,
-        "c++",
+        tmp_path, "c++",
         f'case "$*" in *-fopenmp*) echo "{refusal}" >&2; exit 1 ;; esac\n'
         f'exec {shutil.which(os.environ.get("CXX", "c++"))} "$@"',
     )

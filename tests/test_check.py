@@ -7,9 +7,7 @@ import io
 import json
 import os
 import re
-import shlex
 import shutil
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -21,9 +19,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import VOC_IMAGE_SIZE, with_exif, write_annotation, write_voc
-from tiny import TINY
 
-import train_test
 from data import DATASETS
 from data.coco import COCODetection
 from data.config import MOBILE_300, PRIORS
@@ -35,10 +31,9 @@ from engine.priors import best_overlaps, read_priors
 from engine.resolve import resolve
 from layers import PriorBox
 from layers.boxes import iou
-from models import BACKBONES, prior_config
+from models import prior_config
 from tools import check as module
-from tools import detect, image_check, weights
-from tools import sheet as sheet_command
+from tools import image_check
 from tools.box_check import _skewed
 from tools.check import check, main
 from tools.findings import BOTH, Part, Record, Report
@@ -542,57 +537,3 @@ def test_options_are_those_of_training():
     assert (options.dataset, options.train_sets) == ("COCO", ((None, "a"),))
     with pytest.raises(SystemExit, match="2"):
         module.parse(["--size", "301"])
-
-
-# ---------------------------------------------------------------- docs/own_data.md
-
-
-PAGE = (ROOT / "docs" / "own_data.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = [shlex.split(line) for line in re.findall(r"^python .*", "".join(BLOCKS), re.MULTILINE)]
-SMALL = ["--max_iters", "1", "-b", "2", "--num_workers", "0", "--device", "cpu", "--amp", "off"]
-
-
-def test_lists_are_made_as_described(tmp_path):
-    (block,) = (b for b in BLOCKS if b.startswith("mkdir"))
-    names = [f"p{i}" for i in range(11)]
-    write_voc(tmp_path / "FOLDER", {"all": dict.fromkeys(names, DOG)})
-    subprocess.run(["bash", "-euc", block], cwd=tmp_path, check=True)
-    sets = tmp_path / "FOLDER" / "ImageSets" / "Main"
-    train, test = ((sets / f"{name}.txt").read_text().split() for name in ("trainval", "test"))
-    assert len(test) == 2 and sorted(train + test) == sorted(names)
-
-
-def test_the_page_runs_as_written(voc_folder, coco_folder, tmp_path, monkeypatch):
-    """Every command, on a small network in place of the one it names."""
-    monkeypatch.setitem(BACKBONES, "SSD_HarDNet68", TINY)
-    monkeypatch.chdir(tmp_path)
-    check_voc, check_coco, train_voc, train_coco, learn, test, draw, slim, use = COMMANDS
-    voc_folder.rename("FOLDER")
-    assert check_voc[1:3] == check_coco[1:3] == ["-m", "tools.check"]
-    assert main(check_voc[3:]) == 0 and Path("check.html").stat().st_size > 1000
-    assert {train_voc[1], train_coco[1], learn[1], test[1]} == {"train_test.py"}
-    assert train_test.main([*train_voc[2:], *SMALL]) == 0
-    (directory,) = Path("weights/SSD_HarDNet68_300").iterdir()
-    test, draw, slim, use = (
-        [word.replace("/RUN", f"/{directory.name}") for word in words[2:]]
-        for words in (test, draw, slim, use)
-    )
-    assert train_test.main([*test, "--num_workers", "0", "--device", "cpu"]) == 0
-    for command, (name, *words) in ((sheet_command, draw), (weights, slim)):
-        assert command.__name__ == name and command.main(words) == 0
-    assert (Path(draw[1]) / "ss_predict/Final_SSD_HarDNet68_VOC/test/detections.png").exists()
-    Path("FOLDER/JPEGImages").rename(use[-1])
-    assert use[0] == "tools.detect" and detect.main([*use[1:], "--device", "cpu"]) == 0
-    Path(use[-1]).rename("FOLDER/JPEGImages")
-    learn[learn.index("--overfit") + 1] = "2"  # there are no eight
-    assert train_test.main([*learn[2:], *SMALL]) == 0
-
-    shutil.rmtree("FOLDER")
-    coco_folder.rename("FOLDER")
-    for name in ("train", "val"):
-        Path(f"FOLDER/{name}2017").rename(f"FOLDER/{name}")
-        path = Path(f"FOLDER/annotations/instances_{name}2017.json")
-        path.rename(path.with_name(f"instances_{name}.json"))
-    assert main(check_coco[3:]) == 0
-    assert train_test.main([*train_coco[2:], *SMALL]) == 0

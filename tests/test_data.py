@@ -8,6 +8,7 @@ import json
 import cv2
 import numpy as np
 import pytest
+from coco_files import annotation, write_set
 from conftest import VOC_IMAGE_SIZE
 
 from data import (
@@ -19,7 +20,7 @@ from data import (
     default_sets,
     list_sets,
 )
-from data.image_sets import parse_image_sets, sets_name
+from data.image_sets import check_sets, one_folder, parse_image_sets, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from utils.errors import UserError
 
@@ -50,6 +51,12 @@ def test_text_without_an_image_set_is_refused():
 
 def test_sets_have_one_name_that_is_fit_for_a_folder():
     assert sets_name([ImageSet("2007", "trainval"), (None, "a/b")]) == "2007_trainval+a_b"
+    for name in ("..", "/etc/x", "a/../../b", "c:\\x", "a\0"):
+        with pytest.raises(UserError, match="is no image set; give"):
+            check_sets([ImageSet(None, name)])
+    names = {"..": "_._", "CON": "_CON", "nul.x": "_nul.x", "a.": "a_", "a\0b": "a_b", "ü": "ü"}
+    assert {name: one_folder(name) for name in names} == names
+    assert len(one_folder("é" * 200).encode()) <= 120
 
 
 def test_own_set_named_like_a_year_is_read(make_voc, tmp_path):
@@ -106,20 +113,14 @@ SAMPLES = {
 def write_coco(root, samples):
     """The samples of `write_voc` as a COCO set; a difficult object becomes a crowd."""
     names = sorted({name for objects in samples.values() for name, *_ in objects})
-    images, annotations = [], []
-    for id, objects in samples.items():
-        width, height = VOC_IMAGE_SIZE
-        images.append({"id": int(id), "file_name": f"{id}.jpg", "width": width, "height": height})
-        for name, (x1, y1, x2, y2), *flag in objects:
-            annotations.append({
-                "image_id": int(id), "category_id": 1 + names.index(name), "iscrowd": int(*flag),
-                "bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1],
-            })  # fmt: skip
-    categories = [{"id": i, "name": name} for i, name in enumerate(names, 1)]
-    document = {"images": images, "annotations": annotations, "categories": categories}
-    (root / "annotations").mkdir()
-    (root / "annotations" / "instances_train.json").write_text(json.dumps(document))
-    (root / "JPEGImages").rename(root / "train")
+    boxes = [
+        annotation(0, int(id), [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], 1 + names.index(name),
+                   iscrowd=int(*flag))
+        for id, objects in samples.items() for name, (x1, y1, x2, y2), *flag in objects
+    ]  # fmt: skip
+    write_set(root, "instances_train.json", "train", {int(id): f"{id}.jpg" for id in samples},
+              [{**box, "id": i} for i, box in enumerate(boxes)], VOC_IMAGE_SIZE,
+              categories=[{"id": i, "name": name} for i, name in enumerate(names, 1)])  # fmt: skip
 
 
 @pytest.fixture(params=["VOC", "COCO"])
@@ -128,9 +129,11 @@ def make(request, tmp_path, make_voc):
     count = itertools.count()
 
     def make(samples, **options):
-        root = make_voc(tmp_path / str(next(count)), {"train": samples})
+        root = tmp_path / str(next(count))
         if request.param == "COCO":
             write_coco(root, samples)
+        else:
+            make_voc(root, {"train": samples})
         return build_dataset(request.param, root, [(None, "train")], **options)
 
     make.voc = request.param == "VOC"

@@ -14,11 +14,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from layouts import LAYOUTS
 from tiny import TINY
 
-from data import DATASETS, DetectionData, build_dataset, default_sets
+import train_test
+from data import DATASETS, DetectionData, build_dataset, default_sets, find_layout
 from models import BACKBONES, build_net
 from models.pretrained import published, published_bases
+from tools import check, detect, sheet, split, weights
 from train_test import main
 
 ROOT = Path(__file__).parent.parent
@@ -73,25 +76,19 @@ def test_a_backbone_is_added_as_described(monkeypatch):
             del BACKBONES[name]
 
 
-def test_a_data_set_is_converted_as_described(coco_folder, tmp_path):
+def test_a_data_set_is_converted_as_described(tmp_path):
     names: dict = {}
     exec(blocks("docs/extending.md", "python")[1], names)
-    for folder in ("annotations", "val"):
-        (tmp_path / folder).mkdir()
     for name in ("one.png", "two.png"):
-        cv2.imwrite(str(tmp_path / "val" / name), np.zeros((40, 60, 3), np.uint8))
+        cv2.imwrite(str(tmp_path / name), np.zeros((40, 60, 3), np.uint8))
     records = {"one.png": [("dog", 5, 6, 25, 36), ("cat", 0, 0, 10, 10)], "two.png": []}
-    path = tmp_path / "annotations" / "instances_val.json"
-    names["to_coco"](records, {"one.png": (60, 40), "two.png": (60, 40)}, path)
-    assert json.loads(path.read_text())["categories"] == [
-        {"id": 1, "name": "cat"},
-        {"id": 2, "name": "dog"},
-    ]
-    dataset = build_dataset("COCO", str(tmp_path), [(None, "val")])
-    assert dataset.classes == ("cat", "dog") and len(dataset) == 2 and not dataset.skipped
-    # x2 = x + w - 1, as published
-    assert dataset.target(0).tolist() == [[5, 6, 24, 35, 2], [0, 0, 9, 9, 1]]
-    assert dataset.target(1).shape == (0, 5)
+    names["to_yolo"](records, {"one.png": (60, 40), "two.png": (60, 40)}, tmp_path)
+    row, _ = find_layout(tmp_path)
+    dataset = build_dataset(row, tmp_path, [(None, "split_train"), (None, "split_val")])
+    assert dataset.classes == ("cat", "dog") and not dataset.skipped
+    one, two = (dataset.target(dataset.ids.index(id)) for id in ("one", "two"))
+    np.testing.assert_allclose(one, [[5, 6, 24, 35, 2], [0, 0, 9, 9, 1]], atol=1e-4)
+    assert two.shape == (0, 5)
 
 
 def test_a_third_data_set_is_a_file_and_a_row(tmp_path, monkeypatch, capsys):
@@ -110,13 +107,14 @@ def test_a_third_data_set_is_a_file_and_a_row(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(BACKBONES, "tiny", TINY)
     monkeypatch.setitem(DATASETS, "tables", None)  # taken out again after the test
     exec(row, {})
+    assert find_layout(tmp_path) == ("tables", "tables")
     dataset = build_dataset("tables", tmp_path, default_sets("tables", tmp_path)[0])
     assert isinstance(dataset, DetectionData)
     assert dataset.classes == ("cat", "dog") and len(dataset.truth().boxes) == 5
     dataset.keep_first(1)
     assert dataset.ids == ["train0.png"] and dataset.target(0).shape == (2, 5)
     common = ["--root", str(tmp_path), "--device", "cpu", "--num_workers", "0"]
-    run = ["-d", "tables", "-v", "tiny", "-s", "300", "-b", "2", "-max", "2", "--date", "a",
+    run = ["-v", "tiny", "-s", "300", "-b", "2", "-max", "2", "--date", "a",
            "--save_folder", str(tmp_path / "out")]  # fmt: skip
     assert main([*run, *common, "--max_iters", "2"]) == 0, capsys.readouterr().err
     path = tmp_path / "out" / "tiny_300" / "a" / "Final_tiny_tables.pth"
@@ -133,6 +131,37 @@ def test_a_command_is_a_file_with_a_main(voc_folder, capsys):
     assert capsys.readouterr().out == "6 images, 9 objects\n"
     assert names["main"](["--root", str(voc_folder / "none")]) == 2
     assert str(voc_folder / "none") in capsys.readouterr().err
+
+
+def test_own_data_are_split_checked_trained_on_and_used_as_written(tmp_path, monkeypatch, capsys):
+    """Every command of docs/own_data.md, on a small network in place of the one it names."""
+    programs = {"train_test.py": train_test} | {
+        f"tools.{module.__name__.rpartition('.')[2]}": module
+        for module in (check, detect, sheet, split, weights)
+    }
+    monkeypatch.setitem(BACKBONES, "SSD_HarDNet68", TINY)
+    monkeypatch.chdir(tmp_path)
+    LAYOUTS["xml-folders"].write(Path("FOLDER"))
+    commands = [shlex.split(line) for block in blocks("docs/own_data.md", "")
+                for line in block.splitlines()]  # fmt: skip
+    run, ran = "", []
+    for _, *words in commands:
+        program = words.pop(0) if words[0] != "-m" else words.pop(1)
+        words = [word.replace("/RUN", f"/{run}") for word in words if word != "-m"]
+        if program in ("train_test.py", "tools.detect"):
+            words += ["--device", "cpu"] + ["--num_workers", "0"] * (program == "train_test.py")
+        if "-max" in words:
+            words += ["--max_iters", "1", "-b", "2", "--amp", "off"]
+        if "--overfit" in words:
+            words[words.index("--overfit") + 1] = "2"
+        if "IMAGES" in words:
+            Path("FOLDER/images").rename("IMAGES")
+        assert programs[program].main(words) == 0, (program, words, capsys.readouterr().err)
+        run = run or next(Path("weights/SSD_HarDNet68_300").iterdir()).name
+        ran.append(program)
+    assert set(ran) == set(programs) and Path("check.html").stat().st_size > 1000
+    folder = Path("weights/SSD_HarDNet68_300", run, "ss_predict", "best", "split_val")
+    assert (folder / "detections.png").exists()
 
 
 def test_commands_that_reproduce_name_what_there_is():
@@ -162,11 +191,9 @@ def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
     for package in ("onnxscript", "onnxruntime", "openvino", "nncf"):
         pytest.importorskip(package)
     from exports import write_checkpoint
-    from tiny import TINY
 
-    import train_test
     from inference.proof import TOLERANCE
-    from tools import detect, export
+    from tools import export
 
     monkeypatch.setitem(BACKBONES, "tiny", TINY)
     # Random weights have no AP to lose, and boxes at every threshold.

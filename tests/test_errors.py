@@ -130,7 +130,7 @@ def test_a_command_goes_on_without_its_output_and_its_log(stream, status, monkey
             LOGGER.info("a message")
             progress.close()
             close_logging()
-        log = RunLog(tmp_path, [], tensorboard=False)
+        log = RunLog(tmp_path, [])
         log.add({"epoch": 1})
         log.path.unlink()  # there is room again
         log.add({"epoch": 2})

@@ -318,8 +318,8 @@ def test_file_that_cannot_be_renamed_leaves_the_earlier_one(tmp_path, monkeypatc
 
 
 DAMAGE = {
-    "cut off": lambda data: data[: len(data) // 2],
-    "empty": lambda data: b"",
+    "cut off": lambda data: data[: len(data) // 2], "empty": lambda data: b"",
+    "a bit": lambda data: data[:-30_000] + bytes([data[-30_000] ^ 4]) + data[-29_999:],
     "noise": lambda data: np.random.default_rng(0).bytes(len(data)),
 }
 

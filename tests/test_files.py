@@ -77,7 +77,7 @@ def keep_detections(path):
 
 @pytest.mark.parametrize(("keep", "load"), [
     (keep_curves, lambda path: load_curves(path).curve("dog")),
-    (keep_detections, lambda path: load_detections(path, ["a"], {"sets": "test"})),
+    (keep_detections, lambda path: load_detections(path, ["a"], 1, {"sets": "test"})),
 ])
 def test_file_with_a_byte_flipped_is_refused_by_name_or_read(tmp_path, keep, load):
     path, rng = tmp_path / "a.npz", np.random.default_rng(0)

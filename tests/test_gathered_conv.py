@@ -149,15 +149,12 @@ def test_layers_equal_convolutions_of_the_concatenation(interpreted, version, co
 
 
 @pytest.mark.parametrize("layer", [
-    ((14, 24, 64), 40, 1, "linear", torch.float32),
-    ((14, 24, 64), 40, 3, "relu", torch.bfloat16),
-    ((14, 24, 64), 40, 3, "relu6", torch.float16),
-    ((6, 3), 5, 3, "relu", torch.float32, (1, 1, 1)),
+    ((14, 24, 64), 40, 1, "linear", torch.float32), ((14, 24, 64), 40, 3, "relu", torch.bfloat16),
+    ((14, 24, 64), 40, 3, "relu6", torch.float16), ((6, 3), 5, 3, "relu", torch.float32, (1, 1, 1)),
     ((6, 3), 5, 3, "relu", torch.float32, (3, 1, 9)),
     ((6, 3), 5, 3, "relu", torch.float32, (2, 9, 1)),
     ((6, 3), 5, 3, "relu", torch.float32, (2, 13, 11)),  # three programs, the last in part
-    ((70,), 3, 3, "relu"),
-    (tuple(range(1, 10)), 3, 3, "relu"),
+    ((70,), 3, 3, "relu"), (tuple(range(1, 10)), 3, 3, "relu"),
     ((20, 7), 300, 1, "relu"),  # outputs of several programs
 ])
 def test_types_kernels_activations_and_any_sizes(interpreted, layer):

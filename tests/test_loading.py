@@ -202,17 +202,17 @@ def test_error_in_the_program_stays_what_it_is(dataset, workers):
 
 
 DYING = """
-import multiprocessing, os, signal, sys, time
+import itertools, multiprocessing, os, signal, sys, time
 from data.loading import EpochSampler, TrainingSet, training_loader
 from data.transforms import SSDAugmentation
 from data.voc0712 import VOCDetection
 
 dataset = VOCDetection(sys.argv[1], [(None, "trainval")])
 samples = TrainingSet(dataset, SSDAugmentation(300), 0)
-loader = training_loader(samples, EpochSampler(6, 1, 0), int(sys.argv[2]), False)
+loader = training_loader(samples, EpochSampler(6, 1, 0), 2, False)
 try:
-    for step, _ in enumerate(loader):
-        if step == 0:
+    for step, _ in enumerate(itertools.chain(loader, loader)):
+        if step == int(sys.argv[2]):
             for process in multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGKILL)
             time.sleep(1)
@@ -223,9 +223,10 @@ except Exception as error:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
-def test_killed_loading_process_is_told_with_the_fix_when_the_next_batch_is_due(voc_folder):
+@pytest.mark.parametrize("step", [0, 5])  # 5: the last of an epoch
+def test_killed_loading_process_is_told_with_the_fix_when_the_next_batch_is_due(voc_folder, step):
     done = subprocess.run(
-        [sys.executable, "-c", DYING, voc_folder, "2"], cwd=Path(__file__).parent.parent,
+        [sys.executable, "-c", DYING, voc_folder, str(step)], cwd=Path(__file__).parent.parent,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     undisturbed, error = done.stdout.splitlines()

@@ -320,8 +320,7 @@ def test_sizes_without_a_published_listing_differ_from_the_other_depth_in_the_ba
 # Branch -> (stride, padding, dilation) layer by layer, as written down for the RFB networks.
 _S = (1, 0, 1)  # a 1x1 convolution
 _NORM = {
-    "branch0": [_S, (1, 1, 1)],
-    "branch1": [_S, (1, (1, 0), 1), (1, 3, 3)],
+    "branch0": [_S, (1, 1, 1)], "branch1": [_S, (1, (1, 0), 1), (1, 3, 3)],
     "branch2": [_S, (1, (0, 1), 1), (1, 3, 3)],
     "branch3": [_S, (1, (0, 1), 1), (1, (1, 0), 1), (1, 5, 5)],
 }

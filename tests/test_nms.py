@@ -113,8 +113,7 @@ CASES = {
         [(*A, 0.9), (5, 5, 4, 9, 0.8), (8, 8, 2, 2, 0.7), (8, 8, 2, 2, 0.6), (5, 0, 4, 9, 1)],
         {0.0: [4, 0, 1, 2, 3]},
     ),
-    "none": (np.zeros((0, 5)), {0.5: []}),
-    "one": ([(*A, 0.1)], {0.5: [0]}),
+    "none": (np.zeros((0, 5)), {0.5: []}), "one": ([(*A, 0.1)], {0.5: [0]}),
 }
 
 
@@ -147,8 +146,7 @@ THREE = (torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).long())
 @pytest.mark.parametrize(("call", "words"), [
     (lambda: nms(np.zeros((3, 4)), 0.5), r"shape \[3, 4\], should be \[N, 5\]"),
     (lambda: nms(torch.zeros(5), 0.5), r"shape \[5\]"),
-    (lambda: nms(FIVE, 1.5), "threshold is 1.5"),
-    (lambda: nms(FIVE, math.nan), "threshold is nan"),
+    (lambda: nms(FIVE, 1.5), "threshold is 1.5"), (lambda: nms(FIVE, math.nan), "threshold is nan"),
     (lambda: soft_nms(FIVE, thresh=-1), "threshold is -1"),
     (lambda: soft_nms(FIVE, method="hard"), "method is 'hard', should be one of linear, gauss"),
     (lambda: soft_nms(FIVE, sigma=0), "sigma is 0"),
@@ -177,8 +175,7 @@ def test_nan_is_refused(column):
 
 
 @pytest.mark.parametrize(("routine", "count"), [
-    ("torch", 10_000),
-    pytest.param("torch", 100_000, marks=pytest.mark.slow),
+    ("torch", 10_000), pytest.param("torch", 100_000, marks=pytest.mark.slow),
     pytest.param("cython", 100_000, marks=compiled),
     pytest.param("torchvision", 10_000, marks=needs_torchvision),
 ])
@@ -280,12 +277,9 @@ def results(routine, *arguments, **options):
 @pytest.mark.parametrize("routine", EXACT[1:])
 @settings(deadline=None)
 @given(
-    table=tables,
-    method=st.sampled_from(METHODS),
-    thresh=thresholds,
+    table=tables, method=st.sampled_from(METHODS), thresh=thresholds,
     limit=st.sampled_from([1, 2, 5, 1000]),  # the last one by the kernel of many threads
-    pixel=st.booleans(),
-    sigma=st.sampled_from([0.1, 0.5]),
+    pixel=st.booleans(), sigma=st.sampled_from([0.1, 0.5]),
     min_score=st.sampled_from([-1.0, 0.0, 0.001, 0.25]),
 )
 def test_the_routines_agree(routine, table, method, thresh, limit, pixel, sigma, min_score):
@@ -415,8 +409,7 @@ def module(**members):
 @pytest.mark.parametrize(("outcome", "why", "warned"), [
     (ModuleNotFoundError("No module named 'utils.nms._cpu_nms'"), "is not compiled", 0),
     (ImportError("undefined symbol: Py_Gone"), "undefined symbol: Py_Gone", 1),
-    (module(), "other sources", 1),
-    (module(INTERFACE=backends.INTERFACE - 1), "other sources", 1),
+    (module(), "other sources", 1), (module(INTERFACE=backends.INTERFACE - 1), "other sources", 1),
 ])
 def test_an_unusable_extension_is_replaced_and_told_once(imported, caplog, outcome, why, warned):
     imported(outcome)

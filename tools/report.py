@@ -39,7 +39,7 @@ from tools.against import (
     moved_images,
     moved_table,
 )
-from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix
+from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix, has_points
 from tools.mistakes import Mistake, as_jpeg, draw_worst, list_mistakes
 from tools.results import Results, Test, open_test, score_again
 from tools.tables import MEANING, NOTHING, Table, error_tables, score_tables, training_tables
@@ -162,9 +162,8 @@ def _table(folder: Folder, name: str, table: Table, classes: Sequence[str] = (),
 
 
 def _curves(folder: Folder, tables: Mapping[str, Table], classes: Sequence[str]) -> dict[str, str]:
-    """Return the charts of those tables that `CURVES` has, by name."""
     charts = {}
-    for name in [name for name in CURVES if name in tables]:
+    for name in [name for name in CURVES if name in tables and has_points(tables[name])]:
         of = classes if tables[name].head[0] == "class" else ()
         chart = draw_lines(CURVES[name], tables[name], of)
         if name in ("precision_recall", "calibration"):
@@ -177,7 +176,6 @@ def _curves(folder: Folder, tables: Mapping[str, Table], classes: Sequence[str])
 
 def _gallery(test: Test, mistakes: Sequence[Mistake],
              drawn: Sequence[tuple[Mistake, np.ndarray]]) -> str:
-    """Return the images of the drawn mistakes, by kind and class."""
     parts = []
     for kind, meaning in MEANING.items():
         chosen = sorted((pair for pair in drawn if pair[0].kind == kind), key=lambda p: p[0].label)
@@ -190,7 +188,6 @@ def _gallery(test: Test, mistakes: Sequence[Mistake],
 
 
 def _figure(test: Test, m: Mistake, image: np.ndarray) -> str:
-    """Return a drawn mistake with what it is."""
     names = test.results.classes
     text = f"{names[m.label - 1]}, {m.kind}"
     if m.score is not None:

@@ -151,24 +151,21 @@ def error_tables(judged: Judged, results: Results, ids: Sequence, mistakes: Iter
         if m.object >= 0:
             there = [names[truth.labels[m.object] - 1], *truth.boxes[m.object].tolist()]
         rows.append((m.kind, names[m.label - 1], ids[m.image], m.score, m.overlap, *box, *there))
+    errors = [(kind, MEANING[kind], total, rises[kind])
+              for kind, total in zip(ERRORS, counts.sum(0).tolist(), strict=True)]
+    head = ("type", "class", "image", "score", "IoU", *sides, "object",
+            *(f"object_{side}" for side in sides))
+
+    def by_name(names: Sequence[str], values: Sequence[Sequence]) -> list[Sequence]:
+        return [(name, *row) for name, row in zip(names, values, strict=True)]
+
     return {
-        "errors": Table(
-            ("type", "what it is", "errors", "rise of AP"),
-            [(kind, MEANING[kind], total, rises[kind])
-             for kind, total in zip(ERRORS, counts.sum(0).tolist(), strict=True)],
-        ),
-        "errors_by_class": Table(
-            ("class", *ERRORS),
-            [(name, *row) for name, row in zip(names, counts.tolist(), strict=True)],
-        ),
-        "confusion": Table(
-            ("annotated / detected", *names, "(not found)"),
-            [(name, *row) for name, row in zip((*names, "(nothing)"), matrix, strict=True)],
-        ),
-        "mistakes": Table(
-            ("type", "class", "image", "score", "IoU", *sides, "object",
-             *(f"object_{side}" for side in sides)), rows),
-    }  # fmt: skip
+        "errors": Table(("type", "what it is", "errors", "rise of AP"), errors),
+        "errors_by_class": Table(("class", *ERRORS), by_name(names, counts.tolist())),
+        "confusion": Table(("annotated / detected", *names, "(not found)"),
+                           by_name((*names, "(nothing)"), matrix)),
+        "mistakes": Table(head, rows),
+    }
 
 
 def training_tables(log: Sequence[Epoch]) -> dict[str, Table]:

@@ -6,11 +6,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-
-import numpy as np
 
 from utils.console import printable, rewrite_line
 
@@ -109,10 +107,9 @@ class Progress:
 
 
 class RunLog:
-    """The file ``log.jsonl`` of a run, one JSON object per epoch, and optionally TensorBoard."""
+    """The file ``log.jsonl`` of a run, one JSON object per epoch."""
 
-    def __init__(self, directory: Path, history: list[dict], tensorboard: bool,
-                 write: bool = True) -> None:
+    def __init__(self, directory: Path, history: list[dict], write: bool = True) -> None:
         """Open the log of a run.
 
         Args:
@@ -120,13 +117,9 @@ class RunLog:
             write: False in a process that leaves the log to another one.
         """
         self.path = directory / "log.jsonl" if write else None
-        self.writer, self._waiting = None, b""
+        self._waiting = b""
         if self.path:
             self.path.write_text("".join(f"{json.dumps(line)}\n" for line in history))
-        if self.path and tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(directory / "tensorboard")
 
     def add(self, record: dict) -> None:
         """Add a line; on a full disk it waits for the next call."""
@@ -138,22 +131,3 @@ class RunLog:
                 self._waiting = self._waiting[file.write(self._waiting) :]
         except OSError as error:
             LOGGER.warning("%s cannot be written (%s); make room", self.path, error)
-
-    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Send named values to TensorBoard, but for None (a test set without ground truth)."""
-        if self.writer is not None:
-            for name, value in values.items():
-                if value is not None:
-                    self.writer.add_scalar(name, value, step)
-
-    def image(self, step: int, name: str, draw: Callable[[], np.ndarray]) -> None:
-        """Send the image that ``draw()`` returns, uint8 [H, W, 3] BGR, to TensorBoard.
-
-        Without TensorBoard it is not called.
-        """
-        if self.writer is not None:
-            self.writer.add_image(name, draw()[:, :, ::-1], step, dataformats="HWC")
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.close()

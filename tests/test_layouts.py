@@ -1,0 +1,148 @@
+"""Every layout of the labelling tools: found, read alike, split alike, known to all commands."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+from layouts import ALL, IMAGES, LAYOUTS
+from tiny import TINY
+
+from data import build_dataset, default_sets, find_layout
+from data.adapters import TorchvisionDataset
+from data.skips import SkipKind
+from inference.images import TrainedOn, find_images
+from models import BACKBONES
+from models.info import load_detector
+from tools import check, report, sheet, split
+from train_test import main
+from utils.checkpoint import load_checkpoint
+
+UNDECLARED = [name for name, layout in LAYOUTS.items() if layout.sets is None]
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def layout(request):
+    return LAYOUTS[request.param]
+
+
+@pytest.fixture(scope="module")
+def root(layout, tmp_path_factory):
+    root = tmp_path_factory.mktemp("layout") / "data"
+    layout.write(root)
+    return root
+
+
+def open_sets(layout, root, **options):
+    """The data sets to train on and to test on without a word of the user."""
+    dataset, _ = find_layout(root)
+    sets = default_sets(dataset, root)
+    train = build_dataset(dataset, root, sets[0], **options)
+    return train, build_dataset(dataset, root, sets[1], classes=train.classes, **options)
+
+
+def names_of(dataset) -> list[str]:
+    return [dataset.image_path(i).name for i in range(len(dataset))]
+
+
+def contents(dataset) -> dict:
+    """File name -> image size and sorted objects (class, x1, y1, x2, y2)."""
+    found = {}
+    for i, name in enumerate(names_of(dataset)):
+        rows = dataset.target(i).astype(float)
+        objects = sorted((dataset.classes[int(row[4]) - 1], *row[:4].round(3)) for row in rows)
+        found[name] = (*dataset.image_size(i), objects)
+    return found
+
+
+def slow_split(names, share, pattern=None) -> tuple[set[str], set[str]]:
+    """The rule of docs/own_data.md, literally: training images and test images."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        match = re.match(pattern, name) if pattern else None
+        key = unicodedata.normalize("NFC", name.rpartition(".")[0])
+        if match:
+            key = match.group(1 if match.re.groups else 0)
+        groups.setdefault(key, []).append(name)
+    test: list[str] = []
+    for key in sorted(groups, key=lambda key: hashlib.sha256(key.encode()).hexdigest()):
+        if len(test) < share * len(names):
+            test += groups[key]
+    return set(names) - set(test), set(test)
+
+
+def test_layout_is_found_by_itself_and_read_as_it_was_drawn(layout, root):
+    assert find_layout(root) == (layout.dataset, layout.name)
+    train, test = open_sets(layout, root)
+    wanted = layout.sets or slow_split(ALL, 0.2)
+    for dataset, names in zip((train, test), wanted, strict=True):
+        truth = {
+            layout.rename(name): (width, height, sorted(objects))
+            for name, (width, height, objects) in IMAGES.items() if name in names
+        }
+        assert contents(dataset) == truth
+        lost = [skip for skip in dataset.skipped if skip.kind.level == "warning"]
+        assert {skip.kind for skip in lost} <= {SkipKind.NO_LABEL_FILE}, dataset.report()
+        assert len(dataset.truth().boxes) == sum(len(each[2]) for each in truth.values())
+    assert set(train.classes) == {"zebra", "red box", "cell"}
+    if find_spec("torchvision"):
+        image, target = TorchvisionDataset(train)[0]
+        assert image.shape[:0:-1] == train.image_size(0)
+        assert len(target["boxes"]) == len(train.target(0))
+
+
+@pytest.mark.parametrize("share, pattern", [(0.4, None), (0.2, "[a-z]+"), (0.5, r"(\w+?)[_. ]")])
+@pytest.mark.parametrize("name", UNDECLARED)
+def test_split_is_the_same_in_every_layout(name, share, pattern, tmp_path):
+    """Groups of one film stay on one side; the lists of `tools.split` say the same ever after."""
+    LAYOUTS[name].write(tmp_path)
+    given = ["--val_share", str(share), *(["--split_by", pattern] if pattern else [])]
+    wanted = slow_split(ALL, share, pattern)
+    parts = open_sets(LAYOUTS[name], tmp_path, val_share=share, split_by=pattern)
+    assert tuple(set(names_of(part)) for part in parts) == wanted
+    assert split.main(["--root", str(tmp_path), *given]) == 0
+    assert tuple(set(names_of(part)) for part in open_sets(LAYOUTS[name], tmp_path)) == wanted
+
+
+def test_check_counts_the_boxes_of_each_class(layout, root, tmp_path):
+    check.main(["--root", str(root), "--json", str(tmp_path / "out.json")])
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert found["layout"] == layout.name and found["counts"]["error"] == 0, found["findings"]
+    table = {}
+    for part, names in zip(("train", "test"), layout.sets or slow_split(ALL, 0.2), strict=True):
+        for label in ("zebra", "red box", "cell"):
+            counts = [sum(o[0] == label for o in IMAGES[name][2]) for name in names]
+            table.setdefault(label, {})[part] = [sum(counts), int(np.count_nonzero(counts))]
+    assert found["classes"] == table
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_one_command_trains_and_the_others_open_the_same_data(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(BACKBONES, "tiny", TINY)
+    monkeypatch.chdir(tmp_path)
+    layout, cpu = LAYOUTS[name], ["--device", "cpu", "--num_workers", "0"]
+    layout.write(tmp_path / "FOLDER")
+    rule = ["--val_share", "0.4", "--split_by", "[a-z]+"]
+    command = ["--root", "FOLDER", "-v", "tiny", "-s", "300", "-b", "2", "--max_iters", "1", *rule]
+    assert main([*command, "--date", "a", *cpu]) == 0, capsys.readouterr().err
+    assert layout.name in capsys.readouterr().out
+    run = tmp_path / "weights" / "tiny_300" / "a"
+    (checkpoint,) = run.glob("Final_*.pth")
+    assert main(["--test", str(checkpoint), *cpu]) == 0, capsys.readouterr().err
+    assert sheet.draw_sheet(run).is_file()
+    if name in ("labelimg", "roboflow-coco", "yolo-roboflow"):  # its figures are slow
+        assert report.write_report(run)[0].is_file()
+    _, detector = load_detector(checkpoint)
+    data = TrainedOn.of(load_checkpoint(checkpoint), checkpoint)
+    calibration, proof = (find_images(None, None, 0, data, detector, training)
+                          for training in (True, False))  # fmt: skip
+    for found, names in zip((calibration, proof), layout.sets or slow_split(ALL, 0.4, rule[-1]),
+                            strict=True):  # fmt: skip
+        images = {found.dataset.image_path(i).name for i in found.items}
+        assert images == {layout.rename(name) for name in names}
+    assert proof.scored
