@@ -21,6 +21,7 @@ from data.coco_json import read_annotations
 from data.coco_results import COCOResults
 from data.voc0712 import VOCDetection
 from data.voc_comp4 import read_comp4
+from engine.evaluate import score
 from tools import report
 from tools.against import MEAN, NO_EVIDENCE, check_same, compare, moved_images
 from tools.results import open_test
@@ -188,6 +189,21 @@ def test_images_that_changed_are_those_with_other_errors(tmp_path):
     (moved,) = moved_images(*open_both(folders), 0.4)
     assert (dataset.ids[moved.image], moved.a, moved.b) == ("three", (1, 0, 0), (0, 2, 1))
     assert moved.gain == 3
+
+
+@pytest.mark.parametrize("kind", ["voc", "coco"])
+def test_the_log_of_a_test_has_the_intervals(kind, request, tmp_path, caplog):
+    folder, _, dataset = request.getfixturevalue(kind)
+    test = open_test(folder, None)
+    origin = {"thresholds": {"score": 0.01}}
+    with caplog.at_level("INFO", "ssd"):
+        said = score(dataset, test.detections, origin, tmp_path, "net")
+    lines = [record.getMessage() for record in caplog.records]
+    assert f": {said['value']:.4f}, 95 %: {bootstrap.text(said['interval'])} (30" in lines[-1]
+    name = dataset.classes[0]
+    bounds = said["per_class_interval"][name]
+    wanted = f"{said['per_class'][name]:.4f}, 95 %: {bootstrap.text(bounds)}"
+    assert f"  {name:20} {wanted}" in lines and bounds[0] < bounds[1]
 
 
 @pytest.mark.parametrize("what", ["images", "classes", "annotations", "metrics", "data"])
