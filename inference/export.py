@@ -163,4 +163,4 @@ def _describe(options: ExportOptions, form: Format, detector: DetectorInfo,
         checkpoint={"file": options.checkpoint.name, "sha256": sha256_of(options.checkpoint)},
         versions=versions,
         calibration=calibration and {"pictures": len(calibration), "of": calibration.about},
-    )  # fmt: skip
+    )

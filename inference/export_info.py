@@ -17,11 +17,10 @@ INFO_KEY = "ssd_hardnet"
 FORMAT = 1
 
 _DETECTOR = ("version", "size", "classes", "dataset", "priors")
-_KINDS = {
-    "format": int, "version": str, "size": int, "classes": list, "dataset": str, "priors": str,
-    "variance": list, "mean": list, "preprocess": bool, "nms": bool, "dynamic": bool,
-    "precision": str, "detection": dict, "checkpoint": dict, "versions": dict,
-}  # fmt: skip
+_KINDS = {"format": int, "version": str, "size": int, "classes": list, "dataset": str,
+          "priors": str, "variance": list, "mean": list, "preprocess": bool, "nms": bool,
+          "dynamic": bool, "precision": str, "detection": dict, "checkpoint": dict,
+          "versions": dict}
 
 
 @dataclass(frozen=True)

@@ -106,10 +106,8 @@ _HALVE = {"kernel_size": 3, "stride": 2, "padding": 1}
 _SHRINK = {"kernel_size": 3}
 _LAST = {"kernel_size": 4, "padding": 1}
 # size -> (width of the 1x1 convolution, outputs, options of the convolution that shrinks the map)
-_EXTRAS = {
-    300: ((256, 512, _HALVE), (128, 256, _HALVE), (128, 256, _SHRINK), (128, 256, _SHRINK)),
-    512: ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3, (128, 256, _LAST)),
-}
+_EXTRAS = {300: ((256, 512, _HALVE), (128, 256, _HALVE), (128, 256, _SHRINK), (128, 256, _SHRINK)),
+           512: ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3, (128, 256, _LAST))}
 
 
 def _heads(in_channels: Sequence[int], out_channels: Sequence[int]) -> nn.ModuleList:

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-VOC_TO_COCO = {
-    "aeroplane": "airplane", "motorbike": "motorcycle", "tvmonitor": "tv", "sofa": "couch",
-    "diningtable": "dining table", "pottedplant": "potted plant",
-}
+VOC_TO_COCO = {"aeroplane": "airplane", "motorbike": "motorcycle", "tvmonitor": "tv",
+               "sofa": "couch", "diningtable": "dining table", "pottedplant": "potted plant"}
 """VOC's name of a class -> COCO's name, where they differ."""
 
 _HEAD = re.compile(r"conf\.\d+\.(weight|bias)")
@@ -89,10 +87,9 @@ def check_known(path: str | Path, from_names: Sequence[str], to_names: Sequence[
                         "own=other,...), or train from it with --resume_net")
 
 
-def transfer_classes(
-    state: Mapping[str, Tensor], from_names: Sequence[str], to_names: Sequence[str],
-    class_map: Mapping[str, str] | None = None, seed: int = 0,
-) -> tuple[dict[str, Tensor], list[str]]:
+def transfer_classes(state: Mapping[str, Tensor], from_names: Sequence[str],
+                     to_names: Sequence[str], class_map: Mapping[str, str] | None = None,
+                     seed: int = 0) -> tuple[dict[str, Tensor], list[str]]:
     """Return a detector's state dict for other classes.
 
     Args:

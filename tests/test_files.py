@@ -77,8 +77,7 @@ def keep_detections(path):
 
 @pytest.mark.parametrize(("keep", "load"), [
     (keep_curves, lambda path: load_curves(path).curve("dog")),
-    (keep_detections, lambda path: load_detections(path, ["a"], 1, {"sets": "test"})),
-])
+    (keep_detections, lambda path: load_detections(path, ["a"], 1, {"sets": "test"}))])
 def test_file_with_a_byte_flipped_is_refused_by_name_or_read(tmp_path, keep, load):
     path, rng = tmp_path / "a.npz", np.random.default_rng(0)
     keep(path)
@@ -115,8 +114,7 @@ def full_disk():
     [RuntimeError("CUDA error: device-side assert triggered"),
      FileNotFoundError(2, "No such file or directory", "image.jpg"), Refused("other"),
      KeyboardInterrupt()],
-    ids=repr,
-)
+    ids=repr)
 def test_an_error_inside_the_block_keeps_its_type_and_text(tmp_path, error):
     path = tmp_path / "a"
     path.write_bytes(b"earlier")
@@ -142,9 +140,8 @@ def test_a_full_disk_is_told_with_the_file_and_leaves_the_earlier_one(tmp_path, 
     assert [p.name for p in tmp_path.iterdir()] == ["a"] and path.read_bytes() == b"earlier"
 
 
-def test_an_error_inside_the_block_is_not_taken_for_the_disk_that_is_full_as_well(
-    tmp_path, full_disk
-):
+def test_an_error_inside_the_block_is_not_taken_for_the_disk_that_is_full_as_well(tmp_path,
+                                                                                  full_disk):
     with pytest.raises(Refused), atomic_write(tmp_path / "a") as file:
         file.raw.write(bytes(20_000))
         file.write(b"this is in memory")

@@ -156,8 +156,7 @@ THREE = (torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).long())
     (lambda: batched_nms(*THREE, 0.5, 1.5), "float"),
     (lambda: batched_nms(*THREE, 0.5, 10, method="linear", min_score=-math.inf),
      "min_score is -inf"),
-    (lambda: batched_nms(*THREE, 0.5, 10, method="soft"), "method is 'soft', .* hard, linear"),
-])
+    (lambda: batched_nms(*THREE, 0.5, 10, method="soft"), "method is 'soft', .* hard, linear")])
 def test_unusable_arguments_are_refused_with_their_values(call, words):
     with pytest.raises((ValueError, TypeError), match=words):
         call()
@@ -177,8 +176,7 @@ def test_nan_is_refused(column):
 @pytest.mark.parametrize(("routine", "count"), [
     ("torch", 10_000), pytest.param("torch", 100_000, marks=pytest.mark.slow),
     pytest.param("cython", 100_000, marks=compiled),
-    pytest.param("torchvision", 10_000, marks=needs_torchvision),
-])
+    pytest.param("torchvision", 10_000, marks=needs_torchvision)])
 def test_many_boxes(routine, count):
     dets = random_dets(count, span=400)
     with using(routine):
@@ -409,8 +407,7 @@ def module(**members):
 @pytest.mark.parametrize(("outcome", "why", "warned"), [
     (ModuleNotFoundError("No module named 'utils.nms._cpu_nms'"), "is not compiled", 0),
     (ImportError("undefined symbol: Py_Gone"), "undefined symbol: Py_Gone", 1),
-    (module(), "other sources", 1), (module(INTERFACE=backends.INTERFACE - 1), "other sources", 1),
-])
+    (module(), "other sources", 1), (module(INTERFACE=backends.INTERFACE - 1), "other sources", 1)])
 def test_an_unusable_extension_is_replaced_and_told_once(imported, caplog, outcome, why, warned):
     imported(outcome)
     assert nms(random_dets(3, span=500), 0.5).shape == (3,)
@@ -463,7 +460,7 @@ def test_the_extension_refuses_arrays_that_do_not_belong_together():
     order, starts, kept = np.arange(3), np.array([0, 3]), np.full(3, -1)
     with pytest.raises(ValueError, match="2 scores"):
         _cpu_nms.select(boxes, scores, order, starts, 1, 0.5, 3, 0, 0.5, 0.0, 1.0, kept, scores,
-                        np.zeros(2, "u8"), np.zeros(10, "f4"), 1)  # fmt: skip
+                        np.zeros(2, "u8"), np.zeros(10, "f4"), 1)
 
 
 class TestOnAGpu:

@@ -208,10 +208,9 @@ def read_text(path: str | Path, what: str = "file", limit: int = 2**32) -> str:
     return decode(read_bytes(path, what, limit), path)
 
 
-_MARKS = {
-    b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"<\0": "utf-16-le", b"\0<": "utf-16-be",
-}  # the last two begin XML without a byte order mark
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
+          b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"<\0": "utf-16-le",
+          b"\0<": "utf-16-be"}  # the last two begin XML without a byte order mark
 
 
 def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
