@@ -35,7 +35,7 @@ def train(call: Call, given: Mapping[str, object], world: World) -> None:
         run.log_data(asked=call.resume)
         trainer = build_trainer(run, call, given, world)
         trainer.begin()
-        trainer.run(call.max_iters)
+        trainer.run(call.max_iters, call.max_hours)
 
 
 def build_trainer(run: Run, call: Call, given: Mapping[str, object], world: World) -> Trainer:

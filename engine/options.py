@@ -125,6 +125,8 @@ class Options(Checked):
     background_negatives: int = _recipe(0, "--background_negatives", read=count, metavar="N",
         help="least number of hard negatives an image; 0: as published, three for each positive "
              "prior box, so that an image without objects teaches nothing")
+    patience: int = _recipe(0, "--patience", read=count, metavar="N",
+        help="end after N evaluations in a row without a better AP; 0: train all epochs")
     seed: int = _recipe(0, "--seed", read=count, metavar="N", fixed=True,
         help="seed of weights, order and augmentation")
     overfit: int = _recipe(0, "--overfit", read=count, metavar="N", fixed=True,
@@ -250,6 +252,10 @@ class Call(Checked):
         help="with --resume_net: the epoch at which the schedule starts (default: 0)")
     max_iters: int | None = option("recipe", None, "--max_iters", read=positive, metavar="N",
         only="train", help="stop after this many steps in all, e.g. to try things out")
+
+    max_hours: float | None = option("machine", None, "--max_hours", read=number, metavar="X",
+        only="train", help="save and end with status 0 after X hours of this call; --resume auto "
+             "goes on")
 
     device: str | None = option("machine", None, "--device", metavar="NAME",
         help="auto, cpu, cuda, cuda:N or mps (default: auto)")

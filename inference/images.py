@@ -73,10 +73,8 @@ class TrainedOn:
             split = {key: config[key] for key in ("val_share", "split_by") if key in config}
             return cls(_absolute(root) if root else None, train, test, split)
         except TypeError as error:
-            raise UserError(
-                f"{path}: its configuration has root {root!r} and image sets {sets}, which is not "
-                "valid; give a checkpoint of this program"
-            ) from error
+            raise UserError(f"{path}: its configuration has root {root!r} and image sets {sets},"
+                            " which is not valid; give a checkpoint of this program") from error
 
 
 def find_images(root: str | None, sets: str | None, limit: int, trained_on: TrainedOn,
@@ -113,7 +111,7 @@ def find_images(root: str | None, sets: str | None, limit: int, trained_on: Trai
     split = split_options(name, trained_on.split if folder == trained_on.root else {})
     dataset = build_dataset(name, folder, chosen, detector.classes, **split)
     about = f"{folder} {sets_name(chosen)}"
-    objects = sum(len(dataset.target(i)) > 0 for i in range(len(dataset)))
+    objects = np.count_nonzero(np.diff(dataset.offsets))
     if training or not objects:
         return Images(about, _spread(range(len(dataset)), limit), dataset)
     if limit and limit < len(dataset):
