@@ -5,7 +5,6 @@ import os
 import struct
 import zlib
 from contextlib import suppress
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -152,10 +151,9 @@ def test_every_command_that_reads_images_takes_the_limit(tmp_path, monkeypatch):
         assert os.environ["SSD_MAX_PIXELS"] == most
     root = write_voc(tmp_path / "own", {"trainval": {"a": [("dog", (1, 1, 50, 50))]}})
     for most, read in (
-        (9, lambda options: open_dataset(options, Call(), "train_sets").pull_image(0)),
-        (10, lambda options: check(options)),
-        (11, lambda options: Predictor(Path("none.pth"), max_pixels=options.max_pixels)),
-    ):
+            (9, lambda options: open_dataset(options, Call(), "train_sets").pull_image(0)),
+            (10, check),
+            (11, lambda options: Predictor("none.pth", max_pixels=options.max_pixels))):
         with suppress(UserError):
             read(resolve({"root": str(root), "max_pixels": most}))
         with pytest.raises(UserError, match=f"a.jpg: the image is 96 x 72, more than {most} "):
