@@ -89,8 +89,13 @@ def test_curves_give_the_ap(golden, tmp_path):
                 assert (np.diff(c["precision"]) <= 0).all() and (np.diff(c["scores"]) <= 0).all()
 
 
-def require(backend):
-    pytest.importorskip(backend.replace("-", "_"))
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    pytest.importorskip(request.param.replace("-", "_"))
+    return request.param
+
+
+others = pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
 
 
 def assert_equal_to_reference(results, truth, backend, folder):
@@ -119,9 +124,8 @@ def assert_equal_to_reference(results, truth, backend, folder):
     return expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@others
 def test_backend_equals_the_reference_on_real_detections(golden, tmp_path, backend, capfd):
-    require(backend)
     truth, results, expected = golden
     report = assert_equal_to_reference(results, truth, backend, tmp_path)
     np.testing.assert_allclose(report["stats"], expected, rtol=0, atol=1e-12)
@@ -159,11 +163,9 @@ def random_set(rng, path):
         "images": [{"id": id, "width": 640, "height": 480} for id in ids.tolist()],
         "categories": [{"id": id, "name": f"category {id}"} for id in categories.tolist()],
         "annotations": [
-            {
-                "id": 0 if equal_ids else n, "image_id": int(ids[image[n]]), "area": areas[n],
-                "category_id": int(categories[label[n]]), "bbox": boxes[n].tolist(),
-                "iscrowd": int(rng.random() < 0.15),
-            }
+            {"id": 0 if equal_ids else n, "image_id": int(ids[image[n]]), "area": areas[n],
+             "category_id": int(categories[label[n]]), "bbox": boxes[n].tolist(),
+             "iscrowd": int(rng.random() < 0.15)}
             for n in range(objects)
         ],
     }
@@ -186,9 +188,8 @@ def random_set(rng, path):
 
 
 @pytest.mark.parametrize("sets", [40, pytest.param(120, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@others
 def test_backend_equals_the_reference_on_random_sets(tmp_path, backend, sets):
-    require(backend)
     values = set()
     for seed in range(sets):
         results = random_set(np.random.default_rng(seed), tmp_path / "truth.json")
@@ -197,9 +198,8 @@ def test_backend_equals_the_reference_on_random_sets(tmp_path, backend, sets):
     assert {-1, 0} < values and len(values) > 1.6 * sets  # the sets are neither all empty nor alike
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@others
 def test_backend_uses_the_hundred_best_of_a_category_in_the_order_given(small, tmp_path, backend):
-    require(backend)
     # 100 wrong ones and a right one of the same score: it is the 101st or the first.
     wrong, right = [result([200, 200, 9, 9])] * 100, [result([0, 0, 40, 40])]
     last = assert_equal_to_reference(wrong + right, small, backend, tmp_path)
@@ -207,15 +207,14 @@ def test_backend_uses_the_hundred_best_of_a_category_in_the_order_given(small, t
     assert last["stats"][0] == 0 and first["stats"][0] == pytest.approx(51 / 101)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backend_that_is_not_installed_is_named(small, monkeypatch, capsys, tmp_path, backend):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backend_that_is_not_installed_is_named(monkeypatch, name):
     for module in ("hotcoco", "faster_coco_eval", "pycocotools.coco"):
         monkeypatch.setitem(sys.modules, module, None)
-    (tmp_path / "empty.json").write_text("[]")
-    assert main([str(tmp_path / "empty.json"), str(small), "--eval-backend", backend]) == 2
-    assert f"{backend} need it installed (pip install {backend})" in capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"{name} need it installed \(pip install {name}\)"):
+        load_backend(name)
     with pytest.raises(ValueError, match="'fastest' is not one of pycocotools, hotcoco, faster"):
-        evaluate_coco([], small, "fastest")
+        load_backend("fastest")
 
 
 @pytest.mark.parametrize(("version", "content", "said"), [
@@ -285,19 +284,15 @@ def test_scores_by_hand(small):
     assert report["stats"][:3] == pytest.approx([0.6, 1, 1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, tmp_path, backend):
-    require(backend)
+def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, backend):
     report = evaluate_coco([], small, backend)
     assert report["stats"] == [0, 0, 0, -1, 0, -1, 0, 0, 0, -1, 0, -1]
     assert report["per_category"] == {"dog": 0, "cat": -1, "oar": -1}
     assert report["per_size"] == {"small": -1, "medium": 0, "large": -1}
     assert report["per_category_per_size"]["cat"] == dict.fromkeys(SIZES, -1)
-    assert notes(report) == [
-        "none of the 100 best detections of a class in an image overlaps an object of that class"
-        " by IoU 0.50 or more",
-        "no ground truth (-1) for 2 classes: cat, oar",
-    ]
+    assert notes(report) == ["none of the 100 best detections of a class in an image overlaps an"
+                             " object of that class by IoU 0.50 or more",
+                             "no ground truth (-1) for 2 classes: cat, oar"]
 
 
 def test_note_on_zero_is_true_of_the_hundred_best_alone(small):
@@ -313,11 +308,8 @@ def test_note_on_zero_is_true_of_the_hundred_best_alone(small):
     assert notes({"stats": [0.0] * 8 + [0.5] * 4, "per_category": {}}) == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_annotations_without_boxes_score_minus_one(small, backend):
-    require(backend)
-    document = json.loads(small.read_text()) | {"annotations": []}
-    small.write_text(json.dumps(document))
+    small.write_text(json.dumps(json.loads(small.read_text()) | {"annotations": []}))
     for results in ([], [result([0, 0, 40, 40])]):
         assert set(evaluate_coco(results, small, backend)["stats"]) == {-1}
 
@@ -346,24 +338,17 @@ def test_results_that_cannot_be_scored_are_named(small, tmp_path, results, messa
 
 def test_files_that_cannot_be_read_are_named(small, tmp_path):
     (tmp_path / "half.json").write_text('[{"image_id":')
-    for results, truth, message in (
-        (tmp_path / "none.json", small, "none.json: cannot read"),
-        ([], tmp_path / "none.json", "none.json: cannot read"),
-        (tmp_path / "half.json", small, "half.json: not a JSON file"),
-    ):
+    for results, truth, message in ((tmp_path / "none.json", small, "none.json: cannot read"),
+                                    ([], tmp_path / "none.json", "none.json: cannot read"),
+                                    (tmp_path / "half.json", small, "half.json: not a JSON file")):
         with pytest.raises(UserError, match=message):
             evaluate_coco(results, truth)
-    document = json.loads(small.read_text())
-    del document["annotations"]
-    small.write_text(json.dumps(document))
-    with pytest.raises(UserError, match="truth.json: has no list of annotations"):
-        evaluate_coco([], small)
 
 
 def test_command_line_scores_the_classes_asked_for(small, tmp_path, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps([result([0, 0, 40, 40])]))
-    out = tmp_path / "out.json"
+    out = tmp_path / "new" / "out.json"
     assert main([str(path), str(small), "--classes", "dog,oar", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["per_category"] == {"dog": pytest.approx(51 / 101), "oar": -1}
@@ -438,13 +423,8 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
 
 def test_command_line_refuses_a_bad_call(small, tmp_path, capsys):
     for args in ([str(small)], [str(small), str(small), "--eval-backend", "fastest"]):
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(SystemExit, match="2"):
             main(args)
-        assert error.value.code == 2
-    (tmp_path / "empty.json").write_text("[]")
-    for target in (tmp_path / "empty.json" / "out.json", tmp_path):
-        assert main(["no results", str(small), "--json", str(target)]) == 2
-        assert f"{target}: cannot be written" in capsys.readouterr().err
-    target = tmp_path / "new" / "out.json"
-    assert main([str(tmp_path / "empty.json"), str(small), "--json", str(target)]) == 0
-    assert json.loads(target.read_text()) == evaluate_coco([], small)
+    capsys.readouterr()
+    assert main(["no results", str(small), "--json", str(tmp_path)]) == 2
+    assert f"{tmp_path}: cannot be written" in capsys.readouterr().err
