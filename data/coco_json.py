@@ -327,8 +327,7 @@ def _read_areas(records: Records, boxes: np.ndarray) -> np.ndarray:
     return np.array([
         area if isinstance(area := record.get("area"), int | float) and 0 < area < LARGEST**2
         else w * h
-        for record, (*_, w, h) in zip(records.records, boxes.tolist(), strict=True)
-    ], np.float64)
+        for record, (*_, w, h) in zip(records.records, boxes.tolist(), strict=True)], np.float64)
 
 
 def _read_crowds(records: Records) -> np.ndarray:

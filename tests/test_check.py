@@ -198,8 +198,7 @@ def test_what_a_voc_reader_drops_is_told_with_its_place(tmp_path):
         ("warning", SkipKind.BOX_WITHOUT_AREA, "dog", (20, 20, 20, 40)),
         ("warning", SkipKind.BOX_OUTSIDE, "dog", (200, 20, 220, 40)),
         ("note", SkipKind.BOX_CLIPPED, "dog", (60, 20, 99, 40)),  # the image is 96 x 72
-        ("warning", SkipKind.UNKNOWN_CLASS, "cat", (5, 5, 30, 30)),
-    ]
+        ("warning", SkipKind.UNKNOWN_CLASS, "cat", (5, 5, 30, 30))]
     root = own(tmp_path, {"a": [*DOG, *(row[2:] for row in dropped)]})
     report = report_of(root, "--classes", "dog,Dog")
     told = {f.what: (f.level, f.records) for f in report.findings if f.part == "train"}

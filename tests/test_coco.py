@@ -175,8 +175,7 @@ def test_boxes_without_area_are_dropped_and_clipped_ones_kept_and_both_recorded(
         annotation(7, 9, [10, 5, 1, 10]),  # x2 = x1: no width that could be encoded
         annotation(8, 9, [-20, 5, 20, 10]),  # ends where the image begins
         annotation(9, 9, [10, -30, 20, 10]),
-        annotation(10, 9, [10, HEIGHT, 20, 10]),
-    ]
+        annotation(10, 9, [10, HEIGHT, 20, 10])]
     dataset = read(write_val2017(tmp_path, boxes))
     np.testing.assert_allclose(dataset.target(0), [[50, 0, 59, 9, 1], [50, 30, 59, 39, 1]])
     assert Counter(skip.kind for skip in dataset.skipped) == {
@@ -199,8 +198,7 @@ def test_area_is_no_reason_to_drop_a_box(tmp_path, area):
 @pytest.mark.parametrize(("bbox", "options", "cause"), [
     ([0.1, 0.2, 0.5, 0.5], {}, "in shares of the image instead of pixels.*: 3"),
     ([30, 20, -10, -5], {}, "without area.*: 3"), ([90, 20, 10, 5], {}, "outside.*: 3"),
-    ([10, 5, 20, 10], {"classes": ["kite", "oar"]}, "no box of kite, oar .* from dog"),
-])  # fmt: skip
+    ([10, 5, 20, 10], {"classes": ["kite", "oar"]}, "no box of kite, oar .* from dog")])
 def test_set_with_none_of_its_boxes_left_is_refused_by_cause(tmp_path, bbox, options, cause):
     write_val2017(tmp_path, [annotation(n, 9, bbox) for n in range(3)])
     with pytest.raises(UserError, match=f"^{tmp_path}: .*{cause}"):

@@ -25,8 +25,7 @@ def golden(tmp_path_factory):
     """(annotation file, results file, the twelve expected numbers) of 79 images of val2017."""
     figures = np.load(GOLDENS / "coco_eval_val2017.npz")
     ids, sizes, categories, truth_ids = (
-        figures[key].tolist() for key in ("image_id", "image_size", "category_id", "truth_id")
-    )
+        figures[key].tolist() for key in ("image_id", "image_size", "category_id", "truth_id"))
 
     def records(kind, fields, **more):
         columns = [figures[f"{kind}_{field}"].tolist() for field in fields]
@@ -37,8 +36,7 @@ def golden(tmp_path_factory):
         "images": [{"id": id, "width": w, "height": h} for id,
                    (w, h) in zip(ids, sizes, strict=True)],
         "categories": [{"id": id, "name": f"category {id}"} for id in categories],
-        "annotations": [{"id": id} | t for id, t in zip(truth_ids, truth, strict=True)],
-    }
+        "annotations": [{"id": id} | t for id, t in zip(truth_ids, truth, strict=True)]}
     folder = tmp_path_factory.mktemp("golden")
     (folder / "truth.json").write_text(json.dumps(document))
     results = records("result", ("image_id", "category_id", "bbox", "score"))
@@ -166,9 +164,7 @@ def random_set(rng, path):
             {"id": 0 if equal_ids else n, "image_id": int(ids[image[n]]), "area": areas[n],
              "category_id": int(categories[label[n]]), "bbox": boxes[n].tolist(),
              "iscrowd": int(rng.random() < 0.15)}
-            for n in range(objects)
-        ],
-    }
+            for n in range(objects)]}
     path.write_text(json.dumps(document))
 
     total = int(rng.choice([0, 1, 5 * count, (250 if count < 20 else 30) * count]))
@@ -220,8 +216,7 @@ def test_backend_that_is_not_installed_is_named(monkeypatch, name):
 @pytest.mark.parametrize(("version", "content", "said"), [
     ("1.1.0", {"COCO": SimpleNamespace()}, r"need hotcoco>=1\.2, found 1\.1\.0 .*install -U"),
     ("1.1.0", {"COCO": SimpleNamespace(from_arrays=None)}, None),
-    (None, {"COCO": SimpleNamespace(from_arrays=None), "__version__": "1.1.0"}, None),
-])
+    (None, {"COCO": SimpleNamespace(from_arrays=None), "__version__": "1.1.0"}, None)])
 def test_version_of_a_backend_is_named_and_an_old_one_refused(monkeypatch, version, content, said):
     def find(name):
         if version is None:  # a module without a package's metadata
@@ -242,8 +237,7 @@ def test_version_of_a_backend_is_named_and_an_old_one_refused(monkeypatch, versi
 @pytest.mark.parametrize(("error", "said"), [
     ("ImportError('libgomp.so.1: cannot open')", "libgomp.so.1: cannot open"),
     ("ModuleNotFoundError('no numpy.core', name='numpy.core')", "no numpy.core"),
-    ("ValueError('numpy.dtype size changed')", "numpy.dtype size changed"),
-])
+    ("ValueError('numpy.dtype size changed')", "numpy.dtype size changed")])
 def test_backend_that_is_broken_says_why(tmp_path, monkeypatch, error, said):
     (tmp_path / "hotcoco.py").write_text(f"raise {error}")
     monkeypatch.syspath_prepend(tmp_path)
@@ -261,9 +255,7 @@ def small(tmp_path):
         "categories": [{"id": id, "name": n} for id, n in ((7, "cat"), (3, "dog"), (9, "oar"))],
         "annotations": [
             {"id": id, "image_id": i, "category_id": c, "bbox": b, "area": 1600, "iscrowd": crowd}
-            for id, (i, c, b, crowd) in enumerate(boxes)
-        ],
-    }
+            for id, (i, c, b, crowd) in enumerate(boxes)]}
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(document))
     return path
@@ -322,10 +314,8 @@ def test_annotations_without_boxes_score_minus_one(small, backend):
     (
         [result([0, 0, 4, 4]), *(result([0, 0, 4, 4], image_id=id) for id in (5, 6))],
         r"results\[1\] has the image_id 5, which .*truth.json does not list, like 2 of 3;"
-        " it lists 2, 1 to 2",
-    ),
-    ([result([0, 0, 4, 4], category_id=1)], r"results\[0\] has the category_id 1, which"),
-])
+        " it lists 2, 1 to 2"),
+    ([result([0, 0, 4, 4], category_id=1)], r"results\[0\] has the category_id 1, which")])
 def test_results_that_cannot_be_scored_are_named(small, tmp_path, results, message, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))

@@ -53,8 +53,7 @@ BOX = annotation(17, 9, [10, 5, 20, 10])
     ({"categories": [{"id": 3, "name": "a\0"}]}, r"class name 'a\\x00' .*rename"),
     ({"categories": [{"id": 3, "name": "background"}]}, 'leave "background" out'),
     ({"categories": [{"id": i, "name": "dog"} for i in (1, 3)],
-      "annotations": [BOX, {**BOX, "category_id": 1}]}, "ids 1 and 3 have the same name 'dog'"),
-])  # fmt: skip
+      "annotations": [BOX, {**BOX, "category_id": 1}]}, "ids 1 and 3 have the same name 'dog'")])
 def test_malformed_file_is_refused_by_record_and_value(tmp_path, document, message):
     path = write_val2017(tmp_path, []) / FILE
     if isinstance(document, dict):
@@ -96,8 +95,7 @@ def test_annotation_without_a_box_gets_the_one_around_its_outline(tmp_path, outl
     ([(0, "background", None), (1, "car", None)], {"car": 1}, ["id 0"]),
     ([(1, "car", "vehicle")], {"car": 1}, []),
     ([(1, "car", "none"), (2, "van", "car")], {"car": 1, "van": 2}, []),
-    ([(1, "car", "car"), (2, "van", "car")], {"car": 1, "van": 2}, []),
-])
+    ([(1, "car", "car"), (2, "van", "car")], {"car": 1, "van": 2}, [])])
 def test_root_and_empty_duplicate_are_left_out(tmp_path, categories, classes, left_out):
     records = [dict(zip(("id", "name", "supercategory"), each, strict=True)) for each in categories]
     boxes = [annotation(1, 9, [10, 5, 20, 10], 1)]
@@ -122,8 +120,7 @@ def test_root_and_empty_duplicate_are_left_out(tmp_path, categories, classes, le
     ("2017", "train", "instances_train2017", "train2017"),
     ("2017", "val", "instances_val2017", "val2017"),
     ("2017", "test", "image_info_test2017", "test2017"),
-    ("2017", "test-dev", "image_info_test-dev2017", "test2017"),
-])
+    ("2017", "test-dev", "image_info_test-dev2017", "test2017")])
 @pytest.mark.parametrize("with_file_name", [True, False])
 def test_names_of_every_published_split(tmp_path, year, name, file, folder, with_file_name):
     image_name = f"{42:012d}.jpg"
@@ -180,8 +177,7 @@ def test_subset_of_another_split_takes_its_images_from_there_and_says_so(tmp_pat
 @pytest.mark.parametrize(("folder", "name"), [
     ("train", "a b.png"), ("train", "cam 1/x/0001.JPG"), ("images/train", "0001.png"),
     ("images", "Ünï/0001.png"), (".", "train/0001.png"), (".", "images/train/0001.png"),
-    (".", "pictures/0001.png"),
-])
+    (".", "pictures/0001.png")])
 def test_own_data_need_no_year_and_name_their_images(tmp_path, folder, name):
     big = 7_000_000_000_000
     categories = [{"id": big, "name": "Löwe"}, {"id": 0, "name": "a, b"}, {"id": -5, "name": "z"}]
@@ -281,8 +277,7 @@ def test_submission_that_the_server_takes(tmp_path):
     ([FIT | {"category_id": 4}], [NAME], r"results\[0\] has the category_id 4, which"),
     ([FIT, FIT | {"bbox": [1, 2, 3]}], [NAME], r"results\[1\] needs 4 finite num.* 'bbox'"),
     ([FIT | {"score": float("nan")}], [NAME], "a finite number as 'score', found nan"),
-    ([{k: FIT[k] for k in ("image_id", "category_id", "bbox")}], [NAME], "as 'score', found N"),
-])
+    ([{k: FIT[k] for k in ("image_id", "category_id", "bbox")}], [NAME], "as 'score', found N")])
 def test_submission_that_the_server_would_refuse(tmp_path, records, names, message):
     with pytest.raises(UserError, match=f"submission.zip: .*{message}"):
         check_submission(*submission(tmp_path, records, *names))

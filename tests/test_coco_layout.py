@@ -47,8 +47,7 @@ def edit(path, change):
     ({"annotations/train2017.json": "train2017"}, "COCO", "2017_train"),
     ({"photos/labels.json": "photos", "more/labels.json": "more/images"}, "COCO", "more, photos"),
     ({"a/train.json": "a", "b/train.json": "b"}, "COCO", "b_train, train"),
-    ({"labels.json": "."}, "COCO", "labels"),
-])  # fmt: skip
+    ({"labels.json": "."}, "COCO", "labels")])
 def test_layouts_of_tools_are_found_and_read(tmp_path, files, layout, sets):
     for id, (file, folder) in enumerate(files.items(), 1):
         write(tmp_path, file, folder, {id: f"{id}.png"}, [annotation(1, id, [id, 5, 20, 10])])
@@ -87,8 +86,7 @@ def test_training_set_without_a_box_is_refused(tmp_path):
     ("/home/me/train/1.png", "1.png"), ("C:\\data\\1.png", "1.png"),
     ("https://host/a/b%20c.png?token=x/y", "b c.png"),
     ("/data/local-files/?d=set%20a/1.png", "1.png"), ("/data/upload/7/ab-1.png", "ab-1.png"),
-    (unicodedata.normalize("NFC", "été.png"), unicodedata.normalize("NFD", "été.png")),
-])
+    (unicodedata.normalize("NFC", "été.png"), unicodedata.normalize("NFD", "été.png"))])
 def test_names_of_other_systems_are_found(tmp_path, name, file):
     (tmp_path / "train" / file).parent.mkdir(parents=True)
     write(tmp_path, "annotations/instances_train.json", "train", {7: file})

@@ -81,8 +81,7 @@ def huge_png():
 @pytest.mark.parametrize(("data", "message"), [
     (None, r"cannot read .*No such file"), (b"", "empty; copy or download"),
     (b"<html>404</html>", "not an image"),
-    (huge_png(), r"60000 x 60000, more than 134,217,728 pixels.*--max_pixels 3600000000"),
-])
+    (huge_png(), r"60000 x 60000, more than 134,217,728 pixels.*--max_pixels 3600000000")])
 def test_file_that_is_no_image_is_refused(tmp_path, data, message):
     path = tmp_path / "a.png"
     if data is not None:
@@ -178,11 +177,10 @@ def test_only_the_end_marker_of_the_image_itself_counts(tmp_path, image):
     jpeg = encode(".jpg", image)
     with_thumbnail = with_exif(jpeg, thumbnail=encode(".jpg", image[::4, ::4].copy()))
     for whole, cut in (
-        (progressive, progressive[: progressive.rindex(b"\xff\xda")]),  # after a scan
-        (with_thumbnail, with_thumbnail[:-40]),
-        (jpeg + b"\0" * 40, jpeg[:-2] + b"\0" * 40),
-        (jpeg + b"\xff\xda trailer", jpeg[:-2]),
-    ):
+            (progressive, progressive[: progressive.rindex(b"\xff\xda")]),  # after a scan
+            (with_thumbnail, with_thumbnail[:-40]),
+            (jpeg + b"\0" * 40, jpeg[:-2] + b"\0" * 40),
+            (jpeg + b"\xff\xda trailer", jpeg[:-2])):
         path.write_bytes(whole)
         assert read_image(path).shape == (48, 64, 3)
         path.write_bytes(cut)
