@@ -54,8 +54,7 @@ def own(folder: Path, train: dict | None = None, test: dict | None = None, **how
 
 def report_of(root: Path, *words: str) -> Report:
     given = module.parse(["--root", str(root), "-s", "300", *words])
-    sizes = tuple(given.pop("size"))
-    return check(resolve(given), sizes)
+    return check(sizes=tuple(given.pop("size")), options=resolve(given))
 
 
 def found(report: Report, *levels: str) -> dict[tuple[str, str], list[str]]:

@@ -326,8 +326,7 @@ def test_no_detections_score_zero_and_wrong_ones_are_not_written(tmp_path):
 
 
 def test_test_set_is_written_for_the_server_and_not_scored(tmp_path):
-    names = {42: "000000000042.jpg"}
-    write_set(tmp_path, "image_info_test-dev2017.json", "test2017", names)
+    write_set(tmp_path, "image_info_test-dev2017.json", "test2017", {42: "000000000042.jpg"})
     dataset = COCODetection(tmp_path, [("2017", "test-dev")])
     found = {"boxes": np.float32([[1, 2, 3, 4]]), "scores": np.float32([0.5]),
              "labels": np.array([2])}  # fmt: skip

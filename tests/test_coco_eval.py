@@ -388,8 +388,7 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
     if importlib.util.find_spec("hotcoco"):
         assert main([str(results), str(truth), "--eval-backend", "hotcoco"]) == 0
         assert capsys.readouterr().out == printed
-    intervals = [report["interval"], report["at_50"]["interval"]]
-    for n, bounds in enumerate(intervals):
+    for n, bounds in enumerate([report["interval"], report["at_50"]["interval"]]):
         table[n], shown = table[n].removesuffix(")").rsplit(" (", 1)
         assert shown == bootstrap.text(bounds) and shown
     assert table[12:13] == notes(report) and len(table) == 14 + 80

@@ -98,8 +98,7 @@ def test_annotation_without_a_box_gets_the_one_around_its_outline(tmp_path, outl
     ([(1, "car", "car"), (2, "van", "car")], {"car": 1, "van": 2}, [])])
 def test_root_and_empty_duplicate_are_left_out(tmp_path, categories, classes, left_out):
     records = [dict(zip(("id", "name", "supercategory"), each, strict=True)) for each in categories]
-    boxes = [annotation(1, 9, [10, 5, 20, 10], 1)]
-    write_val2017(tmp_path, boxes, categories=records)
+    write_val2017(tmp_path, [annotation(1, 9, [10, 5, 20, 10], 1)], categories=records)
     write_set(tmp_path, "instances_no.json", "no", {1: "1.jpg"}, [], categories=records)
     dataset = COCODetection(tmp_path, [("2017", "val")])
     assert COCODetection(tmp_path, [(None, "no")], classes=["car"]).classes == ("car",)
@@ -181,8 +180,7 @@ def test_subset_of_another_split_takes_its_images_from_there_and_says_so(tmp_pat
 def test_own_data_need_no_year_and_name_their_images(tmp_path, folder, name):
     big = 7_000_000_000_000
     categories = [{"id": big, "name": "Löwe"}, {"id": 0, "name": "a, b"}, {"id": -5, "name": "z"}]
-    path = tmp_path / folder / name
-    path.parent.mkdir(parents=True)
+    (path := tmp_path / folder / name).parent.mkdir(parents=True)
     boxes = [annotation(1, big, [10, 5, 20, 10], big), annotation(2, big, [1, 1, 9, 9], 0)]
     write_set(tmp_path, "instances_train.json", folder, {big: name}, boxes, categories=categories)
     dataset = COCODetection(tmp_path, [(None, "train")])
@@ -206,16 +204,10 @@ def test_missing_annotation_file_names_the_sets_that_exist(tmp_path):
     for root, name, message in (
             (tmp_path, "train", f"instances_train2017.json: .*: {there} .--root"),
             (tmp_path, "v" * 300, f": {there} .--root"),
-            (tmp_path / "nowhere", "val", "image sets in .*nowhere: none; .* none .--root"),
+            (tmp_path / "nowhere", "val", "image sets in .*nowhere: none .--root"),
             ("~no such user/coco", "val", "~no such user.*no such annotation file")):
         with pytest.raises(UserError, match=message):
             COCODetection(root, [("2017", name)])
-    for name in ("annotations/train.json", "val/labels.json"):
-        (tmp_path / "other" / name).parent.mkdir(parents=True)
-        (tmp_path / "other" / name).touch()
-    there = "none; JSON files there: annotations/train.json, val/labels.json"
-    with pytest.raises(UserError, match=f"image sets in .*other: {there} .--root"):
-        COCODetection(tmp_path / "other", [("2017", "val")])
 
 
 def test_missing_images_are_counted_and_the_first_ten_named(tmp_path):
