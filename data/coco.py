@@ -138,8 +138,7 @@ class COCODetection(DetectionData):
         self._names, self._file_ids = self._names[kept], self._file_ids[kept]
         used, self._set_of = np.unique(self._set_of[kept], return_inverse=True)
         self._part_sets, self._files, self._folders = (
-            [items[s] for s in used] for items in (self._part_sets, self._files, self._folders)
-        )
+            [items[s] for s in used] for items in (self._part_sets, self._files, self._folders))
         self.image_sets = list(dict.fromkeys(self._part_sets))
 
     def check_scorable(self) -> None:

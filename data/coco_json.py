@@ -188,24 +188,20 @@ class COCOAnnotations:
         return replace(
             part,
             offsets=np.append(0, part.offsets[1:][chosen]),  # the others own no boxes now
-            **{name: getattr(self, name)[chosen] for name in ("image_ids", "file_names", "sizes")},
-        )
+            **{name: getattr(self, name)[chosen] for name in ("image_ids", "file_names", "sizes")})
 
     def _of_boxes(self, kept: np.ndarray) -> COCOAnnotations:
         """Return all images and categories with the boxes that are ``kept``, bool [M]."""
         return replace(
             self, offsets=np.append(0, np.cumsum(kept))[self.offsets],
             annotation_ids=[self.annotation_ids[n] for n in np.flatnonzero(kept)],
-            **{name: getattr(self, name)[kept] for name in ("boxes", "labels", "areas", "crowds")},
-        )
+            **{name: getattr(self, name)[kept] for name in ("boxes", "labels", "areas", "crowds")})
 
 
 def join(files: Sequence[COCOAnnotations]) -> COCOAnnotations:
     """Return files of the same categories as one, in their order."""
-    columns = {
-        name: np.concatenate([getattr(file, name) for file in files])
-        for name in ("image_ids", "file_names", "sizes", "boxes", "labels", "areas", "crowds")
-    }
+    columns = {name: np.concatenate([getattr(file, name) for file in files]) for name in (
+        "image_ids", "file_names", "sizes", "boxes", "labels", "areas", "crowds")}
     counts = np.concatenate([np.diff(file.offsets) for file in files])
     return replace(files[0], offsets=np.append(0, np.cumsum(counts)),
                    annotation_ids=[id for file in files for id in file.annotation_ids], **columns)
@@ -249,8 +245,7 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
         areas=_read_areas(records, box)[order], crowds=_read_crowds(records)[order],
         annotation_ids=[records.records[n].get("id") for n in order],
         surplus=tuple(f"{Path(path).name}: category id {category_ids[n]} ({categories[n]['name']})"
-                      for n in np.flatnonzero(~kept)),
-    )  # fmt: skip
+                      for n in np.flatnonzero(~kept)))
 
 
 def _without_outline(record: dict) -> dict:

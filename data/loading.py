@@ -141,7 +141,7 @@ class Loader(DataLoader):
 
     A UserError raised in a loading process is raised again here as it was. The death of a loading
     process, mostly for want of memory, becomes a UserError. Both happen when the next batch is
-    asked for.
+    asked for. batching: ``DataLoader``'s ``batch_size`` or ``batch_sampler``.
     """
 
     def __init__(self, dataset: Dataset, workers: int, pin_memory: bool,
@@ -186,17 +186,6 @@ def training_loader(dataset: TrainingSet, sampler: EpochSampler, workers: int,
     """Return batches (images uint8 [B, 3, S, S], targets, indices) in the order of ``sampler``."""
     return Loader(dataset, workers, pin_memory, batch_sampler=sampler,
                   persistent_workers=workers > 0)
-
-
-def test_loader(dataset: Dataset, batch_size: int, workers: int, pin_memory: bool) -> Loader:
-    """Return batches (images uint8 [B, 3, S, S], sizes) in the order of a `TestSet`.
-
-    Process ``rank`` of ``world`` takes its share as ``Subset(samples, range(rank, n, world))``.
-    """
-    return Loader(dataset, workers, pin_memory, batch_size=batch_size)
-
-
-test_loader.__test__ = False
 
 
 def check_shared_memory(workers: int, batch_size: int, size: int, processes: int = 1) -> None:

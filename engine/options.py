@@ -275,6 +275,12 @@ class Call(Checked):
         values = {name: getattr(self, name, None) for name in names}
         return {name: value for name, value in values.items() if value is not None}
 
+    @property
+    def given_views(self) -> dict[str, object]:
+        """The options of this call that are those of ``inference.views.Views``."""
+        values = {name: getattr(self, name) for name in ("tiles", "overlap", "flip")}
+        return {name: value for name, value in values.items() if value is not None}
+
     def detection(self, published: DetectConfig) -> DetectConfig:
         """Return ``published`` with the detection options of this call."""
         return dataclasses.replace(published, **self.given_detection)

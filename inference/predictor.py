@@ -220,8 +220,7 @@ class Predictor:
         over = outputs["scores"] > self.config.conf_thresh
         return [
             {key: outputs[key][mine][: self.config.top_k] for key in ("boxes", "scores", "labels")}
-            for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))
-        ]
+            for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))]
 
 
 def _load(image: object) -> np.ndarray:
