@@ -86,7 +86,7 @@ def check_folder(root: Path) -> None:
         raise UserError(f"{root}: no such data set folder; give the right one with --root")
 
 
-def refuse_missing(place: Path, missing: Sequence[str]) -> None:
+def refuse_missing(place: Path | str, missing: Sequence[str]) -> None:
     """Raise UserError for images that annotations or lists name and that do not exist."""
     if missing:
         more = ", ..." if len(missing) > 5 else ""
