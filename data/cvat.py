@@ -17,9 +17,10 @@ from data.annotation import (
     Loaded,
     check_folder,
     check_objects,
-    outside_root,
+    once,
+    read_or_tell,
     refuse_missing,
-    unknown_objects,
+    tell,
 )
 from data.classes import BACKGROUND, check_classes
 from data.image import IMAGE_SUFFIXES
@@ -178,18 +179,14 @@ class CVATDetection(AnnotatedImages):
             raise UserError(f"{self.root}: no annotations.xml of CVAT with an <image>; export the "
                             'task as "CVAT for images"')  # fmt: skip
         names = [f"{image.subset}/{image.name}".strip("/") for image in every]
-        chosen: dict[int, int] = {}
-        skipped = []
-        for image_set in self.image_sets:
-            for i in choose(self.root, image_set, names, _subsets(every), self.val_share,
-                            self.split_by):
-                if i in chosen:
-                    where = every[i].where
-                    skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, chosen[i], None, where))
-                chosen.setdefault(i, len(chosen))
+        skipped: list[Skip] = []
+        listed = (i for each in self.image_sets
+                  for i in choose(self.root, each, names, _subsets(every), self.val_share,
+                                  self.split_by))
+        chosen = once(listed, skipped, lambda i: every[i].where)
         images = [every[i] for i in chosen]
         paths = self._find(images, faults)
-        annotations = [_read_or_note(image, faults) for image in images]
+        annotations = [read_or_tell(image.read, image.path, faults) for image in images]
         if classes is None:
             used = {(shape.get("label") or "").strip() for image in every
                     for shape in image.element if shape.tag in AREAS}
@@ -199,38 +196,24 @@ class CVATDetection(AnnotatedImages):
         tags = sorted({shape.tag for image in images for shape in image.element})
         if tags and not {*AREAS} & {*tags} and faults is None:
             raise UserError(f"{what} has no {', '.join(AREAS)}, only {', '.join(tags)}; draw boxes")
-        check_objects(what, annotations, classes, faults)
-        skipped += [*unknown_objects(annotations, classes), *outside_root(self.root, paths)]
+        skipped += check_objects(what, annotations, classes, faults)
         skipped += [Skip(SkipKind.OTHER_SHAPE, i, None, f"{image.where}: {shape.tag} {number}")
                     for i, image in enumerate(images)
                     for number, shape in enumerate(image.element, 1) if shape.tag not in AREAS]
         return Loaded([names[i] for i in chosen], paths, annotations, classes, skipped)
 
     def _find(self, images: Sequence[_Image], faults: list[str] | None) -> list[Path]:
-        index, users, paths, missing, twice = FileIndex(IMAGE_SUFFIXES), {}, [], [], []
+        index, users, paths, missing = FileIndex(IMAGE_SUFFIXES), {}, [], []
         for image in images:
             tried = [self.root / folder / name
                      for name in (image.name, re.split(r"[/\\]", image.name)[-1])
                      for folder in (f"images/{image.subset}", "images", image.subset, "")]
             found = next(filter(None, map(index.by_name, tried)), None)
-            missing += [] if found else [f"{tried[0]} ({image.where})"]
-            if found and (other := users.setdefault(found, image)) is not image:
-                twice.append(f"{other.where} and {image.where} are both {found}; keep one of them")
+            if found is None:
+                missing.append(f"{tried[0]} ({image.where})")
+            elif (other := users.setdefault(found, image)) is not image:
+                tell(f"{other.where} and {image.where} are both {found}; keep one of them", faults)
             paths.append(found or tried[0])
-        if faults is not None:
-            faults += twice
-        elif twice:
-            raise UserError(twice[0])
-        else:
+        if faults is None:
             refuse_missing(self.root, missing)
         return paths
-
-
-def _read_or_note(image: _Image, faults: list[str] | None) -> Annotation:
-    try:
-        return image.read()
-    except UserError as error:
-        if faults is None:
-            raise
-        faults.append(str(error))
-        return Annotation.empty(image.path)
