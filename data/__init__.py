@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.annotation import check_folder
 from data.image_sets import ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
@@ -295,8 +296,7 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
     root = Path(os.path.expanduser(root))
     if preferred and (layout := _layout(preferred, root)) is not None:
         return preferred, layout
-    if not os.path.isdir(root):
-        raise UserError(f"{root}: no such data set folder; give the right one with --root")
+    check_folder(root)
     found = layouts(root)
     if len(found) > 1:
         several = " and ".join(f"{layout} (-d {name})" for name, layout in found)

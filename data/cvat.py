@@ -28,7 +28,7 @@ from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.split import choose, list_files
-from data.voc_xml import read_xml
+from data.voc_xml import around_rotated, finite, read_xml
 from utils.errors import UserError
 
 AREAS = ("box", "polygon", "ellipse", "mask")
@@ -54,8 +54,8 @@ class _Image:
     """One <image> of a file."""
 
     def __init__(self, path: Path, number: int, element: ElementTree.Element) -> None:
-        self.path, self.element = path, element
-        self.name, self.subset = ((element.get(key) or "").strip() for key in ("name", "subset"))
+        self.path, self.element, self.name = path, element, element.get("name", "").strip()
+        self.subset = element.get("subset", "").strip()
         self.subset = self.subset or path.stem.removeprefix("annotations")  # Datumaro's Train.xml
         self.where = f'{path}: image {number} ("{self.name}")'
         if not self.name:
@@ -66,63 +66,52 @@ class _Image:
 
         Raises UserError for a shape without a label, or a value that is no finite number.
         """
-        names, edges, size = [], [], None
-        if "width" in self.element.attrib and "height" in self.element.attrib:
-            width, height = (_number(f"{self.where}: {key}", self.element.get(key))
-                             for key in ("width", "height"))
-            if min(width, height) < 1:
-                raise UserError(f"{self.where} is {width:g} x {height:g}; write the image's size")
-            size = int(width), int(height)
-        for number, shape in enumerate(self.element, 1):
-            if shape.tag in AREAS:
-                names.append((shape.get("label") or "").strip())
-                where = f'{self.where}: {shape.tag} {number} ("{names[-1]}")'
-                if not names[-1]:
-                    raise UserError(f"{where} has no label; export the task again")
-                edges.append(_edges(where, shape))
+        names, edges, size, where = [], [], None, self.where
+        try:
+            if {"width", "height"} <= {*self.element.keys()}:
+                width, height = _values(self.element, "width", "height")
+                if min(width, height) < 1:
+                    raise ValueError(f"{width:g} x {height:g}; write the image's size")
+                size = int(width), int(height)
+            for number, shape in enumerate(self.element, 1):
+                if shape.tag in AREAS:
+                    names.append(shape.get("label", "").strip())
+                    where = f'{self.where}: {shape.tag} {number} ("{names[-1]}")'
+                    if not names[-1]:
+                        raise ValueError("no label; export the task again")
+                    edges.append(_edges(shape))
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
         boxes = np.array(edges, np.float64).reshape(-1, 4) - (0, 0, 1, 1)
         flags = np.zeros(len(names), bool)
         return Annotation(self.path, size, tuple(names), boxes, flags, where=self.where)
 
 
-def _number(where: str, text: str | None) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or abs(value) > 1e9:
-        raise UserError(f'{where} is "{text or ""}", expected a number of pixels; correct it')
-    return value
+def _values(element: ElementTree.Element, *keys: str) -> list[float]:
+    return [finite(element.get(key), key) for key in keys]
 
 
-def _edges(where: str, shape: ElementTree.Element) -> tuple[float, ...]:
+def _edges(shape: ElementTree.Element) -> Sequence[float]:
     """Return left, top, right and bottom of the box around a shape."""
-
-    def values(*keys: str) -> list[float]:
-        return [_number(f"{where}: {key}", shape.get(key)) for key in keys]
-
-    angle = math.radians(_number(f"{where}: rotation", shape.get("rotation", "0")))
-    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    angle = math.radians(finite(shape.get("rotation", "0"), "rotation"))
     if shape.tag == "polygon":
-        words = re.split(r"[,;]", (shape.get("points") or "").strip("; "))
-        points = [_number(f"{where}: points", word) for word in words]
+        words = re.split(r"[,;]", shape.get("points", "").strip("; "))
+        points = [finite(word, "points") for word in words]
         if len(points) < 4 or len(points) % 2:
-            raise UserError(f"{where}: {len(points)} numbers in points; write x,y;x,y;x,y")
+            raise ValueError(f"{len(points)} numbers in points; write x,y;x,y;x,y")
         x, y = points[::2], points[1::2]
         return min(x), min(y), max(x), max(y)
     if shape.tag == "mask":
-        left, top, width, height = values("left", "top", "width", "height")
+        left, top, width, height = _values(shape, "left", "top", "width", "height")
         return left, top, left + width, top + height
     if shape.tag == "ellipse":
-        x, y, rx, ry = values("cx", "cy", "rx", "ry")
+        x, y, rx, ry = _values(shape, "cx", "cy", "rx", "ry")
+        cos, sin = math.cos(angle), math.sin(angle)
         half = math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)
-    else:
-        left, top, right, bottom = values("xtl", "ytl", "xbr", "ybr")
-        if not angle:
-            return left, top, right, bottom
-        x, y, w, h = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
-        half = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
-    return x - half[0], y - half[1], x + half[0], y + half[1]
+        return x - half[0], y - half[1], x + half[0], y + half[1]
+    left, top, right, bottom = box = _values(shape, "xtl", "ytl", "xbr", "ybr")
+    middle = (left + right) / 2, (top + bottom) / 2
+    return around_rotated(*middle, right - left, bottom - top, angle) if angle else box
 
 
 def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
@@ -188,7 +177,7 @@ class CVATDetection(AnnotatedImages):
         paths = self._find(images, faults)
         annotations = [read_or_tell(image.read, image.path, faults) for image in images]
         if classes is None:
-            used = {(shape.get("label") or "").strip() for image in every
+            used = {shape.get("label", "").strip() for image in every
                     for shape in image.element if shape.tag in AREAS}
             classes = [*labels, *sorted(used - {*labels, ""})]
         classes = check_classes(classes, str(self.root)) if classes else ()

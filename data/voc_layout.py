@@ -18,17 +18,17 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from data.annotation import check_folder
 from data.config import VOC_CLASSES
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import ImageSet
-from data.split import SPLIT_SETS, VAL_SHARE, in_validation, list_files
+from data.image_sets import SET_WORDS, ImageSet
+from data.split import SPLIT_SETS, VAL_SHARE, in_validation, list_files, read_list
 from utils.errors import UserError
 from utils.files import read_bytes, read_text
 
 ANNOTATION_FOLDERS = ("Annotations", "annotations", "xml", "xmls", "labels")
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "img")
-SPLITS = ("trainval", "train", "valid", "val", "validation", "dev", "test")
 
 
 class Listed(NamedTuple):
@@ -125,7 +125,7 @@ def split_folders(folder: Path, index: FileIndex) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for base in annotation_folders(folder, index):
         for path in index.subfolders(base):
-            if path.name.lower() in SPLITS and index.holds_files(path):
+            if path.name.lower() in SET_WORDS and index.holds_files(path):
                 found.setdefault(path.name, path)
     return found
 
@@ -142,11 +142,7 @@ def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, 
 
     It is None for a part of the images that nothing declares.
     """
-    if not os.path.isdir(root):  # False, too, for a name that no file system takes
-        raise UserError(
-            f"{root}: no such data set folder; give the right one with --root "
-            "(data/scripts/VOC2007.sh downloads VOC2007, docs/own_data.md is about own images)"
-        )
+    check_folder(root)
     folder = year_folders(root).get(image_set.year, root / f"VOC{image_set.year}")
     declared = split_folders(folder, index) | list_files(folder)
     if path := declared.get(image_set.name):
@@ -177,9 +173,8 @@ def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: fl
     else:
         bases = annotation_folders(folder, index)
         cvat = FileIndex(IMAGE_SUFFIXES) if os.path.isfile(folder / "labelmap.txt") else None
-        for number, line in enumerate(read_text(path, "image set").splitlines(), 1):
-            if line := line.strip():
-                yield _find_line(line, f"{path}:{number}", folder, bases, index, cvat)
+        for where, line in read_list(path):
+            yield _find_line(line, where, folder, bases, index, cvat)
 
 
 def list_all(root: Path, index: FileIndex, faults: list[str],

@@ -144,14 +144,19 @@ def _read_corners(bndbox: ElementTree.Element) -> list[float]:
     if len(texts) < len(bndbox):
         raise ValueError("<bndbox> has several corners of a name; write a <bndbox> a box")
     texts = texts or bndbox.attrib
-    return [_finite(texts.get(tag), tag) for tag in _CORNERS]
+    return [finite(texts.get(tag), tag) for tag in _CORNERS]
 
 
 def _read_rotated(shape: ElementTree.Element) -> list[float]:
     """Return the box around a rotated one, as roLabelImg writes it: the angle is in radians."""
-    cx, cy, w, h, angle = (_finite(shape.findtext(t), t) for t in ("cx", "cy", "w", "h", "angle"))
-    if abs(angle) > 2 * math.pi:
-        raise ValueError(f"<angle> is {angle:g}, expected radians")
+    values = [finite(shape.findtext(tag), tag) for tag in ("cx", "cy", "w", "h", "angle")]
+    if abs(values[-1]) > 2 * math.pi:
+        raise ValueError(f"<angle> is {values[-1]:g}, expected radians")
+    return around_rotated(*values)
+
+
+def around_rotated(cx: float, cy: float, w: float, h: float, angle: float) -> list[float]:
+    """Return x1, y1, x2, y2 of the box around one that is rotated by an angle in radians."""
     sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
     x, y = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
     return [cx - x, cy - y, cx + x, cy + y]
@@ -162,9 +167,9 @@ def _enclose(shape: ElementTree.Element) -> list[float]:
     xs, ys = [], []
     for leaf in (each for each in shape.iter() if not len(each) and _plain(each.text)):
         if leaf.tag[0] in "xy":
-            (xs if leaf.tag[0] == "x" else ys).append(_finite(leaf.text, leaf.tag))
+            (xs if leaf.tag[0] == "x" else ys).append(finite(leaf.text, leaf.tag))
         elif leaf.tag in ("points", "polygon", "point", "pt"):
-            values = [_finite(word, leaf.tag) for word in re.split(r"[\s,;]+", _plain(leaf.text))]
+            values = [finite(word, leaf.tag) for word in re.split(r"[\s,;]+", _plain(leaf.text))]
             xs += values[::2]
             ys += values[1::2]
     if len(xs) < 2 or len(xs) != len(ys):
@@ -173,7 +178,8 @@ def _enclose(shape: ElementTree.Element) -> list[float]:
     return [min(xs), min(ys), max(xs), max(ys)]
 
 
-def _finite(text: str | None, tag: str) -> float:
+def finite(text: str | None, tag: str) -> float:
+    """Return a number of pixels; raises ValueError for what is none, and names the ``tag``."""
     if text is None:
         raise ValueError(f"no <{tag}>")
     try:
@@ -187,7 +193,7 @@ def _finite(text: str | None, tag: str) -> float:
 
 def _read_size(size: ElementTree.Element) -> tuple[int, int] | None:
     tags = ("width", "height")
-    width, height = (int(_finite(_plain(size.findtext(tag)) or "0", tag)) for tag in tags)
+    width, height = (int(finite(_plain(size.findtext(tag)) or "0", tag)) for tag in tags)
     if min(width, height) < 0:
         raise ValueError(f"<size> is {width} x {height}; correct or remove it")
     return (width, height) if width and height else None
