@@ -98,7 +98,7 @@ def check_folder(root: Path) -> None:
     """Raise UserError if ``root`` is no folder."""
     if not os.path.isdir(root):  # False, too, for a name that no file system takes
         raise UserError(f"{root}: no such data set folder; give the right one with --root "
-                        "(data/scripts/ downloads published data, docs/own_data.md is about others)")
+                        "(data/scripts/ downloads published data, docs/own_data.md on others)")
 
 
 def refuse_missing(place: object, missing: Sequence[object], what: str = "images") -> None:

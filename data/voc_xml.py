@@ -21,7 +21,7 @@ _CORNERS = ("xmin", "ymin", "xmax", "ymax")
 _FLAGS = {**dict.fromkeys(("", "0", "false", "unspecified"), False), "1": True, "true": True}
 
 
-def read_annotation(path: str | Path) -> Annotation:
+def read_annotation(path: Path) -> Annotation:
     """Read one VOC XML file. Tags other than <object>, <name> and <bndbox> are optional.
 
     Objects may lie at any depth, tags may have a namespace or capital letters. An object may have
@@ -33,7 +33,6 @@ def read_annotation(path: str | Path) -> Annotation:
             several images; an object has no name or lacks a finite coordinate. The message names
             the file and the line, or the object, counted from 1.
     """
-    path = Path(path)
     root, where = read_xml(path), path
     names, boxes, difficult = [], [], []
     try:
