@@ -162,12 +162,8 @@ def test_image_listed_twice_is_taken_once_and_recorded(voc_folder):
 @pytest.mark.parametrize(("image_id", "line"), [
     ("my img", "my img"),
     ("my img 1", " my img 1 "),  # no flag: an annotation has that name
-    ("my img", "my img -1"),
-    ("x/b1", "x/b1"),
-    ("x/y z", "x/y z  1"),
-    ("b1", "b1.jpg"),
-    ("b1", "b1.PNG 1"),
-    ("b.1", "b.1"),
+    ("my img", "my img -1"), ("x/b1", "x/b1"), ("x/y z", "x/y z  1"), ("b1", "b1.jpg"),
+    ("b1", "b1.PNG 1"), ("b.1", "b.1"),
 ])
 def test_id_is_the_line_without_flag_and_image_suffix(tmp_path, image_id, line):
     (tmp_path / "ImageSets").mkdir()
