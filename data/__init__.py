@@ -10,6 +10,7 @@ import importlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -71,9 +72,9 @@ class DetectionData:
     def recognise(root: str | Path) -> str | None:
         """Return the name of the layout under ``root``, None if this reader does not know it.
 
-        Folders are listed and annotation files looked into; no image is opened.
+        "" if it cannot tell. Annotation files may be looked into; no image is opened.
         """
-        return None
+        return ""
 
     @staticmethod
     def list_image_sets(root: str | Path) -> list[ImageSet]:
@@ -141,19 +142,16 @@ class DetectionData:
         counts = np.diff(self.offsets)
         kept = np.flatnonzero(counts)[:n].tolist()
         if len(kept) < n:
-            raise UserError(
-                f"{self.root}: {sets_name(self.image_sets)}: {len(kept)} of {len(self)} images have"
-                f" objects, too few to keep {n}; ask for fewer (--overfit) or take another image"
-                " set (--train_sets)"
-            )
+            raise UserError(f"{self.root}: {sets_name(self.image_sets)}: {len(kept)} of "
+                            f"{len(self)} images have objects, too few to keep {n}; ask for fewer "
+                            "(--overfit) or take another image set (--train_sets)")
         self.rows = np.concatenate([self.target(i) for i in kept])
         self.offsets = np.append(0, np.cumsum(counts[kept]))
         self.sizes = self.sizes[kept]
         self.ids = [self.ids[i] for i in kept]
         index = {old: new for new, old in enumerate(kept)} | {None: None}
-        self.skipped = [
-            skip._replace(image=index[skip.image]) for skip in self.skipped if skip.image in index
-        ]
+        self.skipped = [skip._replace(image=index[skip.image])
+                        for skip in self.skipped if skip.image in index]
         self._keep(kept)
 
     def _keep(self, kept: list[int]) -> None:
@@ -258,10 +256,6 @@ DATASETS |= {
     )
     for name, reader in (("YOLO", "data.yolo:YOLODetection"), ("CVAT", "data.cvat:CVATDetection"))
 }
-UNDERSTOOD = (
-    "VOC (a devkit; XML files in Annotations/ or beside the images), COCO (JSON), YOLO (data.yaml; "
-    "images/ and labels/; .txt files beside the images) and CVAT for images (annotations.xml)"
-)
 
 
 def build_dataset(name: str, root: str | Path, image_sets: Collection[tuple[str | None, str]],
@@ -294,7 +288,7 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
         UserError: ``root`` is no folder, or holds no layout that is understood, or several.
     """
     root = Path(os.path.expanduser(root))
-    if preferred and (layout := _layout(preferred, root)) is not None:
+    if preferred and (layout := _reader(preferred).recognise(root)) is not None:
         return preferred, layout
     check_folder(root)
     found = layouts(root)
@@ -304,36 +298,29 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
     if found:
         return found[0]
     inside = ((folder, layouts(folder)) for folder in sorted(root.glob("[!.]*/"))[:20])
-    folder, found = next((each for each in inside if each[1]), (None, []))
-    hint = f"; {folder} holds {found[0][1]}: give it as --root" if found else ""
+    hint = next((f"; {folder} holds {found[0][1]}: give it as --root"
+                 for folder, found in inside if found), "")
     raise UserError(
-        f"{root} holds no data set in a layout that is understood{hint}. Understood are "
-        f"{UNDERSTOOD}: docs/own_data.md"
+        f"{root} holds no data set in a layout that is understood{hint}. Understood are VOC (a "
+        "devkit; XML files in Annotations/ or beside the images), COCO (JSON), YOLO (data.yaml; "
+        "images/ and labels/; .txt files beside the images) and CVAT for images (annotations.xml): "
+        "docs/own_data.md"
     )
-
-
-def _layout(name: str, root: Path) -> str | None:
-    """Return the layout as the reader of ``name`` knows it; "" if that reader cannot tell."""
-    reader = _reader(name)
-    return "" if reader.recognise is DetectionData.recognise else reader.recognise(root)
 
 
 def layouts(root: Path) -> list[tuple[str, str]]:
     """Return all that `find_layout` may find under ``root``, one a reader."""
     readers = {row.reader: name for name, row in reversed(DATASETS.items())}
     return [(name, layout) for name in reversed(readers.values())
-            if (layout := _layout(name, root))]
+            if (layout := _reader(name).recognise(root))]
 
 
 def check_layout(name: str, root: str | Path) -> None:
     """Raise UserError if only another data set's layout is under ``root``."""
     root = Path(os.path.expanduser(root))
-    if os.path.isdir(root) and _layout(name, root) is None and (others := layouts(root)):
-        other, layout = others[0]
-        raise UserError(
-            f"{root} holds {layout}, which -d {name} does not read; give -d {other}, or leave -d "
-            "out"
-        )
+    if os.path.isdir(root) and _reader(name).recognise(root) is None and (others := layouts(root)):
+        raise UserError(f"{root} holds {others[0][1]}, which -d {name} does not read; give -d "
+                        f"{others[0][0]}, or leave -d out")
 
 
 def default_root(name: str) -> Path:
@@ -352,17 +339,14 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     root = Path(os.path.expanduser(root))
     row, existing = DATASETS[name], list_sets(name, root)
     published = {*row.train_sets, *row.test_sets}
-    devkit = all(year for year, _ in existing) and {y for y, _ in existing} & {
-        year for year, _ in published
-    }
-    there = existing or (os.path.isdir(root) and _layout(name, root))
+    years = {year for year, _ in existing}
+    devkit = None not in years and years & {year for year, _ in published}
+    there = existing or (os.path.isdir(root) and _reader(name).recognise(root))
     if published <= {*existing} or devkit or not there:
         return row.train_sets, row.test_sets
     known = {set_word(each.name): each for each in sorted(existing, key=lambda s: s.year or "")}
-    pairs = [("trainval", "test")]
-    pairs += [(a, b) for a in ("train", "trainval")
-              for b in ("val", "valid", "validation", "dev", "test")]
-    for train, test in pairs:
+    tests = ("val", "valid", "validation", "dev", "test")
+    for train, test in (("trainval", "test"), *product(("train", "trainval"), tests)):
         if train in known and test in known:
             return (known[train],), (known[test],)
     return (ImageSet(None, SPLIT_TRAIN),), (ImageSet(None, SPLIT_VAL),)

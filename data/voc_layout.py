@@ -138,10 +138,7 @@ def annotation_folders(folder: Path, index: FileIndex) -> list[Path]:
 
 
 def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, Path | None]:
-    """Return the folder of the data set, and the list or the folder of an image set.
-
-    It is None for a part of the images that nothing declares.
-    """
+    """Return the folder of the data set, and an image set's list or folder, None for a part."""
     check_folder(root)
     folder = year_folders(root).get(image_set.year, root / f"VOC{image_set.year}")
     declared = split_folders(folder, index) | list_files(folder)
@@ -150,10 +147,8 @@ def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, 
     if not image_set.year and image_set.name in SPLIT_SETS:
         return folder, None
     if len(year_folders(root)) == 1 and not index.holds_files(root):
-        raise UserError(
-            f"{root} holds neither XML annotations nor the years of a devkit; "
-            "docs/own_data.md shows where images and annotations go"
-        )
+        raise UserError(f"{root} holds neither XML annotations nor the years of a devkit; "
+                        "docs/own_data.md shows where images and annotations go")
     existing = ", ".join(map(str, list_image_sets(root))) or "none"
     lists = [str(folder / "ImageSets" / main / f"{image_set.name}.txt") for main in ("Main", "")]
     raise UserError(
