@@ -45,9 +45,8 @@ def _builder(name: str, version: str, size: int) -> _Callable[..., torch.nn.Modu
         if (info.version, info.size) != (version, size):
             raise _UserError(f"{weights} is {info.version} at {info.size}, not {version} at {size}")
         if num_classes not in (None, net.num_classes):
-            raise _UserError(
-                f"{weights} has {net.num_classes} classes with background, not {num_classes}"
-            )
+            raise _UserError(f"{weights} has {net.num_classes} classes with background, not "
+                             f"{num_classes}")
         return net
 
     build.__name__ = build.__qualname__ = name
@@ -71,9 +70,8 @@ def _published(name: str, version: str, size: int) -> _Path:
         if row.size == size and version in row.versions:
             return _pretrained.download(row.name, _Path(torch.hub.get_dir()) / "checkpoints")
     there = ", ".join(row.name for row in _pretrained.PUBLISHED if row.size)
-    raise _UserError(
-        f"no weights of {name} were published, only {there}; give the path of a checkpoint"
-    )
+    raise _UserError(f"no weights of {name} were published, only {there}; give the path of a "
+                     "checkpoint")
 
 
 for _version, _row in _BACKBONES.items():

@@ -33,7 +33,7 @@ Calls = Mapping[Hashable, Callable[[], object]]
 def program(name: str, doc: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Return the parser of a benchmark, described by the first line of its module."""
     return Parser(prog=f"python -m benchmarks.{name}", description=doc.split("\n")[0],
-                  parents=parents, allow_abbrev=False)  # fmt: skip
+                  parents=parents, allow_abbrev=False)
 
 
 def options(rows: Callable[[argparse.Namespace, torch.device], Rows], rounds: int,

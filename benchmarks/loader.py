@@ -76,12 +76,8 @@ def load(loader: Loader, steps: int) -> None:
 
 def files(dataset: VOCDetection, sampler: EpochSampler, steps: int) -> list[str]:
     """Return the files that `load` reads, in its order."""
-    return [
-        str(dataset.image_path(i))
-        for _ in spans(sampler, steps)
-        for batch in sampler
-        for _, i in batch
-    ]
+    return [str(dataset.image_path(i)) for _ in spans(sampler, steps) for batch in sampler
+            for _, i in batch]
 
 
 def imread(paths: list[str]) -> None:
@@ -132,11 +128,9 @@ def load_all(args: argparse.Namespace, device: torch.device) -> Rows:
     times, _ = race(calls, args.rounds, device, warm_up=1)
     decoding = times.pop("cv2.imread")
     for (size, what), seconds in times.items():
-        yield {
-            "size": size, "way": what, "images": len(dataset), "samples": len(paths),
-            "samples a second": len(paths) / seconds, "cv2.imread": len(paths) / decoding,
-            "ratio": decoding / seconds,
-        }  # fmt: skip
+        yield {"size": size, "way": what, "images": len(dataset), "samples": len(paths),
+               "samples a second": len(paths) / seconds, "cv2.imread": len(paths) / decoding,
+               "ratio": decoding / seconds}
 
 
 def parser() -> argparse.ArgumentParser:

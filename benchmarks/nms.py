@@ -67,10 +67,8 @@ def suppress(args: argparse.Namespace, device: torch.device) -> Rows:
 
     for batch, count, classes in product(args.batch, args.boxes, args.classes):
         boxes = [x.to(device) for x in make_boxes(count, classes, batch)]
-        calls = {
-            "ours": partial(batched_nms, *boxes, IOU, count, pixel=False),
-            "torchvision": partial(torchvisions, *boxes, IOU),
-        }
+        calls = {"ours": partial(batched_nms, *boxes, IOU, count, pixel=False),
+                 "torchvision": partial(torchvisions, *boxes, IOU)}
         times, results = race(calls, args.rounds, device)
         kept, _ = results["ours"]
         if device == CPU:
@@ -79,11 +77,9 @@ def suppress(args: argparse.Namespace, device: torch.device) -> Rows:
             expected, _ = batched_nms(*(x.cpu() for x in boxes), IOU, count, pixel=False)
         if not torch.equal(kept.cpu(), expected):
             raise AssertionError(f"{count} boxes, {classes} classes: other boxes are kept")
-        yield {
-            "batch": batch, "boxes": count, "classes": classes, "kept": len(kept),
-            "by": backend(device.type), "seconds": times,
-            "times faster": times["torchvision"] / times["ours"],
-        }  # fmt: skip
+        yield {"batch": batch, "boxes": count, "classes": classes, "kept": len(kept),
+               "by": backend(device.type), "seconds": times,
+               "times faster": times["torchvision"] / times["ours"]}
 
 
 def plain_detections(detect: Detect, loc: Tensor, conf: Tensor, priors: Tensor,
@@ -164,11 +160,10 @@ def detect(args: argparse.Namespace, device: torch.device) -> Rows:
         times, results = race(calls, args.rounds, device, warm_up=1)
         check(results["Detect"], results["plain"])
         over = conf.softmax(2)[..., 1:] > layer.config.conf_thresh
-        yield {
-            "outputs": make.__name__, "batch": args.batch, "scores": int(over.sum()) // args.batch,
-            "seconds": times, "times faster": times["plain"] / times["Detect"],
-            **{f"share of {k}": times["Detect"] / x for k, x in times.items() if "forward" in k},
-        }  # fmt: skip
+        yield {"outputs": make.__name__, "batch": args.batch,
+               "scores": int(over.sum()) // args.batch, "seconds": times,
+               "times faster": times["plain"] / times["Detect"],
+               **{f"share of {k}": times["Detect"] / x for k, x in times.items() if "forward" in k}}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -27,12 +27,10 @@ NET = "SSD_HarDNet68"
 TWO, OTHERS = f"{NET} SSD_vgg", "SSD_HarDNet85 SSD_resnet101"
 ONE_CORE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 """Environment of calls that run at the same time."""
-TINY = {
-    "--version": "SSD_HarDNet39ds", "-v": "SSD_HarDNet39ds", "--size": "300", "--batch": "2",
-    "--rounds": "1", "--boxes": "300", "--routes": "plain deployed", "--amp": "off",
-    "--images": "32", "--workers": "2", "--max_epoch": "2", "--batch_size": "4",
-    "--overfit": "8", "--limits": "",
-}  # fmt: skip
+TINY = {"--version": "SSD_HarDNet39ds", "-v": "SSD_HarDNet39ds", "--size": "300", "--batch": "2",
+        "--rounds": "1", "--boxes": "300", "--routes": "plain deployed", "--amp": "off",
+        "--images": "32", "--workers": "2", "--max_epoch": "2", "--batch_size": "4",
+        "--overfit": "8", "--limits": ""}
 """Values of options with QUICK=1."""
 LOCK = threading.Lock()
 
@@ -120,32 +118,26 @@ def nms(s: Settings, folder: Path) -> list[Stage]:
     """Suppression beside torchvision's, and from network outputs to detections."""
     line = f"benchmarks.nms suppress --device {s.device} --rounds 10"
     detect = f"benchmarks.nms detect --device {s.device} --version {NET} --amp off bf16 --rounds 5"
-    return [
-        {"suppress": (25, f"{line} --boxes 1000 10000 100000")},
-        {"detect": (20, f"{detect} --batch 1")},
-        {"suppress_32": (20, f"{line} --boxes 10000 --classes 80 --batch 32")},
-    ]
+    return [{"suppress": (25, f"{line} --boxes 1000 10000 100000")},
+            {"detect": (20, f"{detect} --batch 1")},
+            {"suppress_32": (20, f"{line} --boxes 10000 --classes 80 --batch 32")}]
 
 
 def speed(s: Settings, folder: Path) -> list[Stage]:
     """Forward passes of four networks by each route, and the stages from files to boxes."""
     line = f"benchmarks.speed --device {s.device} --size 512 --rounds 15"
     bf16 = f"{line} --forward --amp bf16 --batch 1 32"
-    return [
-        {"bf16": (55, f"{bf16} --limits --version {TWO} --routes plain graph compiled")},
-        {"others": (40, f"{bf16} --version {OTHERS} --routes graph compiled")},
-        {"files": (35, f"{line} --version {TWO} --amp tf32 --batch 1 --routes plain graph")},
-    ]
+    return [{"bf16": (55, f"{bf16} --limits --version {TWO} --routes plain graph compiled")},
+            {"others": (40, f"{bf16} --version {OTHERS} --routes graph compiled")},
+            {"files": (35, f"{line} --version {TWO} --amp tf32 --batch 1 --routes plain graph")}]
 
 
 def gather(s: Settings, folder: Path) -> list[Stage]:
     """The gathered convolutions beside the other routes, once Triton's cache is filled."""
     on = f"--device {s.device}"
     line = f"benchmarks.speed {on} --forward --few_tiles --version {NET} --amp bf16 --rounds 30"
-    return [
-        {f"warm_{k}": (45, f"benchmarks.gather {on} --share {k}/12") for k in range(12)},
-        {"bf16": (45, f"{line} --batch 1 32 --routes graph compiled gather_graph")},
-    ]
+    return [{f"warm_{k}": (45, f"benchmarks.gather {on} --share {k}/12") for k in range(12)},
+            {"bf16": (45, f"{line} --batch 1 32 --routes graph compiled gather_graph")}]
 
 
 def step(s: Settings, folder: Path) -> list[Stage]:
@@ -154,29 +146,23 @@ def step(s: Settings, folder: Path) -> list[Stage]:
     line = f"benchmarks.train step --device {s.device} {root}"
     loss = f"benchmarks.train loss --device {s.device}"
     loader = f"benchmarks.loader {root} --size 512 --images 384 --workers 16 --rounds 2"
-    return [
-        {"step_300": (25, f"{line} --size 300 --batch 16 --rounds 20 --version {TWO}")},
-        {"step_512": (20, f"{line} --size 512 --batch 32 --rounds 12 --version {NET}")},
-        {"loss": (15, f"{loss} --size 512 --batch 32 --rounds 15")},
-        *([{"loader": (15, loader)}] if s.bccd else []),
-    ]
+    return [{"step_300": (25, f"{line} --size 300 --batch 16 --rounds 20 --version {TWO}")},
+            {"step_512": (20, f"{line} --size 512 --batch 32 --rounds 12 --version {NET}")},
+            {"loss": (15, f"{loss} --size 512 --batch 32 --rounds 15")},
+            *([{"loader": (15, loader)}] if s.bccd else [])]
 
 
 def tests(s: Settings, folder: Path) -> list[Stage]:
     """The tests marked gpu. The longest, which compiles every route, is on its own."""
     others = "tests/test_gpu.py tests/test_gathered_conv.py tests/test_loading.py"
-    return [{
-        "every_route": (240, f"{PYTEST} tests/test_speed.py"),
-        "others": (240, f"{PYTEST} -n 6 {others}"),
-    }]  # fmt: skip
+    return [{"every_route": (240, f"{PYTEST} tests/test_speed.py"),
+             "others": (240, f"{PYTEST} -n 6 {others}")}]
 
 
 def training(s: Settings, folder: Path, name: str) -> str:
-    return (
-        f"train_test.py -d VOC -v {NET} -s 300 --root {shlex.quote(s.bccd)} --device {s.device} "
-        f"--save_folder {folder} --date {name} --train_sets trainval --test_sets test "
-        "--num_workers 2 --basenet none"
-    )
+    return (f"train_test.py -d VOC -v {NET} -s 300 --root {shlex.quote(s.bccd)} --device "
+            f"{s.device} --save_folder {folder} --date {name} --train_sets trainval --test_sets "
+            "test --num_workers 2 --basenet none")
 
 
 def last(s: Settings, folder: Path, name: str) -> Path:
@@ -213,11 +199,8 @@ def nccl(s: Settings, folder: Path) -> list[Stage]:
         launcher = "torch.distributed.run --standalone --nproc-per-node 1"
         first["torchrun"] = 90, f"{launcher} {line}"
     files = " ".join(str(last(s, folder, name)) for name in names)
-    return [
-        first,
-        {"resume": (60, f"{training(s, folder, 'resumed')} --resume auto")},
-        {"differences": (30, f"-c {shlex.quote(COMPARE)} {files}")},
-    ]
+    return [first, {"resume": (60, f"{training(s, folder, 'resumed')} --resume auto")},
+            {"differences": (30, f"-c {shlex.quote(COMPARE)} {files}")}]
 
 
 class Part(NamedTuple):
@@ -230,16 +213,14 @@ class Part(NamedTuple):
     """The setting that it cannot do without."""
 
 
-PARTS = {
-    "build": Part(build, 95, 0),
-    "nms": Part(nms, 65, 20),
-    "speed": Part(speed, 130, 40),
-    "step": Part(step, 75, 40),
-    "gather": Part(gather, 90, 30, "gpu"),
-    "tests": Part(tests, 240, 150, "gpu"),
-    "bccd": Part(bccd, 265, 150, "bccd"),
-    "nccl": Part(nccl, 180, 150, "bccd"),
-}
+PARTS = {"build": Part(build, 95, 0),
+         "nms": Part(nms, 65, 20),
+         "speed": Part(speed, 130, 40),
+         "step": Part(step, 75, 40),
+         "gather": Part(gather, 90, 30, "gpu"),
+         "tests": Part(tests, 240, 150, "gpu"),
+         "bccd": Part(bccd, 265, 150, "bccd"),
+         "nccl": Part(nccl, 180, 150, "bccd")}
 TOGETHER = ("tests", "bccd", "nccl")
 """Parts that run at the same time, last: they measure no times."""
 
@@ -254,10 +235,9 @@ def perform(name: str, line: str, limit: float, env: Mapping[str, str], s: Setti
     argv, start, status = command_of(line, s, out), time.monotonic(), None
     with output.open("wb") as file:
         if limit > 1:
-            process = subprocess.Popen(
-                argv, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
-                env={**os.environ, **env}, start_new_session=True,
-            )  # fmt: skip
+            process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT,
+                                       stdin=subprocess.DEVNULL, env={**os.environ, **env},
+                                       start_new_session=True)
             try:
                 status = process.wait(limit)
             except subprocess.TimeoutExpired:
@@ -299,11 +279,9 @@ def run_part(name: str, end: float, s: Settings, folder: Path) -> dict:
                 results[call] = pool.submit(perform, full, line, limit, env, s, folder)
         results |= {call: results[call].result() for call in stage}
     failed = [call for call, result in results.items() if result["status"] != 0]
-    row = {
-        "part": name, "seconds": round(time.monotonic() - start, 1), "results": results,
-        "status": f"needs {part.needs}" if lacks else "failed" if failed else "ok",
-        "failed": failed, "summary": summary(folder) if name == "bccd" else [],
-    }  # fmt: skip
+    row = {"part": name, "seconds": round(time.monotonic() - start, 1), "results": results,
+           "status": f"needs {part.needs}" if lacks else "failed" if failed else "ok",
+           "failed": failed, "summary": summary(folder) if name == "bccd" else []}
     with LOCK, (s.out / "results.jsonl").open("a") as file:
         file.write(json.dumps(row) + "\n")
     print(f"{name}: {row['status']}, {row['seconds']} s", flush=True)
@@ -317,11 +295,8 @@ def summary(folder: Path) -> list[str]:
         found, recipe = json.loads(path.read_text()), path.parents[3].name.split("_")[0]
         for metric in ("voc07_11point", "area"):
             scores.setdefault(f"{recipe} {metric}", []).append(found[metric]["mean"])
-    return [
-        f"{name}: mean {statistics.mean(x):.4f}, deviation {statistics.pstdev(x):.4f}, "
-        f"each {' '.join(f'{value:.4f}' for value in x)}"
-        for name, x in scores.items()
-    ]
+    return [f"{name}: mean {statistics.mean(x):.4f}, deviation {statistics.pstdev(x):.4f}, each "
+            f"{' '.join(f'{value:.4f}' for value in x)}" for name, x in scores.items()]
 
 
 def show(rows: Sequence[dict]) -> None:

@@ -22,13 +22,11 @@ from utils.errors import command
 
 SGD = ("--lr", "2e-3")
 COSINE = (*SGD, "--warm_epoch", "3", "--schedule", "cosine")
-VARIANTS = {
-    "published": SGD,
-    "cosine": COSINE,
-    "cosine, no decay of norms": (*COSINE, "--norm_decay", "false"),
-    "cosine, clipped at 100": (*COSINE, "--clip_norm", "100"),
-    "modern": ("--recipe", "modern"),
-}
+VARIANTS = {"published": SGD,
+            "cosine": COSINE,
+            "cosine, no decay of norms": (*COSINE, "--norm_decay", "false"),
+            "cosine, clipped at 100": (*COSINE, "--clip_norm", "100"),
+            "modern": ("--recipe", "modern")}
 SIZE = 300
 
 
@@ -43,12 +41,10 @@ def train(args: argparse.Namespace, variant: str, seed: int) -> Path:
     name = f"{variant.replace(', ', '-').replace(' ', '_')}-{seed}"
     run = args.runs / f"{args.version}_{SIZE}" / name
     if not (run / f"Final_{args.version}_VOC.pth").is_file():
-        call(
-            args, "-d", "VOC", "-v", args.version, "-s", str(SIZE), "--root", str(args.root),
-            "--basenet", "none", "-b", "8", "-max", str(args.epochs), "--seed", str(seed),
-            "--ema", "0.9998", *VARIANTS[variant], "--date", name, "--save_folder", str(args.runs),
-            "--test_frequency", "1000", "--save_frequency", "0", "--resume", "auto",
-        )  # fmt: skip
+        call(args, "-d", "VOC", "-v", args.version, "-s", str(SIZE), "--root", str(args.root),
+             "--basenet", "none", "-b", "8", "-max", str(args.epochs), "--seed", str(seed), "--ema",
+             "0.9998", *VARIANTS[variant], "--date", name, "--save_folder", str(args.runs),
+             "--test_frequency", "1000", "--save_frequency", "0", "--resume", "auto")
     return run
 
 

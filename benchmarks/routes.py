@@ -195,13 +195,11 @@ class Way(NamedTuple):
     """Whether it needs a GPU."""
 
 
-WAYS = {
-    "deployed": Way(),
-    "compiled": Way(compiled),
-    "graph": Way(Graphed, gpu=True),
-    "gather": Way(gather=True, gpu=True),
-    "gather_graph": Way(Graphed, gather=True, gpu=True),
-}
+WAYS = {"deployed": Way(),
+        "compiled": Way(compiled),
+        "graph": Way(Graphed, gpu=True),
+        "gather": Way(gather=True, gpu=True),
+        "gather_graph": Way(Graphed, gather=True, gpu=True)}
 """Routes by name, beside "plain"."""
 
 
@@ -249,10 +247,8 @@ def _stage(seconds: dict[str, float], device: torch.device, name: str, call: Cal
     return result
 
 
-def routes_of(
-    network: Network, names: Sequence[str], amps: Sequence[str], exported: Sequence[Path] = (),
-    threads: int | None = None,
-) -> Iterator[Route]:  # fmt: skip
+def routes_of(network: Network, names: Sequence[str], amps: Sequence[str],
+              exported: Sequence[Path] = (), threads: int | None = None) -> Iterator[Route]:
     """Yield the routes of a network. On a CPU plain is the baseline, in float32 only."""
     device = network.predictor.device
     for name in names:

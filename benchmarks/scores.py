@@ -89,16 +89,13 @@ def make_coco(images: int, detections: int) -> tuple[dict, list[dict]]:
     areas = (made.boxes[:, 2:].prod(1) * rng.uniform(0.4, 1, count)).round(4)
     crowds = (rng.random(count) < 0.01).astype(int)
     scores = (rng.random(total) * np.where(made.right, 1, 0.7)).round(3)
-    document = {
-        "images": [{"id": id, "width": 640, "height": 480} for id in range(1, images + 1)],
-        "categories": CATEGORIES,
-        "annotations": records(
-            id=np.arange(1, count + 1), image_id=made.image + 1, category_id=made.label,
-            bbox=made.boxes.round(2), area=areas, iscrowd=crowds,
-        ),
-    }  # fmt: skip
+    document = {"images": [{"id": id, "width": 640, "height": 480} for id in range(1, images + 1)],
+                "categories": CATEGORIES,
+                "annotations": records(id=np.arange(1, count + 1), image_id=made.image + 1,
+                                       category_id=made.label, bbox=made.boxes.round(2), area=areas,
+                                       iscrowd=crowds)}
     return document, records(image_id=made.found_image + 1, category_id=made.found_label,
-                             bbox=made.found_boxes.round(4), score=scores)  # fmt: skip
+                             bbox=made.found_boxes.round(4), score=scores)
 
 
 def records(**columns: np.ndarray) -> list[dict]:
@@ -167,11 +164,9 @@ def coco(args: argparse.Namespace, device: torch.device) -> Rows:
         times, outcomes = race(calls, args.rounds, device, warm_up=0)
     for name in times:
         reference = f"command, {BACKENDS[0]}" if name.startswith("command") else REFERENCE
-        yield {
-            "scorer": name, "images": args.images, "detections": len(found),
-            "seconds": {"median": times[name]}, "times faster": times[reference] / times[name],
-            "result": difference(name, outcomes[name], outcomes[reference]),
-        }  # fmt: skip
+        yield {"scorer": name, "images": args.images, "detections": len(found),
+               "seconds": {"median": times[name]}, "times faster": times[reference] / times[name],
+               "result": difference(name, outcomes[name], outcomes[reference])}
 
 
 # ---------------------------------------------------------------- VOC
@@ -256,12 +251,10 @@ def voc(args: argparse.Namespace, device: torch.device) -> Rows:
         for key, points in zip(("recall", "precision"), curves, strict=True):
             if not np.array_equal(result["curves"][name]["all"][key], points):
                 raise AssertionError(f"{name}: another {key} than the loop's")
-    yield {
-        "images": args.images, "objects": sum(len(each.names) for each in annotations),
-        "detections": sum(result["detections"].values()), "seconds": times,
-        "times faster": times["loop"] / times["ours"],
-        "AP": {metric: result[metric]["mean"] for metric in METRICS},
-    }  # fmt: skip
+    yield {"images": args.images, "objects": sum(len(each.names) for each in annotations),
+           "detections": sum(result["detections"].values()), "seconds": times,
+           "times faster": times["loop"] / times["ours"],
+           "AP": {metric: result[metric]["mean"] for metric in METRICS}}
 
 
 def parser() -> argparse.ArgumentParser:

@@ -145,10 +145,8 @@ def agreement(route: Route, expected: Sequence[dict], files: Sequence[Path], bat
     floor = route.predictor.detect.config.conf_thresh + MARGIN
     result = compare(arrays(expected), arrays(found[: len(files)]), floor=floor)
     if not result.boxes:
-        raise UserError(
-            f"{route.network.file} finds nothing on the first {len(files)} images, so the routes "
-            "cannot be compared; give others (--images)"
-        )
+        raise UserError(f"{route.network.file} finds nothing on the first {len(files)} images, so "
+                        "the routes cannot be compared; give others (--images)")
     row = {"boxes": result.boxes, "matched": result.matched}
     if route.precision == "fp32" and (problem := excess(result, TOLERANCE)):
         row["error"] = f"finds other boxes than the plain network: {problem}"
@@ -165,11 +163,9 @@ def rows_of(routes: Sequence[Route], setting: Setting, ceiling: dict | None) -> 
     """Yield the row of each route; "times faster" compares with the network's first route."""
     first: dict[str, float] = {}
     for route in routes:
-        row = {
-            "network": route.network.name, "size": route.network.predictor.info.size,
-            "route": route.name, "precision": route.precision, "batch": setting.batch,
-            "threads": setting.threads,
-        }  # fmt: skip
+        row = {"network": route.network.name, "size": route.network.predictor.info.size,
+               "route": route.name, "precision": route.precision, "batch": setting.batch,
+               "threads": setting.threads}
         if fine(route):
             seconds = {stage: statistics.median(x) for stage, x in route.times.items()}
             total = seconds.get("total", seconds["forward"])
@@ -184,19 +180,14 @@ def rows_of(routes: Sequence[Route], setting: Setting, ceiling: dict | None) -> 
 
 def claims(routes: Sequence[Route], setting: Setting) -> Rows:
     """Yield a row a claim and route, if both networks took it at 512."""
-    forward = {
-        (route.network.name, route.name, route.precision): route.times["forward"]
-        for route in routes
-        if fine(route) and route.network.predictor.info.size == 512
-    }
+    forward = {(route.network.name, route.name, route.precision): route.times["forward"]
+               for route in routes if fine(route) and route.network.predictor.info.size == 512}
     for (network, *how), times in forward.items():
         for faster, slower, limit in CLAIMS:
             before = forward.get((slower, *how))
             if network == faster and before:
-                yield {
-                    "claim": f"time of {faster} / {slower}", "route": how[0], "precision": how[1],
-                    "batch": setting.batch, **claim(limit, before, times),
-                }  # fmt: skip
+                yield {"claim": f"time of {faster} / {slower}", "route": how[0],
+                       "precision": how[1], "batch": setting.batch, **claim(limit, before, times)}
 
 
 def check(args: argparse.Namespace, device: torch.device) -> None:
@@ -276,7 +267,6 @@ def measure_all(args: argparse.Namespace, device: torch.device, paths: Sequence[
 
 def parser() -> argparse.ArgumentParser:
     p = program("speed", __doc__, options(speed, 15))
-    # fmt: off
     p.add_argument("--version", nargs="+", choices=BACKBONES, metavar="VERSION",
                    help=f"networks, with new weights (all): {', '.join(BACKBONES)}")
     p.add_argument("--size", type=int, nargs="+", choices=(300, 512), help="of the input (512)")
@@ -294,7 +284,6 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--forward", action="store_true", help="time the forward pass alone")
     p.add_argument("--limits", action="store_true", help="measure the device's limits")
     p.add_argument("--few_tiles", action="store_true", help="of gathered convolutions, see there")
-    # fmt: on
     return p
 
 

@@ -128,17 +128,15 @@ def loss(args: argparse.Namespace, device: torch.device) -> Rows:
     criteria = {"ours": MultiBoxLoss(args.classes), "published": PublishedLoss(args.classes)}
     for amp in args.amp:
         generator = torch.Generator().manual_seed(1)
-        outputs = [
-            torch.randn(args.batch, len(priors), width, generator=generator)
-            .to(device, AMP_TYPES[amp] or torch.float32).requires_grad_()
-            for width in (4, args.classes)
-        ]  # fmt: skip
+        outputs = [torch.randn(args.batch, len(priors), width, generator=generator)
+                   .to(device, AMP_TYPES[amp] or torch.float32).requires_grad_()
+                   for width in (4, args.classes)]
         rest = outputs, priors, targets
         calls = {name: partial(with_gradients, each, *rest) for name, each in criteria.items()}
         times, results = race(calls, args.rounds, device)
         torch.testing.assert_close(results["ours"], results["published"])
         yield {"amp": amp, "size": args.size, "batch": args.batch, "classes": args.classes,
-               "seconds": times, "ratio": times["ours"] / times["published"]}  # fmt: skip
+               "seconds": times, "ratio": times["ours"] / times["published"]}
 
 
 # ---------------------------------------------------------------- step
@@ -159,11 +157,9 @@ def lanes_of(net: nn.Module, priors: Tensor, amp: str, compiled: bool) -> dict[s
     """Return the training steps to compare, each of a copy of ``net``."""
     first = ChannelsFirst(copy.deepcopy(net))
     ours, last = (copy.deepcopy(net).to(memory_format=torch.channels_last) for _ in range(2))
-    parts = {
-        "plain": (first, PublishedLoss, "off"),
-        "ours": (torch.compile(ours) if compiled else ours, MultiBoxLoss, amp),
-        "rounding": (last, PublishedLoss, "off"),
-    }
+    parts = {"plain": (first, PublishedLoss, "off"),
+             "ours": (torch.compile(ours) if compiled else ours, MultiBoxLoss, amp),
+             "rounding": (last, PublishedLoss, "off")}
     lanes = {}
     for name, (lane, criterion, precision) in parts.items():
         optimizer = torch.optim.SGD(lane.parameters(), lr=0.0, momentum=0.9, weight_decay=5e-4)
@@ -213,13 +209,11 @@ def step(args: argparse.Namespace, device: torch.device) -> Rows:
                 losses[name].append(sum(lane([batch], rate).results()[:2]))
                 seconds[name].append(now(device) - start)
         median = {name: statistics.median(values[WARM_UP:]) for name, values in seconds.items()}
-        yield {
-            "network": version, "size": args.size, "batch": args.batch, "amp": args.amp,
-            "compiled": args.compile,
-            "images a second": {name: args.batch / each for name, each in median.items()},
-            "times faster": median["plain"] / median["ours"],
-            "losses": {name: means(values) for name, values in losses.items()},
-        }  # fmt: skip
+        yield {"network": version, "size": args.size, "batch": args.batch, "amp": args.amp,
+               "compiled": args.compile,
+               "images a second": {name: args.batch / each for name, each in median.items()},
+               "times faster": median["plain"] / median["ours"],
+               "losses": {name: means(values) for name, values in losses.items()}}
 
 
 # ---------------------------------------------------------------- memory
@@ -315,10 +309,8 @@ def memory(args: argparse.Namespace, device: torch.device) -> Rows:
         results.clear()
         step = version, args.size, args.batch, amp
         peaks = {mode: peak(call, device, *step, modes[mode]) for mode, call in calls.items()}
-        yield {
-            "network": version, "size": args.size, "batch": args.batch, "amp": amp, "kept": more,
-            "peak": peaks, "seconds": times, "ratio": times["recomputed"] / times["plain"],
-        }  # fmt: skip
+        yield {"network": version, "size": args.size, "batch": args.batch, "amp": amp, "kept": more,
+               "peak": peaks, "seconds": times, "ratio": times["recomputed"] / times["plain"]}
 
 
 def parser() -> argparse.ArgumentParser:

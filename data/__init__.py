@@ -160,10 +160,8 @@ class DetectionData:
     def describe(self) -> str:
         """Return one line: the folder, its layout, the image sets and what they hold."""
         layout = self.recognise(self.root)
-        return (
-            f"{self.root}{f' ({layout})' if layout else ''} {sets_name(self.image_sets)}: "
-            f"{len(self)} images, {len(self.rows)} boxes, {len(self.classes)} classes"
-        )
+        return (f"{self.root}{f' ({layout})' if layout else ''} {sets_name(self.image_sets)}: "
+                f"{len(self)} images, {len(self.rows)} boxes, {len(self.classes)} classes")
 
     def check_losses(self, faults: list[str] | None = None,
                      labels: np.ndarray | None = None) -> None:
@@ -176,10 +174,9 @@ class DetectionData:
         if not dropped:
             return
         if not len(self.rows):
-            fault = (
-                f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is left, "
-                f"so there is nothing to learn or to score: {'; '.join(report_lines(dropped))}"
-            )
+            fault = (f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is "
+                     "left, so there is nothing to learn or to score: "
+                     f"{'; '.join(report_lines(dropped))}")
             if faults is None:
                 raise UserError(fault)
             faults.append(fault)
@@ -288,7 +285,7 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
         UserError: ``root`` is no folder, or holds no layout that is understood, or several.
     """
     root = Path(os.path.expanduser(root))
-    if preferred and (layout := _reader(preferred).recognise(root)) is not None:
+    if preferred and (layout := _layout(preferred, root)) is not None:
         return preferred, layout
     check_folder(root)
     found = layouts(root)
@@ -300,25 +297,33 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
     inside = ((folder, layouts(folder)) for folder in sorted(root.glob("[!.]*/"))[:20])
     hint = next((f"; {folder} holds {found[0][1]}: give it as --root"
                  for folder, found in inside if found), "")
-    raise UserError(
-        f"{root} holds no data set in a layout that is understood{hint}. Understood are VOC (a "
-        "devkit; XML files in Annotations/ or beside the images), COCO (JSON), YOLO (data.yaml; "
-        "images/ and labels/; .txt files beside the images) and CVAT for images (annotations.xml): "
-        "docs/own_data.md"
-    )
+    raise UserError(f"{root} holds no data set in a layout that is understood{hint}. Understood "
+                    "are VOC (a devkit; XML files in Annotations/ or beside the images), COCO "
+                    "(JSON), YOLO (data.yaml; images/ and labels/; .txt files beside the images) "
+                    "and CVAT for images (annotations.xml): docs/own_data.md")
+
+
+def _layout(name: str, root: str | Path) -> str | None:
+    """Return what the reader of ``name`` recognises; None, too, if ``root`` is no folder."""
+    return _reader(name).recognise(root) if _is_folder(root) else None
+
+
+def _is_folder(root: str | Path) -> bool:
+    """Return False, too, for a name that no file system takes."""
+    return os.path.isdir(os.path.expanduser(root))
 
 
 def layouts(root: Path) -> list[tuple[str, str]]:
     """Return all that `find_layout` may find under ``root``, one a reader."""
     readers = {row.reader: name for name, row in reversed(DATASETS.items())}
     return [(name, layout) for name in reversed(readers.values())
-            if (layout := _reader(name).recognise(root))]
+            if (layout := _layout(name, root))]
 
 
 def check_layout(name: str, root: str | Path) -> None:
     """Raise UserError if only another data set's layout is under ``root``."""
     root = Path(os.path.expanduser(root))
-    if os.path.isdir(root) and _reader(name).recognise(root) is None and (others := layouts(root)):
+    if _layout(name, root) is None and (others := layouts(root)):
         raise UserError(f"{root} holds {others[0][1]}, which -d {name} does not read; give -d "
                         f"{others[0][0]}, or leave -d out")
 
@@ -341,7 +346,7 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     published = {*row.train_sets, *row.test_sets}
     years = {year for year, _ in existing}
     devkit = None not in years and years & {year for year, _ in published}
-    there = existing or (os.path.isdir(root) and _reader(name).recognise(root))
+    there = existing or _layout(name, root)
     if published <= {*existing} or devkit or not there:
         return row.train_sets, row.test_sets
     known = {set_word(each.name): each for each in sorted(existing, key=lambda s: s.year or "")}
@@ -354,7 +359,7 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
 
 def list_sets(name: str, root: str | Path) -> list[ImageSet]:
     """Return the image sets under ``root``, read as the data set ``name``."""
-    return _reader(name).list_image_sets(root) if os.path.isdir(os.path.expanduser(root)) else []
+    return _reader(name).list_image_sets(root) if _is_folder(root) else []
 
 
 def _reader(name: str) -> type:

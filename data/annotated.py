@@ -127,11 +127,9 @@ class AnnotatedImages(DetectionData):
                 image, written = int(images[k]), boxes[k] + self.offset
                 number, size = k - starts[image], self.sizes[image].tolist()
                 annotation = self.annotations[image]
-                detail = (
-                    f'{annotation}: object {number + 1} ("{annotation.names[number]}") '
-                    f"({', '.join(f'{value:g}' for value in written)}) in {size[0]} x {size[1]}"
-                    f"{self.hint(written, size)}"
-                )
+                detail = (f'{annotation}: object {number + 1} ("{annotation.names[number]}") '
+                          f"({', '.join(f'{value:g}' for value in written)}) in {size[0]} x "
+                          f"{size[1]}{self.hint(written, size)}")
                 self.skipped.append(Skip(kind, image, tuple(boxes[k].tolist()), detail))
         kept = known & area & inside
         self.rows = np.hstack([clipped, labels[:, None]])[kept].astype(np.float32)
@@ -170,10 +168,8 @@ class AnnotatedImages(DetectionData):
 
     def check_scorable(self) -> None:
         if len(set(self.ids)) < len(self):
-            raise UserError(
-                f"{self.root}: images of different years have the same id, and comp4 files cannot "
-                "tell them apart; evaluate the image sets one by one"
-            )
+            raise UserError(f"{self.root}: images of different years have the same id, and comp4 "
+                            "files cannot tell them apart; evaluate the image sets one by one")
 
     def truth(self) -> Truth:
         images, boxes, labels, ignored = self._objects()
@@ -228,17 +224,13 @@ def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tupl
         return size
     raw = read_image(path, orient=False).shape[1::-1]
     if _near(stated, raw) if stated else (outside & (corners <= raw).all(1)).any():
-        raise UserError(
-            f"{path}: an EXIF orientation tag turns the image to {size[0]} x {size[1]}, but the "
-            f"boxes in {annotation} are for {raw[0]} x {raw[1]}; remove the tag "
-            "(exiftool -Orientation= FILE) or annotate the turned image"
-        )
+        raise UserError(f"{path}: an EXIF orientation tag turns the image to {size[0]} x "
+                        f"{size[1]}, but the boxes in {annotation} are for {raw[0]} x {raw[1]}; "
+                        "remove the tag (exiftool -Orientation= FILE) or annotate the turned image")
     if stated and (outside.any() or not _near(stated[::-1], size)):
-        raise UserError(
-            f"{annotation}: <size> says {stated[0]} x {stated[1]}, but the image {path.name}"
-            f" is {size[0]} x {size[1]}; restore the annotated image, or remove <size> if the "
-            "boxes are right for this one"
-        )
+        raise UserError(f"{annotation}: <size> says {stated[0]} x {stated[1]}, but the image "
+                        f"{path.name} is {size[0]} x {size[1]}; restore the annotated image, or "
+                        "remove <size> if the boxes are right for this one")
     return size
 
 

@@ -50,10 +50,9 @@ class Curves:
         """
         near = np.flatnonzero(np.isclose(self.ious, iou, rtol=0, atol=1e-9))
         if name not in self.classes or area not in self.areas or not len(near):
-            raise ValueError(
-                f"no curve of {name!r}, {area!r}, IoU {iou}; choose from {', '.join(self.classes)},"
-                f" {', '.join(self.areas)}, IoU {', '.join(f'{t:g}' for t in self.ious)}"
-            )
+            raise ValueError(f"no curve of {name!r}, {area!r}, IoU {iou}; choose from "
+                             f"{', '.join(self.classes)}, {', '.join(self.areas)}, IoU "
+                             f"{', '.join(f'{t:g}' for t in self.ious)}")
         t, k, a = near[0], self.classes.index(name), self.areas.index(area)
         keys = ("recall", "precision", "scores")
         if "counts" in self.arrays:
@@ -63,10 +62,8 @@ class Curves:
             return {key: self.arrays[key][start : ends[n]] for key in keys}
         known = self.arrays["precision"][t, :, k, a] > -1
         found = (self.arrays[key] for key in keys)
-        return {
-            key: (array if array.ndim == 1 else array[t, :, k, a])[known]
-            for key, array in zip(keys, found, strict=True)
-        }
+        return {key: (array if array.ndim == 1 else array[t, :, k, a])[known]
+                for key, array in zip(keys, found, strict=True)}
 
 
 def write_curves(path: str | Path, classes: Sequence[str], ious: Sequence[float],
@@ -80,21 +77,24 @@ def write_curves(path: str | Path, classes: Sequence[str], ious: Sequence[float]
 def load_curves(path: str | Path) -> Curves:
     """Read what `write_curves` wrote. Raises UserError if the file is missing or another one."""
     try:
-        arrays = load_arrays(path)
+        arrays = load_arrays(path, classes=("U", 1), areas=("U", 1), ious=("f", 1), recall=("f", 1))
         classes, areas = (tuple(arrays.pop(key).tolist()) for key in ("classes", "areas"))
         curves = Curves(classes, areas, arrays.pop("ious"), arrays)
         shape = (len(curves.ious), len(classes), len(areas))
-        if "counts" in arrays:
-            fits = arrays["counts"].shape == shape
-            sizes = {arrays[key].shape for key in ("recall", "precision", "scores")}
-            fits = fits and sizes == {(arrays["counts"].sum(),)}
-        else:
-            dense = (shape[0], len(arrays["recall"]), *shape[1:])
-            fits = arrays["precision"].shape == arrays["scores"].shape == dense
+        counts, recall = arrays.get("counts"), arrays["recall"]
+        points = (shape[0], len(recall), *shape[1:])
+        fits = areas == tuple(SIZE_RANGES)
+        if counts is not None:
+            points = (len(recall),)
+            fits &= counts.shape == shape and counts.dtype.kind in "iu" and counts.min() >= 0
+            fits &= counts.sum() == len(recall)
+        drawn = [arrays[key] for key in ("precision", "scores")]
+        fits &= all(each.shape == points and each.dtype.kind == "f" for each in drawn)
+        fits &= all(np.isfinite(each).all() for each in (curves.ious, recall, *drawn))
+        if not fits:
+            raise ValueError("its arrays do not fit together, or are not finite")
     except OSError as error:
         raise UserError(f"{path}: cannot read the curves ({error})") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: not a file of curves ({error})") from error
-    if not fits:
-        raise UserError(f"{path}: not a file of curves (its arrays do not fit together)")
+    except Exception as error:  # of any values
+        raise UserError(f"{path}: not a file of curves ({error!r:.200}); test again") from error
     return curves

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 from collections.abc import Collection, Iterable
 from typing import NamedTuple
@@ -41,13 +43,22 @@ def parse_image_sets(text: str, existing: Collection[ImageSet] = ()) -> list[Ima
     """Read the names of image sets, separated by commas; see `ImageSet.parse`.
 
     Raises:
-        UserError: ``text`` names no image set.
+        UserError: ``text`` names no image set, or one outside the data.
     """
     names = [part.strip() for part in text.split(",")]
     sets = [ImageSet.parse(name, existing) for name in names if name]
     if not sets:
         raise UserError(f"{text!r} names no image set; give e.g. 2007_trainval,2012_trainval")
+    check_sets(sets)
     return sets
+
+
+def check_sets(sets: Iterable[ImageSet]) -> None:
+    """Raise UserError for an image set whose name would lead files out of a run's folder."""
+    for name in map(str, sets):
+        outside = re.match(r"[/\\]|[A-Za-z]:", name) or ".." in re.split(r"[/\\]", name)
+        if outside or "\0" in name:
+            raise UserError(f"{name!r:.80} is no image set; give a name inside the data, as train")
 
 
 def set_word(name: str) -> str:
@@ -57,4 +68,16 @@ def set_word(name: str) -> str:
 
 def sets_name(sets: Iterable[tuple[str | None, str]]) -> str:
     """Return one name for several image sets, fit for a folder: "2007_trainval+2012_trainval"."""
-    return re.sub(r"[/\\]", "_", "+".join(str(ImageSet(*each)) for each in sets))
+    return one_folder("+".join(str(ImageSet(*each)) for each in sets))
+
+
+def one_folder(name: str) -> str:
+    """Return a name as that of one folder, on every system; common names stay as they are."""
+    safe = re.sub(r'[/\\:*?"<>|\0-\x1f\ud800-\udc7f\udd00-\udfff]', "_", name)  # lone surrogates
+    # Windows' devices; "." and ".."; names that end in dots.
+    if re.match(r"(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$)", safe) or not safe.strip(". "):
+        safe = f"_{safe}"
+    safe = re.sub(r"[. ]$", "_", safe)
+    if len(os.fsencode(safe)) > 120:  # of the 255 bytes that a file name has
+        safe = f"{safe[:30]}_{hashlib.sha256(safe.encode('utf-8', 'replace')).hexdigest()[:16]}"
+    return safe

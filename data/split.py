@@ -181,7 +181,5 @@ def choose(root: Path, image_set: ImageSet, names: Sequence[str],
         chosen = in_validation([names[i] for i in pool], val_share, split_by)
         return [i for i, val in zip(pool, chosen, strict=True) if val == (name == SPLIT_VAL)]
     existing = ", ".join([*declared, *lists]) or "none"
-    raise UserError(
-        f'no image set "{name}" in {root}; existing image sets: {existing}; write '
-        f"{root / 'ImageSets' / name}.txt, one image a line, or leave the option out"
-    )
+    raise UserError(f'no image set "{name}" in {root}; existing image sets: {existing}; write '
+                    f"{root / 'ImageSets' / name}.txt, one image a line, or leave the option out")

@@ -83,10 +83,9 @@ def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
     missing = {name: path for name, path in paths.items() if not path.is_file()}
     if len(missing) == len(paths):
         existing = sorted(path.name for path in Path(directory).glob("comp4_det_*.txt"))[:10]
-        raise UserError(
-            f"{directory}: no detection file of the classes {', '.join(classes)}, such as "
-            f"{comp4_path('', image_set, classes[0])}; existing: {', '.join(existing) or 'none'}"
-        )
+        raise UserError(f"{directory}: no detection file of the classes {', '.join(classes)}, such "
+                        f"as {comp4_path('', image_set, classes[0])}; existing: "
+                        f"{', '.join(existing) or 'none'}")
     position = {image_id: index for index, image_id in enumerate(ids)}
     found = {
         name: _read_class(None if name in missing else path, position)

@@ -151,10 +151,8 @@ def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, 
                         "docs/own_data.md shows where images and annotations go")
     existing = ", ".join(map(str, list_image_sets(root))) or "none"
     lists = [str(folder / "ImageSets" / main / f"{image_set.name}.txt") for main in ("Main", "")]
-    raise UserError(
-        f'no image set "{image_set}" in {root}: looked for {" and ".join(lists)} '
-        f"(docs/own_data.md says how to make one); existing image sets: {existing}"
-    )
+    raise UserError(f'no image set "{image_set}" in {root}: looked for {" and ".join(lists)} '
+                    f"(docs/own_data.md says how to make one); existing image sets: {existing}")
 
 
 def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: float = VAL_SHARE,

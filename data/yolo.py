@@ -124,10 +124,8 @@ class YOLODetection(AnnotatedImages):
         check_folder(self.root)
         folder = YOLOFolder(self.root)
         if folder.layout is None:
-            raise UserError(
-                f"{self.root} holds no YOLO labels: no data.yaml, and no .txt files in labels/ or "
-                "beside the images; docs/own_data.md shows where they go"
-            )
+            raise UserError(f"{self.root} holds no YOLO labels: no data.yaml, and no .txt files in "
+                            "labels/ or beside the images; docs/own_data.md shows where they go")
         classes = None if classes is None else check_classes(classes, "classes")
         folder.names = folder.names or names_beside(self.root) or dict(enumerate(classes or ()))
         what = f"{self.root}: the image set {sets_name(self.image_sets)}"
@@ -153,11 +151,9 @@ class YOLODetection(AnnotatedImages):
             annotations.append(read_or_tell(read, label or image, faults))
         if not folder.names:
             numbers = sorted({name for each in annotations for name in each.names}, key=float)
-            raise UserError(
-                f"{self.root}: nothing names the classes {', '.join(numbers[:20]) or '0, 1, ...'}; "
-                "give --classes a,b,c in the order of their numbers, or write classes.txt, one a "
-                "line"
-            )
+            raise UserError(f"{self.root}: nothing names the classes "
+                            f"{', '.join(numbers[:20]) or '0, 1, ...'}; give --classes a,b,c in "
+                            "the order of their numbers, or write classes.txt, one a line")
         classes = classes or tuple(folder.names[number] for number in sorted(folder.names))
         skipped += check_objects(what, annotations, classes, faults)
         return Loaded(_ids(self.root, images), images, annotations, classes, skipped)

@@ -131,10 +131,9 @@ class YOLOFolder:
         images: list[Path] = []
         for value in self.sets[name]:
             if (place := self._place(value)) is None:
-                raise UserError(
-                    f"{self.root / self.source}: {name} is {value}, but there is no "
-                    f"{' and no '.join(str(base / value) for base in self.bases)}; correct it"
-                )
+                raise UserError(f"{self.root / self.source}: {name} is {value}, but there is no "
+                                f"{' and no '.join(str(base / value) for base in self.bases)}; "
+                                "correct it")
             folder = os.path.isdir(place)
             found = self.index.inside(place) if folder else self._listed(place, missing)
             if not found:

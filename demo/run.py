@@ -61,7 +61,7 @@ def train_and_test(root: Path, folder: Path, epochs: int) -> Path:
     amp = "bf16" if bf16_pays() else "off"
     call("-d", "VOC", "--root", str(root), "-v", VERSION, "--basenet", "none", *OPTIONS,
          "-max", str(epochs), "--amp", amp, *common, "--date", run, "--test_frequency", "0",
-         "--save_frequency", "0")  # fmt: skip
+         "--save_frequency", "0")
     run_dir = folder / f"{VERSION}_300" / run
     checkpoint = run_dir / f"Final_{VERSION}_VOC.pth"
     call("--test", str(checkpoint), *common, "--score_threshold", "0.01")
@@ -97,11 +97,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     sheet = args.output / "detections.png"
     draw_sheet(results, sheet)
     print_results(json.loads((results / "results.json").read_text()))
-    print(
-        f"\n{(time.monotonic() - start) / 60:.1f} minutes in all. Look at {sheet}: green is found, "
-        "red is wrong,\ndashed orange is missed; the first eight images went best, the last eight "
-        "worst."
-    )
+    print(f"\n{(time.monotonic() - start) / 60:.1f} minutes in all. Look at {sheet}: green is "
+          "found, red is wrong,\ndashed orange is missed; the first eight images went best, the "
+          "last eight worst.")
     if has_display() and sys.stdout.isatty():
         webbrowser.open(sheet.absolute().as_uri())
     return 0

@@ -91,7 +91,7 @@ def place(rng: np.random.Generator, width: int, height: int, number: int) -> lis
         radius = np.exp(rng.uniform(np.log(MIN_DIAMETER), np.log(largest))) / 2
         margin = 1.2 * radius if rng.random() < 0.8 else 0  # without one the border may cut it
         centre = [rng.uniform(min(margin, side / 2), max(side - margin, side / 2))
-                  for side in (width, height)]  # fmt: skip
+                  for side in (width, height)]
         squash = np.exp(rng.uniform(-0.16, 0.16))
         points = outline(name, centre, radius, rng.uniform(0, 2 * np.pi), squash)
         coverage, area = fill(points, width, height), cv2.contourArea(points.astype(np.float32))
@@ -165,10 +165,8 @@ def draw_image(rng: np.random.Generator, width: int, height: int,
     return np.clip(canvas + grain, 0, 255).astype(np.uint8), objects
 
 
-def make_dataset(
-    directory: str | os.PathLike, trainval: int = 200, test: int = 80,
-    size: tuple[int, int] = (320, 500), seed: int = 0,
-) -> dict[str, Counter[str]]:  # fmt: skip
+def make_dataset(directory: str | os.PathLike, trainval: int = 200, test: int = 80,
+                 size: tuple[int, int] = (320, 500), seed: int = 0) -> dict[str, Counter[str]]:
     """Draw a data set into a new or empty folder, and return its objects per split and class.
 
     Args:
@@ -201,7 +199,7 @@ def make_dataset(
             xml = voc_annotation(f"{name}.jpg", (width, height), [
                 (o.name, o.box, {"truncated": int(o.truncated), "difficult": int(o.difficult)})
                 for o in drawn
-            ])  # fmt: skip
+            ])
             (part / "Annotations" / f"{name}.xml").write_bytes(xml)
             found[split].update(o.name for o in drawn)
     if directory.exists():

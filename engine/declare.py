@@ -56,11 +56,13 @@ def check_value(spec: dataclasses.Field, value: object) -> object:
         wanted = str if spec.default is None else type(spec.default)
         if type(value) is not wanted or value not in meta["choices"]:
             known = ", ".join(map(str, meta["choices"]))
-            raise UserError(f"{name} is {value!r}; choose from {known}")
+            raise UserError(f"{name} is {value!r:.80}; choose from {known}")
         return value
     if meta["read"] is str:
         if not isinstance(value, str):
-            raise UserError(f"{name} is {value!r}; give a text")
+            raise UserError(f"{name} is {value!r:.80}; give a text")
+        if "\0" in value:
+            raise UserError(f"{name} is {value!r:.80}; give a text without NUL")
         if not value and spec.default is None:
             raise UserError(f"{name} is empty; give a value, or leave the option out")
         return value
@@ -68,8 +70,8 @@ def check_value(spec: dataclasses.Field, value: object) -> object:
         read = meta["read"](str(value))
     except argparse.ArgumentTypeError as error:
         raise UserError(f"{name}: {error}") from error
-    if read != value:
-        raise UserError(f"{name} is {value!r}; give {read!r}")
+    if read != value or isinstance(value, bool) is not isinstance(read, bool):
+        raise UserError(f"{name} is {value!r:.80}; give {read!r}")
     return read
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from utils.errors import UserError, first_line
+from utils.signals import ENDING, heeded
 
 # Rank 0 scores a test set alone while the others wait for the next step. The limit is for a process
 # that hangs; one that ended is noticed at once, by a closed connection or by torchrun.
@@ -183,11 +185,10 @@ def join() -> World:
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=TIMEOUT)
     except RuntimeError as error:
-        raise UserError(
-            f"the processes of the job cannot reach each other ({first_line(error)}); if "
-            "torchrun has restarted them on several machines, give it "
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment (docs/many_gpus.md)"
-        ) from error
+        raise UserError(f"the processes of the job cannot reach each other ({first_line(error)}); "
+                        "if torchrun has restarted them on several machines, give it "
+                        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment "
+                        "(docs/many_gpus.md)") from error
     return world
 
 
@@ -236,9 +237,9 @@ def launch(processes: int, program: Sequence[str]) -> int:
     """Run a Python program as a job of several processes on this machine; return its exit status.
 
     This is ``torchrun --standalone --nproc-per-node N`` without its traceback, and with the status
-    of the process that failed first; 128 + n if signal n ended it. SIGINT and SIGTERM are passed
-    on; the processes then have 30 seconds to save their state. Signal handlers stay replaced.
-    ``program`` has the arguments of the Python interpreter.
+    of the process that failed first; 128 + n if signal n ended it. SIGINT, SIGTERM and SIGHUP are
+    passed on; the processes then have 30 seconds to save their state. Signal handlers stay
+    replaced. ``program`` has the arguments of the Python interpreter.
     """
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing import SignalException
@@ -247,8 +248,11 @@ def launch(processes: int, program: Sequence[str]) -> int:
     if processes > 1:  # as torchrun does, with a warning; else every process would use all cores
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     job = ["--standalone", "--nproc-per-node", str(processes), "--no-python", sys.executable]
+    arguments = run.parse_args([*job, *program])
+    names = [number.name for number in heeded((signal.SIGINT, *ENDING))]
+    arguments.signals_to_handle = ",".join(names)  # not the SIGHUP that nohup ignores
     try:
-        run.run(run.parse_args([*job, *program]))
+        run.run(arguments)
         return 0
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
@@ -260,16 +264,13 @@ def launch(processes: int, program: Sequence[str]) -> int:
 def check_sync_bn(device: torch.device, size: int) -> None:
     """Raise UserError for ``--sync_bn`` in a job of several processes on the CPU."""
     if size > 1 and device.type != "cuda":
-        raise UserError(
-            f"--sync_bn needs GPUs, but the {size} processes of the job use the CPU; give "
-            "--sync_bn false"
-        )
+        raise UserError(f"--sync_bn needs GPUs, but the {size} processes of the job use the CPU; "
+                        "give --sync_bn false")
 
 
 def check_shares(batch_size: int, size: int, accumulate: int) -> None:
     """Raise UserError unless a batch divides evenly among processes and accumulation steps."""
     if batch_size % (size * accumulate):
-        raise UserError(
-            f"--batch_size {batch_size} is the batch of all {size} processes with {accumulate} "
-            f"accumulation steps; give a multiple of {size * accumulate} (docs/many_gpus.md)"
-        )
+        raise UserError(f"--batch_size {batch_size} is the batch of all {size} processes with "
+                        f"{accumulate} accumulation steps; give a multiple of {size * accumulate} "
+                        "(docs/many_gpus.md)")

@@ -73,10 +73,8 @@ class RunFolder:
         """
         broken = [key for key, tensor in state["model"].items() if not tensor.isfinite().all()]
         if broken:
-            raise UserError(
-                f"{len(broken)} tensors of the network are not finite at step {state['step']} "
-                f"(e.g. {broken[0]}); {self.last_good()}; lower --lr"
-            )
+            raise UserError(f"{len(broken)} tensors of the network are not finite at step "
+                            f"{state['step']} (e.g. {broken[0]}); {self.last_good()}; lower --lr")
         for name in names:
             previous = self / "previous.pth" if name == "last.pth" else None
             save_checkpoint(self / name, state, previous)

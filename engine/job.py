@@ -25,7 +25,7 @@ from utils.console import console, printable
 from utils.device import choose_device
 from utils.errors import UserError, first_line, reason
 from utils.logger import close_logging, setup_logging
-from utils.signals import Interrupted
+from utils.signals import ENDING, Interrupted, TimeUp, heeded
 
 Work = Callable[[Call, Mapping[str, object], World], None]
 
@@ -45,7 +45,7 @@ def run_job(program: str, argv: Sequence[str] | None, train: Work, test: Work) -
     setup_logging()
     # Nearly all batches have one shape, so cuDNN's search for the fastest algorithm pays.
     torch.backends.cudnn.benchmark = True
-    before = signal.signal(signal.SIGTERM, _interrupt)
+    before = {number: signal.signal(number, _interrupt) for number in heeded(ENDING)}
     world, call = SINGLE_PROCESS, None
     try:
         call, given = parse(argv)
@@ -68,7 +68,8 @@ def run_job(program: str, argv: Sequence[str] | None, train: Work, test: Work) -
             print(text if world.main else f"[process {world.rank}] {text}", file=sys.stderr)
         return status
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         close_logging()
 
 
@@ -79,10 +80,8 @@ def check_gpus(ngpu: int, device: torch.device) -> None:
         UserError: torchrun started another number of processes, or PyTorch sees fewer GPUs.
     """
     if launched() and ngpu != int(os.environ["LOCAL_WORLD_SIZE"]):
-        raise UserError(
-            f"--ngpu {ngpu} contradicts torchrun, which has started "
-            f"{os.environ['LOCAL_WORLD_SIZE']} processes here; leave the option out"
-        )
+        raise UserError(f"--ngpu {ngpu} contradicts torchrun, which has started "
+                        f"{os.environ['LOCAL_WORLD_SIZE']} processes here; leave the option out")
     gpus = torch.cuda.device_count() if device.type == "cuda" else 0
     if ngpu > max(gpus, 1):
         raise UserError(f"--ngpu {ngpu} on {device}: PyTorch sees {gpus} GPUs; give fewer")
@@ -100,6 +99,8 @@ def _told(error: BaseException, world: World, resumable: bool) -> tuple[int, str
         return 2, f"error: {error}"
     if isinstance(error, RankZeroFailed):
         return 2, ""
+    if isinstance(error, TimeUp):  # as asked for; the state is saved, and the log says how to go on
+        return 0, ""
     if isinstance(error, Interrupted | KeyboardInterrupt):
         return 130, "interrupted" if world.main else ""
     if isinstance(error, torch.OutOfMemoryError):

@@ -138,3 +138,12 @@ class MovingAverage:
             if not average.is_floating_point():  # the batch counters
                 average.copy_(value)
         self.updates += 1
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ValueError if the state of a parameter is not finite, or of another shape than it."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            tensor = torch.as_tensor(0.0 if value is None else value)
+            if tensor.dim() and tensor.shape != parameter.shape or not tensor.isfinite().all():
+                raise ValueError(f"{name} {list(tensor.shape)} of a {list(parameter.shape)}")

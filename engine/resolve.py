@@ -51,10 +51,8 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         given["classes"] = list(parse_classes(given["classes"]))
     for key in ("version", "size", "dataset", "classes"):
         if key in given and stored.get(key) and given[key] != _as(stored[key], given[key]):
-            raise UserError(
-                f"--{key} {given[key]} contradicts the checkpoint, which is made for "
-                f"{stored[key]}; leave the option out"
-            )
+            raise UserError(f"--{key} {given[key]} contradicts the checkpoint, which is made for "
+                            f"{stored[key]}; leave the option out")
     values = {**stored, **given}
     values["dataset"] = dataset = asked_dataset(values, stored.get("dataset"))
     row = DATASETS[dataset]
@@ -71,10 +69,9 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         raise UserError(f"--root {root} is a file; give its folder, {Path(root).parent}")
     values["priors"] = read_priors(values["priors"], values.get("size", Options.size))
     if "priors" in given and stored.get("priors", values["priors"]) != values["priors"]:
-        raise UserError(
-            f"--priors {given['priors']} contradicts the checkpoint, which is trained with "
-            f"{stored['priors']}; leave the option out, or take its base network alone (--basenet)"
-        )
+        raise UserError(f"--priors {given['priors']} contradicts the checkpoint, which is trained "
+                        f"with {stored['priors']}; leave the option out, or take its base network "
+                        "alone (--basenet)")
     check_layout(dataset, root)
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
         asked = values[key] if key in given else values.get(key) or sets
@@ -117,11 +114,9 @@ def check_parts(options: Options) -> None:
         for sets in (options.train_sets, options.test_sets)
     )
     if train != test and options.test_frequency:
-        raise UserError(
-            f"--train_sets {sets_name(options.train_sets)} may hold images of --test_sets "
-            f"{sets_name(options.test_sets)}: {' and '.join(SPLIT_SETS)} divide all images of "
-            f"{options.root}; give both options or neither"
-        )
+        raise UserError(f"--train_sets {sets_name(options.train_sets)} may hold images of "
+                        f"--test_sets {sets_name(options.test_sets)}: {' and '.join(SPLIT_SETS)} "
+                        f"divide all images of {options.root}; give both options or neither")
 
 
 def _as(value: object, like: object) -> object:
@@ -153,30 +148,24 @@ def check_training(call: Call, given: Mapping[str, object]) -> None:
     base = call.basenet not in ("auto", "none")
     sources += ["basenet"] if base else []
     if len(sources) > 1:
-        raise UserError(
-            f"--{sources[0]} and --{sources[1]} both say where weights come from; give one"
-        )
+        raise UserError(f"--{sources[0]} and --{sources[1]} both say where weights come from; give "
+                        "one")
     if call.resume_epoch is not None and not call.resume_net:
-        raise UserError(
-            "--resume_epoch goes with --resume_net FILE; to continue a run of this program give "
-            "--resume instead"
-        )
+        raise UserError("--resume_epoch goes with --resume_net FILE; to continue a run of this "
+                        "program give --resume instead")
     if call.resume_net and not Path(call.resume_net).is_file():
         raise UserError(f"--resume_net {call.resume_net} does not exist; give a checkpoint")
     if base and not Path(call.basenet).is_file():
         version = given.get("version", Options.version)
         files = " or ".join(row.file for row in published_bases(version))
-        raise UserError(
-            f"--basenet {call.basenet} does not exist; the published file for {version} is "
-            f"{files or 'none'}, and weights/README.md says where to get files"
-        )
+        raise UserError(f"--basenet {call.basenet} does not exist; the published file for "
+                        f"{version} is {files or 'none'}, and weights/README.md says where to get "
+                        "files")
     suits = RECIPES[given.get("recipe", Options.recipe)].get("optimizer", Options.optimizer)
     if not call.resume and given.get("optimizer", suits) != suits:
         if not {"lr", "weight_decay"} <= given.keys():
-            raise UserError(
-                f"--optimizer {given['optimizer']} does not suit the learning rate and the weight "
-                "decay of the recipe; give --lr and --weight_decay, too"
-            )
+            raise UserError(f"--optimizer {given['optimizer']} does not suit the learning rate and "
+                            "the weight decay of the recipe; give --lr and --weight_decay, too")
     if given.get("send_images_to_visdom") and not (given.get("visdom") or given.get("log")):
         raise UserError("--send_images_to_visdom goes with --log NAMES or --visdom")
 
@@ -194,10 +183,8 @@ def check_resumed(given: Mapping[str, object], stored: Options) -> None:
         if key == "priors" and value != FIT:
             value = read_priors(value, stored.size)
         if OPTIONS[key].metadata["fixed"] and value not in (before, FIT):
-            raise UserError(
-                f"{flag_of(OPTIONS[key])} {given[key]} contradicts the run that is resumed, which "
-                f"has {before}; leave the option out"
-            )
+            raise UserError(f"{flag_of(OPTIONS[key])} {given[key]} contradicts the run that is "
+                            f"resumed, which has {before}; leave the option out")
 
 
 def dataset_options(options: Options, call: Call, testing: bool) -> dict[str, object]:

@@ -11,7 +11,7 @@ import re
 
 from data.classes import check_classes
 from data.config import PRIORS
-from data.image_sets import ImageSet
+from data.image_sets import ImageSet, check_sets
 from utils.errors import UserError
 from utils.trackers import TRACKERS
 
@@ -20,7 +20,7 @@ def names(value: object) -> tuple[str, ...]:
     """Check class names."""
     are_names = isinstance(value, list | tuple) and all(isinstance(name, str) for name in value)
     if not are_names or not value:
-        raise UserError(f"classes are {value!r}; give a list of names")
+        raise UserError(f"classes are {value!r:.80}; give a list of names")
     return check_classes(value, "the configuration")
 
 
@@ -28,16 +28,14 @@ def sets(value: object) -> tuple[ImageSet, ...]:
     """Check image sets, (year or None, name) each."""
 
     def fits(item: object) -> bool:
-        return (
-            isinstance(item, list | tuple)
-            and len(item) == 2
-            and isinstance(item[0], str | None)
-            and isinstance(item[1], str)
-        )
+        pair = isinstance(item, list | tuple) and len(item) == 2
+        return pair and isinstance(item[0], str | None) and isinstance(item[1], str)
 
     if not (isinstance(value, list | tuple) and all(map(fits, value))):
-        raise UserError(f"image sets are {value!r}; give a list of [year or null, name]")
-    return tuple(ImageSet(*item) for item in value)
+        raise UserError(f"image sets are {value!r:.80}; give a list of [year or null, name]")
+    found = tuple(ImageSet(*item) for item in value)
+    check_sets(found)
+    return found
 
 
 def names_priors(value: object) -> bool:
@@ -49,7 +47,7 @@ def names_priors(value: object) -> bool:
 def priors(value: object) -> str:
     """Check prior boxes, by name or sizes."""
     if not names_priors(value):
-        raise UserError(f"--priors is {value!r}; give VOC, COCO, fit, or a file of sizes")
+        raise UserError(f"--priors is {value!r:.80}; give VOC, COCO, fit, or a file of sizes")
     return value
 
 

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +35,13 @@ from engine.resolve import (
     resolve,
     use_device,
 )
+from engine.state import State
 from layers.detect import DetectConfig
 from models import prior_config
 from models.info import DetectorInfo, published_detection
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
+from utils.files import read_text
 from utils.logger import LOGGER
 from utils.trackers import check_trackers
 
@@ -102,10 +105,9 @@ def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
     if options.overfit:
         dataset.keep_first(options.overfit)
     if classes is not None and tuple(dataset.classes) != classes:
-        raise UserError(
-            f"{options.root} has the classes {', '.join(dataset.classes)}, but those in use "
-            f"are {', '.join(classes)}, and their order counts; give the --root of matching data"
-        )
+        raise UserError(f"{options.root} has the classes {', '.join(dataset.classes)}, but those "
+                        f"in use are {', '.join(classes)}, and their order counts; give the --root "
+                        "of matching data")
     if testing:
         dataset.check_scorable()
     elif not len(dataset.rows):
@@ -139,28 +141,35 @@ def open_run(call: Call, given: Mapping[str, object], world: World) -> Run:
     Raises:
         UserError: options, checkpoint and data do not fit together.
     """
-    found = world.decide(lambda: _chosen_checkpoint(call, given))
-    path = Path(found) if found else None
-    run = world.in_turn(lambda: _read_run(call, given, path, world))
+    read: dict[Path, dict] = {}
+    path = Path(found) if (found := world.decide(partial(_choose, call, given, read))) else None
+    run = world.in_turn(lambda: _read_run(call, given, path, read.get(path), world))
     folder = Path(world.decide(lambda: str(run_folder(call, run.options, run.saved, path))))
     return dataclasses.replace(run, folder=RunFolder(folder, run.options, world.main))
 
 
-def _chosen_checkpoint(call: Call, given: Mapping[str, object]) -> str:
+def _choose(call: Call, given: Mapping[str, object], read: dict[Path, dict]) -> str:
     check_training(call, given)
-    return str(find_checkpoint(call, given) or "")
+    read |= find_checkpoint(call, given)
+    return str(next(iter(read), ""))
 
 
-def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world: World) -> Run:
-    """Return the run without its folder."""
-    saved, start, stored = None, None, {}
+def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved: dict | None,
+              world: World) -> Run:
+    """Return the run without its folder; ``saved``: the checkpoint ``path``, if it was read."""
+    start, stored = None, {}
     if path is not None:
-        saved = load_checkpoint(path)
+        saved = saved or load_checkpoint(path)
         if "optimizer" not in saved:
             raise UserError(f"{path} holds weights only; start a run from them with --resume_net")
         before = Options.of(saved, path)
         check_resumed(given, before)
+        State.of(saved, path)
+        DetectorInfo.for_data(saved, path)
         stored = before.plain()
+        if not path.with_name("config.json").is_file():
+            # A file from elsewhere does not say where to write.
+            stored = {k: v for k, v in stored.items() if k not in ("save_folder", "cache")}
     fits = given.get("priors") == FIT
     if fits and path is not None:
         given = {key: value for key, value in given.items() if key != "priors"}
@@ -186,10 +195,8 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
     _check_data(options, data, saved, path)
     parts = world.size * options.accumulate
     if len(train_set) < parts:
-        raise UserError(
-            f"{len(train_set)} images cannot be cut into {parts} parts, {world.size} processes "
-            f"with {options.accumulate} accumulation steps each; use fewer"
-        )
+        raise UserError(f"{len(train_set)} images cannot be cut into {parts} parts, {world.size} "
+                        f"processes with {options.accumulate} accumulation steps each; use fewer")
     test_set = _open_test_set(options, call) if options.test_frequency else None
     # The first process of a machine makes sure that the caches of all of its processes fit.
     processes = world.local_size if world.local_rank == 0 else 1
@@ -207,30 +214,24 @@ def _fit_priors(options: Options, train_set: DetectionData, path: Path | None) -
     config = prior_config(options.version, DATASETS[options.dataset].priors, options.size)
     found = fit_to(train_set, config)
     if path is not None and found != options.priors:
-        raise UserError(
-            f"--priors fit contradicts the run that is resumed: {path} has {options.priors}, and "
-            f"{found} fits the data; leave the option out"
-        )
+        raise UserError(f"--priors fit contradicts the run that is resumed: {path} has "
+                        f"{options.priors}, and {found} fits the data; leave the option out")
     LOGGER.info("prior boxes that fit the training set: %s", found)
     return dataclasses.replace(options, priors=found)
 
 
 def _check_data(options: Options, data: dict, saved: dict | None, path: Path | None) -> None:
-    """Refuse to resume a run whose training data have changed."""
-    if not saved or saved.get("data") == data:
+    if not saved or saved["data"] == data:
         return
-    before = saved.get("data") or {}
+    before = saved["data"]
     if "annotations" not in before:
-        raise UserError(
-            f"{path} is of an older version of this program, which did not record the annotations, "
-            "so its run cannot continue; start a new one from its weights with --resume_net"
-        )
+        raise UserError(f"{path} is of an older version of this program, which did not record the "
+                        "annotations, so its run cannot continue; start a new one from its weights "
+                        "with --resume_net")
     what = ", ".join(key for key in data if data[key] != before.get(key))
-    raise UserError(
-        f"{path} was trained on other data than {options.root} holds now (different: {what}; "
-        f"{before.get('images')} and {data['images']} images), so its run cannot continue; start "
-        "a new one from its weights with --resume_net"
-    )
+    raise UserError(f"{path} was trained on other data than {options.root} holds now (different: "
+                    f"{what}; {before.get('images')} and {data['images']} images), so its run "
+                    "cannot continue; start a new one from its weights with --resume_net")
 
 
 def _check_memory(options: Options, images: int, tested: bool, world: World) -> None:
@@ -250,50 +251,52 @@ def _open_test_set(options: Options, call: Call) -> DetectionData:
 # ---------------------------------------------------------------- resuming
 
 
-def find_checkpoint(call: Call, given: Mapping[str, object]) -> Path | None:
-    """Return the checkpoint that --resume means; None for a new run.
+def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]:
+    """Read the checkpoint that --resume means, and return it by its path; {} for a new run.
 
     "auto" takes the newest run of the network, size, data set, root and --overfit that are asked
     for. If its last.pth is damaged, previous.pth is taken, and the log says so.
 
     Raises:
-        UserError: no checkpoint of the newest run can be read.
+        UserError: no checkpoint of the newest run, or no configuration of a newer, can be read.
     """
     if call.resume != "auto":
-        return Path(call.resume) if call.resume else None
+        return {path: load_checkpoint(path) for path in map(Path, filter(None, [call.resume]))}
     folder = Path(given.get("save_folder", Options.save_folder))
     version, size = (given.get(key, getattr(Options, key)) for key in ("version", "size"))
     pattern = glob.escape(call.date) if call.date else "*"
-    runs = [
-        [run / name for name in ("last.pth", "previous.pth") if (run / name).is_file()]
-        for run in (folder / f"{version}_{size}").glob(pattern)
-        if call.date or _is_wanted(run, given)
-    ]
-    runs = [paths for paths in runs if paths]
-    if not runs:
-        return None
-    path, *others = max(runs, key=lambda paths: paths[0].stat().st_mtime)
+    runs = [[run / name for name in ("last.pth", "previous.pth") if (run / name).is_file()]
+            for run in (folder / f"{version}_{size}").glob(pattern)]
+    newest = sorted(filter(None, runs), key=lambda paths: paths[0].stat().st_mtime, reverse=True)
+    path, *others = next((paths for paths in newest if _is_wanted(paths[0], call, given)), [None])
+    if path is None:
+        return {}
     try:
-        load_checkpoint(path)
+        return {path: load_checkpoint(path)}
     except UserError as error:
         if not others:
             raise
-        load_checkpoint(others[0])
+        saved = load_checkpoint(others[0])
         damaged = path.rename(path.with_name(path.name + ".damaged"))
         LOGGER.warning("%s; it is %s now, and %s is taken", error, damaged.name, others[0])
-        return others[0]
-    return path
+        return {others[0]: saved}
 
 
-def _is_wanted(run: Path, given: Mapping[str, object]) -> bool:
-    """Whether a run is of the data set, root and --overfit that are asked for."""
+def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> bool:
+    """Whether a run is of the --date, or data set, root and --overfit asked for, or UserError."""
+    file = checkpoint.with_name("config.json")
     try:
-        config = json.loads((run / "config.json").read_text())
+        config = json.loads(read_text(file))
         found = config["dataset"], config["root"], config.get("overfit", Options.overfit)
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+        if [*map(type, found)] != [str, str, int]:
+            raise TypeError(f"dataset, root, overfit: {found}")
+    except Exception as error:  # of whatever the file holds
+        raise UserError(f"{file} is not the configuration of a run ({error!r:.200}), so --resume "
+                        f"auto cannot tell whether {checkpoint} is to be continued; give --resume "
+                        f"{checkpoint}, or move it") from error
     root = absolute(given["root"]) if "root" in given else found[1]
-    return found == (asked_dataset(given), root, given.get("overfit", Options.overfit))
+    overfit = given.get("overfit", Options.overfit)
+    return bool(call.date) or found == (asked_dataset(given), root, overfit)
 
 
 def run_folder(call: Call, options: Options, saved: dict | None, path: Path | None) -> Path:
@@ -313,10 +316,8 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
     if call.date:
         directory = folder / call.date
         if any(directory.glob("*.pth")):
-            raise UserError(
-                f"{directory} holds a run already; give another --date, or --resume auto to "
-                "continue it"
-            )
+            raise UserError(f"{directory} holds a run already; give another --date, or --resume "
+                            "auto to continue it")
         directory.mkdir(parents=True, exist_ok=True)
         return directory
     now = time.strftime("%Y%m%d-%H%M%S")
@@ -335,11 +336,9 @@ def _refuse_older(path: Path, step: int) -> None:
     if path.name == last.name or not last.is_file():
         return
     newest = load_checkpoint(last, mmap=True).get("step", 0)
-    if newest > step:
-        raise UserError(
-            f"{path} is at step {step}, but {last} at {newest} already; give that, or a new "
-            "--date to continue beside it"
-        )
+    if isinstance(newest, int) and newest > step:
+        raise UserError(f"{path} is at step {step}, but {last} at {newest} already; give that, or "
+                        "a new --date to continue beside it")
 
 
 def starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> DetectorInfo:

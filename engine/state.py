@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from utils.checkpoint import is_number, odd_part
+from utils.errors import UserError
 
 
 @dataclass
@@ -31,8 +36,26 @@ class State:
     """step, value and metric of the best evaluation."""
 
     @classmethod
-    def of(cls, saved: dict) -> State:
-        """Return the state of a checkpoint; KeyError, TypeError or ValueError if it has none."""
-        names = {f.name for f in fields(Totals)}
-        totals = Totals(**{k: v for k, v in saved["totals"].items() if k in names})
-        return cls(int(saved["step"]), totals, list(saved["history"]), dict(saved["best"]))
+    def of(cls, saved: Mapping, path: Path) -> State:
+        """Return the state of the checkpoint ``saved``, read from ``path``.
+
+        Raises:
+            UserError: it has none, or a value that no run writes.
+        """
+        try:
+            step, best = saved["step"], dict(saved["best"])
+            history = [dict(record) for record in saved["history"]]
+            totals = {f.name: saved["totals"].get(f.name, f.default) for f in fields(Totals)}
+            marks = [best] if best else []
+            whole = [step, totals["steps"], totals["images"],
+                     *(record["step"] for record in [*history, *marks])]
+            numbers = [*whole, *totals.values(), *(mark["value"] for mark in marks)]
+            wrong = [value for value in whole if isinstance(value, float)]
+            if wrong := wrong + [value for value in numbers if not is_number(value)]:
+                raise ValueError(f"{wrong[0]!r:.60}")
+            if odd := odd_part([history, best, dict(saved["data"])], 5_000_000):
+                raise TypeError(odd)
+            return cls(step, Totals(**totals), history, best)
+        except Exception as error:  # whatever a foreign value does
+            raise UserError(f"{path} cannot be resumed from: {error!r:.200} in its state; give "
+                            "another, or start from its weights with --resume_net") from error

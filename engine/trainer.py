@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from data.loading import Loader
 from engine.distributed import World
 from engine.evaluate import Evaluation
-from engine.optim import MovingAverage, build_optimizer, freeze, lr_at
+from engine.optim import MovingAverage, build_optimizer, check_moments, freeze, lr_at
 from engine.run import Run
 from engine.state import State, Totals
 from engine.steps import Batch, Step, TrainStep
@@ -25,7 +26,7 @@ from layers import MultiBoxLoss
 from utils.checkpoint import load_weights, rng_state, set_rng_state
 from utils.errors import UserError
 from utils.logger import LOGGER, Progress, RunLog
-from utils.signals import Interrupted, StopSignal
+from utils.signals import Interrupted, StopSignal, TimeUp
 from utils.trackers import Trackers
 
 
@@ -58,13 +59,14 @@ class Trainer:
         forward = torch.compile(net) if options.compile else net
         self.train_step = TrainStep(
             world.replicate(forward, self.device), criterion, priors, self.optimizer,
-            amp=options.amp, clip_norm=options.clip_norm, frozen=frozen, world=world,
-        )
+            amp=options.amp, clip_norm=options.clip_norm, frozen=frozen, world=world)
         self.average = MovingAverage(net, options.ema) if options.ema else None
         self.steps_per_epoch = self.sampler.steps
         self.state = State()
         self.evaluated_at = -1
-        self.stop = StopSignal()
+        told = self._finishing if world.main else None
+        self.stop = StopSignal(told=told, alone=world.size == 1)
+        self.testing = False
         self.stop_at: int | None = None
         """The step after which every process has read that one of them was asked to stop."""
         self.unread: deque[Step] = deque()
@@ -78,21 +80,14 @@ class Trainer:
         """Write config.json and log what the run is."""
         options, sampler = self.options, self.sampler
         self.folder.save_options(options)
-        LOGGER.info(
-            "%s at %d, %d classes, %d images, %d steps an epoch, %d epochs, on %s (%s); run %s",
-            options.version, options.size, len(options.classes), len(self.train_set),
-            self.steps_per_epoch, options.max_epoch, self.device, options.amp, self.folder.path,
-        )  # fmt: skip
-        LOGGER.info(
-            "a step: %d images in all (%d processes x %d accumulation steps x %d), learning rate "
-            "%g (%s recipe)",
-            sampler.batch_size,
-            self.world.size,
-            options.accumulate,
-            sampler.batch_size // (self.world.size * options.accumulate),
-            options.lr,
-            options.recipe,
-        )
+        LOGGER.info("%s at %d, %d classes, %d images, %d steps an epoch, %d epochs, on %s (%s); "
+                    "run %s", options.version, options.size, len(options.classes),
+                    len(self.train_set), self.steps_per_epoch, options.max_epoch, self.device,
+                    options.amp, self.folder.path)
+        part = sampler.batch_size // (self.world.size * options.accumulate)
+        LOGGER.info("a step: %d images in all (%d processes x %d accumulation steps x %d), "
+                    "learning rate %g (%s recipe)", sampler.batch_size, self.world.size,
+                    options.accumulate, part, options.lr, options.recipe)
 
     def start_at(self, epoch: int) -> None:
         """Start the schedule at ``epoch``."""
@@ -104,12 +99,16 @@ class Trainer:
         Raises:
             UserError: the state of the checkpoint does not fit the run.
         """
+        self.state = State.of(saved, path)
+        if self.state.history and "metric" in self.state.history[-1]:
+            self.evaluated_at = self.state.history[-1]["step"]
         load_weights(self.net, saved.get("raw_model", saved["model"]), path)
         try:
             if self.average:
                 load_weights(self.average.net, saved["model"], path)
                 self.average.updates = int(saved["average_updates"])
             self.optimizer.load_state_dict(saved["optimizer"])
+            check_moments(self.optimizer)
             # An option may be given anew on resume, so today's options decide. The rate is set at
             # every step, and a run that has ended keeps its last one.
             fresh = build_optimizer(self.net, self.options)
@@ -118,29 +117,28 @@ class Trainer:
             if saved["scaler"]:
                 self.train_step.scaler.load_state_dict(saved["scaler"])
             set_rng_state(saved["rng"])
-            self.state = State.of(saved)
-            if self.state.history and "metric" in self.state.history[-1]:
-                self.evaluated_at = self.state.history[-1]["step"]
-        except (KeyError, TypeError, ValueError, RuntimeError, AttributeError) as error:
-            raise UserError(f"{path} cannot be resumed from: {error!r} in its state") from error
+        except UserError:
+            raise
+        except Exception as error:  # whatever PyTorch makes of a foreign value
+            raise UserError(f"{path} cannot be resumed from: {error!r:.200} in its state; give "
+                            "another, or start from its weights with --resume_net") from error
         step = self.state.step
         LOGGER.info("resumed at step %d (epoch %.2f)", step, step / self.steps_per_epoch)
 
-    def run(self, max_iters: int | None = None) -> None:
-        """Train to the last epoch, or to ``max_iters`` steps in all.
+    def run(self, max_iters: int | None = None, max_hours: float | None = None) -> None:
+        """Train to the last epoch, to ``max_iters`` steps in all, or as long as --patience says.
 
         Raises:
-            Interrupted: by a signal, after the state was saved.
+            Interrupted: by a signal, after the state was saved; TimeUp after ``max_hours``.
             UserError: a loss that is not finite (nothing is saved: the last good checkpoint
                 stays), an image that cannot be read, or a file that cannot be written.
         """
+        self.deadline = time.monotonic() + 3600 * max_hours if max_hours else inf
         end = self.options.max_epoch * self.steps_per_epoch
         end = min(end, max_iters) if max_iters else end
         if end < self.state.step:
-            raise UserError(
-                f"{end} steps are asked for, but the run is at step {self.state.step} already; "
-                "raise --max_iters or --max_epoch"
-            )
+            raise UserError(f"{end} steps are asked for, but the run is at step {self.state.step} "
+                            "already; raise --max_iters or --max_epoch")
         main = self.world.main
         self.log = RunLog(self.folder.path, self.state.history, main)
         names = self.options.trackers if main else ()
@@ -153,6 +151,10 @@ class Trainer:
                 raise
             finally:
                 self.trackers.close()
+
+    def _finishing(self) -> str:
+        what = "the test at " if self.testing else ""
+        return f"finishing {what}step {self.state.step + (not self.testing)}, again to stop now"
 
     def _save_on(self, error: BaseException) -> None:
         """Save the state if it is that after a whole number of steps.
@@ -176,7 +178,7 @@ class Trainer:
                         end)
         if self.state.totals.steps and self.state.step % self.steps_per_epoch == 0:
             self._finish_epoch()  # the run was interrupted between an epoch's last step and record
-        while self.state.step < end:
+        while self.state.step < end and not self._without_gain():
             self._train_epoch(end)
             if self.state.step % self.steps_per_epoch == 0:
                 self._finish_epoch()
@@ -193,6 +195,27 @@ class Trainer:
         if self.state.best:
             LOGGER.info("  best %(metric)s: %(value).4f at step %(step)d", self.state.best)
 
+    def _without_gain(self) -> bool:
+        """Return whether the last --patience evaluations gave no better AP; all ranks agree."""
+        patience, best = self.options.patience, self.state.best
+        if not patience:
+            return False
+        later = [each for each in self.state.history
+                 if "metric" in each and each["step"] > best.get("step", inf)]
+        ends = bool(self.world.decide(lambda: len(later) >= patience))  # rank 0 has the scores
+        if ends:
+            LOGGER.info("training ends: no better AP in %d evaluations (--patience)", patience)
+        return ends
+
+    def _late(self) -> bool:
+        """Return whether --max_hours are over, on rank 0."""
+        return self.deadline < inf and self.world.main and time.monotonic() > self.deadline
+
+    def _reason(self) -> Interrupted:
+        """Return the reason why all processes stop, as rank 0 has it."""
+        late = self.world.decide(lambda: self._late() and not self.stop.asked)
+        return TimeUp() if late else Interrupted()
+
     def _train_epoch(self, end: int) -> None:
         epoch, start = divmod(self.state.step, self.steps_per_epoch)
         self.sampler.set_epoch(epoch, start)
@@ -206,16 +229,18 @@ class Trainer:
                 self._read(self.lag, progress)
                 if self.state.step == epoch * self.steps_per_epoch + start + 1:
                     self._show(done)
+                if self.world.size == 1:
+                    self.stop.check()
                 # All processes leave after the same step, however early one of them read of it.
                 if self.stop_at is not None and self.state.step >= self.stop_at + self.lag:
-                    raise Interrupted
+                    raise self._reason()
                 due = time.monotonic() - self.saved_at > 60 * self.options.save_minutes > 0
                 if due and self.world.main:
                     self._read(0, progress)
                     self._save("last.pth")
             self._read(0, progress)
             if self.stop_at is not None:
-                raise Interrupted
+                raise self._reason()
         finally:
             progress.close()
 
@@ -231,7 +256,7 @@ class Trainer:
     def _make_step(self, parts: list[Batch]) -> Step:
         self.consistent = False
         lr = lr_at(self.state.step, self.steps_per_epoch, self.options)
-        done = self.train_step(parts, lr, self.stop.asked)
+        done = self.train_step(parts, lr, self.stop.asked or self._late())
         if self.average:
             self.average.update(self.net)
         self.state.step += 1
@@ -240,7 +265,6 @@ class Trainer:
         return done
 
     def _show(self, done: Step) -> None:
-        """Draw the images of a step for TensorBoard."""
         if self.options.send_images_to_visdom:
             draw = partial(draw_batch, done.images, done.targets, self.options.classes)
             self.trackers.image(self.state.step, "training images", draw)
@@ -274,11 +298,9 @@ class Trainer:
     def _refuse_loss(self, step: int, lr: float, loss_loc: float, loss_conf: float) -> None:
         indices = self.sampler.batch(step % self.steps_per_epoch)
         names = ", ".join(str(self.train_set.image_path(i)) for i in indices)
-        raise UserError(
-            f"the loss is not finite at step {step} (location loss {loss_loc}, confidence loss "
-            f"{loss_conf}; lr {lr:.3g}); {self.folder.last_good()}; check the boxes of the batch, "
-            f"or lower --lr; its images: {names}"
-        )
+        raise UserError(f"the loss is not finite at step {step} (location loss {loss_loc}, "
+                        f"confidence loss {loss_conf}; lr {lr:.3g}); {self.folder.last_good()}; "
+                        f"check the boxes of the batch, or lower --lr; its images: {names}")
 
     def _finish_epoch(self) -> None:
         """Evaluate and save as often as asked for, and write the epoch's record."""
@@ -300,12 +322,11 @@ class Trainer:
         self._save(*names, "last.pth")
 
     def _record(self, epoch: int) -> dict:
-        """Return and log the record of the epoch that ends."""
         totals = self.state.totals
         seconds = max(totals.seconds, 1e-9)
+        lr = lr_at(self.state.step - 1, self.steps_per_epoch, self.options)
         record = {
-            "epoch": epoch, "step": self.state.step,
-            "lr": lr_at(self.state.step - 1, self.steps_per_epoch, self.options),
+            "epoch": epoch, "step": self.state.step, "lr": lr,
             "loss_loc": totals.loss_loc / totals.steps,
             "loss_conf": totals.loss_conf / totals.steps,
             "images_per_second": round(totals.images / seconds, 2), "seconds": round(seconds, 2),
@@ -315,13 +336,11 @@ class Trainer:
             peak = torch.cuda.max_memory_allocated(self.device)
             record["gpu_memory_gib"] = round(peak / 2**30, 2)
             torch.cuda.reset_peak_memory_stats(self.device)
-        LOGGER.info(
-            "epoch %d: loss %.4f (location %.4f, confidence %.4f), lr %.3g, %.1f img/s, %.0f %% of "
-            "the time waiting for data",
-            epoch, record["loss_loc"] + record["loss_conf"], record["loss_loc"],
-            record["loss_conf"], record["lr"], record["images_per_second"],
-            100 * record["waiting_for_data"],
-        )  # fmt: skip
+        LOGGER.info("epoch %d: loss %.4f (location %.4f, confidence %.4f), lr %.3g, %.1f img/s, "
+                    "%.0f %% of the time waiting for data", epoch,
+                    record["loss_loc"] + record["loss_conf"], record["loss_loc"],
+                    record["loss_conf"], record["lr"], record["images_per_second"],
+                    100 * record["waiting_for_data"])
         speed = ("images_per_second", "waiting_for_data", "gpu_memory_gib")
         self.trackers.scalars(self.state.step, {key: record[key] for key in speed if key in record})
         return record
@@ -332,7 +351,9 @@ class Trainer:
         alone = self.world.size == 1
         net = self._tested_net()
         self.world.share_statistics(net)
+        self.testing = alone
         results = self.evaluate(net, name, lambda images: self.stop.check() if alone else None)
+        self.testing = False
         step = self.evaluated_at = self.state.step
         if results is None:
             return {}
@@ -351,14 +372,10 @@ class Trainer:
         if not self.world.main:
             return
         state = {
-            "model": self._tested_net().state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.train_step.scaler.state_dict(),
-            "rng": rng_state(),
-            **asdict(self.state),
-            "classes": list(self.options.classes),
-            "config": self.options.plain(),
-            "data": self.data,
+            "model": self._tested_net().state_dict(), "optimizer": self.optimizer.state_dict(),
+            "scaler": self.train_step.scaler.state_dict(), "rng": rng_state(),
+            **asdict(self.state), "classes": list(self.options.classes),
+            "config": self.options.plain(), "data": self.data,
         }
         if self.average:
             state["raw_model"] = self.net.state_dict()

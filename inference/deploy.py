@@ -151,11 +151,8 @@ def _convolutions_before(net: nn.Module) -> dict[nn.Module, nn.Module]:
     with torch.no_grad(), readers:
         shadow.sources(torch.empty(1, 3, 512, 512, dtype=dtype, device="meta"))
     real = dict(zip(shadow.modules(), net.modules(), strict=True))
-    return {
-        real[norm]: real[conv]
-        for norm, (conv, output) in before.items()
-        if runs[norm] == runs[conv] == readers.count[id(output)] == 1
-    }
+    return {real[norm]: real[conv] for norm, (conv, output) in before.items()
+            if runs[norm] == runs[conv] == readers.count[id(output)] == 1}
 
 
 def _side_by_side(convs: Sequence[nn.Conv2d]) -> nn.Conv2d:

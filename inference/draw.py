@@ -26,7 +26,7 @@ from utils.errors import UserError
 FONT_FILES = (
     "NotoSansCJK-Regular.ttc", "NotoSans-Regular.ttf", "DejaVuSans.ttf",  # Linux
     "Arial Unicode.ttf", "msyh.ttc", "arial.ttf",  # macOS, Windows
-)  # fmt: skip
+)
 """Font files to look for in the system's folders, those with the most scripts first."""
 GREEN, RED, ORANGE, GREY = (60, 180, 20), (40, 30, 230), (0, 140, 255), (160, 160, 160)
 BLACK, WHITE = (0, 0, 0), (255, 255, 255)
@@ -58,7 +58,7 @@ def draw_detections(image: np.ndarray, boxes: np.ndarray, labels: Sequence[int],
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     values = [None] * len(boxes) if scores is None else scores
     items = [(box, class_colour(int(label)), _text(label, names, score), False)
-             for box, label, score in zip(boxes, labels, values, strict=True)]  # fmt: skip
+             for box, label, score in zip(boxes, labels, values, strict=True)]
     order = range(len(items)) if scores is None else np.argsort(np.asarray(scores), kind="stable")
     return _draw(image, [items[k] for k in order], font or find_font())
 
@@ -252,9 +252,8 @@ def find_font(texts: Iterable[str] = (), file: str | Path | None = None) -> Free
         try:
             return ImageFont.truetype(str(Path(file).expanduser()))
         except OSError as error:
-            raise UserError(
-                f"{file} cannot be used as a font ({error}); give a .ttf, .otf or .ttc"
-            ) from error
+            raise UserError(f"{file} cannot be used as a font ({error}); give a .ttf, .otf or "
+                            ".ttc") from error
     wanted = {character for text in texts for character in text if not character.isascii()}
     fonts = _fonts(FONT_FILES if wanted else ())
     return max(fonts, key=lambda font: sum(_has(font, c) for c in wanted))
@@ -272,10 +271,8 @@ def _fonts(files: tuple[str, ...]) -> list[FreeTypeFont]:
 
 def escape(text: str, font: FreeTypeFont) -> str:
     """Return one line of text with escapes for what the font lacks: "caf\\xe9" for "café"."""
-    return "".join(
-        c if c.isascii() or _has(font, c) else c.encode("unicode_escape").decode()
-        for c in one_line(text)
-    )
+    return "".join(c if c.isascii() or _has(font, c) else c.encode("unicode_escape").decode()
+                   for c in one_line(text))
 
 
 def one_line(text: str) -> str:

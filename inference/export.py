@@ -112,10 +112,8 @@ def export(options: ExportOptions) -> list[str]:
 def _check(options: ExportOptions, form: Format, output: Path) -> None:
     precision = options.precision
     if precision not in form.precisions:
-        raise UserError(
-            f"--precision {precision} does not go with --format {options.format}; give one of "
-            f"{', '.join(form.precisions)}"
-        )
+        raise UserError(f"--precision {precision} does not go with --format {options.format}; give "
+                        f"one of {', '.join(form.precisions)}")
     bf16 = (options.format, precision) == ("openvino", "bf16")
     if bf16 and options.preprocess and options.dynamic:
         raise UserError("resizing in bf16 is too coarse; leave --preprocess or --dynamic out")
@@ -125,10 +123,8 @@ def _check(options: ExportOptions, form: Format, output: Path) -> None:
     for package in form.packages_for(precision):
         import_package(package, options.format)
     if bf16 and not cpu_has_bf16():
-        raise UserError(
-            "this CPU has no bfloat16 instructions: OpenVINO would compute in fp32 and prove "
-            "nothing; export on one that has them, or give --precision fp32"
-        )
+        raise UserError("this CPU has no bfloat16 instructions: OpenVINO would compute in fp32 and "
+                        "prove nothing; export on one that has them, or give --precision fp32")
     if output.suffix != form.suffix:
         raise UserError(f"--output {output}: an {form.title} file's name ends in {form.suffix}")
 
@@ -143,10 +139,8 @@ def _images(options: ExportOptions, saved: Mapping,
         what = "does not know any"
         if trained_on.root is not None:
             what = f"was tested on {trained_on.root}, which does not exist"
-        raise UserError(
-            f"no images to prove the file with: {checkpoint} {what}; give --images FOLDER "
-            "(docs/exporting.md)"
-        )
+        raise UserError(f"no images to prove the file with: {checkpoint} {what}; give --images "
+                        "FOLDER (docs/exporting.md)")
     if options.precision != "int8":
         return images, None
     calibration = find_images(options.calibrate, options.calibrate_sets, CALIBRATION_IMAGES,
@@ -169,4 +163,4 @@ def _describe(options: ExportOptions, form: Format, detector: DetectorInfo,
         checkpoint={"file": options.checkpoint.name, "sha256": sha256_of(options.checkpoint)},
         versions=versions,
         calibration=calibration and {"pictures": len(calibration), "of": calibration.about},
-    )  # fmt: skip
+    )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -17,11 +16,10 @@ INFO_KEY = "ssd_hardnet"
 FORMAT = 1
 
 _DETECTOR = ("version", "size", "classes", "dataset", "priors")
-_KINDS = {
-    "format": int, "version": str, "size": int, "classes": list, "dataset": str, "priors": str,
-    "variance": list, "mean": list, "preprocess": bool, "nms": bool, "dynamic": bool,
-    "precision": str, "detection": dict, "checkpoint": dict, "versions": dict,
-}  # fmt: skip
+_KINDS = {"format": int, "version": str, "size": int, "classes": list, "dataset": str,
+          "priors": str, "variance": list, "mean": list, "preprocess": bool, "nms": bool,
+          "dynamic": bool, "precision": str, "detection": dict, "checkpoint": dict,
+          "versions": dict}
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ class ExportInfo:
             raise ValueError(f"dataset {dataset!r}, which is none of {', '.join(DATASETS)}")
         self.detector.prior_config()
         for name, values, count in (("variance", self.variance, 2), ("mean", self.mean, 3)):
-            positive = all(isinstance(x, int | float) and 0 < x < math.inf for x in values)
-            if len(values) != count or not positive:
+            fit = all(isinstance(x, int | float) and 0 < x < 256 for x in values)
+            if len(values) != count or not fit:
                 raise ValueError(f"{name} {list(values)}")
 
     @property

@@ -41,10 +41,8 @@ class Format:
 
 
 _ONNX, _OPENVINO = (("onnx", "onnxscript", runtime) for runtime in ("onnxruntime", "openvino"))
-FORMATS = {
-    "onnx": Format("ONNX", ".onnx", ("fp32", "fp16"), _ONNX),
-    "openvino": Format("OpenVINO", ".xml", ("fp32", "bf16", "fp16", "int8"), _OPENVINO),
-}
+FORMATS = {"onnx": Format("ONNX", ".onnx", ("fp32", "fp16"), _ONNX),
+           "openvino": Format("OpenVINO", ".xml", ("fp32", "bf16", "fp16", "int8"), _OPENVINO)}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": None}
 """Precision -> dtype of the network in the graph; INT8 is quantised later."""
 
@@ -63,10 +61,9 @@ def write(form: str, net: nn.Module, info: ExportInfo, path: Path,
     except (UserError, OSError):
         raise
     except Exception as error:  # exporters raise dozens of kinds for what a version cannot do
-        raise UserError(
-            f"{info.detector.version} cannot be exported to {FORMATS[form].title} by PyTorch "
-            f"{torch.__version__} ({first_line(error)}); a newer PyTorch may be able to"
-        ) from error
+        raise UserError(f"{info.detector.version} cannot be exported to {FORMATS[form].title} by "
+                        f"PyTorch {torch.__version__} ({first_line(error)}); a newer PyTorch may "
+                        "be able to") from error
 
 
 class Graph(nn.Module):
@@ -99,11 +96,10 @@ def _network_as_onnx(net: nn.Module, info: ExportInfo) -> OnnxModel:
         free = ["batch", "height", "width"]
     dimensions = {i: torch.export.Dim(name, min=1) for i, name in enumerate(free)}
     with torch.no_grad(), _quiet():
-        return torch.onnx.export(
-            build_graph(net, info), (images,), dynamo=True, verbose=False,
-            input_names=["pictures" if info.preprocess else "images"], output_names=["loc", "conf"],
-            dynamic_shapes=(dimensions,) if info.dynamic else None,
-        ).model_proto  # fmt: skip
+        return torch.onnx.export(build_graph(net, info), (images,), dynamo=True, verbose=False,
+                                 input_names=["pictures" if info.preprocess else "images"],
+                                 output_names=["loc", "conf"],
+                                 dynamic_shapes=(dimensions,) if info.dynamic else None).model_proto
 
 
 def _detection_as_onnx(info: ExportInfo, network: OnnxModel) -> OnnxModel:
@@ -188,4 +184,4 @@ def _quantised(model: OpenVINOModel, info: ExportInfo, calibration: Images) -> O
     exact = nncf.IgnoredScope(types=["Subtract", "Interpolate"], validate=False)
     with _quiet():
         return nncf.quantize(model, images, preset=nncf.QuantizationPreset.MIXED, subset_size=count,
-                             ignored_scope=exact)  # fmt: skip
+                             ignored_scope=exact)

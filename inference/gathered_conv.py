@@ -137,7 +137,7 @@ def _launch(parts: Sequence[Tensor], weight: GatheredWeight, out: Tensor) -> Non
             # The interpreter multiplies bfloat16's bits as integers.
             WIDEN=out.device.type == "cpu",
             enable_fp_fusion=True,
-        )  # fmt: skip
+        )
 
 
 def gather_blocks(net: nn.Module) -> None:
@@ -211,10 +211,8 @@ def _row(x: Tensor, name: str) -> int:
     row = used[0][1] // used[0][0] if used else channels
     dense = all(stride == step * row for step, stride in used)
     if row < channels or not dense or (channels > 1 and x.stride(1) != 1):
-        raise ValueError(
-            f"{name} of shape {list(x.shape)} has strides {list(x.stride())}, should lie channels "
-            "last, or be a slice of the channels of a tensor that does"
-        )
+        raise ValueError(f"{name} of shape {list(x.shape)} has strides {list(x.stride())}, should "
+                         "lie channels last, or be a slice of the channels of a tensor that does")
     return row
 
 
@@ -249,19 +247,15 @@ def _kernel(device: str) -> Any:
         import triton
         import triton.language as tl
     except ImportError as error:
-        raise RuntimeError(
-            f"gathered_conv2d needs Triton, which cannot be imported ({error}); it comes with "
-            "PyTorch's CUDA builds: pip install triton"
-        ) from error
+        raise RuntimeError(f"gathered_conv2d needs Triton, which cannot be imported ({error}); it "
+                           "comes with PyTorch's CUDA builds: pip install triton") from error
     if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
         raise RuntimeError(
             f"gathered_conv2d needs Triton 3.4 or later (PyTorch 2.8), this is {triton.__version__}"
         )
     tiles = ((32, 128),) if interpreted else TILES  # there, few steps are what counts
-    configs = [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=8 if m * n > 8192 else 4)
-        for m, n in tiles
-    ]
+    configs = [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=8 if m * n > 8192 else 4)
+               for m, n in tiles]
     key = "height width pixels WIDTHS ROWS VECTORS OUTPUTS OUT_ROW OUT_VECTOR KERNEL PRECISION"
     prune = {"early_config_prune": _fitting}
     tune = triton.autotune(configs, key.split(), prune_configs_by=prune, cache_results=True)
@@ -279,7 +273,7 @@ def _convolve(
     VECTORS: tl.constexpr, CHUNKS: tl.constexpr, OUTPUTS: tl.constexpr, OUT_ROW: tl.constexpr,
     OUT_VECTOR: tl.constexpr, COLUMNS: tl.constexpr, KERNEL: tl.constexpr, ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr, WIDEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
+):
     """Triton: an implicit matrix product, [pixels, terms] x [terms, outputs] -> [pixels, outputs].
 
     A program computes BLOCK_M pixels x BLOCK_N outputs, part by part in chunks of terms.

@@ -68,7 +68,7 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def detect_onnx(priors: Tensor, num_classes: int, variance: Sequence[float], config: DetectConfig,
-                *, opset: int, ir_version: int) -> Any:  # fmt: skip
+                *, opset: int, ir_version: int) -> Any:
     """Return ``Detect`` with hard NMS per class as an ``onnx.ModelProto``.
 
     Inputs of the model: "loc" float32 [B, P, 4], "conf" float32 [B, P, C] and "sizes" float32
@@ -93,16 +93,12 @@ def detect_onnx(priors: Tensor, num_classes: int, variance: Sequence[float], con
     if opset < 18:
         raise ValueError(f"opset is {opset}, should be at least 18")
     p = priors.numpy().astype(np.float32)[None]
-    floats = {
-        "prior_centre": p[..., :2], "centre_scale": p[..., 2:] * np.float32(variance[0]),
-        "prior_half": p[..., 2:] / 2, "size_scale": variance[1], "most_growth": 10,
-        "pixel": [0, 0, 1, 1], "score_threshold": [config.conf_thresh],
-        "nms_threshold": [config.nms_thresh],
-    }  # fmt: skip
-    integers = {
-        "per_class": [config.per_class], "top_k": config.top_k, "end": [num_classes],
-        "zero": 0, "one": 1, "axis_0": [0], "axis_1": [1],
-    }  # fmt: skip
+    floats = {"prior_centre": p[..., :2], "centre_scale": p[..., 2:] * np.float32(variance[0]),
+              "prior_half": p[..., 2:] / 2, "size_scale": variance[1], "most_growth": 10,
+              "pixel": [0, 0, 1, 1], "score_threshold": [config.conf_thresh],
+              "nms_threshold": [config.nms_thresh]}
+    integers = {"per_class": [config.per_class], "top_k": config.top_k, "end": [num_classes],
+                "zero": 0, "one": 1, "axis_0": [0], "axis_1": [1]}
     model = parser.parse_model(
         _DETECT % {"opset": opset, "ir": ir_version, "P": p.shape[1], "C": num_classes}
     )

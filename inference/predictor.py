@@ -67,14 +67,12 @@ class Predictor:
         ValueError: as ``DetectConfig``.
     """
 
-    def __init__(
-        self, file: str | PathLike, *, device: str = "auto", amp: str = "off",
-        classes: Sequence[str] | None = None, score_threshold: float | None = None,
-        max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
-        background_shortcut: bool = False, threads: int | None = None,
-        max_pixels: int | None = None, max_per_class: int | None = None, tiles: int = 0,
-        overlap: float | None = None, flip: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, file: str | PathLike, *, device: str = "auto", amp: str = "off",
+                 classes: Sequence[str] | None = None, score_threshold: float | None = None,
+                 max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
+                 background_shortcut: bool = False, threads: int | None = None,
+                 max_pixels: int | None = None, max_per_class: int | None = None, tiles: int = 0,
+                 overlap: float | None = None, flip: bool = False) -> None:
         limit_pixels(max_pixels)
         self.views = Views(tiles, Views.overlap if overlap is None else overlap, flip)
         path = Path(file)
@@ -86,10 +84,8 @@ class Predictor:
             raise UserError(f"{path}: .pt2 files are programs and are not run; export to ONNX")
         if path.suffix in EXPORTED_SUFFIXES:
             if device not in ("auto", "cpu") or amp != "off" or classes is not None:
-                raise UserError(
-                    f"{path} is exported: it runs on the CPU, in its own precision, and has its "
-                    "classes inside; leave device, amp and classes out"
-                )
+                raise UserError(f"{path} is exported: it runs on the CPU, in its own precision, "
+                                "and has its classes inside; leave device, amp and classes out")
             self.device = torch.device("cpu")
             self.exported = open_model(path, threads)
             self.info = self.exported.info.detector
@@ -103,10 +99,9 @@ class Predictor:
             config, variance = self.info.detection(), self.info.prior_config().variance
         self.priors = PriorBox(self.info.prior_config()).to(self.device)()
         self.detect = Detect.of(config, variance)
-        self.config = replace(
-            config.with_limits(score_threshold, max_detections, max_per_class),
-            nms=nms, class_agnostic=class_agnostic, background_shortcut=background_shortcut,
-        )  # fmt: skip
+        self.config = replace(config.with_limits(score_threshold, max_detections, max_per_class),
+                              nms=nms, class_agnostic=class_agnostic,
+                              background_shortcut=background_shortcut)
 
     @property
     def config(self) -> DetectConfig:
@@ -124,11 +119,10 @@ class Predictor:
             inside = self.exported.info.detection
             threshold = max(inside.conf_thresh, config.conf_thresh)
             if config != inside.with_limits(threshold, min(inside.top_k, config.top_k)):
-                raise UserError(
-                    f"{self.exported.path} has its non-maximum suppression inside: hard, per "
-                    f"class, scores over {inside.conf_thresh:g}, at most {inside.top_k} detections "
-                    f"an image; {config} is not a part of that; export it again without --with-nms"
-                )
+                raise UserError(f"{self.exported.path} has its non-maximum suppression inside: "
+                                f"hard, per class, scores over {inside.conf_thresh:g}, at most "
+                                f"{inside.top_k} detections an image; {config} is not a part of "
+                                "that; export it again without --with-nms")
         self.detect = Detect.of(config, self.detect.variance)
 
     def __call__(self, images: Image | Iterable[Image]) -> dict | list[dict]:
@@ -226,8 +220,7 @@ class Predictor:
         over = outputs["scores"] > self.config.conf_thresh
         return [
             {key: outputs[key][mine][: self.config.top_k] for key in ("boxes", "scores", "labels")}
-            for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))
-        ]
+            for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))]
 
 
 def _load(image: object) -> np.ndarray:

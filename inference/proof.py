@@ -34,12 +34,10 @@ class Tolerance:
     """Largest loss in points (100 x AP); on 72 images of BCCD rounding moves a tenth."""
 
 
-TOLERANCE = {
-    "fp32": Tolerance(0.999, score=1e-3, pixels=0.5, ap=0.1),
-    "bf16": Tolerance(0.97),
-    "fp16": Tolerance(0.99),
-    "int8": Tolerance(0.9, ap=0.5),
-}
+TOLERANCE = {"fp32": Tolerance(0.999, score=1e-3, pixels=0.5, ap=0.1),
+             "bf16": Tolerance(0.97),
+             "fp16": Tolerance(0.99),
+             "int8": Tolerance(0.9, ap=0.5)}
 """By precision."""
 MARGIN = 0.05
 """Boxes are compared from this far above the score threshold: at the threshold itself rounding
@@ -91,24 +89,19 @@ class Proof:
     def lines(self) -> list[str]:
         """Return the proof in lines of text."""
         found, ap = self.comparison, self.ap
-        lines = [
-            f"compared with PyTorch on {self.images} images ({self.of}):",
-            f"  {found.boxes} boxes of score {self.score_floor:g} or more, "
-            f"{found.unmatched_network} of the network's and {found.unmatched_file} of the "
-            f"file's without a partner ({100 * found.matched:.2f} % matched)",
-        ]
+        lines = [f"compared with PyTorch on {self.images} images ({self.of}):",
+                 f"  {found.boxes} boxes of score {self.score_floor:g} or more, "
+                 f"{found.unmatched_network} of the network's and {found.unmatched_file} of the "
+                 f"file's without a partner ({100 * found.matched:.2f} % matched)"]
         if found.least_iou is not None:
-            lines.append(
-                f"  largest score difference {found.score_difference:.2g}, largest coordinate "
-                f"difference {found.pixel_difference:.2g} pixels; least IoU {found.least_iou:.5f}"
-            )
+            lines.append(f"  largest score difference {found.score_difference:.2g}, largest "
+                         f"coordinate difference {found.pixel_difference:.2g} pixels; least IoU "
+                         f"{found.least_iou:.5f}")
         if ap is None:
             return [*lines, "  no ground truth: the AP is not compared"]
-        return [
-            *lines,
-            f"  {ap.metric}: {ap.network:.4f} in PyTorch, {ap.file:.4f} in the file "
-            f"({-ap.lost():+.2f} points)",
-        ]
+        return [*lines,
+                f"  {ap.metric}: {ap.network:.4f} in PyTorch, {ap.file:.4f} in the file "
+                f"({-ap.lost():+.2f} points)"]
 
 
 class TooDifferent(Exception):
@@ -135,10 +128,9 @@ def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof
         try:
             expected += _arrays(detect(loc, conf, priors, sizes))
         except FloatingPointError as error:
-            raise UserError(
-                f"the network of {info.checkpoint['file']} fails ({error}): its training diverged "
-                "or its weights are damaged; export another checkpoint"
-            ) from error
+            raise UserError(f"the network of {info.checkpoint['file']} fails ({error}): its "
+                            "training diverged or its weights are damaged; export another "
+                            "checkpoint") from error
         try:
             found += _arrays(predictor(batch))
         except FloatingPointError as error:
@@ -146,11 +138,9 @@ def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof
     floor = info.detection.conf_thresh + MARGIN
     comparison = compare(expected, found, floor)
     if not comparison.boxes:
-        raise UserError(
-            f"the network finds nothing of score {floor:g} or more on the {len(images)} images of "
-            f"{images.about}, so nothing can be proven; give others (--images), or a trained "
-            "network"
-        )
+        raise UserError(f"the network finds nothing of score {floor:g} or more on the "
+                        f"{len(images)} images of {images.about}, so nothing can be proven; give "
+                        "others (--images), or a trained network")
     aps = _average_precisions(images.dataset, expected, found) if images.scored else None
     return Proof(len(images), images.about, floor, comparison, aps)
 
@@ -212,12 +202,10 @@ def _partners(one: Arrays, other: Arrays) -> tuple[np.ndarray, np.ndarray, np.nd
 def excess(comparison: Comparison, tolerance: Tolerance, ap: APs | None = None) -> str:
     """Return what exceeds the tolerance, in words; empty if nothing does."""
     if comparison.matched < tolerance.matched:
-        return (
-            f"{100 * comparison.matched:.2f} % of the boxes have a partner, "
-            f"{100 * tolerance.matched:g} % are needed (a barely trained detector has many boxes "
-            "of nearly equal scores, which rounding swaps: train it longer, or export it with a "
-            "higher --score_threshold)"
-        )
+        return (f"{100 * comparison.matched:.2f} % of the boxes have a partner, "
+                f"{100 * tolerance.matched:g} % are needed (a barely trained detector has many "
+                "boxes of nearly equal scores, which rounding swaps: train it longer, or export it "
+                "with a higher --score_threshold)")
     for difference, limit, what in (
         (comparison.score_difference, tolerance.score, "a score"),
         (comparison.pixel_difference, tolerance.pixels, "a coordinate, in pixels,"),

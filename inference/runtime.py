@@ -57,10 +57,8 @@ class ExportedModel:
             outputs = dict(zip(self.names, self.run(inputs), strict=True))
         except Exception as error:  # each runtime raises kinds of its own
             given = ", ".join(f"{name} {x.dtype} {list(x.shape)}" for name, x in inputs.items())
-            raise UserError(
-                f"{self.path} cannot run on {given} ({first_line(error)}); give what it takes, or "
-                "export the detector again"
-            ) from error
+            raise UserError(f"{self.path} cannot run on {given} ({first_line(error)}); give what "
+                            "it takes, or export the detector again") from error
         self._check(outputs, len(next(iter(inputs.values()))))
         return outputs
 
@@ -69,22 +67,21 @@ class ExportedModel:
         if self.info.nms:
             n = np.size(outputs["scores"])
             wanted = {"boxes": ("float", (n, 4)), "scores": ("float", (n,)),
-                      "labels": ("int", (n,)), "image": ("int", (n,))}  # fmt: skip
+                      "labels": ("int", (n,)), "image": ("int", (n,))}
         else:
             priors = self.info.detector.prior_config().num_priors
             wanted = {"loc": ("float", (batch, priors, 4)),
-                      "conf": ("float", (batch, priors, classes + 1))}  # fmt: skip
+                      "conf": ("float", (batch, priors, classes + 1))}
         for name, (kind, shape) in wanted.items():
             found = np.asarray(outputs[name])
             if found.shape != shape or not found.dtype.name.startswith(kind):
-                raise UserError(
-                    f"{self.path} gives {name} {found.dtype} {list(found.shape)}, its detector "
-                    f"should give {kind} {list(shape)}; export the detector again"
-                )
+                raise UserError(f"{self.path} gives {name} {found.dtype} {list(found.shape)}, its "
+                                f"detector should give {kind} {list(shape)}; export the detector "
+                                "again")
         for name, low, high in (("labels", 1, classes), ("image", 0, batch - 1)):
             if self.info.nms and not ((outputs[name] >= low) & (outputs[name] <= high)).all():
                 raise UserError(f"{self.path} gives {name} that are not in {low}..{high}; export "
-                                "the detector again")  # fmt: skip
+                                "the detector again")
 
 
 def open_model(path: str | Path, threads: int | None = None) -> ExportedModel:
@@ -215,7 +212,5 @@ def _unreadable(path: Path, error: Exception) -> UserError:
 def _check_names(path: Path, info: ExportInfo, inputs: list[str], outputs: list[str]) -> None:
     for what, found, wanted in (("takes", inputs, info.inputs), ("gives", outputs, info.outputs)):
         if set(found) != set(wanted):
-            raise UserError(
-                f"{path} {what} {', '.join(found)}, where its description says "
-                f"{', '.join(wanted)}; export the detector again"
-            )
+            raise UserError(f"{path} {what} {', '.join(found)}, where its description says "
+                            f"{', '.join(wanted)}; export the detector again")

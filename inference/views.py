@@ -68,22 +68,18 @@ class Views:
 
     def __post_init__(self) -> None:
         if self.tiles < 0 or not 0 <= self.overlap < 1:
-            raise UserError(
-                f"tiles of {self.tiles} px that overlap by {self.overlap:g} cover nothing; give a "
-                "side of 0 or more, and an overlap from 0 to under 1"
-            )
+            raise UserError(f"tiles of {self.tiles} px that overlap by {self.overlap:g} cover "
+                            "nothing; give a side of 0 or more, and an overlap from 0 to under 1")
 
     def of(self, image: np.ndarray) -> list[View]:
         """Return the views of an image, the whole image first."""
         height, width = image.shape[:2]
         views = [View(image, 0, 0, False)]
         if 0 < self.tiles < max(height, width):
-            views += [
-                View(image[y : y + self.tiles, x : x + self.tiles], x, y, False)
-                for y in self._starts(height) for x in self._starts(width)
-            ]  # fmt: skip
+            views += [View(image[y : y + self.tiles, x : x + self.tiles], x, y, False)
+                      for y in self._starts(height) for x in self._starts(width)]
         mirrored = [View(np.ascontiguousarray(v.image[:, ::-1]), v.left, v.top, True)
-                    for v in views if self.flip]  # fmt: skip
+                    for v in views if self.flip]
         return views + mirrored
 
     def _starts(self, length: int) -> Iterator[int]:

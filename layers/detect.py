@@ -53,9 +53,8 @@ class DetectConfig:
             raise ValueError(f"per_class {limits[0]} and top_k {limits[1]} should be whole numbers "
                              "over 0")
         if not (0 <= self.conf_thresh <= 1 and 0 <= self.nms_thresh <= 1):
-            raise ValueError(
-                f"conf_thresh {self.conf_thresh} and nms_thresh {self.nms_thresh} should be in 0..1"
-            )
+            raise ValueError(f"conf_thresh {self.conf_thresh} and nms_thresh {self.nms_thresh} "
+                             "should be in 0..1")
 
     def with_limits(self, conf_thresh: float | None, top_k: int | None,
                     per_class: int | None = None) -> DetectConfig:  # fmt: skip
@@ -116,10 +115,8 @@ class Detect(nn.Module):
         """
         fits = conf.ndim == 3 and loc.shape == (len(sizes), len(priors), 4)
         if not fits or conf.shape[:2] != loc.shape[:2] or conf.shape[2] < 2:
-            raise ValueError(
-                f"loc {list(loc.shape)}, conf {list(conf.shape)}, {len(priors)} priors and "
-                f"{len(sizes)} image sizes do not fit together"
-            )
+            raise ValueError(f"loc {list(loc.shape)}, conf {list(conf.shape)}, {len(priors)} "
+                             f"priors and {len(sizes)} image sizes do not fit together")
         if loc.device.type == "mps":  # lacks float64, and operations of some routines
             loc, conf, priors = loc.cpu(), conf.cpu(), priors.cpu()
         image, prior = self._candidates(conf).nonzero(as_tuple=True)

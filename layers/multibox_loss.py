@@ -71,10 +71,8 @@ class MultiBoxLoss(nn.Module):
             if target.ndim != 2 or target.shape[1] != 5:
                 raise ValueError(f"target {i} has shape {list(target.shape)}, expected [n, 5]")
             if len(target) and not 1 <= target[:, 4].min() <= target[:, 4].max() < self.num_classes:
-                raise ValueError(
-                    f"target {i} has a label outside 1..{self.num_classes - 1}: "
-                    f"{target[:, 4].tolist()}"
-                )
+                raise ValueError(f"target {i} has a label outside 1..{self.num_classes - 1}: "
+                                 f"{target[:, 4].tolist()}")
         boxes = pad_targets(targets, priors.device)
         return match(boxes, priors, self.threshold, self.variance, index=priors.is_cpu)
 
@@ -101,10 +99,8 @@ class MultiBoxLoss(nn.Module):
     def _check(self, predictions: tuple[Tensor, Tensor], batch: int, priors: int) -> None:
         loc, conf = predictions
         if loc.shape != (batch, priors, 4) or conf.shape != (batch, priors, self.num_classes):
-            raise ValueError(
-                f"loc {list(loc.shape)} and conf {list(conf.shape)} do not fit {batch} targets, "
-                f"{priors} priors and {self.num_classes} classes"
-            )
+            raise ValueError(f"loc {list(loc.shape)} and conf {list(conf.shape)} do not fit "
+                             f"{batch} targets, {priors} priors and {self.num_classes} classes")
 
 
 # Both sums below can be computed in two ways, with equal results. With `index` they gather the few

@@ -124,10 +124,8 @@ def build_net(version: str, size: int, num_classes: int) -> Detector:
     net = assemble(row, row.base(), priors, num_classes)
     sides = _source_sides(net, size)
     if sides != priors.feature_maps:
-        raise ValueError(
-            f"{version} at {size} has source maps of {sides}, the prior boxes are made for "
-            f"{priors.feature_maps}"
-        )
+        raise ValueError(f"{version} at {size} has source maps of {sides}, the prior boxes are "
+                         f"made for {priors.feature_maps}")
     return net
 
 

@@ -91,12 +91,10 @@ def _match(source: str, base: Mapping[str, Tensor], state: Mapping[str, Tensor],
     names = {key: name for key, name in names.items() if name in base and not name.startswith(new)}
     found = {name: state[key] for key, name in names.items()}
     missing, _, wrong = compare(base, found)
-    return BaseMatch(
-        source=source, total=len(base),
-        tensors={name: t for name, t in found.items() if t.shape == base[name].shape},
-        unused=[key for key in state if key not in names], missing=missing, wrong=wrong,
-        fits=not wrong and all(key.startswith(new) for key in missing),
-    )
+    return BaseMatch(source=source, total=len(base),
+                     tensors={name: t for name, t in found.items() if t.shape == base[name].shape},
+                     unused=[key for key in state if key not in names], missing=missing,
+                     wrong=wrong, fits=not wrong and all(key.startswith(new) for key in missing))
 
 
 def load_base(base: nn.Module, path: str | Path, version: str) -> BaseMatch:

@@ -43,27 +43,20 @@ class HarDNetSpec:
 
 
 HARDNET_SPECS = {
-    68: HarDNetSpec(
-        stem=(32, 64), growth=(14, 16, 20, 40), layers=(8, 16, 16, 16),
-        channels=(128, 256, 320, 640), multiplier=1.7, pool_after={0: True, 2: False},
-        stride8_block=2, dilated_bridge=True,
-    ),
-    85: HarDNetSpec(
-        stem=(48, 96), growth=(24, 24, 28, 36, 48), layers=(8, 16, 16, 16, 16),
-        channels=(192, 256, 320, 480, 720), multiplier=1.7, pool_after={0: True, 2: False},
-        stride8_block=2, dilated_bridge=False,
-    ),
+    68: HarDNetSpec(stem=(32, 64), growth=(14, 16, 20, 40), layers=(8, 16, 16, 16),
+                    channels=(128, 256, 320, 640), multiplier=1.7, pool_after={0: True, 2: False},
+                    stride8_block=2, dilated_bridge=True),
+    85: HarDNetSpec(stem=(48, 96), growth=(24, 24, 28, 36, 48), layers=(8, 16, 16, 16, 16),
+                    channels=(192, 256, 320, 480, 720), multiplier=1.7,
+                    pool_after={0: True, 2: False}, stride8_block=2, dilated_bridge=False),
     # The depthwise variants, without the last block of the classifiers.
-    "68ds": HarDNetSpec(
-        stem=(32, 64), growth=(14, 16, 20, 40), layers=(8, 16, 16, 16),
-        channels=(128, 256, 320, 640), multiplier=1.7, pool_after={0: False, 2: False},
-        stride8_block=2, dilated_bridge=False, depthwise=True,
-    ),
-    "39ds": HarDNetSpec(
-        stem=(24, 48), growth=(16, 20, 64), layers=(4, 16, 8), channels=(96, 320, 640),
-        multiplier=1.6, pool_after={0: False, 1: False}, stride8_block=1, dilated_bridge=False,
-        depthwise=True,
-    ),
+    "68ds": HarDNetSpec(stem=(32, 64), growth=(14, 16, 20, 40), layers=(8, 16, 16, 16),
+                        channels=(128, 256, 320, 640), multiplier=1.7,
+                        pool_after={0: False, 2: False}, stride8_block=2, dilated_bridge=False,
+                        depthwise=True),
+    "39ds": HarDNetSpec(stem=(24, 48), growth=(16, 20, 64), layers=(4, 16, 8),
+                        channels=(96, 320, 640), multiplier=1.6, pool_after={0: False, 1: False},
+                        stride8_block=1, dilated_bridge=False, depthwise=True),
 }
 
 
@@ -194,8 +187,7 @@ class DepthwiseBridge(nn.Sequential):
     """
 
     def __init__(self, channels: int) -> None:
-        super().__init__(
-            nn.MaxPool2d(3, stride=1, padding=1), CombConvLayer(channels, channels, dilation=4),
-            ConvLayer(channels, channels, kernel=1, activation=nn.ReLU6),
-        )
+        super().__init__(nn.MaxPool2d(3, stride=1, padding=1),
+                         CombConvLayer(channels, channels, dilation=4),
+                         ConvLayer(channels, channels, kernel=1, activation=nn.ReLU6))
         init_kaiming(self)

@@ -54,10 +54,8 @@ def identify(state_dict: Mapping[str, Tensor]) -> tuple[str, int, int]:
     differences = [*found.wrong, *(f"{key} is missing" for key in found.missing),
                    *(f"{key} is not expected" for key in found.unused)]
     first = f"{found.version} at {found.size}: {differences[0]}"
-    raise ValueError(
-        f"these tensors belong to no known detector; the closest differs in {found.count} of them "
-        f"({'; '.join([first, *found.not_compared])})"
-    )
+    raise ValueError("these tensors belong to no known detector; the closest differs in "
+                     f"{found.count} of them ({'; '.join([first, *found.not_compared])})")
 
 
 def closest(state_dict: Mapping[str, Tensor]) -> Difference:

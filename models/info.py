@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data import DATASETS
+from data.classes import check_classes
 from data.config import COCO_CLASSES, VOC_CLASSES, PriorConfig
 from layers.detect import DetectConfig
 from models import build_net, prior_config
@@ -57,10 +58,9 @@ class DetectorInfo:
         """
         info = cls.for_data(saved, path, classes)
         if classes is not None and tuple(classes) != info.classes:
-            raise UserError(
-                f"{path} has the {len(info.classes)} classes {', '.join(info.classes)}, not "
-                f"{', '.join(classes)}; leave the names out"
-            )
+            known = ", ".join(info.classes[:80])
+            raise UserError(f"{path} has the {len(info.classes)} classes {known}, not "
+                            f"{', '.join(classes)}; leave the names out")
         return info
 
     @classmethod
@@ -85,10 +85,8 @@ class DetectorInfo:
         except ValueError as error:
             raise UserError(f"{path}: {error}") from error
         if info.dataset not in DATASETS:
-            raise UserError(
-                f"{path} was trained on the data set {info.dataset!r}, which is none of "
-                f"{', '.join(DATASETS)}; add it to this program, or train again"
-            )
+            raise UserError(f"{path} was trained on the data set {info.dataset!r}, which is none "
+                            f"of {', '.join(DATASETS)}; add it to this program, or train again")
         return info
 
     def build(self) -> Detector:
@@ -134,16 +132,21 @@ def load_detector(path: str | Path,
 
 def _from_config(saved: Mapping, path: str | Path) -> DetectorInfo:
     config, classes = saved["config"], saved.get("classes")
-    if not (isinstance(classes, list) and classes and all(isinstance(c, str) for c in classes)):
-        raise UserError(f"{path}: its classes are {classes!r}, expected a list of names")
+    if not (isinstance(classes, list | tuple) and all(isinstance(c, str) for c in classes)):
+        raise UserError(f"{path}: its classes are {classes!r:.60}, expected a list of names")
+    classes = check_classes(classes, f"{path}: its classes")
+    heads = saved["model"].get("conf.0.weight")
+    # Before a network is built, whose size the number of names decides.
+    rows = heads.shape[0] if heads is not None and heads.dim() else 0
+    if not rows or rows % (len(classes) + 1):
+        raise UserError(f"{path} names {len(classes)} classes, but its conf.0.weight of {rows} "
+                        "rows is not of as many and background; it is damaged")
     kinds = {"version": str, "size": int, "dataset": str, "priors": str}
     for key, kind in kinds.items():
-        if not isinstance(config.get(key), kind):
-            raise UserError(
-                f"{path}: its configuration has {key} {config.get(key)!r}, which is not valid; "
-                "give a checkpoint of this program"
-            )
-    return DetectorInfo(**{key: config[key] for key in kinds}, classes=tuple(classes))
+        if type(config.get(key)) is not kind:
+            raise UserError(f"{path}: its configuration has {key} {config.get(key)!r:.60}, which "
+                            "is not valid; give a checkpoint of this program")
+    return DetectorInfo(**{key: config[key] for key in kinds}, classes=classes)
 
 
 def _from_tensors(saved: Mapping, path: str | Path, classes: Sequence[str] | None,

@@ -244,9 +244,8 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
     """
     source, target = Path(source), Path(target)
     if (source.suffix == ".safetensors") == (target.suffix == ".safetensors"):
-        raise UserError(
-            f"{source} and {target}: one of the two must end in .safetensors, the other in .pth"
-        )
+        raise UserError(f"{source} and {target}: one of the two must end in .safetensors, the "
+                        "other in .pth")
     if target.exists():
         raise UserError(f"{target} exists; delete it or give another name")
     saved = load_checkpoint(source)
@@ -257,9 +256,8 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
         try:
             save_checkpoint(target, {"model": saved["model"], **kept})
         except RecursionError as error:
-            raise UserError(
-                f"{target} cannot be written: the configuration in {source} is too deeply nested"
-            ) from error
+            raise UserError(f"{target} cannot be written: the configuration in {source} is too "
+                            "deeply nested") from error
     else:
         with atomic_write(target) as file:
             torch.save(saved["model"], file)

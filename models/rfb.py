@@ -32,10 +32,9 @@ class BasicConv(nn.Sequential):
     The default ``padding`` keeps the size at stride 1.
     """
 
-    def __init__(
-        self, in_channels: int, out_channels: int, kernel: int | tuple[int, int] = 1,
-        stride: int = 1, dilation: int = 1, padding: int | None = None, linear: bool = False,
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel: int | tuple[int, int] = 1,
+                 stride: int = 1, dilation: int = 1, padding: int | None = None,
+                 linear: bool = False) -> None:
         kernel = (kernel, kernel) if isinstance(kernel, int) else kernel
         if padding is None:
             padding = tuple(dilation * (side // 2) for side in kernel)
@@ -70,13 +69,11 @@ class ReceptiveField(nn.Module):
 def source_field(in_channels: int) -> ReceptiveField:
     """Build the block of 512 channels on source 1 (RFB-s: more branches, 3x1 and 1x3 kernels)."""
     t, tall, wide = in_channels // 4, (3, 1), (1, 3)
-    branches = [
-        [BasicConv(in_channels, t), BasicConv(t, t, 3, linear=True)],
-        *([BasicConv(in_channels, t), BasicConv(t, t, kernel),
-           BasicConv(t, t, 3, dilation=3, linear=True)] for kernel in (tall, wide)),
-        [BasicConv(in_channels, t // 2), BasicConv(t // 2, 3 * t // 4, wide),
-         BasicConv(3 * t // 4, t, tall), BasicConv(t, t, 3, dilation=5, linear=True)],
-    ]
+    branches = [[BasicConv(in_channels, t), BasicConv(t, t, 3, linear=True)],
+                *([BasicConv(in_channels, t), BasicConv(t, t, kernel),
+                   BasicConv(t, t, 3, dilation=3, linear=True)] for kernel in (tall, wide)),
+                [BasicConv(in_channels, t // 2), BasicConv(t // 2, 3 * t // 4, wide),
+                 BasicConv(3 * t // 4, t, tall), BasicConv(t, t, 3, dilation=5, linear=True)]]
     return ReceptiveField(in_channels, 512, branches)
 
 
@@ -84,22 +81,18 @@ def extra_field(in_channels: int, out_channels: int, stride: int, visual: int) -
     """Build a block of the extras; ``visual`` sets the dilation of its convolutions."""
     t = in_channels // 8
     near, far = visual + 1, 2 * visual + 1
-    branches = [
-        [BasicConv(in_channels, t), BasicConv(t, 2 * t, 3, stride),
-         BasicConv(2 * t, 2 * t, 3, dilation=near, linear=True)],
-        [BasicConv(in_channels, t), BasicConv(t, t // 2 * 3, 3),
-         BasicConv(t // 2 * 3, 2 * t, 3, stride),
-         BasicConv(2 * t, 2 * t, 3, dilation=far, linear=True)],
-    ]
+    branches = [[BasicConv(in_channels, t), BasicConv(t, 2 * t, 3, stride),
+                 BasicConv(2 * t, 2 * t, 3, dilation=near, linear=True)],
+                [BasicConv(in_channels, t), BasicConv(t, t // 2 * 3, 3),
+                 BasicConv(t // 2 * 3, 2 * t, 3, stride),
+                 BasicConv(2 * t, 2 * t, 3, dilation=far, linear=True)]]
     return ReceptiveField(in_channels, out_channels, branches, stride)
 
 
 # size -> (outputs, stride, visual) of the blocks, options of the convolutions after them
-_EXTRAS = {
-    300: (((1024, 1, 2), (512, 2, 2), (256, 2, 2)), ({"kernel": 3, "padding": 0},) * 2),
-    512: (((1024, 1, 2), (512, 2, 2), (256, 2, 2), (256, 2, 1), (256, 2, 1)),
-          ({"kernel": 4, "padding": 1},)),
-}
+_EXTRAS = {300: (((1024, 1, 2), (512, 2, 2), (256, 2, 2)), ({"kernel": 3, "padding": 0},) * 2),
+           512: (((1024, 1, 2), (512, 2, 2), (256, 2, 2), (256, 2, 1), (256, 2, 1)),
+                 ({"kernel": 4, "padding": 1},))}
 
 
 def rfb_extras(in_channels: int, size: int) -> nn.ModuleList:

@@ -31,10 +31,8 @@ class Detector(nn.Module):
                    num_classes: int) -> None:
         """Add the heads on source maps of ``channels``; call it last, for the order of keys."""
         if len(channels) != len(boxes_per_cell):
-            raise ValueError(
-                f"the network has {len(channels)} source maps, the prior boxes are given for "
-                f"{len(boxes_per_cell)}"
-            )
+            raise ValueError(f"the network has {len(channels)} source maps, the prior boxes are "
+                             f"given for {len(boxes_per_cell)}")
         self.num_classes = num_classes
         self.loc = _heads(channels, [a * 4 for a in boxes_per_cell])
         self.conf = _heads(channels, [a * num_classes for a in boxes_per_cell])
@@ -108,10 +106,8 @@ _HALVE = {"kernel_size": 3, "stride": 2, "padding": 1}
 _SHRINK = {"kernel_size": 3}
 _LAST = {"kernel_size": 4, "padding": 1}
 # size -> (width of the 1x1 convolution, outputs, options of the convolution that shrinks the map)
-_EXTRAS = {
-    300: ((256, 512, _HALVE), (128, 256, _HALVE), (128, 256, _SHRINK), (128, 256, _SHRINK)),
-    512: ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3, (128, 256, _LAST)),
-}
+_EXTRAS = {300: ((256, 512, _HALVE), (128, 256, _HALVE), (128, 256, _SHRINK), (128, 256, _SHRINK)),
+           512: ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3, (128, 256, _LAST))}
 
 
 def _heads(in_channels: Sequence[int], out_channels: Sequence[int]) -> nn.ModuleList:

@@ -71,8 +71,6 @@ def _torchvision_models(network: str) -> ModuleType:
         except metadata.PackageNotFoundError:
             installed = "torchvision"
         release = torch.__version__.partition("+")[0]
-        raise UserError(
-            f"{network} needs torchvision, but {installed} cannot be imported beside torch "
-            f"{torch.__version__} ({error}); install the one that fits: pip install "
-            f"torch=={release} torchvision"
-        ) from error
+        raise UserError(f"{network} needs torchvision, but {installed} cannot be imported beside "
+                        f"torch {torch.__version__} ({error}); install the one that fits: pip "
+                        f"install torch=={release} torchvision") from error

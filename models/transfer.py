@@ -12,10 +12,8 @@ from torch import Tensor
 
 from utils.errors import UserError
 
-VOC_TO_COCO = {
-    "aeroplane": "airplane", "motorbike": "motorcycle", "tvmonitor": "tv", "sofa": "couch",
-    "diningtable": "dining table", "pottedplant": "potted plant",
-}
+VOC_TO_COCO = {"aeroplane": "airplane", "motorbike": "motorcycle", "tvmonitor": "tv",
+               "sofa": "couch", "diningtable": "dining table", "pottedplant": "potted plant"}
 """VOC's name of a class -> COCO's name, where they differ."""
 
 _HEAD = re.compile(r"conf\.\d+\.(weight|bias)")
@@ -36,10 +34,8 @@ def parse_class_map(text: str) -> dict[str, str]:
         try:
             entries = Path(text).read_text("utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
-            raise UserError(
-                f"the class map {text} is neither own=other,... nor a file that can be read "
-                f"({error})"
-            ) from error
+            raise UserError(f"the class map {text} is neither own=other,... nor a file that can be "
+                            f"read ({error})") from error
     names: dict[str, str] = {}
     for entry in filter(None, (entry.strip() for entry in entries)):
         own, _, other = (part.strip() for part in entry.partition("="))
@@ -64,10 +60,8 @@ def match_classes(from_names: Sequence[str], to_names: Sequence[str],
     for own, other in class_map.items():
         for name, names in ((own, to_names), (other, from_names)):
             if name not in names:
-                raise UserError(
-                    f"the class map has {own}={other}, but {name} is none of the classes "
-                    f"{', '.join(names)}"
-                )
+                raise UserError(f"the class map has {own}={other}, but {name} is none of the "
+                                f"classes {', '.join(names)}")
     index = {name: i for i, name in enumerate(from_names)}
     also = {**VOC_TO_COCO, **{coco: voc for voc, coco in VOC_TO_COCO.items()}}
     rows = []
@@ -88,17 +82,14 @@ def check_known(path: str | Path, from_names: Sequence[str], to_names: Sequence[
     rows = match_classes(from_names, to_names, class_map)
     unknown = [name for name, row in zip(to_names, rows, strict=True) if row is None]
     if unknown:
-        raise UserError(
-            f"{path} has not learnt {', '.join(unknown)}; its classes are {', '.join(from_names)}; "
-            "say which of them each is (--class_map own=other,...), or train from it with "
-            "--resume_net"
-        )
+        raise UserError(f"{path} has not learnt {', '.join(unknown)}; its classes are "
+                        f"{', '.join(from_names)}; say which of them each is (--class_map "
+                        "own=other,...), or train from it with --resume_net")
 
 
-def transfer_classes(
-    state: Mapping[str, Tensor], from_names: Sequence[str], to_names: Sequence[str],
-    class_map: Mapping[str, str] | None = None, seed: int = 0,
-) -> tuple[dict[str, Tensor], list[str]]:
+def transfer_classes(state: Mapping[str, Tensor], from_names: Sequence[str],
+                     to_names: Sequence[str], class_map: Mapping[str, str] | None = None,
+                     seed: int = 0) -> tuple[dict[str, Tensor], list[str]]:
     """Return a detector's state dict for other classes.
 
     Args:
@@ -127,10 +118,8 @@ def transfer_classes(
             continue
         boxes, rest = divmod(tensor.shape[0], len(from_names) + 1)
         if rest or not boxes:
-            raise UserError(
-                f"{key} has {tensor.shape[0]} rows, which are not those of {len(from_names)} "
-                "classes and background for a number of prior boxes"
-            )
+            raise UserError(f"{key} has {tensor.shape[0]} rows, which are not those of "
+                            f"{len(from_names)} classes and background for a number of prior boxes")
         gathered = tensor.unflatten(0, (boxes, -1))[:, index]
         fresh = torch.zeros_like(gathered)
         if key.endswith("weight"):

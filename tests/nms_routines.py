@@ -23,11 +23,8 @@ needs_compiler = pytest.mark.skipif(not shutil.which("c++") or sys.platform == "
                                     reason="no C++ compiler with ucontext.h")
 needs_torchvision = pytest.mark.skipif(backends.torchvision()[0] is None,
                                        reason=backends.torchvision()[1])
-EXACT = [
-    "torch",
-    pytest.param("cython", marks=compiled),
-    pytest.param("cuda", marks=needs_compiler),
-]
+EXACT = ["torch", pytest.param("cython", marks=compiled),
+         pytest.param("cuda", marks=needs_compiler)]
 """Routines that keep the same boxes to the last tie."""
 exact = pytest.mark.parametrize("routine", EXACT)
 EVERY = [*EXACT, pytest.param("torchvision", marks=needs_torchvision)]

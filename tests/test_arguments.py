@@ -20,8 +20,7 @@ def test_options_are_taken_with_dashes_and_underscores(declared, given):
     (["--bacth_size", "8"], "unknown option --bacth_size", "; did you mean --batch_size?"),
     (["--no_such-option=1"], "unknown option --no_such-option", ""),
     (["-kind", "a"], "unknown option -kind", "; did you mean --kind?"),
-    (["--kind", "ssd_hardnet\x1b86"], r"'ssd_hardnet\x1b86'", "; did you mean SSD_HarDNet85?"),
-])  # fmt: skip
+    (["--kind", "ssd_hardnet\x1b86"], r"'ssd_hardnet\x1b86'", "; did you mean SSD_HarDNet85?")])
 def test_the_nearest_name_of_a_misspelt_one_is_told_in_a_line(words, said, fix, capsys):
     parser = Parser(prog="it")
     parser.add_argument("--batch_size", "--batch", type=int)

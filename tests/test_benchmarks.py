@@ -82,8 +82,7 @@ def test_the_interval_is_that_of_the_tables_of_mann_and_whitney():
 
 @pytest.mark.parametrize(("ratio", "rounds", "verdict"), [
     (0.5, 10, "holds"), (0.6, 10, "does not hold"), (0.55, 10, "no evidence"),
-    (0.5, 2, "no evidence"),
-])  # fmt: skip
+    (0.5, 2, "no evidence")])
 def test_a_claim_holds_where_the_interval_is_below_its_limit(ratio, rounds, verdict):
     rng = np.random.default_rng(0)
     found = harness.claim(0.55, series(rng, 1, rounds=rounds), series(rng, ratio, rounds=rounds))
@@ -122,8 +121,7 @@ def rows_of(capsys, module, argv):
     (scores, VOC, lambda row: row["detections"] == 600 and 0.1 < row["AP"]["area"] < 0.9),
     (train, LOSS, lambda row: row["ratio"] == row["seconds"]["ours"]
      / row["seconds"]["published"]),
-    (train, MEMORY, lambda row: row["kept"]["plain"] > 1 and row["peak"]["plain"] > 100),
-])  # fmt: skip
+    (train, MEMORY, lambda row: row["kept"]["plain"] > 1 and row["peak"]["plain"] > 100)])
 def test_benchmark_runs_and_compares(capsys, monkeypatch, tiny, module, argv, holds):
     monkeypatch.setattr(nms, "build_net", lambda *a: torch.nn.Conv2d(3, 1, 1))
     monkeypatch.setattr(harness, "in_a_process", lambda call, *arguments: call(*arguments))
@@ -143,8 +141,7 @@ def other_gradients(net, images, priors, amp, recompute):
 
 @pytest.mark.parametrize(("ours", "theirs", "message"), [
     ([0.2, 0.1 + 1e-16], [0.2, 0.1], "hotcoco"), ([math.nan], [0.1], "hotcoco"),
-    ("a table", "another", "hotcoco prints"),
-])  # fmt: skip
+    ("a table", "another", "hotcoco prints")])
 def test_another_digit_of_a_backend_is_noticed(ours, theirs, message):
     scores.difference("hotcoco", theirs, theirs)
     with pytest.raises(AssertionError, match=message):
@@ -156,8 +153,7 @@ def test_another_digit_of_a_backend_is_noticed(ours, theirs, message):
                  f"{SUPPRESS} --classes 1", "other boxes", marks=needs_torchvision),
     (scores, "loop", lambda *a: ([1.0], [1.0]), VOC, "another recall"),
     (train, "VARIANCE", (0.1, 0.1), LOSS, "not close"),
-    (train, "gradients", other_gradients, MEMORY, "tiny off: .* other gradients"),
-])  # fmt: skip
+    (train, "gradients", other_gradients, MEMORY, "tiny off: .* other gradients")])
 def test_another_result_is_noticed(monkeypatch, tiny, module, name, wrong, argv, message):
     monkeypatch.setattr(module, name, wrong)
     with pytest.raises(AssertionError, match=message):
@@ -282,12 +278,9 @@ def test_settings_are_those_of_the_environment():
 
 def test_a_call_that_fails_or_hangs_stops_nothing_else(tmp_path, monkeypatch, capfd):
     def stages(settings, folder):
-        return [
-            {"fails": (9, "-c 'print(1); raise SystemExit(3)'")},
-            {"hangs": (1.5, "-c 'import time; print(7, flush=True); time.sleep(60)'"),
-             "beside": (9, "-c 'print(6)'")},
-            {"works": (9, "-c 'print(5 * 5)'")},
-        ]  # fmt: skip
+        return [{"fails": (9, "-c 'print(1); raise SystemExit(3)'")},
+                {"hangs": (1.5, "-c 'import time; print(7, flush=True); time.sleep(60)'"),
+                 "beside": (9, "-c 'print(6)'")}, {"works": (9, "-c 'print(5 * 5)'")}]
 
     parts = {"one": on_gpu.Part(stages, 30, 5), "two": on_gpu.Part(stages, 9, 5, "bccd")}
     monkeypatch.setattr(on_gpu, "PARTS", parts)
@@ -295,13 +288,11 @@ def test_a_call_that_fails_or_hangs_stops_nothing_else(tmp_path, monkeypatch, ca
     assert on_gpu.main([], on_gpu.Settings(out=tmp_path / "out")) == 1
     assert time.monotonic() - start < 20
     one, two = map(json.loads, (tmp_path / "out/results.jsonl").read_text().splitlines())
-    assert (one["status"], one["failed"], two["status"]) == (
-        "failed", ["fails", "hangs"], "needs bccd"
-    )  # fmt: skip
+    assert (one["status"], one["failed"], two["status"]) == ("failed", ["fails", "hangs"],
+                                                             "needs bccd")
     found = {name: (each["status"], each["lines"]) for name, each in one["results"].items()}
-    assert found == {
-        "fails": (3, ["1"]), "hangs": (None, ["7"]), "beside": (0, []), "works": (0, ["25"])
-    }  # fmt: skip
+    assert found == {"fails": (3, ["1"]), "hangs": (None, ["7"]), "beside": (0, []),
+                     "works": (0, ["25"])}
     table = capfd.readouterr().out
     assert "status 3" in table and "stopped" in table and "    25" in table
     assert on_gpu.main(["three"], on_gpu.Settings(out=tmp_path)) == 2

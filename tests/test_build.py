@@ -28,10 +28,9 @@ def run(*command, cwd, **environment):
     active = ("VIRTUAL_ENV", "CONDA_PREFIX", "SSD_VENV")
     inherited = {k: v for k, v in os.environ.items() if k not in active}
     inherited["TORCH_CUDA_ARCH_LIST"] = "none"  # unless a test asks for it, no CUDA
-    return subprocess.run(
-        list(map(str, command)), cwd=cwd, stdin=subprocess.DEVNULL, capture_output=True, text=True,
-        env=inherited | {k: str(v) for k, v in environment.items()}, timeout=120,
-    )
+    return subprocess.run(list(map(str, command)), cwd=cwd, stdin=subprocess.DEVNULL,
+                          capture_output=True, text=True,
+                          env=inherited | {k: str(v) for k, v in environment.items()}, timeout=120)
 
 
 @pytest.fixture
@@ -122,12 +121,9 @@ def test_a_compiler_without_openmp_serves_and_it_is_said(tree, tmp_path):
     if sys.platform == "darwin":
         pytest.skip("OpenMP is not asked for here")
     refusal = "c++: error: unsupported option \u2018-fopenmp\u2019"  # quoted as gcc does
-    compiler = script(
-        tmp_path,
-        "c++",
-        f'case "$*" in *-fopenmp*) echo "{refusal}" >&2; exit 1 ;; esac\n'
-        f'exec {shutil.which(os.environ.get("CXX", "c++"))} "$@"',
-    )
+    compiler = script(tmp_path, "c++",
+                      f'case "$*" in *-fopenmp*) echo "{refusal}" >&2; exit 1 ;; esac\n'
+                      f'exec {shutil.which(os.environ.get("CXX", "c++"))} "$@"')
     told = compile_in(tree, CC=compiler, CXX=compiler, PYTHONIOENCODING="ascii")[0]
     assert told.startswith("compiled without OpenMP, for one thread: c++: error: unsupported")
     assert compile_in(tree)[0] == "up to date"
@@ -270,11 +266,9 @@ def test_the_opencv_that_is_there_is_the_one_required(monkeypatch):
 
 
 def test_only_what_is_missing_or_too_old_is_installed(monkeypatch):
-    everything = {
-        "torch": "2.10.0+cpu", "torchvision": "0.25.0+cpu", "numpy": "2.0.0rc1",
-        "opencv_contrib_python": "5.0.0.93", "pycocotools": "2.0.8", "cython": "3.0a1",
-        "setuptools": "80.1", "pillow": "10.1.0",
-    }  # fmt: skip
+    everything = {"torch": "2.10.0+cpu", "torchvision": "0.25.0+cpu", "numpy": "2.0.0rc1",
+                  "opencv_contrib_python": "5.0.0.93", "pycocotools": "2.0.8", "cython": "3.0a1",
+                  "setuptools": "80.1", "pillow": "10.1.0", "pyyaml": "6.0"}
     installed(monkeypatch, **everything)
     assert build.missing() == []
     assert build.missing("eval") == ["hotcoco>=1.2", "faster-coco-eval", "torch==2.10.0+cpu"]

@@ -59,6 +59,10 @@ def test_file_that_is_no_curves_is_refused(tmp_path):
         lambda: np.savez(path, classes=np.array([{}], object)),  # a pickle is not opened
         lambda: ragged(path, recall=np.ones(5)),
         lambda: ragged(path, counts=np.ones((1, 2, 3), int)),
+        lambda: ragged(path, counts=np.array([[[3, -1, 2, 0], [1, 1, 0, 0]]])),
+        lambda: ragged(path, scores=np.full(6, np.nan)),
+        lambda: ragged(path, precision=np.full(6, "1")),
+        lambda: write_curves(path, "dog", ["0.5"], recall=np.ones(1)),
     ]
     for write in writers:
         write()

@@ -17,7 +17,7 @@ def test_detections_are_read_back_if_they_were_made_by_the_same_things(tmp_path)
     path = tmp_path / "d.npz"
     save_detections(path, ["a", 7], FOUND, MADE_BY)
     for asked in ({}, {"sets": "test"}, MADE_BY):
-        found, made_by = load_detections(path, ["a", 7], asked)
+        found, made_by = load_detections(path, ["a", 7], 1, asked)
         assert made_by == MADE_BY and len(found) == 2
         for one, other in zip(found, FOUND, strict=True):
             assert all(np.array_equal(one[key], other[key]) for key in one)
@@ -28,25 +28,31 @@ def test_detections_are_read_back_if_they_were_made_by_the_same_things(tmp_path)
         ({"classes": ["x"]}, r"classes None, not \['x'\]"),
     ):
         with pytest.raises(UserError, match=f"{path} .*{message}; .*without --retest"):
-            load_detections(path, ["a", 7], asked)
+            load_detections(path, ["a", 7], 1, asked)
     with pytest.raises(UserError, match=f"{path} is of other images"):
-        load_detections(path, ["a", "b"], {})
+        load_detections(path, ["a", "b"], 1, {})
 
 
 def test_file_that_is_missing_or_damaged_is_refused(tmp_path):
     path = tmp_path / "d.npz"
     with pytest.raises(UserError, match=f"{path} does not exist: .*without --retest"):
-        load_detections(path, [], {})
+        load_detections(path, [], 1, {})
     path.write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(UserError, match=f"{path} is damaged"):
-        load_detections(path, [], {})
+        load_detections(path, [], 1, {})
     save_detections(path, ["a", "b"], FOUND, MADE_BY)
     arrays = dict(np.load(path))
     for change in ({"counts": np.array([1, 0])}, {"counts": np.array([3, -1])},
-                   {"made_by": np.array("[]")}):  # fmt: skip
+                   {"made_by": np.array("[]")}, {"made_by": np.array("[" * 9999)},
+                   {"counts": np.ones(2)}, {"labels": np.array(["a", "b"])}, {"ids": np.array(1)},
+                   {"scores": np.array([{}, {}], object)}, {"boxes": np.ones((4, 2))}):  # fmt: skip
         np.savez(path, **arrays | change)
-        with pytest.raises(UserError, match=f"{path} is damaged .*do not fit together"):
-            load_detections(path, ["a", "b"], {})
+        with pytest.raises(UserError, match=f"{path} is damaged .*without --retest"):
+            load_detections(path, ["a", "b"], 1, {})
+    for change in ({"labels": np.array([1, 2])}, {"scores": np.array([1, np.nan])}):
+        np.savez(path, **arrays | change)
+        with pytest.raises(UserError, match=f"{path} does not fit .*image a.*without --retest"):
+            load_detections(path, ["a", "b"], 1, {})
 
 
 def test_columns_are_all_images_in_a_row():
@@ -57,8 +63,7 @@ def test_columns_are_all_images_in_a_row():
 
 
 @pytest.mark.parametrize(("change", "message"), [
-    ({"labels": [0]}, "image x: .*label 0 of 1"),
-    ({"labels": [2]}, "image x: .*label 2 of 1"),
+    ({"labels": [0]}, "image x: .*label 0 of 1"), ({"labels": [2]}, "image x: .*label 2 of 1"),
     ({"scores": [np.nan]}, "image x: .*score nan"),
     ({"boxes": [[0, 0, np.inf, 1]]}, "image x: .*box .*inf"),
     ({"boxes": [[0, 0, 1e160, 1e160]]}, "image x: .*box .*e\\+160"),

@@ -44,12 +44,9 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(("arguments", "value", "fix"), [
-    (("cuda:2",), "cuda:2", "--device cpu"),
-    (("auto", "off", 2), "cuda:2", "--device cpu"),
-    (("cuda:1", "off", 0), "cuda:1", "leave it out"),
-    (("tpu",), "tpu", "cuda:N"),
-    (("cuda:x",), "cuda:x", "cuda:N"),
-    (("cuda:",), "cuda:", "cuda:N"),
+    (("cuda:2",), "cuda:2", "--device cpu"), (("auto", "off", 2), "cuda:2", "--device cpu"),
+    (("cuda:1", "off", 0), "cuda:1", "leave it out"), (("tpu",), "tpu", "cuda:N"),
+    (("cuda:x",), "cuda:x", "cuda:N"), (("cuda:",), "cuda:", "cuda:N"),
     (("cpu", "fp16"), "fp16", "bf16"),
 ])
 def test_what_cannot_serve_is_refused(gpus, arguments, value, fix):

@@ -147,11 +147,9 @@ def agree(world: World) -> dict:
 
     return {
         "value": world.decide(lambda: ["ü 東", world.rank, None]),
-        "none": world.decide(lambda: None),
-        "failed": outcome(world.decide, lambda: fail(0)),
+        "none": world.decide(lambda: None), "failed": outcome(world.decide, lambda: fail(0)),
         "turn": outcome(world.in_turn, lambda: fail(world.size - 1)),
-        "first": outcome(world.in_turn, lambda: fail(0)),
-        "calls": calls,
+        "first": outcome(world.in_turn, lambda: fail(0)), "calls": calls,
         "sum": world.sum(torch.tensor([world.rank, 1.0])).tolist(),
     }
 
@@ -440,8 +438,7 @@ def test_a_lost_process_is_reported_with_its_cause_and_a_misuse_passes(monkeypat
 
 
 @pytest.mark.parametrize(("code", "status"), [
-    ("sys.exit(2)", 2),
-    ("sys.exit(3 if os.environ['RANK'] == '1' else time.sleep(600))", 3),
+    ("sys.exit(2)", 2), ("sys.exit(3 if os.environ['RANK'] == '1' else time.sleep(600))", 3),
     ("os.kill(os.getpid(), 9) if os.environ['RANK'] == '0' else time.sleep(600)", 137),
 ])
 def test_launch_returns_the_status_of_what_ended_first(code, status, monkeypatch, capfd):

@@ -31,11 +31,8 @@ def md5(content: bytes) -> str:
     return f"md5:{hashlib.md5(content).hexdigest()}"
 
 
-CHECKSUMS = [
-    md5(CONTENT),
-    f"sha256:{hashlib.sha256(CONTENT).hexdigest()[:8]}",
-    f"git:{hashlib.sha1(b'blob 409600' + bytes(1) + CONTENT).hexdigest()}",
-]
+CHECKSUMS = [md5(CONTENT), f"sha256:{hashlib.sha256(CONTENT).hexdigest()[:8]}",
+             f"git:{hashlib.sha1(b'blob 409600' + bytes(1) + CONTENT).hexdigest()}"]
 
 
 @pytest.mark.parametrize("checksum", CHECKSUMS)
@@ -52,13 +49,9 @@ def test_a_file_arrives_once_in_a_new_folder_and_replaces_another(server, tmp_pa
 
 
 @pytest.mark.parametrize(("url", "reason"), [
-    ("/a.bin", hashlib.md5(CONTENT).hexdigest()),
-    ("/half.bin", "204800 bytes that are not b.bin"),
-    ("/page.bin", "web page"),
-    ("/gone.bin", "404"),
-    ("http://127.0.0.1:9/a.bin", "refused"),
-    ("mirror/a.bin", "unknown url type"),
-])
+    ("/a.bin", hashlib.md5(CONTENT).hexdigest()), ("/half.bin", "204800 bytes that are not b.bin"),
+    ("/page.bin", "web page"), ("/gone.bin", "404"), ("http://127.0.0.1:9/a.bin", "refused"),
+    ("mirror/a.bin", "unknown url type")])
 def test_a_bad_answer_leaves_the_earlier_file_and_says_what_to_do(server, tmp_path, url, reason):
     path = tmp_path / "b.bin"
     path.write_bytes(b"earlier")
@@ -136,8 +129,7 @@ def refuse(**options):
 @pytest.mark.parametrize(("gdown", "reason"), [
     (None, "pip install gdown"),
     (SimpleNamespace(download=refuse), "Too many users have viewed the file. Try later."),
-    (SimpleNamespace(download=lambda **options: None), "Google Drive refuses it"),
-])
+    (SimpleNamespace(download=lambda **options: None), "Google Drive refuses it")])
 def test_what_drive_refuses_is_one_sentence(tmp_path, monkeypatch, gdown, reason):
     monkeypatch.setitem(sys.modules, "gdown", gdown)
     with pytest.raises(UserError) as caught:
@@ -182,13 +174,8 @@ def tar_of(files: dict[str, bytes]) -> bytes:
 
 
 @pytest.mark.parametrize(("name", "content"), [
-    ("../evil", b"evil"),
-    ("a/../../evil", b"evil"),
-    ("link", tarfile.SYMTYPE),
-    ("hard", tarfile.LNKTYPE),
-    ("device", tarfile.CHRTYPE),
-    ("pipe", tarfile.FIFOTYPE),
-])
+    ("../evil", b"evil"), ("a/../../evil", b"evil"), ("link", tarfile.SYMTYPE),
+    ("hard", tarfile.LNKTYPE), ("device", tarfile.CHRTYPE), ("pipe", tarfile.FIFOTYPE)])
 def test_a_dangerous_archive_is_refused_whole(tmp_path, name, content):
     archive = tmp_path / "in" / "bad.tar"
     archive.parent.mkdir()
@@ -274,8 +261,7 @@ def test_voc_is_fetched_once_and_unpacked(mirror, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("file", "content"),
     [("JPEGImages/000005.jpg", None), ("Annotations/000005.xml", b""),
-     ("JPEGImages/000005.jpg", b"half"), ("ImageSets/Main/trainval.txt", b"000005\n")],
-)
+     ("JPEGImages/000005.jpg", b"half"), ("ImageSets/Main/trainval.txt", b"000005\n")])
 def test_voc_that_is_not_complete_is_unpacked_again(mirror, tmp_path, file, content):
     assert voc.main([*mirror.args, "--root", str(tmp_path)]) == 0
     year_dir = tmp_path / "VOCdevkit" / "VOC2007"

@@ -44,13 +44,12 @@ def judged(target, detections):
     """One image; target: rows of box, label and whether it is ignored."""
     rows = np.array(target, float).reshape(-1, 6)
     truth = Truth(np.zeros(len(rows), int), rows[:, :4] + (0, 0, 1, 1), rows[:, 4].astype(int),
-                  rows[:, 5] > 0, "voc")  # fmt: skip
+                  rows[:, 5] > 0, "voc")
     return judge(truth, found_of([detections], ["one"], 9))
 
 
 @pytest.mark.parametrize("height, width, ground", [
-    (16, 16, 0), (1, 1, 128), (3, 200, 255), (48, 30, 128), (300, 500, 0)
-])  # fmt: skip
+    (16, 16, 0), (1, 1, 128), (3, 200, 255), (48, 30, 128), (300, 500, 0)])
 def test_every_size_and_ground_keeps_shape_dtype_and_input(height, width, ground):
     image = np.full((height, width, 3), ground, np.uint8)
     boxes = [[width * 0.2, height * 0.3, width * 0.8, height * 0.9], [-1e9, -5, 1e12, height + 40]]
@@ -134,7 +133,7 @@ def test_without_a_font_what_is_not_ascii_is_drawn_as_escapes():
     assert (drawn("a") != drawn("b")).any()
     assert (drawn("") != image).any()
     assert (draw_detections(image, [[20, 40, 120, 100]], [7]) ==
-            draw_detections(image, [[20, 40, 120, 100]], [7], names=["7"] * 7)).all()  # fmt: skip
+            draw_detections(image, [[20, 40, 120, 100]], [7], names=["7"] * 7)).all()
 
 
 def test_the_font_is_the_given_one_or_the_one_that_has_most_of_the_text(monkeypatch):
@@ -175,8 +174,7 @@ def test_a_font_draws_on_every_image(height, width):
     ({"image": np.zeros((10, 10, 3), np.float32)}, r"uint8 \[H, W, 3\], not float32 \[10, 10"),
     ({"image": np.zeros((10, 10), np.uint8)}, r"not uint8 \[10, 10\]"),
     ({"boxes": [[1, np.nan, 5, 5]]}, "NaN"),
-    *(({"labels": [label]}, f"label {label} .* 2 names") for label in (-1, 0, 3)),
-])  # fmt: skip
+    *(({"labels": [label]}, f"label {label} .* 2 names") for label in (-1, 0, 3))])
 def test_wrong_arguments_are_named(change, said):
     good = {"image": np.zeros((10, 10, 3), np.uint8), "boxes": [[1, 1, 5, 5]], "labels": [1]}
     with pytest.raises(ValueError, match=said):
@@ -184,12 +182,8 @@ def test_wrong_arguments_are_named(change, said):
 
 
 @pytest.mark.parametrize("there, ignored, found, colours", [
-    (True, False, True, {GREEN}),
-    (True, False, False, {ORANGE}),
-    (False, False, True, {RED}),
-    (True, True, True, {GREY}),
-    (True, True, False, {GREY}),
-])  # fmt: skip
+    (True, False, True, {GREEN}), (True, False, False, {ORANGE}), (False, False, True, {RED}),
+    (True, True, True, {GREY}), (True, True, False, {GREY})])
 def test_comparison_shows_the_judgement_by_colour(there, ignored, found, colours):
     image = np.full((200, 200, 3), 250, np.uint8)
     box = [60, 60, 140, 140]
@@ -224,7 +218,7 @@ def test_contact_sheet_letterboxes_in_reading_order():
     sheet = contact_sheet(images, 2, (80, 60))
     assert sheet.dtype == np.uint8 and sheet.shape == (2 * 68 + 8, 2 * 88 + 8, 3)
     for value, size, centre in ((10, (80, 40), (48, 38)), (60, (30, 60), (136, 38)),
-                                (110, (60, 60), (48, 106))):  # fmt: skip
+                                (110, (60, 60), (48, 106))):
         ys, xs = np.nonzero((sheet == value).all(axis=2))
         assert (np.ptp(xs) + 1, np.ptp(ys) + 1) == size
         assert ((xs.min() + xs.max() + 1) / 2, (ys.min() + ys.max() + 1) / 2) == centre

@@ -36,8 +36,7 @@ sys.exit(main())
     (OSError(28, "No space left on device"), 2, "error: No space left on device\n"),
     (OSError("no more images"), 2, "error: no more images\n"),
     (OSError(), 2, "error: OSError\n"),
-    (KeyboardInterrupt(), 130, "interrupted\n"),
-], ids=repr)
+    (KeyboardInterrupt(), 130, "interrupted\n")], ids=repr)
 def test_a_sentence_and_a_status_take_the_place_of_a_traceback(error, status, said, capsys):
     @command
     def main(argv=None):
@@ -73,10 +72,8 @@ NAME = "é 漢 \udce9 \x1b[31m \u202e"
 
 
 @pytest.mark.parametrize("encoding, expected", [
-    ("utf-8", r"é 漢 \udce9 \x1b[31m \u202e"),
-    ("cp1252", r"é \u6f22 \udce9 \x1b[31m \u202e"),
-    ("ascii", r"\xe9 \u6f22 \udce9 \x1b[31m \u202e"),
-])  # fmt: skip
+    ("utf-8", r"é 漢 \udce9 \x1b[31m \u202e"), ("cp1252", r"é \u6f22 \udce9 \x1b[31m \u202e"),
+    ("ascii", r"\xe9 \u6f22 \udce9 \x1b[31m \u202e")])
 def test_what_a_console_cannot_show_is_escaped(encoding, expected, monkeypatch, tmp_path):
     streams = [io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="") for _ in range(2)]
     monkeypatch.setattr(sys, "stdout", streams[0])
@@ -115,7 +112,7 @@ class Gone(io.StringIO):
 
 @pytest.mark.parametrize("stream, status", [
     (None, 0), (Gone(errno.EIO), 0), (Gone(errno.EPIPE), 0), (Gone(errno.ENOSPC), 2),
-], ids=repr)  # fmt: skip
+], ids=["none", "EIO", "EPIPE", "ENOSPC"])  # fmt: skip
 def test_a_command_goes_on_without_its_output_and_its_log(stream, status, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)

@@ -88,11 +88,8 @@ def arrays(found):
 
 
 @pytest.mark.parametrize("version, form, options", [
-    ("tiny", "onnx", ()),
-    ("tiny", "onnx", EVERYTHING),
-    ("tiny", "openvino", EVERYTHING),
-    pytest.param("SSD_HarDNet39ds", "onnx", EVERYTHING, marks=pytest.mark.slow),
-])
+    ("tiny", "onnx", ()), ("tiny", "onnx", EVERYTHING), ("tiny", "openvino", EVERYTHING),
+    pytest.param("SSD_HarDNet39ds", "onnx", EVERYTHING, marks=pytest.mark.slow)])
 def test_a_file_detects_what_the_network_does(made, data, version, form, options):
     checkpoint, file = made(version, form, *options)
     image = read_image(data / "JPEGImages" / "t1.jpg")
@@ -119,13 +116,10 @@ def test_a_file_detects_what_the_network_does(made, data, version, form, options
 
 
 @pytest.mark.parametrize("form, precision, options", [
-    ("openvino", "bf16", ("--with-nms",)),
-    ("openvino", "int8", ("--with-nms", "--preprocess")),
-    ("onnx", "fp16", ("--with-nms",)),
-])
-def test_lower_precisions_are_compared_by_the_boxes_and_the_ap(
-    checkpoint, monkeypatch, form, precision, options
-):
+    ("openvino", "bf16", ("--with-nms",)), ("openvino", "int8", ("--with-nms", "--preprocess")),
+    ("onnx", "fp16", ("--with-nms",))])
+def test_lower_precisions_are_compared_by_the_boxes_and_the_ap(checkpoint, monkeypatch, form,
+                                                               precision, options):
     if precision == "int8":
         pytest.importorskip("nncf")
     logger = logging.getLogger("nncf")
@@ -250,9 +244,8 @@ def test_what_cannot_be_meant_is_refused_in_a_sentence(checkpoint, tmp_path):
         assert f"--{option} goes with --precision int8" in refused(checkpoint, **{option: "train"})
     coarse = {"precision": "bf16", "preprocess": True, "dynamic": True}
     assert "too coarse; leave --preprocess or" in refused(checkpoint, "openvino", **coarse)
-    assert "tiny.pth has the 3 classes cell, platelet, rod, not a" in refused(
-        checkpoint, classes=("a",)
-    )
+    assert "tiny.pth has the 3 classes cell, platelet, rod, not a" in refused(checkpoint,
+                                                                              classes=("a",))
     assert "no image set" in refused(checkpoint, sets="2007_test")
     assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
@@ -340,11 +333,9 @@ def proven(checkpoint, data, change, *where):
     """``prove`` with changed weights in the "network" or the "file", which may be a checkpoint."""
     net, detector = load_detector(checkpoint)
     images = find_images(str(data / "JPEGImages"), None, 0, TrainedOn(), detector)
-    info = ExportInfo(
-        detector, variance=(0.1, 0.2), mean=(104, 117, 123), preprocess=False, nms=False,
-        dynamic=True, precision="fp32", detection=detector.detection(),
-        checkpoint={"file": checkpoint.name}, versions={},
-    )  # fmt: skip
+    info = ExportInfo(detector, variance=(0.1, 0.2), mean=(104, 117, 123), preprocess=False,
+                      nms=False, dynamic=True, precision="fp32", detection=detector.detection(),
+                      checkpoint={"file": checkpoint.name}, versions={})
     saved = load_checkpoint(checkpoint)
     change(saved["model"])
     if "network" in where:
@@ -379,7 +370,7 @@ def detections(*rows):
     """(label, score, x1, y1, x2, y2) each."""
     table = np.array(rows, np.float32).reshape(-1, 6)
     return {"labels": table[:, 0].astype(np.int64), "scores": table[:, 1],
-            "boxes": table[:, 2:]}  # fmt: skip
+            "boxes": table[:, 2:]}
 
 
 def test_boxes_are_compared_with_their_partners():
@@ -412,8 +403,7 @@ def test_a_partner_is_one_box_of_the_image_near_by_of_any_score():
     ({"score_difference": 0.01}, None, "a score differs by 0.01, 0.001 is allowed"),
     ({"pixel_difference": 2.0}, None, "a coordinate, in pixels, differs by 2, 0.5 is allowed"),
     ({}, 0.49, "it loses 1.00 points of AP, 0.1 are allowed"),
-    ({}, 0.51, ""),
-])
+    ({}, 0.51, "")])
 def test_what_is_over_the_tolerance_is_said(change, ap, problem):
     found = replace(Comparison(9, 0, 0, 1.0, 1e-6, 0.01, 0.99), **change)
     aps = ap and APs("AP", 0.5, ap)
@@ -435,7 +425,7 @@ def test_a_file_is_scored_like_its_checkpoint(made, data, tmp_path, capsys):
         json.loads((tmp_path / "tiny_300" / stem / "ss_predict" / name / "test/results.json")
                    .read_text())
         for stem, name in ((checkpoint.stem,) * 2, (file.stem, file.name))
-    )  # fmt: skip
+    )
     assert found["value"] == pytest.approx(expected["value"], abs=1e-3)
     assert found["detection_count"] == expected["detection_count"]
     assert found["thresholds"] == expected["thresholds"]
@@ -445,11 +435,10 @@ def test_a_file_is_scored_like_its_checkpoint(made, data, tmp_path, capsys):
     assert told["runtime"].split()[0] == "onnxruntime"
     assert score(file, "--retest") == 0
     capsys.readouterr()
-    for options, problem in (
-        (("--nms", "soft"), "suppression inside"), (("--amp", "bf16"), "--amp cannot change"),
-        (("--class_map", "cell=rod"), "--class_map cannot change"),
-        (("--classes", "cell"), "contradicts"),
-    ):
+    for options, problem in ((("--nms", "soft"), "suppression inside"),
+                             (("--amp", "bf16"), "--amp cannot change"),
+                             (("--class_map", "cell=rod"), "--class_map cannot change"),
+                             (("--classes", "cell"), "contradicts")):
         assert score(file, *options) == 2
         error = capsys.readouterr().err
         assert problem in error and error.count("\n") == 1

@@ -139,25 +139,19 @@ def compare_layers(version: str, step: int) -> int:
 
 @pytest.mark.parametrize(
     ("version", "count", "step"),
-    [("39ds", 25, 6), *(
-        pytest.param(name, count, 1, marks=pytest.mark.slow)
-        for name, count in (("39ds", 25), ("68", 44), ("85", 53), ("68ds", 44))
-    )],
-)
+    [("39ds", 25, 6), *(pytest.param(name, count, 1, marks=pytest.mark.slow)
+                        for name, count in (("39ds", 25), ("68", 44), ("85", 53), ("68ds", 44)))])
 def test_layers_equal_convolutions_of_the_concatenation(interpreted, version, count, step):
     assert interpreted(compare_layers, f"SSD_HarDNet{version}", step) == count
 
 
 @pytest.mark.parametrize("layer", [
-    ((14, 24, 64), 40, 1, "linear", torch.float32),
-    ((14, 24, 64), 40, 3, "relu", torch.bfloat16),
-    ((14, 24, 64), 40, 3, "relu6", torch.float16),
-    ((6, 3), 5, 3, "relu", torch.float32, (1, 1, 1)),
+    ((14, 24, 64), 40, 1, "linear", torch.float32), ((14, 24, 64), 40, 3, "relu", torch.bfloat16),
+    ((14, 24, 64), 40, 3, "relu6", torch.float16), ((6, 3), 5, 3, "relu", torch.float32, (1, 1, 1)),
     ((6, 3), 5, 3, "relu", torch.float32, (3, 1, 9)),
     ((6, 3), 5, 3, "relu", torch.float32, (2, 9, 1)),
     ((6, 3), 5, 3, "relu", torch.float32, (2, 13, 11)),  # three programs, the last in part
-    ((70,), 3, 3, "relu"),
-    (tuple(range(1, 10)), 3, 3, "relu"),
+    ((70,), 3, 3, "relu"), (tuple(range(1, 10)), 3, 3, "relu"),
     ((20, 7), 300, 1, "relu"),  # outputs of several programs
 ])
 def test_types_kernels_activations_and_any_sizes(interpreted, layer):
@@ -234,8 +228,7 @@ def call(change=list, out=None) -> Tensor:
     (lambda p: [p[0], p[1].contiguous()], None, r"part 1 .* strides \[105, 35, 7, 1\], should"),
     (lambda p: [x.requires_grad_() for x in p], None, "no gradient; call it under torch.no_g"),
     (list, (2, 5, 5, 7), r"out is \[2, 5, 5, 7\], should be \[2, 4, 5, 7\]"),
-    (list, (2, 4, 5, 7), r"out of shape \[2, 4, 5, 7\] has strides \[140, 35, 7, 1\]"),
-])
+    (list, (2, 4, 5, 7), r"out of shape \[2, 4, 5, 7\] has strides \[140, 35, 7, 1\]")])
 def test_wrong_tensors_are_refused(change, out, sentence):
     with pytest.raises(ValueError, match=sentence):
         call(change, out and torch.empty(out))
@@ -290,7 +283,7 @@ def compiled(weight: GatheredWeight, capability: int, tile: tuple[int, int], row
         "OUTPUTS": outputs, "OUT_ROW": row, "OUT_VECTOR": math.gcd(16 // size, outputs, row),
         "COLUMNS": weight.weight.shape[1], "KERNEL": kernel, "ACTIVATION": weight.activation,
         "PRECISION": "ieee", "WIDEN": False, "BLOCK_M": tile[0], "BLOCK_N": tile[1],
-    }  # fmt: skip
+    }
     pointer = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
     types = dict.fromkeys(("weight", "bias", "out"), pointer)
     types |= {"parts": (pointer,) * len(weight.widths)}
@@ -305,9 +298,8 @@ def compiled(weight: GatheredWeight, capability: int, tile: tuple[int, int], row
 
 
 @pytest.mark.parametrize(("dtype", "capability"), [(torch.float32, 80), (torch.bfloat16, 90)])
-def test_compiles_for_a_gpu_with_matrix_units_and_wide_loads(
-    triton, dtype, capability, tmp_path, monkeypatch
-):
+def test_compiles_for_a_gpu_with_matrix_units_and_wide_loads(triton, dtype, capability, tmp_path,
+                                                             monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     weight = GatheredWeight(torch.randn(40, 102, 3, 3), torch.randn(40), (14, 24, 64), "relu")

@@ -52,10 +52,7 @@ def run(loc, conf, sizes, priors, options):
 
 
 @pytest.mark.parametrize("batch, background, limits", [
-    (1, 5, {}),
-    (3, 5, {}),
-    (3, 8, {"top_k": 7}),
-    (2, 5, {"per_class": 3}),
+    (1, 5, {}), (3, 5, {}), (3, 8, {"top_k": 7}), (2, 5, {"per_class": 3}),
     (2, 100, {}),  # nothing is found
     (2, 5, {"conf_thresh": 0.9, "nms_thresh": 0.2}),
 ])

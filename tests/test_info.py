@@ -65,7 +65,7 @@ def test_classes_of_data_name_those_of_a_file_only_if_they_are_as_many(states):
 
 
 @pytest.mark.parametrize(("entry", "value"), [
-    ("version", "SSD_none"), ("version", None), ("size", "300"), ("size", 301),
+    ("version", "SSD_none"), ("version", None), ("size", "300"), ("size", 301), ("size", True),
     ("dataset", "MINE"), ("dataset", []), ("priors", "MINE"), ("priors", None),
 ])
 def test_a_configuration_that_is_not_valid_is_refused(states, entry, value):
@@ -75,9 +75,10 @@ def test_a_configuration_that_is_not_valid_is_refused(states, entry, value):
     assert repr(value) in str(refused.value)
 
 
-@pytest.mark.parametrize("classes", [[], None, "ab", [1, 2]])
-def test_a_configuration_without_names_is_refused(states, classes):
-    with pytest.raises(UserError, match=r"own\.pth: its classes"):
+@pytest.mark.parametrize("classes", [[], None, "ab", [1, 2], ["a", "a"], ["a", "b", "c"],
+                                     [f"c{n}" for n in range(200_000)]])
+def test_names_that_are_not_those_of_the_heads_are_refused(states, classes):
+    with pytest.raises(UserError, match=r"own\.pth.* classes"):
         DetectorInfo.of({"model": states[3], "classes": classes, "config": CONFIG}, "own.pth")
 
 

@@ -22,7 +22,6 @@ from data.loading import (
     TrainingSet,
     check_shared_memory,
     detection_collate,
-    test_loader,
     training_loader,
 )
 from data.transforms import SSDAugmentation, TestTransform
@@ -92,7 +91,7 @@ def test_test_batches_of_all_processes_are_the_data_set(dataset, workers):
     found = {}
     for rank in range(4):  # of 6 images: two processes have one
         share = Subset(samples, range(rank, len(samples), 4))
-        batches = list(test_loader(share, 2, workers, pin_memory=False))
+        batches = list(loading.Loader(share, workers, pin_memory=False, batch_size=2))
         images = [image for images, _ in batches for image in images]
         assert [size.tolist() for _, sizes in batches for size in sizes] == [[96, 72]] * len(images)
         found |= dict(zip(range(rank, len(samples), 4), images, strict=True))
@@ -202,17 +201,17 @@ def test_error_in_the_program_stays_what_it_is(dataset, workers):
 
 
 DYING = """
-import multiprocessing, os, signal, sys, time
+import itertools, multiprocessing, os, signal, sys, time
 from data.loading import EpochSampler, TrainingSet, training_loader
 from data.transforms import SSDAugmentation
 from data.voc0712 import VOCDetection
 
 dataset = VOCDetection(sys.argv[1], [(None, "trainval")])
 samples = TrainingSet(dataset, SSDAugmentation(300), 0)
-loader = training_loader(samples, EpochSampler(6, 1, 0), int(sys.argv[2]), False)
+loader = training_loader(samples, EpochSampler(6, 1, 0), 2, False)
 try:
-    for step, _ in enumerate(loader):
-        if step == 0:
+    for step, _ in enumerate(itertools.chain(loader, loader)):
+        if step == int(sys.argv[2]):
             for process in multiprocessing.active_children():
                 os.kill(process.pid, signal.SIGKILL)
             time.sleep(1)
@@ -223,9 +222,10 @@ except Exception as error:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="kills by signal")
-def test_killed_loading_process_is_told_with_the_fix_when_the_next_batch_is_due(voc_folder):
+@pytest.mark.parametrize("step", [0, 5])  # 5: the last of an epoch
+def test_killed_loading_process_is_told_with_the_fix_when_the_next_batch_is_due(voc_folder, step):
     done = subprocess.run(
-        [sys.executable, "-c", DYING, voc_folder, "2"], cwd=Path(__file__).parent.parent,
+        [sys.executable, "-c", DYING, voc_folder, str(step)], cwd=Path(__file__).parent.parent,
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     undisturbed, error = done.stdout.splitlines()

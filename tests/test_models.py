@@ -104,9 +104,8 @@ def bases():
 
 
 @pytest.mark.parametrize(("version", "size"), NETWORKS)
-def test_outputs_have_a_row_per_prior_and_tensors_tell_the_detector(
-    version, size, bases, monkeypatch
-):
+def test_outputs_have_a_row_per_prior_and_tensors_tell_the_detector(version, size, bases,
+                                                                    monkeypatch):
     with torch.device("meta"):
         net = build_net(version, size, 7)
         loc, conf = net(torch.empty(2, 3, size, size))
@@ -162,8 +161,7 @@ def test_new_layers_start_from_zero_bias_and_the_scale_from_twenty():
     (build_net, ("SSD_HarDNet68", 300, 1), "num_classes is 1.*2"),
     (prior_config, ("SSD_mobile", "VOC", 512), "does not exist at size 512, choose from 300"),
     (prior_config, ("SSD_resnet", "VOC", 300), "unknown version 'SSD_resnet'.*SSD_resnet101"),
-    (prior_config, ("SSD_vgg", "LVIS", 300), "'LVIS', choose from VOC, COCO"),
-])
+    (prior_config, ("SSD_vgg", "LVIS", 300), "'LVIS', choose from VOC, COCO")])
 def test_what_does_not_exist_is_refused_with_the_choices(make, arguments, words):
     with pytest.raises(ValueError, match=words):
         make(*arguments)
@@ -226,8 +224,7 @@ MOBILENET = 3_504_872 - (1280 * 1000 + 1000)
     ("SSD_resnet101", RESNET101, (512, 2048), {300: 62_067_296, 512: 63_800_286}),
     ("SSD_mobile", MOBILENET, (576, 1280), {300: 18_363_104}),
     ("SSD_HarDNet68ds", 1_473_260 + BRIDGE_DS, (320, 640), {300: 14_164_556, 512: 15_897_546}),
-    ("SSD_HarDNet39ds", 912_682 + BRIDGE_DS, (320, 640), {300: 13_603_978, 512: 15_336_968}),
-])
+    ("SSD_HarDNet39ds", 912_682 + BRIDGE_DS, (320, 640), {300: 13_603_978, 512: 15_336_968})])
 def test_parameters_of_a_detector_are_those_counted_by_hand(version, base, channels, pinned):
     for size, total in pinned.items():
         with torch.device("meta"):
@@ -242,26 +239,22 @@ def test_parameters_of_a_detector_are_those_counted_by_hand(version, base, chann
 
 def test_harmonic_links_follow_the_paper():
     # Worked out by hand from "layer k links to k - 2^n if 2^n divides k" (section 3.1).
-    assert [harmonic_links(i) for i in range(1, 9)] == [
-        [0], [1, 0], [2], [3, 2, 0], [4], [5, 4], [6], [7, 6, 4, 0],
-    ]  # fmt: skip
+    assert [harmonic_links(i) for i in range(1, 9)] == [[0], [1, 0], [2], [3, 2, 0], [4], [5, 4],
+                                                        [6], [7, 6, 4, 0]]
 
 
 @pytest.mark.parametrize(
     ("name", "growth", "channels", "millions", "gmacs"),
     [(68, 160, 1024, 17.6, 4.3), (85, 256, 1280, 36.7, 9.1), ("68ds", 160, 1024, 4.2, 0.8),
-     ("39ds", 160, 1024, 3.5, 0.44)],
-)
-def test_with_their_last_block_the_bases_have_the_published_size_and_work(
-    name, growth, channels, millions, gmacs
-):
+     ("39ds", 160, 1024, 3.5, 0.44)])
+def test_with_their_last_block_the_bases_have_the_published_size_and_work(name, growth, channels,
+                                                                          millions, gmacs):
     """The classifiers: one more halving, block of 4 layers and 1000 classes, at 224 pixels."""
     spec = HARDNET_SPECS[name]
-    whole = replace(
-        spec, growth=(*spec.growth, growth), layers=(*spec.layers, 4),
-        channels=(*spec.channels, channels),
-        pool_after={**spec.pool_after, len(spec.layers) - 1: False}, dilated_bridge=False,
-    )
+    whole = replace(spec, growth=(*spec.growth, growth), layers=(*spec.layers, 4),
+                    channels=(*spec.channels, channels),
+                    pool_after={**spec.pool_after, len(spec.layers) - 1: False},
+                    dilated_bridge=False)
     with torch.device("meta"):
         classifier = HarDNetBase(whole).eval()
         with FlopCounterMode(display=False) as counter:
@@ -294,11 +287,9 @@ def test_depthwise_members_have_pairs_in_the_blocks_and_strided_convolutions_for
 # ---------------------------------------------------------------- receptive-field blocks
 
 
-@pytest.mark.parametrize(
-    ("version", "size", "like"),
-    [("RFB_HarDNet68", 300, "RFB_HarDNet85_300_21"),
-     ("RFB_HarDNet85", 512, "RFB_HarDNet68_512_81")],
-)
+@pytest.mark.parametrize(("version", "size", "like"),
+                         [("RFB_HarDNet68", 300, "RFB_HarDNet85_300_21"),
+                          ("RFB_HarDNet85", 512, "RFB_HarDNet68_512_81")])
 def test_sizes_without_a_published_listing_differ_from_the_other_depth_in_the_base_alone(
     version, size, like
 ):
@@ -319,19 +310,14 @@ def test_sizes_without_a_published_listing_differ_from_the_other_depth_in_the_ba
 
 # Branch -> (stride, padding, dilation) layer by layer, as written down for the RFB networks.
 _S = (1, 0, 1)  # a 1x1 convolution
-_NORM = {
-    "branch0": [_S, (1, 1, 1)],
-    "branch1": [_S, (1, (1, 0), 1), (1, 3, 3)],
-    "branch2": [_S, (1, (0, 1), 1), (1, 3, 3)],
-    "branch3": [_S, (1, (0, 1), 1), (1, (1, 0), 1), (1, 5, 5)],
-}
+_NORM = {"branch0": [_S, (1, 1, 1)], "branch1": [_S, (1, (1, 0), 1), (1, 3, 3)],
+         "branch2": [_S, (1, (0, 1), 1), (1, 3, 3)],
+         "branch3": [_S, (1, (0, 1), 1), (1, (1, 0), 1), (1, 5, 5)]}
 
 
 def _extra(stride: int, visual: int) -> dict[str, list]:
-    return {
-        "branch0": [_S, (stride, 1, 1), (1, visual + 1, visual + 1)],
-        "branch1": [_S, (1, 1, 1), (stride, 1, 1), (1, 2 * visual + 1, 2 * visual + 1)],
-    }
+    return {"branch0": [_S, (stride, 1, 1), (1, visual + 1, visual + 1)],
+            "branch1": [_S, (1, 1, 1), (stride, 1, 1), (1, 2 * visual + 1, 2 * visual + 1)]}
 
 
 def field(state, prefix: str, branches: dict[str, list], x: torch.Tensor, stride: int = 1):
@@ -369,11 +355,9 @@ def test_receptive_fields_equal_their_definition_written_out():
         torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(
-    ("size", "channels", "sides"),
-    [(300, [512, 1024, 512, 256, 256, 256], [38, 19, 10, 5, 3, 1]),
-     (512, [512, 1024, 512, 256, 256, 256, 256], [64, 32, 16, 8, 4, 2, 1])],
-)
+@pytest.mark.parametrize(("size", "channels", "sides"),
+                         [(300, [512, 1024, 512, 256, 256, 256], [38, 19, 10, 5, 3, 1]),
+                          (512, [512, 1024, 512, 256, 256, 256, 256], [64, 32, 16, 8, 4, 2, 1])])
 def test_sources_of_the_rfb_networks(size, channels, sides):
     with torch.device("meta"):
         maps = build_net("RFB_HarDNet85", size, 3).eval().sources(torch.empty(1, 3, size, size))
@@ -397,8 +381,7 @@ def test_new_layers_of_the_rfb_networks_start_from_kaiming_fan_out_and_zero_bias
      {"replace_stride_with_dilation": (False, False, True)}, ["layer2", "layer4"],
      [(512, 12, 12), (2048, 6, 6)]),
     ("SSD_mobile", "mobilenet_v2", {}, ["features.14.conv.0", "features.18"],
-     [(576, 6, 6), (1280, 3, 3)]),
-])
+     [(576, 6, 6), (1280, 3, 3)])])
 @torch.no_grad()
 def test_maps_are_those_of_torchvisions_network(version, name, options, nodes, shapes):
     extraction = pytest.importorskip("torchvision.models.feature_extraction")
@@ -528,8 +511,7 @@ def test_one_step_reaches_every_weight_even_with_one_image(version):
 
 @pytest.mark.parametrize(
     "version",
-    [name if "mobile" in name else pytest.param(name, marks=pytest.mark.slow) for name in ROWS],
-)
+    [name if "mobile" in name else pytest.param(name, marks=pytest.mark.slow) for name in ROWS])
 def test_every_row_trains_and_tests(version, voc_folder, tmp_path):
     machine = ["--save_folder", str(tmp_path / "w"), "--device", "cpu", "--num_workers", "0"]
     options = ["-d", "VOC", "-v", version, "-s", "300", "--root", str(voc_folder), "-b", "2"]

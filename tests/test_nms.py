@@ -113,8 +113,7 @@ CASES = {
         [(*A, 0.9), (5, 5, 4, 9, 0.8), (8, 8, 2, 2, 0.7), (8, 8, 2, 2, 0.6), (5, 0, 4, 9, 1)],
         {0.0: [4, 0, 1, 2, 3]},
     ),
-    "none": (np.zeros((0, 5)), {0.5: []}),
-    "one": ([(*A, 0.1)], {0.5: [0]}),
+    "none": (np.zeros((0, 5)), {0.5: []}), "one": ([(*A, 0.1)], {0.5: [0]}),
 }
 
 
@@ -147,8 +146,7 @@ THREE = (torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).long())
 @pytest.mark.parametrize(("call", "words"), [
     (lambda: nms(np.zeros((3, 4)), 0.5), r"shape \[3, 4\], should be \[N, 5\]"),
     (lambda: nms(torch.zeros(5), 0.5), r"shape \[5\]"),
-    (lambda: nms(FIVE, 1.5), "threshold is 1.5"),
-    (lambda: nms(FIVE, math.nan), "threshold is nan"),
+    (lambda: nms(FIVE, 1.5), "threshold is 1.5"), (lambda: nms(FIVE, math.nan), "threshold is nan"),
     (lambda: soft_nms(FIVE, thresh=-1), "threshold is -1"),
     (lambda: soft_nms(FIVE, method="hard"), "method is 'hard', should be one of linear, gauss"),
     (lambda: soft_nms(FIVE, sigma=0), "sigma is 0"),
@@ -158,8 +156,7 @@ THREE = (torch.zeros(3, 4), torch.zeros(3), torch.zeros(3).long())
     (lambda: batched_nms(*THREE, 0.5, 1.5), "float"),
     (lambda: batched_nms(*THREE, 0.5, 10, method="linear", min_score=-math.inf),
      "min_score is -inf"),
-    (lambda: batched_nms(*THREE, 0.5, 10, method="soft"), "method is 'soft', .* hard, linear"),
-])
+    (lambda: batched_nms(*THREE, 0.5, 10, method="soft"), "method is 'soft', .* hard, linear")])
 def test_unusable_arguments_are_refused_with_their_values(call, words):
     with pytest.raises((ValueError, TypeError), match=words):
         call()
@@ -177,11 +174,9 @@ def test_nan_is_refused(column):
 
 
 @pytest.mark.parametrize(("routine", "count"), [
-    ("torch", 10_000),
-    pytest.param("torch", 100_000, marks=pytest.mark.slow),
+    ("torch", 10_000), pytest.param("torch", 100_000, marks=pytest.mark.slow),
     pytest.param("cython", 100_000, marks=compiled),
-    pytest.param("torchvision", 10_000, marks=needs_torchvision),
-])
+    pytest.param("torchvision", 10_000, marks=needs_torchvision)])
 def test_many_boxes(routine, count):
     dets = random_dets(count, span=400)
     with using(routine):
@@ -280,12 +275,9 @@ def results(routine, *arguments, **options):
 @pytest.mark.parametrize("routine", EXACT[1:])
 @settings(deadline=None)
 @given(
-    table=tables,
-    method=st.sampled_from(METHODS),
-    thresh=thresholds,
+    table=tables, method=st.sampled_from(METHODS), thresh=thresholds,
     limit=st.sampled_from([1, 2, 5, 1000]),  # the last one by the kernel of many threads
-    pixel=st.booleans(),
-    sigma=st.sampled_from([0.1, 0.5]),
+    pixel=st.booleans(), sigma=st.sampled_from([0.1, 0.5]),
     min_score=st.sampled_from([-1.0, 0.0, 0.001, 0.25]),
 )
 def test_the_routines_agree(routine, table, method, thresh, limit, pixel, sigma, min_score):
@@ -415,9 +407,7 @@ def module(**members):
 @pytest.mark.parametrize(("outcome", "why", "warned"), [
     (ModuleNotFoundError("No module named 'utils.nms._cpu_nms'"), "is not compiled", 0),
     (ImportError("undefined symbol: Py_Gone"), "undefined symbol: Py_Gone", 1),
-    (module(), "other sources", 1),
-    (module(INTERFACE=backends.INTERFACE - 1), "other sources", 1),
-])
+    (module(), "other sources", 1), (module(INTERFACE=backends.INTERFACE - 1), "other sources", 1)])
 def test_an_unusable_extension_is_replaced_and_told_once(imported, caplog, outcome, why, warned):
     imported(outcome)
     assert nms(random_dets(3, span=500), 0.5).shape == (3,)
@@ -470,7 +460,7 @@ def test_the_extension_refuses_arrays_that_do_not_belong_together():
     order, starts, kept = np.arange(3), np.array([0, 3]), np.full(3, -1)
     with pytest.raises(ValueError, match="2 scores"):
         _cpu_nms.select(boxes, scores, order, starts, 1, 0.5, 3, 0, 0.5, 0.0, 1.0, kept, scores,
-                        np.zeros(2, "u8"), np.zeros(10, "f4"), 1)  # fmt: skip
+                        np.zeros(2, "u8"), np.zeros(10, "f4"), 1)
 
 
 class TestOnAGpu:

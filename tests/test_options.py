@@ -92,7 +92,7 @@ BAD_VALUES = [
     ("overfit", -1), ("num_workers", -1), ("batch_size", 0), ("batch_size", -4),
     ("batch_size", 2.5), ("accumulate", 0), ("test_sets", [5]), ("train_sets", [["a"]]),
     ("train_sets", "trainval"), ("classes", "cell"), ("classes", [1]), ("visdom", "yes please"),
-    ("root", 3), ("priors", "X"),
+    ("root", 3), ("priors", "X"), ("root", "a\0"), ("batch_size", True), ("visdom", 1),
 ]  # fmt: skip
 
 

@@ -147,11 +147,9 @@ def test_download_is_verified_and_put_in_place(offer, files, tmp_path, capsys):
 
 @pytest.mark.parametrize(("name", "kind", "fitting"), [
     ("vgg16-reducedfc", "base", {"versions": ("SSD_HarDNet68",)}),
-    ("ssd512-hardnet68-coco", "old", {"size": 300, "num_classes": 21}),
-])
-def test_a_file_without_a_published_hash_is_judged_by_its_tensors(
-    offer, files, tmp_path, name, kind, fitting
-):
+    ("ssd512-hardnet68-coco", "old", {"size": 300, "num_classes": 21})])
+def test_a_file_without_a_published_hash_is_judged_by_its_tensors(offer, files, tmp_path, name,
+                                                                  kind, fitting):
     offer(name, kind)
     row = published(name)
     with pytest.raises(UserError) as caught:
@@ -191,11 +189,9 @@ def test_base_weights_that_do_not_all_fit_are_listed_and_nothing_is_loaded(tmp_p
     torch.save(state, tmp_path / "b.pth")
     with pytest.raises(UserError) as error:
         load_base(net, tmp_path / "b.pth", "SSD_HarDNet39ds")
-    for words in (
-        "b.pth", f"only {len(before) - 2} of the base network's {len(before)} tensors",
-        "1 of another shape: 0.conv.weight [2] instead of [24, 3, 3, 3]", "1 missing: 10.norm.bias",
-        "1 unused: classifier.weight",
-    ):
+    for words in ("b.pth", f"only {len(before) - 2} of the base network's {len(before)} tensors",
+                  "1 of another shape: 0.conv.weight [2] instead of [24, 3, 3, 3]",
+                  "1 missing: 10.norm.bias", "1 unused: classifier.weight"):
         assert words in str(error.value)
     assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
 
@@ -226,7 +222,7 @@ def test_every_base_is_found_in_its_detector(version):
 def hardnet_classifier(base: Mapping[str, Tensor], stages: int) -> dict[str, Tensor]:
     """The first stages of ``base``, and the classifier's own last block and head."""
     state = {key: tensor for key, tensor in full_of(2, base, "base.").items()
-             if int(key.split(".")[1]) < stages}  # fmt: skip
+             if int(key.split(".")[1]) < stages}
     end = f"base.{stages + 1}"
     return state | {f"{end}.layers.0.conv.weight": torch.zeros(4), f"{end}.3.bias": torch.zeros(9)}
 
@@ -234,8 +230,7 @@ def hardnet_classifier(base: Mapping[str, Tensor], stages: int) -> dict[str, Ten
 @pytest.mark.parametrize(
     ("version", "stages", "new"),
     [("SSD_HarDNet68", 13, "13."), ("SSD_HarDNet85", 15, None), ("SSD_HarDNet68ds", 13, None),
-     ("SSD_HarDNet39ds", 11, None)],
-)
+     ("SSD_HarDNet39ds", 11, None)])
 def test_the_familys_classifier_gives_its_stages_and_a_bridge_stays_new(version, stages, new):
     base = base_of(version)
     match = match_base(base, hardnet_classifier(base, stages), BACKBONES[version])
@@ -249,8 +244,7 @@ def test_the_familys_classifier_gives_its_stages_and_a_bridge_stays_new(version,
 @pytest.mark.parametrize(
     ("classifier", "drop"),
     [(True, "base.12."), (True, "base.8.layers.3."), (True, "base.0."), (False, "base.13."),
-     (False, "base.12."), (False, "base.")],
-)
+     (False, "base.12."), (False, "base.")])
 def test_a_classifier_or_detector_without_a_part_of_its_base_does_not_fit(classifier, drop):
     base = base_of("SSD_HarDNet68")
     detector = full_of(2, base, "base.") | {"conf.0.bias": torch.zeros(126)}
@@ -269,8 +263,7 @@ def test_a_classifier_of_another_depth_does_not_fit(file, version):
 
 @pytest.mark.parametrize(
     ("version", "name", "head"),
-    [("SSD_resnet101", "resnet101", "fc."), ("SSD_mobile", "mobilenet_v2", "classifier.")],
-)
+    [("SSD_resnet101", "resnet101", "fc."), ("SSD_mobile", "mobilenet_v2", "classifier.")])
 def test_torchvisions_classifiers_give_their_layers_but_no_head(version, name, head):
     models = pytest.importorskip("torchvision.models")
     with torch.device("meta"):
@@ -284,7 +277,7 @@ def test_torchvisions_classifiers_give_their_layers_but_no_head(version, name, h
 def test_vgg16_reducedfc_has_the_positions_of_the_published_list():
     widths = {0: (64, 3), 2: (64, 64), 5: (128, 64), 7: (128, 128), 10: (256, 128), 12: (256, 256),
               14: (256, 256), 17: (512, 256), **dict.fromkeys((19, 21, 24, 26, 28), (512, 512)),
-              31: (1024, 512), 33: (1024, 1024)}  # fmt: skip
+              31: (1024, 512), 33: (1024, 1024)}
     state = {}
     for i, (outputs, inputs) in widths.items():
         kernel = 1 if i == 33 else 3
@@ -391,7 +384,7 @@ def test_a_checkpoint_keeps_classes_and_configuration_but_no_optimizer(tmp_path,
     with safetensors.safe_open(there, "pt") as file:
         about = {key: json.loads(text) for key, text in file.metadata().items()}
     assert about == {"version": "SSD_vgg", "size": 300, "keys": ["w"], "classes": saved["classes"],
-                     "config": saved["config"]}  # fmt: skip
+                     "config": saved["config"]}
     assert main(["convert", str(there), str(back)]) == 0
     after = load_checkpoint(back)
     assert torch.equal(after.pop("model")["w"], saved["model"]["w"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -246,7 +247,7 @@ def test_page_of_the_documentation_names_every_option(capsys):
         report.main(["--help"])
     words = capsys.readouterr().out.split()
     options = {word for word in words if word.startswith("--")} - {"--help"}
-    assert len(options) == 5 and all(f"`{option}" in text for option in options)
+    assert len(options) == 6 and all(f"`{option}" in text for option in options)
     assert all(f"| {kind} |" in text for kind in ERRORS)
 
 
@@ -330,9 +331,24 @@ def test_test_split_has_nothing_to_score(tmp_path, coco_folder):
     (coco_folder / "val2017").rename(coco_folder / "test2017")
     dataset = COCODetection(coco_folder, [("2017", "test")])
     folder = write_results(tmp_path / "out", dataset, [EMPTY] * 2, "COCO", "2017_test")
+    check_nothing_is_scored(folder)
+
+
+def check_nothing_is_scored(folder):
     path, notes = report.write_report(folder)
     assert any("no ground truth" in note for note in notes)
-    assert f'<span class="value">{NOTHING}</span>' in path.read_text() and Page(path)
+    text = path.read_text()
+    assert f'<span class="value">{NOTHING}</span>' in text and Page(path)
+    assert not re.search(r"\bnan\b", text, re.IGNORECASE) and "<svg" not in text
+
+
+def test_a_set_of_crowds_alone_has_nothing_to_score(tmp_path, coco_folder):
+    path = coco_folder / "annotations" / "instances_val2017.json"
+    path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1'))
+    dataset = COCODetection(coco_folder, [("2017", "val")])
+    folder = write_results(tmp_path / "out", dataset, scatter(dataset), "COCO", "2017_val")
+    assert json.loads((folder / "results.json").read_text())["value"] == -1
+    check_nothing_is_scored(folder)
 
 
 # ---------------------------------------------------------------- mistakes
@@ -340,8 +356,7 @@ def test_test_split_has_nothing_to_score(tmp_path, coco_folder):
 
 def test_mistakes_are_listed_and_shown(tmp_path, make_voc):
     root = make_voc(tmp_path / "data", {"test": {
-        "one": [("a", (11, 11, 40, 40)), ("b", (60, 20, 90, 60))],
-        "two": [("a", (1, 1, 80, 60))],
+        "one": [("a", (11, 11, 40, 40)), ("b", (60, 20, 90, 60))], "two": [("a", (1, 1, 80, 60))],
     }})  # fmt: skip
     dataset = VOCDetection(root, [(None, "test")])
 
@@ -360,8 +375,7 @@ def test_mistakes_are_listed_and_shown(tmp_path, make_voc):
         ("duplicate", "a", "one", "a"),
         ("class", "a", "one", "b"),  # the object is missed, too, but this tells of it
         ("background", "b", "two", ""),  # 0.6: IoU 0.04 with the object
-        ("background", "b", "two", ""),
-        ("missed", "a", "two", "a"),
+        ("background", "b", "two", ""), ("missed", "a", "two", "a"),
     ]
     assert [float(row["IoU"] or 0) for row in rows[:2]] == pytest.approx([29**2 / 30**2, 1])
     captions = [text for _, text in Page(path).all("figcaption")]
@@ -434,7 +448,10 @@ def test_changed_data_are_told_of_and_all_is_of_now(kind, request):
 
 def test_a_damaged_log_is_told(results):
     log = results.parents[2] / "log.jsonl"
-    for content in ('{"epoch": 1}', '{"epo', '{"epoch": 1, "loss_loc": []}'):
+    wrong = [{"loss_loc": []}, {"loss_conf": None}, {"loss_loc": math.nan}, {"epoch": True},
+             {"loss_loc": 1 << 9999}, {"value": "0.5"}, {"value": 2}, {"per_class": {"a": []}}]
+    wrong = [json.dumps({"epoch": 1, "loss_loc": 1, "loss_conf": 1, **each}) for each in wrong]
+    for content in ('{"epoch": 1}', '{"epo', "[1]", "[" * 9999, *wrong):
         log.write_text(content)
         test = open_test(results, None)
         assert not test.log and f"No training curves: {log}" in test.notes[0]
@@ -457,7 +474,7 @@ def test_damaged_detections_are_told_and_the_curves_are_left(results):
     change(results, classes=names, **{key: {n: said[key][n] for n in names} for key in keys})
     path.write_bytes(whole)
     test = read(results)
-    assert f"{path} does not fit results.json" in test.notes[0]
+    assert f"{path} does not fit the test" in test.notes[0]
     assert test.curves is None and str(results / "curves.npz") in test.notes[1]
 
 
@@ -473,17 +490,14 @@ def test_damaged_curves_are_told_of_where_they_are_needed(wrong, results, coco, 
 
 
 @pytest.mark.parametrize("key, values", {
-    "per_class": [None, [], {"bolt": "0.5"}],
+    "per_class": [None, [], {"bolt": "0.5"}, {"bolt": 2}, {"bolt": True}],
+    "interval": [0.5, [0.1], [0.1, "1"]], "per_class_interval": [None, {"bolt": 0.1}],
     "per_class_per_size": [None, {"bolt": None}, {"bolt": {"small": 0.5}}],
-    "value": ["0.5", []],
-    "sets": [["test"], None, 1],
-    "root": [None, 1, ["a"]],
-    "overfit": ["x", 1.5, None],
-    "classes": [None, "bolt", [1], [["bolt"]], {}],
-    "metric": [None, ["a"]],
-    "dataset": [None, "voc", ["VOC"]],
-    "ground_truths": [None, [1]],
-    "notes": ["a", [1]],
+    "value": ["0.5", [], 10**400, math.inf], "sets": [["test"], None, 1, "", "../../x"],
+    "root": [None, 1, ["a"], "a\0"], "overfit": ["x", 1.5, None, True, -1],
+    "classes": [None, "bolt", [1], [["bolt"]], {}, [], ["a", "a"]], "metric": [None, ["a"]],
+    "dataset": [None, "voc", ["VOC"]], "ground_truths": [None, [1]], "notes": ["a", [1]],
+    "stats": [10**30],
 }.items())  # fmt: skip
 def test_results_with_a_wrong_value_are_refused_in_a_sentence(made, tmp_path, key, values):
     whole, path = json.loads((made[0] / "results.json").read_text()), tmp_path / "results.json"

@@ -24,7 +24,7 @@ DESCRIPTION = {
     "nms": False, "dynamic": False, "precision": "fp32", "detection": {
         "conf_thresh": 0.03, "nms_thresh": 0.45, "per_class": 50, "top_k": 300,
     }, "checkpoint": {"file": "a.pth", "sha256": "0"}, "versions": {"torch": "2"},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +69,14 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path, suffix):
         assert "\n" not in str(e.value)
 
 
+def test_a_description_that_is_no_text_is_refused(tmp_path, capfd):
+    file = write_onnx(tmp_path / "x.onnx", "description", "loc conf")
+    file.write_bytes(file.read_bytes().replace(b"description", b"\xffescription"))
+    with pytest.raises(UserError, match=f"{file} cannot be opened .*export the detector again"):
+        open_model(file)
+    assert capfd.readouterr() == ("", "")
+
+
 def write_onnx(file: Path, text: str | None, outputs: str, priors: int = 11620) -> Path:
     """A graph that gives zeros under the names ``outputs`` ("loc conf")."""
     onnx = pytest.importorskip("onnx")
@@ -103,11 +111,10 @@ def test_a_foreign_graph_is_refused(tmp_path):
     ({"image": np.array([0, 1])}, "image that are not in 0..0"),
     ({"image": np.array([0.0, 0.0])}, r"image float64 \[2\], .* int \[2\]"),
     ({"scores": ["a", "b"]}, r"scores <U1 \[2\]"),
-    ({"boxes": np.zeros((2, 5), np.float32)}, r"boxes float32 \[2, 5\], .* \[2, 4\]"),
-])  # fmt: skip
+    ({"boxes": np.zeros((2, 5), np.float32)}, r"boxes float32 \[2, 5\], .* \[2, 4\]")])
 def test_outputs_that_no_detector_gives_are_refused(change, told):
     arrays = {"boxes": np.zeros((2, 4), np.float32), "scores": np.zeros(2, np.float32),
-              "labels": np.array([1, 1]), "image": np.array([0, 0])}  # fmt: skip
+              "labels": np.array([1, 1]), "image": np.array([0, 0])}
     info = ExportInfo.parse(changed(nms=True), Path("x.onnx"))
     for outputs in (arrays, arrays | change):
         model = ExportedModel(Path("x.onnx"), info, ("runtime", "1"), list(outputs),
@@ -127,26 +134,17 @@ def detection(**changes: object) -> str:
 
 
 @pytest.mark.parametrize("text, problem", [
-    ("", "has no description of its detector"),
-    ("{", "Expecting"),
-    ("[]", "must be integers"),
-    ("[" * 100_000, "recursion"),
-    ("1" * 5_000, "4300 digits"),
-    (changed(size=2**70), "size"),
-    ("{}", "no 'format'"),
-    (changed(format=2), "format 2 of a newer version"),
-    (changed(size="300"), "size '300'"),
-    (changed(version="other"), "unknown version 'other'"),
+    ("", "has no description of its detector"), ("{", "Expecting"), ("[]", "must be integers"),
+    ("[" * 100_000, "recursion"), ("1" * 5_000, "4300 digits"), (changed(size=2**70), "size"),
+    ("{}", "no 'format'"), (changed(format=2), "format 2 of a newer version"),
+    (changed(size="300"), "size '300'"), (changed(version="other"), "unknown version 'other'"),
     (changed(dataset="other"), "dataset 'other'"),
-    (changed(priors="other"), "no prior boxes 'other'"),
-    (changed(detection=5), "detection 5"),
-    (detection(other=1), "'other'"),
-    (detection(top_k=0), "top_k 0"),
-    (detection(nms_thresh="0.45"), "'str'"),
-    (detection(conf_thresh=2), "conf_thresh 2"),
-    (changed(classes=[1]), "classes [1]"),
-    (changed(classes=[]), "classes []"),
+    (changed(priors="other"), "no prior boxes 'other'"), (changed(detection=5), "detection 5"),
+    (detection(other=1), "'other'"), (detection(top_k=0), "top_k 0"),
+    (detection(nms_thresh="0.45"), "'str'"), (detection(conf_thresh=2), "conf_thresh 2"),
+    (changed(classes=[1]), "classes [1]"), (changed(classes=[]), "classes []"),
     (changed(mean=[104, 117]), "mean [104, 117]"),
+    (changed(mean=[10**40, 117, 123]), f"mean [{10**40}, 117, 123]"),
     (changed(variance=[0.1, None]), "variance [0.1, None]"),
 ])
 def test_a_description_that_is_not_ours_is_refused(text, problem):

@@ -126,8 +126,7 @@ def other_boxes(net):
 
 @needs_torchvision
 @pytest.mark.parametrize(("wrap", "error"), [
-    (other_boxes, "finds other boxes"), (lambda net: no_memory, "OutOfMemoryError"),
-])  # fmt: skip
+    (other_boxes, "finds other boxes"), (lambda net: no_memory, "OutOfMemoryError")])
 def test_a_route_that_fails_is_a_row(detector, capsys, monkeypatch, wrap, error):
     monkeypatch.setitem(routes.WAYS, "deployed", routes.Way(wrap))
     args = ("--version", "tiny", "--size", 300, "--images", detector[0], "--amp", "off")
@@ -192,8 +191,7 @@ def test_a_network_that_finds_nothing_cannot_be_compared(detector, tmp_path, cap
     (["--checkpoint", "a.pth", "--size", 300], "leave --version and --size out"),
     (["--amp", "tf32"], "--amp tf32 needs a GPU"),
     (["--routes", "graph"], "--routes graph needs a GPU"),
-    (["--images", "none"], "none holds no images; give another folder"),
-])  # fmt: skip
+    (["--images", "none"], "none holds no images; give another folder")])
 def test_mistakes_are_told(args, message, capsys):
     assert run(*args) == 2
     assert message in capsys.readouterr().err
@@ -220,8 +218,7 @@ def test_more_networks_are_compiled_than_the_compiler_keeps(detector):
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("ways", "amps"), [(["deployed", "graph"], [*routes.PRECISIONS]), ([*routes.WAYS], ["bf16"])],
-    ids=["precisions", "routes"],
-)
+    ids=["precisions", "routes"])
 def test_every_route_on_a_gpu(capsys, monkeypatch, ways, amps):
     # One tile: every trial of another one compiles all layers again.
     monkeypatch.setattr(gathered_conv, "TILES", ((64, 32),))
@@ -252,13 +249,11 @@ def measured(network, route, seconds, size=512):
 
 
 def test_claims_are_judged_where_both_networks_were_measured():
-    found = [
-        measured("SSD_vgg", "deployed", 10), measured("SSD_HarDNet68", "deployed", 4),
-        measured("SSD_vgg", "plain", 10), measured("SSD_HarDNet68", "plain", 7),
-        measured("SSD_resnet101", "deployed", 10), measured("SSD_HarDNet85", "deployed", 10),
-        measured("SSD_HarDNet68", "compiled", 1), measured("SSD_vgg", "graph", 9, 300),
-        measured("SSD_HarDNet68", "graph", 4, 300),
-    ]  # fmt: skip
+    found = [measured("SSD_vgg", "deployed", 10), measured("SSD_HarDNet68", "deployed", 4),
+             measured("SSD_vgg", "plain", 10), measured("SSD_HarDNet68", "plain", 7),
+             measured("SSD_resnet101", "deployed", 10), measured("SSD_HarDNet85", "deployed", 10),
+             measured("SSD_HarDNet68", "compiled", 1), measured("SSD_vgg", "graph", 9, 300),
+             measured("SSD_HarDNet68", "graph", 4, 300)]
     rows = list(speed.claims(found, speed.Setting([], 8, 1, 10, True)))
     assert [(row["claim"], row["route"], row["verdict"], row["batch"]) for row in rows] == [
         ("time of SSD_HarDNet68 / SSD_vgg", "deployed", "holds", 8),

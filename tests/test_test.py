@@ -18,6 +18,7 @@ import models
 import train_test
 from data import voc_eval
 from data.config import COCO_300, COCO_CLASSES
+from inference.predictor import Predictor
 from layers import PriorBox
 from models import build_net
 from train_test import main
@@ -88,6 +89,20 @@ def test_retest_scores_the_kept_detections_without_the_network(call, trained, mo
     assert json.loads(path.read_text()) == first
 
 
+def test_retest_refuses_detections_that_do_not_say_their_limits(call, trained, capsys):
+    assert call("--test", trained) == 0
+    path = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test" / "detections.npz"
+    arrays = dict(np.load(path))
+    origin = json.loads(str(arrays["made_by"]))
+    for wrong in ({}, {"score": "a"}, {"score": None}, {"per_class": 1.5}):
+        limits = {**origin["thresholds"], **wrong} if wrong else 5
+        made_by = np.array(json.dumps({**origin, "thresholds": limits}))
+        np.savez(path, **arrays | {"made_by": made_by})
+        assert call("--test", trained, "--retest") == 2
+        error = capsys.readouterr().err
+        assert str(path) in error and "without --retest" in error and error.count("\n") == 1
+
+
 def test_the_options_of_detection_are_followed_and_recorded(call, trained, monkeypatch, capsys):
     made = []
 
@@ -156,7 +171,8 @@ def test_weights_that_diverged_are_told(call, trained, capsys):
     saved["model"]["conf.0.bias"][0] = torch.nan
     torch.save(saved, trained)
     assert call("--test", trained) == 2
-    assert "output is not finite (conf contains NaN or +infinity)" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert str(trained) in error and "not finite: conf.0.bias" in error and "earlier" in error
 
 
 def test_an_overflow_of_fp16_is_told_with_the_precisions_that_hold_more(
@@ -182,8 +198,7 @@ def test_retest_refuses_detections_of_other_weights(call, trained, capsys):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (("-v", "SSD_vgg"), ("SSD_vgg", "tiny")),
-    (("-s", "512"), ("512", "300")),
+    (("-v", "SSD_vgg"), ("SSD_vgg", "tiny")), (("-s", "512"), ("512", "300")),
     (("-d", "COCO"),
      ("COCO", "instances_val2017.json")),  # data to test on, which are not there
     (("--classes", "a,b"), ("not learnt a, b", "cell, platelet, rod")),
@@ -265,6 +280,20 @@ def test_coco_trains_and_is_scored(call, coco_folder, monkeypatch, capsys):
     monkeypatch.setattr(train_test, "detect_set", None)
     assert main(["--test", str(checkpoint), *common, "--eval-backend", "hotcoco"]) == 2
     assert "pip install" in capsys.readouterr().err
+
+
+def test_tiles_and_mirrored_images_are_detected_in_as_by_the_predictor(call, trained, voc_folder):
+    views = ("--tiles", 60, "--flip")
+    assert call("--test", trained, *views) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["views"] == {"tiles": 60, "overlap": 0.2, "flip": True}
+    predictor = Predictor(trained, tiles=60, flip=True, device="cpu")
+    found = predictor(sorted((voc_folder / "JPEGImages").glob("t*.jpg")))
+    assert results["detection_count"] == sum(len(each["scores"]) for each in found) > 0
+    assert call("--test", trained, "--retest", *views) == 0
+    assert call("--test", trained, "--retest", "--tiles", 50) == 2
+    assert call("--test", trained, "--tiles", 50, "--overlap", 1) == 2
 
 
 # ---------------------------------------------------------------- transfer

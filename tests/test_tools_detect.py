@@ -137,7 +137,7 @@ class Capture:
         self.left, self.size, self.opened, self.released = frames, size, opened, False
         count = float(frames) if count is None else count
         self.stated = {cv2.CAP_PROP_FPS: fps, cv2.CAP_PROP_FRAME_COUNT: count,
-                       cv2.CAP_PROP_POS_MSEC: time}  # fmt: skip
+                       cv2.CAP_PROP_POS_MSEC: time}
 
     def __call__(self, path):
         self.path = getattr(self, "path", path)
@@ -219,7 +219,7 @@ def test_pycocotools_loads_the_results(weights):
     truth = {**listed, "annotations": [
         {**r, "id": k, "area": r["bbox"][2] * r["bbox"][3], "iscrowd": 0}
         for k, r in enumerate(found, 1)
-    ]}  # fmt: skip
+    ]}
     Path("truth.json").write_text(json.dumps(truth))
     coco = COCO("truth.json")
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == CLASSES
@@ -233,7 +233,7 @@ def test_pycocotools_loads_the_results(weights):
 def test_classes_of_coco_have_their_official_numbers():
     ids = {each["name"]: each["id"] for each in outputs.categories(COCO_CLASSES)}
     official = {"person": 1, "stop sign": 13, "sheep": 20, "handbag": 31, "bottle": 44, "bed": 65,
-                "dining table": 67, "toilet": 70, "tv": 72, "toothbrush": 90}  # fmt: skip
+                "dining table": 67, "toilet": 70, "tv": 72, "toothbrush": 90}
     assert {name: ids[name] for name in official} == official and len(set(ids.values())) == 80
     assert [each["id"] for each in outputs.categories(("a", "b"))] == [1, 2]
 
@@ -263,9 +263,8 @@ def test_a_reader_keeps_thin_boxes_of_voc(make_voc):
     found = found_in("a.jpg", boxes, [1] * 4)
     (folder / "Annotations/a.xml").write_bytes(voc_xml(found, found.name, ("cat",)))
     dataset = VOCDetection(folder, [(None, "all")], classes=("cat",))
-    assert dataset.target(0)[:, :4].tolist() == [
-        [10, 10, 11, 20], [98, 30, 99, 40], [5, 48, 9, 49], [0, 2, 1, 8],
-    ]  # fmt: skip
+    assert dataset.target(0)[:, :4].tolist() == [[10, 10, 11, 20], [98, 30, 99, 40], [5, 48, 9, 49],
+                                                 [0, 2, 1, 8]]
 
 
 def test_characters_that_xml_does_not_allow_are_replaced():
@@ -283,14 +282,12 @@ def test_annotations_are_data_sets_of_all_images(least, weights):
     video_file("photos/film.mp4", 1)
     stems = ["a", "film.mp4/000000", "in/a.jpg", "in/a.png", "in/c"]
     images = [stem + suffix for stem, suffix in zip(stems, (".jpg",) * 3 + (".png",) * 2,
-                                                    strict=True)]  # fmt: skip
+                                                    strict=True)]
     options = ("--save", "voc", "yolo", "coco", "csv", "json", "--no-draw", "--score_threshold")
     assert call(weights, "photos", *options, least) == 0
-    written = {
-        "voc": [f"Annotations/{stem}.xml" for stem in stems],
-        "yolo": ["data.yaml", *(f"labels/{stem}.txt" for stem in stems)],
-        "coco": ["annotations/instances_default.json"],
-    }
+    written = {"voc": [f"Annotations/{stem}.xml" for stem in stems],
+               "yolo": ["data.yaml", *(f"labels/{stem}.txt" for stem in stems)],
+               "coco": ["annotations/instances_default.json"]}
     for kind, names in written.items():
         folder = "JPEGImages" if kind == "voc" else "images"
         expected = {"classes.txt", *names, *(f"{folder}/{name}" for name in images)}
@@ -307,7 +304,7 @@ def test_annotations_are_data_sets_of_all_images(least, weights):
 @pytest.mark.parametrize("kind", ["voc", "yolo", "coco"])
 def test_what_is_saved_can_be_trained_on(kind, weights):
     given = {"a.jpg.jpg": "a.jpg", "a.png.png": "a.png", "b.jpg": "b.jpg", "é.jpg": "é.jpg",
-             "c.png": "in/c.ppm", "a.jpg": "in/a.jpg"}  # fmt: skip
+             "c.png": "in/c.ppm", "a.jpg": "in/a.jpg"}
     for seed, name in enumerate(given.values()):
         image_file(f"photos/{name}", seed=seed)
     image_file("photos/not\n\x1bthis.jpg")
@@ -416,8 +413,7 @@ def test_output_waits_for_slow_writers():
     (partial(signal.raise_signal, signal.SIGINT), 130, 6, "interrupted"),
     (partial(signal.raise_signal, signal.SIGTERM), 130, 6, "interrupted"),
     (raises(torch.OutOfMemoryError("CUDA out of memory.\nmuch more")), 1, 3,
-     r"error: out of GPU memory \(CUDA out of memory.\); give .* --batch_size"),
-])  # fmt: skip
+     r"error: out of GPU memory \(CUDA out of memory.\); give .* --batch_size")])
 def test_what_was_done_is_kept(happens, status, done, message, weights, monkeypatch, capsys):
     for k in range(12):
         image_file(f"photos/{k:02d}.jpg", seed=k)
@@ -450,14 +446,13 @@ def names(words: Sequence[str], out: str = "runs") -> list[str]:
 
 def test_sources_are_files_folders_and_patterns_and_come_once():
     for name in ("f/b.jpg", "f/a.PNG", "f/in/c.webp", "f/.hidden.jpg", "f/.git/d.jpg",
-                 "runs/drawn/e.jpg", "g.jpg", "[1].jpg"):  # fmt: skip
+                 "runs/drawn/e.jpg", "g.jpg", "[1].jpg"):
         image_file(name)
     Path("f/notes.txt").touch()
     Path("f/film.mp4").touch()
     sources = find_sources(["f"], Path("runs"))
-    assert [(s.name, s.kind) for s in sources] == [
-        ("a.PNG", "image"), ("b.jpg", "image"), ("film.mp4", "video"), ("in/c.webp", "image"),
-    ]  # fmt: skip
+    assert [(s.name, s.kind) for s in sources] == [("a.PNG", "image"), ("b.jpg", "image"),
+                                                   ("film.mp4", "video"), ("in/c.webp", "image")]
     everything = ["g.jpg", "f/a.PNG", "f/b.jpg", "f/film.mp4", "f/in/c.webp"]
     assert names(["g.jpg", "f/**/*", "f", "./f/b.jpg"]) == everything
     # The results folder is left out, unless it is named.
@@ -506,8 +501,7 @@ def test_what_an_earlier_call_has_drawn_is_left_out(caplog):
     (["a.jpg", "a.jpg.png"], ["a", "a.jpg.png"], [1, 2]),
     (["000139.jpg", "x/7.jpg"], ["000139", "x/7"], [139, 7]),
     (["7.jpg", "x/7.jpg"], ["7", "x/7"], [1, 2]),
-    (["7.jpg", "v.mp4"], ["7", "v.mp4"], []),
-])  # fmt: skip
+    (["7.jpg", "v.mp4"], ["7", "v.mp4"], [])])
 def test_names_and_numbers_do_not_collide(given, labels, ids):
     sources = sources_of(*given)
     assert list(label_names(sources).values()) == labels
@@ -578,8 +572,7 @@ def test_annotations_are_never_replaced(weights, capsys):
     (["notes.txt"], "notes.txt holds no image .* end in"),
     (["camera", "1"], "cameras 0, 1 .* give one"),
     (["pipe.mp4"], "pipe.mp4 is a pipe or a device; give"),
-    (["/dev/zero"], "/dev/zero is a pipe or a device; give"),
-])  # fmt: skip
+    (["/dev/zero"], "/dev/zero is a pipe or a device; give")])
 def test_words_that_name_no_source(words, message):
     if hasattr(os, "mkfifo"):
         os.mkfifo("pipe.mp4")
@@ -608,8 +601,7 @@ def test_a_source_must_be_given(capsys):
     (["best.pth", "a.png", "--live"], "--live shows cameras and videos; leave it out"),
     (["best.pth", "a.png", "--out", "notes.txt"], "notes.txt"),
     (["best.pth", "a.png", "--out", "o"], "images.json: cannot be written"),
-    (["best.pth", "3", "--out", "p"], "camera_3 cannot be opened; is it connected"),
-])  # fmt: skip
+    (["best.pth", "3", "--out", "p"], "camera_3 cannot be opened; is it connected")])
 def test_mistakes_end_with_one_sentence(words, message, weights, monkeypatch, capsys):
     monkeypatch.setattr(cv2, "VideoCapture", Capture(opened=False))
     Path("notes.txt").touch()
@@ -659,7 +651,7 @@ def test_a_video_is_drawn_and_its_boxes_have_frame_and_time(name, size, weights,
 
 
 @pytest.mark.parametrize("stated, rate", [({}, 10), ({"fps": 0.0, "time": float("nan")}, 25),
-                                          ({"fps": 9e4}, 25)])  # fmt: skip
+                                          ({"fps": 9e4}, 25)])
 def test_frames_have_times_also_where_a_video_states_none(stated, rate):
     frames = list(read_frames(Source("v.mkv", "v.mkv", "video"), Capture(3, **stated)))
     assert [(f.number, f.time, f.rate) for f in frames] == [(k, k / rate, rate) for k in range(3)]
@@ -795,8 +787,7 @@ def test_bare_weights_take_names_in_any_script(weights):
     (["--score_threshold", "0.1"], {"conf_thresh": 0.1}),
     (["--max_detections", "3", "--nms", "soft"], {"top_k": 3, "nms": "soft"}),
     (["--max_per_class", "90"], {"per_class": 90}),
-    (["--class_agnostic"], {"class_agnostic": True}),
-])  # fmt: skip
+    (["--class_agnostic"], {"class_agnostic": True})])
 def test_options_reach_the_network(options, expected, weights):
     config = detect.open_predictor(detect.parse([weights, "a.png", *options])).config
     assert {key: getattr(config, key) for key in expected} == expected

@@ -186,8 +186,7 @@ def test_layers_are_printed_with_shapes(capsys):
     (["-s", "400"], "does not exist at size 400, choose from 300, 512"),
     (["-v", "SSD_mobile", "-s", "512"], "error: SSD_mobile does not exist at size 512"),
     (["-v", "SSD_vgg", "--num_classes", "1"], "error: num_classes is 1"),
-    (["-v", "SSD_vgg", "--json", "."], "error: .: cannot be written"),
-])  # fmt: skip
+    (["-v", "SSD_vgg", "--json", "."], "error: .: cannot be written")])
 def test_wrong_arguments_give_one_sentence(arguments, words, capsys):
     assert main(arguments) == 2
     output = capsys.readouterr()

@@ -401,19 +401,22 @@ def test_evaluation_that_is_interrupted_is_made_up_for(call, monkeypatch):
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"config": None}, "configuration"),
-    ({"classes": "cell"}, "classes"),
-    ({"config": {"size": 400}}, "400"),
-    ({"config": {"lr": "fast"}}, "--lr: 'fast'"),
-    ({"config": {"version": "SSD_other"}}, "SSD_other"),
-    ({"step": "x"}, "resumed from"),
-    ({"rng": {}}, "resumed from"),
-    ({"optimizer": {}}, "resumed from"),
+    ({"config": None}, "configuration"), ({"classes": "cell"}, "classes"),
+    ({"config": {"size": 400}}, "400"), ({"config": {"lr": "fast"}}, "--lr: 'fast'"),
+    ({"config": {"version": "SSD_other"}}, "SSD_other"), ({"step": "x"}, "resumed from"),
+    ({"rng": {}}, "resumed from"), ({"optimizer": {}}, "resumed from"),
+    ({"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}}, "momentum_buffer [2]"),
+    ({"step": True}, "resumed from"), ({"totals": {"loss_loc": float("nan")}}, "nan"),
+    ({"history": [{"step": [1]}]}, "[1]"),
+    ({"best": {"step": 1, "value": None, "metric": "AP"}}, "None"), ({"data": [1]}, "resumed from"),
+    ({"classes": [f"c{n}" for n in range(200_000)]}, "200000 classes"),
+    ({"config": {"test_sets": [[None, "../../x"]]}}, "../../x"),
 ])
 def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, change, words, capsys):
     saved = torch.load(trained, weights_only=True)
     for key, value in change.items():
-        saved[key] = {**saved[key], **value} if key == "config" and value else value
+        merged = key in ("config", "optimizer", "totals") and value
+        saved[key] = {**saved[key], **value} if merged else value
     torch.save(saved, trained.parent / "last.pth")
     assert call("--resume", trained.parent / "last.pth", version="tiny") == 2
     error = capsys.readouterr().err
@@ -421,21 +424,32 @@ def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, change
     assert error.count("\n") == 1
 
 
-def test_checkpoint_of_another_program_is_refused(call, tmp_path, capsys):
-    state = {"model": build_net("tiny", 300, 4).state_dict(), "optimizer": {}, "iteration": 3}
-    torch.save(state, tmp_path / "other.pth")
-    assert call("--resume", tmp_path / "other.pth") == 2
-    assert "configuration" in capsys.readouterr().err
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"[]", b"[" * 9999,
+                                     b'{"dataset": "VOC"}', b'{"dataset": "VOC", "root": 5}'])
+def test_resume_auto_names_a_configuration_that_cannot_be_read(call, trained, content, capsys):
+    file = trained.parent / "config.json"
+    file.unlink() if content is None else file.write_bytes(content)
+    assert call("--resume", "auto", "-max", 3) == 2
+    error = capsys.readouterr().err
+    assert str(file) in error and "give --resume" in error and error.count("\n") == 1
+    assert [path.name for path in call.folder.iterdir()] == ["a"]
+
+
+def test_a_checkpoint_from_elsewhere_does_not_say_where_to_write(trained, tmp_path, monkeypatch):
+    saved = torch.load(trained, weights_only=True)
+    saved["config"] |= {"save_folder": str(tmp_path / "out"), "cache": str(tmp_path / "out")}
+    torch.save(saved, tmp_path / "c.pth")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert main(["--resume", str(tmp_path / "c.pth"), "-max", "3", "--device", "cpu"]) == 0
+    assert not (tmp_path / "out").exists() and list(Path("weights/tiny_300").glob("*/last.pth"))
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    (["--root", "/nowhere"], ["/nowhere"]),
-    (["--test_sets", "tset"], ["tset", "test, trainval"]),
+    (["--root", "/nowhere"], ["/nowhere"]), (["--test_sets", "tset"], ["tset", "test, trainval"]),
     (["--classes", "person"], ["person", "cell, platelet, rod"]),
-    (["--device", "cuda:99"], ["cuda:99", "--device cpu"]),
-    (["--ngpu", "3"], ["--ngpu 3"]),
-    (["--save_folder", "/dev/null/x"], ["/dev/null"]),
-    (["--resume", "gone.pth"], ["gone.pth"]),
+    (["--device", "cuda:99"], ["cuda:99", "--device cpu"]), (["--ngpu", "3"], ["--ngpu 3"]),
+    (["--save_folder", "/dev/null/x"], ["/dev/null"]), (["--resume", "gone.pth"], ["gone.pth"]),
     (["--lr", "1", "--test_sets", ","], ["image set"]),
 ])
 def test_a_users_mistake_is_one_sentence_status_2_and_leaves_no_run(call, options, words, capsys):

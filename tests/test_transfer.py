@@ -136,8 +136,7 @@ def test_class_maps_are_read_from_the_option_or_a_file(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "words"), [
-    ("a=b,c", "'c', which is not of the form own=other"),
-    ("a=", "'a=', which is not of the form"),
+    ("a=b,c", "'c', which is not of the form own=other"), ("a=", "'a=', which is not of the form"),
     ("a=b,a=c", "'a=c', which is a second entry"),
     ("gone.txt", r"gone.txt is neither .* nor a file"),
 ])

@@ -35,7 +35,7 @@ class SmallHarDNet(HarDNetBase):
         super().__init__(HarDNetSpec(
             stem=(8, 12), growth=(8, 6, 8), layers=(2, 2, 4), channels=(16, 32, 24), multiplier=1.7,
             pool_after={0: False, 1: False}, stride8_block=1, dilated_bridge=False, depthwise=True,
-        ))  # fmt: skip
+        ))
 
 
 TINY = Backbone(TinyBase)

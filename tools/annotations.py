@@ -37,10 +37,8 @@ class Annotations(Writer):
         self.place, self._images, self._suffix, self._encode = ANNOTATIONS[kind]
         self._out, self._folder = folder, folder / self.place
         if self._folder.is_dir() and any(self._folder.iterdir()):
-            raise UserError(
-                f"{self._folder} holds annotations, which may be corrected by hand; give another "
-                "--out, or remove that folder"
-            )
+            raise UserError(f"{self._folder} holds annotations, which may be corrected by hand; "
+                            "give another --out, or remove that folder")
         self._classes, self._names = classes, label_names(sources)
         self._coco: list[tuple[dict, list[dict]]] | None = [] if kind == "coco" else None
         names = {"classes.txt": "".join(f"{name}\n" for name in classes)}
@@ -99,10 +97,8 @@ def label_names(sources: Sequence[Source]) -> dict[str, str]:
     stems = [os.path.splitext(source.name)[0] for source in sources]
     keys = [stem.casefold() for stem in stems]  # some file systems ignore case
     times = Counter(keys + [source.name.casefold() for source in sources])
-    return {
-        source.name: stem if source.kind == "image" and times[key] == 1 else source.name
-        for source, stem, key in zip(sources, stems, keys, strict=True)
-    }
+    return {source.name: stem if source.kind == "image" and times[key] == 1 else source.name
+            for source, stem, key in zip(sources, stems, keys, strict=True)}
 
 
 def voc_xml(found: Found, image: str, classes: Sequence[str]) -> bytes:
@@ -119,7 +115,7 @@ def voc_xml(found: Found, image: str, classes: Sequence[str]) -> bytes:
     return voc_annotation(image, found.size, [
         (classes[label - 1], box, {"truncated": 0, "difficult": 0, "score": f"{score:.5f}"})
         for box, score, label in zip(boxes, scores, labels, strict=True)
-    ])  # fmt: skip
+    ])
 
 
 def voc_annotation(name: str, size: tuple[int, int],
@@ -173,13 +169,11 @@ def coco_records(found: Found, image: str, classes: Sequence[str]) -> tuple[dict
     for (x, y, x2, y2), label in zip(boxes.tolist(), found.labels[inside], strict=True):
         bbox = [round(v, 2) for v in (x, y, x2 - x + 1, y2 - y + 1)]
         records.append({"category_id": ids[label - 1]["id"], "bbox": bbox, "iscrowd": 0,
-                        "area": round(bbox[2] * bbox[3], 2)})  # fmt: skip
+                        "area": round(bbox[2] * bbox[3], 2)})
     return {"file_name": image, "width": found.size[0], "height": found.size[1]}, records
 
 
-ANNOTATIONS = {
-    "voc": ("voc/Annotations/", "voc/JPEGImages/", ".xml", voc_xml),
-    "yolo": ("yolo/labels/", "yolo/images/", ".txt", yolo_txt),
-    "coco": ("coco/annotations/", "coco/images/", ".json", coco_records),
-}
+ANNOTATIONS = {"voc": ("voc/Annotations/", "voc/JPEGImages/", ".xml", voc_xml),
+               "yolo": ("yolo/labels/", "yolo/images/", ".txt", yolo_txt),
+               "coco": ("coco/annotations/", "coco/images/", ".json", coco_records)}
 """Kind -> folder, folder of the images, suffix, and what annotates an image."""

@@ -54,10 +54,8 @@ class Window:
         try:
             cv2.namedWindow(WINDOW, cv2.WINDOW_NORMAL)
         except cv2.error as error:
-            raise UserError(
-                "--live needs an OpenCV with windows: pip uninstall opencv-python-headless, then "
-                "pip install opencv-python"
-            ) from error
+            raise UserError("--live needs an OpenCV with windows: pip uninstall "
+                            "opencv-python-headless, then pip install opencv-python") from error
         self._shown, self._seconds = time.monotonic(), 0.0
 
     def show(self, image: np.ndarray) -> bool:
@@ -83,13 +81,12 @@ def has_display() -> bool:
 
 
 def open_predictor(args: argparse.Namespace) -> Predictor:
-    predictor = Predictor(
-        args.weights, device=args.device, amp=args.amp,
-        classes=parse_classes(args.classes) if args.classes else None,
-        score_threshold=args.score_threshold, max_detections=args.max_detections,
-        max_per_class=args.max_per_class, nms=args.nms, class_agnostic=args.class_agnostic,
-        tiles=args.tiles or 0, overlap=args.overlap, flip=bool(args.flip),
-    )  # fmt: skip
+    predictor = Predictor(args.weights, device=args.device, amp=args.amp,
+                          classes=parse_classes(args.classes) if args.classes else None,
+                          score_threshold=args.score_threshold, max_detections=args.max_detections,
+                          max_per_class=args.max_per_class, nms=args.nms,
+                          class_agnostic=args.class_agnostic, tiles=args.tiles or 0,
+                          overlap=args.overlap, flip=bool(args.flip))
     if args.score_threshold is None:  # an exported file may have a higher one inside
         least = max(THRESHOLD, predictor.config.conf_thresh)
         predictor.config = replace(predictor.config, conf_thresh=least)
@@ -101,14 +98,10 @@ def find_objects(predictor: Predictor, frames: Sequence[Frame]) -> list[Found]:
     try:
         detections = predictor([frame.image for frame in frames])
     except FloatingPointError as error:
-        raise UserError(
-            f"the network's output is not finite ({error}); its weights have diverged, or their "
-            "file is damaged"
-        ) from error
-    return [
-        Found(frame, d["boxes"].double().numpy(), d["scores"].numpy(), d["labels"].numpy())
-        for frame, d in zip(frames, detections, strict=True)
-    ]
+        raise UserError(f"the network's output is not finite ({error}); its weights have diverged, "
+                        "or their file is damaged") from error
+    return [Found(frame, d["boxes"].double().numpy(), d["scores"].numpy(), d["labels"].numpy())
+            for frame, d in zip(frames, detections, strict=True)]
 
 
 def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
@@ -116,11 +109,8 @@ def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
     font = find_font(classes, file)
     drawn = {name: escape(name, font) for name in classes}
     if lacking := [f"{name} as {text}" for name, text in drawn.items() if text != one_line(name)]:
-        LOGGER.warning(
-            "no font here has all letters of the class names, which are drawn with escapes (%s); "
-            "give a font that has them with --font",
-            ", ".join(lacking),
-        )
+        LOGGER.warning("no font here has all letters of the class names, which are drawn with "
+                       "escapes (%s); give a font that has them with --font", ", ".join(lacking))
     return font
 
 
@@ -154,7 +144,7 @@ def detect(args: argparse.Namespace) -> int:
         predictor = open_predictor(args)
         info, threshold = predictor.info, predictor.config.conf_thresh
         LOGGER.info("%s %d, %d classes, on %s, scores over %g", info.version, info.size,
-                    len(info.classes), predictor.device, threshold)  # fmt: skip
+                    len(info.classes), predictor.device, threshold)
         font, start = font_for(info.classes, args.font), time.monotonic()
         # Entered before the files: a signal does not end the process while they are written.
         stop = stack.enter_context(StopSignal(gentle=True))
@@ -177,9 +167,9 @@ def detect(args: argparse.Namespace) -> int:
     if stop.asked:
         print("interrupted", file=sys.stderr)
     skipped = "".join(f"; {count} could not be {done}" for count, done in (
-        (reader.broken, "read"), (output.unwritten, "written")) if count)  # fmt: skip
+        (reader.broken, "read"), (output.unwritten, "written")) if count)
     LOGGER.info("%d images, %d video frames: %d objects in %.1f s%s", reader.images, reader.frames,
-                objects, time.monotonic() - start, skipped)  # fmt: skip
+                objects, time.monotonic() - start, skipped)
     if not objects and reader.images + reader.frames:
         LOGGER.info("no score is over %g; give a lower --score_threshold", threshold)
     if writers:
@@ -190,7 +180,6 @@ def detect(args: argparse.Namespace) -> int:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     p = Parser(prog="python -m tools.detect", description=__doc__.splitlines()[0],
                allow_abbrev=False)
-    # fmt: off
     p.add_argument("weights", metavar="WEIGHTS",
                    help="checkpoint (.pth, .safetensors) or exported network (.onnx, .xml)")
     p.add_argument("sources", metavar="SOURCE", nargs="*", help="image, folder (with all below "
@@ -228,7 +217,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     g.add_argument("--workers", type=positive, default=min(4, cores()), metavar="N",
                    help="threads that read and write images (default: one per core, at most 4)")
     add_option(g, "max_pixels")
-    # fmt: on
     args = p.parse_args(argv)
     if not args.sources and not args.live:
         p.error("give a SOURCE: an image, a folder, a video or camera")

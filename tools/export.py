@@ -27,7 +27,6 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
     """Read the command line."""
     p = Parser(prog="python -m tools.export", description=__doc__.splitlines()[0],
                allow_abbrev=False)
-    # fmt: off
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
                    help="checkpoint of a training, or a published file")
     p.add_argument("--format", required=True, choices=FORMATS, help="kind of file")
@@ -58,7 +57,6 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
                    help="images or a data set (default: what the checkpoint was trained on)")
     g.add_argument("--calibrate_sets", metavar="SETS",
                    help="image sets of the data set, e.g. 2007_trainval")
-    # fmt: on
     add_option(p, "max_pixels")
     given = vars(p.parse_args(argv))
     limit_pixels(given.pop("max_pixels"))

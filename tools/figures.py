@@ -36,16 +36,11 @@ STYLE = {
     "svg.hashsalt": "ssd-hardnet",  # the same chart has the same bytes
     "text.parse_math": False,  # a class name may have dollar signs
     "font.family": "DejaVu Sans",  # comes with matplotlib
-    "figure.constrained_layout.use": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlelocation": "left",
-    "axes.titleweight": "bold",
-    "grid.alpha": 0.15,
-    "legend.frameon": False,
-    **dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color",
-                     "ytick.color", "grid.color"), INK),
-}  # fmt: skip
+    "figure.constrained_layout.use": True, "axes.spines.right": False, "axes.spines.top": False,
+    "axes.titlelocation": "left", "axes.titleweight": "bold", "grid.alpha": 0.15,
+    "legend.frameon": False, "text.color": INK, "axes.edgecolor": INK, "axes.labelcolor": INK,
+    "xtick.color": INK, "ytick.color": INK, "grid.color": INK,
+}
 
 
 def check_matplotlib() -> None:
@@ -110,6 +105,11 @@ def as_svg(figure: Figure, name: str, classes: Sequence[str] = ()) -> str:
         mark = f'<g data-class="{n}"><title>{escape(label)}</title>'
         text = text.replace(f'<g id="class-{n}">', mark)
     return re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
+
+
+def has_points(table: Table) -> bool:
+    """Return whether a table of lines has a point to draw."""
+    return not all(math.isnan(row[2]) for row in table.rows)
 
 
 def draw_lines(title: str, table: Table, classes: Sequence[str] = ()) -> Figure:

@@ -49,14 +49,10 @@ def list_mistakes(judged: Judged, score: float) -> list[Mistake]:
     missed = np.flatnonzero(judged.missed(score))
     areas = (truth.boxes[missed, 2:] - truth.boxes[missed, :2]).prod(1)
     missed = missed[np.argsort(-areas, kind="stable")]
-    return [
-        Mistake(KINDS[judged.kind[n]], found.labels[n], found.images[n], found.scores[n],
-                found.boxes[n], judged.objects[n], judged.overlaps[n])
-        for n in wrong
-    ] + [
-        Mistake(ERRORS[-1], truth.labels[n], truth.images[n], None, None, n, math.nan)
-        for n in missed
-    ]  # fmt: skip
+    listed = [Mistake(KINDS[judged.kind[n]], found.labels[n], found.images[n], found.scores[n],
+                      found.boxes[n], judged.objects[n], judged.overlaps[n]) for n in wrong]
+    return listed + [Mistake(ERRORS[-1], truth.labels[n], truth.images[n], None, None, n, math.nan)
+                     for n in missed]
 
 
 def choose(mistakes: Sequence[Mistake], most: int) -> list[Mistake]:

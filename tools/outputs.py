@@ -194,7 +194,7 @@ class CsvFile(Writer):
         self._lines.append(csv_bytes(
             (found.name, *when, self._classes[k - 1], f"{score:.5f}", *(f"{v:.2f}" for v in box))
             for box, score, k in zip(found.boxes, found.scores, found.labels, strict=True)
-        ))  # fmt: skip
+        ))
 
     def close(self) -> None:
         write(self._out, self.place, b"".join(self._lines))
@@ -244,10 +244,8 @@ class Drawings(Writer):
             if real_path(path) in inputs:
                 raise UserError(f"{path} would be overwritten; give another --out")
             if (other := drawn.setdefault(path, source)) is not source:
-                raise UserError(
-                    f"{other.name} and {source.name} would both be drawn as {path}; detect them in "
-                    "two calls, with two --out"
-                )
+                raise UserError(f"{other.name} and {source.name} would both be drawn as {path}; "
+                                "detect them in two calls, with two --out")
 
     def add(self, found: Found) -> None:
         name = self._name(found.frame.source)

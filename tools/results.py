@@ -14,18 +14,21 @@ from typing import NamedTuple
 import numpy as np
 
 from data import DATASETS, DetectionData, build_dataset, list_sets, split_options
+from data.classes import check_classes
 from data.curves import CURVES_FILE, SIZES, Curves, load_curves
 from data.detections import load_detections
-from data.image_sets import ImageSet
+from data.image_sets import ImageSet, parse_image_sets
 from data.judge import FOREGROUND, Judged, found_of, judge
 from data.voc_eval import METRICS
+from utils.checkpoint import is_number, odd_part
 from utils.errors import UserError
+from utils.files import read_text
 
 TYPES = {
     **dict.fromkeys(("dataset", "root", "sets", "metric"), str),
     **dict.fromkeys(("classes", "notes"), list),
     **dict.fromkeys(("per_class", "per_class_per_size", "ground_truths"), dict),
-    "value": float | int | None, "overfit": int,
+    "per_class_interval": dict, "overfit": int,
 }
 """Types of the values of results.json that are read."""
 
@@ -35,7 +38,8 @@ class Results:
     """What a results.json says. Scores are from 0 to 1, and NaN where there is nothing to score.
 
     per_class: score by class, maybe of some classes only. per_size: score by class and size, may be
-    empty. values: all that the file says.
+    empty. interval, intervals: low and high of the 95 % interval of the value, and by class, NaN or
+    missing for none. values: all that the file says.
     """
 
     metric: str
@@ -43,25 +47,33 @@ class Results:
     value: float
     per_class: Mapping[str, float]
     per_size: Mapping[str, Mapping[str, float]]
+    interval: tuple[float, float]
+    intervals: Mapping[str, tuple[float, float]]
     values: Mapping
 
     @classmethod
     def of(cls, values: object) -> Results:
-        """Take the content of a results.json; ValueError, TypeError or KeyError: a wrong value."""
-        defaults = {"overfit": 0, "notes": [], "per_class_per_size": {}, "ground_truths": {}}
+        """Take the content of a results.json; an exception of many types says what is wrong."""
+        defaults = {"overfit": 0, "notes": [], "per_class_per_size": {}, "ground_truths": {},
+                    "per_class_interval": {}}
         values = defaults | values if isinstance(values, dict) else {}
         for key, kind in TYPES.items():
-            if key not in values or not isinstance(values[key], kind):
+            if key not in values or type(values[key]) is not kind:
                 raise TypeError(f'"{key}" is {repr(values.get(key, "missing")):.60}')
-        if values["dataset"] not in DATASETS:
-            raise ValueError(f'"dataset" is {values["dataset"]!r}')
+        if values["dataset"] not in DATASETS or values["overfit"] < 0:
+            raise ValueError('"dataset" is {dataset!r:.60}, "overfit" {overfit}'.format(**values))
         if not all(isinstance(text, str) for text in values["classes"] + values["notes"]):
             raise TypeError('"classes" and "notes" must be texts')
+        if odd := odd_part(values):
+            raise TypeError(f"it holds {odd}")
+        parse_image_sets(values["sets"].replace("+", ","))
         sizes = values["per_class_per_size"].items()
         return cls(
-            values["metric"], tuple(values["classes"]), _score(values["value"]),
+            values["metric"], check_classes(values["classes"], "it"), _score(values["value"]),
             {name: _score(ap) for name, ap in values["per_class"].items()},
-            {name: {size: _score(aps[size]) for size in SIZES} for name, aps in sizes}, values,
+            {name: {size: _score(aps[size]) for size in SIZES} for name, aps in sizes},
+            _bounds(values.get("interval")),
+            {name: _bounds(each) for name, each in values["per_class_interval"].items()}, values,
         )
 
     @property
@@ -70,8 +82,23 @@ class Results:
         return next((key for key, title in METRICS.items() if title == self.metric), "coco")
 
 
-def _score(value: float | None) -> float:
-    return math.nan if value is None or value < 0 else float(value)
+def _score(value: object) -> float:
+    """Return a score from 0 to 1; -1, NaN and None say that there is nothing to score."""
+    if value is None or value == -1 or value != value:
+        return math.nan
+    return _number(value, 1)
+
+
+def _number(value: object, most: float = 1e12) -> float:
+    if not is_number(value, most):
+        raise ValueError(f"a number is {value!r:.60}")
+    return float(value)
+
+
+def _bounds(value: object) -> tuple[float, float]:
+    """Return the ends of an interval; None says that there is none."""
+    low, high = (None, None) if value is None else value
+    return _score(low), _score(high)
 
 
 class Epoch(NamedTuple):
@@ -87,16 +114,13 @@ class Epoch(NamedTuple):
 def read_log(path: Path) -> list[Epoch]:
     """Return the epochs of a run's log.jsonl; UserError if it is something else."""
     try:
-        records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        return [
-            Epoch(int(r["epoch"]), float(r["loss_loc"]), float(r["loss_conf"]),
-                  _score(r.get("value")),
-                  {name: _score(ap) for name, ap in r.get("per_class", {}).items()})
-            for r in records
-            if "epoch" in r
-        ]  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is not the log of a run ({error!r})") from error
+        records = [dict(json.loads(line)) for line in read_text(path).splitlines()]
+        return [Epoch(*(_number(r[key]) for key in ("epoch", "loss_loc", "loss_conf")),
+                      _score(r.get("value")),
+                      {name: _score(ap) for name, ap in r.get("per_class", {}).items()})
+                for r in records if "epoch" in r]  # fmt: skip
+    except Exception as error:  # of any content
+        raise UserError(f"{path} is not the log of a run ({error!r:.200})") from error
 
 
 @dataclass(frozen=True)
@@ -125,12 +149,10 @@ def find_tests(directory: Path) -> list[Path]:
     UserError: none is there.
     """
     below = ("results.json", "*/results.json", "*/*/results.json", "ss_predict/*/*/results.json")
-    found = [path for pattern in below for path in directory.glob(pattern)]
+    found = [path for pattern in below for path in directory.glob(pattern) if path.is_file()]
     if not found:
-        raise UserError(
-            f"{directory} holds no results.json, nor a test under ss_predict/; give the folder of "
-            "a run or of a test's results (docs/reading_a_report.md)"
-        )
+        raise UserError(f"{directory} holds no results.json, nor a test under ss_predict/; give "
+                        "the folder of a run or of a test's results (docs/reading_a_report.md)")
     found.sort(key=lambda path: (path.stat().st_mtime_ns, str(path)), reverse=True)
     return [path.parent for path in found]
 
@@ -143,9 +165,10 @@ def open_test(directory: Path, root: str | None) -> Test:
     folder, *others = find_tests(directory)
     path = folder / "results.json"
     try:
-        results = Results.of(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is not a test's results ({error}); run the test again") from error
+        results = Results.of(json.loads(read_text(path)))
+    except Exception as error:  # of any content
+        raise UserError(f"{path} is not a test's results ({error!r:.200}); run the test "
+                        "again") from error
     notes, log, found = list(results.values["notes"]), [], {}
     if others:
         notes.append(f"{folder} is the newest of {len(others) + 1} tests in {directory}")
@@ -178,19 +201,14 @@ def _open_dataset(results: Results, root: str) -> DetectionData:
         dataset.check_scorable()
         if overfit:
             dataset.keep_first(overfit)
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: names that are too long
         raise UserError(f"{error} (--root says where the data set is)") from error
     return dataset
 
 
 def _judge(path: Path, dataset: DetectionData) -> tuple[list[dict], Judged]:
-    detections, _ = load_detections(path, dataset.ids, {})
-    try:
-        found = found_of(detections, dataset.ids, len(dataset.classes))
-    except ValueError as error:
-        raise UserError(
-            f"{path} does not fit results.json beside it ({error}); run the test again"
-        ) from error
+    detections, _ = load_detections(path, dataset.ids, len(dataset.classes), {})
+    found = found_of(detections, dataset.ids, len(dataset.classes))
     return detections, judge(dataset.truth(), found)
 
 

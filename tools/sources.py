@@ -122,7 +122,7 @@ def _inside(folder: str, out: Path) -> Iterator[str]:
         folders[:] = sorted(
             name for name in folders
             if not name.startswith(".") and real_path(os.path.join(place, name)) != results
-        )  # fmt: skip
+        )
         if "drawn" in folders and RESULTS & set(names):
             LOGGER.warning("%s is left out: an earlier call has drawn it", Path(place, "drawn"))
             folders.remove("drawn")

@@ -128,11 +128,9 @@ class _Recorder(TorchDispatchMode):
             self.sums += _numel((*args[:2], output))
         return output
 
-    def _add_convolution(
-        self, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int],
-        padding: list[int], dilation: list[int], transposed: bool, output_padding: list[int],
-        groups: int,
-    ) -> None:  # fmt: skip
+    def _add_convolution(self, output: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None,
+                         stride: list[int], padding: list[int], dilation: list[int],
+                         transposed: bool, output_padding: list[int], groups: int) -> None:
         words = ["transposed conv" if transposed else "conv", "x".join(map(str, weight.shape[2:]))]
         words += [f"/{max(stride)}"] * (max(stride) > 1)
         words += [f"dilation {max(dilation)}"] * (max(dilation) > 1)
@@ -178,11 +176,8 @@ def table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
 def layer_table(result: Profile) -> str:
     """Return a table of layers. Shapes are without batch; a concatenation reads 14+24x128x128."""
     header = ("layer", "kind", "input", "output", "parameters", "MACs", "CIO", "concatenation")
-    return table(header, [
-        (x.name, x.kind, _input(x), "x".join(map(str, x.output[1:])))
-        + (x.parameters, x.macs, x.cio, x.concat)
-        for x in result.layers
-    ])  # fmt: skip
+    return table(header, [(x.name, x.kind, _input(x), "x".join(map(str, x.output[1:])))
+                          + (x.parameters, x.macs, x.cio, x.concat) for x in result.layers])
 
 
 def _input(layer: Layer) -> str:
@@ -200,19 +195,17 @@ def summary_table(results: Iterable[tuple[str, int, Profile]]) -> str:
         (version, size, p.parameters, p.macs, p.cio, p.concat, p.traffic)
         + tuple(round(p.traffic * n / 1e6) for n in BYTES.values())
         for version, size, p in results
-    ])  # fmt: skip
+    ])
 
 
 def report(version: str, size: int, num_classes: int, result: Profile) -> dict:
     """Return a profile as JSON values: totals, bytes, and every layer."""
     totals = ("parameters", "macs", "cio", "concat", "sums", "traffic")
-    return {
-        "version": version, "size": size, "num_classes": num_classes,
-        **{name: getattr(result, name) for name in totals},
-        "traffic_bytes": {name: result.traffic * n for name, n in BYTES.items()},
-        "parameter_bytes": {name: result.parameters * n for name, n in BYTES.items()},
-        "layers": [asdict(layer) for layer in result.layers],
-    }  # fmt: skip
+    return {"version": version, "size": size, "num_classes": num_classes,
+            **{name: getattr(result, name) for name in totals},
+            "traffic_bytes": {name: result.traffic * n for name, n in BYTES.items()},
+            "parameter_bytes": {name: result.parameters * n for name, n in BYTES.items()},
+            "layers": [asdict(layer) for layer in result.layers]}
 
 
 def profiles(versions: Sequence[str] | None, sizes: Sequence[int] | None,
@@ -244,13 +237,11 @@ def profiles(versions: Sequence[str] | None, sizes: Sequence[int] | None,
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status."""
     p = Parser(prog="python -m tools.traffic", description=__doc__.splitlines()[0])
-    # fmt: off
     p.add_argument("-v", "--version", nargs="+", choices=BACKBONES, metavar="VERSION",
                    help=f"networks (default: all that have the size): {', '.join(BACKBONES)}")
     p.add_argument("-s", "--size", type=int, nargs="+", help="sides of the input (default: all)")
     p.add_argument("--num_classes", type=count, default=81, metavar="N",
                    help="number of classes, with the background (default: 81, COCO)")
-    # fmt: on
     p.add_argument("--layers", action="store_true", help="also print a table of the layers")
     p.add_argument("--json", metavar="OUT", help="write totals and layers to this file")
     args = p.parse_args(argv)

@@ -42,12 +42,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def describe(found: Contents) -> str:
     """Return the contents of a file as lines of text; lists are cut at 20 names."""
     dtypes = ", ".join(f"{count} {name}" for name, count in found.dtypes.items())
-    lines = {
-        "file": f"{found.file} ({found.bytes:,} bytes)", "sha256": found.sha256,
-        "git blob": found.git_blob, "origin": "unknown", "holds": ", ".join(found.holds),
-        "tensors": f"{found.tensors} ({dtypes}), {found.parameters:,} parameters",
-        "detector": "none", "basenet of": ", ".join(found.basenet) or "none",
-    }
+    lines = {"file": f"{found.file} ({found.bytes:,} bytes)", "sha256": found.sha256,
+             "git blob": found.git_blob, "origin": "unknown", "holds": ", ".join(found.holds),
+             "tensors": f"{found.tensors} ({dtypes}), {found.parameters:,} parameters",
+             "detector": "none", "basenet of": ", ".join(found.basenet) or "none"}
     if found.origin:
         row = published(found.origin)
         lines["origin"] = f"{row.name}, {row.places[0].url}, licence {row.licence}"

@@ -174,15 +174,12 @@ def _build_cuda() -> str:
     if present and wanted in (present, ""):
         return f"up to date, for {present}"
     if not wanted:
-        raise RuntimeError(
-            "no GPU here; set TORCH_CUDA_ARCH_LIST, e.g. to 9.0, to compile for another machine"
-        )
+        raise RuntimeError("no GPU here; set TORCH_CUDA_ARCH_LIST, e.g. to 9.0, to compile for "
+                           "another machine")
     nvcc = _nvcc()
     if nvcc is None:
-        raise RuntimeError(
-            "no nvcc, the compiler of the CUDA toolkit, in CUDA_HOME, on the PATH or in "
-            "/usr/local/cuda"
-        )
+        raise RuntimeError("no nvcc, the compiler of the CUDA toolkit, in CUDA_HOME, on the PATH "
+                           "or in /usr/local/cuda")
     # No fused multiply-add: IoUs are rounded as on the CPU.
     flags = ["-O3", "-fmad=false", "-shared", f'-DARCHITECTURES="{wanted}"']
     if sys.platform != "win32":
@@ -212,10 +209,8 @@ def _architectures() -> str:
     listed = value.replace(";", " ").split()
     for architecture in listed:
         if not re.fullmatch(r"\d+\.\d[a-z]?(\+PTX)?", architecture):
-            raise RuntimeError(
-                f"TORCH_CUDA_ARCH_LIST is {value!r}, and {architecture!r} is no compute "
-                "capability; write numbers, e.g. 8.0;9.0+PTX"
-            )
+            raise RuntimeError(f"TORCH_CUDA_ARCH_LIST is {value!r}, and {architecture!r} is no "
+                               "compute capability; write numbers, e.g. 8.0;9.0+PTX")
     try:
         import torch
     except ModuleNotFoundError:  # in an isolated build of pip

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import pickletools
+import re
+import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import ModuleType
 
@@ -11,10 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError
-from utils.files import atomic_write, file_digest
+from utils.files import INFLATED, atomic_write, check_archive, file_digest
 
 _FORMAT = 1
 _SAFETENSORS = ".safetensors"
+_NESTED = ("model", "state_dict", "model_state_dict", "net")
+"""Names under which programs keep a state dict."""
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DataParallel, torch.compile and a wrapper's member put before every key."""
 
 
 def save_checkpoint(path: Path, state: Mapping, previous: Path | None = None) -> None:
@@ -36,30 +46,28 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
             needs a file of PyTorch 1.6 or newer.
 
     Returns:
-        A dict with at least "model": the state dict, without DataParallel's ``module.`` prefix. A
-        checkpoint of this program has more: "config", "classes", "optimizer" and others; a
-        ``.safetensors`` file keeps "config" and "classes". If another program has put the state
-        dict under "state_dict", "beside" has the names of its other entries.
+        A dict with at least "model": the state dict, without the prefixes ``module.``,
+        ``_orig_mod.`` and ``model.``. A checkpoint of this program has more: "config", "classes",
+        "optimizer" and others; a ``.safetensors`` file keeps "config" and "classes". If another
+        program has put the state dict under a name, "beside" has the names of its other entries.
 
     Raises:
         UserError: the file does not exist, is damaged, is no checkpoint, would run code, or has
             entries that are not what a checkpoint has under their names.
     """
     path = Path(path)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"{path} is a folder; give a checkpoint in it, such as last.pth")
-    if not path.is_file():
+    if not os.path.isfile(path):  # path.is_file() fails for some names
         raise UserError(f"{path} does not exist or is not a file; give the path of a checkpoint")
-    state = _load_safetensors(path) if path.suffix == _SAFETENSORS else _load_torch(path, mmap)
+    named = path.suffix.lower() == _SAFETENSORS
+    state = _load_safetensors(path) if named else _load_torch(path, mmap)
+    inner, beside = _innermost(state)
+    model = _tensors(path, inner)
     if isinstance(state.get("model"), Mapping):
         _check_entries(path, state)
-        named = {key: value for key, value in state.items() if _is_text(key)}
-        return {**named, "model": _tensors(path, state["model"])}
-    if isinstance(state.get("state_dict"), Mapping):
-        beside = [key for key in state if _is_text(key) and key != "state_dict"]
-        model = {"model": _tensors(path, state["state_dict"])}
-        return {**model, "beside": beside} if beside else model
-    return {"model": _tensors(path, state)}
+        return {**{key: value for key, value in state.items() if _is_text(key)}, "model": model}
+    return {"model": model, "beside": beside} if beside else {"model": model}
 
 
 def save_safetensors(path: Path, model: Mapping[str, Tensor], about: Mapping) -> None:
@@ -80,10 +88,8 @@ def save_safetensors(path: Path, model: Mapping[str, Tensor], about: Mapping) ->
         tensors = {k: tensor.detach().cpu().contiguous().clone() for k, tensor in model.items()}
         data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
     except Exception as error:  # the package raises various types
-        raise UserError(
-            f"{path} cannot be written: safetensors cannot hold this ({_reason(error)}); keep it "
-            "as .pth"
-        ) from error
+        raise UserError(f"{path} cannot be written: safetensors cannot hold this "
+                        f"({_reason(error)}); keep it as .pth") from error
     with atomic_write(path) as file:
         file.write(data)
 
@@ -91,14 +97,24 @@ def save_safetensors(path: Path, model: Mapping[str, Tensor], about: Mapping) ->
 def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) -> None:
     """Load a whole state dict into ``net``; UserError, naming ``path``, unless all of it fits.
 
-    Batch counters may be missing: PyTorch before 0.4.1 did not store them.
+    What is not finite does not fit. Batch counters may be missing: PyTorch before 0.4.1 did not
+    store them.
     """
+    expected = net.state_dict()
+    whole = [key for key, tensor in expected.items() if key in state
+             and tensor.is_floating_point() and not state[key].is_floating_point()]
+    if whole:
+        names = list_keys(whole, "tensors of whole numbers instead of weights")
+        raise UserError(f"{path} does not fit the network: {names}")
     try:
         # PyTorch fills in missing counters only if the state dict has no version, as a plain dict.
         net.load_state_dict(dict(state), strict=True)
     except RuntimeError as error:
         reasons = " ".join(line.strip() for line in str(error).splitlines()[1:])
         raise UserError(f"{path} does not fit the network: {reasons}") from error
+    if broken := [key for key, tensor in expected.items() if not tensor.isfinite().all()]:
+        raise UserError(f"{path} holds {list_keys(broken, 'tensors that are not finite')}; its "
+                        "weights have diverged, or it is damaged: give an earlier checkpoint")
 
 
 def sha256_of(path: str | Path) -> str:
@@ -128,15 +144,52 @@ def list_keys(names: Sequence[str], what: str = "", most: int = 20) -> str:
 
 def _load_torch(path: Path, mmap: bool) -> Mapping:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        if not mmap:
+            check_archive(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged or hostile file can make the reader raise anything
-        raise UserError(
-            f"{path} is damaged, is not a PyTorch file, or holds more than tensors and plain data "
-            f"({_reason(error)}); files that would run code are not opened"
-        ) from error
+        if names := _refused_types(path):
+            names = list_keys(names, "types that are no tensors and no plain data", 3)
+            raise UserError(f"{path} holds {names}; files that could run code are not opened; where"
+                            " you trust it, convert such values (float(x)) and save "
+                            "model.state_dict() instead of the model") from error
+        # PyTorch's own text says how to open the file unsafely.
+        reason = _reason(error.__context__ or error)
+        raise UserError(f"{path} is damaged, is not a PyTorch file of a state dict, or holds more "
+                        f"than tensors and plain data ({reason}); get it anew, or save "
+                        "model.state_dict() by torch.save") from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state
+
+
+def _refused_types(path: Path) -> list[str]:
+    """Return the types and functions in a file that PyTorch does not open, as far as known."""
+    with suppress(Exception):
+        if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
+            return ["torch.jit.ScriptModule"]
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    names = set()
+    with suppress(Exception), open(path, "rb") as file:
+        for _ in range(4):  # before PyTorch 1.6: a magic number, a version, sizes, the object
+            ops = pickletools.genops(file)
+            names |= {arg.replace(" ", ".") for op, arg, _ in ops if op.name == "GLOBAL"}
+    known = r"torch\._.*|torch\.\w*Storage|collections\.OrderedDict|_codecs\.encode|\w+\.set"
+    return sorted(name for name in names if not re.fullmatch(known, name))
+
+
+def _innermost(state: Mapping) -> tuple[Mapping, list[str]]:
+    """Return the state dict in a file's dicts, and the names of the other entries around it."""
+    beside: list[str] = []
+    for _ in range(8):  # a dict may hold itself
+        key = next((key for key in _NESTED if isinstance(state.get(key), Mapping)), None)
+        if key is None:
+            break
+        beside += [name for name in state if _is_text(name) and name != key]
+        state = state[key]
+    return state, beside
 
 
 def _load_safetensors(path: Path) -> dict:
@@ -146,12 +199,11 @@ def _load_safetensors(path: Path) -> dict:
             about = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except Exception as error:  # as above, and for dtypes that PyTorch does not have
-        raise UserError(
-            f"{path} is damaged, or is not a safetensors file that can be read ({_reason(error)})"
-        ) from error
+        raise UserError(f"{path} is damaged, or is not a safetensors file that can be read "
+                        f"({_reason(error)})") from error
     try:
         about = {k: json.loads(about[k]) for k in ("config", "classes", "keys") if k in about}
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: JSON as deep as that
         reason = _reason(error)
         raise UserError(f"{path}: its metadata are none of this program ({reason})") from error
     keys = about.pop("keys", None)
@@ -165,66 +217,89 @@ def _import_safetensors(path: Path) -> ModuleType:
     try:
         import safetensors
     except ImportError as error:
-        raise UserError(
-            f"{path} needs the package safetensors, which is not installed; pip install safetensors"
-        ) from error
+        raise UserError(f"{path} needs the package safetensors, which is not installed; pip "
+                        "install safetensors") from error
     return safetensors
 
 
 def _check_entries(path: Path, state: Mapping) -> None:
-    """Raise UserError unless format, classes and configuration are of the right kinds."""
     found = state.get("format", _FORMAT)
     if not (isinstance(found, int) and found == _FORMAT):
         kind = repr(found) if isinstance(found, (int, str)) else f"a {type(found).__name__}"
-        raise UserError(
-            f"{path} has checkpoint format {kind}, this code reads {_FORMAT}; update the code"
-        )
+        raise UserError(f"{path} has checkpoint format {kind}, this code reads {_FORMAT}; update "
+                        "the code")
     classes = state.get("classes", [])
-    if not (isinstance(classes, (list, tuple)) and all(map(_is_text, classes))):
+    if not (isinstance(classes, list | tuple) and all(map(_is_text, classes))):
         raise UserError(f'{path} has "classes" that are not a list of names; it is no checkpoint')
-    try:
-        if not isinstance(state.get("config", {}), Mapping):
-            raise ValueError(f"it is a {type(state['config']).__name__}")
-        json.dumps(state.get("config"))
-    except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} has a configuration that is not plain data by name ({_reason(error)}); it is "
-            "no checkpoint"
-        ) from error
+    config = state.get("config", {})
+    odd = odd_part(config) if isinstance(config, Mapping) else f"a {type(config).__name__}"
+    if odd:
+        raise UserError(f"{path} has a configuration that is not plain data by name (it holds "
+                        f"{odd}); it is no checkpoint")
+
+
+def is_number(value: object, most: float = 1 << 62) -> bool:
+    """Return whether a foreign value is a number from 0 to ``most``, and no boolean."""
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return plain and 0 <= value <= most
+
+
+def odd_part(value: object, most: int = 100_000) -> str:
+    """Return what in a value is not plain data, as JSON has them: "" for nothing.
+
+    At most ``most`` values are looked at: lists that hold one list many times have no end.
+    """
+    todo = [value]
+    for _ in range(most):
+        if not todo:
+            return ""
+        value = todo.pop()
+        if isinstance(value, Mapping | list | tuple):
+            if isinstance(value, Mapping) and not all(isinstance(key, str) for key in value):
+                return "a key that is no text"
+            todo += value.values() if isinstance(value, Mapping) else value
+            if len(todo) > most:
+                break
+        elif not isinstance(value, str | int | float | None):
+            return f"a {type(value).__name__}"
+        elif isinstance(value, str) and "\0" in value:
+            return "a text with NUL"
+        elif isinstance(value, int) and abs(value) >= 1 << 63:
+            return "a number of more than 64 bits"
+    return f"more than {most} values"
 
 
 def _is_text(value: object) -> bool:
-    """Return whether it is a string that can be encoded, without lone surrogates."""
     return isinstance(value, str) and value == value.encode("utf-8", "ignore").decode()
 
 
-def _name(key: object) -> str:
-    if isinstance(key, str):
-        return key if _is_text(key) else ascii(key)
-    return str(key) if isinstance(key, int) else f"a {type(key).__name__}"
-
-
 def _is_plain(tensor: Tensor) -> bool:
-    on_cpu = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    return on_cpu and not (tensor.is_nested or tensor.is_quantized or tensor.is_complex())
+    if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_nested:
+        return False
+    # A tensor may repeat a few stored numbers to any size.
+    stored = max(tensor.untyped_storage().nbytes(), INFLATED)
+    whole = tensor.numel() * tensor.element_size() <= stored
+    return whole and not (tensor.is_quantized or tensor.is_complex())
 
 
-def _reason(error: Exception) -> str:
-    """Return type and first sentence; PyTorch's next ones say how to open the file unsafely."""
+def _reason(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0].split('. ')[0] if lines else 'no reason given'}"
 
 
 def _tensors(path: str | Path, state: Mapping) -> dict[str, Tensor]:
-    strangers = [_name(key) for key, value in state.items()
+    strangers = [key if _is_text(key) else f"{key!a:.40}" if isinstance(key, int | str) else
+                 f"a {type(key).__name__}" for key, value in state.items()
                  if not (_is_text(key) and isinstance(value, Tensor))]
     if strangers or not state:
         entries = list_keys(strangers, "entries that are no named tensors")
         raise UserError(f"{path} holds no state dict" + (f"; {entries}" if strangers else ""))
     odd = [key for key, tensor in state.items() if not _is_plain(tensor)]
     if odd:
-        names = list_keys(odd, "tensors that are complex, quantised, sparse or without data")
+        kinds = "tensors that are complex, quantised, sparse, repeated or without data"
+        names = list_keys(odd, kinds)
         raise UserError(f"{path} holds no state dict of a network here; {names}")
-    if all(key.startswith("module.") for key in state):
-        return {key.removeprefix("module."): value for key, value in state.items()}
-    return dict(state)
+    state = dict(state)
+    while prefix := next((p for p in _PREFIXES if all(key.startswith(p) for key in state)), None):
+        state = {key.removeprefix(prefix): value for key, value in state.items()}
+    return state

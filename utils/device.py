@@ -45,17 +45,13 @@ def choose_device(name: str = "auto", amp: str = "off",
         name, index = f"cuda:{local_rank}", str(local_rank)
     if kind == "mps":
         if not apple:
-            raise UserError(
-                f"--device mps is not there: PyTorch {torch.__version__} sees no Apple GPU; use "
-                "--device cpu"
-            )
+            raise UserError(f"--device mps is not there: PyTorch {torch.__version__} sees no Apple "
+                            "GPU; use --device cpu")
         return torch.device("mps")
     gpus = torch.cuda.device_count()
     if int(index or 0) >= gpus:
-        raise UserError(
-            f"--device {name} is not there: PyTorch {torch.__version__} sees {gpus} GPUs; use "
-            "--device cpu"
-        )
+        raise UserError(f"--device {name} is not there: PyTorch {torch.__version__} sees {gpus} "
+                        "GPUs; use --device cpu")
     return torch.device(name)
 
 

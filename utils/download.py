@@ -169,10 +169,8 @@ def extract_tar(path: str | Path, directory: str | Path) -> None:
         UserError: no whole tar archive, a refused member, no room, or a Python without the filter.
     """
     if not hasattr(tarfile, "data_filter"):
-        raise UserError(
-            f"{path} cannot be unpacked safely by Python {platform.python_version()}; use 3.10.12, "
-            "3.11.4 or newer"
-        )
+        raise UserError(f"{path} cannot be unpacked safely by Python {platform.python_version()}; "
+                        "use 3.10.12, 3.11.4 or newer")
     mark = unpacking_mark(path, directory)
     try:
         with tarfile.open(path, "r:") as archive:
@@ -187,16 +185,12 @@ def extract_tar(path: str | Path, directory: str | Path) -> None:
             archive.extractall(directory, filter="data")
             mark.unlink()
     except tarfile.FilterError as error:
-        raise UserError(
-            f"{path}: refused to unpack ({error}); delete the file and get it from a source you "
-            "trust"
-        ) from error
+        raise UserError(f"{path}: refused to unpack ({error}); delete the file and get it from a "
+                        "source you trust") from error
     except tarfile.TarError as error:
         raise UserError(
             f"{path} is no whole tar archive ({error}); delete it and get it again"
         ) from error
     except OSError as error:
-        raise UserError(
-            f"cannot unpack {path} into {directory} ({error}); make room or choose another folder, "
-            "and run again"
-        ) from error
+        raise UserError(f"cannot unpack {path} into {directory} ({error}); make room or choose "
+                        "another folder, and run again") from error

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 import uuid
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,9 @@ import numpy as np
 from utils.console import printable
 from utils.errors import UserError, first_line
 from utils.logger import LOGGER
+
+INFLATED = 1 << 28
+"""Bytes to which a compressed file of any size may inflate."""
 
 try:
     import fcntl
@@ -161,10 +165,8 @@ def locked(path: str | Path) -> Iterator[None]:
             # Not flock: loading processes, which may outlive this one, would inherit its lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
-            raise UserError(
-                f"{Path(path).parent} is in use by another process; wait for its end, or give "
-                "another --date"
-            ) from error
+            raise UserError(f"{Path(path).parent} is in use by another process; wait for its end, "
+                            "or give another --date") from error
         except OSError as error:  # a network file system without locks
             LOGGER.warning("%s cannot be locked (%s): do not train twice into it", path, error)
         yield
@@ -206,10 +208,9 @@ def read_text(path: str | Path, what: str = "file", limit: int = 2**32) -> str:
     return decode(read_bytes(path, what, limit), path)
 
 
-_MARKS = {
-    b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"<\0": "utf-16-le", b"\0<": "utf-16-be",
-}  # the last two begin XML without a byte order mark
+_MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32",
+          b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16", b"<\0": "utf-16-le",
+          b"\0<": "utf-16-be"}  # the last two begin XML without a byte order mark
 
 
 def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
@@ -257,6 +258,26 @@ def write_json(path: str | Path, value: object) -> None:
         file.write(text.encode("utf-8", "backslashreplace") + b"\n")
 
 
+def check_archive(path: str | Path) -> None:
+    """Compare a zip file's contents with its checksums; pass any other file.
+
+    Raises:
+        Exception: of some type: the file is damaged, or would inflate beyond any honest size.
+    """
+    if not os.path.isfile(path):  # a pipe would be waited for
+        raise FileNotFoundError(f"{path} is missing, or no regular file")
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\3\4":
+            return
+        with zipfile.ZipFile(file) as archive:
+            inflated = sum(info.file_size for info in archive.infolist())
+            if inflated > max(INFLATED, 50 * os.path.getsize(path)):
+                raise ValueError(f"its {os.path.getsize(path)} bytes inflate to {inflated}")
+            # PyTorch writes all of them as 0 if it is told to compute none.
+            if any(info.CRC for info in archive.infolist()) and (name := archive.testzip()):
+                raise ValueError(f"{name} in it does not match its checksum")
+
+
 def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
     """Return rows as CSV, control characters escaped.
 
@@ -269,21 +290,30 @@ def csv_bytes(rows: Iterable[Iterable[object]]) -> bytes:
     return text.getvalue().encode()
 
 
-def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
+def load_arrays(path: str | Path, **kinds: tuple[str, int]) -> dict[str, np.ndarray]:
     """Return all arrays of an .npz file; no pickle is opened.
+
+    kinds: name of an array that must be there -> letters of its NumPy kinds, and its dimensions.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: the file is no .npz file, cut off or damaged.
+        ValueError: the file is no .npz file, cut off or damaged, or an array is of another kind.
     """
     try:
+        check_archive(path)
         with np.load(path, allow_pickle=False) as file:
-            return dict(file)
+            arrays = dict(file)
     except OSError:
         raise
     # zipfile, its decompressors and NumPy raise a dozen types for damaged files.
     except Exception as error:
         raise ValueError(str(error) or repr(error)) from error
+    for name, (letters, dimensions) in kinds.items():
+        found = arrays.get(name)
+        if found is None or found.dtype.kind not in letters or found.ndim != dimensions:
+            what = "missing" if found is None else f"{found.dtype} {list(found.shape)}"
+            raise ValueError(f"the array {name!r} is {what}")
+    return arrays
 
 
 def file_digest(path: str | Path, name: str) -> str:

@@ -100,10 +100,8 @@ class Progress:
     def _line(self, now: float, values: Mapping[str, float]) -> str:
         left = (self.total - self.done) * (now - self.start) / (self.done - self.first)
         shown = "".join(f"  {name} {value:.4g}" for name, value in values.items())
-        return (
-            f"{self.label} {self.done}/{self.total}{shown}"
-            f"  {self.images_per_second():.1f} img/s  ETA {int(left) // 60}:{int(left) % 60:02d}"
-        )
+        return (f"{self.label} {self.done}/{self.total}{shown}  {self.images_per_second():.1f} "
+                f"img/s  ETA {int(left) // 60}:{int(left) % 60:02d}")
 
 
 class RunLog:

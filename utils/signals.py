@@ -1,30 +1,49 @@
-"""Ctrl-C and SIGTERM as a wish that a loop reads where it can stop."""
+"""Ctrl-C, SIGTERM and a closed terminal as a wish that a loop reads where it can stop."""
 
 from __future__ import annotations
 
+import os
 import signal
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 
-# A launcher hands a terminal's Ctrl-C on to processes that have received it themselves.
-SAME_SIGNAL_SECONDS = 3
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""What ends a program, by itself or (not on Windows) with its terminal."""
+# A wrapper such as timeout hands a terminal's Ctrl-C on to processes that have received it
+# themselves; the launcher of a job of several processes does, too, but later.
+ALONE_SECONDS, SAME_SIGNAL_SECONDS = 0.3, 3
 
 
 class Interrupted(Exception):
-    """Raised when a loop stops because of SIGINT or SIGTERM."""
+    """Raised when a loop stops because of a signal."""
+
+
+class TimeUp(Interrupted):
+    """Raised when a loop stops because its time is over."""
+
+
+def heeded(numbers: tuple[signal.Signals, ...]) -> list[signal.Signals]:
+    """Leave out SIGHUP where it is ignored, as under nohup."""
+    return [n for n in numbers
+            if n.name != "SIGHUP" or signal.getsignal(n) is not signal.SIG_IGN]
 
 
 class StopSignal:
-    """Context in which the first SIGINT or SIGTERM sets ``asked``.
+    """Context in which the first SIGINT, SIGTERM or SIGHUP sets ``asked``.
 
-    A second signal, after at least three seconds, ends the process at once, or with ``gentle`` does
-    what it did before the context: Ctrl-C raises KeyboardInterrupt, which closes files.
+    A second signal, after three seconds, or 0.3 if the process is ``alone``, ends the process at
+    once, or with ``gentle`` does what it did before the context: Ctrl-C raises KeyboardInterrupt,
+    which closes files. ``told`` returns the answer to the first one, for standard error. A SIGHUP
+    that was ignored before stays ignored.
     """
 
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self, gentle: bool = False) -> None:
+    def __init__(self, gentle: bool = False, told: Callable[[], str] | None = None,
+                 alone: bool = False) -> None:
         self.gentle = gentle
+        self.told = told
+        self.same = ALONE_SECONDS if alone else SAME_SIGNAL_SECONDS
         self.asked_at: float | None = None
 
     @property
@@ -37,7 +56,8 @@ class StopSignal:
             raise Interrupted
 
     def __enter__(self) -> StopSignal:
-        self._before = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        numbers = heeded((signal.SIGINT, *ENDING))
+        self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -48,6 +68,9 @@ class StopSignal:
         now = time.monotonic()
         if self.asked_at is None:
             self.asked_at = now
-        elif now - self.asked_at > SAME_SIGNAL_SECONDS:
+            if self.told:
+                with suppress(OSError):  # no print: the signal may have come within one
+                    os.write(2, f"\n{self.told()}\n".encode())
+        elif now - self.asked_at > self.same:
             signal.signal(number, self._before[number] if self.gentle else signal.SIG_DFL)
             signal.raise_signal(number)

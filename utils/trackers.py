@@ -57,7 +57,7 @@ class Wandb:
         self.module = importlib.import_module(package)
         where = {"dir": str(folder), "id": folder.name} if package == "wandb" else {}
         self.module.init(project=PROJECT, name=folder.name, config=dict(config), resume="allow",
-                         **where)  # fmt: skip
+                         **where)
         self.close = self.module.finish
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -109,10 +109,8 @@ def check_trackers(names: Sequence[str]) -> None:
         try:
             importlib.import_module(TRACKERS[name][0])
         except Exception as error:  # a broken package raises anything
-            raise UserError(
-                f"--log {name}: its package cannot be imported ({first_line(error)}); pip install "
-                f"{name}"
-            ) from error
+            raise UserError(f"--log {name}: its package cannot be imported ({first_line(error)}); "
+                            f"pip install {name}") from error
 
 
 class Trackers:
