@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DetectionData, coco_layout
-from data.annotation import outside_root, refuse_missing
+from data.annotation import outside_root, refuse_missing, tell
 from data.bootstrap import DRAWS
 from data.coco_eval import evaluate_coco, load_backend, notes
 from data.coco_json import COCOAnnotations, join, read_annotations
@@ -251,8 +251,8 @@ class COCODetection(DetectionData):
         first: dict[str, int] = {}
         for id, name in zip(file.image_ids.tolist(), part.names.tolist(), strict=True):
             if (other := first.setdefault(name, id)) != id:
-                self._fault(f"{path}: image ids {other} and {id} have the same file {name}; leave"
-                            " one out, and give its boxes to the other")  # fmt: skip
+                tell(f"{path}: image ids {other} and {id} have the same file {name}; leave one "
+                     "out, and give its boxes to the other", self._faults)
         for n in np.flatnonzero(file.sizes[:, 0] == 0).tolist():
             file.sizes[n] = image_size(part.folder / str(part.names[n]))
         return part
@@ -267,8 +267,8 @@ class COCODetection(DetectionData):
         parts = [file.of_classes(classes) for file in files]
         _check_categories(parts)
         if used and used.isdisjoint(classes):
-            self._fault(f"{self.root}: no box of {', '.join(classes)} in {files[0].path.name}; "
-                        f"choose from {', '.join(sorted(used))} (--classes)")  # fmt: skip
+            tell(f"{self.root}: no box of {', '.join(classes)} in {files[0].path.name}; choose "
+                 f"from {', '.join(sorted(used))} (--classes)", self._faults)
         for file, part in zip(files, parts, strict=True):
             left = set(file.classes) - set(classes)
             roots = [f"{file.path.name}: {name}" for name in left & file.roots - used]
@@ -329,11 +329,6 @@ class COCODetection(DetectionData):
             self.skipped.append(Skip(SkipKind.BOX_FORMAT, None, None, detail))
         target = np.hstack([corners, self._labels(file)[:, None]])[kept].astype(np.float32)
         return target, np.bincount(owners[kept], minlength=len(file.image_ids))
-
-    def _fault(self, fault: str) -> None:
-        if self._faults is None:
-            raise UserError(fault)
-        self._faults.append(fault)
 
     def _labels(self, file: COCOAnnotations) -> np.ndarray:
         label_of = [self.classes.index(name) + 1 for name in file.classes]

@@ -222,7 +222,7 @@ def test_missing_images_are_counted_and_the_first_named(tmp_path):
     with pytest.raises(UserError, match="000000000003.jpg"):
         dataset.pull_image(0)
     write_val2017(tmp_path, [], images=[{**IMAGE, "file_name": "n" * 300}], ids=())
-    with pytest.raises(UserError, match=r"missing images \(1\): nnn"):
+    with pytest.raises(UserError, match=r"images missing \(1\): nnn"):
         COCODetection(tmp_path, [("2017", "val")])
     write_set(tmp_path, "image_info_test-dev2017.json", "test2017", {1: "1.jpg"})
     (tmp_path / "test2017").rename(tmp_path / "elsewhere")
