@@ -174,9 +174,7 @@ def ratio(before: Sequence[float], after: Sequence[float],
     The ratio is the median of all pairs. The interval inverts the Mann-Whitney test (Hodges &
     Lehmann 1963), which assumes independent times and no distribution; with too few times it is
     (0, infinity).
-
-    Raises:
-        ValueError: a series is empty, or a time is not positive.
+    Raises ValueError: a series is empty, or a time is not positive.
     """
     if not (len(before) and len(after)) or min(*before, *after) <= 0:
         raise ValueError("both series need times, all of them positive")

@@ -13,10 +13,8 @@ from benchmarks.harness import race
 from tools.traffic import Profile
 
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
-         "fp16": torch.float16, "int8": torch.int8}
-"""Precision -> dtype of its elements."""
-LARGE = {"cpu": 256 << 20, "cuda": 1 << 30}
-"""Bytes of a buffer that exceeds every cache."""
+         "fp16": torch.float16, "int8": torch.int8}  # precision -> dtype of its elements
+LARGE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes of a buffer that exceeds every cache
 SIDE = {"cpu": 1536, "cuda": 8192}
 CHANNELS = {"cpu": 256, "cuda": 1024}
 CELLS = 64

@@ -96,8 +96,7 @@ def loaders_of(args: argparse.Namespace, dataset: VOCDetection,
                pull: Callable[[int], np.ndarray] | None) -> dict[tuple[int, str], Loader]:
     """Return the loaders to time by (size, what); they give the same samples.
 
-    Raises:
-        AssertionError: one does not.
+    Raises AssertionError: one does not.
     """
     ways = {"one core": (0, None)}
     if pull:

@@ -30,8 +30,7 @@ ONE_CORE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 TINY = {"--version": "SSD_HarDNet39ds", "-v": "SSD_HarDNet39ds", "--size": "300", "--batch": "2",
         "--rounds": "1", "--boxes": "300", "--routes": "plain deployed", "--amp": "off",
         "--images": "32", "--workers": "2", "--max_epoch": "2", "--batch_size": "4",
-        "--overfit": "8", "--limits": ""}
-"""Values of options with QUICK=1."""
+        "--overfit": "8", "--limits": ""}  # values of options with QUICK=1
 LOCK = threading.Lock()
 
 Stage = dict[str, tuple[float, str]]
@@ -205,12 +204,9 @@ def nccl(s: Settings, folder: Path) -> list[Stage]:
 
 class Part(NamedTuple):
     stages: Callable[[Settings, Path], list[Stage]]
-    limit: float
-    """Seconds."""
-    least: float
-    """Seconds that earlier parts leave for it."""
-    needs: str = ""
-    """The setting that it cannot do without."""
+    limit: float  # seconds
+    least: float  # seconds that earlier parts leave for it
+    needs: str = ""  # the setting that it cannot do without
 
 
 PARTS = {"build": Part(build, 95, 0),
@@ -221,8 +217,7 @@ PARTS = {"build": Part(build, 95, 0),
          "tests": Part(tests, 240, 150, "gpu"),
          "bccd": Part(bccd, 265, 150, "bccd"),
          "nccl": Part(nccl, 180, 150, "bccd")}
-TOGETHER = ("tests", "bccd", "nccl")
-"""Parts that run at the same time, last: they measure no times."""
+TOGETHER = ("tests", "bccd", "nccl")  # parts that run at the same time, last: they measure no times
 
 
 # ---------------------------------------------------------------- running them

@@ -51,8 +51,7 @@ class MadeUp(NamedTuple):
     found_image: np.ndarray
     found_label: np.ndarray
     found_boxes: np.ndarray
-    right: np.ndarray
-    """Whether a detection lies near an object of its class."""
+    right: np.ndarray  # whether a detection lies near an object of its class
 
 
 def make_up(images: int, objects: int, detections: int, classes: int,

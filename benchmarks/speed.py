@@ -60,8 +60,7 @@ from utils.checkpoint import sha256_of
 from utils.device import choose_device
 from utils.errors import UserError, command
 
-COMPARED = 2
-"""Images, at least, whose boxes are compared."""
+COMPARED = 2  # images, at least, whose boxes are compared
 TOLERANCE = Tolerance(0.995, score=0.01, pixels=1)
 """For float32: rounding alone moves a score of ResNet101 by 0.001 with new weights."""
 
@@ -77,8 +76,7 @@ class Setting(NamedTuple):
     batch: int
     threads: int
     rounds: int
-    forward: bool
-    """Whether the forward pass alone is timed."""
+    forward: bool  # whether the forward pass alone is timed
 
 
 def measure(networks: Sequence[Network], make: Callable[[Network], Iterator[Route]],
@@ -131,9 +129,7 @@ def agreement(route: Route, expected: Sequence[dict], files: Sequence[Path], bat
     """Return the part of a row that says how many of the expected boxes a route finds.
 
     On a GPU also the largest memory of all tensors meanwhile, without what lay there before.
-
-    Raises:
-        UserError: neither finds anything.
+    Raises UserError: neither finds anything.
     """
     device = route.predictor.device
     if gpu := device.type == "cuda":

@@ -56,8 +56,7 @@ from utils.errors import command
 
 VARIANCE = (0.1, 0.2)
 CLASSES = 81
-WARM_UP = 2
-"""Steps that are not timed."""
+WARM_UP = 2  # steps that are not timed
 TARGET = torch.tensor([[0.1, 0.2, 0.5, 0.6, 1.0], [0.4, 0.4, 0.9, 0.8, 2.0]])
 
 

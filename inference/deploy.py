@@ -33,9 +33,8 @@ def deploy(net: nn.Module, gather: bool = False) -> Deployed:
         gather: convolutions of HarD blocks read their inputs where they lie, not from a
             concatenation. Needs Triton and a GPU, see ``inference.gathered_conv``.
 
-    Raises:
-        ValueError: a batch norm of ``net`` cannot be folded: it is not the only reader of one
-            convolution that runs once.
+    Raises ValueError: a batch norm of ``net`` cannot be folded: it is not the only reader of one
+    convolution that runs once.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     _fold_batch_norms(net)

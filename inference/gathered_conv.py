@@ -41,8 +41,7 @@ class GatheredWeight(nn.Module):
         widths: channels of the 1 to 9 input tensors, in order.
         activation: "linear", "relu" or "relu6", applied to the result.
 
-    Raises:
-        ValueError: other shapes, widths that do not add up, an unknown activation or dtype.
+    Raises ValueError: other shapes, widths that do not add up, an unknown activation or dtype.
     """
 
     weight: Tensor

@@ -85,8 +85,7 @@ def detect_onnx(priors: Tensor, num_classes: int, variance: Sequence[float], con
         num_classes: C, including background.
         config: its first four fields count.
 
-    Raises:
-        ValueError: ``opset`` is below 18.
+    Raises ValueError: ``opset`` is below 18.
     """
     from onnx import numpy_helper, parser
 

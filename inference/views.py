@@ -57,9 +57,7 @@ class Views:
         an image that fits into a tile.
     overlap: share of a tile that the next one shows, too, at least; 0 or more, under 1.
     flip: whether every view is also seen mirrored.
-
-    Raises:
-        UserError: another value.
+    Raises UserError: another value.
     """
 
     tiles: int = 0

@@ -24,8 +24,7 @@ __all__ = ["BACKBONES", "SIZES", "SSD", "Backbone", "build_net", "prior_config"]
 class Backbone:
     """A detector without its weights: a base network, and what stands on it."""
 
-    base: Callable[[], nn.Module]
-    """Makes the base network, which returns two feature maps."""
+    base: Callable[[], nn.Module]  # makes the base network, which returns two feature maps
     bridge: Callable[[int], nn.Module] | None = None
     """Makes what stands between the end of the base, of so many channels, and source 2."""
     detector: Callable[..., Detector] = SSD
@@ -36,8 +35,7 @@ class Backbone:
     classifier: str | None = None
     """Prefix of the base's layers in the state dict of the ImageNet classifier that they are taken
     from, None if there is no such classifier."""
-    new: tuple[str, ...] = ()
-    """Prefixes of the base's layers that the classifier does not have."""
+    new: tuple[str, ...] = ()  # prefixes of the base's layers that the classifier does not have
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -76,9 +74,8 @@ def prior_config(version: str, priors: str, size: int) -> PriorConfig:
             the input, as ``PriorConfig.text`` gives them.
         size: the side of the network's input.
 
-    Raises:
-        ValueError: an unknown version, size or name; the message names those that exist. Or sizes
-            that do not fit the source maps.
+    Raises ValueError: an unknown version, size or name; the message names those that exist. Or
+    sizes that do not fit the source maps.
     """
     if version not in BACKBONES:
         raise ValueError(f"unknown version {version!r}, choose from {', '.join(BACKBONES)}")

@@ -21,10 +21,8 @@ class BaseNetwork(nn.Sequential):
     A subclass appends its layers and sets ``tap`` and ``out_channels``.
     """
 
-    tap: int
-    """Position of the layer that returns the stride-8 map."""
-    out_channels: tuple[int, int]
-    """Channels of the two maps."""
+    tap: int  # position of the layer that returns the stride-8 map
+    out_channels: tuple[int, int]  # channels of the two maps
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for i, layer in enumerate(self):

@@ -25,8 +25,7 @@ def parse_class_map(text: str) -> dict[str, str]:
     Returns:
         Name of a class of the data -> name of a class of the detector.
 
-    Raises:
-        UserError: an entry of another form, or two entries for one class.
+    Raises UserError: an entry of another form, or two entries for one class.
     """
     entries = re.split(r"[,\n]", text)
     # A path may have an equals sign, too: runs/lr=1/map.txt.
@@ -52,9 +51,7 @@ def match_classes(from_names: Sequence[str], to_names: Sequence[str],
 
     A class is found by ``class_map`` (name in ``to_names`` -> name in ``from_names``), else by its
     own name, else by the other of VOC's and COCO's names for it.
-
-    Raises:
-        UserError: ``class_map`` has a name that is not in its list.
+    Raises UserError: ``class_map`` has a name that is not in its list.
     """
     class_map = class_map or {}
     for own, other in class_map.items():
@@ -105,8 +102,7 @@ def transfer_classes(state: Mapping[str, Tensor], from_names: Sequence[str],
         A new state dict, in which all tensors but those of ``conf`` are the same objects, and the
         names of ``to_names`` whose rows are new. The rows of background are never new.
 
-    Raises:
-        UserError: as ``match_classes``, or the heads are not those of ``from_names``.
+    Raises UserError: as ``match_classes``, or the heads are not those of ``from_names``.
     """
     rows = match_classes(from_names, to_names, class_map)
     index = torch.tensor([0, *(0 if row is None else row + 1 for row in rows)])

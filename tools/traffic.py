@@ -25,8 +25,7 @@ from utils.arguments import Parser, count
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 
-BYTES = {"fp32": 4, "bf16": 2}
-"""Bytes of an element."""
+BYTES = {"fp32": 4, "bf16": 2}  # bytes of an element
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
@@ -34,20 +33,15 @@ ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 class Layer:
     """A convolution, a concatenation, or another module with parameters of its own."""
 
-    name: str
-    """Dotted path of the module that ran it; "" for the network itself."""
+    name: str  # dotted path of the module that ran it; "" for the network itself
     kind: str
-    inputs: tuple[tuple[int, ...], ...]
-    """Shapes, with the batch dimension of 1."""
-    output: tuple[int, ...]
-    """Shape of the first output tensor; () for a module that returns none."""
+    inputs: tuple[tuple[int, ...], ...]  # shapes, with the batch dimension of 1
+    output: tuple[int, ...]  # shape of the first output tensor; () for a module that returns none
     parameters: int = 0
-    macs: int = 0
-    """Multiply-accumulates of a convolution, without its bias."""
+    macs: int = 0  # multiply-accumulates of a convolution, without its bias
     cio: int = 0
     """Convolutional input/output (arXiv 1909.00948): elements of input plus those of output."""
-    concat: int = 0
-    """Elements that a concatenation or a copy reads and writes."""
+    concat: int = 0  # elements that a concatenation or a copy reads and writes
 
 
 @dataclass(frozen=True)
@@ -213,9 +207,7 @@ def profiles(versions: Sequence[str] | None, sizes: Sequence[int] | None,
     """Return (version, size, profile) of networks.
 
     ``versions`` None: all that have one of the sizes. ``sizes`` None: all of a network.
-
-    Raises:
-        UserError: A network does not exist at a size, or the number of classes is too small.
+    Raises UserError: a network does not exist at a size, or the number of classes is too small.
     """
     existing = {size for row in BACKBONES.values() for size in row.sizes}
     results = []

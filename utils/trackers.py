@@ -14,8 +14,7 @@ import numpy as np
 from utils.errors import UserError, first_line
 from utils.logger import LOGGER
 
-PROJECT = "SSD-HarDNet"
-"""Name under which a tracker files the runs."""
+PROJECT = "SSD-HarDNet"  # name under which a tracker files the runs
 
 
 class Tracker(Protocol):
