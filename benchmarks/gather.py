@@ -61,7 +61,6 @@ def share(text: str) -> tuple[int, int]:
 
 
 def warm(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row, the number of layers that were compiled."""
     number, of = args.share
     tiles = len(FEW_TILES)
     choose_tiles((FEW_TILES[number % tiles],))

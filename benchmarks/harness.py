@@ -91,7 +91,6 @@ def _text(value: object) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Return what ran, in words."""
     name = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -75,7 +75,6 @@ def load(loader: Loader, steps: int) -> None:
 
 
 def files(dataset: VOCDetection, sampler: EpochSampler, steps: int) -> list[str]:
-    """Return the files that `load` reads, in its order."""
     return [str(dataset.image_path(i)) for _ in spans(sampler, steps) for batch in sampler
             for _, i in batch]
 
@@ -116,7 +115,6 @@ def loaders_of(args: argparse.Namespace, dataset: VOCDetection,
 
 
 def load_all(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a size and way of loading."""
     dataset = open_sets(args.root, args.sets)
     loaders = loaders_of(args, dataset, open_cache(args.cache or "off", dataset))
     sampler = loaders[args.size[0], "one core"].batch_sampler

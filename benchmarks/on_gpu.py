@@ -74,7 +74,6 @@ def command_of(line: str, s: Settings, out: Path) -> list[str]:
 
 
 def tiny(words: Sequence[str]) -> list[str]:
-    """Return the arguments with the values of `TINY`."""
     found: list[str] = []
     replaced = False
     for word in words:
@@ -140,7 +139,6 @@ def gather(s: Settings, folder: Path) -> list[Stage]:
 
 
 def step(s: Settings, folder: Path) -> list[Stage]:
-    """A training step, the loss, and loading."""
     root = f"--root {shlex.quote(s.bccd)}" if s.bccd else ""
     line = f"benchmarks.train step --device {s.device} {root}"
     loss = f"benchmarks.train loss --device {s.device}"
@@ -295,7 +293,6 @@ def summary(folder: Path) -> list[str]:
 
 
 def show(rows: Sequence[dict]) -> None:
-    """Print the table."""
     for row in rows:
         print(f"\n{row['part']:8}{row['status']:12}{row['seconds']:6.0f} s")
         for name, result in row["results"].items():
@@ -325,7 +322,6 @@ def main(wanted: Sequence[str], s: Settings) -> int:
 
 
 def reserve(phases: Sequence[Sequence[str]]) -> float:
-    """Return the seconds that are kept for these phases."""
     return sum(max((PARTS[name].least for name in phase), default=0) for phase in phases)
 
 

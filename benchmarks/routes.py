@@ -36,8 +36,6 @@ SCORES_OVER = 300  # scores over the threshold that new weights give an image
 
 
 class Network(NamedTuple):
-    """A detector to time."""
-
     name: str
     file: Path
     net: nn.Module  # as it was trained: float32, channels first, in evaluation mode
@@ -45,7 +43,6 @@ class Network(NamedTuple):
 
 
 def open_network(file: Path, device: torch.device) -> Network:
-    """Open a checkpoint."""
     net, info = load_detector(file)
     return Network(info.version, file, net.to(device), Predictor(file, device=str(device)))
 
@@ -225,7 +222,6 @@ class Route:
         return {**seconds, "total": sum(seconds.values())}, found
 
     def forward(self, batch: Tensor) -> dict[str, float]:
-        """Return the seconds of a forward pass."""
         seconds = {"forward": 0.0}
         with tensor_float(self.precision == "tf32"):
             _stage(seconds, self.predictor.device, "forward", self.predictor.forward, batch)

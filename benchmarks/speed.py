@@ -70,8 +70,6 @@ CLAIMS = (("SSD_HarDNet68", "SSD_vgg", 0.55), ("SSD_HarDNet85", "SSD_resnet101",
 
 
 class Setting(NamedTuple):
-    """How a group of routes is timed."""
-
     files: list[Path]
     batch: int
     threads: int
@@ -209,7 +207,6 @@ def check(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the images in a folder."""
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(f"{folder} holds no images; give another folder")
@@ -217,7 +214,6 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def speed(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield the limits, a row a route, and the claims."""
     check(args, device)
     if args.few_tiles:
         gather.choose_tiles(gather.FEW_TILES)
@@ -236,7 +232,6 @@ def speed(args: argparse.Namespace, device: torch.device) -> Rows:
 
 def measure_all(args: argparse.Namespace, device: torch.device, paths: Sequence[Path],
                 files: list[Path]) -> Rows:
-    """Yield the rows of some networks with the present number of threads."""
     threads, ceiling = torch.get_num_threads(), None
     if args.limits:
         ceiling = limits.measure(device)

@@ -121,7 +121,6 @@ def with_gradients(criterion: Callable, outputs: list[Tensor], priors: Tensor,
 
 
 def loss(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a precision."""
     priors = PriorBox(PRIORS["COCO", args.size]).to(device)()
     targets = make_targets(args.batch, args.classes)
     criteria = {"ours": MultiBoxLoss(args.classes), "published": PublishedLoss(args.classes)}
@@ -186,12 +185,10 @@ def batches_of(root: Path | None, size: int, batch: int, steps: int) -> tuple[li
 
 
 def means(values: Sequence[float], count: int = 10) -> list[float]:
-    """Return the mean of every ``count`` values."""
     return [statistics.mean(values[i : i + count]) for i in range(0, len(values), count)]
 
 
 def step(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a network; losses are means of ten steps."""
     steps = WARM_UP + args.rounds
     batches, num_classes = batches_of(args.root, args.size, args.batch, steps)
     for version in args.version:
@@ -253,7 +250,6 @@ def kept(net: nn.Module, images: Tensor, amp: str) -> int:
 
 def gradients(net: nn.Module, images: Tensor, priors: Tensor, amp: str,
               recompute: bool) -> tuple[Tensor, ...]:
-    """Return the gradients of a forward pass, loss and backward pass."""
     net.recompute = recompute
     with autocast(images.device, amp):
         outputs = net(images)
@@ -291,7 +287,6 @@ def peak(call: Callable[[], object], device: torch.device, *arguments: object) -
 
 
 def memory(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a network and precision."""
     if device.type == "cuda":  # or equal steps differ in their last bits
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     modes = {"plain": False, "recomputed": True}

@@ -106,7 +106,6 @@ class _Readers(TorchDispatchMode):
 
 
 def _fold_batch_norms(net: nn.Module) -> None:
-    """Fold every batch norm into the convolution before it."""
     convs = _convolutions_before(net)
     for path, module in list(net.named_modules()):
         for name, child in list(module.named_children()):

@@ -123,7 +123,6 @@ def _check(options: ExportOptions, form: Format, output: Path) -> None:
 
 def _images(options: ExportOptions, saved: Mapping,
             detector: DetectorInfo) -> tuple[Images, Images | None]:
-    """Find the images of the proof, and those that INT8 is calibrated with."""
     checkpoint = options.checkpoint
     trained_on = TrainedOn.of(saved, checkpoint)
     images = find_images(options.images, options.sets, options.limit, trained_on, detector)

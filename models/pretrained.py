@@ -203,7 +203,6 @@ def _origin(digests: Mapping[str, str]) -> str | None:
 
 
 def _beside(saved: Mapping) -> list[str]:
-    """Return the names of what a file holds beside its tensors."""
     return sorted({*saved, *saved.get("beside", ())} - {"model", "beside"})
 
 

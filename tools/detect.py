@@ -225,7 +225,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
     args = parse(argv)
     setup_logging()
     limit_pixels(args.max_pixels)

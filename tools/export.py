@@ -24,7 +24,6 @@ from utils.errors import command
 
 
 def parse(argv: Sequence[str] | None) -> ExportOptions:
-    """Read the command line."""
     p = Parser(prog="python -m tools.export", description=__doc__.splitlines()[0],
                allow_abbrev=False)
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
@@ -66,7 +65,6 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
     options = parse(argv)
     try:
         lines = export(options)

@@ -227,7 +227,6 @@ def profiles(versions: Sequence[str] | None, sizes: Sequence[int] | None,
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
     p = Parser(prog="python -m tools.traffic", description=__doc__.splitlines()[0])
     p.add_argument("-v", "--version", nargs="+", choices=BACKBONES, metavar="VERSION",
                    help=f"networks (default: all that have the size): {', '.join(BACKBONES)}")

@@ -63,7 +63,6 @@ def describe(found: Contents) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
     args = parse(argv)
     if args.command == "list":
         for row in PUBLISHED:

@@ -16,8 +16,6 @@ LOGGER = logging.getLogger("ssd")
 
 
 class _Line(logging.Formatter):
-    """A message on one line; control characters are escaped."""
-
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
