@@ -1,7 +1,5 @@
 """The benchmark of stages and routes: its clock, its checks and its rows."""
 
-from __future__ import annotations
-
 import gc
 import json
 
@@ -78,9 +76,6 @@ def test_every_stage_has_its_own_time(monkeypatch, groups):
     assert seconds == {"decode": 4, **times, "total": 4 + 1110 * groups}
     assert found == [(width, 3) for width in (7, 8, 9, 10)]
     assert route.forward(None) == {"forward": 100}
-
-
-# ---------------------------------------------------------------- networks and routes
 
 
 @pytest.mark.parametrize(("version", "count"), [("tiny", 1), ("SSD_HarDNet39ds", 2)])
@@ -235,9 +230,6 @@ def test_every_route_on_a_gpu(capsys, monkeypatch, ways, amps):
     for row in rows:
         assert row["MiB"] > 0 and row["matched"] > 0.5
         assert row["shares"].keys() == {"bandwidth", "operations"}
-
-
-# ---------------------------------------------------------------- claims and limits
 
 
 def measured(network, route, seconds, size=512):

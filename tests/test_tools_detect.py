@@ -1,7 +1,5 @@
 """python -m tools.detect: which sources it reads, what it writes, and how it ends."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

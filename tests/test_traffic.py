@@ -1,7 +1,5 @@
 """Parameters, MACs and memory traffic, against hand counts and PyTorch's FLOP counter."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
