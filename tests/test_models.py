@@ -343,15 +343,6 @@ def test_receptive_fields_equal_their_definition_written_out():
         torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("size", "channels", "sides"),
-                         [(300, [512, 1024, 512, 256, 256, 256], [38, 19, 10, 5, 3, 1]),
-                          (512, [512, 1024, 512, 256, 256, 256, 256], [64, 32, 16, 8, 4, 2, 1])])
-def test_sources_of_the_rfb_networks(size, channels, sides):
-    with torch.device("meta"):
-        maps = build_net("RFB_HarDNet85", size, 3).eval().sources(torch.empty(1, 3, size, size))
-    assert [m.shape[1:] for m in maps] == [(c, n, n) for c, n in zip(channels, sides, strict=True)]
-
-
 def test_new_layers_of_the_rfb_networks_start_from_kaiming_fan_out_and_zero_bias():
     net = build_net("RFB_HarDNet68", 300, 3)
     for conv in (net.extras[0].branch0[1].conv, net.Norm.ConvLinear.conv, net.extras[4].conv):

@@ -130,28 +130,6 @@ def test_functions_groups_and_transposed_convolutions_count():
     assert 2 * sum(x.macs for x in layers) == flops.get_total_flops()
 
 
-class Pair(nn.Module):
-    """A parameter, a module and a root that return more than one tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(3, 1, 1))
-        self.lstm = nn.LSTM(6, 5, batch_first=True)
-
-    def forward(self, x):
-        rows, state = self.lstm((x * self.scale).flatten(1).unflatten(1, (-1, 6)))
-        return rows, {"state": state}
-
-
-def test_modules_that_return_several_tensors_show_the_first():
-    result = profile(Pair(), 4)
-    lstm, root = result.layers
-    assert (lstm.kind, lstm.inputs, lstm.output) == ("LSTM", ((1, 8, 6),), (1, 8, 5))
-    assert lstm.parameters == 4 * 5 * (6 + 5 + 2)
-    assert (root.kind, root.output, root.parameters) == ("Pair", (1, 8, 5), 3)
-    assert "| LSTM | 8x6" in layer_table(result) and result.macs == 0
-
-
 def test_the_network_stays_as_it_was():
     net = Toy().train()
     before = {name: value.clone() for name, value in net.state_dict().items()}
