@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from inference.gathered_conv import gather_blocks
+from models.base import on_meta
 
 
 @torch.inference_mode(False)
@@ -128,9 +129,7 @@ def _convolutions_before(net: nn.Module) -> dict[nn.Module, nn.Module]:
     A run on the meta device finds them: both run once, and the norm alone reads the output of the
     convolution.
     """
-    tensors = [*net.parameters(), *net.buffers()]
-    shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors})
-    readers, runs = _Readers(), Counter()
+    shadow, readers, runs = on_meta(net), _Readers(), Counter()
     made: dict[int, tuple[nn.Module, Tensor]] = {}  # keeps the tensors, so ids stay unique
     before: dict[nn.Module, tuple[nn.Module, Tensor]] = {}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from data.config import MOBILE_PRIORS, PRIORS, PriorConfig
+from models.base import on_meta
 from models.hardnet import HARDNET_SPECS, Bridge, DepthwiseBridge, HarDNetBase
 from models.rfb import RFBNet, rfb_extras
 from models.ssd import SSD, Detector, ssd_extras, ssd_extras_stride32
@@ -119,7 +119,9 @@ def build_net(version: str, size: int, num_classes: int) -> Detector:
         raise ValueError(f"num_classes is {num_classes}, but background and one class make 2")
     row = BACKBONES[version]
     net = assemble(row, row.base(), priors, num_classes)
-    sides = _source_sides(net, size)
+    with torch.no_grad():
+        maps = on_meta(net).eval().sources(torch.empty(1, 3, size, size, device="meta"))
+    sides = tuple(each.shape[-1] for each in maps)
     if sides != priors.feature_maps:
         raise ValueError(f"{version} at {size} has source maps of {sides}, the prior boxes are "
                          f"made for {priors.feature_maps}")
@@ -132,12 +134,3 @@ def assemble(row: Backbone, base: nn.Module, priors: PriorConfig, num_classes: i
     extras = row.extras(channels, priors.size)
     bridge = [row.bridge(channels)] if row.bridge else []
     return row.detector(base, extras, priors.boxes_per_cell, num_classes, *bridge)
-
-
-def _source_sides(net: Detector, size: int) -> tuple[int, ...]:
-    """Return the sides of the source maps of a size x size input, computed without data."""
-    tensors = net.state_dict(keep_vars=True).values()
-    shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors}).eval()
-    with torch.no_grad():
-        sources = shadow.sources(torch.empty(1, 3, size, size, device="meta"))
-    return tuple(source.shape[-1] for source in sources)

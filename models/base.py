@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -30,6 +31,12 @@ class BaseNetwork(nn.Sequential):
             if i == self.tap:
                 stride8 = x
         return stride8, x
+
+
+def on_meta(net: nn.Module) -> nn.Module:
+    """Return a copy of a module without data, on the meta device."""
+    tensors = [*net.parameters(), *net.buffers()]
+    return copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors})
 
 
 def init_kaiming(module: nn.Module) -> None:

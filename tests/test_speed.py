@@ -270,11 +270,8 @@ def test_limits_are_of_the_bytes_and_operations_that_were_timed(monkeypatch):
 
 
 def test_shares_are_those_of_the_profile():
-    class Counted(Profile):
-        macs, traffic = 500, 300
-
     ceiling = {"bandwidth": 1000.0, "operations": {"bf16": 10_000.0}}
-    counted = Counted((), parameters=100, sums=50)
+    counted = Profile((), parameters=100, sums=50, macs=500, cio=300)
     assert limits.shares(counted, 4, "bf16", 2.0, ceiling) == {
         "bandwidth": 2 * (4 * 350 + 100) / 2 / 1000, "operations": 2 * 4 * 500 / 2 / 10_000,
     }

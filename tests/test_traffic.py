@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import BACKBONES, build_net
-from tools.traffic import Profile, layer_table, main, profile, summary_table, table
+from tools.traffic import Profile, main, profile, summary_table, table
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "traffic.md").read_text("utf-8")

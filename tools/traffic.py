@@ -8,7 +8,6 @@ counted, and has the figures of every network.
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import BACKBONES, build_net
+from models.base import on_meta
 from utils.arguments import Parser, count
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
@@ -52,18 +52,9 @@ class Profile:
     parameters: int
     sums: int
     """Elements that additions of two tensors read and write. They are not part of the traffic."""
-
-    @property
-    def macs(self) -> int:
-        return sum(layer.macs for layer in self.layers)
-
-    @property
-    def cio(self) -> int:
-        return sum(layer.cio for layer in self.layers)
-
-    @property
-    def concat(self) -> int:
-        return sum(layer.concat for layer in self.layers)
+    macs: int = 0  # like the next two, the sum over the layers
+    cio: int = 0
+    concat: int = 0
 
     @property
     def traffic(self) -> int:
@@ -78,15 +69,16 @@ def profile(net: nn.Module, size: int) -> Profile:
     ``torch.cat`` of two or more tensors, ``copy_`` and additions are counted, whichever module or
     function calls them. Other matrix products are not counted.
     """
-    tensors = [*net.parameters(), *net.buffers()]
-    shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors}).eval()
+    shadow = on_meta(net).eval()
     recorder = _Recorder(shadow)
     for name, module in shadow.named_modules():
         module.register_forward_pre_hook(partial(recorder.enter, name))
         module.register_forward_hook(recorder.leave)
     with torch.no_grad(), recorder:
         shadow(torch.empty(1, 3, size, size, device="meta"))
-    return Profile(tuple(recorder.layers), _numel(net.parameters()), recorder.sums)
+    totals = (sum(getattr(layer, key) for layer in recorder.layers)
+              for key in ("macs", "cio", "concat"))
+    return Profile(tuple(recorder.layers), _numel(net.parameters()), recorder.sums, *totals)
 
 
 class _Recorder(TorchDispatchMode):
