@@ -7,8 +7,6 @@ compile for many minutes. The K-th of N processes (0 to N - 1) compiles its shar
 SSD512-HarDNet68 for one of `FEW_TILES`; `benchmarks.speed --few_tiles` then tries these alone.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from functools import partial

@@ -1,7 +1,5 @@
 """What all benchmarks share: options, rows of results, calls that take turns, and evidence."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math

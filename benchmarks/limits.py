@@ -1,7 +1,5 @@
 """What a device can do at best, measured, and the shares of it that a network reaches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial

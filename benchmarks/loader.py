@@ -10,8 +10,6 @@ processes on all cores, --cache the samples from decoded images; the first batch
 equal bit by bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os

@@ -15,8 +15,6 @@ prior and a loop over the classes with `torchvision.ops.nms`; with a few hundred
 network, it takes at most 5 % of SSD512-HarDNet68's forward pass. Both must find the same.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from functools import partial

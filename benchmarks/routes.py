@@ -1,7 +1,5 @@
 """Networks to time, and the routes through them from image files to boxes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

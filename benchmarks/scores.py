@@ -12,8 +12,6 @@ ways start from comp4 files and annotations in memory. The loop follows the publ
 detection by detection, for all object sizes together; every point of every curve must be equal.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io

@@ -20,8 +20,6 @@ Claims: SSD512-HarDNet68's forward pass takes at most 55 % of SSD512-VGG16's, an
 than ResNet101's.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import statistics

@@ -21,8 +21,6 @@ by bit. "kept" is what lies in memory between forward and backward pass, MiB an 
 largest memory of a whole step: of all tensors on a GPU, of a process on the CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import statistics

@@ -6,8 +6,6 @@ It prints every call of train_test.py, so that each can be repeated by hand. The
 is a contact sheet, ``detections.png``.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys

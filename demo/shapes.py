@@ -5,8 +5,6 @@
 Nothing is downloaded. A seed gives the same files with the same versions of OpenCV and NumPy.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys

@@ -5,8 +5,6 @@ pixels counted from 0; label k is names[k - 1], or the number itself without nam
 from `find_font`; characters that it lacks are drawn as escapes.
 """
 
-from __future__ import annotations
-
 import functools
 import unicodedata
 from collections.abc import Iterable, Sequence

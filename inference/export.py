@@ -5,8 +5,6 @@ boxes are compared one by one, and their AP where ground truth exists. A file th
 `proof.TOLERANCE` is not kept. A kept one has FILE.json beside it: sha256, description and proof.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import tempfile

@@ -1,7 +1,5 @@
 """Write a network as an ONNX or OpenVINO file."""
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings

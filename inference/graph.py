@@ -1,7 +1,5 @@
 """What stands before and behind the network in an exported graph: preprocessing, detection."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Compare what an exported file detects with what its PyTorch network detects."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass

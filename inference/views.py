@@ -1,7 +1,5 @@
 """Detection in parts of an image: tiles for small objects in large images, and mirrored images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Detectors by name. This file alone says which parts and prior boxes go together."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial

@@ -1,7 +1,5 @@
 """Parts that base networks share: two feature maps, initialisation, memory-saving concatenation."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

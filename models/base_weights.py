@@ -1,7 +1,5 @@
 """Pretrained weights of a base network: of a base file, a detector, or an ImageNet classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path

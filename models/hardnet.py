@@ -4,8 +4,6 @@ Attribute names and list positions (``base.8.layers.3.conv.weight``) are frozen 
 checkpoints.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass

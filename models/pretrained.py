@@ -1,7 +1,5 @@
 """Published weights: where they are, which networks they fit, and what a file of weights holds."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Make a detector of some classes a detector of others: gather rows of its class heads by name."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence

@@ -9,8 +9,6 @@ Exit status: 0 done; 1 an image could not be read or written (it is named, the r
 unexpected failure; 2 bad usage or bad input; 130 interrupted (what was done is kept).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

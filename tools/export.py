@@ -7,8 +7,6 @@ Exit status: 0 done, 1 the file differs too much, or unexpected failure, 2 bad u
 130 interrupted. docs/exporting.md explains the options and the proof.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path

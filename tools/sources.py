@@ -1,7 +1,5 @@
 """Find the sources of detection (images, videos, a camera), and read them ahead in threads."""
 
-from __future__ import annotations
-
 import glob
 import math
 import os

@@ -6,8 +6,6 @@ Nothing is computed: shapes are propagated on PyTorch's meta device. docs/traffi
 counted, and has the figures of every network.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass

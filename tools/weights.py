@@ -8,8 +8,6 @@
 Exit status: 0 done, 1 unexpected failure, 2 bad usage or bad input, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

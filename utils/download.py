@@ -1,7 +1,5 @@
 """Verified downloads and safe unpacking."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import platform

@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, in places that the user chose; array files."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import hashlib

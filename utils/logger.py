@@ -1,7 +1,5 @@
 """The logger, which a command line sets up; a progress line on a terminal; the log of a run."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys

@@ -1,7 +1,5 @@
 """Trackers that a run sends its numbers and images to. Its own ``log.jsonl`` does not need them."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
