@@ -36,13 +36,7 @@ def program(name: str, doc: str, *parents: argparse.ArgumentParser) -> argparse.
 
 def options(rows: Callable[[argparse.Namespace, torch.device], Rows], rounds: int,
             device: bool = True) -> argparse.ArgumentParser:
-    """Return the options that all benchmarks have, as a parent of their parsers.
-
-    Args:
-        rows: the benchmark, which `run` calls.
-        rounds: the default of --rounds.
-        device: whether it also runs on a GPU.
-    """
+    """Return the options of all benchmarks, as a parent of their parsers; `run` calls ``rows``."""
     p = argparse.ArgumentParser(add_help=False)
     p.set_defaults(rows=rows, device="cpu")
     if device:

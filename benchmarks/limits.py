@@ -75,19 +75,11 @@ def _convolution(precision: str, images: Tensor, weight: Tensor) -> Tensor:
 
 def shares(counted: Profile, batch: int, precision: str, seconds: float,
            limits: dict) -> dict[str, float]:
-    """Return the shares of the limits that a forward pass reaches.
+    """Return the shares of `measure`'s limits that a forward pass of ``batch`` images reaches.
 
-    Args:
-        counted: the traffic of one image: inputs and outputs of convolutions, concatenations,
-            copies and sums. Parameters are read once a batch. Data that stay in a cache count too,
-            so the share of the bandwidth can exceed 1.
-        batch: images of the pass.
-        precision: a key of `TYPES`.
-        seconds: of the pass.
-        limits: as `measure` returns them.
-
-    Returns:
-        "bandwidth", and "operations" if that precision was measured.
+    "bandwidth" counts inputs and outputs of convolutions, concatenations, copies and sums of every
+    image, and parameters once a batch. Data that stay in a cache count too, so it can exceed 1.
+    "operations" is left out if that precision was not measured.
     """
     moved = (counted.traffic + counted.sums) * batch + counted.parameters
     moved *= TYPES[precision].itemsize

@@ -65,14 +65,10 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, every: int, done: int = 0) -> None:
-        self.label = label
-        self.total = total
-        self.every = every
+        self.label, self.total, self.every = label, total, every
         self.done = self.first = done
-        self.images = 0
-        self.start = time.monotonic()
+        self.images, self.shown, self.start = 0, 0.0, time.monotonic()
         self.live = sys.stdout.isatty() and LOGGER.isEnabledFor(logging.INFO)
-        self.shown = 0.0
 
     def update(self, images: int, **values: float) -> None:
         """Count one more step of ``images`` images; show ``values`` by their names."""
@@ -104,12 +100,7 @@ class RunLog:
     """The file ``log.jsonl`` of a run, one JSON object per epoch."""
 
     def __init__(self, directory: Path, history: list[dict], write: bool = True) -> None:
-        """Open the log of a run.
-
-        Args:
-            history: the lines of a resumed run; later lines of the file are dropped.
-            write: False in a process that leaves the log to another one.
-        """
+        """Begin with the lines of a resumed run. ``write``: False leaves it to another process."""
         self.path = directory / "log.jsonl" if write else None
         self._waiting = b""
         if self.path:
