@@ -16,7 +16,7 @@ from torch import nn
 from data.loading import EpochSampler, TrainingSet, training_loader
 from data.transforms import ResizeOnly, SSDAugmentation
 from engine.distributed import World, end
-from engine.evaluate import Evaluation, detect_exported, detect_set
+from engine.evaluate import Evaluation, detect_by, detect_set
 from engine.job import run_job
 from engine.options import Call
 from engine.run import Run, open_run
@@ -35,7 +35,7 @@ def train(call: Call, given: Mapping[str, object], world: World) -> None:
         run.log_data(asked=call.resume)
         trainer = build_trainer(run, call, given, world)
         trainer.begin()
-        trainer.run(call.max_iters)
+        trainer.run(call.max_iters, call.max_hours)
 
 
 def build_trainer(run: Run, call: Call, given: Mapping[str, object], world: World) -> Trainer:
@@ -80,8 +80,8 @@ def test(call: Call, given: Mapping[str, object], world: World) -> None:
         found = None
         if world.main:
             job.score_again(call)
-    elif job.exported:
-        found = detect_exported(job.exported, job.dataset, job.options)
+    elif job.predictor:
+        found = detect_by(job.predictor, job.dataset, job.options)
     else:
         options = job.options
         net = build_net(options.version, options.size, job.num_classes)

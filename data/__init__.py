@@ -315,7 +315,14 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
 def _layout(name: str, root: Path) -> str | None:
     """Return the layout as the reader of ``name`` knows it; "" if that reader cannot tell."""
     reader = _reader(name)
-    return "" if reader.recognise is DetectionData.recognise else reader.recognise(root)
+    if reader.recognise is DetectionData.recognise:
+        return ""
+    return reader.recognise(root) if _is_folder(root) else None
+
+
+def _is_folder(root: str | Path) -> bool:
+    """Return False, too, for a name that no file system takes."""
+    return os.path.isdir(os.path.expanduser(root))
 
 
 def layouts(root: Path) -> list[tuple[str, str]]:
@@ -370,7 +377,7 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
 
 def list_sets(name: str, root: str | Path) -> list[ImageSet]:
     """Return the image sets under ``root``, read as the data set ``name``."""
-    return _reader(name).list_image_sets(root) if os.path.isdir(os.path.expanduser(root)) else []
+    return _reader(name).list_image_sets(root) if _is_folder(root) else []
 
 
 def _reader(name: str) -> type:

@@ -50,15 +50,12 @@ class MemoryCache:
 
     def __init__(self, dataset: DetectionData, processes: int = 1) -> None:
         self.dataset = dataset
-        sizes = np.array([dataset.image_size(i) for i in range(len(dataset))], np.int64)
-        self.ends = np.cumsum(3 * sizes.prod(1))
+        self.ends = np.cumsum(3 * dataset.sizes.prod(1))
         size, free = int(self.ends[-1]), free_memory()
         times = f" in each of {processes} processes" if processes > 1 else ""
-        refusal = (
-            f"--cache memory needs {_gb(size)} for {len(dataset)} decoded images{times}, and may "
-            f"use {MEMORY_SHARE:.0%} of the {_gb(free)} that are free; give a folder (--cache DIR),"
-            " or --cache off"
-        )
+        refusal = (f"--cache memory needs {_gb(size)} for {len(dataset)} decoded images{times}, and"
+                   f" may use {MEMORY_SHARE:.0%} of the {_gb(free)} that are free; give a folder"
+                   " (--cache DIR), or --cache off")
         if processes * size > MEMORY_SHARE * free:
             raise UserError(refusal)
         try:
@@ -104,11 +101,11 @@ class DiskCache:
             fault = f"--cache {directory}: {error.strerror}; give another folder"
             raise UserError(fault) from error
         missing = [i for i, name in enumerate(self.names.tolist()) if name not in there]
-        need = sum(HEADER + int(np.prod(self._shape(i))) for i in missing)
+        need = int((HEADER + 3 * dataset.sizes[missing].prod(1)).sum())
         if need > free:
-            raise UserError(f"--cache {directory} needs {_gb(need)} for {len(missing)} decoded "
-                            f"images, and its disk has {_gb(free)} free; make room, give another "
-                            "folder, or --cache off")
+            raise UserError(f"--cache {directory} needs {_gb(need)} for {len(missing)} decoded"
+                            f" images, and its disk has {_gb(free)} free; make room, give another"
+                            " folder, or --cache off")
 
     def __call__(self, index: int) -> np.ndarray:
         path, shape = self.directory / str(self.names[index]), self._shape(index)
@@ -119,8 +116,8 @@ class DiskCache:
                 if image.shape == shape:
                     _write(path, image)
         except OSError as error:
-            raise UserError(f"{path}: cannot write the decoded image ({error.strerror or error}); "
-                            "make room, give another folder, or --cache off") from error
+            raise UserError(f"{path}: cannot write the decoded image ({error.strerror or error});"
+                            " make room, give another folder, or --cache off") from error
         return image
 
     def _shape(self, index: int) -> tuple[int, int, int]:

@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
-from data import DetectionData
+from data import DetectionData, coco_layout
 from data.bootstrap import DRAWS
 from data.coco_eval import evaluate_coco, load_backend, notes
 from data.coco_json import COCOAnnotations, join, read_annotations
-from data.coco_layout import (
-    Part,
-    annotation_files,
-    file_stem,
-    find_annotations,
-    find_images,
-    is_test_split,
-    list_image_sets,
-    normalise,
-    recognise,
-)
+from data.coco_layout import Part, file_stem, is_test_split, normalise
 from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
 from data.detections import as_columns
@@ -36,6 +25,7 @@ from data.skips import Skip, SkipKind
 from data.split import SPLIT_SETS, VAL_SHARE, choose, list_files
 from data.truth import Truth, digest
 from utils.errors import UserError
+from utils.logger import LOGGER
 
 QUICK = 20_000_000
 """Detections times draws whose intervals take about a second."""
@@ -60,7 +50,7 @@ class COCODetection(DetectionData):
     outside their image are dropped, others are clipped (`clip_boxes`); ``skipped`` records that.
 
     Label k is ``classes[k - 1]`` and COCO's category ``category_ids[k]`` (80 labels, ids up to
-    90); ``category_labels`` maps ids to labels. ``ids`` are ascending within an image set.
+    90). ``ids`` are ascending within an image set.
 
     Args:
         root: a folder laid out as `data.coco_layout` describes.
@@ -77,12 +67,11 @@ class COCODetection(DetectionData):
             missing images, sets with different categories, an image in two sets, an unknown class.
     """
 
-    def __init__(
-        self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
-        transform: Callable | None = None, classes: Sequence[str] | None = None,
-        crowds: bool = True, eval_backend: str = "pycocotools", faults: list[str] | None = None,
-        val_share: float = VAL_SHARE, split_by: str | None = None,
-    ) -> None:
+    def __init__(self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
+                 transform: Callable | None = None, classes: Sequence[str] | None = None,
+                 crowds: bool = True, eval_backend: str = "pycocotools",
+                 faults: list[str] | None = None, val_share: float = VAL_SHARE,
+                 split_by: str | None = None) -> None:
         if not image_sets:
             raise ValueError("image_sets is empty, expected e.g. [('2017', 'val')]")
         super().__init__(root, [normalise(*each) for each in image_sets], transform)
@@ -97,7 +86,6 @@ class COCODetection(DetectionData):
         self._files, known = [file.path for file in files], files[0].categories()
         self.classes = tuple(known if classes is None else classes)
         self.category_ids = {k: known[name] for k, name in enumerate(self.classes, 1)}
-        self.category_labels = {id: label for label, id in self.category_ids.items()}
         self._digest = digest(self.classes, *(file.digest() for file in files))
         # What follows goes to every loader process. Arrays are shared there, or copied whole where
         # processes are not forked; of a list each object would be copied when it is first used.
@@ -106,9 +94,9 @@ class COCODetection(DetectionData):
         self._file_ids = np.concatenate([file.image_ids for file in files])
         self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
         self.ids = self._unique_ids()
-        far = [os.path.isabs(name) or ".." in name for name in self._names.tolist()]
-        for n in np.flatnonzero(far).tolist():
-            if os.path.relpath(path := self.image_path(n), self.root).startswith(".."):
+        for n, name in enumerate(self._names.tolist()):
+            if (os.path.isabs(name) or ".." in name) and os.path.relpath(
+                    path := self.image_path(n), self.root).startswith(".."):
                 self.skipped.append(Skip(SkipKind.OUTSIDE_ROOT, n, None, str(path)))
         self.sizes = np.concatenate([file.sizes for file in files])
         starts = np.cumsum([0, *(len(file.image_ids) for file in files)])
@@ -118,8 +106,8 @@ class COCODetection(DetectionData):
         labels = [self._labels(file)[~file.crowds] for file in files]
         self.check_losses(faults, np.concatenate(labels))
 
-    recognise = staticmethod(recognise)
-    list_image_sets = staticmethod(list_image_sets)
+    recognise = staticmethod(coco_layout.recognise)
+    list_image_sets = staticmethod(coco_layout.list_image_sets)
 
     def image_path(self, index: int) -> Path:
         return self._folders[self._set_of[index]] / str(self._names[index])
@@ -137,24 +125,20 @@ class COCODetection(DetectionData):
         file = self._files[self._set_of[index]]
         stored = read_image(path, orient=False)
         if stored.shape[1::-1] != size:
-            raise UserError(
-                f"{path}: the image is {found[0]} x {found[1]}, but {file} says {size[0]} x"
-                f" {size[1]}; restore the annotated image or correct the file"
-            )
+            raise UserError(f"{path}: the image is {found[0]} x {found[1]}, but {file} says"
+                            f" {size[0]} x {size[1]}; restore the annotated image or correct the"
+                            " file")
         if path not in self._turned:
             self._turned.add(path)
-            logging.getLogger("ssd").warning(
-                "%s: an EXIF orientation tag turns the image to %d x %d, but %s says %d x %d; it "
-                "is read as stored", path, *found, file, *size
-            )  # fmt: skip
+            LOGGER.warning("%s: an EXIF orientation tag turns the image to %d x %d, but %s says %d"
+                           " x %d; it is read as stored", path, *found, file, *size)
         return stored
 
     def _keep(self, kept: list[int]) -> None:
         self._names, self._file_ids = self._names[kept], self._file_ids[kept]
         used, self._set_of = np.unique(self._set_of[kept], return_inverse=True)
         self._part_sets, self._files, self._folders = (
-            [items[s] for s in used] for items in (self._part_sets, self._files, self._folders)
-        )
+            [items[s] for s in used] for items in (self._part_sets, self._files, self._folders))
         self.image_sets = list(dict.fromkeys(self._part_sets))
 
     def check_scorable(self) -> None:
@@ -166,19 +150,17 @@ class COCODetection(DetectionData):
 
     def truth(self) -> Truth:
         """Return the objects to score against; the annotation files are read again."""
-        parts = []
-        for images, file in self._read_again():
-            boxes = np.hstack([file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:]])
-            parts.append((images[file.owners()], boxes, self._labels(file), file.crowds))
-        return Truth(*map(np.concatenate, zip(*parts, strict=True)), "coco")
+        file = self._read_again()
+        boxes = np.hstack([file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:]])
+        return Truth(file.owners(), boxes, self._labels(file), file.crowds, "coco")
 
-    def _read_again(self) -> Iterator[tuple[np.ndarray, COCOAnnotations]]:
-        """Yield the indices of a file's images, and these images with their boxes and `ids`."""
+    def _read_again(self) -> COCOAnnotations:
+        """Return the images of all files with their boxes, under their `ids`."""
+        files = []
         for k, path in enumerate(self._files):
-            images = np.flatnonzero(self._set_of == k)
             file = read_annotations(path, boxes=not is_test_split(path)).of_classes(self.classes)
-            file = file.of_images(self._file_ids[images])
-            yield images, replace(file, image_ids=np.array(self.ids)[images])
+            files.append(file.of_images(self._file_ids[self._set_of == k]))
+        return replace(join(files), image_ids=np.array(self.ids))
 
     def fingerprint(self) -> dict:
         """Return plain data that is equal for equal ids, annotations and ``crowds``.
@@ -214,76 +196,59 @@ class COCODetection(DetectionData):
         if not re.fullmatch(r"[\w.+-]+", name, re.ASCII):
             raise ValueError(f"{name!r} cannot be in the name of a submitted file")
         self.check_scorable()
-        results = self._results(detections)
+        images, scores, labels, corners = as_columns(detections, self.ids, len(self.classes))
+        boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2] + 1]).round(4)
+        categories = np.array(list(self.category_ids.values()))[labels - 1]
+        results = COCOResults(np.array(self.ids)[images], categories, boxes, scores)
         [image_set], file = self.image_sets, self._files[0]
         test = is_test_split(file)
         split = f"{file_stem(image_set)}_{name}" if test else file_stem(image_set)
         path = Path(directory) / f"detections_{split}_results.json"
         write_results(path, results)
-        report = {
-            "metric": "COCO AP", "value": None, "per_class": {}, "iou": "0.50:0.95",
-            "max_dets": 100, "image_set": str(image_set), "results": path.name,
-        }
+        report = {"metric": "COCO AP", "value": None, "per_class": {}, "iou": "0.50:0.95",
+                  "max_dets": 100, "image_set": str(image_set), "results": path.name}
         if not test:
             return report | self._score(results, Path(directory))
         archive = write_archive(path)
-        note = (
-            f"{archive}: no score here, {file.name} has no ground truth; the evaluation server"
-            " takes this file"
-        )
+        note = (f"{archive}: no score here, {file.name} has no ground truth; the evaluation server"
+                " takes this file")
         return report | {"archive": archive.name, "notes": [note]}
 
     def _score(self, results: COCOResults, directory: Path) -> dict:
-        curves = directory / CURVES_FILE
-        truth = join([file for _, file in self._read_again()])
         few = len(results.scores) * DRAWS <= QUICK
-        scored = evaluate_coco(results, truth, self.eval_backend, curves,
-                               intervals=few or not self.quick_score)
-        return {
-            "value": scored["stats"][0], "per_class": scored["per_category"],
-            "interval": scored["interval"], "at_50": scored["at_50"],
-            "per_class_interval": scored["per_category_interval"],
-            "per_class_per_size": scored["per_category_per_size"],
-            **{key: scored[key] for key in ("per_size", "stats", "backend")}, "curves": CURVES_FILE,
-            "notes": notes(scored),
-        }
-
-    def _results(self, detections: Sequence[dict]) -> COCOResults:
-        images, scores, labels, corners = as_columns(detections, self.ids, len(self.classes))
-        boxes = np.hstack([corners[:, :2], corners[:, 2:] - corners[:, :2] + 1]).round(4)
-        categories = np.array(list(self.category_ids.values()))[labels - 1]
-        return COCOResults(np.array(self.ids)[images], categories, boxes, scores)
+        scored = evaluate_coco(results, self._read_again(), self.eval_backend,
+                               directory / CURVES_FILE, intervals=few or not self.quick_score)
+        return {"value": scored["stats"][0], "per_class": scored["per_category"],
+                "interval": scored["interval"], "at_50": scored["at_50"],
+                "per_class_interval": scored["per_category_interval"],
+                "per_class_per_size": scored["per_category_per_size"],
+                **{key: scored[key] for key in ("per_size", "stats", "backend")},
+                "curves": CURVES_FILE, "notes": notes(scored)}
 
     def _open(self, image_set: ImageSet) -> list[Part]:
         """Read an image set's annotation file, or those parts of all that are listed or divided."""
-        files, lists = annotation_files(self.root), list_files(self.root)
+        files, lists = coco_layout.annotation_files(self.root), list_files(self.root)
         name = str(image_set)
         if not files or name not in lists and (name not in SPLIT_SETS or name in files):
-            return [self._read(find_annotations(self.root, image_set), image_set)]
-        parts = [
-            self._read(path, normalise(None, stem))
-            for stem, path in sorted(files.items()) if not is_test_split(path)
-        ]
+            return [self._read(coco_layout.find_annotations(self.root, image_set), image_set)]
+        parts = [self._read(path, normalise(None, stem)) for stem, path in sorted(files.items())
+                 if not is_test_split(path)]
         root, starts = os.path.abspath(self.root), np.cumsum([0, *(len(p.names) for p in parts)])
         paths = [os.path.relpath(p.folder / each, root) for p in parts for each in p.names.tolist()]
         declared = {str(part.image_set): range(*starts[k : k + 2]) for k, part in enumerate(parts)}
         chosen = choose(self.root, image_set, paths, declared, self.val_share, self.split_by)
-        kept = [np.intersect1d(chosen, span) - span[0] for span in declared.values()]
-        return [
-            part._replace(image_set=image_set, names=part.names[which],
-                          file=part.file.of_images(part.file.image_ids[which]))
-            for part, which in zip(parts, kept, strict=True) if len(which)
-        ]
+        return [part._replace(image_set=image_set, names=part.names[which],
+                              file=part.file.of_images(part.file.image_ids[which]))
+                for part, span in zip(parts, declared.values(), strict=True)
+                if len(which := np.intersect1d(chosen, span) - span[0])]
 
     def _read(self, path: Path, image_set: ImageSet) -> Part:
         file = read_annotations(path, boxes=not is_test_split(path))
-        part = find_images(self.root, file, image_set)
+        part = coco_layout.find_images(self.root, file, image_set)
         if part.missing and self._faults is None:
             more = " ..." if len(part.missing) > 10 else ""
-            raise UserError(
-                f"{part.folder}: {len(part.missing)} of the {len(part.names)} images in"
-                f" {path.name} are missing: {', '.join(part.missing[:10])}{more}"
-            )
+            raise UserError(f"{part.folder}: {len(part.missing)} of the {len(part.names)} images in"
+                            f" {path.name} are missing: {', '.join(part.missing[:10])}{more}")
         if part.folder != part.usual:
             detail = f"{path.name}: {part.folder}, they are not in {part.usual}"
             self.skipped.append(Skip(SkipKind.OTHER_FOLDER, None, None, detail))
@@ -352,17 +317,14 @@ class COCODetection(DetectionData):
         shares = flat & (0 < np.abs(file.boxes).max(initial=0) <= 1)
         crowd = kept & file.crowds & (not self.crowds)
         kept &= ~crowd
-        for kind, rows in (
-            (SkipKind.BOX_OUTSIDE, outside), (SkipKind.BOX_WITHOUT_AREA, flat & ~shares),
-            (SkipKind.BOX_IN_SHARES, shares), (SkipKind.CROWD, crowd),
-            (SkipKind.BOX_CLIPPED, kept & beyond.any(1)),
-        ):
+        for kind, rows in ((SkipKind.BOX_OUTSIDE, outside),
+                           (SkipKind.BOX_WITHOUT_AREA, flat & ~shares),
+                           (SkipKind.BOX_IN_SHARES, shares), (SkipKind.CROWD, crowd),
+                           (SkipKind.BOX_CLIPPED, kept & beyond.any(1))):
             for n in np.flatnonzero(rows):
                 x, y, w, h = bbox = file.boxes[n].tolist()
-                detail = (
-                    f"{file.path.name}: annotation {file.annotation_ids[n]} of image"
-                    f" {file.image_ids[owners[n]]}, bbox {bbox}"
-                )
+                detail = (f"{file.path.name}: annotation {file.annotation_ids[n]} of image"
+                          f" {file.image_ids[owners[n]]}, bbox {bbox}")
                 image = start + int(owners[n])
                 self.skipped.append(Skip(kind, image, (x, y, x + w, y + h), detail))
         size = file.boxes[:, 2:]
@@ -378,7 +340,7 @@ class COCODetection(DetectionData):
         self._faults.append(fault)
 
     def _labels(self, file: COCOAnnotations) -> np.ndarray:
-        label_of = [self.category_labels[id] for id in file.category_ids.tolist()]
+        label_of = [self.classes.index(name) + 1 for name in file.classes]
         return np.array(label_of, np.int64)[file.labels - 1]
 
 

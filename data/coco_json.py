@@ -39,23 +39,23 @@ def read_json(path: str | Path, object_hook: Callable[[dict], object] | None = N
             gc.enable()
 
 
+@dataclass(frozen=True)
 class Records:
     """A list of n JSON objects, read by field.
 
     Every error is a UserError that names the first object with a wrong value, and the value.
 
-    Args:
-        source: the file, or what else the objects come from, for messages.
-        kind: the name of the list, such as "annotations".
-        records: the parsed list.
+    source: the file, or what else the objects come from, for messages.
+    kind: the name of the list, such as "annotations".
     """
 
-    def __init__(self, source: object, kind: str, records: object) -> None:
-        if not isinstance(records, list):
-            raise UserError(f"{source}: has no list of {kind}")
-        self.source = source
-        self.kind = kind
-        self.records = records
+    source: object
+    kind: str
+    records: object
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.records, list):
+            raise UserError(f"{self.source}: has no list of {self.kind}")
 
     def integers(self, field: str) -> np.ndarray:
         """Return a field of whole numbers, also written as 96.0 or "96": int64 [n]."""
@@ -78,10 +78,8 @@ class Records:
         """Return the error that a field of object ``n`` is not what is ``wanted``."""
         record = self.records[n] if isinstance(self.records[n], dict) else {}
         id = f" (id {reprlib.repr(record['id'])})" if "id" in record else ""
-        return UserError(
-            f"{self.source}: {self.kind}[{n}]{id} needs {wanted} as '{field}', found"
-            f" {reprlib.repr(record.get(field))}"
-        )
+        return UserError(f"{self.source}: {self.kind}[{n}]{id} needs {wanted} as '{field}', found"
+                         f" {reprlib.repr(record.get(field))}")
 
     def _values(self, field: str) -> list:
         return [r.get(field) if isinstance(r, dict) else None for r in self.records]
@@ -121,10 +119,9 @@ def positions(where: str, field: str, values: np.ndarray, known: np.ndarray,
     unknown = np.flatnonzero(known[index] != values)
     if len(unknown):
         n = unknown[0]
-        raise UserError(
-            f"{where}[{n}] has the {field} {values[n]}, which {path} does not list, like"
-            f" {len(unknown)} of {len(values)}; it lists {len(known)}, {known[0]} to {known[-1]}"
-        )
+        raise UserError(f"{where}[{n}] has the {field} {values[n]}, which {path} does not list,"
+                        f" like {len(unknown)} of {len(values)}; it lists {len(known)}, {known[0]}"
+                        f" to {known[-1]}")
     return index
 
 
@@ -177,11 +174,9 @@ class COCOAnnotations:
             return self
         chosen = np.array([name in asked for name in self.classes])
         part = self._of_boxes(chosen[self.labels - 1])
-        return replace(
-            part, category_ids=self.category_ids[chosen],
-            classes=tuple(name for name in self.classes if name in asked),
-            labels=np.cumsum(chosen)[part.labels - 1],
-        )
+        return replace(part, category_ids=self.category_ids[chosen],
+                       classes=tuple(name for name in self.classes if name in asked),
+                       labels=np.cumsum(chosen)[part.labels - 1])
 
     def of_images(self, ids: Sequence[int]) -> COCOAnnotations:
         """Return these images by id, all categories, and their boxes; UserError: unknown id."""
@@ -193,29 +188,23 @@ class COCOAnnotations:
         return replace(
             part,
             offsets=np.append(0, part.offsets[1:][chosen]),  # the others own no boxes now
-            **{name: getattr(self, name)[chosen] for name in ("image_ids", "file_names", "sizes")},
-        )
+            **{name: getattr(self, name)[chosen] for name in ("image_ids", "file_names", "sizes")})
 
     def _of_boxes(self, kept: np.ndarray) -> COCOAnnotations:
         """Return all images and categories with the boxes that are ``kept``, bool [M]."""
         return replace(
             self, offsets=np.append(0, np.cumsum(kept))[self.offsets],
             annotation_ids=[self.annotation_ids[n] for n in np.flatnonzero(kept)],
-            **{name: getattr(self, name)[kept] for name in ("boxes", "labels", "areas", "crowds")},
-        )
+            **{name: getattr(self, name)[kept] for name in ("boxes", "labels", "areas", "crowds")})
 
 
 def join(files: Sequence[COCOAnnotations]) -> COCOAnnotations:
-    """Return files of the same categories as one; image ids must ascend over all of them."""
-    columns = {
-        name: np.concatenate([getattr(file, name) for file in files])
-        for name in ("image_ids", "file_names", "sizes", "boxes", "labels", "areas", "crowds")
-    }
+    """Return files of the same categories as one, in their order."""
+    columns = {name: np.concatenate([getattr(file, name) for file in files]) for name in (
+        "image_ids", "file_names", "sizes", "boxes", "labels", "areas", "crowds")}
     counts = np.concatenate([np.diff(file.offsets) for file in files])
-    return replace(
-        files[0], offsets=np.append(0, np.cumsum(counts)),
-        annotation_ids=[id for file in files for id in file.annotation_ids], **columns,
-    )
+    return replace(files[0], offsets=np.append(0, np.cumsum(counts)),
+                   annotation_ids=[id for file in files for id in file.annotation_ids], **columns)
 
 
 def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
@@ -240,10 +229,8 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
             record["bbox"] = _enclosing_box(record) or record.get("bbox")
     box = records.boxes()
     where = f"{path}: annotations"
-    image, category = (
-        positions(where, field, records.integers(field), known, path)
-        for field, known in (("image_id", image_ids), ("category_id", category_ids))
-    )
+    image, category = (positions(where, field, records.integers(field), known, path)
+                       for field, known in (("image_id", image_ids), ("category_id", category_ids)))
     counts = np.bincount(category, minlength=len(categories))
     classes, kept = _read_classes(path, categories, counts)
     order = np.argsort(image, kind="stable")
@@ -258,8 +245,7 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
         areas=_read_areas(records, box)[order], crowds=_read_crowds(records)[order],
         annotation_ids=[records.records[n].get("id") for n in order],
         surplus=tuple(f"{Path(path).name}: category id {category_ids[n]} ({categories[n]['name']})"
-                      for n in np.flatnonzero(~kept)),
-    )  # fmt: skip
+                      for n in np.flatnonzero(~kept)))
 
 
 def _without_outline(record: dict) -> dict:

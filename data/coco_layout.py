@@ -47,7 +47,6 @@ SET_IN_NAME = re.compile(
     r"(?:.*[^a-z])?((?:trainval|train|validation|valid|val|dev|test)(?:20\d\d)?)(?:[^a-z].*)?")
 
 
-
 def normalise(year: str | None, name: str) -> ImageSet:
     """Return ("2017", "val") for that pair and for (None, "val2017")."""
     if not year and (match := re.fullmatch(r"(.+?)(20\d\d)", name)):
@@ -85,12 +84,8 @@ def annotation_files(root: Path) -> dict[str, Path]:
     """Return the annotation file of each image set, by `file_stem`; ground truth comes first."""
     if not os.path.isdir(root):
         return {}
-    found = {
-        path.stem.removeprefix(kind): path
-        for folder in ANNOTATION_FOLDERS[::-1]
-        for kind in ANNOTATION_KINDS[::-1]
-        for path in (root / folder).glob(f"{kind}?*.json")
-    }
+    found = {path.stem.removeprefix(kind): path for folder in ANNOTATION_FOLDERS[::-1]
+             for kind in ANNOTATION_KINDS[::-1] for path in (root / folder).glob(f"{kind}?*.json")}
     paths = [] if found else sorted([*root.glob("*.json"), *root.glob("*/*.json")])
     for path in paths:
         # A tool that writes many files writes one an image, and not COCO's.
@@ -133,11 +128,10 @@ def find_annotations(root: Path, image_set: ImageSet) -> Path:
         files = sorted(path for glob in globs for path in root.glob(glob))
         files = ", ".join(str(path.relative_to(root)) for path in files[:10])
         existing = f"none; JSON files there: {files or 'none'}"
-    raise UserError(
-        f"{root / ANNOTATION_FOLDERS[0]}/instances_{name}.json: no such annotation file, nor"
-        f" image_info_{name}.json, nor one of them in {ANNOTATION_FOLDERS[1]}/; image sets in"
-        f" {root}: {existing} (--root, --train_sets, --test_sets; docs/own_data.md)"
-    )
+    raise UserError(f"{root / ANNOTATION_FOLDERS[0]}/instances_{name}.json: no such annotation"
+                    f" file, nor image_info_{name}.json, nor one of them in"
+                    f" {ANNOTATION_FOLDERS[1]}/; image sets in {root}: {existing} (--root,"
+                    " --train_sets, --test_sets; docs/own_data.md)")
 
 
 class Part(NamedTuple):
@@ -178,11 +172,9 @@ def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> Part:
         if not missing:
             return best
     if not os.path.isdir(usual) and (best is None or len(best.missing) == len(file.image_ids)):
-        raise UserError(
-            f"{usual}: no such folder, for the images of {file.path.name}, such as"
-            f" {file.file_names[0] or file.image_ids[0]}; nor are they in"
-            f" {', '.join(map(str, folders[1:]))}"
-        )
+        raise UserError(f"{usual}: no such folder, for the images of {file.path.name}, such as"
+                        f" {file.file_names[0] or file.image_ids[0]}; nor are they in"
+                        f" {', '.join(map(str, folders[1:]))}")
     return best
 
 

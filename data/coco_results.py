@@ -85,10 +85,8 @@ def check_submission(archive: str | Path, annotations_path: str | Path) -> int:
     results = COCOResults.read(source, records)
     for n, record in enumerate(records):
         if record.keys() != set(COCO_FIELDS):
-            raise UserError(
-                f"{source}: results[{n}] has the fields {', '.join(record)}, where the server wants"
-                f" {', '.join(COCO_FIELDS)}"
-            )
+            raise UserError(f"{source}: results[{n}] has the fields {', '.join(record)}, where the"
+                            f" server wants {', '.join(COCO_FIELDS)}")
         if not all(isinstance(record[field], int) for field in COCO_FIELDS[:2]):
             raise UserError(f"{source}: results[{n}] has an id that is not an integer: {record}")
     results.positions_in(read_annotations(annotations_path, boxes=False), source)
@@ -106,10 +104,8 @@ def _read_archive(archive: str | Path, split: str) -> tuple[str, object]:
         raise UserError(f"{archive}: not a zip that can be read ({first_line(error)})") from error
     pattern = rf"detections_{re.escape(split)}_[\w.+-]+_results\.json"
     if len(names) != 1 or not re.fullmatch(pattern, names[0], re.ASCII):
-        raise UserError(
-            f"{archive}: holds {', '.join(names) or 'nothing'}, where the server wants"
-            f" only detections_{split}_<name>_results.json, in no folder"
-        )
+        raise UserError(f"{archive}: holds {', '.join(names) or 'nothing'}, where the server wants"
+                        f" only detections_{split}_<name>_results.json, in no folder")
     try:
         return names[0], json.loads(content)
     except Exception as error:

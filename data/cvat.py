@@ -136,6 +136,10 @@ def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
         if document.find("track") is not None:
             raise UserError(f'{path}: an export "for video", whose tracks name no images; export '
                             'the task as "CVAT for images" or in another format')  # fmt: skip
+        if stray := [each.tag for each in document if each.tag != "image"
+                     and any(inner.tag in AREAS for inner in each.iter())]:
+            raise UserError(f"{path}: <{stray[0]}> holds shapes that are in no <image>; export the"
+                            " task again")
         images += [_Image(path, k, each) for k, each in enumerate(document.findall("image"), 1)]
         for label in document.iterfind("./meta//label"):
             kind = (label.findtext("type") or "any").strip()

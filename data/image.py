@@ -81,7 +81,8 @@ def image_size(path: Path) -> tuple[int, int]:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 with Image.open(path) as image:
-                    turned = _orientation(image) > 4
+                    tagged = image.format != "PNG" or "exif" in image.info  # else it is decoded
+                    turned = tagged and image.getexif().get(0x0112, 1) > 4
                     if image.format in ("JPEG", "MPO"):
                         return image.size[::-1] if turned else image.size
                     if not turned:
@@ -90,12 +91,6 @@ def image_size(path: Path) -> tuple[int, int]:
         pass
     height, width, _ = read_image(path).shape
     return width, height
-
-
-def _orientation(image: Image.Image) -> int:
-    # getexif() of a PNG without the tag would decode it.
-    known = image.format != "PNG" or "exif" in image.info
-    return image.getexif().get(0x0112, 1) if known else 1
 
 
 def _header(data: bytes) -> tuple[str, tuple[int, int]]:

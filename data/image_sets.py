@@ -70,7 +70,7 @@ def sets_name(sets: Iterable[tuple[str | None, str]]) -> str:
 
 def one_folder(name: str) -> str:
     """Return a name as that of one folder, on every system; common names stay as they are."""
-    safe = re.sub(r'[/\\:*?"<>|\0-\x1f]', "_", name)
+    safe = re.sub(r'[/\\:*?"<>|\0-\x1f\ud800-\udc7f\udd00-\udfff]', "_", name)  # lone surrogates
     # Windows' devices; "." and ".."; names that end in dots.
     if re.match(r"(?i:con|prn|aux|nul|com\d|lpt\d)(\.|$)", safe) or not safe.strip(". "):
         safe = f"_{safe}"

@@ -42,23 +42,20 @@ def detection_collate(batch: list[tuple]) -> tuple:
     return stacked, *lists
 
 
+@dataclass
 class TrainingSet(Dataset):
     """Augmented samples: item (epoch, index) -> (uint8 [S, S, 3], float32 [n, 5], index).
 
     The random numbers of a sample come from (seed, epoch, index), wherever it is loaded.
 
-    Args:
-        augment: called as augment(image, target, rng), such as `data.transforms.SSDAugmentation`.
-        pull: called instead of ``dataset.pull_image``, see `data.cache`. Its result is not written
-            to.
+    augment: called as augment(image, target, rng), such as `data.transforms.SSDAugmentation`.
+    pull: called instead of ``dataset.pull_image``, see `data.cache`; its result is not written to.
     """
 
-    def __init__(self, dataset: DetectionData, augment: Callable, seed: int,
-                 pull: Callable[[int], np.ndarray] | None = None) -> None:
-        self.dataset = dataset
-        self.augment = augment
-        self.seed = seed
-        self.pull = pull or dataset.pull_image
+    dataset: DetectionData
+    augment: Callable
+    seed: int
+    pull: Callable[[int], np.ndarray] | None = None
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -66,8 +63,8 @@ class TrainingSet(Dataset):
     def __getitem__(self, key: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, int]:
         epoch, index = key
         rng = np.random.default_rng((self.seed, epoch, index))
-        image, target = self.augment(self.pull(index), self.dataset.target(index), rng)
-        return image, target, index
+        image = (self.pull or self.dataset.pull_image)(index)
+        return *self.augment(image, self.dataset.target(index), rng), index
 
 
 @dataclass
@@ -116,16 +113,12 @@ class EpochSampler(Sampler):
             raise ValueError(f"{length} images are fewer than the {self.parts} parts of a batch")
         self.length = length
         self.batch_size = min(batch_size, length - length % self.parts)
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.accumulate = accumulate
+        self.seed, self.rank, self.world, self.accumulate = seed, rank, world, accumulate
         self.steps = length // self.batch_size
         self.set_epoch(0, 0)
 
     def set_epoch(self, epoch: int, start: int) -> None:
-        self.epoch = epoch
-        self.start = start
+        self.epoch, self.start = epoch, start
         self.order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
 
     def batch(self, step: int) -> list[int]:
@@ -148,16 +141,16 @@ class Loader(DataLoader):
 
     A UserError raised in a loading process is raised again here as it was. The death of a loading
     process, mostly for want of memory, becomes a UserError. Both happen when the next batch is
-    asked for.
+    asked for. batching: ``DataLoader``'s ``batch_size`` or ``batch_sampler``.
     """
 
     def __init__(self, dataset: Dataset, workers: int, pin_memory: bool,
                  **batching: object) -> None:
-        super().__init__(
-            _Caught(dataset), num_workers=workers, collate_fn=_pack, pin_memory=pin_memory,
-            prefetch_factor=PREFETCH_FACTOR if workers else None, worker_init_fn=_start_worker,
-            # PyTorch draws seeds that nothing uses; without this, from its global generator.
-            generator=torch.Generator(), **batching)
+        # PyTorch draws seeds that nothing uses; without ``generator``, from its global one.
+        super().__init__(_Caught(dataset), num_workers=workers, collate_fn=_pack,
+                         pin_memory=pin_memory, worker_init_fn=_start_worker,
+                         prefetch_factor=PREFETCH_FACTOR if workers else None,
+                         generator=torch.Generator(), **batching)
 
     processes: list[multiprocessing.process.BaseProcess] = []
 
@@ -193,17 +186,6 @@ def training_loader(dataset: TrainingSet, sampler: EpochSampler, workers: int,
     """Return batches (images uint8 [B, 3, S, S], targets, indices) in the order of ``sampler``."""
     return Loader(dataset, workers, pin_memory, batch_sampler=sampler,
                   persistent_workers=workers > 0)
-
-
-def test_loader(dataset: Dataset, batch_size: int, workers: int, pin_memory: bool) -> Loader:
-    """Return batches (images uint8 [B, 3, S, S], sizes) in the order of a `TestSet`.
-
-    Process ``rank`` of ``world`` takes its share as ``Subset(samples, range(rank, n, world))``.
-    """
-    return Loader(dataset, workers, pin_memory, batch_size=batch_size)
-
-
-test_loader.__test__ = False
 
 
 def check_shared_memory(workers: int, batch_size: int, size: int, processes: int = 1) -> None:
@@ -270,9 +252,8 @@ def _pack(batch: list | UserError) -> tuple | UserError:
     if isinstance(batch, UserError):
         return batch
     images, *rest = detection_collate(batch)
-    return images, *(
-        (torch.cat(x), [len(t) for t in x]) if isinstance(x[0], Tensor) else x for x in rest
-    )
+    return images, *((torch.cat(x), [len(t) for t in x]) if isinstance(x[0], Tensor) else x
+                     for x in rest)
 
 
 def _unpack(batch: tuple) -> tuple:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from data import DetectionData, split_options
+from data import DetectionData, bootstrap, split_options
 from data.curves import CURVES_FILE
 from data.detections import save_detections
 from data.image_sets import sets_name
-from data.loading import TestSet, test_loader
+from data.loading import Loader, TestSet
 from data.transforms import TestTransform
 from engine.distributed import World
 from engine.options import Options
@@ -49,7 +49,7 @@ def detect_set(
     share = list(world.share_of(len(dataset)))
     samples = Subset(TestSet(dataset, TestTransform(options.size)), share)
     batch = -(-options.batch_size // world.size)
-    loader = test_loader(samples, batch, options.num_workers, priors.device.type == "cuda")
+    loader = Loader(samples, options.num_workers, priors.device.type == "cuda", batch_size=batch)
     progress = Progress("test", len(loader), options.log_iters)
 
     def advance(images: int) -> None:
@@ -72,12 +72,12 @@ def _not_finite(error: FloatingPointError, amp: str) -> str:
     return f"the network's output is not finite ({error}); {causes}"
 
 
-def detect_exported(predictor: Predictor, dataset: DetectionData,
-                    options: Options) -> list[dict[str, np.ndarray]]:
-    """Return the detections of all images of ``dataset`` by an exported file, in order.
+def detect_by(predictor: Predictor, dataset: DetectionData,
+              options: Options) -> list[dict[str, np.ndarray]]:
+    """Return the detections of all images of ``dataset`` by a predictor, in order.
 
     Raises:
-        UserError: the output of the file is not finite, or an image cannot be read.
+        UserError: its output is not finite, or an image cannot be read.
     """
     found, size = [], options.batch_size
     progress = Progress("test", -(-len(dataset) // size), options.log_iters)
@@ -87,7 +87,7 @@ def detect_exported(predictor: Predictor, dataset: DetectionData,
             found += predictor([dataset.pull_image(i) for i in batch])
             progress.update(len(batch))
     except FloatingPointError as error:
-        raise UserError(f"the output of the exported file is not finite ({error})") from error
+        raise UserError(f"the output of {predictor.file} is not finite ({error})") from error
     finally:
         progress.close()
     return [{key: d[key].numpy() for key in ("boxes", "scores", "labels")} for d in found]
@@ -146,17 +146,19 @@ def score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origi
     write_json(path, results)
     for line in results["notes"]:
         LOGGER.info("  %s", line)
+    intervals = results.get("per_class_interval", {})
     for label, value in results["per_class"].items():
-        LOGGER.info("  %-20s %s", label, _shown(value))
+        LOGGER.info("  %-20s %s", label, _shown(value, intervals.get(label)))
     LOGGER.info("%s: %s (%d images, %d detections of score > %g; %s)", results["metric"],
-                _shown(results["value"]), results["images"], results["detection_count"],
-                origin["thresholds"]["score"], path)
+                _shown(results["value"], results.get("interval")), results["images"],
+                results["detection_count"], origin["thresholds"]["score"], path)
     return results
 
 
-def _shown(value: float | None) -> str:
-    scored = value is not None and value >= 0  # pycocotools says -1
-    return f"{value:.4f}" if scored else "no ground truth to score against"
+def _shown(value: float | None, interval: Sequence[float] | None) -> str:
+    if value is None or value < 0:  # pycocotools says -1
+        return "no ground truth to score against"
+    return f"{value:.4f}" + (f", 95 %: {bootstrap.text(interval)}" if interval else "")
 
 
 def detector_name(options: Options) -> str:

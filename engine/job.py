@@ -25,7 +25,7 @@ from utils.console import console, printable
 from utils.device import choose_device
 from utils.errors import UserError, first_line, reason
 from utils.logger import close_logging, setup_logging
-from utils.signals import ENDING, Interrupted, heeded
+from utils.signals import ENDING, Interrupted, TimeUp, heeded
 
 Work = Callable[[Call, Mapping[str, object], World], None]
 
@@ -99,6 +99,8 @@ def _told(error: BaseException, world: World, resumable: bool) -> tuple[int, str
         return 2, f"error: {error}"
     if isinstance(error, RankZeroFailed):
         return 2, ""
+    if isinstance(error, TimeUp):  # as asked for; the state is saved, and the log says how to go on
+        return 0, ""
     if isinstance(error, Interrupted | KeyboardInterrupt):
         return 130, "interrupted" if world.main else ""
     if isinstance(error, torch.OutOfMemoryError):

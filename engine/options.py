@@ -125,6 +125,8 @@ class Options(Checked):
     background_negatives: int = _recipe(0, "--background_negatives", read=count, metavar="N",
         help="least number of hard negatives an image; 0: as published, three for each positive "
              "prior box, so that an image without objects teaches nothing")
+    patience: int = _recipe(0, "--patience", read=count, metavar="N",
+        help="end after N evaluations in a row without a better AP; 0: train all epochs")
     seed: int = _recipe(0, "--seed", read=count, metavar="N", fixed=True,
         help="seed of weights, order and augmentation")
     overfit: int = _recipe(0, "--overfit", read=count, metavar="N", fixed=True,
@@ -251,6 +253,10 @@ class Call(Checked):
     max_iters: int | None = option("recipe", None, "--max_iters", read=positive, metavar="N",
         only="train", help="stop after this many steps in all, e.g. to try things out")
 
+    max_hours: float | None = option("machine", None, "--max_hours", read=number, metavar="X",
+        only="train", help="save and end with status 0 after X hours of this call; --resume auto "
+             "goes on")
+
     device: str | None = option("machine", None, "--device", metavar="NAME",
         help="auto, cpu, cuda, cuda:N or mps (default: auto)")
     cuda: bool | None = option("machine", None, "--cuda", read=boolean,
@@ -267,6 +273,12 @@ class Call(Checked):
         """The detection options of this call, by the names of ``DetectConfig``."""
         names = (spec.name for spec in dataclasses.fields(DetectConfig))
         values = {name: getattr(self, name, None) for name in names}
+        return {name: value for name, value in values.items() if value is not None}
+
+    @property
+    def given_views(self) -> dict[str, object]:
+        """The options of this call that are those of ``inference.views.Views``."""
+        values = {name: getattr(self, name) for name in ("tiles", "overlap", "flip")}
         return {name: value for name, value in values.items() if value is not None}
 
     def detection(self, published: DetectConfig) -> DetectConfig:

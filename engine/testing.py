@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from engine.resolve import absolute, asked_dataset, dataset_of_test, resolve, us
 from engine.run import log_dataset, open_dataset
 from inference.predictor import Predictor
 from inference.runtime import EXPORTED_SUFFIXES, identity
+from inference.views import Views
 from layers.detect import DetectConfig
 from models.info import DetectorInfo, published_detection
 from models.transfer import check_known, parse_class_map, transfer_classes
@@ -41,7 +42,8 @@ class Testing:
     detection: DetectConfig
     weights: dict[str, torch.Tensor] | None
     """State dict for the classes of the data set; None for an exported file."""
-    exported: Predictor | None
+    predictor: Predictor | None
+    """Detects in place of ``weights``: an exported file, or a checkpoint with --tiles or --flip."""
     checkpoint: dict
     """The file's name and sha256, kept in results.json."""
     folder: Path
@@ -57,12 +59,14 @@ class Testing:
     @property
     def origin(self) -> dict:
         """Everything that decides the detections; kept with them."""
-        return origin_of(self.options, self.detection, self.checkpoint, self.device, self.class_map)
+        views = self.predictor.views if self.predictor else Views()
+        return origin_of(self.options, self.detection, self.checkpoint, self.device,
+                         self.class_map) | {"views": asdict(views)}  # fmt: skip
 
     def log_data(self) -> None:
         """Log the number of images, what the reader changed, and what will detect."""
         log_dataset(self.dataset, self.options, "test_sets")
-        if self.exported:
+        if self.predictor and self.predictor.exported:
             runtime = self.checkpoint["runtime"]
             LOGGER.info("%s by %s", self.checkpoint["file"], runtime)
         else:
@@ -84,6 +88,7 @@ class Testing:
         asked = ["checkpoint", "dataset", "class_map", "root", "sets", "classes"]
         if call.given_detection:
             asked += ["thresholds", "suppression"]
+        asked += ["views"] * bool(call.given_views)
         same = {key: self.origin[key] for key in asked}
         path = self.folder / "detections.npz"
         kept, origin = load_detections(path, self.dataset.ids, len(self.dataset.classes), same)
@@ -130,8 +135,17 @@ def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world:
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
     published = published_detection(options.dataset)
     folder = test_folder(call, given, options, path)
-    return Testing(options, device, dataset, call.detection(published), weights, None, checkpoint,
-                   folder, call.class_map)  # fmt: skip
+    detection, predictor = call.detection(published), None
+    if call.given_views:
+        if weights is not saved["model"] or world.size > 1:
+            raise UserError("--tiles and --flip take the checkpoint's own classes, in one process; "
+                            "leave them out, or --class_map and --ngpu")
+        names = None if "config" in saved else names
+        predictor = Predictor(path, device=str(device), amp=options.amp, classes=names,
+                              **call.given_views)  # fmt: skip
+        predictor.config = detection
+    return Testing(options, device, dataset, detection, weights, predictor, checkpoint, folder,
+                   call.class_map)  # fmt: skip
 
 
 def _open_exported(call: Call, given: Mapping[str, object], path: Path, world: World) -> Testing:
@@ -143,7 +157,7 @@ def _open_exported(call: Call, given: Mapping[str, object], path: Path, world: W
     names = {"conf_thresh": "score_threshold", "top_k": "max_detections",
              "per_class": "max_per_class"}  # fmt: skip
     asked = {names.get(key, key): value for key, value in call.given_detection.items()}
-    predictor = Predictor(path, **asked)
+    predictor = Predictor(path, **asked, **call.given_views)
     info = predictor.info
     stored = {"version": info.version, "size": info.size}
     stored["dataset"] = info.dataset if "dataset" in given else dataset_of_test(given, info.dataset)

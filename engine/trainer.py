@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from math import inf
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from layers import MultiBoxLoss
 from utils.checkpoint import load_weights, rng_state, set_rng_state
 from utils.errors import UserError
 from utils.logger import LOGGER, Progress, RunLog
-from utils.signals import Interrupted, StopSignal
+from utils.signals import Interrupted, StopSignal, TimeUp
 from utils.trackers import Trackers
 
 
@@ -124,14 +125,15 @@ class Trainer:
         step = self.state.step
         LOGGER.info("resumed at step %d (epoch %.2f)", step, step / self.steps_per_epoch)
 
-    def run(self, max_iters: int | None = None) -> None:
-        """Train to the last epoch, or to ``max_iters`` steps in all.
+    def run(self, max_iters: int | None = None, max_hours: float | None = None) -> None:
+        """Train to the last epoch, to ``max_iters`` steps in all, or as long as --patience says.
 
         Raises:
-            Interrupted: by a signal, after the state was saved.
+            Interrupted: by a signal, after the state was saved; TimeUp after ``max_hours``.
             UserError: a loss that is not finite (nothing is saved: the last good checkpoint
                 stays), an image that cannot be read, or a file that cannot be written.
         """
+        self.deadline = time.monotonic() + 3600 * max_hours if max_hours else inf
         end = self.options.max_epoch * self.steps_per_epoch
         end = min(end, max_iters) if max_iters else end
         if end < self.state.step:
@@ -176,7 +178,7 @@ class Trainer:
                         end)
         if self.state.totals.steps and self.state.step % self.steps_per_epoch == 0:
             self._finish_epoch()  # the run was interrupted between an epoch's last step and record
-        while self.state.step < end:
+        while self.state.step < end and not self._without_gain():
             self._train_epoch(end)
             if self.state.step % self.steps_per_epoch == 0:
                 self._finish_epoch()
@@ -192,6 +194,27 @@ class Trainer:
         self.folder.summarise()
         if self.state.best:
             LOGGER.info("  best %(metric)s: %(value).4f at step %(step)d", self.state.best)
+
+    def _without_gain(self) -> bool:
+        """Return whether the last --patience evaluations gave no better AP; all ranks agree."""
+        patience, best = self.options.patience, self.state.best
+        if not patience:
+            return False
+        later = [each for each in self.state.history
+                 if "metric" in each and each["step"] > best.get("step", inf)]
+        ends = bool(self.world.decide(lambda: len(later) >= patience))  # rank 0 has the scores
+        if ends:
+            LOGGER.info("training ends: no better AP in %d evaluations (--patience)", patience)
+        return ends
+
+    def _late(self) -> bool:
+        """Return whether --max_hours are over, on rank 0."""
+        return self.deadline < inf and self.world.main and time.monotonic() > self.deadline
+
+    def _reason(self) -> Interrupted:
+        """Return the reason why all processes stop, as rank 0 has it."""
+        late = self.world.decide(lambda: self._late() and not self.stop.asked)
+        return TimeUp() if late else Interrupted()
 
     def _train_epoch(self, end: int) -> None:
         epoch, start = divmod(self.state.step, self.steps_per_epoch)
@@ -210,14 +233,14 @@ class Trainer:
                     self.stop.check()
                 # All processes leave after the same step, however early one of them read of it.
                 if self.stop_at is not None and self.state.step >= self.stop_at + self.lag:
-                    raise Interrupted
+                    raise self._reason()
                 due = time.monotonic() - self.saved_at > 60 * self.options.save_minutes > 0
                 if due and self.world.main:
                     self._read(0, progress)
                     self._save("last.pth")
             self._read(0, progress)
             if self.stop_at is not None:
-                raise Interrupted
+                raise self._reason()
         finally:
             progress.close()
 
@@ -233,7 +256,7 @@ class Trainer:
     def _make_step(self, parts: list[Batch]) -> Step:
         self.consistent = False
         lr = lr_at(self.state.step, self.steps_per_epoch, self.options)
-        done = self.train_step(parts, lr, self.stop.asked)
+        done = self.train_step(parts, lr, self.stop.asked or self._late())
         if self.average:
             self.average.update(self.net)
         self.state.step += 1

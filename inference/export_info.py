@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -52,8 +51,8 @@ class ExportInfo:
             raise ValueError(f"dataset {dataset!r}, which is none of {', '.join(DATASETS)}")
         self.detector.prior_config()
         for name, values, count in (("variance", self.variance, 2), ("mean", self.mean, 3)):
-            positive = all(isinstance(x, int | float) and 0 < x < math.inf for x in values)
-            if len(values) != count or not positive:
+            fit = all(isinstance(x, int | float) and 0 < x < 256 for x in values)
+            if len(values) != count or not fit:
                 raise ValueError(f"{name} {list(values)}")
 
     @property

@@ -8,15 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (
-    DetectionData,
-    build_dataset,
-    default_sets,
-    find_layout,
-    layouts,
-    list_sets,
-    split_options,
-)
+import data
 from data.image import IMAGE_SUFFIXES, read_image
 from data.image_sets import ImageSet, parse_image_sets, sets_name
 from models.info import DetectorInfo
@@ -31,7 +23,7 @@ class Images:
     """Where they lie, for people."""
     items: Sequence[int] | Sequence[Path]
     """Indices of ``dataset``; without one, files."""
-    dataset: DetectionData | None = None
+    dataset: data.DetectionData | None = None
     scored: bool = False
     """Whether ``items`` are all images of ``dataset``, which has ground truth to score against."""
 
@@ -73,10 +65,8 @@ class TrainedOn:
             split = {key: config[key] for key in ("val_share", "split_by") if key in config}
             return cls(_absolute(root) if root else None, train, test, split)
         except TypeError as error:
-            raise UserError(
-                f"{path}: its configuration has root {root!r} and image sets {sets}, which is not "
-                "valid; give a checkpoint of this program"
-            ) from error
+            raise UserError(f"{path}: its configuration has root {root!r} and image sets {sets},"
+                            " which is not valid; give a checkpoint of this program") from error
 
 
 def find_images(root: str | None, sets: str | None, limit: int, trained_on: TrainedOn,
@@ -97,23 +87,23 @@ def find_images(root: str | None, sets: str | None, limit: int, trained_on: Trai
         if root is None:
             return None
         raise UserError(f"{folder} does not exist; give a folder of images or a data set")
-    name, existing = detector.dataset, list_sets(detector.dataset, folder)
+    name, existing = detector.dataset, data.list_sets(detector.dataset, folder)
     if not existing:
-        if not (found := layouts(folder)):
+        if not data.layouts(folder):
             return _in_folder(folder, sets, limit, name, training)
-        name = name if name in dict(found) else find_layout(folder)[0]
-        existing = list_sets(name, folder)
+        name, _ = data.find_layout(folder, name)
+        existing = data.list_sets(name, folder)
     if sets:
         chosen = tuple(parse_image_sets(sets, existing))
     else:
-        train, test = default_sets(name, folder)
+        train, test = data.default_sets(name, folder)
         if folder == trained_on.root:
             train, test = trained_on.train_sets or train, trained_on.test_sets or test
         chosen = train if training else test
-    split = split_options(name, trained_on.split if folder == trained_on.root else {})
-    dataset = build_dataset(name, folder, chosen, detector.classes, **split)
+    split = data.split_options(name, trained_on.split if folder == trained_on.root else {})
+    dataset = data.build_dataset(name, folder, chosen, detector.classes, **split)
     about = f"{folder} {sets_name(chosen)}"
-    objects = sum(len(dataset.target(i)) > 0 for i in range(len(dataset)))
+    objects = np.count_nonzero(np.diff(dataset.offsets))
     if training or not objects:
         return Images(about, _spread(range(len(dataset)), limit), dataset)
     if limit and limit < len(dataset):
@@ -126,9 +116,8 @@ def _in_folder(folder: Path, sets: str | None, limit: int, dataset: str, trainin
     files = sorted(file for file in folder.iterdir()
                    if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")  # fmt: skip
     if not files:
-        raise UserError(
-            f"{folder} holds neither images nor a data set in {dataset} layout; give another folder"
-        )
+        raise UserError(f"{folder} holds neither images nor a data set in {dataset} layout; give"
+                        " another folder")
     if sets:
         option = "--calibrate_sets" if training else "--sets"
         raise UserError(f"{folder} is a plain folder of images; leave {option} {sets} out")

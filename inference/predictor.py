@@ -67,14 +67,12 @@ class Predictor:
         ValueError: as ``DetectConfig``.
     """
 
-    def __init__(
-        self, file: str | PathLike, *, device: str = "auto", amp: str = "off",
-        classes: Sequence[str] | None = None, score_threshold: float | None = None,
-        max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
-        background_shortcut: bool = False, threads: int | None = None,
-        max_pixels: int | None = None, max_per_class: int | None = None, tiles: int = 0,
-        overlap: float | None = None, flip: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, file: str | PathLike, *, device: str = "auto", amp: str = "off",
+                 classes: Sequence[str] | None = None, score_threshold: float | None = None,
+                 max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
+                 background_shortcut: bool = False, threads: int | None = None,
+                 max_pixels: int | None = None, max_per_class: int | None = None, tiles: int = 0,
+                 overlap: float | None = None, flip: bool = False) -> None:
         limit_pixels(max_pixels)
         self.views = Views(tiles, Views.overlap if overlap is None else overlap, flip)
         path = Path(file)
@@ -101,10 +99,9 @@ class Predictor:
             config, variance = self.info.detection(), self.info.prior_config().variance
         self.priors = PriorBox(self.info.prior_config()).to(self.device)()
         self.detect = Detect.of(config, variance)
-        self.config = replace(
-            config.with_limits(score_threshold, max_detections, max_per_class),
-            nms=nms, class_agnostic=class_agnostic, background_shortcut=background_shortcut,
-        )  # fmt: skip
+        self.config = replace(config.with_limits(score_threshold, max_detections, max_per_class),
+                              nms=nms, class_agnostic=class_agnostic,
+                              background_shortcut=background_shortcut)
 
     @property
     def config(self) -> DetectConfig:
@@ -223,8 +220,7 @@ class Predictor:
         over = outputs["scores"] > self.config.conf_thresh
         return [
             {key: outputs[key][mine][: self.config.top_k] for key in ("boxes", "scores", "labels")}
-            for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))
-        ]
+            for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))]
 
 
 def _load(image: object) -> np.ndarray:

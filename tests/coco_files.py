@@ -21,10 +21,8 @@ def write_set(root, file, folder, names, annotations=None, size=(WIDTH, HEIGHT),
     names: {image id: file name}.
     """
     width, height = size
-    images = [
-        {"id": id, "file_name": name, "width": width, "height": height}
-        for id, name in names.items()
-    ]
+    images = [{"id": id, "file_name": name, "width": width, "height": height}
+              for id, name in names.items()]
     document = {"images": images, "categories": CATEGORIES, **document}
     if annotations is not None:
         document["annotations"] = annotations

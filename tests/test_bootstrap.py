@@ -50,7 +50,7 @@ def scored_anew(annotations, found, weights):
         index = np.array([k for _, k in pairs], int)
         images = np.array([new for new, _ in pairs], int)
         several[name] = ClassDetections(images, each.scores[index], each.boxes[index])
-    return evaluate_voc(several, [annotations[i] for i in chosen], CLASSES)
+    return evaluate_voc(several, [annotations[i] for i in chosen], tuple(found))
 
 
 def test_every_draw_is_the_score_of_the_drawn_images(monkeypatch):

@@ -268,7 +268,7 @@ def test_the_opencv_that_is_there_is_the_one_required(monkeypatch):
 def test_only_what_is_missing_or_too_old_is_installed(monkeypatch):
     everything = {"torch": "2.10.0+cpu", "torchvision": "0.25.0+cpu", "numpy": "2.0.0rc1",
                   "opencv_contrib_python": "5.0.0.93", "pycocotools": "2.0.8", "cython": "3.0a1",
-                  "setuptools": "80.1", "pillow": "10.1.0"}
+                  "setuptools": "80.1", "pillow": "10.1.0", "pyyaml": "6.0"}
     installed(monkeypatch, **everything)
     assert build.missing() == []
     assert build.missing("eval") == ["hotcoco>=1.2", "faster-coco-eval", "torch==2.10.0+cpu"]

@@ -144,10 +144,8 @@ def test_file_is_numpys_own_and_a_damaged_one_is_written_anew(dataset, tmp_path)
     (path,) = (tmp_path / "cache").iterdir()
     np.save(tmp_path / "own.npy", dataset.pull_image(0))
     whole = (tmp_path / "own.npy").read_bytes()
-    for damaged in (
-        whole, b"", whole[:40], whole[:-1], whole[:8] + b"xxxxx" + whole[13:],
-        whole.replace(b"(72, 96, 3)", b"(96, 72, 3)"), b"PK\3\4" + whole[4:],
-    ):  # fmt: skip
+    for damaged in (whole, b"", whole[:40], whole[:-1], whole[:8] + b"xxxxx" + whole[13:],
+                    whole.replace(b"(72, 96, 3)", b"(96, 72, 3)"), b"PK\3\4" + whole[4:]):
         path.write_bytes(damaged)
         np.testing.assert_array_equal(pull(0), dataset.pull_image(0))
         assert path.read_bytes() == whole

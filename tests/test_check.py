@@ -351,12 +351,10 @@ def test_equal_pixels_are_the_same_image_whatever_the_file(album):
 )  # fmt: skip
 def test_near_copies_are_found_and_only_they(album, part, key):
     quality = [cv2.IMWRITE_JPEG_QUALITY, 40]
-    changes = {
-        "compressed": lambda image: cv2.imdecode(cv2.imencode(".jpg", image, quality)[1], 1),
-        "halved": lambda image: cv2.resize(image, (80, 60), interpolation=cv2.INTER_AREA),
-        "square": lambda image: cv2.resize(image, (416, 416)),
-        "lighter": lambda image: np.clip(image * 1.1 + 8, 0, 255).astype(np.uint8),
-    }
+    changes = {"compressed": lambda image: cv2.imdecode(cv2.imencode(".jpg", image, quality)[1], 1),
+               "halved": lambda image: cv2.resize(image, (80, 60), interpolation=cv2.INTER_AREA),
+               "square": lambda image: cv2.resize(image, (416, 416)),
+               "lighter": lambda image: np.clip(image * 1.1 + 8, 0, 255).astype(np.uint8)}
     folder = album / "JPEGImages"
     for n, (name, change) in enumerate(changes.items()):
         put(album, part, name, change(cv2.imread(str(folder / f"a{n}.jpg"))))

@@ -82,10 +82,9 @@ def test_whole_floats_and_booleans_and_missing_fields_are_accepted(tmp_path, enc
     assert file.areas.tolist() == [200, 200, 200] and file.annotation_ids == [17, 18, None]
 
 
-@pytest.mark.parametrize("outline", [
-    [[2, 3, 7, 3, 7, 8.5], [4, 1, 5, 1, 5, 2]],
-    {"size": [10, 20], "counts": [21, 9, 1, 9, 160]}, {"size": [10, 20], "counts": "e0910o4"},
-])
+@pytest.mark.parametrize("outline", [[[2, 3, 7, 3, 7, 8.5], [4, 1, 5, 1, 5, 2]],
+                                     {"size": [10, 20], "counts": [21, 9, 1, 9, 160]},
+                                     {"size": [10, 20], "counts": "e0910o4"}])
 def test_annotation_without_a_box_gets_the_one_around_its_outline(tmp_path, outline):
     box = {"id": 1, "image_id": 9, "category_id": 3, "segmentation": outline}
     found = read_annotations(write_val2017(tmp_path, [box, {**box, "bbox": []}]) / FILE).boxes

@@ -64,10 +64,9 @@ def test_layouts_of_tools_are_found_and_read(tmp_path, files, layout, sets):
         assert dataset.skipped == []
 
 
-@pytest.mark.parametrize("content", [
-    "", "[]", "{", "\0" * 9, '{"shapes": []}', '{"images": [{"id": 1}], "categories": []}',
-    '[{"images": [1], "image_id": 1}]',
-])
+@pytest.mark.parametrize("content", ["", "[]", "{", "\0" * 9, '{"shapes": []}',
+                                     '{"images": [{"id": 1}], "categories": []}',
+                                     '[{"images": [1], "image_id": 1}]'])
 def test_other_json_files_are_no_layout(tmp_path, content):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "train.json").write_text(content)

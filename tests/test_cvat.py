@@ -79,6 +79,7 @@ def test_shape_that_cannot_be_read_is_refused_by_file_image_and_value(shapes, wo
 
 
 @pytest.mark.parametrize("how, words", [
+    ({"more": '<x><box label="cat"/></x>'}, "<x> holds shapes"),
     ({"more": '<track id="0" label="cat"/>'}, "for video"), ({"images": {}}, "for images"),
     ({"size": 'width="0" height="80"'}, "0 x 80"), ({"more": "</x>"}, "malformed XML"),
     ({"images": {"a.png": '<points label="spot" points="1,2"/>'}}, "only points"),

@@ -18,6 +18,7 @@ from data import (
     build_dataset,
     default_root,
     default_sets,
+    find_layout,
     list_sets,
 )
 from data.image_sets import check_sets, one_folder, parse_image_sets, sets_name
@@ -56,7 +57,7 @@ def test_sets_have_one_name_that_is_fit_for_a_folder():
             check_sets([ImageSet(None, name)])
     names = {"..": "_._", "CON": "_CON", "nul.x": "_nul.x", "a.": "a_", "a\0b": "a_b", "ü": "ü"}
     assert {name: one_folder(name) for name in names} == names
-    assert len(one_folder("é" * 200).encode()) <= 120
+    assert len(one_folder("é" * 200).encode()) <= 120 and one_folder("\ud800a") == "_a"
 
 
 def test_own_set_named_like_a_year_is_read(make_voc, tmp_path):
@@ -79,7 +80,10 @@ def test_existing_sets_are_listed_and_none_of_a_missing_root(voc_devkit, coco_fo
         "2007_test", "2007_trainval", "2012_trainval",
     ]  # fmt: skip
     assert [*map(str, list_sets("COCO", str(coco_folder)))] == ["2017_train", "2017_val"]
-    assert list_sets("VOC", tmp_path / "no") == list_sets("COCO", tmp_path / "no") == []
+    for name, root in itertools.product(DATASETS, (tmp_path / "no", "a\0b", "\ud800", "x" * 6000)):
+        assert list_sets(name, root) == []
+        with pytest.raises(UserError, match="no such data set folder; give the right one"):
+            find_layout(root)
 
 
 def test_unknown_data_set_is_refused():

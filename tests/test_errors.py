@@ -111,7 +111,8 @@ class Gone(io.StringIO):
 
 
 @pytest.mark.parametrize("stream, status", [
-    (None, 0), (Gone(errno.EIO), 0), (Gone(errno.EPIPE), 0), (Gone(errno.ENOSPC), 2)], ids=repr)
+    (None, 0), (Gone(errno.EIO), 0), (Gone(errno.EPIPE), 0), (Gone(errno.ENOSPC), 2),
+], ids=["none", "EIO", "EPIPE", "ENOSPC"])  # fmt: skip
 def test_a_command_goes_on_without_its_output_and_its_log(stream, status, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)

@@ -5,6 +5,7 @@ Child processes are killed for real; ``-m slow`` does it at many more instants.
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import signal
@@ -414,6 +415,43 @@ def test_best_checkpoint_is_that_of_the_first_of_the_best_scores(train, monkeypa
     assert found == [(3, 0.2), (6, 0.5), (6, 0.5), (6, 0.5), (15, 0.6), (15, 0.6)]
     kept = load_checkpoint(train.folder / "a" / "tiny_VOC_epoches_5.pth")
     assert_same(best["model"], kept["model"], "model")
+
+
+def test_a_run_without_gain_ends_at_the_same_step_however_it_is_resumed(train, monkeypatch):
+    scores = {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4, 5: 0.6, 6: 0.7}
+
+    def score(dataset, detections, origin, directory, scoring):
+        epoch = directory.parent.name.removeprefix("epoch_")
+        return {"metric": "AP", "value": scores.get(int(epoch)), "per_class": {}}
+
+    monkeypatch.setattr(engine.evaluate, "score", score)
+    common = ("-max", 6, "--test_frequency", 1)
+    ends = {}
+    for patience in (0, 1, 2, 3):
+        assert train(f"p{patience}", *common, "--patience", patience) == 0
+        final = load_checkpoint(train.folder / f"p{patience}" / "Final_tiny_VOC.pth")
+        ends[patience] = final["step"] // 3, final["best"]["value"]
+    assert ends == {0: (6, 0.7), 1: (3, 0.5), 2: (4, 0.5), 3: (6, 0.7)}
+    for stop in (3, 9, 12, None, None):
+        more = ("--max_iters", stop) if stop else ()
+        assert train("again", *common, "--patience", 2, *more, "--resume", "auto") == 0
+    assert load_checkpoint(train.folder / "again" / "Final_tiny_VOC.pth")["step"] == 12
+    assert_same_run(train.folder / "p2", train.folder / "again")
+
+
+def test_a_run_whose_time_is_over_saves_ends_well_and_goes_on_exactly(train, monkeypatch, capsys):
+    assert train("straight") == 0
+    for _ in range(3):
+        now = itertools.count(0, 600).__next__  # every look at the clock takes ten minutes
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.trainer, "time", SimpleNamespace(monotonic=now))
+            hours = ("--max_hours", 2, "--save_minutes", 0)
+            assert train("short", "--resume", "auto", *hours) == 0
+        assert f"--resume {train.folder / 'short/last.pth'}" in capsys.readouterr().out
+    step = load_checkpoint(train.folder / "short" / "last.pth")["step"]
+    assert 3 <= step < 12
+    assert train("short", "--resume", "auto") == 0
+    assert_same_run(train.folder / "straight", train.folder / "short")
 
 
 @pytest.mark.parametrize(("workers", "cache"), [(1, "off"), (2, "memory"), (3, "folder")])

@@ -145,10 +145,9 @@ def test_of_several_images_in_a_file_the_first_is_read(tmp_path, image, kind):
 
 def test_every_command_that_reads_images_takes_the_limit(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for most, command, words in (
-        ("5", sheet, "none"), ("6", report, "none"), ("7", detect, "none.pth none.jpg"),
-        ("8", export, "none.pth --format onnx"),
-    ):  # fmt: skip
+    for most, command, words in (("5", sheet, "none"), ("6", report, "none"),
+                                 ("7", detect, "none.pth none.jpg"),
+                                 ("8", export, "none.pth --format onnx")):
         assert command.main([*words.split(), "--max-pixels", most]) == 2
         assert os.environ["SSD_MAX_PIXELS"] == most
     root = write_voc(tmp_path / "own", {"trainval": {"a": [("dog", (1, 1, 50, 50))]}})

@@ -22,7 +22,6 @@ from data.loading import (
     TrainingSet,
     check_shared_memory,
     detection_collate,
-    test_loader,
     training_loader,
 )
 from data.transforms import SSDAugmentation, TestTransform
@@ -92,7 +91,7 @@ def test_test_batches_of_all_processes_are_the_data_set(dataset, workers):
     found = {}
     for rank in range(4):  # of 6 images: two processes have one
         share = Subset(samples, range(rank, len(samples), 4))
-        batches = list(test_loader(share, 2, workers, pin_memory=False))
+        batches = list(loading.Loader(share, workers, pin_memory=False, batch_size=2))
         images = [image for images, _ in batches for image in images]
         assert [size.tolist() for _, sizes in batches for size in sizes] == [[96, 72]] * len(images)
         found |= dict(zip(range(rank, len(samples), 4), images, strict=True))

@@ -168,13 +168,11 @@ def test_lists_tuples_and_generators_are_taken_and_what_is_no_image_is_refused(f
         assert len(predictor(images)) == 3
     cut = io.BytesIO()
     PIL.Image.fromarray(image).save(cut, "png")
-    for wrong in (
-        None, 3, b"abc", {"a.jpg": image}, torch.zeros(3, 4, 4), [image, None], [[image]],
-        np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8), np.zeros((2, 4, 4, 3), np.uint8),
-        np.zeros((4, 4, 2), np.uint8), *(PIL.Image.new(mode, (4, 4)) for mode in "FI"),
-        PIL.Image.new("RGB", (0, 4)),
-        PIL.Image.open(io.BytesIO(cut.getvalue()[:90])),
-    ):  # fmt: skip
+    for wrong in (None, 3, b"abc", {"a.jpg": image}, torch.zeros(3, 4, 4), [image, None], [[image]],
+                  np.zeros((4, 4, 3)), np.zeros((0, 4, 3), np.uint8),
+                  np.zeros((2, 4, 4, 3), np.uint8), np.zeros((4, 4, 2), np.uint8),
+                  *(PIL.Image.new(mode, (4, 4)) for mode in "FI"), PIL.Image.new("RGB", (0, 4)),
+                  PIL.Image.open(io.BytesIO(cut.getvalue()[:90]))):
         with pytest.raises(UserError, match="; give a path, a BGR or grey array .* PIL image"):
             predictor(wrong)
     monkeypatch.setenv("SSD_MAX_PIXELS", "399")

@@ -247,7 +247,7 @@ def test_page_of_the_documentation_names_every_option(capsys):
         report.main(["--help"])
     words = capsys.readouterr().out.split()
     options = {word for word in words if word.startswith("--")} - {"--help"}
-    assert len(options) == 5 and all(f"`{option}" in text for option in options)
+    assert len(options) == 6 and all(f"`{option}" in text for option in options)
     assert all(f"| {kind} |" in text for kind in ERRORS)
 
 
@@ -491,6 +491,7 @@ def test_damaged_curves_are_told_of_where_they_are_needed(wrong, results, coco, 
 
 @pytest.mark.parametrize("key, values", {
     "per_class": [None, [], {"bolt": "0.5"}, {"bolt": 2}, {"bolt": True}],
+    "interval": [0.5, [0.1], [0.1, "1"]], "per_class_interval": [None, {"bolt": 0.1}],
     "per_class_per_size": [None, {"bolt": None}, {"bolt": {"small": 0.5}}],
     "value": ["0.5", [], 10**400, math.inf], "sets": [["test"], None, 1, "", "../../x"],
     "root": [None, 1, ["a"], "a\0"], "overfit": ["x", 1.5, None, True, -1],

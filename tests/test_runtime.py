@@ -64,6 +64,14 @@ def test_a_damaged_file_is_named_in_one_sentence(tmp_path, suffix):
         assert "\n" not in str(e.value)
 
 
+def test_a_description_that_is_no_text_is_refused(tmp_path, capfd):
+    file = write_onnx(tmp_path / "x.onnx", "description", "loc conf")
+    file.write_bytes(file.read_bytes().replace(b"description", b"\xffescription"))
+    with pytest.raises(UserError, match=f"{file} cannot be opened .*export the detector again"):
+        open_model(file)
+    assert capfd.readouterr() == ("", "")
+
+
 def write_onnx(file: Path, text: str | None, outputs: str, priors: int = 11620) -> Path:
     """A graph that gives zeros under the names ``outputs`` ("loc conf")."""
     onnx = pytest.importorskip("onnx")
@@ -131,7 +139,9 @@ def detection(**changes: object) -> str:
     (detection(nms_thresh="0.45"), "'str'"), (detection(conf_thresh=2), "conf_thresh 2"),
     (changed(classes=[1]), "classes [1]"), (changed(classes=[]), "classes []"),
     (changed(mean=[104, 117]), "mean [104, 117]"),
-    (changed(variance=[0.1, None]), "variance [0.1, None]")])
+    (changed(mean=[10**40, 117, 123]), f"mean [{10**40}, 117, 123]"),
+    (changed(variance=[0.1, None]), "variance [0.1, None]"),
+])
 def test_a_description_that_is_not_ours_is_refused(text, problem):
     with pytest.raises(UserError, match=r"^x\.onnx.* export it") as e:
         ExportInfo.parse(text, Path("x.onnx"))

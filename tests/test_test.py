@@ -18,6 +18,7 @@ import models
 import train_test
 from data import voc_eval
 from data.config import COCO_300, COCO_CLASSES
+from inference.predictor import Predictor
 from layers import PriorBox
 from models import build_net
 from train_test import main
@@ -279,6 +280,20 @@ def test_coco_trains_and_is_scored(call, coco_folder, monkeypatch, capsys):
     monkeypatch.setattr(train_test, "detect_set", None)
     assert main(["--test", str(checkpoint), *common, "--eval-backend", "hotcoco"]) == 2
     assert "pip install" in capsys.readouterr().err
+
+
+def test_tiles_and_mirrored_images_are_detected_in_as_by_the_predictor(call, trained, voc_folder):
+    views = ("--tiles", 60, "--flip")
+    assert call("--test", trained, *views) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["views"] == {"tiles": 60, "overlap": 0.2, "flip": True}
+    predictor = Predictor(trained, tiles=60, flip=True, device="cpu")
+    found = predictor(sorted((voc_folder / "JPEGImages").glob("t*.jpg")))
+    assert results["detection_count"] == sum(len(each["scores"]) for each in found) > 0
+    assert call("--test", trained, "--retest", *views) == 0
+    assert call("--test", trained, "--retest", "--tiles", 50) == 2
+    assert call("--test", trained, "--tiles", 50, "--overlap", 1) == 2
 
 
 # ---------------------------------------------------------------- transfer

@@ -76,6 +76,7 @@ def test_line_that_is_no_label_is_refused_by_file_line_and_value(line, words, tm
 @pytest.mark.parametrize("text, words", [
     ("a: &a [x, x]\n" + "".join(f"{k}: &{k} [{', '.join([f'*{p}'] * 9)}]\n" for p, k in zip(
         "abcdefghij", "bcdefghijk", strict=True)) + "names: *k", "names"),
+    (f"train: {'x' * 300}\nnames: [a]", "x" * 300),
     ("names: [a, b\ntrain: x", "malformed YAML"), ("train: {a: b}\nnames: [a]", "train"),
     ("train: images/train\nnames: 7", "names is '7'"), (f"{YAML}nc: 3", "nc is '3'"),
     ("train: images/train\nnames: {a: cat}", "names"), (f"{YAML}kpt_shape: 17", "kpt_shape"),

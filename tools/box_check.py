@@ -78,10 +78,8 @@ def _check_limits(report: Report, name: str) -> None:
     """Find images with more objects than a published test keeps detections."""
     part, limits = report.parts[name], published_detection(report.options.dataset)
     columns = np.stack([part.images, part.labels], 1)
-    for of, groups, most, option in (
-        (" of a class", columns, limits.per_class, "--max_per_class"),
-        ("", columns[:, :1], limits.top_k, "--max_detections"),
-    ):
+    for of, groups, most, option in ((" of a class", columns, limits.per_class, "--max_per_class"),
+                                     ("", columns[:, :1], limits.top_k, "--max_detections")):
         found, counts = np.unique(groups, axis=0, return_counts=True)
         what = f"image with more objects{of} than a test keeps detections ({most}; {option})"
         report.add("warning", name, what, (

@@ -36,11 +36,9 @@ class Part(NamedTuple):
 
     @classmethod
     def of(cls, dataset: DetectionData) -> Part:
-        targets = [dataset.target(i) for i in range(len(dataset))]
-        sizes = np.array([dataset.image_size(i) for i in range(len(dataset))]).reshape(-1, 2)
-        images = np.repeat(np.arange(len(dataset)), [len(target) for target in targets])
-        rows = np.concatenate([np.zeros((0, 5)), *targets])
-        return cls(dataset, sizes, images, rows[:, :4], rows[:, 4].astype(np.int64))
+        images = np.repeat(np.arange(len(dataset)), np.diff(dataset.offsets))
+        boxes, labels = dataset.rows[:, :4].astype(np.float64), dataset.rows[:, 4].astype(np.int64)
+        return cls(dataset, dataset.sizes, images, boxes, labels)
 
     def of_class(self, name: str) -> np.ndarray:
         """Return which boxes are of the class, bool [M]."""

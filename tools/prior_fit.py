@@ -68,13 +68,11 @@ def _advice(low: list[Fit], part: Part, boxes: np.ndarray,
     small, large = np.quantile(np.sqrt(sides.prod(1)), (0.1, 0.9))
     long = np.quantile(sides.max(1) / sides.min(1), 0.9)
     names = ", ".join(fit.name for fit in low[:5]) + (" ..." if len(low) > 5 else "")
-    yield (
-        f"At {size}, {here:.1%} of the {rows.sum()} boxes of {names} reach an IoU of {MATCHED} with"
-        f" a prior box. Eight in ten are {small:.0f} to {large:.0f} px large (root of the area)."
-        f" One in ten is over {long:.1f} times as long as wide. The smallest prior box has"
-        f" {config.min_sizes[0]:g} px; prior boxes are at most"
-        f" {max(map(max, config.aspect_ratios))} times as long as wide."
-    )
+    yield (f"At {size}, {here:.1%} of the {rows.sum()} boxes of {names} reach an IoU of {MATCHED}"
+           f" with a prior box. Eight in ten are {small:.0f} to {large:.0f} px large (root of the"
+           f" area). One in ten is over {long:.1f} times as long as wide. The smallest prior box"
+           f" has {config.min_sizes[0]:g} px; prior boxes are at most"
+           f" {max(map(max, config.aspect_ratios))} times as long as wide.")
     changes = {f"-s {s}": best[kind, s] for kind, s in best if kind == priors and s != size}
     others = [kind for kind, s in best if kind != priors and s == size]
     changes |= {f"--priors {kind}": best[kind, size] for kind in others}

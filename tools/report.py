@@ -1,11 +1,13 @@
 """Write one HTML page: what a test got right and wrong, and where its errors come from.
 
-    python -m tools.report RUN_DIR [--root DIR] [--score 0.4] [--examples 6] [--output PAGE.html]
+    python -m tools.report RUN_DIR [--against RUN_DIR] [--root DIR] [--score 0.4] [--examples 6]
+                           [--output PAGE.html]
 
 RUN_DIR is a folder with a test's results.json and detections.npz, or a run, whose newest test is
-taken. The page is one file, report.html, that needs neither a server nor a network; beside it,
-report_files/ has each figure as PNG and CSV. Without the data set (--root) the page has the scores
-and the curves alone. The charts need matplotlib.
+taken. With another test on the same images, the page says which one is better. The page is one
+file, report.html, that needs neither a server nor a network; beside it, report_files/ has each
+figure as PNG and CSV. Without the data set (--root) the page has the scores and the curves alone.
+The charts need matplotlib.
 """
 
 from __future__ import annotations
@@ -21,12 +23,25 @@ from string import Template
 
 import numpy as np
 
+from data.bootstrap import DRAWS
 from data.image import limit_pixels
 from data.judge import ERRORS, FOREGROUND
 from engine.options import add_option
+from inference.draw import resize
+from tools.against import (
+    Change,
+    Moved,
+    change_table,
+    check_same,
+    compare,
+    draw_moved,
+    lines,
+    moved_images,
+    moved_table,
+)
 from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix, has_points
 from tools.mistakes import Mistake, as_jpeg, draw_worst, list_mistakes
-from tools.results import Test, open_test, score_again
+from tools.results import Results, Test, open_test, score_again
 from tools.tables import MEANING, NOTHING, Table, error_tables, score_tables, training_tables
 from utils.arguments import Parser, count, fraction
 from utils.errors import command
@@ -43,22 +58,28 @@ CURVES = {
 
 
 def write_report(directory: Path, path: Path | None = None, root: str | None = None,
-                 score: float = 0.4, examples: int = 6) -> tuple[Path, tuple[str, ...]]:
+                 score: float = 0.4, examples: int = 6,
+                 against: Path | None = None) -> tuple[Path, tuple[str, ...]]:
     """Write the page of a test; return its path and the notes on it.
 
     directory: of a test, or of a run, whose newest test is taken. path: of the page; None:
     report.html in the test's folder; the figures go into ``figures_of(path)``. root: of the data
     set; None: where the test found it. score: least score of the detections that count. examples:
-    number of images of mistakes of each type and class.
+    number of images of mistakes of each type and class. against: another test on the same images.
 
     UserError: no test there, no data set at ``root``, no matplotlib, or a file cannot be written.
     """
     check_matplotlib()
-    test = score_again(open_test(directory, root))
+    test, other = open_test(directory, root), open_test(against, root) if against else None
+    if other:
+        check_same(test, other)
+        other = score_again(other)
+    test = score_again(test)
+    changes = compare(test, other) if other else []
     path, results, notes = path or test.directory / "report.html", test.results, test.notes
     folder, names = Folder(figures_of(path)), results.classes
     tables = score_tables(test, score) | training_tables(test.log)
-    parts = dict.fromkeys(("classes", "errors", "confusion", "gallery", "list"), "")
+    parts = dict.fromkeys(("classes", "against", "errors", "confusion", "gallery", "list"), "")
     if "classes" in tables:
         parts["classes"] = _table(folder, "classes", tables["classes"], names)
     if test.judged:
@@ -73,21 +94,27 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
                                           matrix, [row[0] for row in matrix.rows])  # fmt: skip
         parts["list"] = folder.table("mistakes", tables["mistakes"])
         parts["gallery"] = _gallery(test, mistakes, drawn)
+    if other:
+        moved = moved_images(test, other, score)
+        pairs, more = draw_moved(test, other, moved, score, examples)
+        notes += tuple(note for note in more if note not in notes)
+        parts["against"] = _against(folder, test, other, changes, moved, pairs)
     curves = _curves(folder, tables, names)
     page = Template(PAGE.read_text("utf-8")).substitute(
         parts, heading=escape(_heading(test)),
         value=NOTHING if math.isnan(results.value) else f"{results.value:.4f}",
-        metric=escape(results.metric), notes="".join(f"<li>{escape(note)}</li>" for note in notes),
+        metric=escape(_titled(results)),
+        notes="".join(f"<li>{escape(note)}</li>" for note in notes),
         options="".join(f'<option value="{n}">{escape(c)}</option>' for n, c in enumerate(names)),
         kinds="".join(f"<option>{kind}</option>" for kind in ERRORS), score=f"{score:g}",
-        examples=examples,
+        examples=examples, draws=DRAWS,
         curves="".join(chart for name, chart in curves.items() if "training" not in name),
         training="".join(chart for name, chart in curves.items() if "training" in name),
         facts=escape(json.dumps(results.values, indent=1, ensure_ascii=False)),
     )  # fmt: skip
     with atomic_write(path) as file:
         file.write(page.encode("utf-8", "replace"))
-    return path, notes
+    return path, (*notes, *(lines(test, other, changes) if other else ()))
 
 
 def figures_of(page: Path) -> Path:
@@ -99,6 +126,11 @@ def _heading(test: Test) -> str:
     checkpoint = test.results.values.get("checkpoint")
     file = checkpoint.get("file") if isinstance(checkpoint, dict) else None
     return f"{file or test.directory.parent.name} on {test.results.values['sets']}"
+
+
+def _titled(results: Results) -> str:
+    low, high = results.interval
+    return results.metric + (f", 95 % interval {low:.4f} to {high:.4f}" if low == low else "")
 
 
 def _table(folder: Folder, name: str, table: Table, classes: Sequence[str] = (),
@@ -168,10 +200,33 @@ def _figure(test: Test, m: Mistake, image: np.ndarray) -> str:
             f"{escape(str(test.dataset.ids[m.image]))}</figcaption></figure>")  # fmt: skip
 
 
+def _against(folder: Folder, a: Test, b: Test, changes: Sequence[Change], moved: Sequence[Moved],
+             drawn: Sequence[tuple[Moved, list[np.ndarray]]]) -> str:
+    """Return the comparison of two tests: their scores, and images with the detections of both."""
+    table = _table(folder, "against", change_table(changes), a.results.classes)
+    names = "".join(f"<li>{name}: {escape(f'{_heading(test)} ({test.directory})')}</li>"
+                    for name, test in (("A", a), ("B", b)))  # fmt: skip
+    ids, figures = a.dataset.ids, ""
+    for m, images in drawn:
+        name = str(ids[m.image])
+        said = ["{}: {} right, {} wrong, {} missed".format(test, *counts)
+                for test, counts in (("A", m.a), ("B", m.b))]  # fmt: skip
+        pixels = "".join(f'<img alt="{escape(f"{name}, {text}")}" src="data:image/jpeg;base64,'
+                         f'{as_jpeg(resize(image, min(1, 440 / max(image.shape))))}">'
+                         for text, image in zip(said, images, strict=True))  # fmt: skip
+        text = "<br>".join(map(escape, (name, *said)))
+        figures += f'<figure class="pair">{pixels}<figcaption>{text}</figcaption></figure>'
+    files = folder.table("against_images", moved_table(moved, ids))
+    return (f"<ul>{names}</ul>{table}<p>{len(moved)} of {len(ids)} images have another number of "
+            f'errors: {files}</p><div class="gallery">{figures}</div>')
+
+
 @command
 def main(argv: list[str] | None = None) -> int:
     p = Parser(prog="python -m tools.report", description=__doc__.splitlines()[0])
     p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
+    p.add_argument("--against", type=Path, metavar="RUN_DIR",
+                   help="another test on the same images, to compare with")
     p.add_argument("--root", help="the data set, if it is no longer where the test found it")
     p.add_argument("--score", type=fraction, default=0.4, metavar="X",
                    help="least score of the detections that are counted (0.4)")
@@ -184,7 +239,8 @@ def main(argv: list[str] | None = None) -> int:
     limit_pixels(args.max_pixels)
     if args.output and not re.fullmatch(r"\.html?", args.output.suffix):
         p.error(f"--output {args.output}: the page's name must end in .html")
-    path, notes = write_report(args.directory, args.output, args.root, args.score, args.examples)
+    path, notes = write_report(args.directory, args.output, args.root, args.score, args.examples,
+                               args.against)
     print(*notes, f"{path}, and the figures in {figures_of(path)}", sep="\n")
     return 0
 

@@ -27,7 +27,8 @@ from utils.files import read_text
 TYPES = {
     **dict.fromkeys(("dataset", "root", "sets", "metric"), str),
     **dict.fromkeys(("classes", "notes"), list),
-    **dict.fromkeys(("per_class", "per_class_per_size", "ground_truths"), dict), "overfit": int,
+    **dict.fromkeys(("per_class", "per_class_per_size", "ground_truths"), dict),
+    "per_class_interval": dict, "overfit": int,
 }
 """Types of the values of results.json that are read."""
 
@@ -37,7 +38,8 @@ class Results:
     """What a results.json says. Scores are from 0 to 1, and NaN where there is nothing to score.
 
     per_class: score by class, maybe of some classes only. per_size: score by class and size, may be
-    empty. values: all that the file says.
+    empty. interval, intervals: low and high of the 95 % interval of the value, and by class, NaN or
+    missing for none. values: all that the file says.
     """
 
     metric: str
@@ -45,12 +47,15 @@ class Results:
     value: float
     per_class: Mapping[str, float]
     per_size: Mapping[str, Mapping[str, float]]
+    interval: tuple[float, float]
+    intervals: Mapping[str, tuple[float, float]]
     values: Mapping
 
     @classmethod
     def of(cls, values: object) -> Results:
         """Take the content of a results.json; an exception of many types says what is wrong."""
-        defaults = {"overfit": 0, "notes": [], "per_class_per_size": {}, "ground_truths": {}}
+        defaults = {"overfit": 0, "notes": [], "per_class_per_size": {}, "ground_truths": {},
+                    "per_class_interval": {}}
         values = defaults | values if isinstance(values, dict) else {}
         for key, kind in TYPES.items():
             if key not in values or type(values[key]) is not kind:
@@ -66,7 +71,9 @@ class Results:
         return cls(
             values["metric"], check_classes(values["classes"], "it"), _score(values["value"]),
             {name: _score(ap) for name, ap in values["per_class"].items()},
-            {name: {size: _score(aps[size]) for size in SIZES} for name, aps in sizes}, values,
+            {name: {size: _score(aps[size]) for size in SIZES} for name, aps in sizes},
+            _bounds(values.get("interval")),
+            {name: _bounds(each) for name, each in values["per_class_interval"].items()}, values,
         )
 
     @property
@@ -86,6 +93,12 @@ def _number(value: object, most: float = 1e12) -> float:
     if not is_number(value, most):
         raise ValueError(f"a number is {value!r:.60}")
     return float(value)
+
+
+def _bounds(value: object) -> tuple[float, float]:
+    """Return the ends of an interval; None says that there is none."""
+    low, high = (None, None) if value is None else value
+    return _score(low), _score(high)
 
 
 class Epoch(NamedTuple):

@@ -17,6 +17,7 @@ from tools.results import Epoch, Results, Test
 IOUS = np.linspace(0.5, 0.95, 10)
 NOTHING = "nothing to score"
 MEAN, ALL = "(mean)", "(all)"
+INTERVAL = ("95 % from", "to")
 MEANING = {
     "localisation": f"right class, IoU {BACKGROUND} to {FOREGROUND} with its object",
     "class": f"wrong class, IoU {FOREGROUND} or more with an object",
@@ -55,6 +56,8 @@ def score_tables(test: Test, score: float) -> dict[str, Table]:
         tables["precision_recall"] = Table(("class", "recall", "precision", "score"), rows)
     aps = [results.per_class.get(name, math.nan) for name in classes]
     columns = {results.metric: aps}
+    for n, end in enumerate(INTERVAL):
+        columns[end] = [results.intervals.get(name, (math.nan, math.nan))[n] for name in classes]
     if results.per_size:
         sizes = [[results.per_size.get(name, {}).get(size, math.nan) for name in classes]
                  for size in SIZES]  # fmt: skip
@@ -99,7 +102,8 @@ def _classes(results: Results, columns: dict[str, list[float]], judged: Judged |
              score: float) -> Table:
     """Return a row a class of AP, counts, best F1 and calibration error, and the row `MEAN`."""
     rows = [[name, *aps] for name, *aps in zip(results.classes, *columns.values(), strict=True)]
-    rows.append([MEAN, results.value, *map(_mean, [*columns.values()][1:])])
+    means = map(_mean, [*columns.values()][1 + len(INTERVAL) :])
+    rows.append([MEAN, results.value, *results.interval, *means])
     head = ("class", *columns)
     if judged:
         head += ("objects", "correct", "wrong", "not found", "precision", "recall", "best F1",

@@ -20,6 +20,10 @@ class Interrupted(Exception):
     """Raised when a loop stops because of a signal."""
 
 
+class TimeUp(Interrupted):
+    """Raised when a loop stops because its time is over."""
+
+
 def heeded(numbers: tuple[signal.Signals, ...]) -> list[signal.Signals]:
     """Leave out SIGHUP where it is ignored, as under nohup."""
     return [n for n in numbers
