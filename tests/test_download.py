@@ -284,7 +284,6 @@ def test_voc_counts_are_the_official_ones():
     assert counts == {"2007": [5011, 4952], "2012": [11540]}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 def test_voc_shell_scripts_work_from_any_folder(tmp_path):
     """Even beside folders of the names that the project's have."""
     first, script = (ROOT / "data" / "scripts" / f"VOC{year}.sh" for year in (2007, 2012))
