@@ -30,8 +30,7 @@ def choose_tiles(tiles: Sequence[tuple[int, int]]) -> None:
     from triton.testing import do_bench
 
     gathered_conv.TILES = tiles
-    triton.autotune = partial(triton.autotune, do_bench=lambda call,
-                              quantiles: do_bench(call, warmup=5, rep=20, quantiles=quantiles))
+    triton.autotune = partial(triton.autotune, do_bench=partial(do_bench, warmup=5, rep=20))
 
 
 class Share:

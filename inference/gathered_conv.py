@@ -84,10 +84,7 @@ def gathered_conv2d(parts: Sequence[Tensor], weight: GatheredWeight,
         parts: [B, C_k, H, W] each, with the widths, dtype and device of ``weight``, channels last.
             A part may be a channel slice of a wider channels-last tensor.
         out: [B, O, H, W], receives the result: channels last, or a channel slice of a wider tensor
-            that does not overlap the parts. None: a new tensor.
-
-    Returns:
-        ``out``.
+            that does not overlap the parts, and is returned. None: a new tensor.
 
     Raises:
         ValueError: other widths, shapes, memory layout, dtype or device; a part needs a gradient.

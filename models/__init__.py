@@ -102,9 +102,8 @@ def build_net(version: str, size: int, num_classes: int) -> Detector:
         size: the side S of the network's input, 300 or 512; SSD_mobile exists at 300 only.
         num_classes: classes including background (index 0): 21 for VOC, 81 for COCO.
 
-    Returns:
-        A module that maps images [B, 3, S, S] to (loc [B, P, 4], conf [B, P, num_classes]). P is
-        ``prior_config(...).num_priors``: 11,620 at 300 and 32,756 at 512, fewer for SSD_mobile.
+    The module maps images [B, 3, S, S] to (loc [B, P, 4], conf [B, P, num_classes]). P is
+    ``prior_config(...).num_priors``: 11,620 at 300 and 32,756 at 512, fewer for SSD_mobile.
 
     Raises:
         ValueError: an unknown version or size, fewer than two classes, or source maps whose sizes

@@ -212,11 +212,8 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
 
     Tensors keep their values, dtypes, order and names (without DataParallel's ``module.``). A
     checkpoint's configuration and classes are kept. The version and size of a detector go into the
-    metadata of ``.safetensors``.
-
-    Returns:
-        The names of the checkpoint's other entries, which only ``--resume`` needs. They are left
-        out.
+    metadata of ``.safetensors``. Return the names of the checkpoint's other entries, which are
+    left out: only ``--resume`` needs them.
 
     Raises UserError: ``source`` cannot be read, ``target`` exists, cannot be written or cannot hold
     it, or not exactly one of the two names ends in ``.safetensors``.

@@ -16,10 +16,8 @@ from utils import build
 
 ROOT = Path(__file__).resolve().parents[1]
 SUFFIX = sysconfig.get_config_var("EXT_SUFFIX")
-needs_compiler = pytest.mark.skipif(
-    not (shutil.which(os.environ.get("CXX", "c++")) or sys.platform == "win32"),
-    reason="no C++ compiler on this machine",
-)
+needs_compiler = pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "c++")),
+                                    reason="no C++ compiler on this machine")
 needs_nvcc = pytest.mark.skipif(build._nvcc() is None, reason="no nvcc on this machine")
 
 
@@ -291,10 +289,8 @@ def test_make_refuses_an_old_python(tree, tmp_path):
 
 
 def test_make_explains_a_python_that_cannot_create_environments(tree, tmp_path):
-    script(
-        tmp_path / "bin", "python3",
-        'test "$1" = -c && echo 3.12 && exit; mkdir -p "$3/bin"; cp "$0" "$3/bin/python"; exit 1',
-    )
+    broken = 'test "$1" = -c && echo 3.12 && exit; mkdir -p "$3/bin"; cp "$0" "$3/bin/python"'
+    script(tmp_path / "bin", "python3", f"{broken}; exit 1")
     path = f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}"
     result = run("bash", tree / "make.sh", cwd=tmp_path, PATH=path, SSD_VENV="")
     assert (result.returncode, result.stdout) == (1, "")
