@@ -10,10 +10,12 @@ import importlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 
+from data.annotation import check_folder
 from data.image_sets import ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
@@ -70,9 +72,9 @@ class DetectionData:
     def recognise(root: str | Path) -> str | None:
         """Return the name of the layout under ``root``, None if this reader does not know it.
 
-        Folders are listed and annotation files looked into; no image is opened.
+        "" if it cannot tell. Annotation files may be looked into; no image is opened.
         """
-        return None
+        return ""
 
     @staticmethod
     def list_image_sets(root: str | Path) -> list[ImageSet]:
@@ -140,19 +142,16 @@ class DetectionData:
         counts = np.diff(self.offsets)
         kept = np.flatnonzero(counts)[:n].tolist()
         if len(kept) < n:
-            raise UserError(
-                f"{self.root}: {sets_name(self.image_sets)}: {len(kept)} of {len(self)} images have"
-                f" objects, too few to keep {n}; ask for fewer (--overfit) or take another image"
-                " set (--train_sets)"
-            )
+            raise UserError(f"{self.root}: {sets_name(self.image_sets)}: {len(kept)} of "
+                            f"{len(self)} images have objects, too few to keep {n}; ask for fewer "
+                            "(--overfit) or take another image set (--train_sets)")
         self.rows = np.concatenate([self.target(i) for i in kept])
         self.offsets = np.append(0, np.cumsum(counts[kept]))
         self.sizes = self.sizes[kept]
         self.ids = [self.ids[i] for i in kept]
         index = {old: new for new, old in enumerate(kept)} | {None: None}
-        self.skipped = [
-            skip._replace(image=index[skip.image]) for skip in self.skipped if skip.image in index
-        ]
+        self.skipped = [skip._replace(image=index[skip.image])
+                        for skip in self.skipped if skip.image in index]
         self._keep(kept)
 
     def _keep(self, kept: list[int]) -> None:
@@ -161,10 +160,8 @@ class DetectionData:
     def describe(self) -> str:
         """Return one line: the folder, its layout, the image sets and what they hold."""
         layout = self.recognise(self.root)
-        return (
-            f"{self.root}{f' ({layout})' if layout else ''} {sets_name(self.image_sets)}: "
-            f"{len(self)} images, {len(self.rows)} boxes, {len(self.classes)} classes"
-        )
+        return (f"{self.root}{f' ({layout})' if layout else ''} {sets_name(self.image_sets)}: "
+                f"{len(self)} images, {len(self.rows)} boxes, {len(self.classes)} classes")
 
     def check_losses(self, faults: list[str] | None = None,
                      labels: np.ndarray | None = None) -> None:
@@ -177,10 +174,9 @@ class DetectionData:
         if not dropped:
             return
         if not len(self.rows):
-            fault = (
-                f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is left, "
-                f"so there is nothing to learn or to score: {'; '.join(report_lines(dropped))}"
-            )
+            fault = (f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is "
+                     "left, so there is nothing to learn or to score: "
+                     f"{'; '.join(report_lines(dropped))}")
             if faults is None:
                 raise UserError(fault)
             faults.append(fault)
@@ -257,10 +253,6 @@ DATASETS |= {
     )
     for name, reader in (("YOLO", "data.yolo:YOLODetection"), ("CVAT", "data.cvat:CVATDetection"))
 }
-UNDERSTOOD = (
-    "VOC (a devkit; XML files in Annotations/ or beside the images), COCO (JSON), YOLO (data.yaml; "
-    "images/ and labels/; .txt files beside the images) and CVAT for images (annotations.xml)"
-)
 
 
 def build_dataset(name: str, root: str | Path, image_sets: Collection[tuple[str | None, str]],
@@ -295,8 +287,7 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
     root = Path(os.path.expanduser(root))
     if preferred and (layout := _layout(preferred, root)) is not None:
         return preferred, layout
-    if not os.path.isdir(root):
-        raise UserError(f"{root}: no such data set folder; give the right one with --root")
+    check_folder(root)
     found = layouts(root)
     if len(found) > 1:
         several = " and ".join(f"{layout} (-d {name})" for name, layout in found)
@@ -304,20 +295,17 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
     if found:
         return found[0]
     inside = ((folder, layouts(folder)) for folder in sorted(root.glob("[!.]*/"))[:20])
-    folder, found = next((each for each in inside if each[1]), (None, []))
-    hint = f"; {folder} holds {found[0][1]}: give it as --root" if found else ""
-    raise UserError(
-        f"{root} holds no data set in a layout that is understood{hint}. Understood are "
-        f"{UNDERSTOOD}: docs/own_data.md"
-    )
+    hint = next((f"; {folder} holds {found[0][1]}: give it as --root"
+                 for folder, found in inside if found), "")
+    raise UserError(f"{root} holds no data set in a layout that is understood{hint}. Understood "
+                    "are VOC (a devkit; XML files in Annotations/ or beside the images), COCO "
+                    "(JSON), YOLO (data.yaml; images/ and labels/; .txt files beside the images) "
+                    "and CVAT for images (annotations.xml): docs/own_data.md")
 
 
-def _layout(name: str, root: Path) -> str | None:
-    """Return the layout as the reader of ``name`` knows it; "" if that reader cannot tell."""
-    reader = _reader(name)
-    if reader.recognise is DetectionData.recognise:
-        return ""
-    return reader.recognise(root) if _is_folder(root) else None
+def _layout(name: str, root: str | Path) -> str | None:
+    """Return what the reader of ``name`` recognises; None, too, if ``root`` is no folder."""
+    return _reader(name).recognise(root) if _is_folder(root) else None
 
 
 def _is_folder(root: str | Path) -> bool:
@@ -335,12 +323,9 @@ def layouts(root: Path) -> list[tuple[str, str]]:
 def check_layout(name: str, root: str | Path) -> None:
     """Raise UserError if only another data set's layout is under ``root``."""
     root = Path(os.path.expanduser(root))
-    if os.path.isdir(root) and _layout(name, root) is None and (others := layouts(root)):
-        other, layout = others[0]
-        raise UserError(
-            f"{root} holds {layout}, which -d {name} does not read; give -d {other}, or leave -d "
-            "out"
-        )
+    if _layout(name, root) is None and (others := layouts(root)):
+        raise UserError(f"{root} holds {others[0][1]}, which -d {name} does not read; give -d "
+                        f"{others[0][0]}, or leave -d out")
 
 
 def default_root(name: str) -> Path:
@@ -359,17 +344,14 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     root = Path(os.path.expanduser(root))
     row, existing = DATASETS[name], list_sets(name, root)
     published = {*row.train_sets, *row.test_sets}
-    devkit = all(year for year, _ in existing) and {y for y, _ in existing} & {
-        year for year, _ in published
-    }
-    there = existing or (os.path.isdir(root) and _layout(name, root))
+    years = {year for year, _ in existing}
+    devkit = None not in years and years & {year for year, _ in published}
+    there = existing or _layout(name, root)
     if published <= {*existing} or devkit or not there:
         return row.train_sets, row.test_sets
     known = {set_word(each.name): each for each in sorted(existing, key=lambda s: s.year or "")}
-    pairs = [("trainval", "test")]
-    pairs += [(a, b) for a in ("train", "trainval")
-              for b in ("val", "valid", "validation", "dev", "test")]
-    for train, test in pairs:
+    tests = ("val", "valid", "validation", "dev", "test")
+    for train, test in (("trainval", "test"), *product(("train", "trainval"), tests)):
         if train in known and test in known:
             return (known[train],), (known[test],)
     return (ImageSet(None, SPLIT_TRAIN),), (ImageSet(None, SPLIT_VAL),)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DetectionData
-from data.annotation import Annotation, Loaded, check_ids
+from data.annotation import Annotation, Loaded, check_ids, outside_root, tell
 from data.curves import CURVES_FILE
 from data.image import read_image
 from data.image_sets import ImageSet, sets_name
@@ -58,27 +58,25 @@ class AnnotatedImages(DetectionData):
         super().__init__(root, sets, transform)
         loaded = self.load(classes, faults)
         self.ids, self._paths, self.annotations, self.classes, self.skipped = loaded
-        check_ids(self.ids, self._paths, faults)
         self._scored = self.classes
-        sizes, targets, kept = [], [], []
-        for index, annotation in enumerate(self.annotations):
+        check_ids(self.ids, self._paths, faults)
+        self.skipped += outside_root(self.root, self._paths)
+        images, boxes, *_ = self._objects()
+        self.sizes = np.array([each.size or (0, 0) for each in self.annotations], np.int64)
+        unsure = (self.sizes == 0).any(1)
+        unsure[images[(boxes[:, 2:] > self.sizes[images] - 1).any(1)]] = True
+        for index in np.flatnonzero(unsure).tolist():
             try:
-                size = self._find_size(index)
+                self.sizes[index] = self._find_size(index)
             except UserError as error:
-                if faults is None:
-                    raise
-                faults.append(str(error))
-                annotation, size = Annotation.empty(annotation.path), (1, 1)
-            sizes.append(size)
-            target, keep = self._make_target(index, annotation, size)
-            targets.append(target)
-            kept.append(annotation.part(keep))
-        self.sizes = np.array(sizes, np.int64)
-        self.rows = np.concatenate(targets)
-        self.offsets = np.cumsum([0, *map(len, targets)])
+                tell(str(error), faults)
+                self.annotations[index] = Annotation.empty(self.annotations[index].path)
+                self.sizes[index] = 1
+        kept = self._make_targets()
         self.check_losses(faults)
         if not self.scores_dropped:
-            self.annotations = kept
+            parts = np.split(kept, self._starts()[1:-1])
+            self.annotations = [*map(Annotation.part, self.annotations, parts)]
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
         """Read the annotations of ``image_sets`` under ``root``; arguments as of the class.
@@ -89,53 +87,61 @@ class AnnotatedImages(DetectionData):
         raise NotImplementedError
 
     def _find_size(self, index: int) -> tuple[int, int]:
+        """Return (width, height) where the annotation has none, or a box that leaves it."""
         annotation, path = self.annotations[index], self._paths[index]
-        size = annotation.size
-        if size is not None and (annotation.boxes[:, 2:] <= np.subtract(size, 1)).all():
-            return size
         found = _checked_size(read_image(path), path, annotation)
-        if size is not None and not _near(size, found):
+        if annotation.size and not _near(annotation.size, found):
             detail = f"{annotation}: {path.name} is {found[0]} x {found[1]}"
             self.skipped.append(Skip(SkipKind.SIZE_SWAPPED, index, None, detail))
         return found
 
-    def _make_target(self, index: int, annotation: Annotation,
-                     size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-        """Return the target, and which objects are in it, bool [n]."""
-        labels = self._labels(annotation)
-        boxes = annotation.boxes
-        clipped = boxes.clip(0, np.subtract((*size, *size), 1))
+    def _starts(self) -> np.ndarray:
+        """Return where the objects of each image begin in a row of all, and end, [N + 1]."""
+        return np.cumsum([0, *(len(annotation.names) for annotation in self.annotations)])
+
+    def _objects(self) -> tuple[np.ndarray, ...]:
+        """Return the image, box, label (0 for an unknown class) and flag of all M objects."""
+        label_of = {name: label for label, name in enumerate(self.classes, 1)}
+        labels = [label_of.get(name, 0) for each in self.annotations for name in each.names]
+        images = np.repeat(np.arange(len(self)), np.diff(self._starts()))
+        boxes = np.concatenate([np.empty((0, 4)), *(each.boxes for each in self.annotations)])
+        flags = np.concatenate([np.empty(0, bool), *(each.difficult for each in self.annotations)])
+        return images, boxes, np.array(labels, np.int64), flags
+
+    def _make_targets(self) -> np.ndarray:
+        """Set ``rows`` and ``offsets``. Return which of all objects are in them, bool [M]."""
+        images, boxes, labels, _ = self._objects()
+        clipped = boxes.clip(0, np.tile(self.sizes[images] - 1, 2))
         known = labels > 0
         area = (boxes[:, 2:] > boxes[:, :2]).all(1)
         inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
         # 0.01: what the decimals of shares leave of a box that touches the border.
         changed = (np.abs(clipped - boxes) > 0.01).any(1)
+        starts = self._starts()
         for kind, which in (
             (SkipKind.BOX_WITHOUT_AREA, known & ~area),
             (SkipKind.BOX_OUTSIDE, known & area & ~inside),
             (SkipKind.BOX_CLIPPED, known & area & inside & changed),
         ):
             for k in np.flatnonzero(which):
-                detail = (
-                    f'{annotation}: object {k + 1} ("{annotation.names[k]}") '
-                    f"({', '.join(f'{value:g}' for value in boxes[k] + self.offset)}) in "
-                    f"{size[0]} x {size[1]}{self.hint(boxes[k] + self.offset, size)}"
-                )
-                self.skipped.append(Skip(kind, index, tuple(boxes[k].tolist()), detail))
-        keep = known & area & inside
-        return np.hstack([clipped[keep], labels[keep, None]]).astype(np.float32), keep
+                image, written = int(images[k]), boxes[k] + self.offset
+                number, size = k - starts[image], self.sizes[image].tolist()
+                annotation = self.annotations[image]
+                detail = (f'{annotation}: object {number + 1} ("{annotation.names[number]}") '
+                          f"({', '.join(f'{value:g}' for value in written)}) in {size[0]} x "
+                          f"{size[1]}{self.hint(written, size)}")
+                self.skipped.append(Skip(kind, image, tuple(boxes[k].tolist()), detail))
+        kept = known & area & inside
+        self.rows = np.hstack([clipped, labels[:, None]])[kept].astype(np.float32)
+        self.offsets = np.append(0, np.cumsum(np.bincount(images[kept], minlength=len(self))))
+        return kept
 
-    def hint(self, box: np.ndarray, size: tuple[int, int]) -> str:
+    def hint(self, box: np.ndarray, size: Sequence[int]) -> str:
         """Return what may be wrong with a box that is dropped or clipped, as in its file."""
         if (box[2:] < box[:2]).any():
             return ": swapped corners?"
         fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
         return ": fractions of the image where pixels belong?" if fractions else ""
-
-    def _labels(self, annotation: Annotation) -> np.ndarray:
-        """Return the label of each object, int64 [n]; 0 for an unknown class."""
-        label_of = {name: label for label, name in enumerate(self.classes, 1)}
-        return np.array([label_of.get(name, 0) for name in annotation.names], np.int64)
 
     def image_path(self, index: int) -> Path:
         return self._paths[index]
@@ -162,21 +168,14 @@ class AnnotatedImages(DetectionData):
 
     def check_scorable(self) -> None:
         if len(set(self.ids)) < len(self):
-            raise UserError(
-                f"{self.root}: images of different years have the same id, and comp4 files cannot "
-                "tell them apart; evaluate the image sets one by one"
-            )
+            raise UserError(f"{self.root}: images of different years have the same id, and comp4 "
+                            "files cannot tell them apart; evaluate the image sets one by one")
 
     def truth(self) -> Truth:
-        labels = [self._labels(annotation) for annotation in self.annotations]
-        images = np.repeat(np.arange(len(labels)), [len(each) for each in labels])
-        boxes = [annotation.boxes + (0, 0, 1, 1) for annotation in self.annotations]
-        difficult = [annotation.difficult for annotation in self.annotations]
-        labels = np.concatenate([np.empty(0, np.int64), *labels])
-        boxes = np.concatenate([np.empty((0, 4)), *boxes])
-        ignored = np.concatenate([np.empty(0, bool), *difficult])
+        images, boxes, labels, ignored = self._objects()
         known = labels > 0
-        return Truth(images[known], boxes[known], labels[known], ignored[known], "voc")
+        return Truth(images[known], boxes[known] + (0, 0, 1, 1), labels[known], ignored[known],
+                     "voc")
 
     def evaluate(self, detections: Sequence[dict], directory: str | Path,
                  name: str = "SSD") -> dict:
@@ -225,17 +224,13 @@ def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tupl
         return size
     raw = read_image(path, orient=False).shape[1::-1]
     if _near(stated, raw) if stated else (outside & (corners <= raw).all(1)).any():
-        raise UserError(
-            f"{path}: an EXIF orientation tag turns the image to {size[0]} x {size[1]}, but the "
-            f"boxes in {annotation} are for {raw[0]} x {raw[1]}; remove the tag "
-            "(exiftool -Orientation= FILE) or annotate the turned image"
-        )
+        raise UserError(f"{path}: an EXIF orientation tag turns the image to {size[0]} x "
+                        f"{size[1]}, but the boxes in {annotation} are for {raw[0]} x {raw[1]}; "
+                        "remove the tag (exiftool -Orientation= FILE) or annotate the turned image")
     if stated and (outside.any() or not _near(stated[::-1], size)):
-        raise UserError(
-            f"{annotation}: <size> says {stated[0]} x {stated[1]}, but the image {path.name}"
-            f" is {size[0]} x {size[1]}; restore the annotated image, or remove <size> if the "
-            "boxes are right for this one"
-        )
+        raise UserError(f"{annotation}: <size> says {stated[0]} x {stated[1]}, but the image "
+                        f"{path.name} is {size[0]} x {size[1]}; restore the annotated image, or "
+                        "remove <size> if the boxes are right for this one")
     return size
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from data.skips import Skip, SkipKind
 from utils.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,32 +68,45 @@ class Loaded(NamedTuple):
     skipped: list[Skip]
 
 
+def tell(fault: str, faults: list[str] | None) -> None:
+    """Raise UserError, or add its sentence to ``faults``."""
+    if faults is None:
+        raise UserError(fault)
+    faults.append(fault)
+
+
+def read_or_tell(read: Callable[[], Annotation], path: Path,
+                 faults: list[str] | None) -> Annotation:
+    """Return ``read()``, or an empty annotation after a fault that was added to ``faults``."""
+    try:
+        return read()
+    except UserError as error:
+        tell(str(error), faults)
+        return Annotation.empty(path)
+
+
 def check_ids(ids: Sequence[str], images: Sequence[Path], faults: list[str] | None) -> None:
     """Refuse images whose id no line of a text file can hold, or add that to ``faults``."""
     for id, image in zip(ids, images, strict=True):
-        if id.isprintable() and id == id.strip():
-            continue
-        unfit = {unicodedata.category(each) for each in id} & {"Cc", "Cs", "Zl", "Zp"}
+        unfit = not id.isprintable() and {*map(unicodedata.category, id)} & {"Cc", "Cs", "Zl", "Zp"}
         if unfit or id != id.strip():
-            fault = (f"{str(image)!a}: the name of the image has a control character, half of a "
-                     "surrogate pair or a space at an end; rename the image and its annotation")
-            if faults is None:
-                raise UserError(fault)
-            faults.append(fault)
+            tell(f"{str(image)!a}: the name of the image has a control character, half of a "
+                 "surrogate pair or a space at an end; rename the image and its annotation", faults)
 
 
 def check_folder(root: Path) -> None:
     """Raise UserError if ``root`` is no folder."""
-    if not os.path.isdir(root):
-        raise UserError(f"{root}: no such data set folder; give the right one with --root")
+    if not os.path.isdir(root):  # False, too, for a name that no file system takes
+        raise UserError(f"{root}: no such data set folder; give the right one with --root "
+                        "(data/scripts/ downloads published data, docs/own_data.md on others)")
 
 
-def refuse_missing(place: Path, missing: Sequence[str]) -> None:
-    """Raise UserError for images that annotations or lists name and that do not exist."""
+def refuse_missing(place: object, missing: Sequence[object], what: str = "images") -> None:
+    """Raise UserError for files that annotations or lists name and that do not exist."""
     if missing:
-        more = ", ..." if len(missing) > 5 else ""
-        raise UserError(f"{place}: missing images ({len(missing)}): {', '.join(missing[:5])}{more};"
-                        " copy them there, or correct the names")  # fmt: skip
+        first = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
+        raise UserError(f"{place}: {what} missing ({len(missing)}): {first}; copy them there, or "
+                        "correct the names")
 
 
 def outside_root(root: Path, images: Sequence[Path]) -> list[Skip]:
@@ -101,26 +116,30 @@ def outside_root(root: Path, images: Sequence[Path]) -> list[Skip]:
             if not os.path.abspath(image).startswith(start)]
 
 
+def once(found: Iterable[T], skipped: list[Skip], where: Callable[[T], str] = str,
+         key: Callable[[T], object] = str) -> list[T]:
+    """Return each image once; ``skipped`` gets a record ``where`` it is found again by its key."""
+    first: dict[object, int] = {}
+    kept = []
+    for each in found:
+        if (index := first.setdefault(key(each), len(kept))) == len(kept):
+            kept.append(each)
+        else:
+            skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, index, None, where(each)))
+    return kept
+
+
 def check_objects(what: str, annotations: Sequence[Annotation], classes: Sequence[str],
-                   faults: list[str] | None) -> None:
-    """Refuse image sets without an object of ``classes``, or add that to ``faults``."""
-    names = {name for annotation in annotations for name in annotation.names}
-    if names & set(classes):
-        return
-    fault = (
-        f"{what} has no object of the classes {', '.join(classes) or '(none)'}; "
-        f"its annotations name: {', '.join(sorted(names)) or 'no object at all'}"
-    )
-    if faults is None:
-        raise UserError(fault)
-    faults.append(fault)
+                  faults: list[str] | None) -> list[Skip]:
+    """Return a record for each object whose class is not in ``classes``.
 
-
-def unknown_objects(annotations: Sequence[Annotation], classes: Sequence[str]) -> Iterator[Skip]:
-    """Yield a record for each object whose class is not in ``classes``."""
-    for image, annotation in enumerate(annotations):
-        for k, name in enumerate(annotation.names):
-            if name not in classes:
-                detail = f'{annotation}: object {k + 1} ("{name}")'
-                box = tuple(annotation.boxes[k].tolist())
-                yield Skip(SkipKind.UNKNOWN_CLASS, image, box, detail)
+    Refuse image sets without an object of ``classes``, or add that to ``faults``.
+    """
+    names, known = {name for each in annotations for name in each.names}, {*classes}
+    if not names & known:
+        tell(f"{what} has no object of the classes {', '.join(classes) or '(none)'}; its "
+             f"annotations name: {', '.join(sorted(names)) or 'no object at all'}", faults)
+    return [Skip(SkipKind.UNKNOWN_CLASS, image, tuple(each.boxes[k].tolist()),
+                 f'{each}: object {k + 1} ("{name}")')
+            for image, each in enumerate(annotations)
+            for k, name in enumerate(each.names) if name not in known]

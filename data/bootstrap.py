@@ -1,7 +1,8 @@
 """Intervals of average precision: the images of a test set are drawn again and again.
 
 The bootstrap over images (Efron 1979) answers how far a score would move on another test set of as
-many images of the same kind. Detections are matched once; a draw only counts them again.
+many images of the same kind. Detections are matched once; a draw only counts them again. An image
+that is drawn several times counts as often as that, its copies one detection after the other.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ CONFIDENCE = 0.95
 
 RECALLS = {"voc07_11point": np.arange(0, 1.1, 0.1), "area": None, "coco": np.linspace(0, 1, 101)}
 """Recalls whose precisions a metric averages, as published to the last bit; None: the area."""
-AT_ONCE = 1 << 19
+AT_ONCE = 1 << 21
 """Numbers that a step of `precisions` holds."""
 
 
@@ -38,9 +39,10 @@ class Counted(NamedTuple):
 
 def draw(images: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     """Return how often each draw has each image: float32 [draws, images], rows of equal sums."""
-    chosen = np.random.default_rng(seed).integers(0, images, (draws, images))
-    flat = (chosen + np.arange(draws)[:, None] * images).ravel()
-    return np.bincount(flat, minlength=draws * images).reshape(draws, images).astype(np.float32)
+    rng, weights = np.random.default_rng(seed), np.empty((draws, images), np.float32)
+    for row in weights:
+        row[:] = np.bincount(rng.integers(0, images, images), minlength=images)
+    return weights
 
 
 def precisions(counted: Counted, weights: np.ndarray, metrics: Sequence[str]) -> np.ndarray:

@@ -2,7 +2,8 @@
 
 A cache stands in for a data set's ``pull_image``, in any number of loading processes at once,
 however they are started. It keeps images whole and as they were decoded, so samples are equal bit
-for bit to those without a cache. The arrays it returns may be read-only.
+for bit to those without a cache. The arrays it returns may be read-only. An image whose size
+differs from ``dataset.image_size`` is decoded every time.
 """
 
 from __future__ import annotations
@@ -43,9 +44,8 @@ def open_cache(where: str, dataset: DetectionData,
 class MemoryCache:
     """Images in one block of shared memory, reserved at once and filled as they are asked for.
 
-    An image whose size differs from ``dataset.image_size`` is decoded every time. Loading
-    processes share the block; each of the ``processes`` of a distributed training has its own.
-    Raises UserError if these blocks do not fit together into the free memory and shared memory.
+    Loading processes share the block; each of the ``processes`` of a distributed training has its
+    own. Raises UserError if these blocks do not fit together into the free and shared memory.
     """
 
     def __init__(self, dataset: DetectionData, processes: int = 1) -> None:
@@ -83,9 +83,8 @@ class DiskCache:
 
     A file's name is a hash of the image's path, size, time of change and whatever else decides its
     pixels; files of images that have changed are left behind. A truncated or malformed file is
-    written anew; changed pixels in it are not noticed. An image whose size differs from
-    ``dataset.image_size`` is decoded every time. Raises UserError if the missing images do not fit
-    on the disk, the folder cannot be written to, or, later, an image cannot be written.
+    written anew; changed pixels in it are not noticed. Raises UserError if the missing images do
+    not fit on the disk, the folder cannot be written to, or, later, an image cannot be written.
     """
 
     def __init__(self, dataset: DetectionData, directory: str | Path) -> None:
@@ -131,9 +130,9 @@ class DiskCache:
         except OSError as error:
             raise UserError(f"{path}: cannot read the image ({error.strerror})") from error
         # The annotated size decides whether an image is turned, the version how it is decoded.
-        known = [str(path.absolute()), stat.st_size, stat.st_mtime_ns, self._shape(index)]
-        text = repr([*known, cv2.__version__])
-        return f"{hashlib.sha256(text.encode()).hexdigest()[:40]}.npy"
+        known = repr([str(path.absolute()), stat.st_size, stat.st_mtime_ns, self._shape(index),
+                      cv2.__version__])
+        return f"{hashlib.sha256(known.encode()).hexdigest()[:40]}.npy"
 
 
 def free_memory() -> float:

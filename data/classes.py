@@ -29,9 +29,8 @@ def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UserError(f"{source}: class names must be unique, repeated: {', '.join(repeated)}")
     if background := set(names) & BACKGROUND:
-        raise UserError(
-            f'{source}: leave "{background.pop()}" out; the background is not a class of the data'
-        )
+        raise UserError(f'{source}: leave "{background.pop()}" out; the background is not a class '
+                        'of the data')
     return names
 
 

@@ -68,8 +68,7 @@ class Records:
 
     def boxes(self) -> np.ndarray:
         """Return the field "bbox", 4 numbers up to `LARGEST`, so that areas are finite: [n, 4]."""
-        values = self._values("bbox")
-        boxes = self._array("bbox", values, (4,), np.float64, "4 finite numbers")
+        boxes = self._array("bbox", self._values("bbox"), (4,), np.float64, "4 finite numbers")
         if (beyond := (np.abs(boxes) > LARGEST).any(1)).any():
             raise self.unfit(int(beyond.argmax()), "bbox", f"4 numbers up to {LARGEST:g}")
         return boxes
@@ -182,8 +181,7 @@ class COCOAnnotations:
         """Return these images by id, all categories, and their boxes; UserError: unknown id."""
         ids = np.asarray(ids, np.int64)
         chosen = np.zeros(len(self.image_ids), bool)
-        where = f"{self.path}: chosen"
-        chosen[positions(where, "image_id", ids, self.image_ids, self.path)] = True
+        chosen[positions(f"{self.path}: chosen", "image_id", ids, self.image_ids, self.path)] = True
         part = self._of_boxes(chosen[self.owners()])
         return replace(
             part,
@@ -327,12 +325,10 @@ def _read_areas(records: Records, boxes: np.ndarray) -> np.ndarray:
     return np.array([
         area if isinstance(area := record.get("area"), int | float) and 0 < area < LARGEST**2
         else w * h
-        for record, (*_, w, h) in zip(records.records, boxes.tolist(), strict=True)
-    ], np.float64)
+        for record, (*_, w, h) in zip(records.records, boxes.tolist(), strict=True)], np.float64)
 
 
 def _read_crowds(records: Records) -> np.ndarray:
-    """Return the field "iscrowd", bool [n]; false where an object has none."""
     crowds = [record.get("iscrowd", 0) for record in records.records]
     for n, crowd in enumerate(crowds):
         if crowd not in (0, 1):  # true and false are equal to them

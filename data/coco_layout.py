@@ -117,17 +117,12 @@ def find_annotations(root: Path, image_set: ImageSet) -> Path:
     """Return the annotation file of an image set; one with ground truth comes first.
 
     Raises:
-        UserError: no such file. The message names the image sets, or the JSON files, that exist.
+        UserError: no such file. The message names the image sets that exist.
     """
     name = file_stem(image_set)
     if path := annotation_files(root).get(name):
         return path
-    existing = ", ".join(map(str, list_image_sets(root)))
-    if not existing:
-        globs = ("*.json", "*/*.json") if os.path.isdir(root) else ()
-        files = sorted(path for glob in globs for path in root.glob(glob))
-        files = ", ".join(str(path.relative_to(root)) for path in files[:10])
-        existing = f"none; JSON files there: {files or 'none'}"
+    existing = ", ".join(map(str, list_image_sets(root))) or "none"
     raise UserError(f"{root / ANNOTATION_FOLDERS[0]}/instances_{name}.json: no such annotation"
                     f" file, nor image_info_{name}.json, nor one of them in"
                     f" {ANNOTATION_FOLDERS[1]}/; image sets in {root}: {existing} (--root,"

@@ -17,9 +17,10 @@ from data.annotation import (
     Loaded,
     check_folder,
     check_objects,
-    outside_root,
+    once,
+    read_or_tell,
     refuse_missing,
-    unknown_objects,
+    tell,
 )
 from data.classes import BACKGROUND, check_classes
 from data.image import IMAGE_SUFFIXES
@@ -27,7 +28,7 @@ from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.split import choose, list_files
-from data.voc_xml import read_xml
+from data.voc_xml import around_rotated, finite, read_xml
 from utils.errors import UserError
 
 AREAS = ("box", "polygon", "ellipse", "mask")
@@ -53,8 +54,8 @@ class _Image:
     """One <image> of a file."""
 
     def __init__(self, path: Path, number: int, element: ElementTree.Element) -> None:
-        self.path, self.element = path, element
-        self.name, self.subset = ((element.get(key) or "").strip() for key in ("name", "subset"))
+        self.path, self.element, self.name = path, element, element.get("name", "").strip()
+        self.subset = element.get("subset", "").strip()
         self.subset = self.subset or path.stem.removeprefix("annotations")  # Datumaro's Train.xml
         self.where = f'{path}: image {number} ("{self.name}")'
         if not self.name:
@@ -65,63 +66,52 @@ class _Image:
 
         Raises UserError for a shape without a label, or a value that is no finite number.
         """
-        names, edges, size = [], [], None
-        if "width" in self.element.attrib and "height" in self.element.attrib:
-            width, height = (_number(f"{self.where}: {key}", self.element.get(key))
-                             for key in ("width", "height"))
-            if min(width, height) < 1:
-                raise UserError(f"{self.where} is {width:g} x {height:g}; write the image's size")
-            size = int(width), int(height)
-        for number, shape in enumerate(self.element, 1):
-            if shape.tag in AREAS:
-                names.append((shape.get("label") or "").strip())
-                where = f'{self.where}: {shape.tag} {number} ("{names[-1]}")'
-                if not names[-1]:
-                    raise UserError(f"{where} has no label; export the task again")
-                edges.append(_edges(where, shape))
+        names, edges, size, where = [], [], None, self.where
+        try:
+            if {"width", "height"} <= {*self.element.keys()}:
+                width, height = _values(self.element, "width", "height")
+                if min(width, height) < 1:
+                    raise ValueError(f"{width:g} x {height:g}; write the image's size")
+                size = int(width), int(height)
+            for number, shape in enumerate(self.element, 1):
+                if shape.tag in AREAS:
+                    names.append(shape.get("label", "").strip())
+                    where = f'{self.where}: {shape.tag} {number} ("{names[-1]}")'
+                    if not names[-1]:
+                        raise ValueError("no label; export the task again")
+                    edges.append(_edges(shape))
+        except ValueError as error:
+            raise UserError(f"{where}: {error}") from error
         boxes = np.array(edges, np.float64).reshape(-1, 4) - (0, 0, 1, 1)
         flags = np.zeros(len(names), bool)
         return Annotation(self.path, size, tuple(names), boxes, flags, where=self.where)
 
 
-def _number(where: str, text: str | None) -> float:
-    try:
-        value = float(text or "")
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or abs(value) > 1e9:
-        raise UserError(f'{where} is "{text or ""}", expected a number of pixels; correct it')
-    return value
+def _values(element: ElementTree.Element, *keys: str) -> list[float]:
+    return [finite(element.get(key), key) for key in keys]
 
 
-def _edges(where: str, shape: ElementTree.Element) -> tuple[float, ...]:
+def _edges(shape: ElementTree.Element) -> Sequence[float]:
     """Return left, top, right and bottom of the box around a shape."""
-
-    def values(*keys: str) -> list[float]:
-        return [_number(f"{where}: {key}", shape.get(key)) for key in keys]
-
-    angle = math.radians(_number(f"{where}: rotation", shape.get("rotation", "0")))
-    cos, sin = abs(math.cos(angle)), abs(math.sin(angle))
+    angle = math.radians(finite(shape.get("rotation", "0"), "rotation"))
     if shape.tag == "polygon":
-        words = re.split(r"[,;]", (shape.get("points") or "").strip("; "))
-        points = [_number(f"{where}: points", word) for word in words]
+        words = re.split(r"[,;]", shape.get("points", "").strip("; "))
+        points = [finite(word, "points") for word in words]
         if len(points) < 4 or len(points) % 2:
-            raise UserError(f"{where}: {len(points)} numbers in points; write x,y;x,y;x,y")
+            raise ValueError(f"{len(points)} numbers in points; write x,y;x,y;x,y")
         x, y = points[::2], points[1::2]
         return min(x), min(y), max(x), max(y)
     if shape.tag == "mask":
-        left, top, width, height = values("left", "top", "width", "height")
+        left, top, width, height = _values(shape, "left", "top", "width", "height")
         return left, top, left + width, top + height
     if shape.tag == "ellipse":
-        x, y, rx, ry = values("cx", "cy", "rx", "ry")
+        x, y, rx, ry = _values(shape, "cx", "cy", "rx", "ry")
+        cos, sin = math.cos(angle), math.sin(angle)
         half = math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)
-    else:
-        left, top, right, bottom = values("xtl", "ytl", "xbr", "ybr")
-        if not angle:
-            return left, top, right, bottom
-        x, y, w, h = (left + right) / 2, (top + bottom) / 2, right - left, bottom - top
-        half = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
-    return x - half[0], y - half[1], x + half[0], y + half[1]
+        return x - half[0], y - half[1], x + half[0], y + half[1]
+    left, top, right, bottom = box = _values(shape, "xtl", "ytl", "xbr", "ybr")
+    middle = (left + right) / 2, (top + bottom) / 2
+    return around_rotated(*middle, right - left, bottom - top, angle) if angle else box
 
 
 def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
@@ -182,20 +172,16 @@ class CVATDetection(AnnotatedImages):
             raise UserError(f"{self.root}: no annotations.xml of CVAT with an <image>; export the "
                             'task as "CVAT for images"')  # fmt: skip
         names = [f"{image.subset}/{image.name}".strip("/") for image in every]
-        chosen: dict[int, int] = {}
-        skipped = []
-        for image_set in self.image_sets:
-            for i in choose(self.root, image_set, names, _subsets(every), self.val_share,
-                            self.split_by):
-                if i in chosen:
-                    where = every[i].where
-                    skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, chosen[i], None, where))
-                chosen.setdefault(i, len(chosen))
+        skipped: list[Skip] = []
+        listed = (i for each in self.image_sets
+                  for i in choose(self.root, each, names, _subsets(every), self.val_share,
+                                  self.split_by))
+        chosen = once(listed, skipped, lambda i: every[i].where)
         images = [every[i] for i in chosen]
         paths = self._find(images, faults)
-        annotations = [_read_or_note(image, faults) for image in images]
+        annotations = [read_or_tell(image.read, image.path, faults) for image in images]
         if classes is None:
-            used = {(shape.get("label") or "").strip() for image in every
+            used = {shape.get("label", "").strip() for image in every
                     for shape in image.element if shape.tag in AREAS}
             classes = [*labels, *sorted(used - {*labels, ""})]
         classes = check_classes(classes, str(self.root)) if classes else ()
@@ -203,38 +189,24 @@ class CVATDetection(AnnotatedImages):
         tags = sorted({shape.tag for image in images for shape in image.element})
         if tags and not {*AREAS} & {*tags} and faults is None:
             raise UserError(f"{what} has no {', '.join(AREAS)}, only {', '.join(tags)}; draw boxes")
-        check_objects(what, annotations, classes, faults)
-        skipped += [*unknown_objects(annotations, classes), *outside_root(self.root, paths)]
+        skipped += check_objects(what, annotations, classes, faults)
         skipped += [Skip(SkipKind.OTHER_SHAPE, i, None, f"{image.where}: {shape.tag} {number}")
                     for i, image in enumerate(images)
                     for number, shape in enumerate(image.element, 1) if shape.tag not in AREAS]
         return Loaded([names[i] for i in chosen], paths, annotations, classes, skipped)
 
     def _find(self, images: Sequence[_Image], faults: list[str] | None) -> list[Path]:
-        index, users, paths, missing, twice = FileIndex(IMAGE_SUFFIXES), {}, [], [], []
+        index, users, paths, missing = FileIndex(IMAGE_SUFFIXES), {}, [], []
         for image in images:
             tried = [self.root / folder / name
                      for name in (image.name, re.split(r"[/\\]", image.name)[-1])
                      for folder in (f"images/{image.subset}", "images", image.subset, "")]
             found = next(filter(None, map(index.by_name, tried)), None)
-            missing += [] if found else [f"{tried[0]} ({image.where})"]
-            if found and (other := users.setdefault(found, image)) is not image:
-                twice.append(f"{other.where} and {image.where} are both {found}; keep one of them")
+            if found is None:
+                missing.append(f"{tried[0]} ({image.where})")
+            elif (other := users.setdefault(found, image)) is not image:
+                tell(f"{other.where} and {image.where} are both {found}; keep one of them", faults)
             paths.append(found or tried[0])
-        if faults is not None:
-            faults += twice
-        elif twice:
-            raise UserError(twice[0])
-        else:
+        if faults is None:
             refuse_missing(self.root, missing)
         return paths
-
-
-def _read_or_note(image: _Image, faults: list[str] | None) -> Annotation:
-    try:
-        return image.read()
-    except UserError as error:
-        if faults is None:
-            raise
-        faults.append(str(error))
-        return Annotation.empty(image.path)

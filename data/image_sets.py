@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 from utils.errors import UserError
 
+SET_WORDS = ("trainval", "train", "valid", "val", "validation", "dev", "test")
+"""What `set_word` gives for the folders and lists that are taken for image sets."""
+
 
 class ImageSet(NamedTuple):
     """One image set of a data set; ``str`` gives its name on the command line.

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -206,19 +208,17 @@ def is_match(iou: np.ndarray, rule: str, threshold: float = FOREGROUND) -> np.nd
 
 def _assign(iou: np.ndarray, ignored: np.ndarray, rule: str, threshold: float) -> np.ndarray:
     """Return the column of each row of `iou` [n, m], best row first: int64 [n]; see `match`."""
-    matched = np.full(len(iou), -1)
-    taken = np.zeros(len(ignored), bool)
-    enough = is_match(iou, rule, threshold)
-    for n in np.flatnonzero(enough.any(1)):
+    matched, taken, ignored = np.full(len(iou), -1), set(), ignored.tolist()
+    rows, columns = np.nonzero(is_match(iou, rule, threshold))
+    cells = zip(rows.tolist(), columns.tolist(), iou[rows, columns].tolist(), strict=True)
+    for n, row in groupby(cells, itemgetter(0)):
         if rule == "voc":
-            k = iou[n].argmax()
-            if ignored[k] or not taken[k]:
-                matched[n], taken[k] = k, True
-            continue
-        for choice in (enough[n] & ~taken & ~ignored, enough[n] & ignored):
-            if choice.any():
-                k = np.flatnonzero(choice)[::-1]  # of equal overlaps the last, as in pycocotools
-                k = k[iou[n, k].argmax()]
-                matched[n], taken[k] = k, True
-                break
+            k = max(row, key=itemgetter(2))[1]  # of equal overlaps the first
+            free = [k] if k not in taken else []
+        else:  # of equal overlaps the last, as in pycocotools
+            free = [(not ignored[k], value, k) for _, k, value in row if k not in taken]
+            k = max(free)[2] if free else -1
+        if free:
+            matched[n] = k
+            taken.update([k] if not ignored[k] else [])
     return matched

@@ -7,7 +7,9 @@ import os
 import posixpath
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -56,23 +58,15 @@ def in_validation(paths: Sequence[str], val_share: float = VAL_SHARE,
     """
     share, pattern = check_share(val_share), check_pattern(split_by or "")
     keys = [_group(path, pattern) for path in paths]
-    counts: dict[str, int] = {}
-    for key in keys:
-        counts[key] = counts.get(key, 0) + 1
+    counts = Counter(keys)
     if len(counts) < 2:
-        raise UserError(
-            f"{len(keys)} images in one group ({', '.join(counts) or 'none'}) cannot be divided "
-            "into training and test images; give another --split_by, or declare image sets "
-            "(docs/own_data.md)"
-        )
+        raise UserError(f"{len(keys)} images in one group ({', '.join(counts) or 'none'}) cannot "
+                        "be divided into training and test images; give another --split_by, or "
+                        "declare image sets (docs/own_data.md)")
     order = sorted(counts, key=lambda key: hashlib.sha256(key.encode("utf-8", "replace")).digest())
-    chosen: set[str] = set()
-    taken = 0
-    for key in order[:-1]:
-        if taken >= share * len(keys):
-            break
-        chosen.add(key)
-        taken += counts[key]
+    before = np.cumsum([0, *(counts[key] for key in order)])
+    chosen = {key for key, taken in zip(order[:-1], before, strict=False)
+              if taken < share * len(keys)}
     return np.array([key in chosen for key in keys])
 
 
@@ -126,16 +120,15 @@ def listed(path: Path, names: Sequence[str]) -> list[int]:
         UserError: the list is empty, or a line fits no image or several.
     """
     index: dict[str, list[int]] = {}
-    for i, name in enumerate(names):
-        end = _clean(name)
-        for each in dict.fromkeys((end, posixpath.splitext(end)[0])):
-            for key in ends(each):
-                index.setdefault(key, []).append(i)
+    cleaned = [*map(_clean, names)]
+    for i, name in enumerate(cleaned):
+        for key in chain(*map(ends, {name, posixpath.splitext(name)[0]})):
+            index.setdefault(key, []).append(i)
     found: dict[int, None] = {}
     missing = []
     for where, line in read_list(path):
         hits = next((index[key] for key in ends(_clean(line)) if key in index), [])
-        whole = [i for i in hits if _clean(names[i]) == _clean(line)]
+        whole = [i for i in hits if cleaned[i] == _clean(line)]
         if len(hits := whole or hits) > 1:
             several = " and ".join(names[i] for i in hits[:2])
             raise UserError(f'{where}: "{line}" fits {several}; write the whole path')
@@ -188,7 +181,5 @@ def choose(root: Path, image_set: ImageSet, names: Sequence[str],
         chosen = in_validation([names[i] for i in pool], val_share, split_by)
         return [i for i, val in zip(pool, chosen, strict=True) if val == (name == SPLIT_VAL)]
     existing = ", ".join([*declared, *lists]) or "none"
-    raise UserError(
-        f'no image set "{name}" in {root}; existing image sets: {existing}; write '
-        f"{root / 'ImageSets' / name}.txt, one image a line, or leave the option out"
-    )
+    raise UserError(f'no image set "{name}" in {root}; existing image sets: {existing}; write '
+                    f"{root / 'ImageSets' / name}.txt, one image a line, or leave the option out")

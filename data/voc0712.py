@@ -37,8 +37,8 @@ class VOCDetection(AnnotatedImages):
     list_image_sets = staticmethod(list_image_sets)
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
-        found = load_annotations(
+        listed, loaded = load_annotations(
             self.root, self.image_sets, classes, faults, self.val_share, self.split_by
         )
-        images = find_images(found, faults)
-        return Loaded(found.ids, images, found.annotations, found.classes, found.skipped)
+        images, skipped = find_images(listed, loaded.annotations, faults)
+        return loaded._replace(images=images, skipped=loaded.skipped + skipped)

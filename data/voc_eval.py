@@ -283,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = Path(os.path.expanduser(args.root))
     year = args.year or _find_year(root, args.set)
     classes = parse_classes(args.classes) if args.classes is not None else None
-    truth = load_annotations(root, [(year, args.set)], classes)
+    _, truth = load_annotations(root, [(year, args.set)], classes)
     found, missing = read_comp4(args.detections, args.set, truth.classes, truth.ids)
     result = evaluate_voc(found, truth.annotations, truth.classes)
     if args.json:

@@ -18,17 +18,17 @@ from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from data.annotation import check_folder
 from data.config import VOC_CLASSES
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import ImageSet
-from data.split import SPLIT_SETS, VAL_SHARE, in_validation, list_files
+from data.image_sets import SET_WORDS, ImageSet
+from data.split import SPLIT_SETS, VAL_SHARE, in_validation, list_files, read_list
 from utils.errors import UserError
 from utils.files import read_bytes, read_text
 
 ANNOTATION_FOLDERS = ("Annotations", "annotations", "xml", "xmls", "labels")
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "img")
-SPLITS = ("trainval", "train", "valid", "val", "validation", "dev", "test")
 
 
 class Listed(NamedTuple):
@@ -125,7 +125,7 @@ def split_folders(folder: Path, index: FileIndex) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for base in annotation_folders(folder, index):
         for path in index.subfolders(base):
-            if path.name.lower() in SPLITS and index.holds_files(path):
+            if path.name.lower() in SET_WORDS and index.holds_files(path):
                 found.setdefault(path.name, path)
     return found
 
@@ -138,15 +138,8 @@ def annotation_folders(folder: Path, index: FileIndex) -> list[Path]:
 
 
 def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, Path | None]:
-    """Return the folder of the data set, and the list or the folder of an image set.
-
-    It is None for a part of the images that nothing declares.
-    """
-    if not os.path.isdir(root):  # False, too, for a name that no file system takes
-        raise UserError(
-            f"{root}: no such data set folder; give the right one with --root "
-            "(data/scripts/VOC2007.sh downloads VOC2007, docs/own_data.md is about own images)"
-        )
+    """Return the folder of the data set, and an image set's list or folder, None for a part."""
+    check_folder(root)
     folder = year_folders(root).get(image_set.year, root / f"VOC{image_set.year}")
     declared = split_folders(folder, index) | list_files(folder)
     if path := declared.get(image_set.name):
@@ -154,16 +147,12 @@ def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, 
     if not image_set.year and image_set.name in SPLIT_SETS:
         return folder, None
     if len(year_folders(root)) == 1 and not index.holds_files(root):
-        raise UserError(
-            f"{root} holds neither XML annotations nor the years of a devkit; "
-            "docs/own_data.md shows where images and annotations go"
-        )
+        raise UserError(f"{root} holds neither XML annotations nor the years of a devkit; "
+                        "docs/own_data.md shows where images and annotations go")
     existing = ", ".join(map(str, list_image_sets(root))) or "none"
     lists = [str(folder / "ImageSets" / main / f"{image_set.name}.txt") for main in ("Main", "")]
-    raise UserError(
-        f'no image set "{image_set}" in {root}: looked for {" and ".join(lists)} '
-        f"(docs/own_data.md says how to make one); existing image sets: {existing}"
-    )
+    raise UserError(f'no image set "{image_set}" in {root}: looked for {" and ".join(lists)} '
+                    f"(docs/own_data.md says how to make one); existing image sets: {existing}")
 
 
 def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: float = VAL_SHARE,
@@ -177,9 +166,8 @@ def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: fl
     else:
         bases = annotation_folders(folder, index)
         cvat = FileIndex(IMAGE_SUFFIXES) if os.path.isfile(folder / "labelmap.txt") else None
-        for number, line in enumerate(read_text(path, "image set").splitlines(), 1):
-            if line := line.strip():
-                yield _find_line(line, f"{path}:{number}", folder, bases, index, cvat)
+        for where, line in read_list(path):
+            yield _find_line(line, where, folder, bases, index, cvat)
 
 
 def list_all(root: Path, index: FileIndex, faults: list[str],

@@ -10,6 +10,8 @@ import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,10 @@ from data.annotation import (
     Loaded,
     check_folder,
     check_objects,
-    outside_root,
+    once,
+    read_or_tell,
     refuse_missing,
-    unknown_objects,
+    tell,
 )
 from data.classes import check_classes
 from data.image import IMAGE_SUFFIXES, image_size
@@ -111,7 +114,7 @@ class YOLODetection(AnnotatedImages):
         return [ImageSet(None, name) for name in names]
 
     def _find_size(self, index: int) -> tuple[int, int]:
-        return self.annotations[index].size  # read from the image
+        return self.annotations[index].size or (1, 1)  # of the image, or not read
 
     def hint(self, box: np.ndarray, size: tuple[int, int]) -> str:
         far = (np.abs(box) > 2 * max(size)).any()
@@ -121,66 +124,58 @@ class YOLODetection(AnnotatedImages):
         check_folder(self.root)
         folder = YOLOFolder(self.root)
         if folder.layout is None:
-            raise UserError(
-                f"{self.root} holds no YOLO labels: no data.yaml, and no .txt files in labels/ or "
-                "beside the images; docs/own_data.md shows where they go"
-            )
+            raise UserError(f"{self.root} holds no YOLO labels: no data.yaml, and no .txt files in "
+                            "labels/ or beside the images; docs/own_data.md shows where they go")
         classes = None if classes is None else check_classes(classes, "classes")
-        if folder.names is None:
-            folder.names = names_beside(self.root)
-        if folder.names is None and classes is not None:
-            folder.names = dict(enumerate(classes))
+        folder.names = folder.names or names_beside(self.root) or dict(enumerate(classes or ()))
         what = f"{self.root}: the image set {sets_name(self.image_sets)}"
-        images, skipped = self._list(folder, faults)
+        skipped = [Skip(SkipKind.SET_ABSENT, None, None, f"{folder.source}: {key}: {values[0]}")
+                   for key, values in folder.absent.items()]
+        images = once(self._list(folder, faults), skipped)
         labels = [folder.label_of(image) for image in images]
         if not any(labels):
             raise UserError(
                 f"{what}: none of {len(images)} images has a label file, such as "
                 f"{' or '.join(f'{each}.txt' for each in folder.label_stems(images[0])[:2])}"
             )
-        skipped += [Skip(SkipKind.NO_LABEL_FILE, i, None, str(image))
-                    for i, (image, label) in enumerate(zip(images, labels, strict=True))
-                    if label is None]
         skipped += _orphans(images, labels)
-        annotations = _read_all(folder, images, labels, skipped, faults)
-        if folder.names is None:
+        annotations = []
+        users: dict[Path, Path] = {}
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            if label is None:
+                skipped.append(Skip(SkipKind.NO_LABEL_FILE, i, None, str(image)))
+            elif (other := users.setdefault(label, image)) != image:
+                tell(f"{other} and {image} both have the label file {label}; keep one of the "
+                     "images", faults)
+            read = partial(_read, folder, i, image, label, skipped)
+            annotations.append(read_or_tell(read, label or image, faults))
+        if not folder.names:
             numbers = sorted({name for each in annotations for name in each.names}, key=float)
-            raise UserError(
-                f"{self.root}: nothing names the classes {', '.join(numbers[:20]) or '0, 1, ...'}; "
-                "give --classes a,b,c in the order of their numbers, or write classes.txt, one a "
-                "line"
-            )
+            raise UserError(f"{self.root}: nothing names the classes "
+                            f"{', '.join(numbers[:20]) or '0, 1, ...'}; give --classes a,b,c in "
+                            "the order of their numbers, or write classes.txt, one a line")
         classes = classes or tuple(folder.names[number] for number in sorted(folder.names))
-        check_objects(what, annotations, classes, faults)
-        skipped += unknown_objects(annotations, classes)
+        skipped += check_objects(what, annotations, classes, faults)
         return Loaded(_ids(self.root, images), images, annotations, classes, skipped)
 
-    def _list(self, folder: YOLOFolder,
-              faults: list[str] | None) -> tuple[list[Path], list[Skip]]:
-        """Return the image files of the image sets, each once."""
-        images: dict[Path, int] = {}
+    def _list(self, folder: YOLOFolder, faults: list[str] | None) -> list[Path]:
+        """Return the image files of the image sets, maybe some twice."""
+        images: list[Path] = []
         missing: list[str] = []
-        skipped = [Skip(SkipKind.SET_ABSENT, None, None, f"{folder.source}: {key}: {values[0]}")
-                   for key, values in folder.absent.items()]
         for name in map(str, self.image_sets):
             if name in folder.sets and name not in list_files(self.root):
-                found = folder.of_set(name, missing)
-            else:
-                declared = folder.declared()
-                every = list(dict.fromkeys([*(p for each in declared.values() for p in each),
-                                            *folder.images]))  # fmt: skip
-                index = {path: i for i, path in enumerate(every)}
-                positions = {key: [index[path] for path in each] for key, each in declared.items()}
-                names = [relative(path, self.root) for path in every]
-                found = [every[i] for i in choose(self.root, ImageSet(None, name), names, positions,
-                                                  self.val_share, self.split_by)]
-            for path in found:
-                if path in images:
-                    skipped.append(Skip(SkipKind.IMAGE_LISTED_TWICE, images[path], None, str(path)))
-                images.setdefault(path, len(images))
+                images += folder.of_set(name, missing)
+                continue
+            declared = folder.declared()
+            index = {path: i for i, path in
+                     enumerate(dict.fromkeys(chain(*declared.values(), folder.images)))}
+            positions = {key: [index[path] for path in each] for key, each in declared.items()}
+            every, names = list(index), [relative(path, self.root) for path in index]
+            images += [every[i] for i in choose(self.root, ImageSet(None, name), names, positions,
+                                                self.val_share, self.split_by)]
         if faults is None:
             refuse_missing(self.root, missing)
-        return list(images), skipped + outside_root(self.root, list(images))
+        return images
 
 
 def _ids(root: Path, images: Sequence[Path]) -> list[str]:
@@ -189,23 +184,6 @@ def _ids(root: Path, images: Sequence[Path]) -> list[str]:
     stems = [os.path.splitext(name)[0] for name in names]
     counts = Counter(stems)
     return [stem if counts[stem] == 1 else name for stem, name in zip(stems, names, strict=True)]
-
-
-def _read_all(folder: YOLOFolder, images: Sequence[Path], labels: Sequence[Path | None],
-              skipped: list[Skip], faults: list[str] | None) -> list[Annotation]:
-    annotations, images_of = [], {}
-    for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-        try:
-            if label and (other := images_of.setdefault(label, image)) != image:
-                raise UserError(f"{other} and {image} both have the label file {label}; keep one "
-                                "of the images")  # fmt: skip
-            annotations.append(_read(folder, i, image, label, skipped))
-        except UserError as error:
-            if faults is None:
-                raise
-            faults.append(str(error))
-            annotations.append(replace(Annotation.empty(label or image), size=(1, 1)))
-    return annotations
 
 
 def _read(folder: YOLOFolder, index: int, image: Path, label: Path | None,
@@ -219,7 +197,7 @@ def _read(folder: YOLOFolder, index: int, image: Path, label: Path | None,
         detail = f"{label}: object {k + 1}, edges {', '.join(f'{value:g}' for value in edges[k])}"
         skipped.append(Skip(SkipKind.VALUE_OUTSIDE, index, None, detail))
     names = [f"{number:g}" for number in numbers]
-    if folder.names is not None:
+    if folder.names:
         names = [folder.names.get(number, f"number {number:g}, without a name")
                  for number in numbers]
     boxes = edges * (*size, *size) - (0, 0, 1, 1)

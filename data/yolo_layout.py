@@ -21,8 +21,8 @@ from pathlib import Path
 from data.classes import BACKGROUND, check_classes
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import set_word
-from data.split import ends
+from data.image_sets import SET_WORDS, set_word
+from data.split import ends, read_list
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -31,7 +31,6 @@ try:
 except ImportError:  # told when a data.yaml is there
     yaml = None
 
-SETS = ("train", "trainval", "val", "valid", "validation", "dev", "test")
 IMAGE_FOLDERS = {"images": "labels", "Images": "Labels", "IMAGES": "LABELS", "JPEGImages": "labels"}
 NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "_darknet.labels")
 _shown = reprlib.Repr().repr  # YAML's references make short texts that are endless values
@@ -52,12 +51,12 @@ class YOLOFolder:
         self.index, self._texts = FileIndex(IMAGE_SUFFIXES), FileIndex((".txt",))
         self.names, self.absent = None, {}
         self.sets = {file.stem: [file.name] for file in sorted(root.glob("*.txt"))
-                     if file.stem.lower() in SETS and file.is_file()}  # fmt: skip
+                     if file.stem.lower() in SET_WORDS and file.is_file()}  # fmt: skip
         if found := _find_yaml(root):
             path, content = found
             self.source = path.name
             lists = {key: _as_texts(path, key, content[key]) for key in content
-                     if str(key).lower() in SETS}  # fmt: skip
+                     if str(key).lower() in SET_WORDS}  # fmt: skip
             lists = {key: values for key, values in lists.items() if values}
             base = _as_texts(path, "path", content.get("path", ""))
             self.bases = [*(root / each.replace("\\", "/") for each in base), root]
@@ -118,7 +117,7 @@ class YOLOFolder:
         found: dict[str, list[Path]] = {}
         for image in self.images:
             folders = [each for each in self._folders_of(image) if each not in IMAGE_FOLDERS]
-            folders = [each for each in folders if set_word(each) in SETS] or folders
+            folders = [each for each in folders if set_word(each) in SET_WORDS] or folders
             if folders and folders[0] != "obj_train_data":  # Darknet's folder of all images
                 found.setdefault(folders[0], []).append(image)
         return found
@@ -132,10 +131,9 @@ class YOLOFolder:
         images: list[Path] = []
         for value in self.sets[name]:
             if (place := self._place(value)) is None:
-                raise UserError(
-                    f"{self.root / self.source}: {name} is {value}, but there is no "
-                    f"{' and no '.join(str(base / value) for base in self.bases)}; correct it"
-                )
+                raise UserError(f"{self.root / self.source}: {name} is {value}, but there is no "
+                                f"{' and no '.join(str(base / value) for base in self.bases)}; "
+                                "correct it")
             folder = os.path.isdir(place)
             found = self.index.inside(place) if folder else self._listed(place, missing)
             if not found:
@@ -145,12 +143,11 @@ class YOLOFolder:
 
     def _listed(self, path: Path, missing: list[str]) -> list[Path]:
         found = []
-        for number, line in enumerate(read_text(path, "image set").splitlines(), 1):
-            if line := line.strip():
-                places = list(self._places(line, path.parent))
-                file = next(filter(None, map(self.index.by_name, places)), None)
-                missing += [] if file else [f"{line} ({path}:{number})"]
-                found.append(file or places[0])
+        for where, line in read_list(path):
+            places = list(self._places(line, path.parent))
+            file = next(filter(None, map(self.index.by_name, places)), None)
+            missing += [] if file else [f"{line} ({where})"]
+            found.append(file or places[0])
         return found
 
     def _place(self, text: str) -> Path | None:
@@ -195,7 +192,7 @@ def _find_yaml(root: Path) -> tuple[Path, Mapping] | None:
             if path.stem == "data":
                 raise
             continue
-        if isinstance(content, dict) and {*SETS, "names"} & content.keys():
+        if isinstance(content, dict) and {*SET_WORDS, "names"} & content.keys():
             found.append((path, content))
     if len(found) > 1 and found[0][0].stem != "data":
         files = ", ".join(path.name for path, _ in found)

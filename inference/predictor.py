@@ -193,8 +193,7 @@ class Predictor:
             [n], "labels" [n], "image" [n]} of the whole batch, see ``ExportedModel``.
         """
         if self.exported is not None:
-            outputs = self.exported(batch)
-            return {name: torch.from_numpy(value) for name, value in outputs.items()}
+            return {name: torch.from_numpy(value) for name, value in self.exported(batch).items()}
         loc, conf = self.net(batch)
         return {"loc": loc, "conf": conf}
 

@@ -124,8 +124,7 @@ def test_free_memory_is_the_least_of_the_systems_the_shared_and_the_containers(m
 
 
 def test_folder_serves_the_next_run_and_follows_a_changed_image(dataset, tmp_path, monkeypatch):
-    first = DiskCache(dataset, tmp_path / "cache")
-    before = [first(i) for i in range(6)]
+    before = [*map(DiskCache(dataset, tmp_path / "cache"), range(6))]
     path = dataset.image_path(2)
     cv2.imwrite(str(path), 255 - before[2])
     decoded = []

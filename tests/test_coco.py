@@ -5,6 +5,7 @@ import gc
 import json
 import multiprocessing
 import zipfile
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
@@ -13,7 +14,7 @@ from types import ModuleType
 import cv2
 import numpy as np
 import pytest
-from coco_files import CATEGORIES, HEIGHT, WIDTH, annotation, write_set, write_val2017
+from coco_files import CATEGORIES, HEIGHT, WIDTH, annotation, perfect, write_set, write_val2017
 from conftest import with_exif
 
 from data.coco import COCODetection, clip_boxes
@@ -27,13 +28,6 @@ from utils.errors import UserError
 
 def read(root, **options):
     return COCODetection(root, [("2017", "val")], **options)
-
-
-def perfect(dataset):
-    return [
-        {"boxes": t[:, :4], "scores": np.ones(len(t), np.float32), "labels": t[:, 4].astype(int)}
-        for t in map(dataset.target, range(len(dataset)))
-    ]
 
 
 def test_sample_is_a_bgr_image_and_its_boxes_with_labels(tmp_path):
@@ -111,12 +105,11 @@ def test_sets_are_joined_in_order(tmp_path):
             call()
     read(tmp_path).check_scorable()
     other = [{"id": 1, "name": "dog"}]
-    for names, categories, message in (
-        ({9: f"{9:012d}.jpg"}, CATEGORIES, "image id 9 is in more than one"),
-        ({8: "8.jpg"}, other, "train2017.json: its categories differ from instances_val"),
-    ):
-        write_set(tmp_path, "instances_train2017.json", "train2017", names, [],
-                  categories=categories)  # fmt: skip
+    for name, categories, message in (
+            (f"{9:012d}.jpg", CATEGORIES, "image id 9 is in more than one"),
+            ("9.jpg", other, "train2017.json: its categories differ from instances_val")):
+        write_set(tmp_path, "instances_train2017.json", "train2017", {9: name}, [],
+                  categories=categories)
         with pytest.raises(UserError, match=message):
             COCODetection(tmp_path, [("2017", "val"), ("2017", "train")])
 
@@ -182,14 +175,11 @@ def test_boxes_without_area_are_dropped_and_clipped_ones_kept_and_both_recorded(
         annotation(7, 9, [10, 5, 1, 10]),  # x2 = x1: no width that could be encoded
         annotation(8, 9, [-20, 5, 20, 10]),  # ends where the image begins
         annotation(9, 9, [10, -30, 20, 10]),
-        annotation(10, 9, [10, HEIGHT, 20, 10]),
-    ]
+        annotation(10, 9, [10, HEIGHT, 20, 10])]
     dataset = read(write_val2017(tmp_path, boxes))
     np.testing.assert_allclose(dataset.target(0), [[50, 0, 59, 9, 1], [50, 30, 59, 39, 1]])
-    kinds = [skip.kind for skip in dataset.skipped]
-    assert {kind: kinds.count(kind) for kind in kinds} == {
-        SkipKind.BOX_OUTSIDE: 4, SkipKind.BOX_WITHOUT_AREA: 3, SkipKind.BOX_CLIPPED: 1,
-    }
+    assert Counter(skip.kind for skip in dataset.skipped) == {
+        SkipKind.BOX_OUTSIDE: 4, SkipKind.BOX_WITHOUT_AREA: 3, SkipKind.BOX_CLIPPED: 1}
     detail = "instances_val2017.json: annotation 5 of image 9, bbox [50.0, -2.0, 20.0, 10.0]"
     assert dataset.skipped[-1][1:] == (0, (50, -2, 70, 8), detail)
     assert len(dataset.truth().boxes) == 9
@@ -208,8 +198,7 @@ def test_area_is_no_reason_to_drop_a_box(tmp_path, area):
 @pytest.mark.parametrize(("bbox", "options", "cause"), [
     ([0.1, 0.2, 0.5, 0.5], {}, "in shares of the image instead of pixels.*: 3"),
     ([30, 20, -10, -5], {}, "without area.*: 3"), ([90, 20, 10, 5], {}, "outside.*: 3"),
-    ([10, 5, 20, 10], {"classes": ["kite", "oar"]}, "no box of kite, oar .* from dog"),
-])  # fmt: skip
+    ([10, 5, 20, 10], {"classes": ["kite", "oar"]}, "no box of kite, oar .* from dog")])
 def test_set_with_none_of_its_boxes_left_is_refused_by_cause(tmp_path, bbox, options, cause):
     write_val2017(tmp_path, [annotation(n, 9, bbox) for n in range(3)])
     with pytest.raises(UserError, match=f"^{tmp_path}: .*{cause}"):
@@ -235,12 +224,9 @@ def test_boxes_that_look_like_corners_are_told(tmp_path):
 def test_image_that_cannot_be_used_is_named_when_it_is_read(tmp_path):
     dataset = read(write_val2017(tmp_path, [], ids=(7, 9, 42)))
     small = cv2.imencode(".png", np.zeros((20, 30, 3), np.uint8))[1].tobytes()
-    for i, data in enumerate((b"", b"no image", small)):
+    sizes = "0042.jpg: the image is 30 x 20, but .*instances_val2017.json says 60 x 40"
+    for i, (data, said) in enumerate([(b"", "7.jpg: .*empty"), (b"a", "9.jpg: "), (small, sizes)]):
         dataset.image_path(i).write_bytes(data)
-    for i, said in enumerate((
-        "0007.jpg: .*empty", "0009.jpg: ",
-        "0042.jpg: the image is 30 x 20, but .*instances_val2017.json says 60 x 40",
-    )):  # fmt: skip
         with pytest.raises(UserError, match=said):
             dataset[i]
 
@@ -273,13 +259,12 @@ def test_ground_truth_as_detections_scores_one_and_is_written_back_unchanged(tmp
     assert report["results"] == path.name
     assert json.loads(path.read_text()) == [
         {"image_id": 9, "category_id": 3, "bbox": [0.5, 1.25, 8, 4], "score": 1},
-        {"image_id": 42, "category_id": 90, "bbox": [10, 5, 20, 10], "score": 1},
-    ]
+        {"image_id": 42, "category_id": 90, "bbox": [10, 5, 20, 10], "score": 1}]
     assert report["value"] == pytest.approx(1) and report["stats"][0] == report["value"]
     assert report["per_class"] == pytest.approx({"dog": 1, "kite": -1, "oar": 1})
     assert report["notes"] == ["no ground truth (-1) for 1 classes: kite"]
-    assert (report["metric"], report["iou"], report["image_set"]) == (
-        "COCO AP", "0.50:0.95", "2017_val")  # fmt: skip
+    assert [report[key] for key in ("metric", "iou", "image_set")] == [
+        "COCO AP", "0.50:0.95", "2017_val"]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -301,43 +286,35 @@ def test_report_says_what_scoring_the_written_file_says(tmp_path, backend):
     truth = tmp_path / "annotations" / "instances_val2017.json"
     scored = evaluate_coco(path, truth, backend, tmp_path / "again.npz")
     assert 0 < report["value"] < 1 and report["value"] == scored["stats"][0]
-    assert report["stats"] == scored["stats"] and report["per_class"] == scored["per_category"]
-    assert report["per_size"] == scored["per_size"]
-    assert report["per_class_per_size"] == scored["per_category_per_size"]
-    assert report["backend"] == scored["backend"] and report["backend"].startswith(f"{backend} ")
+    for ours, theirs in (("stats", "stats"), ("per_class", "per_category"), ("backend", "backend"),
+                         ("per_size", "per_size"), ("per_class_per_size", "per_category_per_size")):
+        assert report[ours] == scored[theirs]
+    assert report["backend"].startswith(f"{backend} ")
     kept, again = (load_curves(tmp_path / name) for name in ("out/curves.npz", "again.npz"))
     assert kept.classes == dataset.classes and report["curves"] == "curves.npz"
     assert all(np.array_equal(kept.arrays[key], again.arrays[key]) for key in again.arrays)
     json.dumps(report)
 
 
-@pytest.mark.parametrize("test", [False, True])
-def test_disk_that_is_full_is_told_with_the_file_and_leaves_none(tmp_path, monkeypatch, test):
-    names = {42: "000000000042.jpg"}
-    if test:
-        write_set(tmp_path, "image_info_test2017.json", "test2017", names)
-    else:
-        write_set(tmp_path, "instances_val2017.json", "val2017", names, [])
-    dataset = COCODetection(tmp_path, [("2017", "test" if test else "val")])
-    nothing = {"boxes": np.zeros((0, 4)), "scores": [], "labels": []}
-    full, calls = OSError(errno.ENOSPC, "No space left on device"), []
+def test_disk_that_is_full_is_told_with_the_file_and_leaves_none(tmp_path, monkeypatch):
+    write_set(tmp_path, "image_info_test2017.json", "test2017", {42: "000000000042.jpg"})
+    dataset = COCODetection(tmp_path, [("2017", "test")])
+    written = iter(["results", "their folder"])
 
     def fsync(file):
-        calls.append(file)
-        if len(calls) > 2 * test:  # of the results, or of the archive behind them
-            raise full
+        if not next(written, None):
+            raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("utils.files.os.fsync", fsync)
-    name = "test2017_SSD_results.zip" if test else "val2017_results.json"
-    with pytest.raises(UserError, match=rf"out/detections_{name} could not .*No space left"):
-        dataset.evaluate([nothing], tmp_path / "out")
-    left = [path.name for path in (tmp_path / "out").iterdir()]
-    assert left == (["detections_test2017_SSD_results.json"] if test else [])
+    name = "detections_test2017_SSD_results"
+    with pytest.raises(UserError, match=rf"out/{name}.zip could not .*No space left"):
+        dataset.evaluate(perfect(dataset), tmp_path / "out")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [f"{name}.json"]
 
 
 def test_no_detections_score_zero_and_wrong_ones_are_not_written(tmp_path):
     dataset = read(write_val2017(tmp_path, [annotation(1, 42, [10, 5, 20, 10], 90)]))
-    nothing = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
+    nothing = {"boxes": np.zeros((0, 4)), "scores": [], "labels": []}
     report = dataset.evaluate([nothing] * 2, tmp_path / "out")
     assert report["value"] == 0 and report["per_class"] == {"dog": -1, "kite": -1, "oar": 0}
     assert "none of the 100 best detections" in report["notes"][0]
@@ -349,16 +326,14 @@ def test_no_detections_score_zero_and_wrong_ones_are_not_written(tmp_path):
 
 
 def test_test_set_is_written_for_the_server_and_not_scored(tmp_path):
-    names = {42: "000000000042.jpg"}
-    write_set(tmp_path, "image_info_test-dev2017.json", "test2017", names)
+    write_set(tmp_path, "image_info_test-dev2017.json", "test2017", {42: "000000000042.jpg"})
     dataset = COCODetection(tmp_path, [("2017", "test-dev")])
     found = {"boxes": np.float32([[1, 2, 3, 4]]), "scores": np.float32([0.5]),
              "labels": np.array([2])}  # fmt: skip
     report = dataset.evaluate([found], tmp_path / "out", name="net")
     path = tmp_path / "out" / "detections_test-dev2017_net_results.json"
     assert json.loads(path.read_text()) == [
-        {"image_id": 42, "category_id": 7, "bbox": [1, 2, 3, 3], "score": 0.5}
-    ]
+        {"image_id": 42, "category_id": 7, "bbox": [1, 2, 3, 3], "score": 0.5}]
     assert report["value"] is None and report["per_class"] == {}
     assert "no ground truth" in report["notes"][0]
     assert "curves" not in report and not (tmp_path / "out" / "curves.npz").exists()
@@ -377,15 +352,12 @@ def test_test_set_is_written_for_the_server_and_not_scored(tmp_path):
 
 def test_set_is_a_test_split_if_it_has_an_image_info_file_alone(tmp_path):
     names, boxes = {42: "000000000042.jpg"}, [annotation(1, 42, [10, 5, 20, 10])]
-    write_set(tmp_path, "image_info_test2024.json", "test2024", names)
-    dataset = COCODetection(tmp_path, [("2024", "test")])
-    assert dataset.target(0).shape == (0, 5)
-    assert dataset.evaluate(perfect(dataset), tmp_path / "out")["value"] is None
-    write_set(tmp_path, "instances_test2024.json", "test2024", names, boxes)
-    dataset = COCODetection(tmp_path, [("2024", "test")])
-    assert dataset.target(0).tolist() == [[10, 5, 29, 14, 1]]
-    report = dataset.evaluate(perfect(dataset), tmp_path / "out")
-    assert report["value"] == pytest.approx(1) and "archive" not in report
+    for file, scored in (("image_info", None), ("instances", 1)):
+        write_set(tmp_path, f"{file}_test2024.json", "test2024", names, boxes if scored else None)
+        dataset = COCODetection(tmp_path, [("2024", "test")])
+        assert dataset.target(0).tolist() == ([[10, 5, 29, 14, 1]] if scored else [])
+        report = dataset.evaluate(perfect(dataset), tmp_path / "out")
+        assert report["value"] == pytest.approx(scored) and ("archive" in report) != bool(scored)
     assert report["results"] == "detections_test2024_results.json"
 
 

@@ -25,8 +25,7 @@ def golden(tmp_path_factory):
     """(annotation file, results file, the twelve expected numbers) of 79 images of val2017."""
     figures = np.load(GOLDENS / "coco_eval_val2017.npz")
     ids, sizes, categories, truth_ids = (
-        figures[key].tolist() for key in ("image_id", "image_size", "category_id", "truth_id")
-    )
+        figures[key].tolist() for key in ("image_id", "image_size", "category_id", "truth_id"))
 
     def records(kind, fields, **more):
         columns = [figures[f"{kind}_{field}"].tolist() for field in fields]
@@ -37,8 +36,7 @@ def golden(tmp_path_factory):
         "images": [{"id": id, "width": w, "height": h} for id,
                    (w, h) in zip(ids, sizes, strict=True)],
         "categories": [{"id": id, "name": f"category {id}"} for id in categories],
-        "annotations": [{"id": id} | t for id, t in zip(truth_ids, truth, strict=True)],
-    }
+        "annotations": [{"id": id} | t for id, t in zip(truth_ids, truth, strict=True)]}
     folder = tmp_path_factory.mktemp("golden")
     (folder / "truth.json").write_text(json.dumps(document))
     results = records("result", ("image_id", "category_id", "bbox", "score"))
@@ -89,8 +87,13 @@ def test_curves_give_the_ap(golden, tmp_path):
                 assert (np.diff(c["precision"]) <= 0).all() and (np.diff(c["scores"]) <= 0).all()
 
 
-def require(backend):
-    pytest.importorskip(backend.replace("-", "_"))
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    pytest.importorskip(request.param.replace("-", "_"))
+    return request.param
+
+
+others = pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
 
 
 def assert_equal_to_reference(results, truth, backend, folder):
@@ -119,9 +122,8 @@ def assert_equal_to_reference(results, truth, backend, folder):
     return expected
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@others
 def test_backend_equals_the_reference_on_real_detections(golden, tmp_path, backend, capfd):
-    require(backend)
     truth, results, expected = golden
     report = assert_equal_to_reference(results, truth, backend, tmp_path)
     np.testing.assert_allclose(report["stats"], expected, rtol=0, atol=1e-12)
@@ -159,14 +161,10 @@ def random_set(rng, path):
         "images": [{"id": id, "width": 640, "height": 480} for id in ids.tolist()],
         "categories": [{"id": id, "name": f"category {id}"} for id in categories.tolist()],
         "annotations": [
-            {
-                "id": 0 if equal_ids else n, "image_id": int(ids[image[n]]), "area": areas[n],
-                "category_id": int(categories[label[n]]), "bbox": boxes[n].tolist(),
-                "iscrowd": int(rng.random() < 0.15),
-            }
-            for n in range(objects)
-        ],
-    }
+            {"id": 0 if equal_ids else n, "image_id": int(ids[image[n]]), "area": areas[n],
+             "category_id": int(categories[label[n]]), "bbox": boxes[n].tolist(),
+             "iscrowd": int(rng.random() < 0.15)}
+            for n in range(objects)]}
     path.write_text(json.dumps(document))
 
     total = int(rng.choice([0, 1, 5 * count, (250 if count < 20 else 30) * count]))
@@ -186,9 +184,8 @@ def random_set(rng, path):
 
 
 @pytest.mark.parametrize("sets", [40, pytest.param(120, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@others
 def test_backend_equals_the_reference_on_random_sets(tmp_path, backend, sets):
-    require(backend)
     values = set()
     for seed in range(sets):
         results = random_set(np.random.default_rng(seed), tmp_path / "truth.json")
@@ -197,9 +194,8 @@ def test_backend_equals_the_reference_on_random_sets(tmp_path, backend, sets):
     assert {-1, 0} < values and len(values) > 1.6 * sets  # the sets are neither all empty nor alike
 
 
-@pytest.mark.parametrize("backend", BACKENDS[1:])
+@others
 def test_backend_uses_the_hundred_best_of_a_category_in_the_order_given(small, tmp_path, backend):
-    require(backend)
     # 100 wrong ones and a right one of the same score: it is the 101st or the first.
     wrong, right = [result([200, 200, 9, 9])] * 100, [result([0, 0, 40, 40])]
     last = assert_equal_to_reference(wrong + right, small, backend, tmp_path)
@@ -207,22 +203,20 @@ def test_backend_uses_the_hundred_best_of_a_category_in_the_order_given(small, t
     assert last["stats"][0] == 0 and first["stats"][0] == pytest.approx(51 / 101)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_backend_that_is_not_installed_is_named(small, monkeypatch, capsys, tmp_path, backend):
+@pytest.mark.parametrize("name", BACKENDS)
+def test_backend_that_is_not_installed_is_named(monkeypatch, name):
     for module in ("hotcoco", "faster_coco_eval", "pycocotools.coco"):
         monkeypatch.setitem(sys.modules, module, None)
-    (tmp_path / "empty.json").write_text("[]")
-    assert main([str(tmp_path / "empty.json"), str(small), "--eval-backend", backend]) == 2
-    assert f"{backend} need it installed (pip install {backend})" in capsys.readouterr().err
+    with pytest.raises(UserError, match=rf"{name} need it installed \(pip install {name}\)"):
+        load_backend(name)
     with pytest.raises(ValueError, match="'fastest' is not one of pycocotools, hotcoco, faster"):
-        evaluate_coco([], small, "fastest")
+        load_backend("fastest")
 
 
 @pytest.mark.parametrize(("version", "content", "said"), [
     ("1.1.0", {"COCO": SimpleNamespace()}, r"need hotcoco>=1\.2, found 1\.1\.0 .*install -U"),
     ("1.1.0", {"COCO": SimpleNamespace(from_arrays=None)}, None),
-    (None, {"COCO": SimpleNamespace(from_arrays=None), "__version__": "1.1.0"}, None),
-])
+    (None, {"COCO": SimpleNamespace(from_arrays=None), "__version__": "1.1.0"}, None)])
 def test_version_of_a_backend_is_named_and_an_old_one_refused(monkeypatch, version, content, said):
     def find(name):
         if version is None:  # a module without a package's metadata
@@ -243,8 +237,7 @@ def test_version_of_a_backend_is_named_and_an_old_one_refused(monkeypatch, versi
 @pytest.mark.parametrize(("error", "said"), [
     ("ImportError('libgomp.so.1: cannot open')", "libgomp.so.1: cannot open"),
     ("ModuleNotFoundError('no numpy.core', name='numpy.core')", "no numpy.core"),
-    ("ValueError('numpy.dtype size changed')", "numpy.dtype size changed"),
-])
+    ("ValueError('numpy.dtype size changed')", "numpy.dtype size changed")])
 def test_backend_that_is_broken_says_why(tmp_path, monkeypatch, error, said):
     (tmp_path / "hotcoco.py").write_text(f"raise {error}")
     monkeypatch.syspath_prepend(tmp_path)
@@ -262,9 +255,7 @@ def small(tmp_path):
         "categories": [{"id": id, "name": n} for id, n in ((7, "cat"), (3, "dog"), (9, "oar"))],
         "annotations": [
             {"id": id, "image_id": i, "category_id": c, "bbox": b, "area": 1600, "iscrowd": crowd}
-            for id, (i, c, b, crowd) in enumerate(boxes)
-        ],
-    }
+            for id, (i, c, b, crowd) in enumerate(boxes)]}
     path = tmp_path / "truth.json"
     path.write_text(json.dumps(document))
     return path
@@ -285,19 +276,15 @@ def test_scores_by_hand(small):
     assert report["stats"][:3] == pytest.approx([0.6, 1, 1])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, tmp_path, backend):
-    require(backend)
+def test_no_detections_score_zero_and_minus_one_without_ground_truth(small, backend):
     report = evaluate_coco([], small, backend)
     assert report["stats"] == [0, 0, 0, -1, 0, -1, 0, 0, 0, -1, 0, -1]
     assert report["per_category"] == {"dog": 0, "cat": -1, "oar": -1}
     assert report["per_size"] == {"small": -1, "medium": 0, "large": -1}
     assert report["per_category_per_size"]["cat"] == dict.fromkeys(SIZES, -1)
-    assert notes(report) == [
-        "none of the 100 best detections of a class in an image overlaps an object of that class"
-        " by IoU 0.50 or more",
-        "no ground truth (-1) for 2 classes: cat, oar",
-    ]
+    assert notes(report) == ["none of the 100 best detections of a class in an image overlaps an"
+                             " object of that class by IoU 0.50 or more",
+                             "no ground truth (-1) for 2 classes: cat, oar"]
 
 
 def test_note_on_zero_is_true_of_the_hundred_best_alone(small):
@@ -313,11 +300,8 @@ def test_note_on_zero_is_true_of_the_hundred_best_alone(small):
     assert notes({"stats": [0.0] * 8 + [0.5] * 4, "per_category": {}}) == []
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_annotations_without_boxes_score_minus_one(small, backend):
-    require(backend)
-    document = json.loads(small.read_text()) | {"annotations": []}
-    small.write_text(json.dumps(document))
+    small.write_text(json.dumps(json.loads(small.read_text()) | {"annotations": []}))
     for results in ([], [result([0, 0, 40, 40])]):
         assert set(evaluate_coco(results, small, backend)["stats"]) == {-1}
 
@@ -330,10 +314,8 @@ def test_annotations_without_boxes_score_minus_one(small, backend):
     (
         [result([0, 0, 4, 4]), *(result([0, 0, 4, 4], image_id=id) for id in (5, 6))],
         r"results\[1\] has the image_id 5, which .*truth.json does not list, like 2 of 3;"
-        " it lists 2, 1 to 2",
-    ),
-    ([result([0, 0, 4, 4], category_id=1)], r"results\[0\] has the category_id 1, which"),
-])
+        " it lists 2, 1 to 2"),
+    ([result([0, 0, 4, 4], category_id=1)], r"results\[0\] has the category_id 1, which")])
 def test_results_that_cannot_be_scored_are_named(small, tmp_path, results, message, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps(results))
@@ -346,24 +328,17 @@ def test_results_that_cannot_be_scored_are_named(small, tmp_path, results, messa
 
 def test_files_that_cannot_be_read_are_named(small, tmp_path):
     (tmp_path / "half.json").write_text('[{"image_id":')
-    for results, truth, message in (
-        (tmp_path / "none.json", small, "none.json: cannot read"),
-        ([], tmp_path / "none.json", "none.json: cannot read"),
-        (tmp_path / "half.json", small, "half.json: not a JSON file"),
-    ):
+    for results, truth, message in ((tmp_path / "none.json", small, "none.json: cannot read"),
+                                    ([], tmp_path / "none.json", "none.json: cannot read"),
+                                    (tmp_path / "half.json", small, "half.json: not a JSON file")):
         with pytest.raises(UserError, match=message):
             evaluate_coco(results, truth)
-    document = json.loads(small.read_text())
-    del document["annotations"]
-    small.write_text(json.dumps(document))
-    with pytest.raises(UserError, match="truth.json: has no list of annotations"):
-        evaluate_coco([], small)
 
 
 def test_command_line_scores_the_classes_asked_for(small, tmp_path, capsys):
     path = tmp_path / "results.json"
     path.write_text(json.dumps([result([0, 0, 40, 40])]))
-    out = tmp_path / "out.json"
+    out = tmp_path / "new" / "out.json"
     assert main([str(path), str(small), "--classes", "dog,oar", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
     assert report["per_category"] == {"dog": pytest.approx(51 / 101), "oar": -1}
@@ -413,8 +388,7 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
     if importlib.util.find_spec("hotcoco"):
         assert main([str(results), str(truth), "--eval-backend", "hotcoco"]) == 0
         assert capsys.readouterr().out == printed
-    intervals = [report["interval"], report["at_50"]["interval"]]
-    for n, bounds in enumerate(intervals):
+    for n, bounds in enumerate([report["interval"], report["at_50"]["interval"]]):
         table[n], shown = table[n].removesuffix(")").rsplit(" (", 1)
         assert shown == bootstrap.text(bounds) and shown
     assert table[12:13] == notes(report) and len(table) == 14 + 80
@@ -438,13 +412,8 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
 
 def test_command_line_refuses_a_bad_call(small, tmp_path, capsys):
     for args in ([str(small)], [str(small), str(small), "--eval-backend", "fastest"]):
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(SystemExit, match="2"):
             main(args)
-        assert error.value.code == 2
-    (tmp_path / "empty.json").write_text("[]")
-    for target in (tmp_path / "empty.json" / "out.json", tmp_path):
-        assert main(["no results", str(small), "--json", str(target)]) == 2
-        assert f"{target}: cannot be written" in capsys.readouterr().err
-    target = tmp_path / "new" / "out.json"
-    assert main([str(tmp_path / "empty.json"), str(small), "--json", str(target)]) == 0
-    assert json.loads(target.read_text()) == evaluate_coco([], small)
+    capsys.readouterr()
+    assert main(["no results", str(small), "--json", str(tmp_path)]) == 2
+    assert f"{tmp_path}: cannot be written" in capsys.readouterr().err

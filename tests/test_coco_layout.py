@@ -8,7 +8,7 @@ import unicodedata
 import cv2
 import numpy as np
 import pytest
-from coco_files import HEIGHT, WIDTH, annotation, write_set
+from coco_files import HEIGHT, WIDTH, annotation, perfect, write_set
 from conftest import with_exif
 
 from data.coco import COCODetection
@@ -47,8 +47,7 @@ def edit(path, change):
     ({"annotations/train2017.json": "train2017"}, "COCO", "2017_train"),
     ({"photos/labels.json": "photos", "more/labels.json": "more/images"}, "COCO", "more, photos"),
     ({"a/train.json": "a", "b/train.json": "b"}, "COCO", "b_train, train"),
-    ({"labels.json": "."}, "COCO", "labels"),
-])  # fmt: skip
+    ({"labels.json": "."}, "COCO", "labels")])
 def test_layouts_of_tools_are_found_and_read(tmp_path, files, layout, sets):
     for id, (file, folder) in enumerate(files.items(), 1):
         write(tmp_path, file, folder, {id: f"{id}.png"}, [annotation(1, id, [id, 5, 20, 10])])
@@ -87,8 +86,7 @@ def test_training_set_without_a_box_is_refused(tmp_path):
     ("/home/me/train/1.png", "1.png"), ("C:\\data\\1.png", "1.png"),
     ("https://host/a/b%20c.png?token=x/y", "b c.png"),
     ("/data/local-files/?d=set%20a/1.png", "1.png"), ("/data/upload/7/ab-1.png", "ab-1.png"),
-    (unicodedata.normalize("NFC", "été.png"), unicodedata.normalize("NFD", "été.png")),
-])
+    (unicodedata.normalize("NFC", "été.png"), unicodedata.normalize("NFD", "été.png"))])
 def test_names_of_other_systems_are_found(tmp_path, name, file):
     (tmp_path / "train" / file).parent.mkdir(parents=True)
     write(tmp_path, "annotations/instances_train.json", "train", {7: file})
@@ -134,8 +132,7 @@ def test_files_without_a_set_to_test_on_are_divided_and_scored(tmp_path):
         write(tmp_path, f"annotations/{name}.json", name, names, boxes)
     train, val, grouped = (
         COCODetection(tmp_path, [(None, name)], val_share=0.3, split_by=by)
-        for name, by in (("split_train", None), ("split_val", None), ("split_val", "(a|b)"))
-    )
+        for name, by in (("split_train", None), ("split_val", None), ("split_val", "(a|b)")))
     names = [[each.image_path(i).name for i in range(len(each))] for each in (train, val, grouped)]
     assert [len(each) for each in names] == [14, 6, 10] and len({*names[0], *names[1]}) == 20
     assert {name[0] for name in names[1]} == {"a", "b"} and len({n[0] for n in names[2]}) == 1
@@ -143,9 +140,7 @@ def test_files_without_a_set_to_test_on_are_divided_and_scored(tmp_path):
     for i, name in enumerate(names[1]):
         n, k = int(name[1]), "ab".index(name[0])
         assert (val[i][0] == n).all() and val.target(i).tolist() == [[k, n, k + 19, n + 9, 1 + k]]
-    found = [{"boxes": t[:, :4], "scores": np.ones(1, np.float32), "labels": t[:, 4].astype(int)}
-             for t in map(val.target, range(6))]  # fmt: skip
-    report = val.evaluate(found, tmp_path / "out")
+    report = val.evaluate(perfect(val), tmp_path / "out")
     assert report["value"] == pytest.approx(1) and report["image_set"] == "split_val"
     (tmp_path / "ImageSets").mkdir()
     (tmp_path / "ImageSets" / "mine.txt").write_text("b3\na/a9.png\n")

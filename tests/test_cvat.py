@@ -107,5 +107,5 @@ def test_images_are_found_beside_or_by_subset_and_subsets_are_sets(folder, tmp_p
     with pytest.raises(UserError, match=r"image 1 .*image 2 .*both .*b\.png"):
         build_dataset("CVAT", tmp_path / "two", [(None, "x"), (None, "y")])
     (root / folder.format("validation") / "b.png").unlink()
-    with pytest.raises(UserError, match=r"missing images \(1\).*b\.png.*copy"):
+    with pytest.raises(UserError, match=r"images missing \(1\).*b\.png.*copy"):
         read(root, "validation")

@@ -107,8 +107,7 @@ def test_row_names_the_options_that_its_reader_takes():
 
 SAMPLES = {
     "1": [("cell", (5, 5, 40, 40)), ("rod", (50, 10, 90, 30))],
-    "2": [],
-    "3": [("cell", (20, 20, 70, 60))],
+    "2": [], "3": [("cell", (20, 20, 70, 60))],
     "4": [("rod", (60, 40, 500, 60))],  # leaves the image
     "5": [("cell", (1, 1, 96, 72)), ("disc", (30, 30, 30, 30))],  # VOC: without area
 }
@@ -241,8 +240,7 @@ def test_fingerprint_follows_ids_annotations_and_options_and_not_the_place(make)
         make(SAMPLES | {"3": [(*box, True)]}),  # difficult, or a crowd
         make(SAMPLES | {"3": []}),
         make({key if key != "3" else "9": SAMPLES[key] for key in SAMPLES}),
-        make(SAMPLES, classes=["rod", "disc", "cell"]),
-        make(SAMPLES, classes=["cell"]),
+        make(SAMPLES, classes=["rod", "disc", "cell"]), make(SAMPLES, classes=["cell"]),
         *([] if make.voc else [make(SAMPLES, crowds=False)]),
     ]
     first.keep_first(2)

@@ -5,7 +5,6 @@ import os
 import struct
 import zlib
 from contextlib import suppress
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -82,8 +81,7 @@ def huge_png():
 @pytest.mark.parametrize(("data", "message"), [
     (None, r"cannot read .*No such file"), (b"", "empty; copy or download"),
     (b"<html>404</html>", "not an image"),
-    (huge_png(), r"60000 x 60000, more than 134,217,728 pixels.*--max_pixels 3600000000"),
-])
+    (huge_png(), r"60000 x 60000, more than 134,217,728 pixels.*--max_pixels 3600000000")])
 def test_file_that_is_no_image_is_refused(tmp_path, data, message):
     path = tmp_path / "a.png"
     if data is not None:
@@ -152,10 +150,9 @@ def test_every_command_that_reads_images_takes_the_limit(tmp_path, monkeypatch):
         assert os.environ["SSD_MAX_PIXELS"] == most
     root = write_voc(tmp_path / "own", {"trainval": {"a": [("dog", (1, 1, 50, 50))]}})
     for most, read in (
-        (9, lambda options: open_dataset(options, Call(), "train_sets").pull_image(0)),
-        (10, lambda options: check(options)),
-        (11, lambda options: Predictor(Path("none.pth"), max_pixels=options.max_pixels)),
-    ):
+            (9, lambda options: open_dataset(options, Call(), "train_sets").pull_image(0)),
+            (10, check),
+            (11, lambda options: Predictor("none.pth", max_pixels=options.max_pixels))):
         with suppress(UserError):
             read(resolve({"root": str(root), "max_pixels": most}))
         with pytest.raises(UserError, match=f"a.jpg: the image is 96 x 72, more than {most} "):
@@ -180,11 +177,10 @@ def test_only_the_end_marker_of_the_image_itself_counts(tmp_path, image):
     jpeg = encode(".jpg", image)
     with_thumbnail = with_exif(jpeg, thumbnail=encode(".jpg", image[::4, ::4].copy()))
     for whole, cut in (
-        (progressive, progressive[: progressive.rindex(b"\xff\xda")]),  # after a scan
-        (with_thumbnail, with_thumbnail[:-40]),
-        (jpeg + b"\0" * 40, jpeg[:-2] + b"\0" * 40),
-        (jpeg + b"\xff\xda trailer", jpeg[:-2]),
-    ):
+            (progressive, progressive[: progressive.rindex(b"\xff\xda")]),  # after a scan
+            (with_thumbnail, with_thumbnail[:-40]),
+            (jpeg + b"\0" * 40, jpeg[:-2] + b"\0" * 40),
+            (jpeg + b"\xff\xda trailer", jpeg[:-2])):
         path.write_bytes(whole)
         assert read_image(path).shape == (48, 64, 3)
         path.write_bytes(cut)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from functools import partial
 
 import cv2
 import numpy as np
@@ -39,10 +40,8 @@ def file(net, tmp_path_factory):
 
 def made_up(*sizes: tuple[int, int]) -> list[np.ndarray]:
     rng = np.random.default_rng(0)
-    return [
-        cv2.resize(rng.integers(0, 256, (9, 9, 3), np.uint8), size, interpolation=cv2.INTER_CUBIC)
-        for size in sizes
-    ]
+    small = (rng.integers(0, 256, (9, 9, 3), np.uint8) for _ in sizes)
+    return [*map(partial(cv2.resize, interpolation=cv2.INTER_CUBIC), small, sizes)]
 
 
 def evaluated(net, images, priors, **chosen) -> list[dict]:
@@ -189,11 +188,10 @@ def test_mistakes_are_told(file, tmp_path):
         Predictor(tmp_path / "own.pth")
     assert Predictor(tmp_path / "own.pth", classes=["a", "b", "c"]).info.classes == ("a", "b", "c")
     for options, message in (
-        ({"amp": "half"}, "amp is 'half', should be one of off, bf16, fp16"),
-        ({"threads": 2}, "threads is for exported files"),
-        ({"device": "gpu"}, "--device gpu is unknown"),
-        ({"classes": ["a", "b"]}, "has the 20 classes aeroplane, .*, not a, b; leave"),
-    ):
+            ({"amp": "half"}, "amp is 'half', should be one of off, bf16, fp16"),
+            ({"threads": 2}, "threads is for exported files"),
+            ({"device": "gpu"}, "--device gpu is unknown"),
+            ({"classes": ["a", "b"]}, "has the 20 classes aeroplane, .*, not a, b; leave")):
         with pytest.raises(UserError, match=message):
             Predictor(file, **options)
     assert Predictor(file, classes=VOC_CLASSES).info.classes == VOC_CLASSES

@@ -141,7 +141,7 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
     assert dataset_of_test({}, "CVAT") == "CVAT"
 
 
-@pytest.mark.parametrize("root", ["x" * 5000, "a\0b", "\ud800", "/dev/null/x"])
+@pytest.mark.parametrize("root", ["x" * 5000, "\ud800", "/dev/null/x"])
 @pytest.mark.parametrize("dataset", DATASETS)
 def test_root_that_no_file_system_takes_is_refused_by_its_reader(root, dataset):
     options = resolve({"root": root, "dataset": dataset})
@@ -164,13 +164,9 @@ def test_resume_auto_knows_a_run_by_the_layout_of_its_root(tmp_path):
     run = tmp_path / "w/SSD_HarDNet68_512/a"
     run.mkdir(parents=True)
     (run / "last.pth").write_bytes(b"")
-    for dataset, wanted in (("YOLO", True), ("VOC", False)):
-        config = {"dataset": dataset, "root": str(root)}
-        (run / "config.json").write_text(json.dumps(config))
-        call, given = parse(["--resume", "auto", "--root", str(root), "--save_folder",
-                             str(tmp_path / "w")])  # fmt: skip
-        if wanted:
-            with pytest.raises(UserError, match=r"last\.pth"):  # found, and damaged
-                find_checkpoint(call, given)
-        else:
-            assert find_checkpoint(call, given) is None
+    args = ["--resume", "auto", "--root", str(root), "--save_folder", str(tmp_path / "w")]
+    (run / "config.json").write_text(json.dumps({"dataset": "VOC", "root": str(root)}))
+    assert not find_checkpoint(*parse(args))
+    (run / "config.json").write_text(json.dumps({"dataset": "YOLO", "root": str(root)}))
+    with pytest.raises(UserError, match=r"last\.pth"):  # found, and damaged
+        find_checkpoint(*parse(args))

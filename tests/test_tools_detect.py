@@ -240,7 +240,7 @@ def test_annotations_of_voc_and_yolo():
     boxes = [[9.6, 19.4, 49.7, 39.0], [-20, -5, 150, 30], [200, 5, 250, 30]]
     found, names = found_in("in/a&b.jpg", boxes, [2, 1, 1]), ("cat", "<dog>")
     Path("a.xml").write_bytes(voc_xml(found, found.name, names))
-    annotation = read_annotation("a.xml")
+    annotation = read_annotation(Path("a.xml"))
     assert annotation.names == ("<dog>", "cat") and annotation.size == (100, 50)
     assert annotation.boxes.tolist() == [[10, 19, 50, 39], [0, 0, 99, 30]]  # the third is outside
     root = ElementTree.parse("a.xml").getroot()

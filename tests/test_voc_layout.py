@@ -150,7 +150,7 @@ def test_lost_boxes_are_told_and_a_set_without_any_left_is_refused(folder, box, 
 
 def test_cvat_declares_classes_and_writes_no_file_for_an_image_without_objects(folder):
     (folder / "Annotations/c.xml").unlink()
-    with pytest.raises(UserError, match=r"missing: .*c\.xml"):
+    with pytest.raises(UserError, match=r"missing .*c\.xml"):
         read(folder, "test")
     (folder / "labelmap.txt").write_text("# label:color\nbackground:0,0,0::\ncat:1,2,3::\ndog:::\n")
     (folder / "ImageSets/Main/dog_test.txt").write_text("a 1\nb -1\n")

@@ -35,14 +35,13 @@ def check_boxes(report: Report, name: str) -> None:
         report.add("note" if asked else kind.level, name, kind.text, records)
     sides, sizes = part.boxes[:, 2:] - part.boxes[:, :2], part.sizes[part.images]
     for what, which in (
-        ("tiny box, a side under 1 % of the image's (dropped unless a crop enlarges it)",
-         # The rule of SSDAugmentation; a test drops no box.
-         (100 * sides < sizes).any(1) & (name == "train")),
-        (f"sliver, over {SLIVER} times as long as wide, which no prior box fits",
-         sides.max(1) > SLIVER * sides.min(1)),
-        ("box over the whole image", (sides + 1 >= WHOLE * sizes).all(1)),
-        ("box that occurs twice (same class and place)", _repeated(part)),
-    ):  # fmt: skip
+            ("tiny box, a side under 1 % of the image's (dropped unless a crop enlarges it)",
+             # The rule of SSDAugmentation; a test drops no box.
+             (100 * sides < sizes).any(1) & (name == "train")),
+            (f"sliver, over {SLIVER} times as long as wide, which no prior box fits",
+             sides.max(1) > SLIVER * sides.min(1)),
+            ("box over the whole image", (sides + 1 >= WHOLE * sizes).all(1)),
+            ("box that occurs twice (same class and place)", _repeated(part))):
         records = []
         for k in np.flatnonzero(which):
             image, label = (name, int(part.images[k])), part.dataset.classes[part.labels[k] - 1]

@@ -93,8 +93,7 @@ def as_json(report: Report) -> dict:
         "classes": {key: {name: list(part.count(key)) for name, part in parts}
                     for key in report.classes()},
         "fits": [dict(zip(("class", *Fit._fields[1:]), fit, strict=True)) for fit in report.fits],
-        "advice": report.advice,
-    }
+        "advice": report.advice}
 
 
 def parse(argv: Sequence[str] | None) -> dict:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data.config import PRIORS
-from engine.priors import MATCHED, best_overlaps, fitted, share
+from engine.priors import MATCHED, best_overlaps, fit_to, fitted, share
 from tools.findings import Fit, Part, Record, Report
 
 LOW_SHARE = 0.9  # a class fits if this share of its boxes reaches the IoU `MATCHED`
@@ -37,10 +37,9 @@ def check_priors(report: Report) -> None:
 
 def fitted_sizes(report: Report) -> dict[str, list[float]]:
     """Return sizes of prior boxes that fit the training part, by input size, for --priors FILE."""
-    part, priors = report.parts["train"], report.options.priors
-    boxes = part.boxes / np.tile(part.sizes[part.images], 2)
-    own = {size: fitted(PRIORS[priors, size], boxes, part.labels) for size in report.sizes}
-    return {str(size): [float(x) for x in each.text.split(",")] for size, each in own.items()}
+    dataset, priors = report.parts["train"].dataset, report.options.priors
+    fits = {str(size): fit_to(dataset, PRIORS[priors, size]) for size in report.sizes}
+    return {size: [float(side) for side in text.split(",")] for size, text in fits.items()}
 
 
 def _fits(part: Part, overlaps: np.ndarray, priors: str, size: int) -> Iterator[Fit]:
