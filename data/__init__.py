@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.annotation import check_folder
+from data.annotation import check_folder, tell
 from data.image_sets import ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
@@ -174,12 +174,9 @@ class DetectionData:
         if not dropped:
             return
         if not len(self.rows):
-            fault = (f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is "
-                     "left, so there is nothing to learn or to score: "
-                     f"{'; '.join(report_lines(dropped))}")
-            if faults is None:
-                raise UserError(fault)
-            faults.append(fault)
+            tell(f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is left, "
+                 f"so there is nothing to learn or to score: {'; '.join(report_lines(dropped))}",
+                 faults)
         empty = {skip.image: skip for skip in reversed(dropped) if skip.image is not None}
         for image in (i for i in sorted(empty) if self.offsets[i] == self.offsets[i + 1]):
             detail = f"{self.image_path(image)} ({empty[image].kind.text}: {empty[image].detail})"
@@ -268,10 +265,7 @@ def build_dataset(name: str, root: str | Path, image_sets: Collection[tuple[str 
 
 
 def split_options(name: str, values: Mapping[str, object]) -> dict[str, object]:
-    """Return those of ``values`` that divide images into sets, if the data set ``name`` takes them.
-
-    They are options of `build_dataset`, and mean `data.split.in_validation`'s arguments.
-    """
+    """Return the arguments of `data.split.in_validation` in ``values`` that ``name`` takes."""
     taken = _SPLIT & DATASETS[name].options
     return {key: value for key, value in values.items() if key in taken}
 

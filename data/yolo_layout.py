@@ -55,9 +55,8 @@ class YOLOFolder:
         if found := _find_yaml(root):
             path, content = found
             self.source = path.name
-            lists = {key: _as_texts(path, key, content[key]) for key in content
-                     if str(key).lower() in SET_WORDS}  # fmt: skip
-            lists = {key: values for key, values in lists.items() if values}
+            lists = {key: values for key in content if str(key).lower() in SET_WORDS
+                     and (values := _as_texts(path, key, content[key]))}
             base = _as_texts(path, "path", content.get("path", ""))
             self.bases = [*(root / each.replace("\\", "/") for each in base), root]
             self.absent = {key: values for key, values in lists.items()
@@ -104,11 +103,9 @@ class YOLOFolder:
         stem = os.path.splitext(image)[0]
         parts = stem.split(os.sep)
         k = max((k for k, part in enumerate(parts[:-1]) if part in IMAGE_FOLDERS), default=None)
-        swapped = [] if k is None else [
-            os.sep.join([*parts[:k], IMAGE_FOLDERS[parts[k]], *parts[k + 1 :]])
-        ]
+        swapped = [] if k is None else [[*parts[:k], IMAGE_FOLDERS[parts[k]], *parts[k + 1 :]]]
         inner = os.path.splitext(relative(image, self.root))[0]
-        return [*swapped, stem, os.path.join(self.root, "labels", inner)]
+        return [*map(os.sep.join, swapped), stem, os.path.join(self.root, "labels", inner)]
 
     def declared(self) -> dict[str, list[Path]]:
         """Return the images of all declared image sets."""

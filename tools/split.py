@@ -43,10 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [build_dataset(options.dataset, options.root, each, options.classes, **more)
              for each in sets]
     for path, part in zip(paths, parts, strict=True):
-        lines = [
-            id if isinstance(id, str) else os.path.relpath(part.image_path(i), options.root)
-            for i, id in enumerate(part.ids)
-        ]
+        lines = [id if isinstance(id, str) else os.path.relpath(part.image_path(i), options.root)
+                 for i, id in enumerate(part.ids)]
         with atomic_write(path) as file:
             file.write("".join(f"{Path(line).as_posix()}\n" for line in lines).encode())
         print(f"{path}: {part.describe()}")
