@@ -15,7 +15,7 @@ from data import DetectionData, coco_layout
 from data.annotation import outside_root, refuse_missing, tell
 from data.bootstrap import DRAWS
 from data.coco_eval import evaluate_coco, load_backend, notes
-from data.coco_json import COCOAnnotations, join, read_annotations
+from data.coco_json import COCOAnnotations, extents, join, read_annotations
 from data.coco_layout import Part, file_stem, is_test_split, normalise
 from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
@@ -149,8 +149,7 @@ class COCODetection(DetectionData):
     def truth(self) -> Truth:
         """Return the objects to score against; the annotation files are read again."""
         file = self._read_again()
-        boxes = np.hstack([file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:]])
-        return Truth(file.owners(), boxes, self._labels(file), file.crowds, "coco")
+        return Truth(file.owners(), extents(file.boxes), self._labels(file), file.crowds, "coco")
 
     def _read_again(self) -> COCOAnnotations:
         """Return the images of all files with their boxes, under their `ids`."""

@@ -124,6 +124,11 @@ def positions(where: str, field: str, values: np.ndarray, known: np.ndarray,
     return index
 
 
+def extents(boxes: np.ndarray) -> np.ndarray:
+    """Convert x, y, w, h [n, 4] to x1, y1, x2, y2 [n, 4]."""
+    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+
+
 @dataclass(frozen=True)
 class COCOAnnotations:
     """One annotation file as arrays: N images by id, K categories by id, M boxes by image."""
