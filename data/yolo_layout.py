@@ -175,9 +175,6 @@ def is_label(path: Path) -> bool:
         return False
 
 
-# ---------------------------------------------------------------- data.yaml
-
-
 def _find_yaml(root: Path) -> tuple[Path, Mapping] | None:
     """Return the file that describes the data, and its content; None if there is none."""
     found = []

@@ -107,9 +107,6 @@ def test_lists_of_the_command_decide_from_then_on(tmp_path, capsys):
         parts()
 
 
-# ---------------------------------------------------------------- which layout
-
-
 def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
     write(tmp_path / "in/yolo", {"train/a": CAT})
     write_voc(tmp_path / "voc", {"trainval": {"a": DOG}, "test": {"b": DOG}})
