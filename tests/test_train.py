@@ -469,7 +469,7 @@ def test_evaluation_decodes_with_the_variance_that_the_loss_encodes_with(call, m
     row = dataclasses.replace(TINY, priors={("VOC", 300): boxes})
     monkeypatch.setitem(models.BACKBONES, "tiny", row)
     seen = []
-    monkeypatch.setattr(Trainer, "run", lambda self, _: seen.append(self))
+    monkeypatch.setattr(Trainer, "run", lambda self, *_: seen.append(self))
     assert call("--date", "a") == 0
     (trainer,) = seen
     assert trainer.train_step.criterion.variance == trainer.evaluate.detect.variance == (0.3, 0.4)
