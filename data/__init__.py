@@ -22,11 +22,9 @@ from data.split import SPLIT_TRAIN, SPLIT_VAL
 from data.truth import Truth, digest
 from utils.errors import UserError
 
-_EXPORTS = {
-    "COCODetection": "data.coco", "CVATDetection": "data.cvat", "VOCDetection": "data.voc0712",
-    "YOLODetection": "data.yolo", "VOC_CLASSES": "data.config",
-    "detection_collate": "data.loading",
-}
+_EXPORTS = {"COCODetection": "data.coco", "CVATDetection": "data.cvat",
+            "VOCDetection": "data.voc0712", "YOLODetection": "data.yolo",
+            "VOC_CLASSES": "data.config", "detection_collate": "data.loading"}
 
 
 def __getattr__(name: str) -> object:
@@ -229,25 +227,20 @@ class DataSetRow:
 
 _SPLIT = frozenset({"val_share", "split_by"})
 DATASETS = {
-    "VOC": DataSetRow(
-        reader="data.voc0712:VOCDetection", folder="VOCdevkit",
-        detection={"conf_thresh": 0.03, "top_k": 300}, epochs=300, weight_decay=5e-4,
-        train_sets=(ImageSet("2007", "trainval"), ImageSet("2012", "trainval")),
-        test_sets=(ImageSet("2007", "test"),), options=_SPLIT,
-    ),
-    "COCO": DataSetRow(
-        reader="data.coco:COCODetection", folder="COCO",
-        detection={"conf_thresh": 0.02, "top_k": 200}, epochs=150, weight_decay=1e-4,
-        train_sets=(ImageSet("2017", "train"),), test_sets=(ImageSet("2017", "val"),),
-        options=_SPLIT | {"crowds", "eval_backend"}, priors="COCO",
-    ),
+    "VOC": DataSetRow(reader="data.voc0712:VOCDetection", folder="VOCdevkit",
+                      detection={"conf_thresh": 0.03, "top_k": 300}, epochs=300, weight_decay=5e-4,
+                      train_sets=(ImageSet("2007", "trainval"), ImageSet("2012", "trainval")),
+                      test_sets=(ImageSet("2007", "test"),), options=_SPLIT),
+    "COCO": DataSetRow(reader="data.coco:COCODetection", folder="COCO",
+                       detection={"conf_thresh": 0.02, "top_k": 200}, epochs=150, weight_decay=1e-4,
+                       train_sets=(ImageSet("2017", "train"),),
+                       test_sets=(ImageSet("2017", "val"),),
+                       options=_SPLIT | {"crowds", "eval_backend"}, priors="COCO"),
 }
 # Own data in other layouts are trained as VOC's.
 DATASETS |= {
-    name: replace(
-        DATASETS["VOC"], reader=reader, folder=name, train_sets=(ImageSet(None, "train"),),
-        test_sets=(ImageSet(None, "val"),),
-    )
+    name: replace(DATASETS["VOC"], reader=reader, folder=name,
+                  train_sets=(ImageSet(None, "train"),), test_sets=(ImageSet(None, "val"),))
     for name, reader in (("YOLO", "data.yolo:YOLODetection"), ("CVAT", "data.cvat:CVATDetection"))
 }
 

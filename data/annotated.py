@@ -116,11 +116,9 @@ class AnnotatedImages(DetectionData):
         # 0.01: what the decimals of shares leave of a box that touches the border.
         changed = (np.abs(clipped - boxes) > 0.01).any(1)
         starts = self._starts()
-        for kind, which in (
-            (SkipKind.BOX_WITHOUT_AREA, known & ~area),
-            (SkipKind.BOX_OUTSIDE, known & area & ~inside),
-            (SkipKind.BOX_CLIPPED, known & area & inside & changed),
-        ):
+        for kind, which in ((SkipKind.BOX_WITHOUT_AREA, known & ~area),
+                            (SkipKind.BOX_OUTSIDE, known & area & ~inside),
+                            (SkipKind.BOX_CLIPPED, known & area & inside & changed)):
             for k in np.flatnonzero(which):
                 image, written = int(images[k]), boxes[k] + self.offset
                 number, size = k - starts[image], self.sizes[image].tolist()

@@ -275,7 +275,7 @@ class COCODetection(DetectionData):
                 self.skipped.append(Skip(SkipKind.CATEGORY_SURPLUS, None, None, detail))
             if left - file.roots or left & used:
                 detail = (f"{file.path.name}: {len(classes)} of {len(file.classes)} classes,"
-                          f" {len(part.boxes)} of {len(file.boxes)} boxes")  # fmt: skip
+                          f" {len(part.boxes)} of {len(file.boxes)} boxes")
                 self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
         return parts
 

@@ -51,7 +51,7 @@ class YOLOFolder:
         self.index, self._texts = FileIndex(IMAGE_SUFFIXES), FileIndex((".txt",))
         self.names, self.absent = None, {}
         self.sets = {file.stem: [file.name] for file in sorted(root.glob("*.txt"))
-                     if file.stem.lower() in SET_WORDS and file.is_file()}  # fmt: skip
+                     if file.stem.lower() in SET_WORDS and file.is_file()}
         if found := _find_yaml(root):
             path, content = found
             self.source = path.name
@@ -219,7 +219,7 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
         return None
     names = dict(enumerate(given)) if isinstance(given, list) else given
     if not (isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
-            and all(re.fullmatch("[0-9]{1,9}", str(key)) for key in names)):  # fmt: skip
+            and all(re.fullmatch("[0-9]{1,9}", str(key)) for key in names)):
         raise UserError(f"{path}: names is {_shown(given)}; give a list of texts, or number: name")
     if (count := content.get("nc")) is not None and count != str(len(names)):
         raise UserError(f"{path}: nc is {_shown(count)} for {len(names)} names; correct one")
@@ -236,7 +236,7 @@ def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
 def _read_keypoints(path: Path, content: Mapping) -> int:
     shape = content.get("kpt_shape", ["0", "0"])
     if not (isinstance(shape, list) and len(shape) == 2
-            and all(re.fullmatch("[0-9]{1,4}", str(each)) for each in shape)):  # fmt: skip
+            and all(re.fullmatch("[0-9]{1,4}", str(each)) for each in shape)):
         raise UserError(f"{path}: kpt_shape is {_shown(shape)}; give [points, 2 or 3]")
     return int(shape[0]) * int(shape[1])
 

@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> dict:
         description="Divide the images under --root as train_test.py does where nothing declares a "
         "set to test on. Write ROOT/ImageSets/split_train.txt and split_val.txt, which decide from "
         "then on, and may be edited.",
-    )  # fmt: skip
+    )
     for name in ("dataset", "root", "val_share", "split_by"):
         add_option(p, name)
     return vars(p.parse_args(argv))
