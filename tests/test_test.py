@@ -420,4 +420,4 @@ def test_a_folder_is_no_checkpoint(call, capsys):
     assert call("--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
     capsys.readouterr()
     assert call("--test", call.folder / "a") == 2
-    assert "a is a folder; give a checkpoint in it, such as last.pth" in capsys.readouterr().err
+    assert "a is a folder; give a checkpoint in it, such as best.pth or last.pth" in capsys.readouterr().err
