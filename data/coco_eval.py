@@ -42,11 +42,10 @@ STATS = (
 """(metric, IoU, area, detections an image) of each number, in the order of pycocotools' stats."""
 
 
-def evaluate_coco(
-    results: str | Path | list[dict] | COCOResults, annotations: str | Path | COCOAnnotations,
-    backend: str = "pycocotools", curves: str | Path | None = None,
-    classes: Sequence[str] | None = None, intervals: bool = True,
-) -> dict:
+def evaluate_coco(results: str | Path | list[dict] | COCOResults,
+                  annotations: str | Path | COCOAnnotations, backend: str = "pycocotools",
+                  curves: str | Path | None = None, classes: Sequence[str] | None = None,
+                  intervals: bool = True) -> dict:
     """Score detections over all images of an annotation file, with pycocotools' defaults.
 
     hotcoco gives every number of pycocotools bit by bit, arrays included. faster-coco-eval does
@@ -141,7 +140,6 @@ def _extents(boxes: np.ndarray) -> np.ndarray:
 
 
 def _classes(report: dict) -> list[str]:
-    """Return a line a class with both AP and their intervals."""
     width, at_50 = max(map(len, ("class", *report["per_category"]))), report["at_50"]
     head = [f"{title:>10}  {'95 % interval':16}" for title in ("AP", "AP at .50")]
     lines = [f"{'class':{width}}  {'  '.join(head)}"]
@@ -157,10 +155,8 @@ def notes(report: dict) -> list[str]:
     """Return what zeros and -1 in a report of `evaluate_coco` mean, as lines for the log."""
     lines = []
     if report["stats"][8] == 0:
-        lines += [
-            "none of the 100 best detections of a class in an image overlaps an object of that"
-            " class by IoU 0.50 or more"
-        ]
+        lines += ["none of the 100 best detections of a class in an image overlaps an object of "
+                  "that class by IoU 0.50 or more"]
     absent = [name for name, ap in report["per_category"].items() if ap == -1]
     if absent:
         lines += [f"no ground truth (-1) for {len(absent)} classes: {', '.join(absent)}"]
@@ -190,9 +186,8 @@ def load_backend(name: str) -> tuple[Callable[..., object], str]:
     except importlib.metadata.PackageNotFoundError:  # a module without a package's metadata
         version = getattr(sys.modules[module], "__version__", "of unknown version")
     if name == "hotcoco" and not hasattr(sys.modules[module].COCO, "from_arrays"):
-        raise UserError(
-            f"COCO scores by hotcoco need hotcoco>=1.2, found {version} (pip install -U hotcoco)"
-        )
+        raise UserError(f"COCO scores by hotcoco need hotcoco>=1.2, found {version} (pip install "
+                        "-U hotcoco)")
     return evaluate, f"{name} {version}"
 
 
@@ -228,9 +223,8 @@ def _index(COCO: type, truth: COCOAnnotations, columns: dict[str, np.ndarray]) -
     """Return a COCO object with one annotation a row of the columns."""
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     # Own ids from 1: pycocotools takes a match with id 0 for none, and joins equal ids.
-    annotations = [
-        {"id": id, **dict(zip(columns, row, strict=True))} for id, row in enumerate(rows, 1)
-    ]
+    annotations = [{"id": id, **dict(zip(columns, row, strict=True))}
+                   for id, row in enumerate(rows, 1)]
     coco = COCO()
     coco.dataset = {**_lists(truth), "annotations": annotations}
     coco.createIndex()
@@ -249,10 +243,8 @@ def _evaluate_arrays(hotcoco: object, truth: COCOAnnotations, results: COCOResul
 
 def _lists(truth: COCOAnnotations) -> dict:
     """Return the records of images and categories, with positions from 1 as ids."""
-    return {
-        "images": [{"id": id} for id in range(1, len(truth.image_ids) + 1)],
-        "categories": [{"id": id, "name": name} for id, name in enumerate(truth.classes, 1)],
-    }
+    return {"images": [{"id": id} for id in range(1, len(truth.image_ids) + 1)],
+            "categories": [{"id": id, "name": name} for id, name in enumerate(truth.classes, 1)]}
 
 
 def _parser() -> Parser:

@@ -210,7 +210,6 @@ def examine(path: str | Path) -> Contents:
 
 
 def _origin(digests: Mapping[str, str]) -> str | None:
-    """Return the name of the published file that has one of these digests."""
     for row in PUBLISHED:
         for place in row.places:
             name, _, expected = (place.checksum or "").partition(":")
@@ -220,7 +219,6 @@ def _origin(digests: Mapping[str, str]) -> str | None:
 
 
 def _beside(saved: Mapping) -> list[str]:
-    """Return the names of what a file holds beside its tensors."""
     return sorted({*saved, *saved.get("beside", ())} - {"model", "beside"})
 
 
