@@ -10,8 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from utils.build import EXTRAS, command, extensions, requirements
 
-setup(
-    license="MIT", ext_modules=extensions(), cmdclass={"build_ext": command()},
-    install_requires=requirements(),
-    extras_require={name: list(packages) for name, packages in EXTRAS.items()},
-)
+setup(license="MIT", ext_modules=extensions(), cmdclass={"build_ext": command()},
+      install_requires=requirements(),
+      extras_require={name: list(packages) for name, packages in EXTRAS.items()})

@@ -7,8 +7,6 @@ compile for many minutes. The K-th of N processes (0 to N - 1) compiles its shar
 SSD512-HarDNet68 for one of `FEW_TILES`; `benchmarks.speed --few_tiles` then tries these alone.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from functools import partial
@@ -32,8 +30,7 @@ def choose_tiles(tiles: Sequence[tuple[int, int]]) -> None:
     from triton.testing import do_bench
 
     gathered_conv.TILES = tiles
-    triton.autotune = partial(triton.autotune, do_bench=lambda call,
-                              quantiles: do_bench(call, warmup=5, rep=20, quantiles=quantiles))
+    triton.autotune = partial(triton.autotune, do_bench=partial(do_bench, warmup=5, rep=20))
 
 
 class Share:
@@ -61,7 +58,6 @@ def share(text: str) -> tuple[int, int]:
 
 
 def warm(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row, the number of layers that were compiled."""
     number, of = args.share
     tiles = len(FEW_TILES)
     choose_tiles((FEW_TILES[number % tiles],))

@@ -1,7 +1,5 @@
 """What all benchmarks share: options, rows of results, calls that take turns, and evidence."""
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -38,13 +36,7 @@ def program(name: str, doc: str, *parents: argparse.ArgumentParser) -> argparse.
 
 def options(rows: Callable[[argparse.Namespace, torch.device], Rows], rounds: int,
             device: bool = True) -> argparse.ArgumentParser:
-    """Return the options that all benchmarks have, as a parent of their parsers.
-
-    Args:
-        rows: the benchmark, which `run` calls.
-        rounds: the default of --rounds.
-        device: whether it also runs on a GPU.
-    """
+    """Return the options of all benchmarks, as a parent of their parsers; `run` calls ``rows``."""
     p = argparse.ArgumentParser(add_help=False)
     p.set_defaults(rows=rows, device="cpu")
     if device:
@@ -91,7 +83,6 @@ def _text(value: object) -> str:
 
 
 def machine(device: torch.device) -> str:
-    """Return what ran, in words."""
     name = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -174,9 +165,7 @@ def ratio(before: Sequence[float], after: Sequence[float],
     The ratio is the median of all pairs. The interval inverts the Mann-Whitney test (Hodges &
     Lehmann 1963), which assumes independent times and no distribution; with too few times it is
     (0, infinity).
-
-    Raises:
-        ValueError: a series is empty, or a time is not positive.
+    Raises ValueError: a series is empty, or a time is not positive.
     """
     if not (len(before) and len(after)) or min(*before, *after) <= 0:
         raise ValueError("both series need times, all of them positive")

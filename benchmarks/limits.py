@@ -1,7 +1,5 @@
 """What a device can do at best, measured, and the shares of it that a network reaches."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,10 +11,8 @@ from benchmarks.harness import race
 from tools.traffic import Profile
 
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
-         "fp16": torch.float16, "int8": torch.int8}
-"""Precision -> dtype of its elements."""
-LARGE = {"cpu": 256 << 20, "cuda": 1 << 30}
-"""Bytes of a buffer that exceeds every cache."""
+         "fp16": torch.float16, "int8": torch.int8}  # precision -> dtype of its elements
+LARGE = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes of a buffer that exceeds every cache
 SIDE = {"cpu": 1536, "cuda": 8192}
 CHANNELS = {"cpu": 256, "cuda": 1024}
 CELLS = 64
@@ -79,19 +75,11 @@ def _convolution(precision: str, images: Tensor, weight: Tensor) -> Tensor:
 
 def shares(counted: Profile, batch: int, precision: str, seconds: float,
            limits: dict) -> dict[str, float]:
-    """Return the shares of the limits that a forward pass reaches.
+    """Return the shares of `measure`'s limits that a forward pass of ``batch`` images reaches.
 
-    Args:
-        counted: the traffic of one image: inputs and outputs of convolutions, concatenations,
-            copies and sums. Parameters are read once a batch. Data that stay in a cache count too,
-            so the share of the bandwidth can exceed 1.
-        batch: images of the pass.
-        precision: a key of `TYPES`.
-        seconds: of the pass.
-        limits: as `measure` returns them.
-
-    Returns:
-        "bandwidth", and "operations" if that precision was measured.
+    "bandwidth" counts inputs and outputs of convolutions, concatenations, copies and sums of every
+    image, and parameters once a batch. Data that stay in a cache count too, so it can exceed 1.
+    "operations" is left out if that precision was not measured.
     """
     moved = (counted.traffic + counted.sums) * batch + counted.parameters
     moved *= TYPES[precision].itemsize

@@ -10,8 +10,6 @@ processes on all cores, --cache the samples from decoded images; the first batch
 equal bit by bit.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import os
@@ -75,7 +73,6 @@ def load(loader: Loader, steps: int) -> None:
 
 
 def files(dataset: VOCDetection, sampler: EpochSampler, steps: int) -> list[str]:
-    """Return the files that `load` reads, in its order."""
     return [str(dataset.image_path(i)) for _ in spans(sampler, steps) for batch in sampler
             for _, i in batch]
 
@@ -96,8 +93,7 @@ def loaders_of(args: argparse.Namespace, dataset: VOCDetection,
                pull: Callable[[int], np.ndarray] | None) -> dict[tuple[int, str], Loader]:
     """Return the loaders to time by (size, what); they give the same samples.
 
-    Raises:
-        AssertionError: one does not.
+    Raises AssertionError: one does not.
     """
     ways = {"one core": (0, None)}
     if pull:
@@ -117,7 +113,6 @@ def loaders_of(args: argparse.Namespace, dataset: VOCDetection,
 
 
 def load_all(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a size and way of loading."""
     dataset = open_sets(args.root, args.sets)
     loaders = loaders_of(args, dataset, open_cache(args.cache or "off", dataset))
     sampler = loaders[args.size[0], "one core"].batch_sampler

@@ -15,8 +15,6 @@ prior and a loop over the classes with `torchvision.ops.nms`; with a few hundred
 network, it takes at most 5 % of SSD512-HarDNet68's forward pass. Both must find the same.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from functools import partial
@@ -62,7 +60,6 @@ def make_boxes(count: int, classes: int, batch: int = 1) -> tuple[Tensor, Tensor
 
 
 def suppress(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a number of images, boxes and classes."""
     from torchvision.ops import batched_nms as torchvisions
 
     for batch, count, classes in product(args.batch, args.boxes, args.classes):
@@ -130,7 +127,6 @@ def trained(priors: Tensor, batch: int, generator: torch.Generator) -> tuple[Ten
 
 
 def check(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> None:
-    """Raise AssertionError unless both lists hold the same detections."""
     for a, b in zip(ours, theirs, strict=True):
         if not torch.equal(a["labels"], b["labels"]):
             raise AssertionError("other labels are found")
@@ -145,7 +141,6 @@ def forward(net: nn.Module, images: Tensor, amp: str) -> None:
 
 
 def detect(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a kind of outputs."""
     priors = PriorBox(COCO_512)()
     net = build_net(args.version, 512, CLASSES).eval()
     net.to(device, memory_format=torch.channels_last)

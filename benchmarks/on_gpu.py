@@ -30,8 +30,7 @@ ONE_CORE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 TINY = {"--version": "SSD_HarDNet39ds", "-v": "SSD_HarDNet39ds", "--size": "300", "--batch": "2",
         "--rounds": "1", "--boxes": "300", "--routes": "plain deployed", "--amp": "off",
         "--images": "32", "--workers": "2", "--max_epoch": "2", "--batch_size": "4",
-        "--overfit": "8", "--limits": ""}
-"""Values of options with QUICK=1."""
+        "--overfit": "8", "--limits": ""}  # values of options with QUICK=1
 LOCK = threading.Lock()
 
 Stage = dict[str, tuple[float, str]]
@@ -75,7 +74,6 @@ def command_of(line: str, s: Settings, out: Path) -> list[str]:
 
 
 def tiny(words: Sequence[str]) -> list[str]:
-    """Return the arguments with the values of `TINY`."""
     found: list[str] = []
     replaced = False
     for word in words:
@@ -141,7 +139,6 @@ def gather(s: Settings, folder: Path) -> list[Stage]:
 
 
 def step(s: Settings, folder: Path) -> list[Stage]:
-    """A training step, the loss, and loading."""
     root = f"--root {shlex.quote(s.bccd)}" if s.bccd else ""
     line = f"benchmarks.train step --device {s.device} {root}"
     loss = f"benchmarks.train loss --device {s.device}"
@@ -205,12 +202,9 @@ def nccl(s: Settings, folder: Path) -> list[Stage]:
 
 class Part(NamedTuple):
     stages: Callable[[Settings, Path], list[Stage]]
-    limit: float
-    """Seconds."""
-    least: float
-    """Seconds that earlier parts leave for it."""
-    needs: str = ""
-    """The setting that it cannot do without."""
+    limit: float  # seconds
+    least: float  # seconds that earlier parts leave for it
+    needs: str = ""  # the setting that it cannot do without
 
 
 PARTS = {"build": Part(build, 95, 0),
@@ -221,8 +215,7 @@ PARTS = {"build": Part(build, 95, 0),
          "tests": Part(tests, 240, 150, "gpu"),
          "bccd": Part(bccd, 265, 150, "bccd"),
          "nccl": Part(nccl, 180, 150, "bccd")}
-TOGETHER = ("tests", "bccd", "nccl")
-"""Parts that run at the same time, last: they measure no times."""
+TOGETHER = ("tests", "bccd", "nccl")  # parts that run at the same time, last: they measure no times
 
 
 # ---------------------------------------------------------------- running them
@@ -300,7 +293,6 @@ def summary(folder: Path) -> list[str]:
 
 
 def show(rows: Sequence[dict]) -> None:
-    """Print the table."""
     for row in rows:
         print(f"\n{row['part']:8}{row['status']:12}{row['seconds']:6.0f} s")
         for name, result in row["results"].items():
@@ -330,7 +322,6 @@ def main(wanted: Sequence[str], s: Settings) -> int:
 
 
 def reserve(phases: Sequence[Sequence[str]]) -> float:
-    """Return the seconds that are kept for these phases."""
     return sum(max((PARTS[name].least for name in phase), default=0) for phase in phases)
 
 

@@ -7,8 +7,6 @@ Finished runs are not repeated; an interrupted run is resumed. Every run keeps a
 its weights, which does not change the training, and is scored with it and without it.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import statistics

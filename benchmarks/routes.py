@@ -1,7 +1,5 @@
 """Networks to time, and the routes through them from image files to boxes."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,22 +30,17 @@ PRECISIONS = {"off": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "fp16"}
 """Values of --amp -> precisions."""
 MEAN = torch.tensor(INPUT_MEAN, dtype=torch.float32)[:, None, None]
 CLASSES = 81
-SCORES_OVER = 300
-"""Scores over the threshold that new weights give an image."""
+SCORES_OVER = 300  # scores over the threshold that new weights give an image
 
 
 class Network(NamedTuple):
-    """A detector to time."""
-
     name: str
     file: Path
-    net: nn.Module
-    """As it was trained: float32, channels first, in evaluation mode."""
+    net: nn.Module  # as it was trained: float32, channels first, in evaluation mode
     predictor: Predictor
 
 
 def open_network(file: Path, device: torch.device) -> Network:
-    """Open a checkpoint."""
     net, info = load_detector(file)
     return Network(info.version, file, net.to(device), Predictor(file, device=str(device)))
 
@@ -191,16 +184,14 @@ class Way(NamedTuple):
 
     wrap: Callable[[nn.Module], Callable] = lambda net: net
     gather: bool = False
-    gpu: bool = False
-    """Whether it needs a GPU."""
+    gpu: bool = False  # whether it needs a GPU
 
 
 WAYS = {"deployed": Way(),
         "compiled": Way(compiled),
         "graph": Way(Graphed, gpu=True),
         "gather": Way(gather=True, gpu=True),
-        "gather_graph": Way(Graphed, gather=True, gpu=True)}
-"""Routes by name, beside "plain"."""
+        "gather_graph": Way(Graphed, gather=True, gpu=True)}  # routes by name, beside "plain"
 
 
 @dataclass
@@ -211,11 +202,9 @@ class Route:
     name: str
     precision: str
     predictor: Predictor
-    module: nn.Module
-    """The network whose traffic is counted."""
+    module: nn.Module  # the network whose traffic is counted
     row: dict = field(default_factory=dict)
-    times: dict[str, list[float]] = field(default_factory=dict)
-    """Seconds of every round, by stage."""
+    times: dict[str, list[float]] = field(default_factory=dict)  # seconds of every round, by stage
 
     def run(self, files: Sequence[Path]) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
         """Return the seconds of each stage and of all, and the detections."""
@@ -231,7 +220,6 @@ class Route:
         return {**seconds, "total": sum(seconds.values())}, found
 
     def forward(self, batch: Tensor) -> dict[str, float]:
-        """Return the seconds of a forward pass."""
         seconds = {"forward": 0.0}
         with tensor_float(self.precision == "tf32"):
             _stage(seconds, self.predictor.device, "forward", self.predictor.forward, batch)

@@ -12,8 +12,6 @@ ways start from comp4 files and annotations in memory. The loop follows the publ
 detection by detection, for all object sizes together; every point of every curve must be equal.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import io
@@ -51,8 +49,7 @@ class MadeUp(NamedTuple):
     found_image: np.ndarray
     found_label: np.ndarray
     found_boxes: np.ndarray
-    right: np.ndarray
-    """Whether a detection lies near an object of its class."""
+    right: np.ndarray  # whether a detection lies near an object of its class
 
 
 def make_up(images: int, objects: int, detections: int, classes: int,
@@ -99,7 +96,6 @@ def make_coco(images: int, detections: int) -> tuple[dict, list[dict]]:
 
 
 def records(**columns: np.ndarray) -> list[dict]:
-    """Return one dict a row."""
     rows = zip(*(column.tolist() for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
@@ -123,7 +119,6 @@ def by_backend(backend: str, found: list[dict], truth: Path) -> list[float]:
 
 
 def by_command(backend: str, results: Path, truth: Path) -> str:
-    """Return what `python -m data.coco_eval` prints."""
     line = [sys.executable, "-m", "data.coco_eval", results, truth, "--eval-backend", backend]
     return subprocess.run(line, check=True, stdout=subprocess.PIPE, text=True).stdout
 
@@ -144,7 +139,6 @@ def difference(name: str, ours: object, theirs: object) -> str:
 
 
 def coco(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a backend, and one a command."""
     versions = {}
     for backend in BACKENDS:
         with contextlib.suppress(UserError):  # not installed
@@ -221,7 +215,6 @@ def loop(folder: Path, ids: list[str], annotations: list[Annotation], name: str)
 
 
 def overlaps_of(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Return the IoU of each of some boxes with one, both ends inside the box."""
     low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
     shared = np.maximum(high - low + 1, 0).prod(1)
     area, areas = (box[2:] - box[:2] + 1).prod(), (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
@@ -238,7 +231,6 @@ def loops(folder: Path, ids: list[str], annotations: list[Annotation]) -> dict[s
 
 
 def voc(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row."""
     annotations, results = make_voc(args.images, args.detections)
     ids = [f"{n:06d}" for n in range(args.images)]
     with tempfile.TemporaryDirectory() as folder:

@@ -20,8 +20,6 @@ Claims: SSD512-HarDNet68's forward pass takes at most 55 % of SSD512-VGG16's, an
 than ResNet101's.
 """
 
-from __future__ import annotations
-
 import argparse
 import gc
 import statistics
@@ -60,8 +58,7 @@ from utils.checkpoint import sha256_of
 from utils.device import choose_device
 from utils.errors import UserError, command
 
-COMPARED = 2
-"""Images, at least, whose boxes are compared."""
+COMPARED = 2  # images, at least, whose boxes are compared
 TOLERANCE = Tolerance(0.995, score=0.01, pixels=1)
 """For float32: rounding alone moves a score of ResNet101 by 0.001 with new weights."""
 
@@ -71,14 +68,11 @@ CLAIMS = (("SSD_HarDNet68", "SSD_vgg", 0.55), ("SSD_HarDNet85", "SSD_resnet101",
 
 
 class Setting(NamedTuple):
-    """How a group of routes is timed."""
-
     files: list[Path]
     batch: int
     threads: int
     rounds: int
-    forward: bool
-    """Whether the forward pass alone is timed."""
+    forward: bool  # whether the forward pass alone is timed
 
 
 def measure(networks: Sequence[Network], make: Callable[[Network], Iterator[Route]],
@@ -131,9 +125,7 @@ def agreement(route: Route, expected: Sequence[dict], files: Sequence[Path], bat
     """Return the part of a row that says how many of the expected boxes a route finds.
 
     On a GPU also the largest memory of all tensors meanwhile, without what lay there before.
-
-    Raises:
-        UserError: neither finds anything.
+    Raises UserError: neither finds anything.
     """
     device = route.predictor.device
     if gpu := device.type == "cuda":
@@ -213,7 +205,6 @@ def check(args: argparse.Namespace, device: torch.device) -> None:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """Return the images in a folder."""
     files = sorted(file for file in folder.glob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise UserError(f"{folder} holds no images; give another folder")
@@ -221,7 +212,6 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def speed(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield the limits, a row a route, and the claims."""
     check(args, device)
     if args.few_tiles:
         gather.choose_tiles(gather.FEW_TILES)
@@ -240,7 +230,6 @@ def speed(args: argparse.Namespace, device: torch.device) -> Rows:
 
 def measure_all(args: argparse.Namespace, device: torch.device, paths: Sequence[Path],
                 files: list[Path]) -> Rows:
-    """Yield the rows of some networks with the present number of threads."""
     threads, ceiling = torch.get_num_threads(), None
     if args.limits:
         ceiling = limits.measure(device)

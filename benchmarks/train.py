@@ -21,8 +21,6 @@ by bit. "kept" is what lies in memory between forward and backward pass, MiB an 
 largest memory of a whole step: of all tensors on a GPU, of a process on the CPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import copy
 import statistics
@@ -56,8 +54,7 @@ from utils.errors import command
 
 VARIANCE = (0.1, 0.2)
 CLASSES = 81
-WARM_UP = 2
-"""Steps that are not timed."""
+WARM_UP = 2  # steps that are not timed
 TARGET = torch.tensor([[0.1, 0.2, 0.5, 0.6, 1.0], [0.4, 0.4, 0.9, 0.8, 2.0]])
 
 
@@ -122,7 +119,6 @@ def with_gradients(criterion: Callable, outputs: list[Tensor], priors: Tensor,
 
 
 def loss(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a precision."""
     priors = PriorBox(PRIORS["COCO", args.size]).to(device)()
     targets = make_targets(args.batch, args.classes)
     criteria = {"ours": MultiBoxLoss(args.classes), "published": PublishedLoss(args.classes)}
@@ -187,12 +183,10 @@ def batches_of(root: Path | None, size: int, batch: int, steps: int) -> tuple[li
 
 
 def means(values: Sequence[float], count: int = 10) -> list[float]:
-    """Return the mean of every ``count`` values."""
     return [statistics.mean(values[i : i + count]) for i in range(0, len(values), count)]
 
 
 def step(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a network; losses are means of ten steps."""
     steps = WARM_UP + args.rounds
     batches, num_classes = batches_of(args.root, args.size, args.batch, steps)
     for version in args.version:
@@ -254,7 +248,6 @@ def kept(net: nn.Module, images: Tensor, amp: str) -> int:
 
 def gradients(net: nn.Module, images: Tensor, priors: Tensor, amp: str,
               recompute: bool) -> tuple[Tensor, ...]:
-    """Return the gradients of a forward pass, loss and backward pass."""
     net.recompute = recompute
     with autocast(images.device, amp):
         outputs = net(images)
@@ -292,7 +285,6 @@ def peak(call: Callable[[], object], device: torch.device, *arguments: object) -
 
 
 def memory(args: argparse.Namespace, device: torch.device) -> Rows:
-    """Yield one row a network and precision."""
     if device.type == "cuda":  # or equal steps differ in their last bits
         torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic = False, True
     modes = {"plain": False, "recomputed": True}

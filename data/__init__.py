@@ -15,18 +15,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data.annotation import check_folder
+from data.annotation import check_folder, tell
 from data.image_sets import ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
 from data.truth import Truth, digest
 from utils.errors import UserError
 
-_EXPORTS = {
-    "COCODetection": "data.coco", "CVATDetection": "data.cvat", "VOCDetection": "data.voc0712",
-    "YOLODetection": "data.yolo", "VOC_CLASSES": "data.config",
-    "detection_collate": "data.loading",
-}
+_EXPORTS = {"COCODetection": "data.coco", "CVATDetection": "data.cvat",
+            "VOCDetection": "data.voc0712", "YOLODetection": "data.yolo",
+            "VOC_CLASSES": "data.config", "detection_collate": "data.loading"}
 
 
 def __getattr__(name: str) -> object:
@@ -174,12 +172,9 @@ class DetectionData:
         if not dropped:
             return
         if not len(self.rows):
-            fault = (f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is "
-                     "left, so there is nothing to learn or to score: "
-                     f"{'; '.join(report_lines(dropped))}")
-            if faults is None:
-                raise UserError(fault)
-            faults.append(fault)
+            tell(f"{self.root}: {sets_name(self.image_sets)}: none of the annotated boxes is left, "
+                 f"so there is nothing to learn or to score: {'; '.join(report_lines(dropped))}",
+                 faults)
         empty = {skip.image: skip for skip in reversed(dropped) if skip.image is not None}
         for image in (i for i in sorted(empty) if self.offsets[i] == self.offsets[i + 1]):
             detail = f"{self.image_path(image)} ({empty[image].kind.text}: {empty[image].detail})"
@@ -232,25 +227,20 @@ class DataSetRow:
 
 _SPLIT = frozenset({"val_share", "split_by"})
 DATASETS = {
-    "VOC": DataSetRow(
-        reader="data.voc0712:VOCDetection", folder="VOCdevkit",
-        detection={"conf_thresh": 0.03, "top_k": 300}, epochs=300, weight_decay=5e-4,
-        train_sets=(ImageSet("2007", "trainval"), ImageSet("2012", "trainval")),
-        test_sets=(ImageSet("2007", "test"),), options=_SPLIT,
-    ),
-    "COCO": DataSetRow(
-        reader="data.coco:COCODetection", folder="COCO",
-        detection={"conf_thresh": 0.02, "top_k": 200}, epochs=150, weight_decay=1e-4,
-        train_sets=(ImageSet("2017", "train"),), test_sets=(ImageSet("2017", "val"),),
-        options=_SPLIT | {"crowds", "eval_backend"}, priors="COCO",
-    ),
+    "VOC": DataSetRow(reader="data.voc0712:VOCDetection", folder="VOCdevkit",
+                      detection={"conf_thresh": 0.03, "top_k": 300}, epochs=300, weight_decay=5e-4,
+                      train_sets=(ImageSet("2007", "trainval"), ImageSet("2012", "trainval")),
+                      test_sets=(ImageSet("2007", "test"),), options=_SPLIT),
+    "COCO": DataSetRow(reader="data.coco:COCODetection", folder="COCO",
+                       detection={"conf_thresh": 0.02, "top_k": 200}, epochs=150, weight_decay=1e-4,
+                       train_sets=(ImageSet("2017", "train"),),
+                       test_sets=(ImageSet("2017", "val"),),
+                       options=_SPLIT | {"crowds", "eval_backend"}, priors="COCO"),
 }
 # Own data in other layouts are trained as VOC's.
 DATASETS |= {
-    name: replace(
-        DATASETS["VOC"], reader=reader, folder=name, train_sets=(ImageSet(None, "train"),),
-        test_sets=(ImageSet(None, "val"),),
-    )
+    name: replace(DATASETS["VOC"], reader=reader, folder=name,
+                  train_sets=(ImageSet(None, "train"),), test_sets=(ImageSet(None, "val"),))
     for name, reader in (("YOLO", "data.yolo:YOLODetection"), ("CVAT", "data.cvat:CVATDetection"))
 }
 
@@ -268,10 +258,7 @@ def build_dataset(name: str, root: str | Path, image_sets: Collection[tuple[str 
 
 
 def split_options(name: str, values: Mapping[str, object]) -> dict[str, object]:
-    """Return those of ``values`` that divide images into sets, if the data set ``name`` takes them.
-
-    They are options of `build_dataset`, and mean `data.split.in_validation`'s arguments.
-    """
+    """Return the arguments of `data.split.in_validation` in ``values`` that ``name`` takes."""
     taken = _SPLIT & DATASETS[name].options
     return {key: value for key, value in values.items() if key in taken}
 

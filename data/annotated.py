@@ -33,8 +33,7 @@ class AnnotatedImages(DetectionData):
     size or a box that leaves the image.
 
     Args:
-        image_sets: (year, name) pairs such as ("2007", "trainval"), year None in a folder without
-            years.
+        image_sets: (year, name) pairs, year None in a folder without years.
         classes: names without background; label k is ``classes[k - 1]``. None: those that the
             layout declares, else all names in the annotations.
         faults: for ``tools.check``. Given a list, errors of single annotations and images, and of
@@ -48,11 +47,10 @@ class AnnotatedImages(DetectionData):
     scores_dropped = False
     """Whether the score counts objects that training drops."""
 
-    def __init__(
-        self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
-        transform: Callable | None = None, classes: Sequence[str] | None = None,
-        faults: list[str] | None = None, val_share: float = VAL_SHARE, split_by: str | None = None,
-    ) -> None:
+    def __init__(self, root: str | Path, image_sets: Sequence[tuple[str | None, str]],
+                 transform: Callable | None = None, classes: Sequence[str] | None = None,
+                 faults: list[str] | None = None, val_share: float = VAL_SHARE,
+                 split_by: str | None = None) -> None:
         self.val_share, self.split_by = val_share, split_by
         sets = [ImageSet(year or None, name) for year, name in image_sets]
         super().__init__(root, sets, transform)
@@ -118,11 +116,9 @@ class AnnotatedImages(DetectionData):
         # 0.01: what the decimals of shares leave of a box that touches the border.
         changed = (np.abs(clipped - boxes) > 0.01).any(1)
         starts = self._starts()
-        for kind, which in (
-            (SkipKind.BOX_WITHOUT_AREA, known & ~area),
-            (SkipKind.BOX_OUTSIDE, known & area & ~inside),
-            (SkipKind.BOX_CLIPPED, known & area & inside & changed),
-        ):
+        for kind, which in ((SkipKind.BOX_WITHOUT_AREA, known & ~area),
+                            (SkipKind.BOX_OUTSIDE, known & area & ~inside),
+                            (SkipKind.BOX_CLIPPED, known & area & inside & changed)):
             for k in np.flatnonzero(which):
                 image, written = int(images[k]), boxes[k] + self.offset
                 number, size = k - starts[image], self.sizes[image].tolist()
@@ -201,19 +197,15 @@ class AnnotatedImages(DetectionData):
         read, _ = read_comp4(directory, image_set, self._scored, self.ids)
         result = evaluate_voc(read, self.annotations, self._scored)
         if left_out := [c for c in self.classes if c not in self._scored]:
-            result["notes"].append(
-                f"no ground truth in the {len(self)} images kept, so not scored, for"
-                f" {len(left_out)} classes: {', '.join(left_out)}"
-            )
+            result["notes"].append(f"no ground truth in the {len(self)} images kept, so not scored,"
+                                   f" for {len(left_out)} classes: {', '.join(left_out)}")
         years = [each.year for each in self.image_sets]
         old = all(year and year.isdigit() and int(year) < 2010 for year in years)
         main = "voc07_11point" if old else "area"
         write_voc_curves(Path(directory) / CURVES_FILE, result)
         of_main = {key: value for key, value in result[main].items() if key != "mean"}
-        return {
-            "metric": METRICS[main], "value": result[main]["mean"], **of_main,
-            "image_set": image_set, **result, "curves": CURVES_FILE,
-        }
+        return {"metric": METRICS[main], "value": result[main]["mean"], **of_main,
+                "image_set": image_set, **result, "curves": CURVES_FILE}
 
 
 def _checked_size(image: np.ndarray, path: Path, annotation: Annotation) -> tuple[int, int]:

@@ -25,7 +25,7 @@ def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
     if unfit := [name for name in names
                  if any(unicodedata.category(each) in ("Cc", "Cs") for each in name)]:
         raise UserError(f"{source}: the class name {unfit[0]!a:.80} has a control character or half"
-                        " of a surrogate pair; rename the class")  # fmt: skip
+                        " of a surrogate pair; rename the class")
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UserError(f"{source}: class names must be unique, repeated: {', '.join(repeated)}")
     if background := set(names) & BACKGROUND:

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from data import DetectionData, coco_layout
+from data.annotation import outside_root, refuse_missing, tell
 from data.bootstrap import DRAWS
 from data.coco_eval import evaluate_coco, load_backend, notes
-from data.coco_json import COCOAnnotations, join, read_annotations
+from data.coco_json import COCOAnnotations, extents, join, read_annotations
 from data.coco_layout import Part, file_stem, is_test_split, normalise
 from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
@@ -94,10 +95,7 @@ class COCODetection(DetectionData):
         self._file_ids = np.concatenate([file.image_ids for file in files])
         self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
         self.ids = self._unique_ids()
-        for n, name in enumerate(self._names.tolist()):
-            if (os.path.isabs(name) or ".." in name) and os.path.relpath(
-                    path := self.image_path(n), self.root).startswith(".."):
-                self.skipped.append(Skip(SkipKind.OUTSIDE_ROOT, n, None, str(path)))
+        self.skipped += outside_root(self.root, [*map(self.image_path, range(len(self)))])
         self.sizes = np.concatenate([file.sizes for file in files])
         starts = np.cumsum([0, *(len(file.image_ids) for file in files)])
         targets, counts = zip(*map(self._targets, files, starts.tolist()), strict=True)
@@ -151,8 +149,7 @@ class COCODetection(DetectionData):
     def truth(self) -> Truth:
         """Return the objects to score against; the annotation files are read again."""
         file = self._read_again()
-        boxes = np.hstack([file.boxes[:, :2], file.boxes[:, :2] + file.boxes[:, 2:]])
-        return Truth(file.owners(), boxes, self._labels(file), file.crowds, "coco")
+        return Truth(file.owners(), extents(file.boxes), self._labels(file), file.crowds, "coco")
 
     def _read_again(self) -> COCOAnnotations:
         """Return the images of all files with their boxes, under their `ids`."""
@@ -245,18 +242,16 @@ class COCODetection(DetectionData):
     def _read(self, path: Path, image_set: ImageSet) -> Part:
         file = read_annotations(path, boxes=not is_test_split(path))
         part = coco_layout.find_images(self.root, file, image_set)
-        if part.missing and self._faults is None:
-            more = " ..." if len(part.missing) > 10 else ""
-            raise UserError(f"{part.folder}: {len(part.missing)} of the {len(part.names)} images in"
-                            f" {path.name} are missing: {', '.join(part.missing[:10])}{more}")
+        if self._faults is None:
+            refuse_missing(f"{part.folder}, for {path.name}", part.missing)
         if part.folder != part.usual:
             detail = f"{path.name}: {part.folder}, they are not in {part.usual}"
             self.skipped.append(Skip(SkipKind.OTHER_FOLDER, None, None, detail))
         first: dict[str, int] = {}
         for id, name in zip(file.image_ids.tolist(), part.names.tolist(), strict=True):
             if (other := first.setdefault(name, id)) != id:
-                self._fault(f"{path}: image ids {other} and {id} have the same file {name}; leave"
-                            " one out, and give its boxes to the other")  # fmt: skip
+                tell(f"{path}: image ids {other} and {id} have the same file {name}; leave one "
+                     "out, and give its boxes to the other", self._faults)
         for n in np.flatnonzero(file.sizes[:, 0] == 0).tolist():
             file.sizes[n] = image_size(part.folder / str(part.names[n]))
         return part
@@ -271,8 +266,8 @@ class COCODetection(DetectionData):
         parts = [file.of_classes(classes) for file in files]
         _check_categories(parts)
         if used and used.isdisjoint(classes):
-            self._fault(f"{self.root}: no box of {', '.join(classes)} in {files[0].path.name}; "
-                        f"choose from {', '.join(sorted(used))} (--classes)")  # fmt: skip
+            tell(f"{self.root}: no box of {', '.join(classes)} in {files[0].path.name}; choose "
+                 f"from {', '.join(sorted(used))} (--classes)", self._faults)
         for file, part in zip(files, parts, strict=True):
             left = set(file.classes) - set(classes)
             roots = [f"{file.path.name}: {name}" for name in left & file.roots - used]
@@ -280,7 +275,7 @@ class COCODetection(DetectionData):
                 self.skipped.append(Skip(SkipKind.CATEGORY_SURPLUS, None, None, detail))
             if left - file.roots or left & used:
                 detail = (f"{file.path.name}: {len(classes)} of {len(file.classes)} classes,"
-                          f" {len(part.boxes)} of {len(file.boxes)} boxes")  # fmt: skip
+                          f" {len(part.boxes)} of {len(file.boxes)} boxes")
                 self.skipped.append(Skip(SkipKind.CLASSES_LEFT_OUT, None, None, detail))
         return parts
 
@@ -333,11 +328,6 @@ class COCODetection(DetectionData):
             self.skipped.append(Skip(SkipKind.BOX_FORMAT, None, None, detail))
         target = np.hstack([corners, self._labels(file)[:, None]])[kept].astype(np.float32)
         return target, np.bincount(owners[kept], minlength=len(file.image_ids))
-
-    def _fault(self, fault: str) -> None:
-        if self._faults is None:
-            raise UserError(fault)
-        self._faults.append(fault)
 
     def _labels(self, file: COCOAnnotations) -> np.ndarray:
         label_of = [self.classes.index(name) + 1 for name in file.classes]

@@ -22,7 +22,7 @@ import numpy as np
 
 from data import bootstrap
 from data.classes import parse_classes
-from data.coco_json import COCOAnnotations, read_annotations, read_json
+from data.coco_json import COCOAnnotations, extents, read_annotations, read_json
 from data.coco_results import COCO_FIELDS, COCOResults, check_submission
 from data.curves import SIZES, write_curves
 from data.judge import Found, count
@@ -33,12 +33,10 @@ from utils.files import check_writable, write_json
 
 BACKENDS = ("pycocotools", "hotcoco", "faster-coco-eval")
 """What can compute the metrics. The first is the reference and the default."""
-STATS = (
-    ("AP", "0.50:0.95", "all", 100), ("AP", "0.50", "all", 100), ("AP", "0.75", "all", 100),
-    *(("AP", "0.50:0.95", size, 100) for size in SIZES),
-    *(("AR", "0.50:0.95", "all", count) for count in (1, 10, 100)),
-    *(("AR", "0.50:0.95", size, 100) for size in SIZES),
-)
+STATS = (("AP", "0.50:0.95", "all", 100), ("AP", "0.50", "all", 100), ("AP", "0.75", "all", 100),
+         *(("AP", "0.50:0.95", size, 100) for size in SIZES),
+         *(("AR", "0.50:0.95", "all", count) for count in (1, 10, 100)),
+         *(("AR", "0.50:0.95", size, 100) for size in SIZES))
 """(metric, IoU, area, detections an image) of each number, in the order of pycocotools' stats."""
 
 
@@ -90,13 +88,13 @@ def evaluate_coco(results: str | Path | list[dict] | COCOResults,
         np.ascontiguousarray(evaluation.eval[key][..., -1])  # of 1, 10 and 100 detections
         for key in ("precision", "scores")  # [IoU, recall, category, area range], -1 for no truth
     )
+    ious = np.array(evaluation.params.iouThrs)
     if curves is not None:
-        ious, recall = evaluation.params.iouThrs, np.array(evaluation.params.recThrs)
-        write_curves(curves, truth.classes, ious, recall=recall, precision=precision, scores=scores)
+        write_curves(curves, truth.classes, ious, recall=np.array(evaluation.params.recThrs),
+                     precision=precision, scores=scores)
     report = _report(truth, evaluation.stats, precision) | {"backend": version}
     if intervals:
-        ious = np.array(evaluation.params.iouThrs)
-        found = Found(image - 1, _extents(results.boxes), category, results.scores)
+        found = Found(image - 1, extents(results.boxes), category, results.scores)
         _add_intervals(report, truth, Found(*(each[np.argsort(image, kind="stable")]
                                               for each in found)), ious)
     return report
@@ -115,12 +113,11 @@ def _report(truth: COCOAnnotations, stats: np.ndarray, precision: np.ndarray) ->
                   "per_class_interval": {}},
         "per_size": dict(zip(SIZES, stats[3:6], strict=True)),
         "per_category_per_size": {name: dict(zip(SIZES, aps[1:], strict=True)) for name,
-                                  aps in by_name.items()},
-    }
+                                  aps in by_name.items()}}
 
 
 def _add_intervals(report: dict, truth: COCOAnnotations, found: Found, ious: np.ndarray) -> None:
-    objects = Truth(truth.owners(), _extents(truth.boxes), truth.labels, truth.crowds, "coco")
+    objects = Truth(truth.owners(), extents(truth.boxes), truth.labels, truth.crowds, "coco")
     images = len(truth.image_ids)
     weights, drawn = bootstrap.draw(images), {}
     counted = count(objects, found, ious, len(truth.classes), images)
@@ -135,11 +132,8 @@ def _add_intervals(report: dict, truth: COCOAnnotations, found: Found, ious: np.
                                    for name in truth.classes}
 
 
-def _extents(boxes: np.ndarray) -> np.ndarray:
-    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
-
-
 def _classes(report: dict) -> list[str]:
+    """Return a line a class with both AP and their intervals."""
     width, at_50 = max(map(len, ("class", *report["per_category"]))), report["at_50"]
     head = [f"{title:>10}  {'95 % interval':16}" for title in ("AP", "AP at .50")]
     lines = [f"{'class':{width}}  {'  '.join(head)}"]
@@ -155,8 +149,8 @@ def notes(report: dict) -> list[str]:
     """Return what zeros and -1 in a report of `evaluate_coco` mean, as lines for the log."""
     lines = []
     if report["stats"][8] == 0:
-        lines += ["none of the 100 best detections of a class in an image overlaps an object of "
-                  "that class by IoU 0.50 or more"]
+        lines += ["none of the 100 best detections of a class in an image overlaps an object of"
+                  " that class by IoU 0.50 or more"]
     absent = [name for name, ap in report["per_category"].items() if ap == -1]
     if absent:
         lines += [f"no ground truth (-1) for {len(absent)} classes: {', '.join(absent)}"]
@@ -186,8 +180,8 @@ def load_backend(name: str) -> tuple[Callable[..., object], str]:
     except importlib.metadata.PackageNotFoundError:  # a module without a package's metadata
         version = getattr(sys.modules[module], "__version__", "of unknown version")
     if name == "hotcoco" and not hasattr(sys.modules[module].COCO, "from_arrays"):
-        raise UserError(f"COCO scores by hotcoco need hotcoco>=1.2, found {version} (pip install "
-                        "-U hotcoco)")
+        raise UserError(
+            f"COCO scores by hotcoco need hotcoco>=1.2, found {version} (pip install -U hotcoco)")
     return evaluate, f"{name} {version}"
 
 
@@ -254,8 +248,7 @@ def _parser() -> Parser:
     parser.add_argument("annotations", help="annotation JSON, e.g. instances_val2017.json")
     parser.add_argument(
         "--eval-backend", choices=BACKENDS, default=BACKENDS[0],
-        help="what computes the numbers (%(default)s); hotcoco gives the same bits, much faster",
-    )  # fmt: skip
+        help="what computes the numbers (%(default)s); hotcoco gives the same bits, much faster")
     parser.add_argument("--classes", metavar="NAMES",
                         help="score only these: a,b,c or a file with one name a line")
     parser.add_argument("--json", metavar="OUT", help="write stats, per_category, ... to this file")

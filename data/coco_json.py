@@ -124,6 +124,11 @@ def positions(where: str, field: str, values: np.ndarray, known: np.ndarray,
     return index
 
 
+def extents(boxes: np.ndarray) -> np.ndarray:
+    """Convert x, y, w, h [n, 4] to x1, y1, x2, y2 [n, 4]."""
+    return np.hstack([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]])
+
+
 @dataclass(frozen=True)
 class COCOAnnotations:
     """One annotation file as arrays: N images by id, K categories by id, M boxes by image."""
@@ -168,7 +173,7 @@ class COCOAnnotations:
         known, asked = set(self.classes), set(classes)
         if unknown := [name for name in classes if name not in known]:
             raise UserError(f"{self.path}: has no category {', '.join(unknown)}; it has"
-                            f" {', '.join(self.classes)}")  # fmt: skip
+                            f" {', '.join(self.classes)}")
         if asked == known:
             return self
         chosen = np.array([name in asked for name in self.classes])
@@ -299,7 +304,7 @@ def _read_classes(path: str | Path, categories: list[dict],
                   counts: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names of the categories that are read, and which these are, bool [K]."""
     names = [name.strip() if isinstance(name := each.get("name"), str) else ""
-             for each in categories]  # fmt: skip
+             for each in categories]
     if "" in names:
         raise Records(path, "categories", categories).unfit(names.index(""), "name", "a text")
     kept = np.ones(len(names), bool)
@@ -310,7 +315,7 @@ def _read_classes(path: str | Path, categories: list[dict],
             alike[name] -= not kept[n]
         elif (other := first.setdefault(name, category["id"])) != category["id"]:
             raise UserError(f"{path}: category ids {other} and {category['id']} have the same name "
-                            f"{name!r}, and boxes; give them one id or two names")  # fmt: skip
+                            f"{name!r}, and boxes; give them one id or two names")
     return check_classes([names[n] for n in np.flatnonzero(kept)], str(path)), kept
 
 

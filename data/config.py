@@ -32,10 +32,8 @@ class PriorConfig:
     variance: tuple[float, float] = (0.1, 0.2)
 
     def __post_init__(self) -> None:
-        lengths = {
-            name: len(getattr(self, name))
-            for name in ("feature_maps", "steps", "min_sizes", "max_sizes", "aspect_ratios")
-        }
+        lengths = {name: len(getattr(self, name))
+                   for name in ("feature_maps", "steps", "min_sizes", "max_sizes", "aspect_ratios")}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"each of these needs one entry per source map: {lengths}")
 
@@ -89,9 +87,8 @@ COCO_300 = _ssd300((21, 45, 99, 153, 207, 261), 315)
 VOC_512 = _ssd512((35.84, 76.8, 153.6, 230.4, 307.2, 384, 460.8), 537.6)
 COCO_512 = _ssd512((20.48, 51.2, 133.12, 215.04, 296.96, 378.88, 460.8), 542.72)
 
-PRIORS = {
-    ("VOC", 300): VOC_300, ("VOC", 512): VOC_512, ("COCO", 300): COCO_300, ("COCO", 512): COCO_512,
-}
+PRIORS = {("VOC", 300): VOC_300, ("VOC", 512): VOC_512, ("COCO", 300): COCO_300,
+          ("COCO", 512): COCO_512}
 
 # Published as COCO_mobile_300, for networks with stride 16 at the first source map.
 _MOBILE_MAPS = {19: 16, 10: 32, 5: 64, 3: 100, 2: 150, 1: 300}
@@ -101,23 +98,18 @@ MOBILE_PRIORS = {("VOC", 300): MOBILE_300, ("COCO", 300): MOBILE_300}
 TRAINING_THRESHOLD = 0.01
 """Score threshold of the evaluations during training."""
 
-VOC_CLASSES = (
-    "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
-    "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa",
-    "train", "tvmonitor",
-)  # fmt: skip
-# fmt: off
-COCO_CLASSES = (
-    "person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck", "boat",
-    "traffic light", "fire hydrant", "stop sign", "parking meter", "bench", "bird", "cat", "dog",
-    "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "backpack", "umbrella",
-    "handbag", "tie", "suitcase", "frisbee", "skis", "snowboard", "sports ball", "kite",
-    "baseball bat", "baseball glove", "skateboard", "surfboard", "tennis racket", "bottle",
-    "wine glass", "cup", "fork", "knife", "spoon", "bowl", "banana", "apple", "sandwich", "orange",
-    "broccoli", "carrot", "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant",
-    "bed", "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard", "cell phone",
-    "microwave", "oven", "toaster", "sink", "refrigerator", "book", "clock", "vase", "scissors",
-    "teddy bear", "hair drier", "toothbrush",
-)
+VOC_CLASSES = ("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair",
+               "cow", "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep",
+               "sofa", "train", "tvmonitor")
+COCO_CLASSES = ("person", "bicycle", "car", "motorcycle", "airplane", "bus", "train", "truck",
+                "boat", "traffic light", "fire hydrant", "stop sign", "parking meter", "bench",
+                "bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra",
+                "giraffe", "backpack", "umbrella", "handbag", "tie", "suitcase", "frisbee", "skis",
+                "snowboard", "sports ball", "kite", "baseball bat", "baseball glove", "skateboard",
+                "surfboard", "tennis racket", "bottle", "wine glass", "cup", "fork", "knife",
+                "spoon", "bowl", "banana", "apple", "sandwich", "orange", "broccoli", "carrot",
+                "hot dog", "pizza", "donut", "cake", "chair", "couch", "potted plant", "bed",
+                "dining table", "toilet", "tv", "laptop", "mouse", "remote", "keyboard",
+                "cell phone", "microwave", "oven", "toaster", "sink", "refrigerator", "book",
+                "clock", "vase", "scissors", "teddy bear", "hair drier", "toothbrush")
 """The 80 classes of COCO by id: the order of labels in published detectors."""
-# fmt: on

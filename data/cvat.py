@@ -125,7 +125,7 @@ def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
             raise UserError(f"{path}: its first tag is <{document.tag}>, not <annotations>")
         if document.find("track") is not None:
             raise UserError(f'{path}: an export "for video", whose tracks name no images; export '
-                            'the task as "CVAT for images" or in another format')  # fmt: skip
+                            'the task as "CVAT for images" or in another format')
         if stray := [each.tag for each in document if each.tag != "image"
                      and any(inner.tag in AREAS for inner in each.iter())]:
             raise UserError(f"{path}: <{stray[0]}> holds shapes that are in no <image>; export the"
@@ -170,7 +170,7 @@ class CVATDetection(AnnotatedImages):
         every, labels = _read_files(self.root)
         if not every:
             raise UserError(f"{self.root}: no annotations.xml of CVAT with an <image>; export the "
-                            'task as "CVAT for images"')  # fmt: skip
+                            'task as "CVAT for images"')
         names = [f"{image.subset}/{image.name}".strip("/") for image in every]
         skipped: list[Skip] = []
         listed = (i for each in self.image_sets

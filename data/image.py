@@ -34,7 +34,7 @@ def check_pixels(path: object, size: tuple[int, int]) -> None:
     limit, pixels = os.environ.get(_VARIABLE, ""), size[0] * size[1]
     if pixels > (most := int(limit) if limit.isdecimal() else MAX_PIXELS):
         raise UserError(f"{path}: the image is {size[0]} x {size[1]}, more than {most:,} pixels; "
-                        f"make it smaller, or allow it with --max_pixels {pixels}")  # fmt: skip
+                        f"make it smaller, or allow it with --max_pixels {pixels}")
 
 
 def read_image(path: str | Path, orient: bool = True) -> np.ndarray:

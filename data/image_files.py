@@ -101,9 +101,7 @@ class FileIndex:
             if isinstance(error, OSError) and error.errno not in _NO_FOLDER:
                 raise UserError(f"{folder}: cannot read the folder ({error.strerror})") from error
             parent, name = os.path.split(folder)
-            if not name or name.isascii():
-                return _Listing({}, {}, {})
-            other = self._listing(parent).folders.get(_nfc(name))
+            other = not name.isascii() and self._listing(parent).folders.get(_nfc(name))
             return self._listing(other) if other else _Listing({}, {}, {})
         for name in sorted(files):
             stem, suffix = os.path.splitext(name)

@@ -84,9 +84,6 @@ def _clean(path: str) -> str:
     return posixpath.normpath(unicodedata.normalize("NFC", path.replace("\\", "/")))
 
 
-# ---------------------------------------------------------------- lists
-
-
 def list_files(root: str | Path) -> dict[str, Path]:
     """Return the lists ROOT/ImageSets/NAME.txt and ROOT/ImageSets/Main/NAME.txt by NAME."""
     folder = Path(os.path.expanduser(root), "ImageSets")
@@ -145,9 +142,6 @@ def ends(path: str) -> Iterator[str]:
     parts = path.lstrip("/").split("/")
     for start in range(len(parts)):
         yield "/".join(parts[start:])
-
-
-# ---------------------------------------------------------------- choosing
 
 
 def choose(root: Path, image_set: ImageSet, names: Sequence[str],

@@ -37,8 +37,7 @@ class VOCDetection(AnnotatedImages):
     list_image_sets = staticmethod(list_image_sets)
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
-        listed, loaded = load_annotations(
-            self.root, self.image_sets, classes, faults, self.val_share, self.split_by
-        )
+        listed, loaded = load_annotations(self.root, self.image_sets, classes, faults,
+                                          self.val_share, self.split_by)
         images, skipped = find_images(listed, loaded.annotations, faults)
         return loaded._replace(images=images, skipped=loaded.skipped + skipped)

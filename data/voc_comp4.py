@@ -60,10 +60,8 @@ def write_comp4(directory: str | Path, image_set: str, classes: Sequence[str], i
         names = [ids[image] for image in images[of_class].tolist()]
         columns = (scores[of_class], *boxes[of_class].T)
         rows = zip(names, *(column.tolist() for column in columns), strict=True)
-        lines = [
-            f"{image_id} {score:.9g} {x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}\n"
-            for image_id, score, x1, y1, x2, y2 in rows
-        ]
+        lines = [f"{image_id} {score:.9g} {x1:.3f} {y1:.3f} {x2:.3f} {y2:.3f}\n"
+                 for image_id, score, x1, y1, x2, y2 in rows]
         key = unicodedata.normalize("NFC", name).casefold()
         with atomic_write(comp4_path(directory, image_set, name, whole=key in seen)) as file:
             file.write("".join(lines).encode())
@@ -79,7 +77,7 @@ def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
     """
     paths = {name: comp4_path(directory, image_set, name, whole=True) for name in classes}
     paths = {name: path if path.is_file() else comp4_path(directory, image_set, name)
-             for name, path in paths.items()}  # fmt: skip
+             for name, path in paths.items()}
     missing = {name: path for name, path in paths.items() if not path.is_file()}
     if len(missing) == len(paths):
         existing = sorted(path.name for path in Path(directory).glob("comp4_det_*.txt"))[:10]
@@ -87,10 +85,8 @@ def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
                         f"as {comp4_path('', image_set, classes[0])}; existing: "
                         f"{', '.join(existing) or 'none'}")
     position = {image_id: index for index, image_id in enumerate(ids)}
-    found = {
-        name: _read_class(None if name in missing else path, position)
-        for name, path in paths.items()
-    }
+    found = {name: _read_class(None if name in missing else path, position)
+             for name, path in paths.items()}
     return found, [f"{path}: no such file, {name} has no detections" for name,
                    path in missing.items()]
 

@@ -36,11 +36,10 @@ from data.voc_xml import read_annotation
 from utils.errors import UserError
 
 
-def load_annotations(
-    root: str | Path, image_sets: Sequence[tuple[str | None, str]],
-    classes: Sequence[str] | None = None, faults: list[str] | None = None,
-    val_share: float = VAL_SHARE, split_by: str | None = None,
-) -> tuple[list[Listed], Loaded]:
+def load_annotations(root: str | Path, image_sets: Sequence[tuple[str | None, str]],
+                     classes: Sequence[str] | None = None, faults: list[str] | None = None,
+                     val_share: float = VAL_SHARE,
+                     split_by: str | None = None) -> tuple[list[Listed], Loaded]:
     """Read the annotations of image sets, and look for no image.
 
     Arguments and errors as of ``VOCDetection``.
@@ -87,10 +86,7 @@ def _choose_classes(root: Path, image_sets: Sequence[ImageSet], annotations: Seq
     unread: list[str] = []
     others = {each.annotation for each in list_all(root, index, unread, image_sets)}
     for path in sorted(others - {None, *(annotation.path for annotation in annotations)}):
-        try:
-            names.update(read_annotation(path).names)
-        except UserError as error:
-            unread.append(str(error))
+        names.update(read_or_tell(partial(read_annotation, path), path, unread).names)
     skipped += [Skip(SkipKind.OTHER_SET_UNREAD, None, None, detail) for detail in unread]
     return check_classes(sorted(names), str(root)) if names else ()
 

@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -51,29 +52,26 @@ def read_label(path: Path, keypoints: int = 0) -> tuple[list[float], np.ndarray,
     """
     numbers, edges, outside = [], [], []
     for line, text in enumerate(read_text(path, "label file", 2**28).splitlines(), 1):
-        if words := text.split():
-            number, *values = _numbers(f"{path}:{line}", words)
-            if keypoints and len(values) == 4 + keypoints:
-                values = values[:4]
-            if min(values, default=0) < -0.001 or max(values, default=0) > 1.001:
-                outside.append(len(numbers))
-            numbers.append(number)
-            edges.append(_edges(f"{path}:{line}", values))
+        if not (words := text.split()):
+            continue
+        where = f"{path}:{line}"
+        number, *values = (_number(where, word) for word in words)
+        if number < 0 or number % 1:
+            raise UserError(f'{where}: "{words[0]:.60}" is no class number; write 0, 1, ...')
+        if keypoints and len(values) == 4 + keypoints:
+            values = values[:4]
+        if min(values, default=0) < -0.001 or max(values, default=0) > 1.001:
+            outside.append(len(numbers))
+        numbers.append(number)
+        edges.append(_edges(where, values))
     return numbers, np.array(edges, np.float64).reshape(-1, 4), outside
 
 
-def _numbers(where: str, words: Sequence[str]) -> list[float]:
-    values = []
-    for word in words:
-        try:
-            values.append(float(word))
-        except ValueError:
-            values.append(math.nan)
-        if not math.isfinite(values[-1]):
-            raise UserError(f'{where}: "{word:.60}" is no number; write class x y width height')
-    if values[0] < 0 or values[0] % 1:
-        raise UserError(f'{where}: "{words[0]:.60}" is no class number; write 0, 1, ...')
-    return values
+def _number(where: str, word: str) -> float:
+    with suppress(ValueError):
+        if math.isfinite(value := float(word)):
+            return value
+    raise UserError(f'{where}: "{word:.60}" is no number; write class x y width height')
 
 
 def _edges(where: str, values: Sequence[float]) -> tuple[float, ...]:
@@ -134,10 +132,9 @@ class YOLODetection(AnnotatedImages):
         images = once(self._list(folder, faults), skipped)
         labels = [folder.label_of(image) for image in images]
         if not any(labels):
-            raise UserError(
-                f"{what}: none of {len(images)} images has a label file, such as "
-                f"{' or '.join(f'{each}.txt' for each in folder.label_stems(images[0])[:2])}"
-            )
+            tried = " or ".join(f"{each}.txt" for each in folder.label_stems(images[0])[:2])
+            raise UserError(f"{what}: none of {len(images)} images has a label file, such as "
+                            f"{tried}")
         skipped += _orphans(images, labels)
         annotations = []
         users: dict[Path, Path] = {}

@@ -51,13 +51,12 @@ class YOLOFolder:
         self.index, self._texts = FileIndex(IMAGE_SUFFIXES), FileIndex((".txt",))
         self.names, self.absent = None, {}
         self.sets = {file.stem: [file.name] for file in sorted(root.glob("*.txt"))
-                     if file.stem.lower() in SET_WORDS and file.is_file()}  # fmt: skip
+                     if file.stem.lower() in SET_WORDS and file.is_file()}
         if found := _find_yaml(root):
             path, content = found
             self.source = path.name
-            lists = {key: _as_texts(path, key, content[key]) for key in content
-                     if str(key).lower() in SET_WORDS}  # fmt: skip
-            lists = {key: values for key, values in lists.items() if values}
+            lists = {key: values for key in content if str(key).lower() in SET_WORDS
+                     and (values := _as_texts(path, key, content[key]))}
             base = _as_texts(path, "path", content.get("path", ""))
             self.bases = [*(root / each.replace("\\", "/") for each in base), root]
             self.absent = {key: values for key, values in lists.items()
@@ -104,11 +103,9 @@ class YOLOFolder:
         stem = os.path.splitext(image)[0]
         parts = stem.split(os.sep)
         k = max((k for k, part in enumerate(parts[:-1]) if part in IMAGE_FOLDERS), default=None)
-        swapped = [] if k is None else [
-            os.sep.join([*parts[:k], IMAGE_FOLDERS[parts[k]], *parts[k + 1 :]])
-        ]
+        swapped = [] if k is None else [[*parts[:k], IMAGE_FOLDERS[parts[k]], *parts[k + 1 :]]]
         inner = os.path.splitext(relative(image, self.root))[0]
-        return [*swapped, stem, os.path.join(self.root, "labels", inner)]
+        return [*map(os.sep.join, swapped), stem, os.path.join(self.root, "labels", inner)]
 
     def declared(self) -> dict[str, list[Path]]:
         """Return the images of all declared image sets."""
@@ -178,9 +175,6 @@ def is_label(path: Path) -> bool:
         return False
 
 
-# ---------------------------------------------------------------- data.yaml
-
-
 def _find_yaml(root: Path) -> tuple[Path, Mapping] | None:
     """Return the file that describes the data, and its content; None if there is none."""
     found = []
@@ -225,7 +219,7 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
         return None
     names = dict(enumerate(given)) if isinstance(given, list) else given
     if not (isinstance(names, dict) and all(isinstance(name, str) for name in names.values())
-            and all(re.fullmatch("[0-9]{1,9}", str(key)) for key in names)):  # fmt: skip
+            and all(re.fullmatch("[0-9]{1,9}", str(key)) for key in names)):
         raise UserError(f"{path}: names is {_shown(given)}; give a list of texts, or number: name")
     if (count := content.get("nc")) is not None and count != str(len(names)):
         raise UserError(f"{path}: nc is {_shown(count)} for {len(names)} names; correct one")
@@ -242,7 +236,7 @@ def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
 def _read_keypoints(path: Path, content: Mapping) -> int:
     shape = content.get("kpt_shape", ["0", "0"])
     if not (isinstance(shape, list) and len(shape) == 2
-            and all(re.fullmatch("[0-9]{1,4}", str(each)) for each in shape)):  # fmt: skip
+            and all(re.fullmatch("[0-9]{1,4}", str(each)) for each in shape)):
         raise UserError(f"{path}: kpt_shape is {_shown(shape)}; give [points, 2 or 3]")
     return int(shape[0]) * int(shape[1])
 

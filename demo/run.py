@@ -6,8 +6,6 @@ It prints every call of train_test.py, so that each can be repeated by hand. The
 is a contact sheet, ``detections.png``.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 import sys
@@ -40,7 +38,6 @@ def bf16_pays() -> bool:
 
 
 def _seconds(dtype: torch.dtype) -> float:
-    """Return the shortest time of a convolution."""
     x = torch.randn(2, 128, 64, 64, dtype=dtype).contiguous(memory_format=torch.channels_last)
     weight = torch.randn(128, 128, 3, 3, dtype=dtype)
     return min(timeit.repeat(partial(torch.conv2d, x, weight, padding=1), number=1, repeat=8))
@@ -81,7 +78,6 @@ def print_results(results: dict) -> None:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
     p = Parser(prog="python -m demo.run", description=__doc__.splitlines()[0])
     p.add_argument("--output", type=Path, default=Path("demo/output"), help="(demo/output)")
     p.add_argument("--epochs", type=positive, default=12, help="(12)")

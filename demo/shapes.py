@@ -5,8 +5,6 @@
 Nothing is downloaded. A seed gives the same files with the same versions of OpenCV and NumPy.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import sys
@@ -39,10 +37,8 @@ class Object(NamedTuple):
     name: str
     coverage: np.ndarray
     """Covered part of each pixel, before other shapes hide it: float32 [H, W] in 0..1."""
-    visible: float
-    """Part of the whole shape's area that neither the border nor other shapes hide."""
-    truncated: bool
-    """Whether the border cuts it."""
+    visible: float  # part of the whole shape's area that neither the border nor other shapes hide
+    truncated: bool  # whether the border cuts it
 
     @property
     def box(self) -> tuple[int, int, int, int]:
@@ -175,8 +171,7 @@ def make_dataset(directory: str | os.PathLike, trainval: int = 200, test: int = 
         trainval, test: Number of images. A larger set begins with the images of a smaller one.
         size: Range of an image's sides, in pixels.
 
-    Raises:
-        UserError: The folder holds files, or cannot be made.
+    Raises UserError: the folder holds files, or cannot be made.
     """
     directory = Path(directory)
     if directory.exists() and not (directory.is_dir() and not any(directory.iterdir())):

@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from inference.gathered_conv import gather_blocks
+from models.base import on_meta
 
 
 @torch.inference_mode(False)
@@ -33,9 +34,8 @@ def deploy(net: nn.Module, gather: bool = False) -> Deployed:
         gather: convolutions of HarD blocks read their inputs where they lie, not from a
             concatenation. Needs Triton and a GPU, see ``inference.gathered_conv``.
 
-    Raises:
-        ValueError: a batch norm of ``net`` cannot be folded: it is not the only reader of one
-            convolution that runs once.
+    Raises ValueError: a batch norm of ``net`` cannot be folded: it is not the only reader of one
+    convolution that runs once.
     """
     net = copy.deepcopy(net).eval().requires_grad_(False)
     _fold_batch_norms(net)
@@ -107,7 +107,6 @@ class _Readers(TorchDispatchMode):
 
 
 def _fold_batch_norms(net: nn.Module) -> None:
-    """Fold every batch norm into the convolution before it."""
     convs = _convolutions_before(net)
     for path, module in list(net.named_modules()):
         for name, child in list(module.named_children()):
@@ -130,9 +129,7 @@ def _convolutions_before(net: nn.Module) -> dict[nn.Module, nn.Module]:
     A run on the meta device finds them: both run once, and the norm alone reads the output of the
     convolution.
     """
-    tensors = [*net.parameters(), *net.buffers()]
-    shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors})
-    readers, runs = _Readers(), Counter()
+    shadow, readers, runs = on_meta(net), _Readers(), Counter()
     made: dict[int, tuple[nn.Module, Tensor]] = {}  # keeps the tensors, so ids stay unique
     before: dict[nn.Module, tuple[nn.Module, Tensor]] = {}
 

@@ -5,8 +5,6 @@ pixels counted from 0; label k is names[k - 1], or the number itself without nam
 from `find_font`; characters that it lacks are drawn as escapes.
 """
 
-from __future__ import annotations
-
 import functools
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -166,7 +164,6 @@ def resize(image: np.ndarray, scale: float) -> np.ndarray:
 
 
 def _text(label: float, names: Sequence[str] | None, score: float | None = None) -> str:
-    """Return the name of a label, and the score."""
     if names is not None and not 1 <= label <= len(names):
         raise ValueError(f"label {label:g} does not fit {len(names)} names, 1 is the first")
     name = str(int(label)) if names is None else names[int(label) - 1]
@@ -289,5 +286,4 @@ def _has(font: FreeTypeFont, character: str) -> bool:
 
 @functools.lru_cache(64)
 def _sized(font: FreeTypeFont, height: int) -> FreeTypeFont:
-    """Return the font with lines of `height` pixels."""
     return font.font_variant(size=max(1, round(0.8 * height)))

@@ -5,8 +5,6 @@ boxes are compared one by one, and their AP where ground truth exists. A file th
 `proof.TOLERANCE` is not kept. A kept one has FILE.json beside it: sha256, description and proof.
 """
 
-from __future__ import annotations
-
 import os
 import platform
 import tempfile
@@ -36,27 +34,19 @@ class ExportOptions:
     """The options of ``python -m tools.export``."""
 
     checkpoint: Path
-    format: str
-    """A key of ``formats.FORMATS``."""
+    format: str  # a key of ``formats.FORMATS``
     precision: str = "fp32"
-    output: Path | None = None
-    """None: beside the checkpoint, named after it and the precision."""
+    output: Path | None = None  # None: beside the checkpoint, named after it and the precision
     preprocess: bool = False
     with_nms: bool = False
-    dynamic: bool = False
-    """These three: see ``ExportInfo``."""
-    classes: tuple[str, ...] | None = None
-    """Names for a checkpoint that stores none."""
+    dynamic: bool = False  # these three: see ``ExportInfo``
+    classes: tuple[str, ...] | None = None  # names for a checkpoint that stores none
     score_threshold: float | None = None
-    max_detections: int | None = None
-    """Detection settings of the file; None: the published ones."""
+    max_detections: int | None = None  # detection settings of the file; None: the published ones
     images: str | None = None
-    sets: str | None = None
-    """Folder or data set to prove the file with, and its image sets."""
-    limit: int = IMAGES
-    """Most images of the proof; 0: all."""
-    tolerance: float | None = None
-    """Largest loss of AP in points; None: that of the precision."""
+    sets: str | None = None  # folder or data set to prove the file with, and its image sets
+    limit: int = IMAGES  # most images of the proof; 0: all
+    tolerance: float | None = None  # largest loss of AP in points; None: that of the precision
     calibrate: str | None = None
     calibrate_sets: str | None = None
     """Folder or data set to calibrate INT8 with, and its image sets."""
@@ -131,7 +121,6 @@ def _check(options: ExportOptions, form: Format, output: Path) -> None:
 
 def _images(options: ExportOptions, saved: Mapping,
             detector: DetectorInfo) -> tuple[Images, Images | None]:
-    """Find the images of the proof, and those that INT8 is calibrated with."""
     checkpoint = options.checkpoint
     trained_on = TrainedOn.of(saved, checkpoint)
     images = find_images(options.images, options.sets, options.limit, trained_on, detector)

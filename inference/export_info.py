@@ -26,8 +26,7 @@ _KINDS = {"format": int, "version": str, "size": int, "classes": list, "dataset"
 class ExportInfo:
     """What an exported file says about itself.
 
-    Raises:
-        ValueError: a value that no exported file has.
+    Raises ValueError: a value that no exported file has.
     """
 
     detector: DetectorInfo
@@ -83,8 +82,7 @@ class ExportInfo:
     def parse(cls, text: str | None, path: Path) -> ExportInfo:
         """Read the description of the file ``path``, which is JSON.
 
-        Raises:
-            UserError: no description, a damaged one, or one of a newer version of this program.
+        Raises UserError: no description, a damaged one, or one of a newer version of this program.
         """
         if not text:
             raise UserError(

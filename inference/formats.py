@@ -1,7 +1,5 @@
 """Write a network as an ONNX or OpenVINO file."""
 
-from __future__ import annotations
-
 import json
 import logging
 import warnings
@@ -112,7 +110,6 @@ def _detection_as_onnx(info: ExportInfo, network: OnnxModel) -> OnnxModel:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the warnings and log lines of exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -175,7 +172,6 @@ def _joined(network: OpenVINOModel, behind: OpenVINOModel) -> OpenVINOModel:
 
 
 def _quantised(model: OpenVINOModel, info: ExportInfo, calibration: Images) -> OpenVINOModel:
-    """Return the model in INT8, with value ranges from the calibration images."""
     import nncf
 
     info = replace(info, nms=False)

@@ -41,8 +41,7 @@ class GatheredWeight(nn.Module):
         widths: channels of the 1 to 9 input tensors, in order.
         activation: "linear", "relu" or "relu6", applied to the result.
 
-    Raises:
-        ValueError: other shapes, widths that do not add up, an unknown activation or dtype.
+    Raises ValueError: other shapes, widths that do not add up, an unknown activation or dtype.
     """
 
     weight: Tensor
@@ -85,10 +84,7 @@ def gathered_conv2d(parts: Sequence[Tensor], weight: GatheredWeight,
         parts: [B, C_k, H, W] each, with the widths, dtype and device of ``weight``, channels last.
             A part may be a channel slice of a wider channels-last tensor.
         out: [B, O, H, W], receives the result: channels last, or a channel slice of a wider tensor
-            that does not overlap the parts. None: a new tensor.
-
-    Returns:
-        ``out``.
+            that does not overlap the parts, and is returned. None: a new tensor.
 
     Raises:
         ValueError: other widths, shapes, memory layout, dtype or device; a part needs a gradient.

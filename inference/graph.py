@@ -1,7 +1,5 @@
 """What stands before and behind the network in an exported graph: preprocessing, detection."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -85,8 +83,7 @@ def detect_onnx(priors: Tensor, num_classes: int, variance: Sequence[float], con
         num_classes: C, including background.
         config: its first four fields count.
 
-    Raises:
-        ValueError: ``opset`` is below 18.
+    Raises ValueError: ``opset`` is below 18.
     """
     from onnx import numpy_helper, parser
 

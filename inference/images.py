@@ -70,7 +70,7 @@ class TrainedOn:
 
 
 def find_images(root: str | None, sets: str | None, limit: int, trained_on: TrainedOn,
-                detector: DetectorInfo, training: bool = False) -> Images | None:  # fmt: skip
+                detector: DetectorInfo, training: bool = False) -> Images | None:
     """Find at most ``limit`` (0: all) images of a data set's image sets, or of a plain folder.
 
     Args:
@@ -114,7 +114,7 @@ def find_images(root: str | None, sets: str | None, limit: int, trained_on: Trai
 
 def _in_folder(folder: Path, sets: str | None, limit: int, dataset: str, training: bool) -> Images:
     files = sorted(file for file in folder.iterdir()
-                   if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")  # fmt: skip
+                   if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
     if not files:
         raise UserError(f"{folder} holds neither images nor a data set in {dataset} layout; give"
                         " another folder")

@@ -1,7 +1,5 @@
 """Compare what an exported file detects with what its PyTorch network detects."""
 
-from __future__ import annotations
-
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -37,8 +35,7 @@ class Tolerance:
 TOLERANCE = {"fp32": Tolerance(0.999, score=1e-3, pixels=0.5, ap=0.1),
              "bf16": Tolerance(0.97),
              "fp16": Tolerance(0.99),
-             "int8": Tolerance(0.9, ap=0.5)}
-"""By precision."""
+             "int8": Tolerance(0.9, ap=0.5)}  # by precision
 MARGIN = 0.05
 """Boxes are compared from this far above the score threshold: at the threshold itself rounding
 decides whether a box exists."""

@@ -6,8 +6,6 @@
 Only files of ``python -m tools.export`` are accepted. They carry a description (``ExportInfo``).
 """
 
-from __future__ import annotations
-
 import importlib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence

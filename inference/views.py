@@ -1,7 +1,5 @@
 """Detection in parts of an image: tiles for small objects in large images, and mirrored images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -57,9 +55,7 @@ class Views:
         an image that fits into a tile.
     overlap: share of a tile that the next one shows, too, at least; 0 or more, under 1.
     flip: whether every view is also seen mirrored.
-
-    Raises:
-        UserError: another value.
+    Raises UserError: another value.
     """
 
     tiles: int = 0

@@ -57,7 +57,7 @@ class DetectConfig:
                              "should be in 0..1")
 
     def with_limits(self, conf_thresh: float | None, top_k: int | None,
-                    per_class: int | None = None) -> DetectConfig:  # fmt: skip
+                    per_class: int | None = None) -> DetectConfig:
         """Return the settings with another score threshold and limits; None: the own ones."""
         asked = {"conf_thresh": conf_thresh, "top_k": top_k, "per_class": per_class}
         return replace(self, **{key: value for key, value in asked.items() if value is not None})
@@ -76,11 +76,9 @@ class Detect(nn.Module):
         ValueError: as ``DetectConfig``.
     """
 
-    def __init__(
-        self, conf_thresh: float = 0.02, nms_thresh: float = 0.45, per_class: int = 50,
-        top_k: int = 200, variance: tuple[float, float] = (0.1, 0.2), nms: str = "hard",
-        class_agnostic: bool = False, background_shortcut: bool = False,
-    ) -> None:  # fmt: skip
+    def __init__(self, conf_thresh: float = 0.02, nms_thresh: float = 0.45, per_class: int = 50,
+                 top_k: int = 200, variance: tuple[float, float] = (0.1, 0.2), nms: str = "hard",
+                 class_agnostic: bool = False, background_shortcut: bool = False) -> None:
         super().__init__()
         self.config = DetectConfig(conf_thresh, nms_thresh, per_class, top_k, nms, class_agnostic,
                                    background_shortcut)
@@ -135,10 +133,8 @@ class Detect(nn.Module):
         counts = torch.bincount(image[found], minlength=len(sizes)).tolist()
         parts = [part.split(counts) for part in (boxes[found], score, label[found])]
         most = self.config.top_k
-        return [
-            {"boxes": boxes[:most], "scores": scores[:most], "labels": labels[:most]}
-            for boxes, scores, labels in zip(*parts, strict=True)
-        ]
+        return [{"boxes": boxes[:most], "scores": scores[:most], "labels": labels[:most]}
+                for boxes, scores, labels in zip(*parts, strict=True)]
 
     def suppress(self, boxes: Tensor, scores: Tensor, image: Tensor, label: Tensor,
                  classes: int) -> tuple[Tensor, Tensor]:
@@ -153,10 +149,8 @@ class Detect(nn.Module):
         groups, limit = group, config.per_class
         if config.class_agnostic:
             groups, limit = image, max(len(boxes), 1)
-        found, score = batched_nms(
-            boxes, scores, groups, config.nms_thresh, limit,
-            method=SUPPRESSION[config.nms], min_score=config.conf_thresh,
-        )  # fmt: skip
+        found, score = batched_nms(boxes, scores, groups, config.nms_thresh, limit,
+                                   method=SUPPRESSION[config.nms], min_score=config.conf_thresh)
         if config.class_agnostic:
             within = rank_in_group(group[found]) < config.per_class
             found, score = found[within], score[within]

@@ -25,7 +25,7 @@ def pad_targets(targets: Sequence[Tensor], device: torch.device) -> Tensor:
 
 
 def match(targets: Tensor, priors: Tensor, threshold: float, variance: tuple[float, float],
-          index: bool = False) -> tuple[Tensor, Tensor]:  # fmt: skip
+          index: bool = False) -> tuple[Tensor, Tensor]:
     """Match the boxes of a batch to the priors.
 
     A prior is matched to the box that it overlaps most, if their IoU reaches the threshold. Each

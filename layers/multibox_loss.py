@@ -26,10 +26,8 @@ class MultiBoxLoss(nn.Module):
     Neither synchronises with a GPU, forward or backward.
     """
 
-    def __init__(
-        self, num_classes: int, threshold: float = 0.5, negatives_per_positive: int = 3,
-        variance: tuple[float, float] = (0.1, 0.2), least_negatives: int = 0,
-    ) -> None:  # fmt: skip
+    def __init__(self, num_classes: int, threshold: float = 0.5, negatives_per_positive: int = 3,
+                 variance: tuple[float, float] = (0.1, 0.2), least_negatives: int = 0) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.threshold = threshold

@@ -1,8 +1,5 @@
 """Detectors by name. This file alone says which parts and prior boxes go together."""
 
-from __future__ import annotations
-
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +8,7 @@ import torch
 from torch import nn
 
 from data.config import MOBILE_PRIORS, PRIORS, PriorConfig
+from models.base import on_meta
 from models.hardnet import HARDNET_SPECS, Bridge, DepthwiseBridge, HarDNetBase
 from models.rfb import RFBNet, rfb_extras
 from models.ssd import SSD, Detector, ssd_extras, ssd_extras_stride32
@@ -24,8 +22,7 @@ __all__ = ["BACKBONES", "SIZES", "SSD", "Backbone", "build_net", "prior_config"]
 class Backbone:
     """A detector without its weights: a base network, and what stands on it."""
 
-    base: Callable[[], nn.Module]
-    """Makes the base network, which returns two feature maps."""
+    base: Callable[[], nn.Module]  # makes the base network, which returns two feature maps
     bridge: Callable[[int], nn.Module] | None = None
     """Makes what stands between the end of the base, of so many channels, and source 2."""
     detector: Callable[..., Detector] = SSD
@@ -36,8 +33,7 @@ class Backbone:
     classifier: str | None = None
     """Prefix of the base's layers in the state dict of the ImageNet classifier that they are taken
     from, None if there is no such classifier."""
-    new: tuple[str, ...] = ()
-    """Prefixes of the base's layers that the classifier does not have."""
+    new: tuple[str, ...] = ()  # prefixes of the base's layers that the classifier does not have
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -76,9 +72,8 @@ def prior_config(version: str, priors: str, size: int) -> PriorConfig:
             the input, as ``PriorConfig.text`` gives them.
         size: the side of the network's input.
 
-    Raises:
-        ValueError: an unknown version, size or name; the message names those that exist. Or sizes
-            that do not fit the source maps.
+    Raises ValueError: an unknown version, size or name; the message names those that exist. Or
+    sizes that do not fit the source maps.
     """
     if version not in BACKBONES:
         raise ValueError(f"unknown version {version!r}, choose from {', '.join(BACKBONES)}")
@@ -107,9 +102,8 @@ def build_net(version: str, size: int, num_classes: int) -> Detector:
         size: the side S of the network's input, 300 or 512; SSD_mobile exists at 300 only.
         num_classes: classes including background (index 0): 21 for VOC, 81 for COCO.
 
-    Returns:
-        A module that maps images [B, 3, S, S] to (loc [B, P, 4], conf [B, P, num_classes]). P is
-        ``prior_config(...).num_priors``: 11,620 at 300 and 32,756 at 512, fewer for SSD_mobile.
+    The module maps images [B, 3, S, S] to (loc [B, P, 4], conf [B, P, num_classes]). P is
+    ``prior_config(...).num_priors``: 11,620 at 300 and 32,756 at 512, fewer for SSD_mobile.
 
     Raises:
         ValueError: an unknown version or size, fewer than two classes, or source maps whose sizes
@@ -122,7 +116,9 @@ def build_net(version: str, size: int, num_classes: int) -> Detector:
         raise ValueError(f"num_classes is {num_classes}, but background and one class make 2")
     row = BACKBONES[version]
     net = assemble(row, row.base(), priors, num_classes)
-    sides = _source_sides(net, size)
+    with torch.no_grad():
+        maps = on_meta(net).eval().sources(torch.empty(1, 3, size, size, device="meta"))
+    sides = tuple(each.shape[-1] for each in maps)
     if sides != priors.feature_maps:
         raise ValueError(f"{version} at {size} has source maps of {sides}, the prior boxes are "
                          f"made for {priors.feature_maps}")
@@ -135,12 +131,3 @@ def assemble(row: Backbone, base: nn.Module, priors: PriorConfig, num_classes: i
     extras = row.extras(channels, priors.size)
     bridge = [row.bridge(channels)] if row.bridge else []
     return row.detector(base, extras, priors.boxes_per_cell, num_classes, *bridge)
-
-
-def _source_sides(net: Detector, size: int) -> tuple[int, ...]:
-    """Return the sides of the source maps of a size x size input, computed without data."""
-    tensors = net.state_dict(keep_vars=True).values()
-    shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors}).eval()
-    with torch.no_grad():
-        sources = shadow.sources(torch.empty(1, 3, size, size, device="meta"))
-    return tuple(source.shape[-1] for source in sources)

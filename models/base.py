@@ -1,7 +1,6 @@
 """Parts that base networks share: two feature maps, initialisation, memory-saving concatenation."""
 
-from __future__ import annotations
-
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,10 +20,8 @@ class BaseNetwork(nn.Sequential):
     A subclass appends its layers and sets ``tap`` and ``out_channels``.
     """
 
-    tap: int
-    """Position of the layer that returns the stride-8 map."""
-    out_channels: tuple[int, int]
-    """Channels of the two maps."""
+    tap: int  # position of the layer that returns the stride-8 map
+    out_channels: tuple[int, int]  # channels of the two maps
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         for i, layer in enumerate(self):
@@ -32,6 +29,12 @@ class BaseNetwork(nn.Sequential):
             if i == self.tap:
                 stride8 = x
         return stride8, x
+
+
+def on_meta(net: nn.Module) -> nn.Module:
+    """Return a copy of a module without data, on the meta device."""
+    tensors = [*net.parameters(), *net.buffers()]
+    return copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors})
 
 
 def init_kaiming(module: nn.Module) -> None:

@@ -1,7 +1,5 @@
 """Pretrained weights of a base network: of a base file, a detector, or an ImageNet classifier."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +16,14 @@ from utils.logger import LOGGER
 class BaseMatch:
     """Which tensors of a file are those of a base network."""
 
-    source: str
-    """What the file holds: "a base network", "the base of a detector" or "a classifier"."""
-    total: int
-    """Number of the base network's tensors."""
-    tensors: dict[str, Tensor]
-    """The matching tensors, by key of the base network."""
-    unused: list[str]
-    """Keys of the file that are not used."""
+    source: str  # what the file holds: "a base network", "the base of a detector" or "a classifier"
+    total: int  # number of the base network's tensors
+    tensors: dict[str, Tensor]  # the matching tensors, by key of the base network
+    unused: list[str]  # keys of the file that are not used
     missing: list[str]
     """Keys of the base network that the file does not have, without batch counters."""
-    wrong: list[str]
-    """Keys of another shape, each as "key [2] instead of [64, 3, 3, 3]"."""
-    fits: bool
-    """Whether the file has all of the base network that a file of its kind has."""
+    wrong: list[str]  # keys of another shape, each as "key [2] instead of [64, 3, 3, 3]"
+    fits: bool  # whether the file has all of the base network that a file of its kind has
 
 
 def match_base(base: Mapping[str, Tensor], state: Mapping[str, Tensor],
@@ -106,9 +98,8 @@ def load_base(base: nn.Module, path: str | Path, version: str) -> BaseMatch:
             ``base.`` and ``module.``; a whole detector on this base; or a classifier.
         version: the detector of ``BACKBONES`` that ``base`` is part of.
 
-    Raises:
-        UserError: as ``load_checkpoint``, or tensors are missing or of another shape. The message
-            lists them, and nothing is loaded.
+    Raises UserError: as ``load_checkpoint``, or tensors are missing or of another shape. The
+    message lists them, and nothing is loaded.
     """
     match = match_base(base.state_dict(), load_checkpoint(path)["model"], BACKBONES[version])
     if not match.fits:

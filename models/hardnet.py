@@ -4,8 +4,6 @@ Attribute names and list positions (``base.8.layers.3.conv.weight``) are frozen 
 checkpoints.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,20 +18,14 @@ from models.base import BaseNetwork, concatenate, init_kaiming
 class HarDNetSpec:
     """One variant in numbers; ``growth``, ``layers`` and ``channels`` have an entry per block."""
 
-    stem: tuple[int, int]
-    """Output channels of the first two convolutions."""
-    growth: tuple[int, ...]
-    """Growth rate k."""
-    layers: tuple[int, ...]
-    """Layers of the block."""
-    channels: tuple[int, ...]
-    """Output channels of the 1x1 convolution after the block."""
-    multiplier: float
-    """Multiplier m of layer widths."""
+    stem: tuple[int, int]  # output channels of the first two convolutions
+    growth: tuple[int, ...]  # growth rate k
+    layers: tuple[int, ...]  # layers of the block
+    channels: tuple[int, ...]  # output channels of the 1x1 convolution after the block
+    multiplier: float  # multiplier m of layer widths
     pool_after: dict[int, bool]
     """Index of a block whose output is halved -> whether a max pool there rounds its size up."""
-    stride8_block: int
-    """Index of the block whose 1x1 convolution returns the first source map."""
+    stride8_block: int  # index of the block whose 1x1 convolution returns the first source map
     dilated_bridge: bool
     """Whether the base ends with the dilated bridge, which is pretrained with it."""
     depthwise: bool = False

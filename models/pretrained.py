@@ -1,7 +1,5 @@
 """Published weights: where they are, which networks they fit, and what a file of weights holds."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,21 +22,16 @@ from utils.files import atomic_write, file_digest
 class PublishedFile:
     """A file that others published. It may no longer be available."""
 
-    name: str
-    """Its name on the command line."""
+    name: str  # its name on the command line
     file: str
-    """Its file name."""
     places: tuple[Place, ...]
     """Where it is, in the order in which they are tried. Where a place has no checksum, the tensors
     themselves are checked."""
     versions: tuple[str, ...]
     """The detectors whose base network it starts (``--basenet``), or the one that it holds."""
-    licence: str = "MIT"
-    """The licence of the code that it was published with."""
-    size: int | None = None
-    """The input size of the detector that it holds, None for a base network."""
-    num_classes: int | None = None
-    """The classes with background of that detector."""
+    licence: str = "MIT"  # the licence of the code that it was published with
+    size: int | None = None  # the input size of the detector that it holds, None for a base network
+    num_classes: int | None = None  # the classes with background of that detector
 
     @property
     def fits(self) -> str:
@@ -48,8 +41,7 @@ class PublishedFile:
         return f"{names} at {self.size}, {self.num_classes} classes with background"
 
 
-WEIGHTS = Path("weights")
-"""The folder of published files."""
+WEIGHTS = Path("weights")  # the folder of published files
 _GITHUB = "https://raw.githubusercontent.com/PingoLH/"
 _AUTHORS = _GITHUB + "PytorchSSD-HarDNet/master/weights/"
 _CLASSIFIERS = _GITHUB + "Pytorch-HarDNet/master/"
@@ -114,9 +106,7 @@ def download(name: str, folder: str | Path = WEIGHTS) -> Path:
     """Download a published file, or ``hf://ORG/REPO/FILE[@REVISION]``; return its path in a folder.
 
     Its checksum or its tensors are verified. A file of Hugging Face may be any file of weights.
-
-    Raises:
-        UserError: an unknown name, or a file that cannot be downloaded, written or verified.
+    Raises UserError: an unknown name, or a file that cannot be downloaded, written or verified.
     """
     row = None if name.startswith("hf://") else published(name)
 
@@ -150,28 +140,20 @@ class Contents:
     file: str
     bytes: int
     sha256: str
-    git_blob: str
-    """The id that git gives the file."""
-    origin: str | None
-    """The name of the published file that it is."""
-    holds: list[str]
-    """Names of the checkpoint's entries."""
+    git_blob: str  # the id that git gives the file
+    origin: str | None  # the name of the published file that it is
+    holds: list[str]  # names of the checkpoint's entries
     tensors: int
     parameters: int
-    dtypes: dict[str, int]
-    """Number of tensors by dtype."""
-    version: str | None
-    """Of the detector that it is; None for anything else, as are the next two."""
+    dtypes: dict[str, int]  # number of tensors by dtype
+    version: str | None  # of the detector that it is; None for anything else, as are the next two
     size: int | None
     num_classes: int | None
-    classes: list[str] | None
-    """Names, if they are in the file."""
-    basenet: list[str]
-    """The versions whose base network it can start."""
+    classes: list[str] | None  # names, if they are in the file
+    basenet: list[str]  # the versions whose base network it can start
     closest: str
     """The detector, else the base network, that the next three lists compare the file to."""
-    not_compared: list[str]
-    """A sentence for every version that cannot be built here."""
+    not_compared: list[str]  # a sentence for every version that cannot be built here
     missing: list[str]
     unused: list[str]
     wrong: list[str]
@@ -180,8 +162,7 @@ class Contents:
 def examine(path: str | Path) -> Contents:
     """Say what a file of weights holds, without running code from it.
 
-    Raises:
-        UserError: as ``load_checkpoint``.
+    Raises UserError: as ``load_checkpoint``.
     """
     saved = load_checkpoint(path)
     state = saved["model"]
@@ -230,15 +211,11 @@ def convert(source: str | Path, target: str | Path) -> list[str]:
 
     Tensors keep their values, dtypes, order and names (without DataParallel's ``module.``). A
     checkpoint's configuration and classes are kept. The version and size of a detector go into the
-    metadata of ``.safetensors``.
+    metadata of ``.safetensors``. Return the names of the checkpoint's other entries, which are
+    left out: only ``--resume`` needs them.
 
-    Returns:
-        The names of the checkpoint's other entries, which only ``--resume`` needs. They are left
-        out.
-
-    Raises:
-        UserError: ``source`` cannot be read, ``target`` exists, cannot be written or cannot hold
-            it, or not exactly one of the two names ends in ``.safetensors``.
+    Raises UserError: ``source`` cannot be read, ``target`` exists, cannot be written or cannot hold
+    it, or not exactly one of the two names ends in ``.safetensors``.
     """
     source, target = Path(source), Path(target)
     if (source.suffix == ".safetensors") == (target.suffix == ".safetensors"):

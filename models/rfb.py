@@ -1,7 +1,5 @@
 """Receptive-field blocks instead of plain extra layers (RFBNet, arXiv 1711.07767)."""
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Sequence
 

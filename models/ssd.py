@@ -1,7 +1,5 @@
 """The single-shot detector (Liu et al., ECCV 2016, arXiv 1512.02325) on any base network."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 

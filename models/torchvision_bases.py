@@ -3,8 +3,6 @@
 torchvision is imported when such a network is built.
 """
 
-from __future__ import annotations
-
 from importlib import import_module, metadata
 from types import ModuleType
 

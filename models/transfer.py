@@ -1,7 +1,5 @@
 """Make a detector of some classes a detector of others: gather rows of its class heads by name."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -22,11 +20,8 @@ _HEAD = re.compile(r"conf\.\d+\.(weight|bias)")
 def parse_class_map(text: str) -> dict[str, str]:
     """Read a class map, "own=other,..." or the path of a file with one own=other a line.
 
-    Returns:
-        Name of a class of the data -> name of a class of the detector.
-
-    Raises:
-        UserError: an entry of another form, or two entries for one class.
+    Return name of a class of the data -> name of a class of the detector.
+    Raises UserError: an entry of another form, or two entries for one class.
     """
     entries = re.split(r"[,\n]", text)
     # A path may have an equals sign, too: runs/lr=1/map.txt.
@@ -52,9 +47,7 @@ def match_classes(from_names: Sequence[str], to_names: Sequence[str],
 
     A class is found by ``class_map`` (name in ``to_names`` -> name in ``from_names``), else by its
     own name, else by the other of VOC's and COCO's names for it.
-
-    Raises:
-        UserError: ``class_map`` has a name that is not in its list.
+    Raises UserError: ``class_map`` has a name that is not in its list.
     """
     class_map = class_map or {}
     for own, other in class_map.items():
@@ -75,9 +68,7 @@ def check_known(path: str | Path, from_names: Sequence[str], to_names: Sequence[
                 class_map: Mapping[str, str] | None = None) -> None:
     """Raise UserError unless the detector of ``path`` knows all classes of ``to_names``.
 
-    Args:
-        path: its file, for the message.
-        from_names, to_names, class_map: as in ``match_classes``.
+    The classes and ``class_map`` are those of ``match_classes``; the message names ``path``.
     """
     rows = match_classes(from_names, to_names, class_map)
     unknown = [name for name, row in zip(to_names, rows, strict=True) if row is None]
@@ -101,12 +92,9 @@ def transfer_classes(state: Mapping[str, Tensor], from_names: Sequence[str],
         seed: of the rows of new classes, which are initialised as PyTorch initialises
             convolutions, with bias zero.
 
-    Returns:
-        A new state dict, in which all tensors but those of ``conf`` are the same objects, and the
-        names of ``to_names`` whose rows are new. The rows of background are never new.
-
-    Raises:
-        UserError: as ``match_classes``, or the heads are not those of ``from_names``.
+    Returns a new state dict, in which all tensors but those of ``conf`` are the same objects, and
+    the names of ``to_names`` whose rows are new. The rows of background are never new.
+    Raises UserError: as ``match_classes``, or the heads are not those of ``from_names``.
     """
     rows = match_classes(from_names, to_names, class_map)
     index = torch.tensor([0, *(0 if row is None else row + 1 for row in rows)])

@@ -1,7 +1,5 @@
 """VGG16 base network (configuration D, arXiv 1409.1556) as SSD reduces it (arXiv 1512.02325)."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from models.base import BaseNetwork, init_kaiming

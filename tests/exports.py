@@ -1,7 +1,5 @@
 """Exported files of the tiny network for tests."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -1,7 +1,5 @@
 """Every routine of utils.nms applied to tensors on the CPU, the CUDA kernel too."""
 
-from __future__ import annotations
-
 import functools
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """The benchmarks, tiny: they run, compare what they time, and notice a wrong result."""
 
-from __future__ import annotations
-
 import importlib
 import itertools
 import json
@@ -29,9 +27,6 @@ from utils.errors import UserError
 @pytest.fixture
 def tiny(monkeypatch):
     monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
-
-
-# ---------------------------------------------------------------- harness
 
 
 def test_calls_take_turns_and_the_warm_up_is_not_kept(monkeypatch):
@@ -89,8 +84,6 @@ def test_a_claim_holds_where_the_interval_is_below_its_limit(ratio, rounds, verd
     assert found["verdict"] == verdict
     assert (found["interval"] is None) == (rounds == 2)
 
-
-# ---------------------------------------------------------------- each of them
 
 ON = "--device cpu --rounds 1 --amp off"
 COCO = "coco --rounds 1 --images 20 --detections 30"
@@ -183,9 +176,6 @@ def test_step_draws_images_where_none_are_given(monkeypatch):
     assert num_classes == 1 + len(shapes.CLASSES)
 
 
-# ---------------------------------------------------------------- loader
-
-
 def affinity():
     return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else None
 
@@ -226,9 +216,6 @@ def test_loader_notices_other_samples(voc_folder, monkeypatch):
     monkeypatch.setattr(loader, "open_cache", other)
     with pytest.raises(AssertionError, match="other samples"):
         loader.main(["--root", str(voc_folder), "--cache", "memory", "--rounds", "1"])
-
-
-# ---------------------------------------------------------------- the GPU script
 
 
 @pytest.mark.parametrize("quick", [False, True])

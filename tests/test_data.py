@@ -36,16 +36,12 @@ def test_image_set_is_parsed_and_written_back(text, year, name):
     assert found == (year, name) and str(found) == text
 
 
-def test_set_that_exists_under_a_name_like_a_year_can_be_chosen():
-    existing = [ImageSet(None, "2024_train"), ImageSet("2012", "val")]
-    assert ImageSet.parse("2024_train", existing) == (None, "2024_train")
-    assert ImageSet.parse("2012_val", existing) == ("2012", "val")
-    assert parse_image_sets("2024_train, ,2023_train", existing) == [
-        (None, "2024_train"), ("2023", "train"),
-    ]  # fmt: skip
-
-
-def test_text_without_an_image_set_is_refused():
+def test_sets_are_parsed_by_those_that_exist(make_voc, tmp_path):
+    make_voc(tmp_path, {"2024_train": {"a": [("dog", (1, 1, 9, 9))]}})
+    existing = [*list_sets("VOC", tmp_path), ImageSet("2012", "val")]
+    chosen = parse_image_sets("2024_train, ,2023_train,2012_val", existing)
+    assert chosen == [(None, "2024_train"), ("2023", "train"), ("2012", "val")]
+    assert build_dataset("VOC", tmp_path, chosen[:1]).ids == ["a"]
     with pytest.raises(UserError, match="' , '.* give e.g. 2007_trainval,2012_trainval"):
         parse_image_sets(" , ")
 
@@ -58,12 +54,6 @@ def test_sets_have_one_name_that_is_fit_for_a_folder():
     names = {"..": "_._", "CON": "_CON", "nul.x": "_nul.x", "a.": "a_", "a\0b": "a_b", "ü": "ü"}
     assert {name: one_folder(name) for name in names} == names
     assert len(one_folder("é" * 200).encode()) <= 120 and one_folder("\ud800a") == "_a"
-
-
-def test_own_set_named_like_a_year_is_read(make_voc, tmp_path):
-    make_voc(tmp_path, {"2024_train": {"a": [("dog", (1, 1, 9, 9))]}})
-    chosen = parse_image_sets("2024_train", list_sets("VOC", tmp_path))
-    assert build_dataset("VOC", tmp_path, chosen).ids == ["a"]
 
 
 def test_default_sets_follow_the_kind_of_root(voc_folder, voc_devkit):

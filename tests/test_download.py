@@ -1,7 +1,5 @@
 """utils/download.py and data/scripts/ against a local server."""
 
-from __future__ import annotations
-
 import hashlib
 import io
 import os
@@ -101,8 +99,6 @@ def test_places_are_tried_in_order_and_a_file_of_any_is_kept(server, tmp_path):
         assert place.url in line and reason in line
 
 
-# ---------------------------------------------------------------- Google Drive
-
 DRIVE = "https://drive.google.com/file/d/1IHX-vQ_z/view"
 
 
@@ -155,9 +151,6 @@ def test_files_of_hugging_face_come_by_their_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(UserError, match=r"hf://org/repo/b\.pth.*pip install huggingface_hub"):
         fetch([Place("hf://org/repo/b.pth", md5(b""))], tmp_path / "b.pth")
-
-
-# ---------------------------------------------------------------- archives
 
 
 def tar_of(files: dict[str, bytes]) -> bytes:
@@ -218,9 +211,6 @@ def test_unpacking_without_room_leaves_its_mark(tmp_path):
     with pytest.raises(UserError, match=r"cannot unpack .*a\.tar into .* run again"):
         extract_tar(archive, tmp_path)
     assert unpacking_mark(archive, tmp_path).exists()
-
-
-# ---------------------------------------------------------------- Pascal VOC
 
 
 def voc_tar(image_set: str, ids: list[str]) -> bytes:
@@ -294,7 +284,6 @@ def test_voc_counts_are_the_official_ones():
     assert counts == {"2007": [5011, 4952], "2012": [11540]}
 
 
-@pytest.mark.skipif(os.name == "nt", reason="needs a POSIX shell")
 def test_voc_shell_scripts_work_from_any_folder(tmp_path):
     """Even beside folders of the names that the project's have."""
     first, script = (ROOT / "data" / "scripts" / f"VOC{year}.sh" for year in (2007, 2012))

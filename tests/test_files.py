@@ -152,7 +152,6 @@ with atomic_write(sys.argv[1]) as file:
 """
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="an open file cannot be deleted here")
 def test_what_a_killed_writer_left_is_deleted_and_what_is_being_written_is_not(tmp_path):
     writer = subprocess.Popen([sys.executable, "-c", ABANDON, tmp_path / "a"],
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)

@@ -1,8 +1,6 @@
 """Convolutions over several tensors equal those over their concatenation: in Triton's interpreter
 on the CPU, and on a GPU. The compiler's code for GPUs is checked without one."""
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import os
@@ -98,9 +96,6 @@ def test_the_tolerance_admits_rounding_and_no_missing_product():
     check(total + bias[:, None, None], parts, weight, bias, "linear")
     with pytest.raises(AssertionError, match="times the error"):
         check(before + bias[:, None, None], parts, weight, bias, "linear")
-
-
-# ---------------------------------------------------------------- in the interpreter
 
 
 def _interpret() -> None:
@@ -205,9 +200,6 @@ def test_slices_nan_and_deployed_blocks(interpreted, check):
     interpreted(check)
 
 
-# ---------------------------------------------------------------- without computing
-
-
 def test_a_deployed_network_of_gathered_blocks_copies_nothing():
     net = build_net("SSD_HarDNet39ds", 300, 21)
     deployed, gathered = (profile(deploy(net, gather), 300) for gather in (False, True))
@@ -262,9 +254,6 @@ def test_what_it_needs_is_said(triton, monkeypatch):
         gathered_conv._kernel.__wrapped__("cuda")
 
 
-# ---------------------------------------------------------------- compiled for a GPU
-
-
 def compiled(weight: GatheredWeight, capability: int, tile: tuple[int, int], row: int):
     """What Triton makes of a layer whose parts lie in a tensor ``row`` channels wide, at any
     place; no GPU is needed."""
@@ -312,9 +301,6 @@ def test_compiles_for_a_gpu_with_matrix_units_and_wide_loads(triton, dtype, capa
     assert not re.search(r"(ld|st)\.global\S*\.b16", asm["ptx"])
     widths = re.findall(r"cp\.async\.c[ag]\.\S+ \[.*?\], \[.*?\], (\w+)", asm["ptx"])
     assert set(widths) == ({"0x8", "0x10"} if dtype == torch.float32 else {"0x4", "0x10"})
-
-
-# ---------------------------------------------------------------- on a GPU
 
 
 def on_gpu(test):

@@ -5,7 +5,6 @@ The CUDA kernel runs on the CPU here (cuda_on_cpu.h); test_gpu.py runs it on a G
 
 import functools
 import math
-import os
 import subprocess
 import sys
 import sysconfig
@@ -430,7 +429,6 @@ def test_both_compiled_routines_say_which_arguments_they_take():
 
 
 @compiled
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
 def test_a_process_that_is_forked_after_threads_ran_does_not_wait_for_them():
     program = """
 import os, torch

@@ -1,7 +1,5 @@
 """Published files, base networks in files of weights, and the command tools.weights."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -66,9 +64,6 @@ def files(tmp_path_factory):
     return {name: folder / f"{name}.pth" for name in kinds}
 
 
-# ---------------------------------------------------------------- the table
-
-
 def test_every_row_names_detectors_that_exist_and_a_known_kind_of_hash():
     for row in PUBLISHED:
         assert set(row.versions) <= set(BACKBONES), row
@@ -114,9 +109,6 @@ def test_list_prints_them_and_an_unknown_name_is_answered_with_all(capsys):
     error = capsys.readouterr().err
     assert all(text in error for text in ("hardnet99", *(row.name for row in PUBLISHED)))
     assert published("vgg16_reducedfc.pth") is published("vgg16-reducedfc")
-
-
-# ---------------------------------------------------------------- download
 
 
 @pytest.fixture
@@ -165,9 +157,6 @@ def test_any_file_of_weights_comes_from_hugging_face(files, tmp_path, monkeypatc
     monkeypatch.setitem(sys.modules, "huggingface_hub", hub)
     path = pretrained.download("hf://org/repo/folder/a.pth@main", tmp_path)
     assert path == tmp_path / "a.pth" and path.read_bytes() == files["old"].read_bytes()
-
-
-# ---------------------------------------------------------------- weights of a base network
 
 
 @pytest.mark.parametrize("prefix", ["", "base.", "module.", "module.base."])
@@ -287,9 +276,6 @@ def test_vgg16_reducedfc_has_the_positions_of_the_published_list():
     assert match.fits and match.tensors == state and len(state) == match.total == 30
 
 
-# ---------------------------------------------------------------- inspect
-
-
 @pytest.mark.parametrize("kind", ["detector", "parallel", "old"])
 def test_a_detector_is_named_with_its_hashes(files, kind):
     found = examine(files[kind])
@@ -347,9 +333,6 @@ def test_a_published_file_is_recognised_by_its_hash(files, monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "ssd512-hardnet68-coco, https://drive.google.com" in printed
     assert "SSD_HarDNet68 at 300, 21 classes with background" in printed
-
-
-# ---------------------------------------------------------------- convert
 
 
 @pytest.mark.parametrize("kind", ["detector", "parallel", "base"])

@@ -1,7 +1,5 @@
 """Opening exported files, and what is refused."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path
@@ -39,9 +37,6 @@ def test_files_have_an_identity(tmp_path):
     graph, model, weights = ({"file": f.name, "sha256": sha256_of(f)} for f in files)
     assert identity(files[0]) == graph
     assert identity(files[1]) == {**model, "weights": weights}
-
-
-# ---------------------------------------------------------------- what is refused
 
 
 def test_what_is_no_exported_file_is_refused(tmp_path):

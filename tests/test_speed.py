@@ -1,7 +1,5 @@
 """The benchmark of stages and routes: its clock, its checks and its rows."""
 
-from __future__ import annotations
-
 import gc
 import json
 
@@ -78,9 +76,6 @@ def test_every_stage_has_its_own_time(monkeypatch, groups):
     assert seconds == {"decode": 4, **times, "total": 4 + 1110 * groups}
     assert found == [(width, 3) for width in (7, 8, 9, 10)]
     assert route.forward(None) == {"forward": 100}
-
-
-# ---------------------------------------------------------------- networks and routes
 
 
 @pytest.mark.parametrize(("version", "count"), [("tiny", 1), ("SSD_HarDNet39ds", 2)])
@@ -237,9 +232,6 @@ def test_every_route_on_a_gpu(capsys, monkeypatch, ways, amps):
         assert row["shares"].keys() == {"bandwidth", "operations"}
 
 
-# ---------------------------------------------------------------- claims and limits
-
-
 def measured(network, route, seconds, size=512):
     info = type("Info", (), {"size": size})
     predictor = type("Predictor", (), {"info": info})
@@ -278,11 +270,8 @@ def test_limits_are_of_the_bytes_and_operations_that_were_timed(monkeypatch):
 
 
 def test_shares_are_those_of_the_profile():
-    class Counted(Profile):
-        macs, traffic = 500, 300
-
     ceiling = {"bandwidth": 1000.0, "operations": {"bf16": 10_000.0}}
-    counted = Counted((), parameters=100, sums=50)
+    counted = Profile((), parameters=100, sums=50, macs=500, cio=300)
     assert limits.shares(counted, 4, "bf16", 2.0, ceiling) == {
         "bandwidth": 2 * (4 * 350 + 100) / 2 / 1000, "operations": 2 * 4 * 500 / 2 / 10_000,
     }

@@ -85,16 +85,12 @@ def test_default_sets_are_declared_ones_or_parts(sets, train, test, tmp_path):
     assert len(data) == (2 if test == "split_val" else 3)
 
 
-@pytest.mark.parametrize("kind", ["VOC", "YOLO"])
-def test_lists_of_the_command_decide_from_then_on(kind, tmp_path, capsys):
-    if kind == "VOC":
-        write_voc(tmp_path, {"one": {name: DOG for name in "abcdef"}})
-    else:
-        write(tmp_path, {f"one/{name}": CAT for name in "abcde"}, "train: images\nnames: [cat]")
+def test_lists_of_the_command_decide_from_then_on(tmp_path, capsys):
+    write(tmp_path, {f"one/{name}": CAT for name in "abcde"}, "train: images\nnames: [cat]")
 
     def parts(**options):
-        sets = [[(None, f"split_{name}")] for name in ("train", "val")]
-        data = [build_dataset(kind, tmp_path, each, **options) for each in sets]
+        data = [build_dataset("YOLO", tmp_path, [(None, f"split_{name}")], **options)
+                for name in ("train", "val")]
         return [{part.image_path(i).stem for i in range(len(part))} for part in data]
 
     before = parts(val_share=0.5)
@@ -109,9 +105,6 @@ def test_lists_of_the_command_decide_from_then_on(kind, tmp_path, capsys):
         file.write(lines)
     with pytest.raises(UserError, match=r"split_val\.txt.*split_train|no image"):
         parts()
-
-
-# ---------------------------------------------------------------- which layout
 
 
 def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):

@@ -1,7 +1,5 @@
 """Trackers: each one gets the numbers of a run offline, and none can end it."""
 
-from __future__ import annotations
-
 import sys
 
 import numpy as np

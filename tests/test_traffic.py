@@ -1,7 +1,5 @@
 """Parameters, MACs and memory traffic, against hand counts and PyTorch's FLOP counter."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex
@@ -14,7 +12,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import BACKBONES, build_net
-from tools.traffic import Profile, layer_table, main, profile, summary_table, table
+from tools.traffic import Profile, main, profile, summary_table, table
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "traffic.md").read_text("utf-8")
@@ -130,28 +128,6 @@ def test_functions_groups_and_transposed_convolutions_count():
     with FlopCounterMode(display=False) as flops:
         net(torch.zeros(1, 3, 10, 10))
     assert 2 * sum(x.macs for x in layers) == flops.get_total_flops()
-
-
-class Pair(nn.Module):
-    """A parameter, a module and a root that return more than one tensor."""
-
-    def __init__(self):
-        super().__init__()
-        self.scale = nn.Parameter(torch.ones(3, 1, 1))
-        self.lstm = nn.LSTM(6, 5, batch_first=True)
-
-    def forward(self, x):
-        rows, state = self.lstm((x * self.scale).flatten(1).unflatten(1, (-1, 6)))
-        return rows, {"state": state}
-
-
-def test_modules_that_return_several_tensors_show_the_first():
-    result = profile(Pair(), 4)
-    lstm, root = result.layers
-    assert (lstm.kind, lstm.inputs, lstm.output) == ("LSTM", ((1, 8, 6),), (1, 8, 5))
-    assert lstm.parameters == 4 * 5 * (6 + 5 + 2)
-    assert (root.kind, root.output, root.parameters) == ("Pair", (1, 8, 5), 3)
-    assert "| LSTM | 8x6" in layer_table(result) and result.macs == 0
 
 
 def test_the_network_stays_as_it_was():

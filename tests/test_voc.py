@@ -1,8 +1,5 @@
 """Samples of VOC data sets, and what their evaluation says."""
 
-import json
-
-import cv2
 import numpy as np
 import pytest
 from conftest import VOC_IMAGE_SIZE, with_exif, write_annotation
@@ -52,13 +49,8 @@ def test_devkit_sets_are_joined_in_order_with_the_published_classes(voc_devkit):
     data = VOCDetection(voc_devkit, [("2007", "trainval"), ("2012", "trainval")])
     assert data.ids == ["000001", "000002", "000003", "2008_000001", "2008_000002"]
     assert data.classes == VOC_CLASSES and len(VOC_CLASSES) == 20 and len(list(data)) == 5
-    image, target = data[0]
-    assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8
-    assert target.dtype == np.float32
-    assert target.tolist() == [[9, 9, 59, 59, 12], [49, 4, 89, 69, 15]]
+    assert data.target(0).tolist() == [[9, 9, 59, 59, 12], [49, 4, 89, 69, 15]]
     assert data.image_path(3) == voc_devkit / "VOC2012/JPEGImages/2008_000001.jpg"
-    assert data.image_size(0) == VOC_IMAGE_SIZE
-    assert np.array_equal(data.pull_image(0), cv2.imread(str(data.image_path(0))))
     assert data.skipped == [] and data.report() == []
 
 
@@ -68,8 +60,6 @@ def test_labels_follow_the_classes_and_difficult_objects_are_trained_on(voc_fold
     assert [target[:, 4].tolist() for _, target in data] == [[1], [3, 1], [1, 1], [3]]
     data = VOCDetection(voc_folder, [(year, "test")], classes=["rod", "cell"])
     assert [target[:, 4].tolist() for _, target in data] == [[2], [1, 2], [2, 2], [1]]
-    empty = read(voc_folder, "trainval").target(2)
-    assert empty.shape == (0, 5) and empty.dtype == np.float32
 
 
 def test_difficult_objects_are_trained_on_and_ignored_by_a_score(dataset):
@@ -204,8 +194,6 @@ def test_perfect_detections_score_1_and_a_class_without_objects_is_named(voc_fol
     assert result["detections"] == {"cell": 4, "platelet": 0, "rod": 2}
     (note,) = result["notes"]
     assert "platelet" in note
-    with pytest.raises(ValueError, match="3 detections for 4 images"):
-        data.evaluate(as_detections(data)[:3], tmp_path)
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
         *(f"comp4_det_test_{name}.txt" for name in data.classes), result["curves"],
     ]
@@ -213,7 +201,6 @@ def test_perfect_detections_score_1_and_a_class_without_objects_is_named(voc_fol
     for key in ("per_size", "per_class_per_size"):
         assert result[key] == result["area"][key]
     assert result["per_class_per_size"]["platelet"] == {"small": -1, "medium": -1, "large": -1}
-    json.dumps(result)
 
 
 @pytest.mark.parametrize(("sets", "metric", "name"), [

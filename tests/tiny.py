@@ -1,7 +1,5 @@
 """A network small enough to train in a test: the real SSD parts on a base of two convolutions."""
 
-from __future__ import annotations
-
 from torch import nn
 
 from models import BACKBONES, Backbone

@@ -16,15 +16,10 @@ def commands() -> dict[str, str]:
 
     The modules are parsed, not imported: the list must not wait for PyTorch.
     """
-    modules = {
-        path.stem: ast.parse(path.read_text("utf-8"))
-        for path in sorted(Path(__file__).parent.glob("[!_]*.py"))
-    }
-    return {
-        name: (ast.get_docstring(module) or "").partition("\n")[0]
-        for name, module in modules.items()
-        if _has_main(module)
-    }
+    modules = {path.stem: ast.parse(path.read_text("utf-8"))
+               for path in sorted(Path(__file__).parent.glob("[!_]*.py"))}
+    return {name: (ast.get_docstring(module) or "").partition("\n")[0]
+            for name, module in modules.items() if _has_main(module)}
 
 
 def _has_main(module: ast.Module) -> bool:

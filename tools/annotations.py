@@ -3,8 +3,6 @@
 Boxes are clipped to the image, and boxes outside it are dropped.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

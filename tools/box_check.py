@@ -46,7 +46,7 @@ def check_boxes(report: Report, name: str) -> None:
         for k in np.flatnonzero(which):
             image, label = (name, int(part.images[k])), part.dataset.classes[part.labels[k] - 1]
             text = "{}: {}, {:.4g} x {:.4g} in {} x {}".format(
-                report.path(image), label, *sides[k], *sizes[k])  # fmt: skip
+                report.path(image), label, *sides[k], *sizes[k])
             records.append(Record(text, (image,), tuple(part.boxes[k].tolist())))
         report.add("warning", name, what, records)
     if without := len(part.sizes) - len(np.unique(part.images)):
@@ -85,7 +85,7 @@ def _check_limits(report: Report, name: str) -> None:
             Record(f"{report.path((name, image))}: {count} "
                    + ", ".join(part.dataset.classes[k - 1] for k in label), ((name, image),))
             for (image, *label), count in zip(found.tolist(), counts.tolist(), strict=True)
-            if count > most))  # fmt: skip
+            if count > most))
 
 
 def check_classes(report: Report) -> None:
@@ -128,4 +128,4 @@ def _skewed(train: Part, test: Part, classes: Sequence[str]) -> Iterator[Record]
             continue  # a class without boxes is told as such
         if ((np.abs(table - expected) - 0.5).clip(0) ** 2 / expected).sum() > limit:
             yield Record("{}: in {:.1%} of the training images, {:.1%} of the test images".format(
-                key, *shares))  # fmt: skip
+                key, *shares))

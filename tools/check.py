@@ -103,7 +103,7 @@ def parse(argv: Sequence[str] | None) -> dict:
                description="Check a data set before training, with the options of train_test.py.",
                epilog="Exit status: 0 no errors, 1 errors (--strict: or warnings), 2 bad usage.")
     for name in ("dataset", "root", "classes", "train_sets", "test_sets", "val_share", "split_by",
-                 "max_pixels"):  # fmt: skip
+                 "max_pixels"):
         add_option(p, name)
     p.add_argument("-s", "--size", type=int, nargs="+", choices=sizes, default=sizes,
                    help="input sizes to judge prior boxes at (default: all)")

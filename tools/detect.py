@@ -9,8 +9,6 @@ Exit status: 0 done; 1 an image could not be read or written (it is named, the r
 unexpected failure; 2 bad usage or bad input; 130 interrupted (what was done is kept).
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys
@@ -225,7 +223,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
     args = parse(argv)
     setup_logging()
     limit_pixels(args.max_pixels)

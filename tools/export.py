@@ -7,8 +7,6 @@ Exit status: 0 done, 1 the file differs too much, or unexpected failure, 2 bad u
 130 interrupted. docs/exporting.md explains the options and the proof.
 """
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +22,6 @@ from utils.errors import command
 
 
 def parse(argv: Sequence[str] | None) -> ExportOptions:
-    """Read the command line."""
     p = Parser(prog="python -m tools.export", description=__doc__.splitlines()[0],
                allow_abbrev=False)
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
@@ -66,7 +63,6 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
     options = parse(argv)
     try:
         lines = export(options)

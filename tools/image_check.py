@@ -105,7 +105,7 @@ def check_images(report: Report, name: str, faults: list[str], scans: list[Scan]
     faint = {(name, i): scan.levels for i, scan in enumerate(scans) if np.ptp(scan.levels) < FAINT}
     report.add("warning", name, "image of one colour or nearly so (12 bits stored in 16?)", (
         Record("{}: grey levels {} to {} of 0 to 255".format(report.path(x), *levels), (x,))
-        for x, levels in faint.items()))  # fmt: skip
+        for x, levels in faint.items()))
 
 
 def check_places(report: Report) -> None:
@@ -117,7 +117,7 @@ def check_places(report: Report) -> None:
         real = {i: Path(os.path.realpath(paths[i])) for i in paths if i not in told}
         report.add("warning", name, f"{SkipKind.OUTSIDE_ROOT.text}, reached by a link", (
             Record(f"{paths[i]} is {path}", ((name, i),)) for i, path in real.items()
-            if not path.is_relative_to(root)))  # fmt: skip
+            if not path.is_relative_to(root)))
         images.update(paths.values())
         used |= {each.path for each in getattr(part.dataset, "annotations", ())}
     if len(report.parts) < 2:
@@ -132,17 +132,17 @@ def check_places(report: Report) -> None:
     what = "image in these folders, but in neither part"
     report.add("note" if others else "warning", BOTH, what, (
         Record(f"{path}" + ", without an annotation file" * (_stem(path) not in stems))
-        for path in sorted(found - images)))  # fmt: skip
+        for path in sorted(found - images)))
     report.add("warning", BOTH, "annotation file without an image", (
         Record(str(path)) for path in sorted(more - used)
-        if _stem(path) not in names and path.name.split(".")[0].lower() not in LISTS))  # fmt: skip
+        if _stem(path) not in names and path.name.split(".")[0].lower() not in LISTS))
 
 
 def _beside(paths: Iterable[Path], suffixes: Collection[str]) -> set[Path]:
     """Return the files with these suffixes in the folders of other files."""
     folders = {path.parent for path in paths}
     return {path for folder in folders if folder.is_dir() for path in folder.iterdir()
-            if path.suffix.lower() in suffixes and path.name[0] != "."}  # fmt: skip
+            if path.suffix.lower() in suffixes and path.name[0] != "."}
 
 
 def _stem(path: Path) -> str:

@@ -100,7 +100,6 @@ class Output:
         self._finish(self._most)
 
     def _finish(self, most: int = 0) -> None:
-        """Wait until at most ``most`` files are pending."""
         while len(self._pending) > most:
             writer, future = self._pending.popleft()
             self._try(writer, future.result)

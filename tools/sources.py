@@ -1,7 +1,5 @@
 """Find the sources of detection (images, videos, a camera), and read them ahead in threads."""
 
-from __future__ import annotations
-
 import glob
 import math
 import os
@@ -66,9 +64,7 @@ def find_sources(words: Sequence[str], out: Path) -> list[Source]:
 
     The suffix tells images and videos; OpenCV tells them for a named file of another suffix. Names
     are relative to the common folder of all files.
-
-    Raises:
-        UserError: A word names nothing that can be read, or a second camera.
+    Raises UserError: a word names nothing that can be read, or a second camera.
     """
     files: dict[str, str] = {}  # absolute path -> kind
     roots: set[str] = set()
@@ -157,8 +153,7 @@ class Reader:
     def batches(self) -> Iterator[list[Frame]]:
         """Yield batches of one or more frames. Images and videos do not mix in a batch.
 
-        Raises:
-            UserError: The camera cannot be opened.
+        Raises UserError: the camera cannot be opened.
         """
         for is_image, group in groupby(self._sources, lambda source: source.kind == "image"):
             if is_image:

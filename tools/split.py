@@ -25,7 +25,7 @@ def parse(argv: Sequence[str] | None) -> dict:
         description="Divide the images under --root as train_test.py does where nothing declares a "
         "set to test on. Write ROOT/ImageSets/split_train.txt and split_val.txt, which decide from "
         "then on, and may be edited.",
-    )  # fmt: skip
+    )
     for name in ("dataset", "root", "val_share", "split_by"):
         add_option(p, name)
     return vars(p.parse_args(argv))
@@ -43,10 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parts = [build_dataset(options.dataset, options.root, each, options.classes, **more)
              for each in sets]
     for path, part in zip(paths, parts, strict=True):
-        lines = [
-            id if isinstance(id, str) else os.path.relpath(part.image_path(i), options.root)
-            for i, id in enumerate(part.ids)
-        ]
+        lines = [id if isinstance(id, str) else os.path.relpath(part.image_path(i), options.root)
+                 for i, id in enumerate(part.ids)]
         with atomic_write(path) as file:
             file.write("".join(f"{Path(line).as_posix()}\n" for line in lines).encode())
         print(f"{path}: {part.describe()}")

@@ -6,9 +6,6 @@ Nothing is computed: shapes are propagated on PyTorch's meta device. docs/traffi
 counted, and has the figures of every network.
 """
 
-from __future__ import annotations
-
-import copy
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -21,12 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from models import BACKBONES, build_net
+from models.base import on_meta
 from utils.arguments import Parser, count
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 
-BYTES = {"fp32": 4, "bf16": 2}
-"""Bytes of an element."""
+BYTES = {"fp32": 4, "bf16": 2}  # bytes of an element
 ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 
 
@@ -34,20 +31,15 @@ ADDITIONS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
 class Layer:
     """A convolution, a concatenation, or another module with parameters of its own."""
 
-    name: str
-    """Dotted path of the module that ran it; "" for the network itself."""
+    name: str  # dotted path of the module that ran it; "" for the network itself
     kind: str
-    inputs: tuple[tuple[int, ...], ...]
-    """Shapes, with the batch dimension of 1."""
-    output: tuple[int, ...]
-    """Shape of the first output tensor; () for a module that returns none."""
+    inputs: tuple[tuple[int, ...], ...]  # shapes, with the batch dimension of 1
+    output: tuple[int, ...]  # shape of the first output tensor; () for a module that returns none
     parameters: int = 0
-    macs: int = 0
-    """Multiply-accumulates of a convolution, without its bias."""
+    macs: int = 0  # multiply-accumulates of a convolution, without its bias
     cio: int = 0
     """Convolutional input/output (arXiv 1909.00948): elements of input plus those of output."""
-    concat: int = 0
-    """Elements that a concatenation or a copy reads and writes."""
+    concat: int = 0  # elements that a concatenation or a copy reads and writes
 
 
 @dataclass(frozen=True)
@@ -58,18 +50,9 @@ class Profile:
     parameters: int
     sums: int
     """Elements that additions of two tensors read and write. They are not part of the traffic."""
-
-    @property
-    def macs(self) -> int:
-        return sum(layer.macs for layer in self.layers)
-
-    @property
-    def cio(self) -> int:
-        return sum(layer.cio for layer in self.layers)
-
-    @property
-    def concat(self) -> int:
-        return sum(layer.concat for layer in self.layers)
+    macs: int = 0  # like the next two, the sum over the layers
+    cio: int = 0
+    concat: int = 0
 
     @property
     def traffic(self) -> int:
@@ -84,15 +67,16 @@ def profile(net: nn.Module, size: int) -> Profile:
     ``torch.cat`` of two or more tensors, ``copy_`` and additions are counted, whichever module or
     function calls them. Other matrix products are not counted.
     """
-    tensors = [*net.parameters(), *net.buffers()]
-    shadow = copy.deepcopy(net, memo={id(t): t.to("meta") for t in tensors}).eval()
+    shadow = on_meta(net).eval()
     recorder = _Recorder(shadow)
     for name, module in shadow.named_modules():
         module.register_forward_pre_hook(partial(recorder.enter, name))
         module.register_forward_hook(recorder.leave)
     with torch.no_grad(), recorder:
         shadow(torch.empty(1, 3, size, size, device="meta"))
-    return Profile(tuple(recorder.layers), _numel(net.parameters()), recorder.sums)
+    totals = (sum(getattr(layer, key) for layer in recorder.layers)
+              for key in ("macs", "cio", "concat"))
+    return Profile(tuple(recorder.layers), _numel(net.parameters()), recorder.sums, *totals)
 
 
 class _Recorder(TorchDispatchMode):
@@ -213,9 +197,7 @@ def profiles(versions: Sequence[str] | None, sizes: Sequence[int] | None,
     """Return (version, size, profile) of networks.
 
     ``versions`` None: all that have one of the sizes. ``sizes`` None: all of a network.
-
-    Raises:
-        UserError: A network does not exist at a size, or the number of classes is too small.
+    Raises UserError: a network does not exist at a size, or the number of classes is too small.
     """
     existing = {size for row in BACKBONES.values() for size in row.sizes}
     results = []
@@ -235,7 +217,6 @@ def profiles(versions: Sequence[str] | None, sizes: Sequence[int] | None,
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line and return its exit status."""
     p = Parser(prog="python -m tools.traffic", description=__doc__.splitlines()[0])
     p.add_argument("-v", "--version", nargs="+", choices=BACKBONES, metavar="VERSION",
                    help=f"networks (default: all that have the size): {', '.join(BACKBONES)}")

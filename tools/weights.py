@@ -8,8 +8,6 @@
 Exit status: 0 done, 1 unexpected failure, 2 bad usage or bad input, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
@@ -63,7 +61,6 @@ def describe(found: Contents) -> str:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; return the exit status."""
     args = parse(argv)
     if args.command == "list":
         for row in PUBLISHED:

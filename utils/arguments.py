@@ -1,7 +1,5 @@
 """Values of command-line arguments; each function is a ``type`` of ``argparse``."""
 
-from __future__ import annotations
-
 import argparse
 import difflib
 import os

@@ -39,16 +39,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 CPU_SOURCE = Path("utils/nms/_cpu_nms.pyx")
 CUDA_SOURCE = Path("utils/nms/_cuda_nms.cu")
-CORE = (
-    "torch>=2.6", "torchvision", "numpy>=1.26", "opencv-python-headless>=4.8", "pillow>=10.1",
-    "pycocotools>=2.0.8", "pyyaml>=5.1", "cython>=3", "setuptools>=64",
-)
+CORE = ("torch>=2.6", "torchvision", "numpy>=1.26", "opencv-python-headless>=4.8", "pillow>=10.1",
+        "pycocotools>=2.0.8", "pyyaml>=5.1", "cython>=3", "setuptools>=64")
 EVAL = ("hotcoco>=1.2", "faster-coco-eval")
 ONNX = ("onnx", "onnxscript")
 OPENVINO = ("openvino", "nncf")
 EXTRAS = {
     "test": ("pytest", "pytest-xdist", "hypothesis", "ruff", "safetensors", "matplotlib", *EVAL,
-             *ONNX, "onnxruntime", *OPENVINO),  # fmt: skip
+             *ONNX, "onnxruntime", *OPENVINO),
     "eval": EVAL,
     "onnx": (*ONNX, "onnxruntime"),
     "openvino": (*OPENVINO, *ONNX),

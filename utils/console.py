@@ -1,7 +1,5 @@
 """Standard output and error that take any text, and that may lose their reader."""
 
-from __future__ import annotations
-
 import errno
 import os
 import re

@@ -1,7 +1,5 @@
 """Verified downloads and safe unpacking."""
 
-from __future__ import annotations
-
 import importlib
 import os
 import platform
@@ -164,9 +162,8 @@ def extract_tar(path: str | Path, directory: str | Path) -> None:
 
     Python's filter "data" must accept every member, so nothing is written elsewhere; otherwise
     nothing is unpacked. ``unpacking_mark`` stays if the work is cut short.
-
-    Raises:
-        UserError: no whole tar archive, a refused member, no room, or a Python without the filter.
+    Raises UserError: no whole tar archive, a refused member, no room, or a Python without the
+    filter.
     """
     if not hasattr(tarfile, "data_filter"):
         raise UserError(f"{path} cannot be unpacked safely by Python {platform.python_version()}; "

@@ -1,7 +1,5 @@
 """The exception for a user's mistake, and the way a command line reports it."""
 
-from __future__ import annotations
-
 import functools
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, in places that the user chose; array files."""
 
-from __future__ import annotations
-
 import csv
 import functools
 import hashlib
@@ -23,8 +21,7 @@ from utils.console import printable
 from utils.errors import UserError, first_line
 from utils.logger import LOGGER
 
-INFLATED = 1 << 28
-"""Bytes to which a compressed file of any size may inflate."""
+INFLATED = 1 << 28  # bytes to which a compressed file of any size may inflate
 
 try:
     import fcntl
@@ -45,9 +42,7 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
     under that name. At every moment one of the two names is a whole file.
 
     An exception of the block is re-raised as it is, unless a write to the file has failed.
-
-    Raises:
-        UserError: the file cannot be written.
+    Raises UserError: the file cannot be written.
     """
     path = Path(path)
     with _write_errors_named(path):
@@ -176,9 +171,7 @@ def read_bytes(path: str | Path, what: str = "file", limit: int = 2**32) -> byte
     """Return the content of a regular file; a FIFO or a device, which may block, is not opened.
 
     what: what messages call the file, such as "image".
-
-    Raises:
-        UserError: the file is missing, not regular, larger than ``limit`` bytes or unreadable.
+    Raises UserError: the file is missing, not regular, larger than ``limit`` bytes or unreadable.
     """
     try:
         status, fault = os.stat(path), None
@@ -216,8 +209,7 @@ _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xf
 def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
     """Return the text in ``data``, the content of a file. A byte order mark decides the encoding.
 
-    Raises:
-        UserError: Python does not know the encoding, or the text is not written in it.
+    Raises UserError: python does not know the encoding, or the text is not written in it.
     """
     if data.startswith(tuple(_MARKS)):
         encoding = next(name for mark, name in _MARKS.items() if data.startswith(mark))
@@ -261,8 +253,7 @@ def write_json(path: str | Path, value: object) -> None:
 def check_archive(path: str | Path) -> None:
     """Compare a zip file's contents with its checksums; pass any other file.
 
-    Raises:
-        Exception: of some type: the file is damaged, or would inflate beyond any honest size.
+    Raises Exception: of some type: the file is damaged, or would inflate beyond any honest size.
     """
     if not os.path.isfile(path):  # a pipe would be waited for
         raise FileNotFoundError(f"{path} is missing, or no regular file")

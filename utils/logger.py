@@ -1,7 +1,5 @@
 """The logger, which a command line sets up; a progress line on a terminal; the log of a run."""
 
-from __future__ import annotations
-
 import json
 import logging
 import sys
@@ -16,8 +14,6 @@ LOGGER = logging.getLogger("ssd")
 
 
 class _Line(logging.Formatter):
-    """A message on one line; control characters are escaped."""
-
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
@@ -69,14 +65,10 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, every: int, done: int = 0) -> None:
-        self.label = label
-        self.total = total
-        self.every = every
+        self.label, self.total, self.every = label, total, every
         self.done = self.first = done
-        self.images = 0
-        self.start = time.monotonic()
+        self.images, self.shown, self.start = 0, 0.0, time.monotonic()
         self.live = sys.stdout.isatty() and LOGGER.isEnabledFor(logging.INFO)
-        self.shown = 0.0
 
     def update(self, images: int, **values: float) -> None:
         """Count one more step of ``images`` images; show ``values`` by their names."""
@@ -108,12 +100,7 @@ class RunLog:
     """The file ``log.jsonl`` of a run, one JSON object per epoch."""
 
     def __init__(self, directory: Path, history: list[dict], write: bool = True) -> None:
-        """Open the log of a run.
-
-        Args:
-            history: the lines of a resumed run; later lines of the file are dropped.
-            write: False in a process that leaves the log to another one.
-        """
+        """Begin with the lines of a resumed run. ``write``: False leaves it to another process."""
         self.path = directory / "log.jsonl" if write else None
         self._waiting = b""
         if self.path:

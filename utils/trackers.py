@@ -1,7 +1,5 @@
 """Trackers that a run sends its numbers and images to. Its own ``log.jsonl`` does not need them."""
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,8 +12,7 @@ import numpy as np
 from utils.errors import UserError, first_line
 from utils.logger import LOGGER
 
-PROJECT = "SSD-HarDNet"
-"""Name under which a tracker files the runs."""
+PROJECT = "SSD-HarDNet"  # name under which a tracker files the runs
 
 
 class Tracker(Protocol):

@@ -56,10 +56,9 @@ def get_voc(year: str, root: Path, url_base: str = URL_BASE) -> None:
         print(f"unpacking {archive}", flush=True)
         extract_tar(archive, root)
         if count_complete(year_dir, image_set) != count:
-            raise UserError(
-                f"{archive} is unpacked, but {year_dir} lacks some of the {count} images or "
-                f"annotations of {image_set}; remove that folder and run again"
-            )
+            raise UserError(f"{archive} is unpacked, but {year_dir} lacks some of the {count} "
+                            f"images or annotations of {image_set}; remove that folder and run "
+                            "again")
         print(f"{year_dir}: {image_set}, {count} images ({archive} is no longer needed)")
 
 

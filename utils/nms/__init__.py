@@ -48,10 +48,9 @@ def nms(dets: np.ndarray | Tensor, thresh: float, pixel: bool = True) -> np.ndar
     return kept.numpy() if isinstance(dets, np.ndarray) else kept
 
 
-def soft_nms(
-    dets: np.ndarray | Tensor, thresh: float = 0.3, method: str = "linear", sigma: float = 0.5,
-    min_score: float = 0.001, pixel: bool = True,
-) -> tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]:
+def soft_nms(dets: np.ndarray | Tensor, thresh: float = 0.3, method: str = "linear",
+             sigma: float = 0.5, min_score: float = 0.001,
+             pixel: bool = True) -> tuple[np.ndarray, np.ndarray] | tuple[Tensor, Tensor]:
     """Apply Soft-NMS (Bodla et al., ICCV 2017, arXiv 1704.04503) to the boxes of one class.
 
     Each round selects the box of the highest current score. The scores of the other boxes decay
@@ -92,10 +91,9 @@ def _one_class(dets: np.ndarray | Tensor, thresh: float, pixel: bool,
     return batched_nms(table[:, :4], table[:, 4], same, thresh, limit, pixel, *soft)
 
 
-def batched_nms(
-    boxes: Tensor, scores: Tensor, groups: Tensor, thresh: float, limit: int, pixel: bool = True,
-    method: str = "hard", sigma: float = 0.5, min_score: float = 0.001,
-) -> tuple[Tensor, Tensor]:
+def batched_nms(boxes: Tensor, scores: Tensor, groups: Tensor, thresh: float, limit: int,
+                pixel: bool = True, method: str = "hard", sigma: float = 0.5,
+                min_score: float = 0.001) -> tuple[Tensor, Tensor]:
     """Suppress within each of many groups of boxes, such as the classes of a batch's images.
 
     The PyTorch routine pads every group to the largest one, "hard" to at most 64 boxes.

@@ -127,10 +127,8 @@ def load_library(path: Path) -> ctypes.CDLL:
     """Load the CUDA library and declare its functions; OSError or AttributeError if it is none."""
     compiled = ctypes.CDLL(str(path))
     pointer, integer, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-    compiled.nms_select.argtypes = (
-        *[pointer] * 5, integer, number, integer, ctypes.c_int, ctypes.c_double, number, number,
-        *[pointer] * 3,
-    )  # fmt: skip
+    compiled.nms_select.argtypes = (*[pointer] * 5, integer, number, integer, ctypes.c_int,
+                                    ctypes.c_double, number, number, *[pointer] * 3)
     compiled.nms_error.argtypes = (ctypes.c_int,)
     compiled.nms_error.restype = compiled.nms_architectures.restype = ctypes.c_char_p
     return compiled
@@ -157,11 +155,10 @@ def _unusable(name: str, reason: str, instead: str) -> str:
 def cython(boxes: Tensor, scores: Tensor, groups: Groups, rule: Rule) -> tuple[Tensor, Tensor]:
     """Select by the Cython module, on the CPU."""
     kept, selected = torch.full_like(groups.order, -1), torch.empty_like(scores)
-    extension()[0].select(
-        *(x.numpy() for x in (boxes, scores, groups.order, groups.starts)), int(groups.count),
-        *rule.values(), kept.numpy(), selected.numpy(), np.empty(len(kept), np.uint64),
-        np.empty(5 * len(kept), np.float32), _threads(len(kept), int(groups.count)),
-    )
+    extension()[0].select(*(x.numpy() for x in (boxes, scores, groups.order, groups.starts)),
+                          int(groups.count), *rule.values(), kept.numpy(), selected.numpy(),
+                          np.empty(len(kept), np.uint64), np.empty(5 * len(kept), np.float32),
+                          _threads(len(kept), int(groups.count)))
     return _taken(kept, selected)
 
 
