@@ -89,10 +89,6 @@ class Trainer:
                     "learning rate %g (%s recipe)", sampler.batch_size, self.world.size,
                     options.accumulate, part, options.lr, options.recipe)
 
-    def start_at(self, epoch: int) -> None:
-        """Start the schedule at ``epoch``."""
-        self.state.step = epoch * self.steps_per_epoch
-
     def restore(self, saved: dict, path: Path) -> None:
         """Continue exactly where the checkpoint ``saved``, read from ``path``, was made.
 
@@ -157,10 +153,7 @@ class Trainer:
         return f"finishing {what}step {self.state.step + (not self.testing)}, again to stop now"
 
     def _save_on(self, error: BaseException) -> None:
-        """Save the state if it is that after a whole number of steps.
-
-        A failure inside a step is not saved: the weights may be half updated.
-        """
+        # A failure inside a step is not saved: the weights may be half updated.
         if self.consistent:
             self._save("last.pth")
             LOGGER.info("stopped at step %d; continue with --resume %s", self.state.step,
@@ -208,7 +201,6 @@ class Trainer:
         return ends
 
     def _late(self) -> bool:
-        """Return whether --max_hours are over, on rank 0."""
         return self.deadline < inf and self.world.main and time.monotonic() > self.deadline
 
     def _reason(self) -> Interrupted:
