@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,8 +69,10 @@ class AnnotatedImages(DetectionData):
                 self.sizes[index] = self._find_size(index)
             except UserError as error:
                 tell(str(error), faults)
-                self.annotations[index] = Annotation.empty(self.annotations[index].path)
+                empty = Annotation.empty(self.annotations[index].path)
+                self.annotations[index] = replace(empty, unread=True)
                 self.sizes[index] = 1
+        self.unread = {i for i, each in enumerate(self.annotations) if each.unread}
         kept = self._make_targets()
         self.check_losses(faults)
         if not self.scores_dropped:

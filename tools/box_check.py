@@ -49,7 +49,7 @@ def check_boxes(report: Report, name: str) -> None:
                 report.path(image), label, *sides[k], *sizes[k])
             records.append(Record(text, (image,), tuple(part.boxes[k].tolist())))
         report.add("warning", name, what, records)
-    if without := len(part.sizes) - len(np.unique(part.images)):
+    if without := len(part.sizes) - len({*part.images.tolist(), *part.dataset.unread}):
         text = f"{without} of {len(part.sizes)} images"
         report.add("note", name, "images without an object", [Record(text)])
     _check_limits(report, name)
