@@ -1,7 +1,5 @@
 """Image sets that nothing declares, the layout that a root holds, and what contradicts it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 

@@ -1,7 +1,5 @@
 """YOLO labels: lines, data.yaml, where images lie, and what is counted or refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2
