@@ -92,6 +92,7 @@ def test_annotation_without_a_box_gets_the_one_around_its_outline(tmp_path, outl
     ([(0, "car", "none"), (1, "car", "car")], {"car": 1}, ["id 0"]),
     ([(1, "car", ""), (4, "car ", "")], {"car": 1}, ["id 4"]),
     ([(0, "all", "none"), (1, "car", "all"), (2, "van", "all")], {"car": 1, "van": 2}, ["all"]),
+    ([(0, "all", "all"), (1, "car", "all"), (2, "van", "all")], {"car": 1, "van": 2}, ["all"]),
     ([(0, "background", None), (1, "car", None)], {"car": 1}, ["id 0"]),
     ([(1, "car", "vehicle")], {"car": 1}, []),
     ([(1, "car", "none"), (2, "van", "car")], {"car": 1, "van": 2}, []),
