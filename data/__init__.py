@@ -189,6 +189,10 @@ class DetectionData:
         """Return `skipped` as lines for the log."""
         return report_lines(self.skipped)
 
+    def unread(self) -> int:
+        """Return the number of images whose objects are unknown because of a fault."""
+        return 0
+
     def check_scorable(self) -> None:
         """Raise UserError if `evaluate` cannot score these image sets."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -68,7 +69,8 @@ class AnnotatedImages(DetectionData):
                 self.sizes[index] = self._find_size(index)
             except UserError as error:
                 tell(str(error), faults)
-                self.annotations[index] = Annotation.empty(self.annotations[index].path)
+                empty = Annotation.empty(self.annotations[index].path)
+                self.annotations[index] = replace(empty, unread=True)
                 self.sizes[index] = 1
         kept = self._make_targets()
         self.check_losses(faults)
@@ -138,6 +140,9 @@ class AnnotatedImages(DetectionData):
             return ": swapped corners?"
         fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
         return ": fractions of the image where pixels belong?" if fractions else ""
+
+    def unread(self) -> int:
+        return sum(annotation.unread for annotation in self.annotations)
 
     def image_path(self, index: int) -> Path:
         return self._paths[index]

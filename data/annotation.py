@@ -29,6 +29,7 @@ class Annotation:
     difficult: bool [n].
     filename: of the image, without folders; "" where the annotation names none.
     where: what messages call it; "" for the path.
+    unread: whether a fault, which is told, stands for the objects.
     """
 
     path: Path
@@ -38,6 +39,7 @@ class Annotation:
     difficult: np.ndarray
     filename: str = ""
     where: str = ""
+    unread: bool = False
 
     def __str__(self) -> str:
         return self.where or str(self.path)
@@ -82,7 +84,7 @@ def read_or_tell(read: Callable[[], Annotation], path: Path,
         return read()
     except UserError as error:
         tell(str(error), faults)
-        return Annotation.empty(path)
+        return replace(Annotation.empty(path), unread=True)
 
 
 def check_ids(ids: Sequence[str], images: Sequence[Path], faults: list[str] | None) -> None:

@@ -155,7 +155,8 @@ class YOLODetection(AnnotatedImages):
                             f"{', '.join(numbers[:20]) or '0, 1, ...'}; give --classes a,b,c in "
                             "the order of their numbers, or write classes.txt, one a line")
         if unnamed:
-            named = ", ".join(f"{number} {name}" for number, name in sorted(folder.names.items())[:20])
+            first = sorted(folder.names.items())[:20]
+            named = ", ".join(f"{number} {name}" for number, name in first)
             tell(f"{source} names {named}; {unnamed.total()} labels of {what} use "
                  f"{', '.join(f'{number:g}' for number in sorted(unnamed))}: add each name, or "
                  "correct the labels", faults)

@@ -116,7 +116,8 @@ def test_nothing_is_lost_without_a_record(tmp_path):
         f"images/train/a.png\nimages/train/b.png\nimages/train/a.png\n"
         f"{tmp_path}/other/images/train/o.png\n"
     )
-    (root / "data.yaml").write_text("train: list.txt\ntest: ../test/images\nnames: {0: cat, 7: background}\n")
+    (root / "data.yaml").write_text(
+        "train: list.txt\ntest: ../test/images\nnames: {0: cat, 7: background}\n")
     found = {(skip.kind, skip.image) for skip in read(root).skipped}
     assert found == {
         (SkipKind.UNKNOWN_CLASS, 0), (SkipKind.VALUE_OUTSIDE, 0), (SkipKind.BOX_CLIPPED, 0),

@@ -22,12 +22,18 @@ NEIGHBOURS = 64  # compared with each box, so time does not grow with the square
 FEW = 10  # boxes of a class, below which its AP is mostly luck
 SKEW, CHANCE = 2, 0.001  # factor between shares, and probability of a false alarm in a report
 
+BESIDE = (SkipKind.LABEL_WITHOUT_IMAGE, SkipKind.NO_ANNOTATION_FILE)  # of no image set
+
 
 def check_boxes(report: Report, name: str) -> None:
     """Add what the reader changed or left out, and boxes that are probably mistakes."""
     part = report.parts[name]
     kinds: dict[SkipKind, list[Record]] = defaultdict(list)
+    told = {skip for other, each in report.parts.items() if other != name
+            for skip in each.dataset.skipped if skip.kind in BESIDE}
     for skip in part.dataset.skipped:
+        if skip in told:
+            continue
         images = () if skip.image is None else ((name, skip.image),)
         kinds[skip.kind].append(Record(skip.detail, images, skip.box))
     for kind, records in kinds.items():
@@ -49,7 +55,7 @@ def check_boxes(report: Report, name: str) -> None:
                 report.path(image), label, *sides[k], *sizes[k])
             records.append(Record(text, (image,), tuple(part.boxes[k].tolist())))
         report.add("warning", name, what, records)
-    if without := len(part.sizes) - len(np.unique(part.images)):
+    if without := len(part.sizes) - len(np.unique(part.images)) - part.dataset.unread():
         text = f"{without} of {len(part.sizes)} images"
         report.add("note", name, "images without an object", [Record(text)])
     _check_limits(report, name)
