@@ -33,17 +33,17 @@ def train(call: Call, given: Mapping[str, object], world: World) -> None:
     run = open_run(call, given, world)
     with run.folder.opened():
         run.log_data(asked=call.resume)
-        trainer = build_trainer(run, call, given, world)
+        trainer = build_trainer(run, call, world)
         trainer.begin()
         trainer.run(call.max_iters, call.max_hours)
 
 
-def build_trainer(run: Run, call: Call, given: Mapping[str, object], world: World) -> Trainer:
+def build_trainer(run: Run, call: Call, world: World) -> Trainer:
     """Wire network, prior boxes, loss, images and evaluation of a run."""
     torch.manual_seed(run.options.seed)
-    net = build_net(run.options.version, run.options.size, run.num_classes)
+    net = build_net(run.options.version, run.options.size, run.options.num_classes)
     if not run.saved:
-        run = starting_weights(net, run, call, given)
+        run = starting_weights(net, run, call)
     options, cuda = run.options, run.device.type == "cuda"
     net.recompute = options.recompute
     if options.sync_bn and world.size > 1:
@@ -52,8 +52,8 @@ def build_trainer(run: Run, call: Call, given: Mapping[str, object], world: Worl
 
     boxes = prior_config(options.version, options.priors, options.size)
     priors = PriorBox(boxes).to(run.device)()
-    criterion = MultiBoxLoss(run.num_classes, options.jaccard_threshold, variance=boxes.variance,
-                             least_negatives=options.background_negatives)
+    criterion = MultiBoxLoss(options.num_classes, options.jaccard_threshold,
+                             variance=boxes.variance, least_negatives=options.background_negatives)
     detect = Detect.of(run.detection, boxes.variance)
 
     augment = ResizeOnly(options.size) if options.overfit else SSDAugmentation(options.size)
@@ -66,7 +66,7 @@ def build_trainer(run: Run, call: Call, given: Mapping[str, object], world: Worl
     if run.test_set is not None:
         evaluate = Evaluation(detect, priors, run, world)
     trainer = Trainer(net, criterion, priors, loader, evaluate, run, world)
-    trainer.start_at(call.resume_epoch or 0)
+    trainer.state.step = (call.resume_epoch or 0) * trainer.steps_per_epoch
     if run.saved:
         trainer.restore(run.saved, run.path)
     return trainer
@@ -84,7 +84,7 @@ def test(call: Call, given: Mapping[str, object], world: World) -> None:
         found = detect_by(job.predictor, job.dataset, job.options)
     else:
         options = job.options
-        net = build_net(options.version, options.size, job.num_classes)
+        net = build_net(options.version, options.size, options.num_classes)
         load_weights(net, job.weights, call.test)
         net.to(job.device, memory_format=torch.channels_last)
         boxes = prior_config(options.version, options.priors, options.size)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from data.annotation import check_folder, tell
-from data.image_sets import ImageSet, set_word, sets_name
+from data.image_sets import SET_WORDS, ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
 from data.truth import Truth, digest
@@ -229,6 +229,10 @@ class DataSetRow:
     priors: str = "VOC"
 
 
+_DATA_FOLDERS = {"annotations", "original_annotations", "xml", "xmls", "labels", "jpegimages",
+                 "images", "imgs", "img", "imagesets", "obj_train_data", "vocdevkit"}
+_DATA_SUFFIXES = {".xml", ".json", ".yaml", ".yml", ".names", ".jpg", ".jpeg", ".png", ".bmp",
+                  ".webp", ".tif", ".tiff"}
 _SPLIT = frozenset({"val_share", "split_by"})
 DATASETS = {
     "VOC": DataSetRow(reader="data.voc0712:VOCDetection", folder="VOCdevkit",
@@ -273,25 +277,54 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
     preferred: a key of `DATASETS` that is taken where its reader knows the layout, or cannot tell.
 
     Raises:
-        UserError: ``root`` is no folder, or holds no layout that is understood, or several.
+        UserError: ``root`` is no folder, or holds no layout that is understood, or several, or
+            data sets in its folders.
     """
     root = Path(os.path.expanduser(root))
     if preferred and (layout := _layout(preferred, root)) is not None:
         return preferred, layout
     check_folder(root)
-    found = layouts(root)
+    found, inside = layouts(root), {}
+    if not found or not _holds_data(root):
+        folders = [each for each in sorted(root.glob("[!.]*/"))[:20] if os.access(each, os.R_OK)]
+        inside = {each: of_it[0] for each in folders if (of_it := layouts(each))}
+    # Folders of labels beside images, all of one layout, are parts of one data set.
+    parts = found[:1] if found and {*inside.values()} == {found[0]} else []
+    if not (parts and "beside" in parts[0][1]):
+        _refuse_inside(root, inside)
     if len(found) > 1:
         several = " and ".join(f"{layout} (-d {name})" for name, layout in found)
         raise UserError(f"{root} holds several layouts: {several}; say by -d which one to read")
     if found:
         return found[0]
-    inside = ((folder, layouts(folder)) for folder in sorted(root.glob("[!.]*/"))[:20])
-    hint = next((f"; {folder} holds {found[0][1]}: give it as --root"
-                 for folder, found in inside if found), "")
-    raise UserError(f"{root} holds no data set in a layout that is understood{hint}. Understood "
+    raise UserError(f"{root} holds no data set in a layout that is understood. Understood "
                     "are VOC (a devkit; XML files in Annotations/ or beside the images), COCO "
                     "(JSON), YOLO (data.yaml; images/ and labels/; .txt files beside the images) "
                     "and CVAT for images (annotations.xml): docs/own_data.md")
+
+
+def _holds_data(root: Path) -> bool:
+    """Return whether ``root`` itself holds files or folders of a data set."""
+    for path in root.glob("[!.]*"):
+        name, suffix = path.name.lower(), path.suffix.lower()
+        if path.is_dir():
+            if name in _DATA_FOLDERS or name.startswith("voc2") or set_word(name) in SET_WORDS:
+                return True
+        elif suffix in _DATA_SUFFIXES or suffix == ".txt" and not name.startswith("readme"):
+            return True
+    return False
+
+
+def _refuse_inside(root: Path, inside: Mapping[Path, tuple[str, str]]) -> None:
+    """Raise UserError if there are data sets ``inside`` folders of ``root``."""
+    if len(inside) == 1:
+        [(folder, (_, layout))] = inside.items()
+        raise UserError(f"{root} holds a data set in a folder, {folder.name} ({layout}); give "
+                        f"{folder} as --root")
+    if inside:
+        several = ", ".join(f"{folder.name} ({layout})" for folder, (_, layout) in inside.items())
+        raise UserError(f"{root} holds several data sets: {several}; give one as --root, such as "
+                        f"{next(iter(inside))}")
 
 
 def _layout(name: str, root: str | Path) -> str | None:

@@ -122,12 +122,10 @@ def random_crop(image: np.ndarray, target: np.ndarray,
 def photometric_distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Change brightness, contrast, hue and saturation, each with probability 1/2."""
     brightness, contrast, hue, saturation = rng.random(4) < 0.5
-    return adjust_colours(
-        image, brightness=rng.uniform(-32, 32) if brightness else 0,
-        contrast=rng.uniform(0.5, 1.5) if contrast else 1,
-        hue=rng.integers(-18, 18, endpoint=True) if hue else 0,
-        saturation=rng.uniform(0.5, 1.5) if saturation else 1,
-    )
+    return adjust_colours(image, brightness=rng.uniform(-32, 32) if brightness else 0,
+                          contrast=rng.uniform(0.5, 1.5) if contrast else 1,
+                          hue=rng.integers(-18, 18, endpoint=True) if hue else 0,
+                          saturation=rng.uniform(0.5, 1.5) if saturation else 1)
 
 
 def adjust_colours(image: np.ndarray, brightness: float = 0, contrast: float = 1, hue: int = 0,

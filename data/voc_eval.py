@@ -35,18 +35,14 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, metric: str) ->
     Args:
         recall: [n], ascending.
         precision: [n].
-        metric: "voc07_11point" (VOC until 2009), the mean over recalls 0, 0.1, ..., 1 of the best
-            precision at that recall or a higher one; "area" (VOC from 2010), the area under that
-            envelope.
+        metric: "voc07_11point" (VOC until 2009) and "coco", the mean over 11 and 101 recalls from 0
+            to 1 of the best precision at that recall or a higher one; "area" (VOC from 2010), the
+            area under that envelope.
     """
-    if metric == "voc07_11point":
-        # arange, not linspace: its 0.30000000000000004 decides ties with 3 / 10 as published.
-        best = [precision[recall >= t].max(initial=0) for t in np.arange(0, 1.1, 0.1)]
-        return float(np.mean(best))
-    if metric == "area":
-        envelope = np.maximum.accumulate(precision[::-1])[::-1]
+    recalls, envelope = bootstrap.RECALLS[metric], np.maximum.accumulate(precision[::-1])[::-1]
+    if recalls is None:
         return float((np.diff(recall, prepend=0) * envelope).sum())
-    raise ValueError(f"metric {metric!r} is not one of {', '.join(METRICS)}")
+    return float(np.append(envelope, 0)[np.searchsorted(recall, recalls)].mean())
 
 
 def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[Annotation],
@@ -83,17 +79,14 @@ def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[A
         curves, totals, counted = _class_curves(found, objects.of_class(name), iou)
         aps = bootstrap.precisions(counted, weights, METRICS)[:, 0] if totals["all"] else None
         drawn.append(2 * [None] if aps is None else aps)
-        for metric, aps in zip(METRICS, drawn[-1], strict=True):
-            result[metric]["per_class_interval"][name] = bootstrap.interval(aps)
-        for metric in METRICS:
-            aps = {
-                size: average_precision(curve["recall"], curve["precision"], metric)
-                for size, curve in curves.items()
-            }
-            result[metric]["per_class"][name] = aps["all"]
-            result[metric]["per_class_per_size"][name] = {
-                size: aps[size] if totals[size] else -1.0 for size in SIZES
-            }
+        for metric, of_draws in zip(METRICS, drawn[-1], strict=True):
+            scores = result[metric]
+            aps = {size: average_precision(curve["recall"], curve["precision"], metric)
+                   for size, curve in curves.items()}
+            scores["per_class"][name] = aps["all"]
+            scores["per_class_interval"][name] = bootstrap.interval(of_draws)
+            scores["per_class_per_size"][name] = {size: aps[size] if totals[size] else -1.0
+                                                  for size in SIZES}
         result["ground_truths"][name] = totals["all"]
         result["detections"][name] = len(found.scores)
         result["curves"][name] = curves
@@ -235,9 +228,8 @@ def _find_year(root: Path, image_set: str) -> str | None:
     """Return the only year of a devkit that has the image set; None in a folder without years."""
     years = [year for year, name in list_image_sets(root) if name == image_set]
     if len(years) > 1 and None not in years:
-        raise UserError(
-            f'{root}: the image set "{image_set}" is in {" and ".join(years)}; choose with --year'
-        )
+        raise UserError(f'{root}: the image set "{image_set}" is in {" and ".join(years)}; choose '
+                        "with --year")
     return years[0] if years else None
 
 
@@ -262,10 +254,8 @@ def _cell(value: float, bounds: Sequence[float] | None = None) -> str:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="python -m data.voc_eval",
-        description="Score comp4 detection files: average precision per class, both VOC metrics.",
-    )
+    parser = Parser(prog="python -m data.voc_eval", description="Score comp4 detection files: "
+                    "average precision per class, both VOC metrics.")
     parser.add_argument("detections", metavar="DETECTIONS_DIR", type=Path)
     parser.add_argument("--root", type=Path, required=True, help="devkit or folder in VOC layout")
     parser.add_argument("--set", required=True, help="image set, such as test")

@@ -10,11 +10,10 @@ from dataclasses import field
 from utils.errors import UserError
 
 
-def option(
-    group: str, default: object, *flags: str, help: str, read: Callable[[str], object] = str,
-    choices: Collection | None = None, metavar: str | None = None, only: str = "",
-    fixed: bool = False, machine: bool = False, check: Callable[[object], object] | None = None,
-) -> dataclasses.Field:
+def option(group: str, default: object, *flags: str, help: str, read: Callable[[str], object] = str,
+           choices: Collection | None = None, metavar: str | None = None, only: str = "",
+           fixed: bool = False, machine: bool = False,
+           check: Callable[[object], object] | None = None) -> dataclasses.Field:
     """Declare an option.
 
     Args:
@@ -59,9 +58,7 @@ def check_value(spec: dataclasses.Field, value: object) -> object:
             raise UserError(f"{name} is {value!r:.80}; choose from {known}")
         return value
     if meta["read"] is str:
-        if not isinstance(value, str):
-            raise UserError(f"{name} is {value!r:.80}; give a text")
-        if "\0" in value:
+        if not isinstance(value, str) or "\0" in value:
             raise UserError(f"{name} is {value!r:.80}; give a text without NUL")
         if not value and spec.default is None:
             raise UserError(f"{name} is empty; give a value, or leave the option out")

@@ -161,11 +161,6 @@ def _shown(value: float | None, interval: Sequence[float] | None) -> str:
     return f"{value:.4f}" + (f", 95 %: {bootstrap.text(interval)}" if interval else "")
 
 
-def detector_name(options: Options) -> str:
-    """Return the name of a detector in the files of an evaluation server."""
-    return f"{options.version}_{options.size}"
-
-
 @dataclass
 class Evaluation:
     """The evaluations of a training run: detect on the test set, keep, score."""
@@ -190,7 +185,7 @@ class Evaluation:
         checkpoint = {"file": f"{run.name}, {name}"}
         origin = origin_of(options, self.detect.config, checkpoint, self.priors.device)
         folder = run / "ss_predict" / name / sets_name(options.test_sets)
-        return keep_and_score(dataset, self.detections, origin, folder, detector_name(options))
+        return keep_and_score(dataset, self.detections, origin, folder, options.network)
 
     def draw(self) -> np.ndarray:
         """Return images of the last evaluation with ground truth and detections drawn."""

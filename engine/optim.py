@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from typing import Protocol
 
 import torch
 from torch import nn
 
+from engine.options import Options
 from utils.errors import UserError
-
-OPTIMIZERS = ("sgd", "adamw")
-SCHEDULES = ("steps", "cosine")
 
 LR_MILESTONES = (0.6, 0.8, 0.9)
 """Shares of the epochs after which the learning rate is multiplied by gamma (schedule "steps")."""
@@ -21,22 +18,7 @@ COSINE_END = 0.01
 """Share of the learning rate that the schedule "cosine" ends with."""
 
 
-class Recipe(Protocol):
-    """The options that this module reads; ``engine.options.Options`` has them."""
-
-    optimizer: str
-    lr: float
-    momentum: float
-    weight_decay: float
-    norm_decay: bool
-    schedule: str
-    gamma: float
-    warm_epoch: int
-    max_epoch: int
-    base_lr: float
-
-
-def lr_at(step: int, steps_per_epoch: int, recipe: Recipe) -> float:
+def lr_at(step: int, steps_per_epoch: int, recipe: Options) -> float:
     """Return the learning rate of ``step``, 0-based and counted over the whole run.
 
     The rate rises linearly from 1e-6 to ``recipe.lr`` over the first ``warm_epoch`` epochs. Then
@@ -78,7 +60,7 @@ def freeze(net: nn.Module, parts: str) -> list[nn.Module]:
     return modules
 
 
-def parameter_groups(net: nn.Module, recipe: Recipe) -> list[dict]:
+def parameter_groups(net: nn.Module, recipe: Options) -> list[dict]:
     """Return parameter groups for an optimiser, without frozen parameters.
 
     Without ``norm_decay``, weights of convolutions (parameters of more than one dimension) decay;
@@ -98,7 +80,7 @@ def parameter_groups(net: nn.Module, recipe: Recipe) -> list[dict]:
     ]  # fmt: skip
 
 
-def build_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def build_optimizer(net: nn.Module, recipe: Options) -> torch.optim.Optimizer:
     """Return the optimiser of the recipe for all parameters of ``net`` that are not frozen."""
     groups = parameter_groups(net, recipe)
     if recipe.optimizer == "sgd":
@@ -106,19 +88,12 @@ def build_optimizer(net: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, lr=recipe.lr, betas=(recipe.momentum, 0.999))
 
 
-def ema_decay_at(updates: int, decay: float) -> float:
-    """Return the share that the moving average keeps of itself, after ``updates`` updates.
-
-    It grows as (1 + n) / (10 + n) up to ``decay``. An early average then spans the last tenth of
-    the run so far, and forgets the random weights of the start.
-    """
-    return min(decay, (1 + updates) / (10 + updates))
-
-
 class MovingAverage:
     """A copy of a network whose weights and batch statistics follow it by exponential average.
 
-    ``net`` is the copy. ``updates`` counts the steps that it has followed.
+    ``net`` is the copy. ``updates`` counts the steps n that it has followed. The share that it
+    keeps of itself grows as (1 + n) / (10 + n) up to ``decay``: an early average spans the last
+    tenth of the run so far, and forgets the random weights of the start.
     """
 
     def __init__(self, net: nn.Module, decay: float):
@@ -132,7 +107,7 @@ class MovingAverage:
         averages, values = self.net.state_dict().values(), net.state_dict().values()
         pairs = list(zip(averages, values, strict=True))
         floats = [pair for pair in pairs if pair[0].is_floating_point()]
-        weight = 1 - ema_decay_at(self.updates, self.decay)
+        weight = 1 - min(self.decay, (1 + self.updates) / (10 + self.updates))
         torch._foreach_lerp_(*map(list, zip(*floats, strict=True)), weight)
         for average, value in pairs:
             if not average.is_floating_point():  # the batch counters

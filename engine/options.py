@@ -21,7 +21,6 @@ from data.image import MAX_PIXELS
 from data.image_sets import ImageSet
 from data.split import VAL_SHARE, check_pattern, check_share
 from engine.declare import Checked, flag_of, option
-from engine.optim import OPTIMIZERS, SCHEDULES
 from engine.rules import names, parts, priors, sets, tracker_names
 from layers.detect import SUPPRESSION, DetectConfig
 from models import BACKBONES, SIZES
@@ -95,8 +94,8 @@ class Options(Checked):
     accumulate: int = _recipe(1, "--accumulate", read=positive, metavar="N", machine=True,
         help="parts that the images of a step are cut into, for less memory")
     max_epoch: int = _recipe(300, "-max", "--max_epoch", read=positive, metavar="N", help="epochs")
-    optimizer: str = _recipe("sgd", "--optimizer", choices=OPTIMIZERS, fixed=True,
-        help="optimiser")
+    optimizer: str = _recipe("sgd", "--optimizer", choices=("sgd", "adamw"),
+        fixed=True, help="optimiser")
     lr: float = _recipe(4e-3, "--lr", "--learning-rate", read=number, metavar="X",
         help="initial learning rate")
     base_lr: float = _recipe(1.0, "--base_lr", read=number, metavar="X", fixed=True,
@@ -111,7 +110,7 @@ class Options(Checked):
         help="factor of the learning rate at 60, 80 and 90 %% of the epochs (--schedule steps)")
     warm_epoch: int = _recipe(1, "-we", "--warm_epoch", read=count, metavar="N",
         help="epochs of linear warm-up")
-    schedule: str = _recipe("steps", "--schedule", choices=SCHEDULES,
+    schedule: str = _recipe("steps", "--schedule", choices=("steps", "cosine"),
         help="learning rate after the warm-up")
     norm_decay: bool = _recipe(True, "--norm_decay", read=boolean, fixed=True,
         help="apply weight decay to biases and to the weights of norms, too")
@@ -177,6 +176,16 @@ class Options(Checked):
         """The trackers of --log; --visdom is the published name of TensorBoard's."""
         asked = ["tensorboard"] * self.visdom + self.log.split(",")
         return list(dict.fromkeys(filter(None, asked)))
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes with background."""
+        return len(self.classes) + 1
+
+    @property
+    def network(self) -> str:
+        """Name of the network at its size, for folders and files."""
+        return f"{self.version}_{self.size}"
 
     def plain(self) -> dict:
         """Return the options as a dict that JSON and a checkpoint can hold."""
@@ -379,13 +388,10 @@ def parse(argv: Sequence[str]) -> tuple[Call, dict[str, object]]:
     names = {spec.name for spec in dataclasses.fields(Call)}
     call = Call(**{name: value for name, value in given.items() if name in names})
     refused = "train" if call.test else "test"
-    wrong = [
-        flag_of(OPTIONS[name])
-        for name, value in given.items()
-        # A switch that is given as off asks for nothing.
-        if OPTIONS[name].metadata["only"] == refused
-        and not (value is False and not OPTIONS[name].default)
-    ]
+    # A switch that is given as off asks for nothing.
+    wrong = [flag_of(OPTIONS[name]) for name, value in given.items()
+             if OPTIONS[name].metadata["only"] == refused
+             and not (value is False and not OPTIONS[name].default)]
     if wrong and call.test:
         raise UserError(f"{', '.join(wrong)}: for training, but --test evaluates; give one of them")
     if wrong:

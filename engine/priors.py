@@ -44,10 +44,8 @@ def read_priors(text: str, size: int) -> str:
         sizes = json.loads(read_text(path, "prior boxes"))[str(size)]
         return ",".join(f"{float(side):g}" for side in sizes)
     except Exception as error:
-        raise UserError(
-            f'{path} has no list "{size}" of sizes of prior boxes ({error!r:.80}); '
-            f"python -m tools.check --fit_priors FILE -s {size} writes one"
-        ) from error
+        raise UserError(f'{path} has no list "{size}" of sizes of prior boxes ({error!r:.80}); '
+                        f"python -m tools.check --fit_priors FILE -s {size} writes one") from error
 
 
 def fit_to(dataset: DetectionData, config: PriorConfig) -> str:

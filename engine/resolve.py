@@ -51,7 +51,7 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
     if isinstance(given.get("classes"), str):
         given["classes"] = list(parse_classes(given["classes"]))
     for key in ("version", "size", "dataset", "classes"):
-        if key in given and stored.get(key) and given[key] != _as(stored[key], given[key]):
+        if key in given and stored.get(key) and given[key] != stored[key]:
             raise UserError(f"--{key} {given[key]} contradicts the checkpoint, which is made for "
                             f"{stored[key]}; leave the option out")
     values = {**stored, **given}
@@ -115,10 +115,8 @@ def check_parts(options: Options) -> None:
     Raises:
         UserError: the training set may then hold test images.
     """
-    train, test = (
-        any(each.name in SPLIT_SETS for each in sets)
-        for sets in (options.train_sets, options.test_sets)
-    )
+    train, test = (any(each.name in SPLIT_SETS for each in sets)
+                   for sets in (options.train_sets, options.test_sets))
     existing = [*map(str, list_sets(options.dataset, options.root)), *SPLIT_SETS]
     asked = map(str, (*options.train_sets, *options.test_sets)) if train != test else ()
     if unknown := [name for name in asked if name not in existing]:
@@ -128,10 +126,6 @@ def check_parts(options: Options) -> None:
         raise UserError(f"--train_sets {sets_name(options.train_sets)} may hold images of "
                         f"--test_sets {sets_name(options.test_sets)}: {' and '.join(SPLIT_SETS)} "
                         f"divide all images of {options.root}; give both options or neither")
-
-
-def _as(value: object, like: object) -> object:
-    return list(value) if isinstance(like, list) else value
 
 
 def _check_size(options: Options) -> None:
@@ -215,7 +209,6 @@ def dataset_options(options: Options, call: Call, testing: bool) -> dict[str, ob
 
 
 def _check_taken(name: str, dataset: str) -> None:
-    """Refuse an option that the data set does not take."""
     if name not in DATASETS[dataset].options:
         takers = ", ".join(key for key, row in DATASETS.items() if name in row.options)
         flag = flag_of(OPTIONS[name])

@@ -64,13 +64,9 @@ class Run:
     """Its file."""
     start: dict | None
     """The checkpoint of --resume_net."""
+    start_info: DetectorInfo | None
     folder: RunFolder | None = None
     """None until every rank knows it."""
-
-    @property
-    def num_classes(self) -> int:
-        """Number of classes with background."""
-        return len(self.options.classes) + 1
 
     @property
     def detection(self) -> DetectConfig:
@@ -172,7 +168,7 @@ def _choose(call: Call, given: Mapping[str, object], read: dict[Path, dict]) -> 
 def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved: dict | None,
               world: World) -> Run:
     """Return the run without its folder; ``saved``: the checkpoint ``path``, if it was read."""
-    start, stored = None, {}
+    start, info, stored = None, None, {}
     if path is not None:
         saved = saved or load_checkpoint(path)
         if "optimizer" not in saved:
@@ -190,7 +186,8 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
         given = {key: value for key, value in given.items() if key != "priors"}
     if call.resume_net:
         start = load_checkpoint(call.resume_net)
-        stored["priors"] = starting_info(start, call, given).priors
+        info = _starting_info(start, call, given)
+        stored["priors"] = info.priors
     options = dataclasses.replace(resolve(given, stored), ngpu=world.size)
     if options.overfit:
         options = dataclasses.replace(options, test_sets=options.train_sets)
@@ -217,15 +214,10 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     processes = world.local_size if world.local_rank == 0 else 1
     pull = open_cache(options.cache, train_set, processes)
     _check_memory(options, len(train_set), test_set is not None, world)
-    return Run(options, device, train_set, pull, test_set, data, saved, path, start)
+    return Run(options, device, train_set, pull, test_set, data, saved, path, start, info)
 
 
 def _fit_priors(options: Options, train_set: DetectionData, path: Path | None) -> Options:
-    """Return the options with prior boxes that fit the training set.
-
-    Raises:
-        UserError: the run of ``path`` that is resumed has others.
-    """
     config = prior_config(options.version, DATASETS[options.dataset].priors, options.size)
     found = fit_to(train_set, config)
     if path is not None and found != options.priors:
@@ -325,7 +317,7 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
     Raises:
         UserError: the checkpoint is older than the run's last one, or --date names another run.
     """
-    folder = Path(options.save_folder) / f"{options.version}_{options.size}"
+    folder = Path(options.save_folder) / options.network
     if saved and (path.parent / "config.json").is_file():
         here = path.parent
         if not call.date or here.absolute() == (folder / call.date).absolute():
@@ -359,8 +351,7 @@ def _refuse_older(path: Path, step: int) -> None:
                         "a new --date to continue beside it")
 
 
-def starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> DetectorInfo:
-    """Describe the checkpoint ``start`` of --resume_net."""
+def _starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> DetectorInfo:
     # With a class map --classes names the classes of the data, not of the file.
     names = None if call.class_map else given.get("classes")
     names = parse_classes(names) if isinstance(names, str) else names

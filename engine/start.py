@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 from torch import nn
 
 from data import DATASETS
 from engine.options import Call, Options
-from engine.run import Run, starting_info
+from engine.run import Run
 from models.base_weights import load_base
-from models.info import DetectorInfo
 from models.pretrained import WEIGHTS, published_bases
 from models.transfer import parse_class_map, transfer_classes
 from utils.checkpoint import load_weights, sha256_of
 from utils.logger import LOGGER
 
 
-def starting_weights(net: nn.Module, run: Run, call: Call, given: Mapping[str, object]) -> Run:
+def starting_weights(net: nn.Module, run: Run, call: Call) -> Run:
     """Load what --resume_net or --basenet names; return the run that records it.
 
     Raises:
         UserError: the file does not fit the network.
     """
     if call.resume_net:
-        origin = _from_detector(net, run, call, starting_info(run.start, call, given))
+        origin = _from_detector(net, run, call)
     elif path := _base_file(call, run.options):
         match = load_base(net.base, path, run.options.version)
         origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
@@ -56,8 +54,8 @@ def _base_file(call: Call, options: Options) -> Path | None:
     return found
 
 
-def _from_detector(net: nn.Module, run: Run, call: Call, info: DetectorInfo) -> str:
-    options, path = run.options, Path(call.resume_net)
+def _from_detector(net: nn.Module, run: Run, call: Call) -> str:
+    options, info, path = run.options, run.start_info, Path(call.resume_net)
     state, origin = run.start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
     class_map = parse_class_map(call.class_map) if call.class_map else None
     if class_map is not None or info.classes != options.classes:

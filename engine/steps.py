@@ -61,11 +61,9 @@ class TrainStep:
         world: the processes that train together.
     """
 
-    def __init__(
-        self, net: nn.Module, criterion: MultiBoxLoss, priors: Tensor,
-        optimizer: torch.optim.Optimizer, *, amp: str = "off", clip_norm: float = 0.0,
-        frozen: Sequence[nn.Module] = (), world: World = SINGLE_PROCESS,
-    ):
+    def __init__(self, net: nn.Module, criterion: MultiBoxLoss, priors: Tensor,
+                 optimizer: torch.optim.Optimizer, *, amp: str = "off", clip_norm: float = 0.0,
+                 frozen: Sequence[nn.Module] = (), world: World = SINGLE_PROCESS):
         self.net = net
         self.criterion = criterion
         self.priors = priors

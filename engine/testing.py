@@ -13,7 +13,7 @@ from data.classes import parse_classes
 from data.detections import load_detections
 from data.image_sets import one_folder, sets_name
 from engine.distributed import World
-from engine.evaluate import detection_of, detector_name, keep_and_score, origin_of, score
+from engine.evaluate import detection_of, keep_and_score, origin_of, score
 from engine.options import OPTIONS, Call, Options
 from engine.resolve import absolute, asked_dataset, dataset_of_test, resolve, use_device
 from engine.run import log_dataset, open_dataset
@@ -52,11 +52,6 @@ class Testing:
     __test__ = False  # for pytest
 
     @property
-    def num_classes(self) -> int:
-        """Number of classes with background."""
-        return len(self.options.classes) + 1
-
-    @property
     def origin(self) -> dict:
         """Everything that decides the detections; kept with them."""
         views = self.predictor.views if self.predictor else Views()
@@ -76,8 +71,7 @@ class Testing:
 
     def keep(self, detections: list[dict]) -> None:
         """Write the detections of all images, and score them."""
-        name = detector_name(self.options)
-        keep_and_score(self.dataset, detections, self.origin, self.folder, name)
+        keep_and_score(self.dataset, detections, self.origin, self.folder, self.options.network)
 
     def score_again(self, call: Call) -> None:
         """Score the detections that an earlier test has kept.
@@ -98,7 +92,7 @@ class Testing:
             raise UserError(f"{path} does not say by which limits it was made ({error!r:.200}); "
                             "run the test again, without --retest") from error
         origin = {key: value for key, value in origin.items() if key in self.origin}
-        score(self.dataset, kept, origin, self.folder, detector_name(self.options))
+        score(self.dataset, kept, origin, self.folder, self.options.network)
 
 
 def open_test(call: Call, given: Mapping[str, object], world: World) -> Testing:
@@ -196,7 +190,7 @@ def _stored(saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, 
 
 def test_folder(call: Call, given: Mapping[str, object], options: Options, path: Path) -> Path:
     """Return the folder of a test's files: in the checkpoint's run, if it lies in a run."""
-    folder = Path(options.save_folder) / f"{options.version}_{options.size}"
+    folder = Path(options.save_folder) / options.network
     run = path.absolute().parent
     in_a_run = (run / "config.json").is_file()
     if call.date:

@@ -92,10 +92,6 @@ class Trainer:
             LOGGER.warning("  --batch_size %d is lowered to %d: the training set has %d images",
                            options.batch_size, sampler.batch_size, len(self.train_set))
 
-    def start_at(self, epoch: int) -> None:
-        """Start the schedule at ``epoch``."""
-        self.state.step = epoch * self.steps_per_epoch
-
     def restore(self, saved: dict, path: Path) -> None:
         """Continue exactly where the checkpoint ``saved``, read from ``path``, was made.
 
@@ -160,10 +156,7 @@ class Trainer:
         return f"finishing {what}step {self.state.step + (not self.testing)}, again to stop now"
 
     def _save_on(self, error: BaseException) -> None:
-        """Save the state if it is that after a whole number of steps.
-
-        A failure inside a step is not saved: the weights may be half updated.
-        """
+        # A failure inside a step is not saved: the weights may be half updated.
         if self.consistent:
             self._save("last.pth")
             LOGGER.info("stopped at step %d; continue with --resume %s", self.state.step,
@@ -211,7 +204,6 @@ class Trainer:
         return ends
 
     def _late(self) -> bool:
-        """Return whether --max_hours are over, on rank 0."""
         return self.deadline < inf and self.world.main and time.monotonic() > self.deadline
 
     def _reason(self) -> Interrupted:

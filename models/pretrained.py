@@ -191,7 +191,6 @@ def examine(path: str | Path) -> Contents:
 
 
 def _origin(digests: Mapping[str, str]) -> str | None:
-    """Return the name of the published file that has one of these digests."""
     for row in PUBLISHED:
         for place in row.places:
             name, _, expected = (place.checksum or "").partition(":")

@@ -21,6 +21,10 @@ import torch
 from coco_files import annotation, write_set
 from hypothesis import settings
 from layouts import voc_xml
+from tiny import TINY
+
+import models
+from train_test import main
 
 # For --hypothesis-profile fuzz: minutes in place of seconds.
 settings.register_profile("fuzz", max_examples=5000, deadline=None)
@@ -174,3 +178,30 @@ def coco_folder(tmp_path) -> Path:
         write_set(tmp_path / "coco", f"instances_{name}.json", name, names, boxes, VOC_IMAGE_SIZE,
                   categories=categories)  # fmt: skip
     return tmp_path / "coco"
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Make "tiny" a version of the network."""
+    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+
+
+@pytest.fixture
+def call(tiny, tmp_path, voc_folder):
+    """main() on the folder of own classes: call(*options) trains or tests the tiny network."""
+
+    def run(*options, root=voc_folder, version="tiny"):
+        common = ["--save_folder", tmp_path / "w", "--device", "cpu", "--num_workers", "0"]
+        if "--test" not in options:
+            common += ["-d", "VOC", "-v", version, "-s", "300", "--root", root, "-b", "2"]
+        return main(list(map(str, [*common, *options])))
+
+    run.folder = tmp_path / "w" / "tiny_300"
+    return run
+
+
+@pytest.fixture
+def trained(call):
+    """The weights of a run of two epochs."""
+    assert call("-max", 2, "--date", "a", "--test_frequency", 0) == 0
+    return call.folder / "a" / "Final_tiny_VOC.pth"

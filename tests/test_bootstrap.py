@@ -103,15 +103,6 @@ def test_too_few_images_with_objects_have_no_interval():
     assert set(result["area"]["per_class_interval"].values()) == {None}
 
 
-def test_a_thousand_draws_of_five_thousand_images_are_fast_enough_to_be_usual():
-    rng = np.random.default_rng(0)
-    images = rng.integers(0, 5000, 20_000)
-    hits = rng.random((1, 20_000)) < 0.05
-    counted = bootstrap.Counted(images, hits, hits | True, rng.integers(0, 2, 5000))
-    aps = bootstrap.precisions(counted, bootstrap.draw(5000), bootstrap.RECALLS)
-    assert aps.shape == (3, 1, 1000) and (aps > 0).all()
-
-
 def coco_anew(document, results, weights):
     """The score by pycocotools of a set that has each image as often as its weight says."""
     images = np.repeat(np.sort([image["id"] for image in document["images"]]), weights)

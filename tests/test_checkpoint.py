@@ -133,8 +133,6 @@ def doubled(depth):
 @pytest.mark.filterwarnings("ignore:.*quantized tensor creation", "ignore:TypedStorage")
 @pytest.mark.parametrize(("entries", "words"), [
     ({"format": 99}, "format 99"), ({"format": torch.zeros(2)}, "format a Tensor"),
-    ({"format": "1\n"}, r"format '1\\n'"), ({"classes": [1, 2]}, "not a list of names"),
-    ({"classes": "person"}, "not a list of names"),
     ({"classes": ["a", "\ud800"]}, "not a list of names"), ({"config": [1]}, "it holds a list"),
     ({"config": {"lr": torch.zeros(1)}}, "it holds a Tensor"),
     ({"config": {(1, 2): 1}}, "a key that is no text"),

@@ -28,12 +28,10 @@ from program import (
     start,
     wait_until,
 )
-from tiny import TINY
 
 import engine.evaluate
 import engine.folder
 import engine.trainer
-import models
 from train_test import main
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
@@ -46,9 +44,7 @@ RUN = ["-b", 2, "-max", EPOCHS, "--test_frequency", TESTED, "--save_frequency", 
 RUN += ["--lr", 1e-3, "--date", "run"]
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.fixture
@@ -228,24 +224,15 @@ class Interruptions:
         assert_same_files(self.straight, self.broken)
 
 
-def test_run_interrupted_at_random_instants_ends_like_a_straight_one(voc_folder, tmp_path):
-    interruptions = Interruptions(voc_folder, tmp_path, EPOCHS, seed=1)
-    interruptions.at_random(3)
-    interruptions.in_savings(1)
-    interruptions.finish()
-
-
-@pytest.mark.slow
-def test_run_interrupted_at_50_random_instants_ends_like_a_straight_one(voc_folder, tmp_path):
-    interruptions = Interruptions(voc_folder, tmp_path, 8 * EPOCHS, seed=2)
-    interruptions.at_random(50)
-    interruptions.finish()
-
-
-@pytest.mark.slow
-def test_run_killed_in_10_savings_ends_like_a_straight_one(voc_folder, tmp_path):
-    interruptions = Interruptions(voc_folder, tmp_path, 4 * EPOCHS, seed=3)
-    interruptions.in_savings(10)
+@pytest.mark.parametrize(("length", "kills", "savings"), [
+    (1, 3, 1), pytest.param(8, 50, 10, marks=pytest.mark.slow),
+])
+def test_run_interrupted_at_random_instants_ends_like_a_straight_one(
+    voc_folder, tmp_path, length, kills, savings
+):
+    interruptions = Interruptions(voc_folder, tmp_path, length * EPOCHS, seed=length)
+    interruptions.at_random(kills)
+    interruptions.in_savings(savings)
     interruptions.finish()
 
 
@@ -291,10 +278,8 @@ def test_file_killed_at_any_instant_of_its_writing_leaves_a_whole_one(tmp_path):
         left.append((process.returncode, found.get("file"), found.get("previous")))
     assert process.stdout.split() == ["fsync", "replace", "replace", "fsync"]
     killed = -signal.SIGKILL
-    assert left == [
-        (killed, old, None), (killed, old, None), (killed, None, old), (killed, new, old),
-        (0, new, old),
-    ]  # fmt: skip
+    assert left == [(killed, old, None), (killed, old, None), (killed, None, old),
+                    (killed, new, old), (0, new, old)]
 
 
 @pytest.mark.parametrize("failing", [1, 2])
@@ -319,9 +304,8 @@ def test_file_that_cannot_be_renamed_leaves_the_earlier_one(tmp_path, monkeypatc
 
 
 DAMAGE = {
-    "cut off": lambda data: data[: len(data) // 2], "empty": lambda data: b"",
+    "cut off": lambda data: data[: len(data) // 2],
     "a bit": lambda data: data[:-30_000] + bytes([data[-30_000] ^ 4]) + data[-29_999:],
-    "noise": lambda data: np.random.default_rng(0).bytes(len(data)),
 }
 
 
@@ -386,6 +370,7 @@ def test_options_of_training_at_random_are_exact_on_resume(train, seed):
     for name, values in {
         "--recipe": ("published", "modern"), "--freeze": ("", "base:2", "heads"),
         "--base_lr": (1, 0.1), "--background_negatives": (0, 9), "--clip_norm": (0, 5),
+        "--amp": ("off", "bf16"),
     }.items():  # fmt: skip
         more += [f"{name}={rng.choice(values)}"]
     assert train("straight", *more) == 0
@@ -398,14 +383,18 @@ def test_options_of_training_at_random_are_exact_on_resume(train, seed):
 # ---------------------------------------------------------------- the best, and what does not count
 
 
-def test_best_checkpoint_is_that_of_the_first_of_the_best_scores(train, monkeypatch):
-    scores = {1: 0.2, 2: 0.5, 3: 0.5, 4: None, 5: 0.6, 6: 0.3}
-
+def scored(monkeypatch, scores):
+    """Let the evaluation of epoch n + 1 give ``scores[n]``."""
     def score(dataset, detections, origin, directory, scoring):
-        value = scores[int(directory.parent.name.removeprefix("epoch_"))]
+        epoch = directory.parent.name.removeprefix("epoch_")
+        value = None if epoch == "final" else scores[int(epoch) - 1]
         return {"metric": "AP", "value": value, "per_class": {}}
 
     monkeypatch.setattr(engine.evaluate, "score", score)
+
+
+def test_best_checkpoint_is_that_of_the_first_of_the_best_scores(train, monkeypatch):
+    scored(monkeypatch, [0.2, 0.5, 0.5, None, 0.6, 0.3])
     common = ("-max", 6, "--test_frequency", 1, "--save_frequency", 1)
     found = []
     for stop in range(3, 19, 3):
@@ -418,13 +407,7 @@ def test_best_checkpoint_is_that_of_the_first_of_the_best_scores(train, monkeypa
 
 
 def test_a_run_without_gain_ends_at_the_same_step_however_it_is_resumed(train, monkeypatch):
-    scores = {1: 0.2, 2: 0.5, 3: 0.5, 4: 0.4, 5: 0.6, 6: 0.7}
-
-    def score(dataset, detections, origin, directory, scoring):
-        epoch = directory.parent.name.removeprefix("epoch_")
-        return {"metric": "AP", "value": scores.get(int(epoch)), "per_class": {}}
-
-    monkeypatch.setattr(engine.evaluate, "score", score)
+    scored(monkeypatch, [0.2, 0.5, 0.5, 0.4, 0.6, 0.7])
     common = ("-max", 6, "--test_frequency", 1)
     ends = {}
     for patience in (0, 1, 2, 3):

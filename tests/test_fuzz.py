@@ -144,31 +144,6 @@ data_target("YOLO", write_yolo, "labels/a.txt", WORDS, 1000, lambda path: lines_
 data_target("YOLO", write_yolo, "data.yaml", YAML, 1000, lambda path: 4)
 data_target("CVAT", write_cvat, "annotations.xml", XML, 1000, partial(boxes_of, tag="box"))
 data_target("VOC", write_classes, "classes.txt", WORDS, 700, lines_of, "classes")
-def write_yolo(folder):
-    write_voc(folder, {"test": BOXES})
-    (folder / "JPEGImages").rename(folder / "images")
-    shutil.rmtree(folder / "Annotations")
-    shutil.rmtree(folder / "ImageSets")
-    (folder / "labels").mkdir()
-    text = "0 0.5 0.5 0.25 0.25\n1 0.25 0.25 0.75 0.25 0.5 0.75\n"
-    for name in BOXES:
-        (folder / f"labels/{name}.txt").write_text(text)
-    (folder / "data.yaml").write_text("path: .\ntrain: [images]\nval: images\nnames: [dog, cat]\n")
-
-
-def write_cvat(folder):
-    write_yolo(folder)
-    shutil.rmtree(folder / "labels")
-    (folder / "data.yaml").unlink()
-    box = '<box label="dog" xtl="5" ytl="5.5" xbr="40" ybr="40"></box>'
-    images = "".join(f'<image id="{n}" name="{name}.jpg" width="96" height="72" subset="train">'
-                     f"{box}</image>" for n, name in enumerate(BOXES))  # fmt: skip
-    (folder / "annotations.xml").write_text(f"<annotations>{images}</annotations>")
-
-
-data_target("YOLO", write_yolo, "labels/a.txt", WORDS, 1000, lambda path: lines_of(path) + 2)
-data_target("YOLO", write_yolo, "data.yaml", YAML, 1000, lambda path: 4)
-data_target("CVAT", write_cvat, "annotations.xml", XML, 1000, partial(boxes_of, tag="box"))
 data_target("VOC", write_classes, "ImageSets/Main/test.txt", WORDS, 1000, lines_of, "ids")
 data_target("VOC", partial(write_voc, sets={"test": BOXES}), "Annotations/a.xml", XML, 2000,
             lambda path: boxes_of(path) + 1)
@@ -438,10 +413,9 @@ def fuzz(name, folder, inputs=None):
 
     for changes in replacements(whole, codec) if codec and not inputs else ():
         read_mutated(changes)
-    given(edits(codec))(settings(
-        max_examples=inputs or most, derandomize=True, deadline=None, database=None,
-        phases=[Phase.generate, Phase.shrink], suppress_health_check=[*HealthCheck],
-    )(read_mutated))()  # fmt: skip
+    given(edits(codec))(settings(max_examples=inputs or most, derandomize=True, deadline=None,
+                                 database=None, phases=[Phase.generate, Phase.shrink],
+                                 suppress_health_check=[*HealthCheck])(read_mutated))()
 
 
 @pytest.mark.parametrize("name", TARGETS)

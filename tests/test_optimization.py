@@ -6,7 +6,6 @@ import copy
 
 import pytest
 import torch
-from tiny import TINY
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
@@ -15,7 +14,6 @@ from engine.optim import (
     COSINE_END,
     MovingAverage,
     build_optimizer,
-    ema_decay_at,
     freeze,
     lr_at,
     parameter_groups,
@@ -23,13 +21,10 @@ from engine.optim import (
 from engine.options import Options
 from engine.steps import TrainStep
 from layers import MultiBoxLoss, PriorBox
-from models import BACKBONES, build_net
+from models import build_net
 from utils.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(BACKBONES, "tiny", TINY)
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def rate(step, epochs=150, warm_epochs=1, schedule="steps"):
@@ -136,9 +131,3 @@ def test_average_is_the_weighted_sum_of_all_weights_so_far(decay):
             torch.testing.assert_close(value.double(), expected[key], rtol=1e-5, atol=1e-6)
     assert average.updates == 20
     assert not any(p.requires_grad for p in average.net.parameters())
-
-
-def test_decay_of_the_average_grows_to_the_one_asked_for():
-    assert ema_decay_at(0, 0.9998) == 0.1
-    assert ema_decay_at(90, 0.9998) == pytest.approx(0.91)
-    assert ema_decay_at(44_000, 0.9998) < ema_decay_at(45_000, 0.9998) == 0.9998

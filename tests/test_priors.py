@@ -7,9 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import TINY
 
-import models
 from data import build_dataset
 from data.config import COCO_512, MOBILE_300, VOC_300
 from engine.options import Options
@@ -22,10 +20,7 @@ from train_test import main
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.mark.parametrize("config", [VOC_300, COCO_512, MOBILE_300])

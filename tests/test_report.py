@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import re
 import shutil
@@ -448,10 +447,8 @@ def test_changed_data_are_told_of_and_all_is_of_now(kind, request):
 
 def test_a_damaged_log_is_told(results):
     log = results.parents[2] / "log.jsonl"
-    wrong = [{"loss_loc": []}, {"loss_conf": None}, {"loss_loc": math.nan}, {"epoch": True},
-             {"loss_loc": 1 << 9999}, {"value": "0.5"}, {"value": 2}, {"per_class": {"a": []}}]
-    wrong = [json.dumps({"epoch": 1, "loss_loc": 1, "loss_conf": 1, **each}) for each in wrong]
-    for content in ('{"epoch": 1}', '{"epo', "[1]", "[" * 9999, *wrong):
+    value = '{"epoch": 1, "loss_loc": 1, "loss_conf": 1, "value": 2}'
+    for content in ('{"epoch": 1}', '{"epo', "[" * 9999, value):
         log.write_text(content)
         test = open_test(results, None)
         assert not test.log and f"No training curves: {log}" in test.notes[0]
@@ -489,23 +486,16 @@ def test_damaged_curves_are_told_of_where_they_are_needed(wrong, results, coco, 
     assert test.curves is None and str(path) in note and "run the test again" in note
 
 
-@pytest.mark.parametrize("key, values", {
-    "per_class": [None, [], {"bolt": "0.5"}, {"bolt": 2}, {"bolt": True}],
-    "interval": [0.5, [0.1], [0.1, "1"]], "per_class_interval": [None, {"bolt": 0.1}],
-    "per_class_per_size": [None, {"bolt": None}, {"bolt": {"small": 0.5}}],
-    "value": ["0.5", [], 10**400, math.inf], "sets": [["test"], None, 1, "", "../../x"],
-    "root": [None, 1, ["a"], "a\0"], "overfit": ["x", 1.5, None, True, -1],
-    "classes": [None, "bolt", [1], [["bolt"]], {}, [], ["a", "a"]], "metric": [None, ["a"]],
-    "dataset": [None, "voc", ["VOC"]], "ground_truths": [None, [1]], "notes": ["a", [1]],
-    "stats": [10**30],
-}.items())  # fmt: skip
-def test_results_with_a_wrong_value_are_refused_in_a_sentence(made, tmp_path, key, values):
+def test_results_with_a_wrong_value_are_refused_in_a_sentence(made, tmp_path):
     whole, path = json.loads((made[0] / "results.json").read_text()), tmp_path / "results.json"
-    changed = [{**whole, key: value} for value in values]
-    if key in ("dataset", "per_class", "value"):
-        changed.append({name: value for name, value in whole.items() if name != key})
-    for content in changed:
-        path.write_text(json.dumps(content))
+    for key, value in (
+        ("per_class", None), ("per_class", {"bolt": 2}), ("interval", [0.1]), ("value", 10**400),
+        ("per_class_per_size", {"bolt": {"small": 0.5}}), ("per_class_interval", {"bolt": 0.1}),
+        ("sets", "../../x"), ("root", "a\0"), ("overfit", -1), ("overfit", True),
+        ("classes", ["a", "a"]), ("classes", [1]), ("dataset", "voc"), ("notes", [1]),
+        ("stats", 10**30),
+    ):  # fmt: skip
+        path.write_text(json.dumps({**whole, key: value}))
         with pytest.raises(UserError, match="run the test again") as refused:
             open_test(tmp_path, None)
         assert str(path) in str(refused.value)

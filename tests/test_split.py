@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from conftest import write_voc
@@ -132,6 +133,32 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
     assert dataset_of_test({"root": str(tmp_path / "voc")}, "YOLO") == "VOC"
     assert dataset_of_test({"root": root, "dataset": "COCO"}, "VOC") == "COCO"
     assert dataset_of_test({}, "CVAT") == "CVAT"
+
+
+@pytest.mark.parametrize("kinds", ["a:yolo", "a:yolo b:voc", "a:yolo b:yolo c:voc", "a:voc b:voc"])
+def test_folder_of_data_sets_is_refused_with_their_names(kinds, tmp_path):
+    (tmp_path / "README.txt").write_text("several")
+    for name, kind in (each.split(":") for each in kinds.split()):
+        if kind == "yolo":
+            write(tmp_path / name, {"train/a": CAT})
+        else:
+            write_voc(tmp_path / name, {"train": {name: DOG}})
+    with pytest.raises(UserError) as error:
+        resolve({"root": str(tmp_path)})
+    names = {"yolo": "YOLO (data.yaml)", "voc": "VOC XML in Annotations/"}
+    words = [f"{name} ({names[kind]})" for name, kind in (e.split(":") for e in kinds.split())]
+    assert all(word in str(error.value) for word in words), error.value
+    assert str(tmp_path / "a") in str(error.value) and "--root" in str(error.value)
+
+
+def test_folders_of_labels_beside_images_are_one_data_set(tmp_path):
+    for film in ("film1", "film2"):
+        write(tmp_path / "from", {f"{film}/a": CAT}, yaml="")
+        (tmp_path / film).mkdir()
+        for part in (f"images/{film}/a.png", f"labels/{film}/a.txt"):
+            (tmp_path / "from" / part).rename(tmp_path / film / part.rpartition("/")[2])
+    shutil.rmtree(tmp_path / "from")
+    assert find_layout(tmp_path) == ("YOLO", "YOLO (images and labels beside)")
 
 
 @pytest.mark.parametrize("root", ["x" * 5000, "\ud800", "/dev/null/x"])

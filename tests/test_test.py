@@ -10,11 +10,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from tiny import TINY
 
 import engine.evaluate
 import engine.resolve
-import models
 import train_test
 from data import voc_eval
 from data.config import COCO_300, COCO_CLASSES
@@ -24,34 +22,11 @@ from models import build_net
 from train_test import main
 from utils.checkpoint import load_checkpoint, sha256_of
 
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
-
-
-@pytest.fixture
-def call(tmp_path, voc_folder):
-    """main() on the folder of own classes: call(*options) trains or tests the tiny network."""
-
-    def run(*options, root=voc_folder, version="tiny"):
-        common = ["--save_folder", tmp_path / "w", "--device", "cpu", "--num_workers", "0"]
-        if "--test" not in options:
-            common += ["-d", "VOC", "-v", version, "-s", "300", "--root", root, "-b", "2"]
-        return main(list(map(str, [*common, *options])))
-
-    run.folder = tmp_path / "w" / "tiny_300"
-    return run
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def weights(path):
     return load_checkpoint(path)["model"]
-
-
-@pytest.fixture
-def trained(call):
-    assert call("-max", 2, "--date", "a", "--test_frequency", 0) == 0
-    return call.folder / "a" / "Final_tiny_VOC.pth"
 
 
 def test_a_test_takes_all_from_the_checkpoint_and_leaves_results(call, trained):
@@ -218,14 +193,11 @@ def published(tmp_path, num_classes, prefix="module."):
     return path
 
 
-def test_a_published_file_with_21_classes_is_tested_as_voc(call, tmp_path, voc_devkit):
+def test_a_published_file_is_tested_on_the_data_of_its_classes(call, tmp_path, voc_devkit, capsys):
     path = published(tmp_path, 21)
     assert call("--test", path, "--root", voc_devkit) == 0
     found = list((call.folder / "published").glob("ss_predict/*/2007_test/results.json"))
     assert len(json.loads(found[0].read_text())["per_class"]) == 20
-
-
-def test_a_published_file_with_81_classes_is_coco(call, tmp_path, capsys):
     assert call("--test", published(tmp_path, 81), "--root", tmp_path / "nothing") == 2
     assert "instances_val2017.json" in capsys.readouterr().err
 
@@ -414,10 +386,3 @@ def test_prior_boxes_of_a_file_without_names_are_those_of_the_data(call, tmp_pat
     assert call(*start, "--resume_net", tmp_path / "own.pth", "--date", "a") == 0
     assert load_checkpoint(call.folder / "a" / "last.pth")["config"]["priors"] == "COCO"
     assert call(*start, "--resume_net", tmp_path / "three.pth", "--date", "b") == 2
-
-
-def test_a_folder_is_no_checkpoint(call, capsys):
-    assert call("--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
-    capsys.readouterr()
-    assert call("--test", call.folder / "a") == 2
-    assert "a is a folder; give a checkpoint in it, such as last.pth" in capsys.readouterr().err

@@ -33,37 +33,14 @@ from train_test import main
 from utils.checkpoint import load_checkpoint
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
-
-
-@pytest.fixture
-def call(tmp_path, voc_folder):
-    """main() on the folder of own classes: call(*options) trains the tiny network."""
-
-    def run(*options, root=voc_folder, version="tiny"):
-        common = ["--save_folder", tmp_path / "w", "--device", "cpu", "--num_workers", "0"]
-        common += ["-d", "VOC", "-v", version, "-s", "300", "--root", root, "-b", "2"]
-        return main(list(map(str, [*common, *options])))
-
-    run.folder = tmp_path / "w" / "tiny_300"
-    return run
-
-
-@pytest.fixture
-def trained(call):
-    assert call("-max", 2, "--date", "a", "--test_frequency", 0) == 0
-    return call.folder / "a" / "Final_tiny_VOC.pth"
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def weights(path):
     return load_checkpoint(path)["model"]
 
 
-def test_a_run_leaves_checkpoints_log_configuration_and_scores(call):
+def test_a_run_leaves_checkpoints_log_configuration_and_scores(call, capsys):
     assert call("-max", 4, "--date", "a", "--save_frequency", 2, "--test_frequency", 2) == 0
     run = call.folder / "a"
     names = {p.name for p in run.iterdir()}
@@ -72,6 +49,9 @@ def test_a_run_leaves_checkpoints_log_configuration_and_scores(call):
         "train.log", "log.jsonl", "config.json", "ss_predict",
     }  # fmt: skip
     assert not [name for name in names if name.endswith(".part")]
+    said = capsys.readouterr().out  # ends with the place of each file
+    for name in ("Final_tiny_VOC.pth", "best.pth", "last.pth", "train.log", "log.jsonl"):
+        assert name in names and str(run / name) in said
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
     assert [line["step"] for line in lines] == [3, 6, 9, 12]
@@ -84,16 +64,6 @@ def test_a_run_leaves_checkpoints_log_configuration_and_scores(call):
     assert saved["classes"] == ["cell", "platelet", "rod"]
     assert saved["config"]["weight_decay"] == 5e-4
     assert saved["model"]["conf.0.weight"].shape[0] == 6 * 4
-
-
-@pytest.mark.parametrize("stop, frequency", [(1, 0), (3, 1)])
-def test_resumed_run_equals_a_straight_one(call, stop, frequency):
-    common = ("-max", 3, "--test_frequency", 1, "--amp", "bf16")
-    assert call(*common, "--date", "straight") == 0
-    first = ("--max_iters", stop, "--test_frequency", frequency)
-    assert call(*common, "--date", "broken", *first) == 0
-    assert call(*common, "--date", "broken", "--resume", "auto") == 0
-    assert_same_run(call.folder / "straight", call.folder / "broken")
 
 
 def test_resume_needs_nothing_but_the_path(call, tmp_path):
@@ -261,20 +231,6 @@ def test_the_modern_recipe_is_named_and_its_average_is_what_is_tested(call):
     np.testing.assert_array_equal(kept["scores"], again["scores"])
 
 
-def test_a_resumed_modern_run_equals_a_straight_one(call):
-    options = ("-max", 3, "--recipe", "modern", "-we", 1)
-    assert call(*options, "--date", "straight") == 0
-    first = ("--max_iters", 4, "--test_frequency", 0)
-    assert call(*options, "--date", "broken", *first) == 0
-    assert call("--date", "broken", "--resume", "auto", "--test_frequency", 10) == 0
-    assert_same_run(call.folder / "straight", call.folder / "broken")
-    first, second = (
-        load_checkpoint(call.folder / run / "last.pth") for run in ("straight", "broken")
-    )
-    for key, tensor in first["raw_model"].items():
-        assert torch.equal(tensor, second["raw_model"][key]), key
-
-
 @pytest.mark.parametrize(
     "option", [("--recipe", "modern"), ("--ema", 0.5), ("--overfit", 2), ("--dataset", "COCO")],
 )
@@ -323,20 +279,11 @@ def test_a_batch_can_be_trained_in_parts(call, capsys):
     assert "give a multiple of 3" in capsys.readouterr().err
 
 
-def test_a_run_ends_with_the_place_of_each_file(call, capsys):
-    assert call("-max", 1, "--date", "a", "--test_frequency", 1) == 0
-    said = capsys.readouterr().out
-    for name in ("Final_tiny_VOC.pth", "best.pth", "last.pth", "train.log", "log.jsonl"):
-        assert str(call.folder / "a" / name) in said
-        assert (call.folder / "a" / name).is_file()
-
-
 def test_training_through_the_compiler_gives_the_same_losses(call):
     for name, options in (("eager", ()), ("compiled", ("--compile",))):
         assert call("-max", 1, "--date", name, "--lr", 1e-5, "--test_frequency", 0, *options) == 0
-    records = [
-        json.loads((call.folder / name / "log.jsonl").read_text()) for name in ("eager", "compiled")
-    ]
+    records = [json.loads((call.folder / name / "log.jsonl").read_text())
+               for name in ("eager", "compiled")]
     assert records[0]["loss_conf"] == pytest.approx(records[1]["loss_conf"], rel=1e-4)
     saved = load_checkpoint(call.folder / "compiled" / "last.pth")
     assert set(saved["model"]) == set(weights(call.folder / "eager" / "last.pth"))
@@ -402,7 +349,6 @@ def test_evaluation_that_is_interrupted_is_made_up_for(call, monkeypatch):
 
 @pytest.mark.parametrize(("change", "words"), [
     ({"config": None}, "configuration"), ({"classes": "cell"}, "classes"),
-    ({"config": {"size": 400}}, "400"), ({"config": {"lr": "fast"}}, "--lr: 'fast'"),
     ({"config": {"version": "SSD_other"}}, "SSD_other"), ({"step": "x"}, "resumed from"),
     ({"rng": {}}, "resumed from"), ({"optimizer": {}}, "resumed from"),
     ({"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}}, "momentum_buffer [2]"),
@@ -424,8 +370,7 @@ def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, change
     assert error.count("\n") == 1
 
 
-@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff", b"[]", b"[" * 9999,
-                                     b'{"dataset": "VOC"}', b'{"dataset": "VOC", "root": 5}'])
+@pytest.mark.parametrize("content", [None, b"{", b"[" * 9999, b'{"dataset": "VOC"}'])
 def test_resume_auto_names_a_configuration_that_cannot_be_read(call, trained, content, capsys):
     file = trained.parent / "config.json"
     file.unlink() if content is None else file.write_bytes(content)

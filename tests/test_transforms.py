@@ -90,11 +90,9 @@ def literal_crop(width, height, boxes, draw):
             crop = (x, y, x + w, y + h)
             if choice != "no limit" and any(literal_iou(box, crop) < choice for box in boxes):
                 continue
-            kept = [
-                i
-                for i, (x1, y1, x2, y2) in enumerate(boxes)
-                if crop[0] < (x1 + x2) / 2 < crop[2] and crop[1] < (y1 + y2) / 2 < crop[3]
-            ]
+            kept = [i
+                    for i, (x1, y1, x2, y2) in enumerate(boxes) if crop[0] < (x1 + x2) / 2 < crop[2]
+                    and crop[1] < (y1 + y2) / 2 < crop[3]]
             if kept:
                 return crop, kept
 
@@ -209,16 +207,6 @@ def test_colours_equal_the_literal_version():
         np.testing.assert_array_equal(adjust_colours(image, *change),
                                       literal_colours(image, *change), str(change))
     np.testing.assert_array_equal(image, before)
-
-
-def test_brightness_and_contrast_saturate_in_turn():
-    image = np.array([[[0, 100, 250]]], np.uint8)
-    assert adjust_colours(image, brightness=32).tolist() == [[[32, 132, 255]]]
-    assert adjust_colours(image, brightness=-32).tolist() == [[[0, 68, 218]]]
-    assert adjust_colours(image, contrast=1.5).tolist() == [[[0, 150, 255]]]
-    # 250 + 32 saturates before the contrast halves it, and 0 - 32 before it doubles nothing.
-    assert adjust_colours(image, brightness=32, contrast=0.5).tolist() == [[[16, 66, 128]]]
-    assert adjust_colours(image, brightness=-32, contrast=1.5).tolist() == [[[0, 102, 255]]]
 
 
 def test_the_hue_wraps_around_red():
@@ -425,16 +413,6 @@ def test_every_sample_of_any_image_is_well_formed(width, height, size):
         assert (boxes[:, 2:4] > boxes[:, :2]).all()
         assert set(boxes[:, 4]) <= set(target[:, 4]) and len(set(boxes[:, 4])) == len(boxes)
         assert np.array_equal(image, before[0]) and np.array_equal(target, before[1])
-
-
-def test_boxes_of_one_pixel_survive_or_fall_back():
-    image, augment = image_of(640, 480), SSDAugmentation(300)
-    target = target_of((639, 479, 640, 480, 1), (0, 0, 1, 1, 2), (320, 240, 321, 241, 3))
-    for index in range(30):
-        _, boxes = augment(image, target, np.random.default_rng(index))
-        # One pixel of 640 is too narrow in any crop: the sample is always the untouched image.
-        np.testing.assert_allclose(boxes[:, :4] * (640, 480, 640, 480), target[:, :4], atol=1e-4)
-        assert boxes[:, 4].tolist() == [1, 2, 3]
 
 
 def test_the_fall_back_is_the_untouched_image_with_all_its_boxes():

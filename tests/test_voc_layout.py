@@ -175,7 +175,7 @@ def test_folders_of_image_sets_give_ids_that_are_unique_and_lists_can_name(folde
     assert kinds(data) == {SkipKind.NO_ANNOTATION_FILE}
     assert find_layout(root)[0] == "VOC"
     if base == "train/{}":  # not without its image sets
-        with pytest.raises(UserError, match=f"{root} holds VOC XML.*--root"):
+        with pytest.raises(UserError, match=rf"VOC XML.*{root} as --root"):
             shutil.rmtree(folder / "Annotations")
             find_layout(folder)
     (root / "ImageSets").mkdir()

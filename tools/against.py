@@ -88,11 +88,9 @@ def _draws(test: Test, weights: np.ndarray) -> dict[str, np.ndarray]:
     results, judged = test.results, test.judged
     ious = IOUS if results.average == "coco" else (FOREGROUND,)
     counted = count(judged.truth, judged.found, ious, len(results.classes), len(test.dataset))
-    return {
-        name: bootstrap.precisions(each, weights, (results.average,))[0].mean(0)
-        for name, each in zip(results.classes, counted, strict=True)
-        if name in results.per_class and each.objects.any()
-    }
+    return {name: bootstrap.precisions(each, weights, (results.average,))[0].mean(0)
+            for name, each in zip(results.classes, counted, strict=True)
+            if name in results.per_class and each.objects.any()}
 
 
 def _mean(test: Test, drawn: Mapping[str, np.ndarray]) -> np.ndarray | None:

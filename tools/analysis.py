@@ -167,9 +167,5 @@ def _class_aps(scores: np.ndarray, correct: np.ndarray, labels: np.ndarray, tota
             aps[k] = not len(hits)
             continue
         recall, precision = hits / total, hits / np.arange(1, len(hits) + 1)
-        if metric == "coco":
-            best = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0)
-            aps[k] = best[np.searchsorted(recall, np.linspace(0, 1, 101), side="left")].mean()
-        else:
-            aps[k] = average_precision(recall, precision, metric)
+        aps[k] = average_precision(recall, precision, metric)
     return aps

@@ -134,11 +134,10 @@ def draw_lines(title: str, table: Table, classes: Sequence[str] = ()) -> Figure:
         for k, (name, points) in enumerate(lines.items()):
             number = classes.index(name) if name in classes else k
             bold = bool(classes) and name not in classes
-            axes.plot(
-                *zip(*points, strict=True), color=INK if bold else colours[number],
-                linewidth=2.8 if bold else 1.6, marker="o" if len(set(places)) <= MARKED else None,
-                markersize=4, clip_on=False, gid=f"class-{number}" if name in classes else None,
-            )
+            axes.plot(*zip(*points, strict=True), color=INK if bold else colours[number],
+                      linewidth=2.8 if bold else 1.6,
+                      marker="o" if len(set(places)) <= MARKED else None, markersize=4,
+                      clip_on=False, gid=f"class-{number}" if name in classes else None)
         if lines and len(classes) <= len(COLOURS):
             axes.legend(axes.lines, list(lines), fontsize="small")  # also names like "_a"
         axes.set_ylim(0, max([1, *(y for points in lines.values() for _, y in points)]))

@@ -26,7 +26,6 @@ import numpy as np
 from data.bootstrap import DRAWS
 from data.image import limit_pixels
 from data.judge import ERRORS, FOREGROUND
-from engine.options import add_option
 from inference.draw import resize
 from tools.against import (
     Change,
@@ -41,9 +40,9 @@ from tools.against import (
 )
 from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix, has_points
 from tools.mistakes import Mistake, as_jpeg, draw_worst, list_mistakes
-from tools.results import Results, Test, open_test, score_again
+from tools.results import Results, Test, open_test, report_parser, score_again
 from tools.tables import MEANING, NOTHING, Table, error_tables, score_tables, training_tables
-from utils.arguments import Parser, count, fraction
+from utils.arguments import count
 from utils.errors import command
 from utils.files import atomic_write
 
@@ -223,18 +222,13 @@ def _against(folder: Folder, a: Test, b: Test, changes: Sequence[Change], moved:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="python -m tools.report", description=__doc__.splitlines()[0])
-    p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
+    p = report_parser("python -m tools.report", __doc__)
     p.add_argument("--against", type=Path, metavar="RUN_DIR",
                    help="another test on the same images, to compare with")
-    p.add_argument("--root", help="the data set, if it is no longer where the test found it")
-    p.add_argument("--score", type=fraction, default=0.4, metavar="X",
-                   help="least score of the detections that are counted (0.4)")
     p.add_argument("--examples", type=count, default=6, metavar="N",
                    help="images of mistakes of each type and class (6)")
     p.add_argument("--output", type=Path, metavar="PAGE.html",
                    help="the page (default: report.html in the test's folder)")
-    add_option(p, "max_pixels")
     args = p.parse_args(argv)
     limit_pixels(args.max_pixels)
     if args.output and not re.fullmatch(r"\.html?", args.output.suffix):

@@ -20,6 +20,8 @@ from data.detections import load_detections
 from data.image_sets import ImageSet, parse_image_sets
 from data.judge import FOREGROUND, Judged, found_of, judge
 from data.voc_eval import METRICS
+from engine.options import add_option
+from utils.arguments import Parser, fraction
 from utils.checkpoint import is_number, odd_part
 from utils.errors import UserError
 from utils.files import read_text
@@ -141,6 +143,17 @@ class Test:
     judged: Judged | None = None
 
     __test__ = False  # for pytest
+
+
+def report_parser(program: str, description: str) -> Parser:
+    """Return a parser with the arguments of every command that shows a test."""
+    p = Parser(prog=program, description=description.splitlines()[0])
+    p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
+    p.add_argument("--root", help="the data set, if it is no longer where the test found it")
+    p.add_argument("--score", type=fraction, default=0.4, metavar="X",
+                   help="least score of the detections that are counted (0.4)")
+    add_option(p, "max_pixels")
+    return p
 
 
 def find_tests(directory: Path) -> list[Path]:

@@ -16,10 +16,9 @@ import numpy as np
 
 from data.image import limit_pixels
 from data.judge import CORRECT, Judged
-from engine.options import add_option
 from inference.draw import contact_sheet, draw_comparison
-from tools.results import open_test
-from utils.arguments import Parser, fraction, positive
+from tools.results import open_test, report_parser
+from utils.arguments import positive
 from utils.errors import UserError, command
 from utils.files import atomic_write
 
@@ -69,16 +68,11 @@ def count_errors(judged: Judged, score: float, images: int) -> np.ndarray:
 
 @command
 def main(argv: list[str] | None = None) -> int:
-    p = Parser(prog="python -m tools.sheet", description=__doc__.splitlines()[0])
-    p.add_argument("directory", type=Path, metavar="RUN_DIR", help="a run, or a test's results")
+    p = report_parser("python -m tools.sheet", __doc__)
     p.add_argument("--output", type=Path, metavar="PNG",
                    help="the sheet (default: detections.png in the test's folder)")
-    p.add_argument("--root", help="the data set, if it is no longer where the test found it")
-    p.add_argument("--score", type=fraction, default=0.4, metavar="X",
-                   help="least score of a detection (0.4)")
     p.add_argument("--images", type=positive, default=8, metavar="N",
                    help="number of best and number of worst images (8)")
-    add_option(p, "max_pixels")
     args = p.parse_args(argv)
     limit_pixels(args.max_pixels)
     if args.output and args.output.suffix.lower() != ".png":

@@ -127,11 +127,9 @@ def _counts(judged: Judged, score: float, label: int | None) -> list[float]:
     total, count, correct = int(objects.sum()), int(kept.sum()), int((kept & right).sum())
     scores = judged.found.scores[of_class]
     f1, at = best_f1(scores, right[of_class], total)
-    return [
-        total, correct, count - correct, int((objects & judged.not_found(score)).sum()),
-        correct / count if count else math.nan, correct / total if total else math.nan,
-        f1 if total else math.nan, at, calibration(scores, right[of_class]).error,
-    ]  # fmt: skip
+    return [total, correct, count - correct, int((objects & judged.not_found(score)).sum()),
+            correct / count if count else math.nan, correct / total if total else math.nan,
+            f1 if total else math.nan, at, calibration(scores, right[of_class]).error]
 
 
 def error_tables(judged: Judged, results: Results, ids: Sequence, mistakes: Iterable[Mistake],

@@ -93,8 +93,7 @@ def _plain(name: str) -> str:
 
 TRACKERS: dict[str, tuple[str, Callable[[Path, Mapping[str, object]], Tracker]]] = {
     "tensorboard": ("torch.utils.tensorboard", TensorBoard),
-    "wandb": ("wandb", partial(Wandb, "wandb")),
-    "mlflow": ("mlflow", MLflow),
+    "wandb": ("wandb", partial(Wandb, "wandb")), "mlflow": ("mlflow", MLflow),
     "trackio": ("trackio", partial(Wandb, "trackio")),
 }
 """Values of --log: the module that must be there, and the tracker."""
