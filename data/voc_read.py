@@ -25,6 +25,7 @@ from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.split import VAL_SHARE
 from data.voc_layout import (
+    IMAGE_FOLDERS,
     Listed,
     declared_classes,
     find_image,
@@ -109,7 +110,7 @@ def find_images(listed: Sequence[Listed], annotations: Sequence[Annotation],
             detail = f"{path}: {found} is taken, not {', '.join(file.name for file in rest)}"
             skipped.append(Skip(SkipKind.SEVERAL_IMAGES, i, None, detail))
         if found is None:
-            place = next(filter(os.path.isdir, folders), folders[0])
+            place = next(filter(os.path.isdir, folders[: len(IMAGE_FOLDERS)]), folders[0])
             named = [each.image, annotation.filename, f"{stem}{IMAGE_SUFFIXES[0]}"]
             found = Path(place, next(name for name in named if name.startswith(f"{stem}.")))
             missing.append(f"{found} ({path})")

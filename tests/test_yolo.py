@@ -70,7 +70,8 @@ def test_line_that_is_no_label_is_refused_by_file_line_and_value(line, words, tm
         read(tmp_path)
     assert all(word in str(error.value) for word in ["a.txt:2", *words]), error.value
     faults: list[str] = []
-    assert len(read(tmp_path, faults=faults).rows) == 1 and faults == [str(error.value)]
+    found = read(tmp_path, faults=faults)
+    assert len(found.rows) == 1 and faults == [str(error.value)] and found.unread() == 1
 
 
 @pytest.mark.parametrize("text, words", [
