@@ -50,6 +50,8 @@ class DetectionData:
     """Class names without background; label k is ``classes[k - 1]``."""
     skipped: list[Skip]
     """What the reader changed or left out."""
+    unread: Collection[int] = ()
+    """Images whose annotation could not be read; only with ``faults``."""
     sizes: np.ndarray
     """int64 [N, 2], width and height of each image."""
     rows: np.ndarray
@@ -72,6 +74,11 @@ class DetectionData:
 
         "" if it cannot tell. Annotation files may be looked into; no image is opened.
         """
+        return ""
+
+    @staticmethod
+    def near_miss(root: str | Path) -> str:
+        """Return what ``root`` lacks to be of a layout of this reader; "" if it cannot tell."""
         return ""
 
     @staticmethod
@@ -189,10 +196,6 @@ class DetectionData:
         """Return `skipped` as lines for the log."""
         return report_lines(self.skipped)
 
-    def unread(self) -> int:
-        """Return the number of images whose objects are unknown because of a fault."""
-        return 0
-
     def check_scorable(self) -> None:
         """Raise UserError if `evaluate` cannot score these image sets."""
 
@@ -297,7 +300,9 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
         raise UserError(f"{root} holds several layouts: {several}; say by -d which one to read")
     if found:
         return found[0]
-    raise UserError(f"{root} holds no data set in a layout that is understood. Understood "
+    whys = (_reader(row).near_miss(root) for row in DATASETS)
+    why = next((f" ({each})" for each in whys if each), "")
+    raise UserError(f"{root} holds no data set in a layout that is understood{why}. Understood "
                     "are VOC (a devkit; XML files in Annotations/ or beside the images), COCO "
                     "(JSON), YOLO (data.yaml; images/ and labels/; .txt files beside the images) "
                     "and CVAT for images (annotations.xml): docs/own_data.md")

@@ -72,6 +72,7 @@ class AnnotatedImages(DetectionData):
                 empty = Annotation.empty(self.annotations[index].path)
                 self.annotations[index] = replace(empty, unread=True)
                 self.sizes[index] = 1
+        self.unread = {i for i, each in enumerate(self.annotations) if each.unread}
         kept = self._make_targets()
         self.check_losses(faults)
         if not self.scores_dropped:
@@ -140,9 +141,6 @@ class AnnotatedImages(DetectionData):
             return ": swapped corners?"
         fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
         return ": fractions of the image where pixels belong?" if fractions else ""
-
-    def unread(self) -> int:
-        return sum(annotation.unread for annotation in self.annotations)
 
     def image_path(self, index: int) -> Path:
         return self._paths[index]

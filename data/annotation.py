@@ -29,7 +29,7 @@ class Annotation:
     difficult: bool [n].
     filename: of the image, without folders; "" where the annotation names none.
     where: what messages call it; "" for the path.
-    unread: whether a fault, which is told, stands for the objects.
+    unread: whether it is empty because reading it failed.
     """
 
     path: Path

@@ -60,9 +60,12 @@ def in_validation(paths: Sequence[str], val_share: float = VAL_SHARE,
     keys = [_group(path, pattern) for path in paths]
     counts = Counter(keys)
     if len(counts) < 2:
-        raise UserError(f"{len(keys)} images in one group ({', '.join(counts) or 'none'}) cannot "
-                        "be divided into training and test images; give another --split_by, or "
-                        "declare image sets (docs/own_data.md)")
+        cannot = "cannot be divided into training and test images"
+        if len(keys) < 2:
+            raise UserError(f"{'one image' if keys else 'no image'} {cannot}; add images")
+        raise UserError(f"{len(keys)} images in one group ({', '.join(counts)}) {cannot}; give "
+                        f"{'another ' * bool(pattern)}--split_by, or declare image sets "
+                        "(docs/own_data.md)")
     order = sorted(counts, key=lambda key: hashlib.sha256(key.encode("utf-8", "replace")).digest())
     before = np.cumsum([0, *(counts[key] for key in order)])
     chosen = {key for key, taken in zip(order[:-1], before, strict=False)

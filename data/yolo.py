@@ -106,6 +106,12 @@ class YOLODetection(AnnotatedImages):
         return folder.layout
 
     @staticmethod
+    def near_miss(root: str | Path) -> str:
+        with suppress(UserError):
+            return YOLOFolder(Path(os.path.expanduser(root))).near_miss()
+        return ""
+
+    @staticmethod
     def list_image_sets(root: str | Path) -> list[ImageSet]:
         folder = YOLOFolder(Path(os.path.expanduser(root)))
         names = dict.fromkeys([*(folder.sets or folder.declared()), *list_files(root)])
@@ -122,8 +128,8 @@ class YOLODetection(AnnotatedImages):
         check_folder(self.root)
         folder = YOLOFolder(self.root)
         if folder.layout is None:
-            raise UserError(f"{self.root} holds no YOLO labels: no data.yaml, and no .txt files in "
-                            "labels/ or beside the images; docs/own_data.md shows where they go")
+            why = folder.near_miss() or "no data.yaml, no .txt files in labels/ or beside images"
+            raise UserError(f"{self.root} holds no YOLO labels: {why} (docs/own_data.md)")
         classes = None if classes is None else check_classes(classes, "classes")
         source = self.root / folder.source
         if not folder.names:
@@ -152,8 +158,7 @@ class YOLODetection(AnnotatedImages):
         if not folder.names:
             numbers = sorted({name for each in annotations for name in each.names}, key=float)
             raise UserError(f"{self.root}: nothing names the classes "
-                            f"{', '.join(numbers[:20]) or '0, 1, ...'}; give --classes a,b,c in "
-                            "the order of their numbers, or write classes.txt, one a line")
+                            f"{', '.join(numbers[:20]) or '0, 1, ...'}; {_naming(folder)}")
         if unnamed:
             first = sorted(folder.names.items())[:20]
             named = ", ".join(f"{number} {name}" for number, name in first)
@@ -183,6 +188,16 @@ class YOLODetection(AnnotatedImages):
         if faults is None:
             refuse_missing(self.root, missing)
         return images
+
+
+def _naming(folder: YOLOFolder) -> str:
+    """Return how to name the classes of a folder."""
+    above = Path(os.path.abspath(folder.root)).parent
+    if any((above / name).is_file() for name in (*NAME_FILES, "data.yaml", "data.yml")):
+        return f"give {above} as --root, which names them"
+    if folder.source:
+        return f"add names: [a, b, c] to {folder.root / folder.source}, in the order of numbers"
+    return "give --classes a,b,c in the order of their numbers, or write classes.txt, one a line"
 
 
 def _ids(root: Path, images: Sequence[Path]) -> list[str]:

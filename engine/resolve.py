@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -67,6 +68,8 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
     }
     values["root"] = root = absolute(values["root"])
     if os.path.isfile(root):
+        if zipfile.is_zipfile(root):
+            raise UserError(f"--root {root} is a zip file; unpack it and give the folder")
         raise UserError(f"--root {root} is a file; give its folder, {Path(root).parent}")
     values["priors"] = read_priors(values["priors"], values.get("size", Options.size))
     if "priors" in given and stored.get("priors", values["priors"]) != values["priors"]:

@@ -1,7 +1,5 @@
 """From a data set to batches: order, shares, loading processes and what goes wrong in them."""
 
-from __future__ import annotations
-
 import gc
 import itertools
 import multiprocessing

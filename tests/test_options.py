@@ -1,7 +1,5 @@
 """Options: one declaration each, one rule each, and what contradicts what."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Image sets that nothing declares, the layout that a root holds, and what contradicts it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
@@ -45,7 +43,8 @@ def test_images_of_a_group_stay_on_one_side(pattern, val):
 
 @pytest.mark.parametrize("names, rule, words", [
     (["a.jpg", "a.png"], (0.2,), "one group a"), (["f_1.jpg", "f_2.jpg"], (0.2, "f"), "--split_by"),
-    ([], (0.2,), "none"), (["a.jpg"], (1.5,), "--val_share 1.5"), (["a.jpg"], (0.2, "("), "'('"),
+    ([], (0.2,), "no image"), (["a.jpg"], (0.2,), "one image add"),
+    (["a.jpg"], (1.5,), "--val_share 1.5"), (["a.jpg"], (0.2, "("), "'('"),
     (["a.jpg"], (float("nan"),), "nan"), (["a.jpg"], ("x",), "'x'"),
 ])  # fmt: skip
 def test_split_that_cannot_be_is_refused(names, rule, words):
@@ -112,6 +111,7 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
     write(tmp_path / "in/yolo", {"train/a": CAT})
     write_voc(tmp_path / "voc", {"trainval": {"a": DOG}, "test": {"b": DOG}})
     root = str(tmp_path / "in/yolo")
+    shutil.make_archive(str(tmp_path / "a"), "zip", root)
     options = resolve({"root": root})
     assert (options.dataset, options.priors, options.max_epoch) == ("YOLO", "VOC", 300)
     assert (options.train_sets, options.test_sets) == (((None, "train"),), ((None, "val"),))
@@ -120,6 +120,7 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
         ({"root": root, "dataset": "VOC"}, ["YOLO (data.yaml)", "-d VOC", "-d YOLO"]),
         ({"root": str(tmp_path / "in")}, ["YOLO (data.yaml)", str(tmp_path / "in/yolo")]),
         ({"root": f"{root}/data.yaml"}, ["data.yaml is a file", root]),
+        ({"root": str(tmp_path / "a.zip")}, ["a.zip is a zip file", "unpack"]),
         ({"root": str(tmp_path / "in/yolo/labels")}, ["COCO", "CVAT", "docs/own_data.md"]),
     ):
         with pytest.raises(UserError) as error:

@@ -1,7 +1,5 @@
 """Training on small data sets, end to end, with a network small enough for a test."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

@@ -1,7 +1,5 @@
 """YOLO labels: lines, data.yaml, where images lie, and what is counted or refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2
@@ -70,8 +68,8 @@ def test_line_that_is_no_label_is_refused_by_file_line_and_value(line, words, tm
         read(tmp_path)
     assert all(word in str(error.value) for word in ["a.txt:2", *words]), error.value
     faults: list[str] = []
-    found = read(tmp_path, faults=faults)
-    assert len(found.rows) == 1 and faults == [str(error.value)] and found.unread() == 1
+    data = read(tmp_path, faults=faults)
+    assert len(data.rows) == 1 and faults == [str(error.value)] and data.unread == {0}
 
 
 @pytest.mark.parametrize("text, words", [
@@ -130,12 +128,29 @@ def test_nothing_is_lost_without_a_record(tmp_path):
         "split_train", "split_val"]  # fmt: skip
 
 
+@pytest.mark.parametrize("labels, words", [
+    ({"a": CAT, "b": CAT}, ["2 images in images/, 2 label", "no name in common", "a.txt", "v.png"]),
+    ({"v": "", "w": ""}, ["2 label files in labels/, all empty", "v.txt"]),
+    ({"v": "hello"}, ["1 label files in labels/, no labels", "v.txt"]),
+    ({}, ["2 images in images/, 0 label files in labels/", "v.txt"]),
+])  # fmt: skip
+def test_labels_that_fit_no_image_are_counted_in_the_refusal(labels, words, tmp_path):
+    write(tmp_path, {"val/w": None, "val/v": None}, yaml="")
+    for name, text in labels.items():
+        (tmp_path / f"labels/val/{name}.txt").write_text(text)
+    for refused in (find_layout, read):
+        with pytest.raises(UserError) as error:
+            refused(tmp_path)
+        assert all(word in str(error.value) for word in words), error.value
+
+
 @pytest.mark.parametrize("labels, yaml, words", [
     ({"train/a": "0 50 40 20 40"}, YAML, ["train", "pixels", "a.txt"]),
     ({"train/a": None}, YAML, ["train", "none of 1", "labels/train/a.txt"]),
     ({"train/a": CAT + 2 * "5 .5 .5 .2 .5\n"}, YAML, ["data.yaml names 0 cat, 1 no", "2 labels",
                                                    "use 5: add"]),
     ({"train/a": CAT}, "", ["--classes", "classes 0"]),
+    ({"train/a": CAT}, "train: images/train\n", ["classes 0", "add names:", "data.yaml"]),
 ])  # fmt: skip
 def test_set_without_a_box_or_a_name_is_refused_with_its_cause(labels, yaml, words, tmp_path):
     write(tmp_path, labels, yaml)
@@ -149,6 +164,10 @@ def test_classes_of_the_call_name_numbers_that_nothing_names(tmp_path):
     assert read(tmp_path, classes=["dog"]).target(0)[0, 4] == 1
     (tmp_path / "labels/classes.txt").write_text("cat\ndog\n")
     assert read(tmp_path).classes == ("cat", "dog")
+    (tmp_path / "labels/classes.txt").rename(tmp_path / "classes.txt")
+    with pytest.raises(UserError, match=f"classes 0; give {tmp_path} as --root"):
+        read(tmp_path / "images")
+    (tmp_path / "labels/classes.txt").write_text("cat\ndog\n")
     (tmp_path / "classes.txt").write_text("dog\ncat\n")
     with pytest.raises(UserError, match=r"labels/classes\.txt.*differ"):
         read(tmp_path)

@@ -21,7 +21,6 @@ SAME = 0.99  # IoU from which two boxes of a class are one object annotated twic
 NEIGHBOURS = 64  # compared with each box, so time does not grow with the square of the boxes
 FEW = 10  # boxes of a class, below which its AP is mostly luck
 SKEW, CHANCE = 2, 0.001  # factor between shares, and probability of a false alarm in a report
-
 BESIDE = (SkipKind.LABEL_WITHOUT_IMAGE, SkipKind.NO_ANNOTATION_FILE)  # of no image set
 
 
@@ -55,7 +54,7 @@ def check_boxes(report: Report, name: str) -> None:
                 report.path(image), label, *sides[k], *sizes[k])
             records.append(Record(text, (image,), tuple(part.boxes[k].tolist())))
         report.add("warning", name, what, records)
-    if without := len(part.sizes) - len(np.unique(part.images)) - part.dataset.unread():
+    if without := len(part.sizes) - len({*part.images.tolist(), *part.dataset.unread}):
         text = f"{without} of {len(part.sizes)} images"
         report.add("note", name, "images without an object", [Record(text)])
     _check_limits(report, name)
