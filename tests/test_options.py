@@ -207,6 +207,14 @@ def test_what_a_checkpoint_is_made_for_cannot_be_changed(key, value):
     assert f"--{key}" in str(error.value) and str(stored[key]) in str(error.value)
 
 
+def test_a_root_that_the_checkpoint_cannot_read_is_told_apart_from_a_given_layout(voc_folder):
+    for given, stored, words in (({}, {"dataset": "COCO"}, ["the checkpoint", "-d COCO", "VOC"]),
+                                 ({"dataset": "COCO"}, {}, ["give -d VOC"])):
+        with pytest.raises(UserError) as error:
+            resolve({"root": str(voc_folder), **given}, stored)
+        assert all(word in str(error.value) for word in words), error.value
+
+
 @pytest.mark.parametrize(
     "given",
     [{"recipe": "modern"}, {"ema": 0.5}, {"crowds": False}, {"overfit": 2}, {"batch_size": 3},
