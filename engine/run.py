@@ -41,7 +41,7 @@ from models import prior_config
 from models.info import DetectorInfo, published_detection
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
-from utils.files import read_text
+from utils.files import read_text, write_errors_named
 from utils.logger import LOGGER
 from utils.trackers import check_trackers
 
@@ -310,16 +310,18 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
         if any(directory.glob("*.pth")):
             raise UserError(f"{directory} holds a run already; give another --date, or --resume "
                             "auto to continue it")
-        directory.mkdir(parents=True, exist_ok=True)
+        with write_errors_named(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         return directory
     now = time.strftime("%Y%m%d-%H%M%S")
     for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        try:
-            (folder / f"{now}{suffix}").mkdir(parents=True)
-            return folder / f"{now}{suffix}"
-        except FileExistsError:
-            if not folder.is_dir():
-                raise
+        with write_errors_named(folder):
+            try:
+                (folder / f"{now}{suffix}").mkdir(parents=True)
+                return folder / f"{now}{suffix}"
+            except FileExistsError:
+                if not folder.is_dir():
+                    raise
     raise UserError(f"{folder} holds a thousand runs of this second; give --date")
 
 

@@ -135,9 +135,10 @@ def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof
     floor = info.detection.conf_thresh + MARGIN
     comparison = compare(expected, found, floor)
     if not comparison.boxes:
-        raise UserError(f"the network finds nothing of score {floor:g} or more on the "
+        raise UserError(f"the network finds nothing of score {floor:g} or more (--score_threshold "
+                        f"{info.detection.conf_thresh:g} and a margin of {MARGIN:g}) on the "
                         f"{len(images)} images of {images.about}, so nothing can be proven; give "
-                        "others (--images), or a trained network")
+                        "a lower --score_threshold, other --images, or a trained network")
     aps = _average_precisions(images.dataset, expected, found) if images.scored else None
     return Proof(len(images), images.about, floor, comparison, aps)
 

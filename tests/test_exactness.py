@@ -355,7 +355,7 @@ def test_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_exactly(voc_folder,
     status, output, error = run(arguments, preexec_fn=no_room)
     assert status == 2, error
     assert error.startswith("error: ")
-    assert "last.pth could not be written" in error
+    assert "last.pth: cannot be written" in error
     assert "make room" in error
     assert error.count("\n") == 1
     assert last.read_bytes() == good

@@ -348,7 +348,8 @@ def test_a_network_that_finds_nothing_proves_nothing(checkpoint, data):
             if key.startswith("conf") and key.endswith("bias"):
                 model[key].view(-1, 4)[:, 0] = 1000
 
-    with pytest.raises(UserError, match="nothing of score 0.08 or more .*can be proven; give"):
+    with pytest.raises(UserError, match="nothing of score 0.08 or more "
+                       r"\(--score_threshold 0.03 .*can be proven; give a lower"):
         proven(checkpoint, data, change, "network", "file")
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,14 @@ import torch
 
 from utils import files
 from utils.errors import UserError
-from utils.files import atomic_write, csv_bytes, load_arrays, read_bytes, write_json
+from utils.files import (
+    atomic_write,
+    check_writable,
+    csv_bytes,
+    load_arrays,
+    read_bytes,
+    write_json,
+)
 
 
 @pytest.mark.parametrize("name", "pipe /dev/zero folder missing large a\0b \ud800".split())
@@ -121,6 +129,24 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path):
     with pytest.raises(UserError) as raised, atomic_write(tmp_path / "file" / "a"):
         raise AssertionError("not entered")
     assert str(tmp_path / "file" / "a") in str(raised.value)
+
+
+def _atomic(path):
+    with atomic_write(path):
+        pass
+
+
+@pytest.mark.parametrize("write", [check_writable, _atomic])
+def test_a_folder_without_permission_is_told_with_the_folder_that_lacks_it(tmp_path, monkeypatch,
+                                                                         write):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # the modes of folders do not bind root
+    with pytest.raises(UserError) as raised:
+        write(tmp_path / "new" / "a")
+    assert f"{tmp_path / 'new' / 'a'}: cannot be written (Permission denied)" in str(raised.value)
+    assert f"allow writing in {tmp_path}, or choose another folder" in str(raised.value)
 
 
 def test_two_writers_of_one_file_each_write_a_whole_one(tmp_path):

@@ -513,6 +513,8 @@ def test_folder_without_a_test_is_refused(tmp_path, capsys, content):
     assert report.main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert str(tmp_path) in error and "results.json" in error and error.count("\n") == 1
+    assert report.main([str(tmp_path / "none")]) == 2
+    assert f"{tmp_path / 'none'} does not exist; give" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["results.json"] * (content is not None)
 
 

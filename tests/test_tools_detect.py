@@ -168,7 +168,8 @@ def test_a_folder_is_detected_drawn_and_written(weights, capsys):
     before = contents("photos")
     assert call(weights, "photos", "-b", 2) == 0
     drawn = {f"drawn/{name}" for name in images}
-    assert files(OUT) == {"detections.csv", "detections.json", "images.json", *drawn}
+    always = {"detections.csv", "detections.json", "images.json"}
+    assert files(OUT) == {*always, *drawn}
     assert contents("photos") == before
 
     predictor = Predictor(weights, score_threshold=0.4, device="cpu")
@@ -199,9 +200,13 @@ def test_a_folder_is_detected_drawn_and_written(weights, capsys):
     assert f"3 images, 0 video frames: {len(found_rows)} objects in" in output
     assert output.endswith("best: detections.json, detections.csv, drawn/\n")
 
-    # A second call replaces the results of the first.
-    assert call(weights, "photos", "--score_threshold", 1) == 0 and found_rows and not rows()
+    # A second call writes to a new folder, or says what it replaces.
+    kept = contents(OUT)
+    assert call(weights, "photos/a.jpg", "--score_threshold", 1) == 0 and contents(OUT) == kept
     assert "no score is over 1; give a lower --score_threshold" in capsys.readouterr().out
+    assert files("runs/detect/best-2") == {*always, "drawn/a.jpg"}
+    assert call(weights, "photos/a.jpg", "--score_threshold", 1, "--out", OUT) == 0 and not rows()
+    assert "best holds results of an earlier call (detections.csv," in capsys.readouterr().out
     assert not list(Path("runs").rglob("*part*"))
 
 
@@ -548,17 +553,19 @@ def test_annotations_are_never_replaced(weights, capsys):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["empty"], r"empty holds no image and no video; their names end in .*png"),
+    (["empty"], r"empty holds no image and no video; give images .*png"),
     (["a.png", "*.jpg"], r"\*\.jpg holds no image"),
     (["none.jpg"], "none.jpg does not exist; give"),
-    (["notes.txt"], "notes.txt holds no image .* end in"),
+    (["notes.txt"], "notes.txt holds no image .* give images"),
+    (["last.pth"], "last.pth is no image .*; the weights come first"),
     (["camera", "1"], "cameras 0, 1 .* give one"),
     (["pipe.mp4"], "pipe.mp4 is a pipe or a device; give"),
     (["/dev/zero"], "/dev/zero is a pipe or a device; give")])
 def test_words_that_name_no_source(words, message):
     os.mkfifo("pipe.mp4")
     Path("empty").mkdir()
-    Path("notes.txt").write_text("some words\n")
+    for name in ("notes.txt", "last.pth"):
+        Path(name).write_text("some words\n")
     image_file("a.png")
     with pytest.raises(UserError, match=message):
         find_sources(words, Path("runs"))
@@ -813,5 +820,6 @@ def test_every_command_of_the_page_runs(weights, capsys):
     with pytest.raises(SystemExit, match="0"):
         detect.parse(["--help"])
     options = capsys.readouterr().out
-    told = set(re.findall(r"--[a-z]\w+", text)) - {"--format", "--images", "--no", "--root"}
+    others = {"--format", "--images", "--no", "--root", "--test"}
+    told = set(re.findall(r"--[a-z]\w+", text)) - others
     assert {name for name in told if name not in options} == set()

@@ -10,6 +10,7 @@ unexpected failure; 2 bad usage or bad input; 130 interrupted (what was done is 
 """
 
 import argparse
+import itertools
 import os
 import sys
 import time
@@ -31,7 +32,7 @@ from inference.predictor import Predictor
 from layers.detect import SUPPRESSION
 from tools.annotations import ANNOTATIONS, Annotations
 from tools.outputs import CsvFile, Drawings, Found, JsonFiles, Output, Writer, draw
-from tools.sources import Frame, Reader, Source, find_sources
+from tools.sources import RESULTS, Frame, Reader, Source, find_sources
 from utils.arguments import Parser, cores, fraction, positive
 from utils.device import AMP_TYPES
 from utils.errors import UserError, command
@@ -112,12 +113,20 @@ def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
     return font
 
 
+def new_folder(path: Path) -> Path:
+    """Return the first of ``path``, path-2, path-3, ... that holds no file yet."""
+    names = (path.with_name(f"{path.name}-{n}" if n > 1 else path.name) for n in itertools.count(1))
+    return next(each for each in names
+                if not each.exists() or each.is_dir() and not any(each.iterdir()))
+
+
 def open_writers(folder: Path, kinds: Collection[str], sources: Sequence[Source],
                  classes: Sequence[str], font: FreeTypeFont) -> list[Writer]:
     """Return the writers of some kinds: json, csv, drawn, and those of `ANNOTATIONS`.
 
     Raises UserError if the folder cannot be written, or a writer refuses to replace files.
     """
+    earlier = [name for name in (*sorted(RESULTS), "drawn") if (folder / name).exists()]
     check_writable(folder / "detections")
     # Those that refuse come first: the others replace the results of an earlier call.
     writers: list[Writer] = []
@@ -128,12 +137,15 @@ def open_writers(folder: Path, kinds: Collection[str], sources: Sequence[Source]
         writers.insert(0, CsvFile(folder, classes))
     if "json" in kinds:
         writers.insert(0, JsonFiles(folder, sources, classes))
+    if earlier:
+        LOGGER.warning("%s holds results of an earlier call (%s): files of the same names are "
+                       "replaced, others stay", folder, ", ".join(earlier))
     return writers
 
 
 def detect(args: argparse.Namespace) -> int:
     """Do what the command line asks for, and return the exit status."""
-    folder = Path(args.out or Path("runs", "detect", Path(args.weights).stem))
+    folder = Path(args.out or new_folder(Path("runs", "detect", Path(args.weights).stem)))
     sources = find_sources(args.sources or ["camera"], folder)
     if args.live and any(source.kind == "image" for source in sources):
         raise UserError("--live shows cameras and videos; leave it out for images")
@@ -184,7 +196,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    "it), quoted pattern, video, or camera (or its number)")
     g = p.add_argument_group("results")
     g.add_argument("--out", metavar="DIR", help="results folder (default: runs/detect/NAME with "
-                   "the name of the weights)")
+                   "the name of the weights, then NAME-2, ...)")
     g.add_argument("--save", nargs="*", choices=["json", "csv", *ANNOTATIONS], metavar="KIND",
                    default=["json", "csv"],
                    help="json, csv; data sets: voc, yolo, coco (default: json csv)")

@@ -161,6 +161,9 @@ def find_tests(directory: Path) -> list[Path]:
 
     UserError: none is there.
     """
+    if not directory.exists():
+        raise UserError(f"{directory} does not exist; give the folder of a run or of a test's "
+                        "results")
     below = ("results.json", "*/results.json", "*/*/results.json", "ss_predict/*/*/results.json")
     found = [path for pattern in below for path in directory.glob(pattern) if path.is_file()]
     if not found:

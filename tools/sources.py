@@ -27,6 +27,8 @@ IMAGES = frozenset(
 VIDEOS = frozenset(
     ".mp4 .m4v .mov .avi .mkv .webm .mpg .mpeg .wmv .flv .ts .mts .3gp .ogv .gif".split()
 )
+WEIGHTS = (".pth", ".safetensors", ".onnx", ".xml")
+"""Suffixes of networks."""
 RESULTS = {"detections.json", "detections.csv", "images.json"}
 """Files of an earlier call beside its folder ``drawn``."""
 LOG_EVERY = 1000  # images per log line where the output is not a terminal
@@ -80,8 +82,10 @@ def find_sources(words: Sequence[str], out: Path) -> list[Source]:
             elif cv2.VideoCapture(word).isOpened():
                 found = {os.path.abspath(word): "video"}
         if not found:
-            suffixes = ", ".join([*sorted(IMAGES), *sorted(VIDEOS)])
-            raise UserError(f"{word} holds no image and no video; their names end in {suffixes}")
+            weights = word.lower().endswith(WEIGHTS)
+            fix = ("the weights come first, then the images" if weights else
+                   "give images (.jpg, .png, ...), videos (.mp4, ...) or a folder of them")
+            raise UserError(f"{word} {'is' if weights else 'holds'} no image and no video; {fix}")
         files |= found
         is_folder = os.path.isdir(word)
         roots |= {os.path.abspath(word)} if is_folder else {*map(os.path.dirname, found)}

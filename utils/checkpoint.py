@@ -57,7 +57,7 @@ def load_checkpoint(path: str | Path, mmap: bool = False) -> dict:
     """
     path = Path(path)
     if os.path.isdir(path):
-        raise UserError(f"{path} is a folder; give a checkpoint in it, such as last.pth")
+        raise UserError(f"{path} is a folder; give a checkpoint in it, such as best.pth")
     if not os.path.isfile(path):  # path.is_file() fails for some names
         raise UserError(f"{path} does not exist or is not a file; give the path of a checkpoint")
     named = path.suffix.lower() == _SAFETENSORS

@@ -1,6 +1,7 @@
 """Files that are written whole or not at all, in places that the user chose; array files."""
 
 import csv
+import errno
 import functools
 import hashlib
 import io
@@ -45,7 +46,7 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
     Raises UserError: the file cannot be written.
     """
     path = Path(path)
-    with _write_errors_named(path):
+    with write_errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent)
         part, raw = _create_temporary(path.parent)
@@ -58,7 +59,7 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
             if raw.failure is None:
                 raise
             raise _not_written(path, raw.failure) from error
-        with _write_errors_named(path):
+        with write_errors_named(path):
             file.flush()
             os.fsync(file.fileno())
             file.close()
@@ -124,15 +125,23 @@ def _lock(file: io.FileIO | BinaryIO) -> bool:
 
 def _not_written(path: Path, error: OSError) -> UserError:
     why = error.strerror or error  # the error itself names the temporary file
-    return UserError(f"{path} could not be written ({why}); make room, or choose another folder")
+    # EFBIG, EDQUOT: the limit of a file's size, and of a user's room
+    full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    there = next((each for each in path.parents if os.path.isdir(each)), path.parent)
+    fix = "make room, or " if full else f"allow writing in {there}, or " if denied else ""
+    return UserError(f"{path}: cannot be written ({why}); {fix}choose another folder")
 
 
 @contextmanager
-def _write_errors_named(path: Path) -> Iterator[None]:
+def write_errors_named(path: Path) -> Iterator[None]:
+    """Turn an error of the system in the block into a UserError: ``path`` cannot be written."""
     try:
         yield
     except OSError as error:
         raise _not_written(path, error) from error
+    except ValueError as error:  # NUL in the name
+        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -155,7 +164,9 @@ def locked(path: str | Path) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    with open(path, "a") as file:
+    with write_errors_named(Path(path)):
+        file = open(path, "a")
+    with file:
         try:
             # Not flock: loading processes, which may outlive this one, would inherit its lock.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -231,13 +242,12 @@ def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
 def check_writable(path: str | Path) -> None:
     """Create the folder of a file that will be written later; raise UserError if it cannot be."""
     path = Path(path)
-    try:
+    with write_errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        refused = path.is_dir() or not os.access(path.parent, os.W_OK)
-    except (OSError, ValueError) as error:  # ValueError: NUL in the name
-        raise UserError(f"{path}: cannot be written ({first_line(error)})") from error
-    if refused:
-        raise UserError(f"{path}: cannot be written (a folder, or no permission)")
+        if path.is_dir():
+            raise UserError(f"{path}: cannot be written (a folder); give the name of a file")
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def write_json(path: str | Path, value: object) -> None:
