@@ -116,7 +116,9 @@ def holds_data(root: Path) -> bool:
         if path.is_dir():
             if name in _DATA_FOLDERS or name.startswith("voc2") or set_word(name) in SET_WORDS:
                 return True
-        elif suffix in _DATA_SUFFIXES or suffix == ".txt" and not name.startswith("readme"):
+        elif suffix in _DATA_SUFFIXES or suffix == ".txt" and (
+                path.stem.lower() in ("classes", "labels", "labelmap")
+                or set_word(path.stem) in SET_WORDS):
             return True
     return False
 
