@@ -246,7 +246,7 @@ class COCODetection(DetectionData):
         file = read_annotations(path, boxes=not is_test_split(path))
         part = coco_layout.find_images(self.root, file, image_set)
         if self._faults is None:
-            refuse_missing(f"{part.folder}, for {path.name}", part.missing)
+            refuse_missing(self.root, [f"{part.folder / name} ({path})" for name in part.missing])
         if part.folder != part.usual:
             detail = f"{path.name}: {part.folder}, they are not in {part.usual}"
             self.skipped.append(Skip(SkipKind.OTHER_FOLDER, None, None, detail))

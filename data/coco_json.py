@@ -320,9 +320,13 @@ def _read_classes(path: str | Path, categories: list[dict],
 
 
 def _find_roots(categories: list[dict], classes: Sequence[str]) -> frozenset[str]:
+    """Return what all other categories have above them; of itself only Roboflow's id 0 may be."""
     above = Counter(str(each.get("supercategory")) for each in categories)
-    own = {each["name"] for each in categories if each["name"] == each.get("supercategory")}
-    return frozenset(n for n in classes if above[n] == len(categories) - 1 > 0 and n not in own)
+    own = {each["name"]: each["id"] for each in categories
+           if each["name"] == each.get("supercategory")}
+    others = len(categories) - 1
+    return frozenset(n for n in classes if others and not own.get(n)
+                     and above[n] == others + (n in own))
 
 
 def _read_areas(records: Records, boxes: np.ndarray) -> np.ndarray:

@@ -37,6 +37,9 @@ class COCOResults(NamedTuple):
     @classmethod
     def read(cls, source: object, content: object) -> COCOResults:
         """Read a parsed results JSON. Raises UserError, naming ``source``, if it is malformed."""
+        if not isinstance(content, list):
+            raise UserError(f"{source}: has no list of results; give a test's "
+                            "detections_SET_results.json")
         records = Records(source, "results", content)
         image, category = (records.integers(field) for field in COCO_FIELDS[:2])
         return cls(image, category, records.boxes(), records.numbers("score"))

@@ -26,6 +26,7 @@ from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.split import VAL_SHARE
 from data.voc_layout import (
+    IMAGE_FOLDERS,
     Listed,
     declared_classes,
     find_image,
@@ -114,14 +115,29 @@ def find_images(listed: Sequence[Listed], annotations: Sequence[Annotation],
             detail = f"{path}: {found} is taken, not {', '.join(file.name for file in rest)}"
             skipped.append(Skip(SkipKind.SEVERAL_IMAGES, i, None, detail))
         if found is None:
-            missing.append(Path(folders[0], stem))
-            found = missing[-1].with_name(stem + IMAGE_SUFFIXES[0])
+            place = next(filter(os.path.isdir, folders[: len(IMAGE_FOLDERS)]), folders[0])
+            named = [each.image, annotation.filename, f"{stem}{IMAGE_SUFFIXES[0]}"]
+            found = Path(place, next(name for name in named if name.startswith(f"{stem}.")))
+            missing.append(f"{found} ({path})")
         if (other := users.setdefault(os.path.normpath(found), path)) is not path:
             tell(f"{other} and {path} both annotate {found}; keep one of them", faults)
         images.append(found)
+    _check_root(listed, annotations, len(missing), index)
     if faults is None:
-        refuse_missing(listed[0].folder, missing, f"images ({'/'.join(IMAGE_SUFFIXES)})")
+        refuse_missing(listed[0].folder, missing)
     return images, [*skipped, *_without_annotation(listed, images, index)]
+
+
+def _check_root(listed: Sequence[Listed], annotations: Sequence[Annotation], missing: int,
+                index: FileIndex) -> None:
+    """Raise UserError if no image is found, but would be from the folder above."""
+    if missing < len(listed):
+        return
+    above, path = listed[0].folder.absolute().parent, annotations[0].path.absolute()
+    folders = image_folders(above, str(path.parent))
+    if find_image(path.stem, folders, (annotations[0].filename,), index)[0]:
+        raise UserError(f"{listed[0].folder} holds annotations without their images, which lie "
+                        f"beside it; give the folder above, --root {above}")
 
 
 def _without_annotation(listed: Sequence[Listed], images: Sequence[Path],

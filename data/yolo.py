@@ -28,7 +28,7 @@ from data.annotation import (
     refuse_missing,
     tell,
 )
-from data.classes import check_classes
+from data.classes import BACKGROUND, check_classes
 from data.image import IMAGE_SUFFIXES, image_size
 from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
@@ -131,7 +131,10 @@ class YOLODetection(AnnotatedImages):
             why = folder.near_miss() or "no data.yaml, no .txt files in labels/ or beside images"
             raise UserError(f"{self.root} holds no YOLO labels: {why} (docs/own_data.md)")
         classes = None if classes is None else check_classes(classes, "classes")
-        folder.names = folder.names or names_beside(self.root) or dict(enumerate(classes or ()))
+        source = self.root / folder.source
+        if not folder.names:
+            source, folder.names = names_beside(self.root) or (
+                "--classes", dict(enumerate(classes or ())))
         what = f"{self.root}: the image set {sets_name(self.image_sets)}"
         skipped = [Skip(SkipKind.SET_ABSENT, None, None, f"{folder.source}: {key}: {values[0]}")
                    for key, values in folder.absent.items()]
@@ -142,7 +145,7 @@ class YOLODetection(AnnotatedImages):
             raise UserError(f"{what}: none of {len(images)} images has a label file, such as "
                             f"{tried}")
         skipped += _orphans(images, labels)
-        annotations = []
+        annotations, unnamed = [], Counter()
         users: dict[Path, Path] = {}
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
             if label is None:
@@ -150,13 +153,20 @@ class YOLODetection(AnnotatedImages):
             elif (other := users.setdefault(label, image)) != image:
                 tell(f"{other} and {image} both have the label file {label}; keep one of the "
                      "images", faults)
-            read = partial(_read, folder, i, image, label, skipped)
+            read = partial(_read, folder, i, image, label, skipped, unnamed)
             annotations.append(read_or_tell(read, label or image, faults))
         if not folder.names:
             numbers = sorted({name for each in annotations for name in each.names}, key=float)
             raise UserError(f"{self.root}: nothing names the classes "
                             f"{', '.join(numbers[:20]) or '0, 1, ...'}; {_naming(folder)}")
-        classes = classes or tuple(folder.names[number] for number in sorted(folder.names))
+        if unnamed:
+            first = sorted(folder.names.items())[:20]
+            named = ", ".join(f"{number} {name}" for number, name in first)
+            tell(f"{source} names {named}; {unnamed.total()} labels of {what} use "
+                 f"{', '.join(f'{number:g}' for number in sorted(unnamed))}: add each name, or "
+                 "correct the labels", faults)
+        classes = classes or tuple(name for _, name in sorted(folder.names.items())
+                                   if name not in BACKGROUND)
         skipped += check_objects(what, annotations, classes, faults)
         return Loaded(_ids(self.root, images), images, annotations, classes, skipped)
 
@@ -199,8 +209,11 @@ def _ids(root: Path, images: Sequence[Path]) -> list[str]:
 
 
 def _read(folder: YOLOFolder, index: int, image: Path, label: Path | None,
-          skipped: list[Skip]) -> Annotation:
-    """Return the annotation of an image, in pixels; empty without a label file."""
+          skipped: list[Skip], unnamed: Counter) -> Annotation:
+    """Return the annotation of an image, in pixels; empty without a label file.
+
+    unnamed: counts the numbers without a name, whose objects are left out.
+    """
     size = image_size(image)
     if label is None:
         return replace(Annotation.empty(image), size=size)
@@ -208,12 +221,14 @@ def _read(folder: YOLOFolder, index: int, image: Path, label: Path | None,
     for k in outside:
         detail = f"{label}: object {k + 1}, edges {', '.join(f'{value:g}' for value in edges[k])}"
         skipped.append(Skip(SkipKind.VALUE_OUTSIDE, index, None, detail))
-    names = [f"{number:g}" for number in numbers]
-    if folder.names:
-        names = [folder.names.get(number, f"number {number:g}, without a name")
-                 for number in numbers]
+    names = [folder.names.get(number, f"{number:g}") for number in numbers]
     boxes = edges * (*size, *size) - (0, 0, 1, 1)
-    return Annotation(label, size, tuple(names), boxes, np.zeros(len(names), bool))
+    annotation = Annotation(label, size, tuple(names), boxes, np.zeros(len(names), bool))
+    if not folder.names:
+        return annotation
+    named = np.array([number in folder.names for number in numbers], bool)
+    unnamed.update(number for number in numbers if number not in folder.names)
+    return annotation.part(named)
 
 
 def _orphans(images: Sequence[Path], labels: Sequence[Path | None]) -> list[Skip]:

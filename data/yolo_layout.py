@@ -249,8 +249,7 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
 
 def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
     names = {number: name.strip() for number, name in names.items()}
-    names = {number: name for number, name in names.items() if name not in BACKGROUND}
-    check_classes(list(names.values()), str(path))
+    check_classes([name for name in names.values() if name not in BACKGROUND], str(path))
     return names
 
 
@@ -262,8 +261,8 @@ def _read_keypoints(path: Path, content: Mapping) -> int:
     return int(shape[0]) * int(shape[1])
 
 
-def names_beside(root: Path) -> dict[int, str] | None:
-    """Return the class names of files with one a line, in the root or up to two folders deep."""
+def names_beside(root: Path) -> tuple[Path, dict[int, str]] | None:
+    """Return a file with a class name a line, in the root or up to two folders deep, and them."""
     found: dict[Path, dict[int, str]] = {}
     for depth in ("", "*/", "*/*/"):
         for path in (path for name in NAME_FILES for path in sorted(root.glob(depth + name))):
@@ -271,4 +270,4 @@ def names_beside(root: Path) -> dict[int, str] | None:
             found[path] = _checked(dict(enumerate(lines)), path)
     if len({tuple(names.items()) for names in found.values()}) > 1:
         raise UserError(f"{' and '.join(map(str, found))} differ; make them equal, or keep one")
-    return next(iter(found.values()), None)
+    return next(iter(found.items()), None)

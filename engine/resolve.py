@@ -15,6 +15,7 @@ from data import (
     default_root,
     default_sets,
     find_layout,
+    layouts,
     list_sets,
     split_options,
 )
@@ -75,6 +76,11 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         raise UserError(f"--priors {given['priors']} contradicts the checkpoint, which is trained "
                         f"with {stored['priors']}; leave the option out, or take its base network "
                         "alone (--basenet)")
+    found = layouts(Path(root)) if stored.get("dataset") and "dataset" not in given else []
+    if found and dataset not in dict(found):
+        raise UserError(f"{root} holds {found[0][1]}, but the checkpoint is of a run on -d "
+                        f"{dataset}, so it cannot be read; give the --root of that run's data, or "
+                        "start a new run from its weights with --resume_net")
     check_layout(dataset, root)
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
         asked = values[key] if key in given else values.get(key) or sets
@@ -114,6 +120,11 @@ def check_parts(options: Options) -> None:
     """
     train, test = (any(each.name in SPLIT_SETS for each in sets)
                    for sets in (options.train_sets, options.test_sets))
+    existing = [*map(str, list_sets(options.dataset, options.root)), *SPLIT_SETS]
+    asked = map(str, (*options.train_sets, *options.test_sets)) if train != test else ()
+    if unknown := [name for name in asked if name not in existing]:
+        raise UserError(f'no image set "{unknown[0]}" in {options.root}; existing image sets: '
+                        f"{', '.join(existing)} (--train_sets, --test_sets)")
     if train != test and options.test_frequency:
         raise UserError(f"--train_sets {sets_name(options.train_sets)} may hold images of "
                         f"--test_sets {sets_name(options.test_sets)}: {' and '.join(SPLIT_SETS)} "

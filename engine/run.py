@@ -6,7 +6,7 @@ import dataclasses
 import glob
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DATASETS, DetectionData, build_dataset
+from data import DATASETS, DetectionData, build_dataset, list_sets
 from data.cache import open_cache
 from data.classes import parse_classes
 from data.config import TRAINING_THRESHOLD
@@ -78,9 +78,11 @@ class Run:
         """Log the number of images, and what the readers changed; ``asked``: value of --resume."""
         if asked == "auto" and self.path is None:
             LOGGER.info("no run to go on with: a new one starts")
-        log_dataset(self.train_set, self.options, "train_sets")
+        told = log_dataset(self.train_set, self.options, "train_sets")
         if self.test_set is not None:
-            log_dataset(self.test_set, self.options, "test_sets")
+            log_dataset(self.test_set, self.options, "test_sets", told)
+        if self.test_set is not None and not self.options.overfit:
+            _warn_shared(self.train_set, self.test_set)
 
 
 # ---------------------------------------------------------------- data
@@ -112,17 +114,30 @@ def open_dataset(options: Options, call: Call, key: str) -> DetectionData:
     return dataset
 
 
-def log_dataset(dataset: DetectionData, options: Options, key: str) -> None:
-    """Log what was found, and a line for each kind of record that had to be changed."""
+def log_dataset(dataset: DetectionData, options: Options, key: str,
+                told: Collection[str] = ()) -> list[str]:
+    """Log what was found, and a line for each kind of record that had to be changed.
+
+    Lines that are ``told`` are left out. Returns all lines.
+    """
     LOGGER.info("%s", dataset.describe())
-    lists = list_files(options.root)
+    lists, lines = list_files(options.root), dataset.report()
     if any(str(s) in SPLIT_SETS and str(s) not in lists for s in getattr(options, key)):
-        LOGGER.info(
-            "  part of all images, %g of them to test on, chosen by their names (--val_share, "
-            "--split_by; python -m tools.split writes lists)", options.val_share,
-        )  # fmt: skip
-    for line in dataset.report():
-        LOGGER.info("  %s", line)
+        lines.insert(0, f"part of all images, {options.val_share:g} of them to test on, chosen by "
+                     "their names (--val_share, --split_by; python -m tools.split writes lists)")
+    for line in lines:
+        if line not in told:
+            LOGGER.info("  %s", line)
+    return lines
+
+
+def _warn_shared(train_set: DetectionData, test_set: DetectionData) -> None:
+    """Log that test images are training images, whose score says little."""
+    train, test = ({each.image_path(i): None for i in range(len(each))}
+                   for each in (train_set, test_set))
+    if shared := [path for path in test if path in train]:
+        LOGGER.warning("%d of %d test images are training images, e.g. %s, so the score is too "
+                       "good; give other --test_sets", len(shared), len(test), shared[0])
 
 
 # ---------------------------------------------------------------- opening
@@ -237,6 +252,9 @@ def _open_test_set(options: Options, call: Call) -> DetectionData:
     try:
         return open_dataset(options, call, "test_sets")
     except UserError as error:
+        there = {*map(str, list_sets(options.dataset, options.root)), *SPLIT_SETS}
+        if there.issuperset(map(str, options.test_sets)):
+            raise
         raise UserError(f"{error} (--test_frequency 0 trains without a test set)") from error
 
 

@@ -80,14 +80,17 @@ class Trainer:
         """Write config.json and log what the run is."""
         options, sampler = self.options, self.sampler
         self.folder.save_options(options)
-        LOGGER.info("%s at %d, %d classes, %d images, %d steps an epoch, %d epochs, on %s (%s); "
-                    "run %s", options.version, options.size, len(options.classes),
+        LOGGER.info("%s at %d, %d classes, %d images, %d steps an epoch, %d epochs, on %s "
+                    "(--amp %s); run %s", options.version, options.size, len(options.classes),
                     len(self.train_set), self.steps_per_epoch, options.max_epoch, self.device,
                     options.amp, self.folder.path)
         part = sampler.batch_size // (self.world.size * options.accumulate)
         LOGGER.info("a step: %d images in all (%d processes x %d accumulation steps x %d), "
                     "learning rate %g (%s recipe)", sampler.batch_size, self.world.size,
                     options.accumulate, part, options.lr, options.recipe)
+        if sampler.batch_size < options.batch_size:
+            LOGGER.warning("  --batch_size %d is lowered to %d: the training set has %d images",
+                           options.batch_size, sampler.batch_size, len(self.train_set))
 
     def restore(self, saved: dict, path: Path) -> None:
         """Continue exactly where the checkpoint ``saved``, read from ``path``, was made.

@@ -1,7 +1,5 @@
 """Small data sets and pictures, built from nothing."""
 
-from __future__ import annotations
-
 import http.server
 import os
 import struct

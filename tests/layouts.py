@@ -4,8 +4,6 @@ Files, keys and their order are those of the tools. The texts are written here, 
 project or the tools read or write with. `IMAGES` is the truth that all layouts hold.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable

@@ -3,8 +3,6 @@
 Beside it, how tests start it, wait for it and compare what it leaves.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

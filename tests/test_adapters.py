@@ -1,7 +1,5 @@
 """Data sets and detections in other packages' hands, as docs/in_python.md has them."""
 
-from __future__ import annotations
-
 import importlib.util
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two tests compared: against scoring each draw anew, hotcoco's compare, and by hand."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

@@ -1,8 +1,6 @@
 """Judged detections and their statistics against hand-made cases, literal loops, the data sets'
 scores and hotcoco."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 from coco_files import annotation, write_set

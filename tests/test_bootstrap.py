@@ -1,7 +1,5 @@
 """The bootstrap over images against scoring every drawn test set from the start."""
 
-from __future__ import annotations
-
 import json
 import time
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Caches of decoded images: the same samples, without decoding twice, and never too large."""
 
-from __future__ import annotations
-
 import multiprocessing
 
 import cv2

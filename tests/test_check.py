@@ -1,7 +1,5 @@
 """`python -m tools.check` reports every fault at once, and the fit of prior boxes is right."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """Checkpoints: what is read, what is refused, and that a file is never half written."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

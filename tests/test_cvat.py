@@ -1,7 +1,5 @@
 """CVAT's own XML: boxes around shapes, subsets, where images lie, and what is refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2

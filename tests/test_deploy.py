@@ -1,7 +1,5 @@
 """Deployed networks compute what the trained ones do."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

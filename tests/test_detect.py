@@ -1,7 +1,5 @@
 """Detection: published goldens, limits, order, and degenerate inputs."""
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The device that a name means, and what cannot serve."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

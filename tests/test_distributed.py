@@ -4,8 +4,6 @@ As a program of its own (``launch`` starts it so) this file does what ``PARTS`` 
 one after the other, and saves the results in a folder.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

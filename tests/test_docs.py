@@ -1,7 +1,5 @@
 """The pages of docs/: links lead somewhere, code runs, and commands are known to the programs."""
 
-from __future__ import annotations
-
 import json
 import re
 import shlex

@@ -3,8 +3,6 @@
 Child processes are killed for real; ``-m slow`` does it at many more instants.
 """
 
-from __future__ import annotations
-
 import itertools
 import os
 import shutil

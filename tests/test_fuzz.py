@@ -5,8 +5,6 @@ other exception, over `SECONDS` or `MEGABYTES`, and a reader's assertion that so
 without a word are failures. Hypothesis reduces the edits of a failing file, and prints the file.
 """
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

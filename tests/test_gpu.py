@@ -3,8 +3,6 @@
 Tests that compare two devices also compare the CPU with itself at another rounding.
 """
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """What stands before and behind a network in a graph, against OpenCV and ``Detect``."""
 
-from __future__ import annotations
-
 import cv2
 import numpy as np
 import pytest

@@ -1,7 +1,5 @@
 """The measures of the house: no file or function outgrows a reader; one meaning per option."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import dataclasses

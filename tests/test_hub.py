@@ -1,7 +1,5 @@
 """The detectors as torch.hub loads them, from a folder."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Finding image and annotation files by name."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 

@@ -1,7 +1,5 @@
 """Importing does no work, and folders depend on each other in one direction only."""
 
-from __future__ import annotations
-
 import ast
 import os
 import subprocess

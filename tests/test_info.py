@@ -1,7 +1,5 @@
 """What a checkpoint says about its detector, and loading it."""
 
-from __future__ import annotations
-
 import logging
 
 import pytest

@@ -1,7 +1,5 @@
 """Priors, box geometry, matching and the multibox loss against goldens and literal references."""
 
-from __future__ import annotations
-
 from math import sqrt
 from pathlib import Path
 

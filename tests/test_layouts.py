@@ -1,7 +1,5 @@
 """Every layout of the labelling tools: found, read alike, split alike, known to all commands."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

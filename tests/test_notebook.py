@@ -1,7 +1,5 @@
 """The notebook of docs/: its cells run in order, as Jupyter runs them, on a few images."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """The learning rate, the optimiser's parameter groups, and the moving average of weights."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

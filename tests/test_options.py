@@ -1,7 +1,5 @@
 """Options: one declaration each, one rule each, and what contradicts what."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 
@@ -207,6 +205,14 @@ def test_what_a_checkpoint_is_made_for_cannot_be_changed(key, value):
     with pytest.raises(UserError) as error:
         resolve({key: value}, stored)
     assert f"--{key}" in str(error.value) and str(stored[key]) in str(error.value)
+
+
+def test_a_root_that_the_checkpoint_cannot_read_is_told_apart_from_a_given_layout(voc_folder):
+    for given, stored, words in (({}, {"dataset": "COCO"}, ["the checkpoint", "-d COCO", "VOC"]),
+                                 ({"dataset": "COCO"}, {}, ["give -d VOC"])):
+        with pytest.raises(UserError) as error:
+            resolve({"root": str(voc_folder), **given}, stored)
+        assert all(word in str(error.value) for word in words), error.value
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,5 @@
 """Predictor finds what the evaluation finds, stage by stage."""
 
-from __future__ import annotations
-
 import io
 from dataclasses import replace
 from functools import partial

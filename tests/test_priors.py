@@ -1,7 +1,5 @@
 """Prior boxes of one's own: sizes as text, files of them, and sizes fitted to data."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Every command of the README runs, on small data where the real ones would be downloaded."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os

@@ -1,7 +1,5 @@
 """Recomputed concatenations: the same gradients to the last bit, out of less memory."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

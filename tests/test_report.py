@@ -1,7 +1,5 @@
 """The report of a test: its numbers against the data sets' scorers, its page in a parser."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

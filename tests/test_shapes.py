@@ -1,7 +1,5 @@
 """The demo: its drawn data set, and its way from there to a contact sheet."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """The contact sheet of a test."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

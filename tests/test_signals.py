@@ -1,7 +1,5 @@
 """Signals as a wish to stop."""
 
-from __future__ import annotations
-
 import os
 import signal
 

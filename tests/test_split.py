@@ -1,7 +1,5 @@
 """Image sets that nothing declares, the layout that a root holds, and what contradicts it."""
 
-from __future__ import annotations
-
 import json
 import shutil
 
@@ -173,12 +171,15 @@ def test_root_that_no_file_system_takes_is_refused_by_its_reader(root, dataset):
         build_dataset(dataset, options.root, options.train_sets)
 
 
-def test_part_beside_another_set_is_refused(tmp_path):
-    for train, test in (("split_train", "own"), ("own", "split_val")):
-        options = Options(train_sets=((None, train),), test_sets=((None, test),), root="R")
-        with pytest.raises(UserError, match=f"{train}.*{test}"):
-            check_parts(options)
-    check_parts(Options(train_sets=((None, "split_train"),), test_sets=((None, "split_val"),)))
+def test_part_beside_another_set_is_refused(voc_folder):
+    for train, test, said in (("split_train", "test", "split_train.*test"),
+                              ("test", "split_val", "test.*split_val"),
+                              ("foo", "split_val", '"foo" in .*; existing .*trainval')):
+        sets = [(ImageSet(None, name),) for name in (train, test)]
+        with pytest.raises(UserError, match=said):
+            check_parts(Options(root=str(voc_folder), train_sets=sets[0], test_sets=sets[1]))
+    check_parts(Options(train_sets=(ImageSet(None, "split_train"),),
+                        test_sets=(ImageSet(None, "split_val"),)))
     assert parse(["--val_share", ".3", "--split_by", "a"])[1] == {"val_share": 0.3, "split_by": "a"}
 
 

@@ -1,7 +1,5 @@
 """--test on small data sets, end to end, and detectors of other classes than the data's."""
 
-from __future__ import annotations
-
 import json
 import re
 import shutil

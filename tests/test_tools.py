@@ -1,7 +1,5 @@
 """`python -m tools` lists the commands of tools/."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Training on small data sets, end to end, with a network small enough for a test."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -148,10 +146,15 @@ def test_picture_whose_loss_is_not_finite_is_named(call, capsys, monkeypatch):
     assert not list((call.folder / "a").glob("*.pth"))
 
 
-def test_a_data_set_smaller_than_a_batch_trains(call, make_voc, tmp_path):
+def test_a_data_set_smaller_than_a_batch_trains(call, make_voc, tmp_path, capsys):
     sets = {"trainval": {"a": [("x", (5, 5, 40, 40))]}, "test": {"b": [("x", (9, 9, 50, 60))]}}
     folder = make_voc(tmp_path / "one", sets)
-    assert call("-max", 1, "--date", "a", "-b", 32, root=folder) == 0
+    sets = ("--train_sets", "trainval", "--test_sets", "trainval")
+    assert call("-max", 1, "--date", "a", "-b", 32, *sets, root=folder) == 0
+    said = capsys.readouterr()
+    said = said.out + said.err
+    assert "--batch_size 32 is lowered to 1" in said and "(--amp off)" in said
+    assert "1 of 1 test images are training images" in said and "a.jpg" in said
 
 
 def test_devkit_trains_on_both_years_and_is_scored_by_the_11_point_metric(call, voc_devkit):

@@ -1,7 +1,5 @@
 """Rows of class heads gathered by name, on heads whose rows hold their own number."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

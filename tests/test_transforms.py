@@ -1,7 +1,5 @@
 """The SSD augmentation against slow literal versions of its steps and hand-computed values."""
 
-from __future__ import annotations
-
 import itertools
 import math
 import random

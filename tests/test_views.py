@@ -1,7 +1,5 @@
 """Tiles and mirrored images: where views lie, and how their detections become those of an image."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

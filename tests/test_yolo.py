@@ -1,7 +1,5 @@
 """YOLO labels: lines, data.yaml, where images lie, and what is counted or refused."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import cv2
@@ -117,7 +115,8 @@ def test_nothing_is_lost_without_a_record(tmp_path):
         f"images/train/a.png\nimages/train/b.png\nimages/train/a.png\n"
         f"{tmp_path}/other/images/train/o.png\n"
     )
-    (root / "data.yaml").write_text("train: list.txt\ntest: ../test/images\nnames: [cat]\n")
+    (root / "data.yaml").write_text(
+        "train: list.txt\ntest: ../test/images\nnames: {0: cat, 7: background}\n")
     found = {(skip.kind, skip.image) for skip in read(root).skipped}
     assert found == {
         (SkipKind.UNKNOWN_CLASS, 0), (SkipKind.VALUE_OUTSIDE, 0), (SkipKind.BOX_CLIPPED, 0),
@@ -148,7 +147,8 @@ def test_labels_that_fit_no_image_are_counted_in_the_refusal(labels, words, tmp_
 @pytest.mark.parametrize("labels, yaml, words", [
     ({"train/a": "0 50 40 20 40"}, YAML, ["train", "pixels", "a.txt"]),
     ({"train/a": None}, YAML, ["train", "none of 1", "labels/train/a.txt"]),
-    ({"train/a": "5 .5 .5 .2 .5"}, YAML, ["cat, no", "number 5"]),
+    ({"train/a": CAT + 2 * "5 .5 .5 .2 .5\n"}, YAML, ["data.yaml names 0 cat, 1 no", "2 labels",
+                                                   "use 5: add"]),
     ({"train/a": CAT}, "", ["--classes", "classes 0"]),
     ({"train/a": CAT}, "train: images/train\n", ["classes 0", "add names:", "data.yaml"]),
 ])  # fmt: skip

@@ -21,13 +21,18 @@ SAME = 0.99  # IoU from which two boxes of a class are one object annotated twic
 NEIGHBOURS = 64  # compared with each box, so time does not grow with the square of the boxes
 FEW = 10  # boxes of a class, below which its AP is mostly luck
 SKEW, CHANCE = 2, 0.001  # factor between shares, and probability of a false alarm in a report
+BESIDE = (SkipKind.LABEL_WITHOUT_IMAGE, SkipKind.NO_ANNOTATION_FILE)  # of no image set
 
 
 def check_boxes(report: Report, name: str) -> None:
     """Add what the reader changed or left out, and boxes that are probably mistakes."""
     part = report.parts[name]
     kinds: dict[SkipKind, list[Record]] = defaultdict(list)
+    told = {skip for other, each in report.parts.items() if other != name
+            for skip in each.dataset.skipped if skip.kind in BESIDE}
     for skip in part.dataset.skipped:
+        if skip in told:
+            continue
         images = () if skip.image is None else ((name, skip.image),)
         kinds[skip.kind].append(Record(skip.detail, images, skip.box))
     for kind, records in kinds.items():

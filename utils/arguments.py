@@ -35,7 +35,10 @@ class Parser(argparse.ArgumentParser):
                                    for each in declared)
             if mistaken and self._subparsers is None:
                 self.error(f"unknown option {name}{did_you_mean(name, declared.values())}")
-        return super().parse_known_args(words, namespace)
+        given, left = super().parse_known_args(words, namespace)
+        if left and os.path.isdir(left[0]) and "--root" in declared:
+            self.error(f"{left[0]} is a folder without an option; give --root {left[0]}")
+        return given, left
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         try:

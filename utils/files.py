@@ -197,7 +197,8 @@ def read_bytes(path: str | Path, what: str = "file", limit: int = 2**32) -> byte
         with open(path, "rb", opener=_open_at_once) as file:
             return file.read() or b""
     except OSError as error:
-        raise UserError(f"{path}: cannot read the {what} ({error.strerror})") from error
+        fix = "; copy it there, or correct the name" * isinstance(error, FileNotFoundError)
+        raise UserError(f"{path}: cannot read the {what} ({error.strerror}){fix}") from error
     except ValueError as error:  # NUL or a lone surrogate in the name
         raise UserError(f"{str(path)!a}: cannot be the name of the {what} ({error})") from error
 
