@@ -317,7 +317,8 @@ def _refuse_inside(root: Path, inside: Mapping[Path, tuple[str, str]],
     if inside:
         one = len(found) == 1 and {name for name, _ in inside.values()} == {found[0][0]}
         whole = f", or -d {found[0][0]} to read all as one" if one else ""
-        several = ", ".join(f"{folder.name} ({layout})" for folder, (_, layout) in inside.items())
+        names = [f"{folder.name} ({layout})" for folder, (_, layout) in inside.items()]
+        several = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
         raise UserError(f"{root} holds several data sets: {several}; give one as --root, such as "
                         f"{next(iter(inside))}{whole}")
 
