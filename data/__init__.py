@@ -15,8 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from data.annotation import check_folder, tell
-from data.image_sets import SET_WORDS, ImageSet, set_word, sets_name
+from data.annotation import check_folder, holds_data, tell
+from data.image_sets import ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
 from data.truth import Truth, digest
@@ -232,10 +232,6 @@ class DataSetRow:
     priors: str = "VOC"
 
 
-_DATA_FOLDERS = {"annotations", "original_annotations", "xml", "xmls", "labels", "jpegimages",
-                 "images", "imgs", "img", "imagesets", "obj_train_data", "vocdevkit"}
-_DATA_SUFFIXES = {".xml", ".json", ".yaml", ".yml", ".names", ".jpg", ".jpeg", ".png", ".bmp",
-                  ".webp", ".tif", ".tiff"}
 _SPLIT = frozenset({"val_share", "split_by"})
 DATASETS = {
     "VOC": DataSetRow(reader="data.voc0712:VOCDetection", folder="VOCdevkit",
@@ -288,13 +284,13 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
         return preferred, layout
     check_folder(root)
     found, inside = layouts(root), {}
-    if not found or not _holds_data(root):
+    if not found or not holds_data(root):
         folders = [each for each in sorted(root.glob("[!.]*/"))[:20] if os.access(each, os.R_OK)]
         inside = {each: of_it[0] for each in folders if (of_it := layouts(each))}
     # Folders of labels beside images, all of one layout, are parts of one data set.
     parts = found[:1] if found and {*inside.values()} == {found[0]} else []
     if not (parts and "beside" in parts[0][1]):
-        _refuse_inside(root, inside)
+        _refuse_inside(root, inside, found)
     if len(found) > 1:
         several = " and ".join(f"{layout} (-d {name})" for name, layout in found)
         raise UserError(f"{root} holds several layouts: {several}; say by -d which one to read")
@@ -308,28 +304,23 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
                     "and CVAT for images (annotations.xml): docs/own_data.md")
 
 
-def _holds_data(root: Path) -> bool:
-    """Return whether ``root`` itself holds files or folders of a data set."""
-    for path in root.glob("[!.]*"):
-        name, suffix = path.name.lower(), path.suffix.lower()
-        if path.is_dir():
-            if name in _DATA_FOLDERS or name.startswith("voc2") or set_word(name) in SET_WORDS:
-                return True
-        elif suffix in _DATA_SUFFIXES or suffix == ".txt" and not name.startswith("readme"):
-            return True
-    return False
+def _refuse_inside(root: Path, inside: Mapping[Path, tuple[str, str]],
+                   found: Sequence[tuple[str, str]]) -> None:
+    """Raise UserError if there are data sets ``inside`` folders of ``root``.
 
-
-def _refuse_inside(root: Path, inside: Mapping[Path, tuple[str, str]]) -> None:
-    """Raise UserError if there are data sets ``inside`` folders of ``root``."""
+    found: what readers find in ``root`` itself.
+    """
     if len(inside) == 1:
         [(folder, (_, layout))] = inside.items()
         raise UserError(f"{root} holds a data set in a folder, {folder.name} ({layout}); give "
                         f"{folder} as --root")
     if inside:
-        several = ", ".join(f"{folder.name} ({layout})" for folder, (_, layout) in inside.items())
+        one = len(found) == 1 and {name for name, _ in inside.values()} == {found[0][0]}
+        whole = f", or -d {found[0][0]} to read all as one" if one else ""
+        names = [f"{folder.name} ({layout})" for folder, (_, layout) in inside.items()]
+        several = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
         raise UserError(f"{root} holds several data sets: {several}; give one as --root, such as "
-                        f"{next(iter(inside))}")
+                        f"{next(iter(inside))}{whole}")
 
 
 def _layout(name: str, root: str | Path) -> str | None:

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import numpy as np
 
+from data.image_files import FileIndex
+from data.image_sets import SET_WORDS, set_word
 from data.skips import Skip, SkipKind
 from utils.errors import UserError
 
 T = TypeVar("T")
+_DATA_FOLDERS = {"annotations", "original_annotations", "xml", "xmls", "labels", "jpegimages",
+                 "images", "imgs", "img", "imagesets", "obj_train_data", "vocdevkit"}
+_DATA_SUFFIXES = {".xml", ".json", ".yaml", ".yml", ".names", ".jpg", ".jpeg", ".png", ".bmp",
+                  ".webp", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -103,12 +109,35 @@ def check_folder(root: Path) -> None:
                         "(data/scripts/ downloads published data, docs/own_data.md on others)")
 
 
+def holds_data(root: Path) -> bool:
+    """Return whether ``root`` itself holds files or folders of a data set."""
+    for path in root.glob("[!.]*"):
+        name, suffix = path.name.lower(), path.suffix.lower()
+        if path.is_dir():
+            if name in _DATA_FOLDERS or name.startswith("voc2") or set_word(name) in SET_WORDS:
+                return True
+        elif suffix in _DATA_SUFFIXES or suffix == ".txt" and (
+                path.stem.lower() in ("classes", "labels", "labelmap")
+                or set_word(path.stem) in SET_WORDS):
+            return True
+    return False
+
+
 def refuse_missing(place: object, missing: Sequence[object], what: str = "images") -> None:
     """Raise UserError for files that annotations or lists name and that do not exist."""
     if missing:
         first = ", ".join(map(str, missing[:5])) + ", ..." * (len(missing) > 5)
         raise UserError(f"{place}: {what} missing ({len(missing)}): {first}; copy them there, or "
                         "correct the names")
+
+
+def unannotated(used: Collection[Path], images: FileIndex) -> list[Skip]:
+    """Return records of the folders of image sets beside those ``used`` that hold images alone."""
+    beside = (each for parent in sorted({each.parent for each in used})
+              for each in images.subfolders(parent))
+    return [Skip(SkipKind.SET_UNANNOTATED, None, None, f"{each} has {count} images")
+            for each in beside if each.name.lower() in SET_WORDS and each not in used
+            and (count := len(images.inside(each)))]
 
 
 def outside_root(root: Path, images: Sequence[Path]) -> list[Skip]:

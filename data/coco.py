@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DetectionData, coco_layout
-from data.annotation import outside_root, refuse_missing, tell
+from data.annotation import outside_root, refuse_missing, tell, unannotated
 from data.bootstrap import DRAWS
 from data.coco_eval import evaluate_coco, load_backend, notes
 from data.coco_json import COCOAnnotations, extents, join, read_annotations
@@ -20,7 +20,8 @@ from data.coco_layout import Part, file_stem, is_test_split, normalise
 from data.coco_results import COCOResults, write_archive, write_results
 from data.curves import CURVES_FILE
 from data.detections import as_columns
-from data.image import image_size, read_image
+from data.image import IMAGE_SUFFIXES, image_size, read_image
+from data.image_files import FileIndex
 from data.image_sets import ImageSet
 from data.skips import Skip, SkipKind
 from data.split import SPLIT_SETS, VAL_SHARE, choose, list_files
@@ -95,6 +96,8 @@ class COCODetection(DetectionData):
         self._file_ids = np.concatenate([file.image_ids for file in files])
         self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
         self.ids = self._unique_ids()
+        used = coco_layout.set_folders(self.root)
+        self.skipped += unannotated(used, FileIndex(IMAGE_SUFFIXES))
         self.skipped += outside_root(self.root, [*map(self.image_path, range(len(self)))])
         self.sizes = np.concatenate([file.sizes for file in files])
         starts = np.cumsum([0, *(len(file.image_ids) for file in files)])

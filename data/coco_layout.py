@@ -34,7 +34,7 @@ import numpy as np
 from data.coco_json import COCOAnnotations
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import ImageSet
+from data.image_sets import SET_WORDS, ImageSet
 from data.split import list_files
 from utils.errors import UserError
 
@@ -96,6 +96,13 @@ def annotation_files(root: Path) -> dict[str, Path]:
             taken = "_".join(path.relative_to(root).with_suffix("").parts)
             found[taken if name in found else name] = path
     return found
+
+
+def set_folders(root: Path) -> list[Path]:
+    """Return the folders of image sets that hold the annotation files; none if any lies outside."""
+    folders = [path.parent for path in annotation_files(root).values()]
+    return folders if all(each.name.lower() in SET_WORDS and each != root
+                          for each in folders) else []
 
 
 def _looks_like_coco(path: Path) -> bool:

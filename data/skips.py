@@ -34,6 +34,7 @@ class SkipKind(Enum):
     VALUE_OUTSIDE = ("label with a value outside 0 to 1, clipped", "warning")
     LABEL_WITHOUT_IMAGE = ("label file without its image, left out", "warning")
     SET_ABSENT = ("image set that is declared but has no files, left out", "warning")
+    SET_UNANNOTATED = ("folder of an image set with images but no annotations, not used", "warning")
     OTHER_SHAPE = ("shape that is no box and has no area, left out", "warning")
     OUTSIDE_ROOT = ("image outside the folder of the data", "warning")
     EMPTY_IN_CVAT = ("image without an annotation file, background in CVAT's exports", "note")

@@ -16,6 +16,7 @@ from data.annotation import (
     read_or_tell,
     refuse_missing,
     tell,
+    unannotated,
 )
 from data.classes import check_classes
 from data.config import VOC_CLASSES
@@ -32,6 +33,7 @@ from data.voc_layout import (
     image_folders,
     list_all,
     list_images,
+    split_folders,
 )
 from data.voc_xml import read_annotation
 from utils.errors import UserError
@@ -63,6 +65,9 @@ def load_annotations(root: str | Path, image_sets: Sequence[tuple[str | None, st
                    for each in listed]
     skipped += [Skip(SkipKind.EMPTY_IN_CVAT, i, None, f"{each.where}: {each.id}")
                 for i, each in enumerate(listed) if each.empty]
+    folders = {each.folder for each in listed}
+    used = {path for each in folders for path in split_folders(each, index).values()}
+    skipped += unannotated(used, FileIndex(IMAGE_SUFFIXES))
     if classes is None:
         classes = _choose_classes(root, sets, annotations, skipped, index)
     else:

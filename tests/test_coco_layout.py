@@ -63,6 +63,15 @@ def test_layouts_of_tools_are_found_and_read(tmp_path, files, layout, sets):
         assert dataset.skipped == []
 
 
+def test_set_whose_annotations_are_missing_is_told(tmp_path):
+    for id, name in enumerate(("train", "test", "valid"), 1):
+        write(tmp_path, f"{name}/_annotations.coco.json", name, {id: f"{id}.png"},
+              [annotation(1, id, [id, 5, 20, 10])])
+    (tmp_path / "valid/_annotations.coco.json").unlink()
+    [skip] = COCODetection(tmp_path, [(None, "train")]).skipped
+    assert skip.kind is SkipKind.SET_UNANNOTATED and skip.detail == f"{tmp_path}/valid has 1 images"
+
+
 @pytest.mark.parametrize("content", ["", "[]", "{", "\0" * 9, '{"shapes": []}',
                                      '{"images": [{"id": 1}], "categories": []}',
                                      '[{"images": [1], "image_id": 1}]'])

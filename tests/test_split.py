@@ -138,7 +138,7 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
 
 @pytest.mark.parametrize("kinds", ["a:yolo", "a:yolo b:voc", "a:yolo b:yolo c:voc", "a:voc b:voc"])
 def test_folder_of_data_sets_is_refused_with_their_names(kinds, tmp_path):
-    (tmp_path / "README.txt").write_text("several")
+    (tmp_path / "notes.txt").write_text("several")
     for name, kind in (each.split(":") for each in kinds.split()):
         if kind == "yolo":
             write(tmp_path / name, {"train/a": CAT})

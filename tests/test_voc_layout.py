@@ -174,6 +174,10 @@ def test_folders_of_image_sets_give_ids_that_are_unique_and_lists_can_name(folde
     assert len({*data.ids}) == len({*data._paths}) == 2
     assert kinds(data) == {SkipKind.NO_ANNOTATION_FILE}
     assert find_layout(root)[0] == "VOC"
+    if base != "Annotations/train/{}":
+        (root / "test").mkdir()
+        shutil.copy(folder / "JPEGImages/a.jpg", root / "test")
+        assert SkipKind.SET_UNANNOTATED in kinds(read(root, "train"))
     if base == "train/{}":  # not without its image sets
         with pytest.raises(UserError, match=rf"VOC XML.*{root} as --root"):
             shutil.rmtree(folder / "Annotations")
