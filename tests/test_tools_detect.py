@@ -338,7 +338,7 @@ def test_what_cannot_be_written_is_counted_and_the_rest_is_done(weights, capsys)
         (OUT / taken).mkdir(parents=True)
     os.mkfifo("photos/pipe.jpg")
     os.mkfifo("photos/pipe.mp4")
-    assert call(weights, "photos", "--save", "json", "voc") == 1
+    assert call(weights, "photos", "--save", "json", "voc", "--out", OUT) == 1
     told = capsys.readouterr()
     not_written = [line for line in told.err.splitlines() if line.startswith("not written: ")]
     assert len(not_written) == 4
@@ -357,7 +357,7 @@ def test_nothing_is_written_behind_a_link_out_of_the_results(weights, capsys):
     (OUT / "drawn").mkdir(parents=True)
     Path("elsewhere").mkdir()
     os.symlink(Path("elsewhere").absolute(), OUT / "drawn/in")
-    assert call(weights, "photos") == 1
+    assert call(weights, "photos", "--out", OUT) == 1
     assert "remove the link" in capsys.readouterr().err and files("elsewhere") == set()
     assert files(OUT / "drawn") == {"b.jpg"}
 
