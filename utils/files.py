@@ -128,7 +128,8 @@ def _not_written(path: Path, error: OSError) -> UserError:
     # EFBIG, EDQUOT: the limit of a file's size, and of a user's room
     full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
     denied = error.errno in (errno.EACCES, errno.EPERM)
-    there = next((each for each in path.parents if os.path.isdir(each)), path.parent)
+    parents = path.absolute().parents
+    there = next((each for each in parents if os.path.isdir(each)), path.parent)
     fix = "make room, or " if full else f"allow writing in {there}, or " if denied else ""
     return UserError(f"{path}: cannot be written ({why}); {fix}choose another folder")
 
