@@ -11,8 +11,6 @@ Networks map images [B, 3, S, S] (BGR, 0..255 minus the mean) to (loc, conf), as
 ``models.build_net``. A predictor maps images to detections.
 """
 
-from __future__ import annotations
-
 # torch.hub takes every public function of this file for an entry.
 from collections.abc import Callable as _Callable
 from collections.abc import Sequence as _Sequence

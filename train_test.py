@@ -6,8 +6,6 @@
 Exit status: 0 done, 1 unexpected failure, 2 bad usage or bad input, 130 interrupted (state saved).
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 import torch

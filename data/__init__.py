@@ -4,8 +4,6 @@ A reader's module is imported when its data set is opened. Importing ``data`` ne
 nor PyTorch nor pycocotools.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence

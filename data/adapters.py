@@ -1,7 +1,5 @@
 """The data sets of this project as torchvision's transforms and detectors expect them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -1,7 +1,5 @@
 """Base class of the readers whose annotations are `Annotation` records: targets and VOC's score."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path

@@ -5,8 +5,6 @@ many images of the same kind. Detections are matched once; a draw only counts th
 that is drawn several times counts as often as that, its copies one detection after the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 

@@ -6,8 +6,6 @@ for bit to those without a cache. The arrays it returns may be read-only. An ima
 differs from ``dataset.image_size`` is decoded every time.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 import os

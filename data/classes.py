@@ -1,7 +1,5 @@
 """Class names: what is valid, and how the command line and files give them."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections import Counter

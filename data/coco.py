@@ -1,7 +1,5 @@
 """COCO detection data sets: samples and evaluation. `data.coco_layout` says where files lie."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter

@@ -7,8 +7,6 @@ The second checks a file for the evaluation server; only the server can score it
 Metrics and results format: https://cocodataset.org/#detection-eval, #format-results.
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import importlib.metadata

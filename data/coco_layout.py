@@ -20,8 +20,6 @@ annotation file's folder, root/<split>/, root/images/<split>/, root/images/ or r
 forms, back slashes, and the folders of another machine or of a URL are looked through.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterator

@@ -8,8 +8,6 @@ VOC, a point for each correct detection, best score first:
     `counts` int64 [T, K, A]; `recall`, `precision` and `scores` [counts.sum()], curve after curve
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """CVAT's own XML "for images": one file with the annotations of all images."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """The detections of a test run: as columns, and as one compressed file tied to what made them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

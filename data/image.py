@@ -1,7 +1,5 @@
 """Reading image files."""
 
-from __future__ import annotations
-
 import functools
 import io
 import os

@@ -1,7 +1,5 @@
 """Finding files by name; each folder is listed once."""
 
-from __future__ import annotations
-
 import errno
 import os
 import unicodedata

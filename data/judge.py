@@ -5,8 +5,6 @@ plain IoU is what the data set's own score computes. Kinds of errors are TIDE's 
 arXiv 2008.08115, section 2.2), with its thresholds: IoU 0.5 to be correct, 0.1 to be near.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby

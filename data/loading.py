@@ -1,7 +1,5 @@
 """From a data set to batches: samples that depend on (seed, epoch, index) and on nothing else."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

@@ -1,7 +1,5 @@
 """Records of what a data set's reader changed or left out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from enum import Enum
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Image sets that no layout declares: lists in ROOT/ImageSets, and a division by file names."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import posixpath

@@ -6,8 +6,6 @@ x1, y1, x2, y2 in pixels, inside the image and with an area, and a label; n may 
 changes its arguments, but a returned array may be a view of one.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import cv2

@@ -1,7 +1,5 @@
 """The objects of a data set as arrays, and the digest that tells whether data are the same."""
 
-from __future__ import annotations
-
 import hashlib
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """PASCAL VOC devkits and all layouts with an XML file an image."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from data.annotated import AnnotatedImages

@@ -1,7 +1,5 @@
 """PASCAL VOC's comp4 files: one text file a class, one detection a line."""
 
-from __future__ import annotations
-
 import hashlib
 import math
 import re

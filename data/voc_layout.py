@@ -8,8 +8,6 @@
 Images lie in JPEGImages/ or images/ instead of Annotations/, or beside the annotations.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import unicodedata

@@ -1,7 +1,5 @@
 """Reading the annotations of image sets in PASCAL VOC's layouts, and finding their images."""
 
-from __future__ import annotations
-
 import os
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence

@@ -1,7 +1,5 @@
 """PASCAL VOC's XML annotations: one file an image."""
 
-from __future__ import annotations
-
 import functools
 import math
 import re

@@ -3,8 +3,6 @@
 `data.yolo_layout` says where they lie. An image without a label file is background.
 """
 
-from __future__ import annotations
-
 import math
 import os
 from collections import Counter

@@ -7,8 +7,6 @@
     root/<set>.txt, classes.txt, obj.names     lists of images, class names
 """
 
-from __future__ import annotations
-
 import math
 import os
 import re

@@ -1,7 +1,5 @@
 """Declare an option as a field of a dataclass: its default, its flags, its rule and its help."""
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 from collections.abc import Callable, Collection

@@ -1,7 +1,5 @@
 """Jobs of several processes: joining one that torchrun started, collective calls, starting one."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Detect over a data set, keep the detections, score them."""
 
-from __future__ import annotations
-
 import platform
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """The folder of a run: its checkpoints, its log, and where everything is."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path

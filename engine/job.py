@@ -1,7 +1,5 @@
 """A job from start to exit status: processes, signals, logging, and error messages."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

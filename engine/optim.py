@@ -1,7 +1,5 @@
 """Learning rate, optimiser, and the moving average of the weights."""
 
-from __future__ import annotations
-
 import copy
 import math
 

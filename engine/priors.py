@@ -1,7 +1,5 @@
 """Prior boxes of one's own: read from a file, or fitted to the boxes of a training set."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from pathlib import Path

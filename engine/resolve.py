@@ -1,7 +1,5 @@
 """Values of the options of a call, and what contradicts what."""
 
-from __future__ import annotations
-
 import os
 import zipfile
 from collections.abc import Mapping

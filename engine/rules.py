@@ -4,8 +4,6 @@ Raises:
     UserError, or ArgumentTypeError from ``parts``: the value breaks the rule.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
 

@@ -1,7 +1,5 @@
 """Open a training run: options, data, starting weights and folder, checked before it writes."""
 
-from __future__ import annotations
-
 import dataclasses
 import glob
 import json

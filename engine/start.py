@@ -1,7 +1,5 @@
 """Where training starts: new weights, those of a base network, or those of a whole detector."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """One training step, and detection over a data set."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Open what --test evaluates: a checkpoint or an exported file, and the data it is tested on."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path

@@ -1,7 +1,5 @@
 """One training run: the loop over epochs, its record on the disk, and its interruption."""
 
-from __future__ import annotations
-
 import time
 from collections import deque
 from collections.abc import Iterator

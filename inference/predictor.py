@@ -4,8 +4,6 @@
     found = predictor("street.jpg")    # {"boxes", "scores", "labels", "names"}
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace

@@ -4,8 +4,6 @@ Corners are (x1, y1, x2, y2), centre-size is (cx, cy, w, h), both relative to th
 unless a function says otherwise. Leading dimensions broadcast.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

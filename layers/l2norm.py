@@ -1,7 +1,5 @@
 """L2 normalisation over channels with a learned scale (ParseNet, arXiv 1506.04579)."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

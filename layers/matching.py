@@ -1,7 +1,5 @@
 """Matching of prior boxes to ground truth (SSD, section 2.2, "Matching strategy")."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """The multibox loss (SSD, section 2.2, "Training objective" and "Hard negative mining")."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

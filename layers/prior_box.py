@@ -1,7 +1,5 @@
 """Prior boxes (SSD's default boxes, arXiv 1512.02325, section 2.2)."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from math import sqrt
 from typing import Protocol

@@ -1,7 +1,5 @@
 """Which detector a state dict belongs to, by the names and shapes of its tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

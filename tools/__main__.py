@@ -1,7 +1,5 @@
 """List the commands of this folder: ``python -m tools``."""
 
-from __future__ import annotations
-
 import ast
 import sys
 from collections.abc import Sequence

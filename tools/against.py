@@ -1,7 +1,5 @@
 """Two tests on the same images: which is better, by how much, and where they differ."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Statistics of judged detections: errors, what they cost, confusions, AP by IoU, calibration."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

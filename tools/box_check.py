@@ -1,7 +1,5 @@
 """Findings on the boxes and classes of a data set."""
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence

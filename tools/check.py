@@ -11,8 +11,6 @@ images, images of one colour, rare classes, uneven splits, boxes that few prior 
 Exit status: 0 no errors, 1 errors (with --strict: or warnings), 2 bad usage, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Sequence

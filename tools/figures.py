@@ -1,7 +1,5 @@
 """Charts of a report by matplotlib: SVG inside the page, PNG and CSV in a folder beside it."""
 
-from __future__ import annotations
-
 import io
 import math
 import re

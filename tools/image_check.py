@@ -1,7 +1,5 @@
 """Read every image of a data set: faults, EXIF orientations, faint images, copies and places."""
 
-from __future__ import annotations
-
 import os
 import sys
 import unicodedata

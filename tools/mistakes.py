@@ -1,7 +1,5 @@
 """The mistakes of a detector: listed, the worst of each kind and class chosen, and drawn."""
 
-from __future__ import annotations
-
 import base64
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """The HTML page of a data check."""
 
-from __future__ import annotations
-
 from collections import defaultdict
 from html import escape
 

@@ -1,7 +1,5 @@
 """How well prior boxes fit the boxes of a data set, and which prior boxes would fit better."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 import numpy as np

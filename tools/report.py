@@ -10,8 +10,6 @@ figure as PNG and CSV. Without the data set (--root) the page has the scores and
 The charts need matplotlib.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -6,8 +6,6 @@ RUN_DIR is a folder with a test's results.json and detections.npz, or a run, who
 taken.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

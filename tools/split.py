@@ -1,7 +1,5 @@
 """Divide the images of a data set into training and test images, and write the lists."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

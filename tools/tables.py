@@ -1,7 +1,5 @@
 """The numbers of a report as tables. NaN: there is nothing to count or to score."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Checkpoints: tensors and plain data only, written atomically, read without executing anything."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickletools

@@ -1,7 +1,5 @@
 """The device and the precision that a network runs in."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -3,8 +3,6 @@
 2007 gives trainval and test, 2012 gives trainval, as <root>/VOCdevkit/VOC<year>.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

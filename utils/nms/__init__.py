@@ -12,8 +12,6 @@ scores of a Gaussian decay may differ in the last bit.) torchvision works in flo
 where an IoU is within float32's rounding of the threshold.
 """
 
-from __future__ import annotations
-
 import math
 import operator
 

@@ -3,8 +3,6 @@
 Every routine has the contract of those in `utils.nms.reference`.
 """
 
-from __future__ import annotations
-
 import ctypes
 import functools
 import importlib
