@@ -146,13 +146,13 @@ class YOLODetection(AnnotatedImages):
         annotations, unnamed = [], Counter()
         users: dict[Path, Path] = {}
         for i, (image, label) in enumerate(zip(images, labels, strict=True)):
-            if label is None:
-                skipped.append(Skip(SkipKind.NO_LABEL_FILE, i, None, str(image)))
-            elif (other := users.setdefault(label, image)) != image:
+            if label and (other := users.setdefault(label, image)) != image:
                 tell(f"{other} and {image} both have the label file {label}; keep one of the "
                      "images", faults)
             read = partial(_read, folder, i, image, label, skipped, unnamed)
             annotations.append(read_or_tell(read, label or image, faults))
+            if label is None and not annotations[-1].unread:
+                skipped.append(Skip(SkipKind.NO_LABEL_FILE, i, None, str(image)))
         if not folder.names:
             numbers = sorted({name for each in annotations for name in each.names}, key=float)
             raise UserError(f"{self.root}: nothing names the classes "
@@ -160,9 +160,10 @@ class YOLODetection(AnnotatedImages):
         if unnamed:
             first = sorted(folder.names.items())[:20]
             named = ", ".join(f"{number} {name}" for number, name in first)
-            tell(f"{source} names {named}; {unnamed.total()} labels of {what} use "
-                 f"{', '.join(f'{number:g}' for number in sorted(unnamed))}: add each name, or "
-                 "correct the labels", faults)
+            tell(f"{source} names {named}; {unnamed.total()} labels of "
+                 f"{sets_name(self.image_sets)} use "
+                 f"{', '.join(map('{:g}'.format, sorted(unnamed)))}: add each name, "
+                 "or correct the labels", faults)
         classes = classes or tuple(name for _, name in sorted(folder.names.items())
                                    if name not in BACKGROUND)
         skipped += check_objects(what, annotations, classes, faults)
