@@ -59,6 +59,9 @@ class DetectionData:
     quick_score = False
     """Whether `evaluate` leaves out intervals that take more than a second or so."""
 
+    layout: str | None = None
+    """Its name, where a reader that needs long to recognise it has done so to load it."""
+
     def __init__(self, root: str | Path, image_sets: Sequence[ImageSet],
                  transform: Callable | None = None) -> None:
         self.root = Path(os.path.expanduser(root))
@@ -162,7 +165,7 @@ class DetectionData:
 
     def describe(self) -> str:
         """Return one line: the folder, its layout, the image sets and what they hold."""
-        layout = self.recognise(self.root)
+        layout = self.layout or self.recognise(self.root)
         return (f"{self.root}{f' ({layout})' if layout else ''} {sets_name(self.image_sets)}: "
                 f"{len(self)} images, {len(self.rows)} boxes, {len(self.classes)} classes")
 

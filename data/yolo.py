@@ -125,7 +125,8 @@ class YOLODetection(AnnotatedImages):
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
         check_folder(self.root)
         folder = YOLOFolder(self.root)
-        if folder.layout is None:
+        self.layout = folder.layout
+        if self.layout is None:
             why = folder.near_miss() or "no data.yaml, no .txt files in labels/ or beside images"
             raise UserError(f"{self.root} holds no YOLO labels: {why} (docs/own_data.md)")
         classes = None if classes is None else check_classes(classes, "classes")

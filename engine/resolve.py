@@ -55,7 +55,7 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
                             f"{stored[key]}; leave the option out")
     values = {**stored, **given}
     values["dataset"] = dataset = asked_dataset(values, stored.get("dataset"))
-    row = DATASETS[dataset]
+    row, rooted = DATASETS[dataset], "root" in values
     for key in ("crowds", "val_share", "split_by"):
         if key in given:
             _check_taken(key, dataset)
@@ -79,7 +79,8 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
         raise UserError(f"{root} holds {found[0][1]}, but the checkpoint is of a run on -d "
                         f"{dataset}, so it cannot be read; give the --root of that run's data, or "
                         "start a new run from its weights with --resume_net")
-    check_layout(dataset, root)
+    if "dataset" in given or not rooted:  # else what the root holds has been looked at
+        check_layout(dataset, root)
     for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
         asked = values[key] if key in given else values.get(key) or sets
         if isinstance(asked, str):
