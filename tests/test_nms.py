@@ -284,7 +284,19 @@ def test_the_routines_agree(routine, table, method, thresh, limit, pixel, sigma,
     expected = results("torch", *arguments)
     measured = results(routine, *arguments)
     assert measured[0] == expected[0]
-    assert measured[1] == pytest.approx(expected[1], rel=1e-6, abs=1e-9)
+    close = pytest.approx(expected[1], rel=1e-6, abs=1e-9)  # exp differs in the last bits
+    assert measured[1] == (close if method == "gaussian" else expected[1])
+
+
+@exact
+def test_linear_decay_is_computed_in_float32(routine):
+    # The IoU is 2 / (8102 * 6213) = 4e-8. 1 - 4e-8 rounds down in float32; 0.75 * (1 - 4e-8),
+    # computed in float64, would round to 0.75, and box 1 would keep its place.
+    boxes = torch.tensor([[0.0, 0, 1, 2], [0, -6201, 8102, 12], [20, 20, 21, 21]])
+    kept, scores = results(routine, boxes, torch.full((3,), 0.75), torch.zeros(3).long(), 0.0,
+                           3, False, method="linear")
+    assert kept == [0, 2, 1]
+    assert scores == [0.75, 0.75, float(np.float32(0.75) * (np.float32(1) - np.float32(4e-8)))]
 
 
 @compiled

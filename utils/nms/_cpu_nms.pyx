@@ -121,7 +121,7 @@ cdef void soft(const float *boxes, const float *scores, const int64_t *order, in
                           box[0], box[1], box[2], box[3], rule.extra)
             if rule.method == LINEAR:
                 if iou > rule.thresh:
-                    value = value * (1 - iou)
+                    value = value * (<float>1 - iou)  # a plain 1 is a double in Cython
             elif iou > 0:
                 # In double, then rounded: exp differs in the last bits only.
                 value = value * <float>exp(-(<double>iou * iou) / rule.sigma)
