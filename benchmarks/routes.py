@@ -26,8 +26,7 @@ from utils.checkpoint import sha256_of
 from utils.device import AMP_TYPES, autocast
 from utils.errors import UserError
 
-PRECISIONS = {"off": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "fp16"}
-"""Values of --amp -> precisions."""
+PRECISIONS = {"off": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "fp16"}  # by --amp
 MEAN = torch.tensor(INPUT_MEAN, dtype=torch.float32)[:, None, None]
 SCORES_OVER = 300  # scores over the threshold that new weights give an image
 
@@ -76,15 +75,16 @@ def stretch(net: nn.Module, images: Tensor, threshold: float = 0.02) -> None:
             centre = outputs.mean((0, 2, 3))
             # Similar images hardly differ in a map of one cell.
             spread = (outputs - centre[:, None, None]).std().clamp_min(0.01 * outputs.std())
-            head.bias.copy_((head.bias - centre) * deviation / spread)
-            head.weight *= deviation / spread
+            last = getattr(head, "norm", head)
+            last.bias.copy_((last.bias - centre) * deviation / spread)
+            last.weight *= deviation / spread
         logits.append(head(x).permute(0, 2, 3, 1).reshape(-1, net.num_classes))
     background, others = torch.cat(logits).double().split([1, net.num_classes - 1], 1)
     # A score stays over the threshold as long as the background is raised by less than this.
     room = (others.exp() / threshold - others.exp().sum(1, keepdim=True)).log() - background
     most = room.nan_to_num(-torch.inf).flatten().topk(SCORES_OVER * len(images)).values
     for head in net.conf:
-        head.bias[:: net.num_classes] += most[-1]
+        getattr(head, "norm", head).bias[:: net.num_classes] += most[-1]
 
 
 # ---------------------------------------------------------------- routes
