@@ -47,7 +47,7 @@ class Predictor:
     Args of the constructor:
         file: a checkpoint (.pth, .safetensors) of this program or a published one, or an exported
             file (.onnx, .xml) of ``python -m tools.export``.
-        device: "auto", "cpu", "cuda" or "cuda:N". Exported files run on the CPU.
+        device: a name of `utils.device.choose_device`. Exported files run on the CPU.
         amp: "off", "bf16" or "fp16" (GPU only). An exported file has its own precision.
         classes: class names, for a checkpoint that stores none.
         score_threshold, max_detections, max_per_class: lowest score of a detection, and most

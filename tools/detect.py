@@ -228,7 +228,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     g.add_argument("--class_agnostic", action="store_true",
                    help="suppress boxes of different classes, too")
     g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    g.add_argument("--device", default="auto",
+                   help="auto, cpu, cuda, cuda:N or mps (untried) (default: auto)")
     g.add_argument("--amp", choices=AMP_TYPES, default="off", help="precision (default: off)")
     g.add_argument("-b", "--batch_size", "--batch", type=positive, default=8, metavar="N",
                    help="images at a time (default: 8)")
