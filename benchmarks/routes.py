@@ -91,15 +91,16 @@ def stretch(net: nn.Module, images: Tensor, threshold: float = 0.02) -> None:
             spread = (outputs - centre[:, None, None]).square().mean().sqrt()
             # Similar images hardly differ in a map of one cell.
             scale = deviation / spread.clamp_min(0.01 * outputs.square().mean().sqrt())
-            head.weight *= scale
-            head.bias.copy_((head.bias - centre) * scale)
+            last = getattr(head, "norm", head)
+            last.weight *= scale
+            last.bias.copy_((last.bias - centre) * scale)
         logits.append(head(x).permute(0, 2, 3, 1).reshape(-1, net.num_classes))
     background, others = torch.cat(logits).double().split([1, net.num_classes - 1], 1)
     # A score stays over the threshold as long as the background is raised by less than this.
     room = (others.exp() / threshold - others.exp().sum(1, keepdim=True)).log() - background
     most = room.nan_to_num(-torch.inf).flatten().topk(SCORES_OVER * len(images)).values
     for head in net.conf:
-        head.bias[:: net.num_classes] += most[-1]
+        getattr(head, "norm", head).bias[:: net.num_classes] += most[-1]
 
 
 # ---------------------------------------------------------------- routes

@@ -168,7 +168,8 @@ class YOLODetection(AnnotatedImages):
         classes = classes or tuple(name for _, name in sorted(folder.names.items())
                                    if name not in BACKGROUND)
         self.numbers = {name: number for number, name in folder.names.items()}  # of all names
-        skipped += check_objects(what, annotations, classes, faults)
+        if not unnamed or any(each.names for each in annotations):  # else that has been told
+            skipped += check_objects(what, annotations, classes, faults)
         return Loaded(_ids(self.root, images), images, annotations, classes, skipped)
 
     def _list(self, folder: YOLOFolder, faults: list[str] | None) -> list[Path]:
