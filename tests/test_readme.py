@@ -203,7 +203,7 @@ def test_links_and_pictures_lead_to_files(page):
 def test_every_benchmark_is_listed_with_a_command_that_is_there():
     text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
     listed = set(re.findall(r"`python -m benchmarks\.(\w+)", text))
-    parts = {"__init__", "gather", "harness", "limits", "on_gpu", "routes"}
+    parts = {"__init__", "gather", "harness", "on_gpu", "routes"}
     assert listed == {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - parts
 
 
