@@ -472,3 +472,11 @@ def test_every_row_trains_and_tests(version, voc_folder, tmp_path):
     assert main([*machine, "--test", str(run / "last.pth")]) == 0
     (results,) = run.rglob("results.json")
     assert json.loads(results.read_text())["images"] == 4
+
+
+def test_normed_heads_start_with_three_hard_negatives_for_a_positive():
+    net = build_net("SSD_HarDNet39dsbn", 300, 5)
+    for head in net.conf:
+        logits = head.norm.bias.view(-1, 5)  # what a norm adds to outputs of mean 0
+        assert head.bias is None
+        assert logits.softmax(1)[:, 0].tolist() == pytest.approx([0.75] * len(logits))
