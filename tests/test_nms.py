@@ -133,8 +133,10 @@ def test_the_result_is_the_container_that_came_in():
     assert isinstance(tensor, torch.Tensor) and tensor.dtype == torch.int64
     assert array.tolist() == tensor.tolist()
     assert nms(dets[::-1], 0.45).tolist() == nms(dets[::-1].copy(), 0.45).tolist()
-    empty = nms(torch.zeros(0, 5), 0.45)
-    assert empty.dtype == torch.int64 and empty.shape == (0,)
+    nothing = torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long()
+    for empty in (nms(torch.zeros(0, 5), 0.45), *(batched_nms(*nothing, 0.45, 50, method=method)[0]
+                                                  for method in METHODS)):
+        assert empty.dtype == torch.int64 and empty.shape == (0,)
     assert np.array_equal(dets, before)
 
 
@@ -242,15 +244,6 @@ def test_batched_nms_is_nms_of_each_group(routine, limit):
         kept, scores = batched_nms(*columns_of(dets), torch.from_numpy(groups), 0.45, limit)
     assert kept.tolist() == by_group(dets, groups, 0.45, limit)
     assert scores.tolist() == dets[kept, 4].tolist()
-
-
-@every
-@pytest.mark.parametrize("method", METHODS)
-def test_batched_nms_of_nothing_is_nothing(routine, method):
-    with using(routine):
-        kept, scores = batched_nms(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0).long(), 0.45,
-                                   50, method=method)
-    assert kept.dtype == torch.int64 and kept.shape == scores.shape == (0,)
 
 
 # Few distinct coordinates make touching, duplicated, empty and turned boxes, and threshold ties.

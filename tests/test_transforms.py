@@ -159,15 +159,6 @@ def test_crops_are_distributed_as_in_the_literal_version(boxes, samples):
     assert abs(uncropped[0] - uncropped[1]) < 4 * math.sqrt(2 * 0.25 / samples)
 
 
-def test_each_of_the_seven_choices_is_as_likely_as_the_others():
-    # A box as large as the image has IoU u^2 with a crop. Of 50 tries one reaches .9
-    # (u >= sqrt(.9)) with probability .97, and every other limit always; a failure draws again.
-    image, target, rng = coordinates(), target_of((0, 0, 200, 160, 1)), np.random.default_rng(2)
-    fails = ((math.sqrt(0.9) - 0.3) / 0.7) ** 50
-    views = [random_crop(image, target, rng)[0] for _ in range(SAMPLES)]
-    assert occurs_with(1 / (7 - fails), [view.shape == image.shape for view in views])
-
-
 def test_a_crop_keeps_and_clips_the_boxes_with_their_centre_inside():
     image, rng = coordinates(), np.random.default_rng(3)
     target = target_of((20, 20, 90, 100, 3), (80, 60, 190, 150, 7), (150, 10, 170, 30, 9))
