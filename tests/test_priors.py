@@ -5,7 +5,6 @@ import json
 import numpy as np
 import pytest
 import torch
-import torchvision
 
 from data import build_dataset
 from data.config import COCO_512, MOBILE_300, VOC_300
@@ -67,12 +66,13 @@ def test_the_fit_serves_small_boxes_and_keeps_the_number_of_prior_boxes():
 
 
 def test_the_number_of_positive_prior_boxes_is_the_mean_over_positions():
+    ops = pytest.importorskip("torchvision.ops")
     rng = np.random.default_rng(0)
     sides = rng.uniform(0.05, 0.3, (6, 2))
     low = rng.uniform(0.3, 0.4, (4000, 6, 2))  # away from the border
     boxes = torch.from_numpy(np.concatenate([low, low + sides], 2)).float().flatten(0, 1)
-    priors = torchvision.ops.box_convert(PriorBox(VOC_300)(), "cxcywh", "xyxy")
-    reached = [(torchvision.ops.box_iou(part, priors) >= MATCHED).sum(1)
+    priors = ops.box_convert(PriorBox(VOC_300)(), "cxcywh", "xyxy")
+    reached = [(ops.box_iou(part, priors) >= MATCHED).sum(1)
                for part in boxes.split(500)]
     counted = torch.cat(reached).view(4000, 6).double().mean(0)
     found = positives(VOC_300, boxes[:6].numpy())
