@@ -321,31 +321,25 @@ def test_no_detections_at_all_make_a_page(made, tmp_path):
     assert [a["data-kind"] for a, _ in Page(path).all("section")] == ["missed"]
 
 
-def test_test_split_has_nothing_to_score(tmp_path, coco_folder):
-    names = coco_folder / "annotations"
-    document = json.loads((names / "instances_val2017.json").read_text())
-    (names / "image_info_test2017.json").write_text(json.dumps({**document, "annotations": []}))
-    (coco_folder / "val2017").rename(coco_folder / "test2017")
-    dataset = COCODetection(coco_folder, [("2017", "test")])
-    folder = write_results(tmp_path / "out", dataset, [EMPTY] * 2, "COCO", "2017_test")
-    check_nothing_is_scored(folder)
-
-
-def check_nothing_is_scored(folder):
+@pytest.mark.parametrize("name", ["test", "val"])
+def test_a_test_split_and_crowds_alone_have_nothing_to_score(name, tmp_path, coco_folder):
+    path = coco_folder / "annotations" / "instances_val2017.json"
+    document = json.loads(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1'))
+    if name == "test":
+        document["annotations"] = []
+        path = path.with_name("image_info_test2017.json")
+        (coco_folder / "val2017").rename(coco_folder / "test2017")
+    path.write_text(json.dumps(document))
+    dataset = COCODetection(coco_folder, [("2017", name)])
+    found = [EMPTY] * 2 if name == "test" else scatter(dataset)
+    folder = write_results(tmp_path / "out", dataset, found, "COCO", f"2017_{name}")
+    if name == "val":
+        assert json.loads((folder / "results.json").read_text())["value"] == -1
     path, notes = report.write_report(folder)
     assert any("no ground truth" in note for note in notes)
     text = path.read_text()
     assert f'<span class="value">{NOTHING}</span>' in text and Page(path)
     assert not re.search(r"\bnan\b", text, re.IGNORECASE) and "<svg" not in text
-
-
-def test_a_set_of_crowds_alone_has_nothing_to_score(tmp_path, coco_folder):
-    path = coco_folder / "annotations" / "instances_val2017.json"
-    path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1'))
-    dataset = COCODetection(coco_folder, [("2017", "val")])
-    folder = write_results(tmp_path / "out", dataset, scatter(dataset), "COCO", "2017_val")
-    assert json.loads((folder / "results.json").read_text())["value"] == -1
-    check_nothing_is_scored(folder)
 
 
 # ---------------------------------------------------------------- mistakes

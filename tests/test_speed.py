@@ -12,11 +12,9 @@ from nms_routines import needs_torchvision
 
 from benchmarks import harness, routes, speed
 from benchmarks.harness import CPU
-from data.config import INPUT_MEAN
 from inference import gathered_conv
 from inference.predictor import Predictor
 from utils.checkpoint import sha256_of
-from utils.device import to_input
 
 
 @pytest.fixture
@@ -119,23 +117,17 @@ def test_a_route_that_fails_is_a_row(detector, capsys, monkeypatch, wrap, error)
     assert gc.isenabled()
 
 
-class Exported(Predictor):
+class Exported:
     """An exported file that runs the network of the checkpoint beside it; it holds a digest."""
 
-    def __init__(self, file, threads=None):
-        super().__init__(file.with_suffix(".pth"), device="cpu")
+    def __init__(self, file):
+        self.network = Predictor(file.with_suffix(".pth"), device="cpu")
         origin = {"file": "tiny_300.pth", "sha256": file.read_text()}
-        info = type("Info", (), {"checkpoint": origin, "precision": "int8"})
-        self.exported = type("Model", (), {"info": info})
+        info = SimpleNamespace(checkpoint=origin, precision="int8")
+        self.exported = SimpleNamespace(info=info)
 
-    def batches(self, images):
-        return [images]
-
-    def preprocess(self, images):
-        return to_input(self.stack(images), INPUT_MEAN, self.device)
-
-    def forward(self, batch):
-        return dict(zip(("loc", "conf"), self.net(batch), strict=True))
+    def __getattr__(self, name):
+        return getattr(self.network, name)
 
 
 @needs_torchvision
@@ -145,7 +137,7 @@ def test_an_exported_file_is_a_route_of_its_checkpoint(detector, capsys, monkeyp
     exported.write_text(sha256_of(checkpoint))
 
     def open_file(file, **more):
-        return (Exported if file == exported else Predictor)(file, **more)
+        return Exported(file) if file == exported else Predictor(file, **more)
 
     monkeypatch.setattr(routes, "Predictor", open_file)
     args = ("--checkpoint", checkpoint, "--exported", exported, "--images", folder)
