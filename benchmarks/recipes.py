@@ -20,7 +20,7 @@ from utils.errors import command
 
 SGD = ("--lr", "2e-3")
 COSINE = (*SGD, "--warm_epoch", "3", "--schedule", "cosine")
-VARIANTS = {"published": SGD,
+VARIANTS = {"published": (*SGD, "--warm_epoch", "1"),
             "cosine": COSINE,
             "cosine, no decay of norms": (*COSINE, "--norm_decay", "false"),
             "cosine, clipped at 100": (*COSINE, "--clip_norm", "100"),
