@@ -1,9 +1,9 @@
 """Compile a share of the gathered convolutions, so that several processes fill Triton's cache.
 
-    python -m benchmarks.gather --share K/N [--batch 1] [--device cuda]
+    python -m benchmarks.gather --share K/N [--device cuda]
 
-Every layer's shape is a program of its own, and several tiles are tried for each; one process would
-compile for many minutes. The K-th of N processes (0 to N - 1) compiles its share of the layers of
+Each layer's shape is a program of its own, and several tiles are tried for each, which takes one
+process many minutes. The K-th of N processes (0 to N - 1) compiles its share of the layers of
 SSD512-HarDNet68 for one of `FEW_TILES`; `benchmarks.speed --few_tiles` then tries these alone.
 """
 
@@ -14,10 +14,9 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import Rows, options, program, run
+from benchmarks.harness import Rows, new_net, options, program, run
 from inference import gathered_conv
 from inference.deploy import deploy
-from models import build_net
 from utils.errors import command
 
 FEW_TILES = ((64, 16), (128, 32), (128, 64))
@@ -52,26 +51,19 @@ class Share:
         return zeros.to(memory_format=torch.channels_last)
 
 
-def share(text: str) -> tuple[int, int]:
-    number, of = map(int, text.split("/"))
-    return number, of
-
-
 def warm(args: argparse.Namespace, device: torch.device) -> Rows:
-    number, of = args.share
-    tiles = len(FEW_TILES)
+    (number, of), tiles = map(int, args.share.split("/")), len(FEW_TILES)
     choose_tiles((FEW_TILES[number % tiles],))
     gathered_conv.gathered_conv2d = some = Share(number // tiles, max(of // tiles, 1))
-    net = deploy(build_net("SSD_HarDNet68", 512, 81), gather=True).to(device, torch.bfloat16)
+    net, _ = new_net("SSD_HarDNet68", 512, device)
     with torch.inference_mode():
-        net(torch.zeros(args.batch, 3, 512, 512, device=device))
+        deploy(net, gather=True).to(device, torch.bfloat16)(torch.zeros(1, 3, 512, 512).to(device))
     yield {"share": args.share, "layers": len(some.seen)}
 
 
 def parser() -> argparse.ArgumentParser:
     p = program("gather", __doc__, options(warm, 1))
-    p.add_argument("--share", required=True, metavar="K/N", type=share)
-    p.add_argument("--batch", type=int, default=1)
+    p.add_argument("--share", required=True, metavar="K/N")
     return p
 
 

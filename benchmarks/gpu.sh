@@ -12,8 +12,8 @@
 #   bccd    training, several seeds
 #   nccl    torchrun with one process, exact resuming
 #
-# Every part and every call has a limit of time, and a failure stops nothing else. A table is
-# printed last. OUT=FOLDER (runs/gpu) gets log.txt and results.jsonl, a line a part.
+# Every call has a limit of time, and a failure stops nothing else. The rows of every call are
+# printed at the end of its part. OUT=FOLDER (runs/gpu) gets log.txt with all output.
 # BCCD=FOLDER: BCCD in VOC layout. EPOCHS=60, SEEDS="0 1", OPTIONS="more options of train_test.py".
 # LIMIT=720: seconds of everything. DEVICE=cpu QUICK=1 tries the script itself with tiny inputs.
 cd "$(dirname "$0")/.." || exit

@@ -23,19 +23,17 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import CPU, Rows, options, program, race, run
-from data.config import COCO_512
-from layers import Detect, PriorBox
+from benchmarks import harness
+from benchmarks.harness import CLASSES, Rows, options, program, race, run
+from data.config import INPUT_MEAN
+from layers import Detect
 from layers.boxes import decode, iou, to_corners
-from models import BACKBONES, build_net
 from utils.arguments import positive
-from utils.device import AMP_TYPES, autocast
+from utils.device import AMP_TYPES, autocast, to_input
 from utils.errors import command
 from utils.nms import backend, batched_nms
 
 IOU = 0.45
-CLASSES = 81
-SIZE = (640, 480)
 
 
 def make_boxes(count: int, classes: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -68,7 +66,7 @@ def suppress(args: argparse.Namespace, device: torch.device) -> Rows:
                  "torchvision": partial(torchvisions, *boxes, IOU)}
         times, results = race(calls, args.rounds, device)
         kept, _ = results["ours"]
-        if device == CPU:
+        if device.type == "cpu":
             expected = results["torchvision"]
         else:
             expected, _ = batched_nms(*(x.cpu() for x in boxes), IOU, count, pixel=False)
@@ -126,14 +124,6 @@ def trained(priors: Tensor, batch: int, generator: torch.Generator) -> tuple[Ten
     return loc, conf
 
 
-def check(ours: list[dict[str, Tensor]], theirs: list[dict[str, Tensor]]) -> None:
-    for a, b in zip(ours, theirs, strict=True):
-        if not torch.equal(a["labels"], b["labels"]):
-            raise AssertionError("other labels are found")
-        for key in ("boxes", "scores"):
-            torch.testing.assert_close(a[key], b[key], rtol=1e-4, atol=1e-3)
-
-
 @torch.inference_mode()
 def forward(net: nn.Module, images: Tensor, amp: str) -> None:
     with autocast(images.device, amp):
@@ -141,19 +131,17 @@ def forward(net: nn.Module, images: Tensor, amp: str) -> None:
 
 
 def detect(args: argparse.Namespace, device: torch.device) -> Rows:
-    priors = PriorBox(COCO_512)()
-    net = build_net(args.version, 512, CLASSES).eval()
-    net.to(device, memory_format=torch.channels_last)
-    images = torch.rand(args.batch, 3, 512, 512, device=device) * 255 - 110
-    images = images.contiguous(memory_format=torch.channels_last)
+    net, priors = harness.new_net("SSD_HarDNet68", 512, device)
+    net.eval()
+    images = to_input(harness.random_images(args.batch, 512), INPUT_MEAN, device)
     for make in (crowded, trained):
-        loc, conf = (x.to(device) for x in make(priors, args.batch, torch.manual_seed(0)))
-        layer, rest = Detect(), (loc, conf, priors.to(device), [SIZE] * args.batch)
+        loc, conf = (x.to(device) for x in make(priors.cpu(), args.batch, torch.manual_seed(0)))
+        layer, rest = Detect(), (loc, conf, priors, [(640, 480)] * args.batch)
         calls = {"Detect": partial(layer, *rest), "plain": partial(plain_detections, layer, *rest)}
         if make is trained:
             calls |= {f"forward {amp}": partial(forward, net, images, amp) for amp in args.amp}
         times, results = race(calls, args.rounds, device, warm_up=1)
-        check(results["Detect"], results["plain"])
+        torch.testing.assert_close(results["Detect"], results["plain"], rtol=1e-4, atol=1e-3)
         over = conf.softmax(2)[..., 1:] > layer.config.conf_thresh
         yield {"outputs": make.__name__, "batch": args.batch,
                "scores": int(over.sum()) // args.batch, "seconds": times,
@@ -170,7 +158,6 @@ def parser() -> argparse.ArgumentParser:
     q.add_argument("--batch", type=positive, nargs="+", default=[1], help="images")
     q = commands.add_parser("detect", parents=[options(detect, 10)], help="outputs to detections")
     q.add_argument("--batch", type=positive, default=1)
-    q.add_argument("--version", choices=BACKBONES, default="SSD_HarDNet68", help="forward pass")
     q.add_argument("--amp", choices=AMP_TYPES, nargs="+", default=["off", "bf16"])
     return p
 

@@ -1,27 +1,24 @@
 """Everything that needs a GPU, part by part; `benchmarks/gpu.sh` calls it and says how.
 
-Every call has its own limit of time, and its failure stops nothing else. The limits of a part's
-stages add up to at most the part's, those of all parts to at most `Settings.limit`.
+Every call has its own limit of time, and its failure stops nothing else. The limits of all parts
+add up to at most the default of LIMIT; a smaller LIMIT stops the last parts.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
-from typing import NamedTuple
 
 NET = "SSD_HarDNet68"
 TWO, OTHERS = f"{NET} SSD_vgg", "SSD_HarDNet85 SSD_resnet101"
@@ -30,8 +27,7 @@ ONE_CORE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
 TINY = {"--version": "SSD_HarDNet39ds", "-v": "SSD_HarDNet39ds", "--size": "300", "--batch": "2",
         "--rounds": "1", "--boxes": "300", "--routes": "plain deployed", "--amp": "off",
         "--images": "32", "--workers": "2", "--max_epoch": "2", "--batch_size": "4",
-        "--overfit": "8", "--limits": ""}  # values of options with QUICK=1
-LOCK = threading.Lock()
+        "--overfit": "8"}  # values of options with QUICK=1
 
 Stage = dict[str, tuple[float, str]]
 """Name of a call -> (limit in seconds, arguments of Python). Calls of a stage run together."""
@@ -39,54 +35,41 @@ Stage = dict[str, tuple[float, str]]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the environment asks for; `benchmarks/gpu.sh` describes it."""
+    """What the environment asks for, as it stands there; `benchmarks/gpu.sh` describes it."""
 
     device: str = "cuda"
-    quick: bool = False
+    quick: str = ""
     bccd: str = ""
     epochs: str = "60"
     seeds: str = "0 1"
     options: str = ""
-    limit: float = 720
-    out: Path = Path("runs/gpu")
+    limit: str = "720"
+    out: str = "runs/gpu"
 
     @classmethod
     def of(cls, env: Mapping[str, str]) -> Settings:
         """Read DEVICE, QUICK, BCCD, EPOCHS, SEEDS, OPTIONS, LIMIT and OUT."""
-        kinds = {"quick": lambda text: text == "1", "limit": float, "out": Path}
-        names = [name for name in cls.__dataclass_fields__ if env.get(name.upper())]
-        return cls(**{name: kinds.get(name, str)(env[name.upper()]) for name in names})
+        names = cls.__dataclass_fields__
+        return cls(**{name: env[name.upper()] for name in names if env.get(name.upper())})
 
     @property
     def gpu(self) -> bool:
         return self.device != "cpu"
 
 
-def command_of(line: str, s: Settings, out: Path) -> list[str]:
-    """Return the program and arguments of a call; ``out`` is for the JSON of a benchmark."""
+def command_of(line: str, s: Settings) -> list[str]:
+    """Return the program and arguments of a call."""
     words = shlex.split(line)
-    if s.quick:
-        words = tiny(words)
-    if words[0].startswith("benchmarks."):
-        words += ["--json", str(out)]
+    if words[0].startswith("benchmarks.") or "train_test.py" in words:
+        words += ["--device", s.device]
+    if s.quick:  # of an option that is given twice, the last value counts
+        for option in set(words) & set(TINY):
+            words += [option, *TINY[option].split()]
     file = words[0].endswith(".py") or words[0] == "-c"
     return [sys.executable, *([] if file else ["-m"]), *words]
 
 
-def tiny(words: Sequence[str]) -> list[str]:
-    found: list[str] = []
-    replaced = False
-    for word in words:
-        if word.startswith("-") and not word.lstrip("-").isdecimal():
-            replaced = word in TINY
-            if word not in TINY or TINY[word]:
-                found += [word, *TINY.get(word, "").split()]
-        elif not replaced:
-            found.append(word)
-    return found
-
-
-# ---------------------------------------------------------------- the parts
+# ---------------------------------------------------------------- the parts, as gpu.sh says
 
 COMPARE = """
 import sys
@@ -101,51 +84,40 @@ PYTEST = "pytest -m gpu -q -rfE --tb short -p no:cacheprovider"
 
 
 def build(s: Settings, folder: Path) -> list[Stage]:
-    """Compile the routines; fill torch.compile's cache meanwhile."""
-    once = f"benchmarks.speed --device {s.device} --size 512 --forward --amp bf16 --rounds 1"
     first: Stage = {"compile": (60, "utils/build.py")}
-    if s.gpu:
-        for net in f"{TWO} {OTHERS}".split():
-            for batch in (1, 32):
-                line = f"{once} --version {net} --batch {batch} --routes compiled"
-                first[f"warm_{net}_{batch}"] = 80, line
+    once = "benchmarks.speed --forward --amp bf16 --rounds 1 --routes compiled"
+    for net, batch in product(f"{TWO} {OTHERS}".split() if s.gpu else (), (1, 32)):
+        first[f"warm_{net}_{batch}"] = 80, f"{once} --version {net} --batch {batch}"
     return [first, {"check": (15, "utils/build.py --check")}]
 
 
 def nms(s: Settings, folder: Path) -> list[Stage]:
-    """Suppression beside torchvision's, and from network outputs to detections."""
-    line = f"benchmarks.nms suppress --device {s.device} --rounds 10"
-    detect = f"benchmarks.nms detect --device {s.device} --version {NET} --amp off bf16 --rounds 5"
+    line = "benchmarks.nms suppress --rounds 10"
     return [{"suppress": (25, f"{line} --boxes 1000 10000 100000")},
-            {"detect": (20, f"{detect} --batch 1")},
+            {"detect": (20, "benchmarks.nms detect --amp off bf16 --rounds 5")},
             {"suppress_32": (20, f"{line} --boxes 10000 --classes 80 --batch 32")}]
 
 
 def speed(s: Settings, folder: Path) -> list[Stage]:
-    """Forward passes of four networks by each route, and the stages from files to boxes."""
-    line = f"benchmarks.speed --device {s.device} --size 512 --rounds 15"
+    line = "benchmarks.speed --rounds 15"
     bf16 = f"{line} --forward --amp bf16 --batch 1 32"
-    return [{"bf16": (55, f"{bf16} --limits --version {TWO} --routes plain graph compiled")},
+    return [{"bf16": (55, f"{bf16} --version {TWO} --routes plain graph compiled")},
             {"others": (40, f"{bf16} --version {OTHERS} --routes graph compiled")},
-            {"files": (35, f"{line} --version {TWO} --amp tf32 --batch 1 --routes plain graph")}]
+            {"files": (35, f"{line} --version {TWO} --amp tf32 --routes plain graph")}]
 
 
 def gather(s: Settings, folder: Path) -> list[Stage]:
-    """The gathered convolutions beside the other routes, once Triton's cache is filled."""
-    on = f"--device {s.device}"
-    line = f"benchmarks.speed {on} --forward --few_tiles --version {NET} --amp bf16 --rounds 30"
-    return [{f"warm_{k}": (45, f"benchmarks.gather {on} --share {k}/12") for k in range(12)},
+    line = f"benchmarks.speed --forward --few_tiles --version {NET} --amp bf16 --rounds 30"
+    return [{f"warm_{k}": (45, f"benchmarks.gather --share {k}/12") for k in range(12)},
             {"bf16": (45, f"{line} --batch 1 32 --routes graph compiled gather_graph")}]
 
 
 def step(s: Settings, folder: Path) -> list[Stage]:
-    root = f"--root {shlex.quote(s.bccd)}" if s.bccd else ""
-    line = f"benchmarks.train step --device {s.device} {root}"
-    loss = f"benchmarks.train loss --device {s.device}"
-    loader = f"benchmarks.loader {root} --size 512 --images 384 --workers 16 --rounds 2"
+    line = "benchmarks.train step --amp bf16"
+    loader = f"benchmarks.loader --root {shlex.quote(s.bccd)} --size 512 --workers 16 --rounds 2"
     return [{"step_300": (25, f"{line} --size 300 --batch 16 --rounds 20 --version {TWO}")},
             {"step_512": (20, f"{line} --size 512 --batch 32 --rounds 12 --version {NET}")},
-            {"loss": (15, f"{loss} --size 512 --batch 32 --rounds 15")},
+            {"loss": (15, "benchmarks.train loss --size 512 --batch 32 --rounds 15")},
             *([{"loader": (15, loader)}] if s.bccd else [])]
 
 
@@ -156,93 +128,74 @@ def tests(s: Settings, folder: Path) -> list[Stage]:
              "others": (240, f"{PYTEST} -n 6 {others}")}]
 
 
-def training(s: Settings, folder: Path, name: str) -> str:
-    return (f"train_test.py -d VOC -v {NET} -s 300 --root {shlex.quote(s.bccd)} --device "
-            f"{s.device} --save_folder {folder} --date {name} --train_sets trainval --test_sets "
-            "test --num_workers 2 --basenet none")
-
-
-def last(s: Settings, folder: Path, name: str) -> Path:
-    """Return the last checkpoint of a run, also of one that was stopped."""
+def training(s: Settings, folder: Path, name: str) -> tuple[str, Path]:
+    """Return the line of a training, and its last checkpoint, which a stopped one has, too."""
+    line = (f"train_test.py -d VOC -v {NET} -s 300 --root {shlex.quote(s.bccd)} --batch_size 16 "
+            f"--save_folder {folder} --date {name} --train_sets trainval --test_sets test "
+            "--num_workers 2 --basenet none --test_frequency 0")
     net = TINY["-v"] if s.quick else NET
-    return folder / f"{net}_300" / name / "last.pth"
+    return line, folder / f"{net}_300" / name / "last.pth"
 
 
 def bccd(s: Settings, folder: Path) -> list[Stage]:
-    """BCCD from scratch, both recipes and several seeds at the same time."""
-    few = f"--batch_size 16 --max_epoch {s.epochs} --amp bf16 --log_iters 100 {s.options}"
-    few += " --max_iters 2" if s.quick else ""
-    quiet = "--test_frequency 0 --save_frequency 0 --save_minutes 1"
-    trained: Stage = {}
-    tested: Stage = {}
-    for recipe in ("published", "modern"):
-        for seed in s.seeds.split():
-            name = f"{recipe}_{seed}"
-            line = f"{training(s, folder, name)} --recipe {recipe} --seed {seed} {few} {quiet}"
-            trained[name] = 230, line
-            line = f"train_test.py --test {last(s, folder, name)} --score_threshold 0.01"
-            tested[f"{name}_test"] = 35, f"{line} --device {s.device} --num_workers 2"
+    options = (f"--max_epoch {s.epochs} --amp bf16 --log_iters 100 --save_frequency 0 "
+               f"--save_minutes 1 {s.options} {'--max_iters 2' if s.quick else ''}")
+    trained, tested = {}, {}
+    for recipe, seed in product(("published", "modern"), s.seeds.split()):
+        name = f"{recipe}_{seed}"
+        line, last = training(s, folder, name)
+        trained[name] = 230, f"{line} {options} --recipe {recipe} --seed {seed}"
+        line = f"train_test.py --test {last} --score_threshold 0.01 --num_workers 2"
+        tested[f"{name}_test"] = 35, line
     return [trained, tested]
 
 
 def nccl(s: Settings, folder: Path) -> list[Stage]:
-    """One process under torchrun with NCCL, and exact resuming."""
-    quiet = "--batch_size 16 --test_frequency 0 --overfit 32 --max_epoch 2"
-    names = ("straight", "again", "resumed")
-    first: Stage = {name: (90, f"{training(s, folder, name)} {quiet}") for name in names}
+    more = "--overfit 32 --max_epoch 2"
+    runs = {name: training(s, folder, name) for name in ("straight", "again", "resumed")}
+    first: Stage = {name: (90, f"{line} {more}") for name, (line, _) in runs.items()}
     first["resumed"] = 90, f"{first['resumed'][1]} --max_iters 2"
     if s.gpu:
-        line = f"{training(s, folder, 'torchrun')} {quiet} --sync_bn"
+        line, _ = training(s, folder, "torchrun")
         launcher = "torch.distributed.run --standalone --nproc-per-node 1"
-        first["torchrun"] = 90, f"{launcher} {line}"
-    files = " ".join(str(last(s, folder, name)) for name in names)
-    return [first, {"resume": (60, f"{training(s, folder, 'resumed')} --resume auto")},
+        first["torchrun"] = 90, f"{launcher} {line} {more} --sync_bn"
+    files = " ".join(str(last) for _, last in runs.values())
+    return [first, {"resume": (60, f"{runs['resumed'][0]} --resume auto")},
             {"differences": (30, f"-c {shlex.quote(COMPARE)} {files}")}]
 
 
-class Part(NamedTuple):
-    stages: Callable[[Settings, Path], list[Stage]]
-    limit: float  # seconds
-    least: float  # seconds that earlier parts leave for it
-    needs: str = ""  # the setting that it cannot do without
-
-
-PARTS = {"build": Part(build, 95, 0),
-         "nms": Part(nms, 65, 20),
-         "speed": Part(speed, 130, 40),
-         "step": Part(step, 75, 40),
-         "gather": Part(gather, 90, 30, "gpu"),
-         "tests": Part(tests, 240, 150, "gpu"),
-         "bccd": Part(bccd, 265, 150, "bccd"),
-         "nccl": Part(nccl, 180, 150, "bccd")}
+PARTS: dict[str, Callable[[Settings, Path], list[Stage]]] = {
+    part.__name__: part for part in (build, nms, speed, step, gather, tests, bccd, nccl)}
+NEEDS = {"gather": "gpu", "tests": "gpu", "bccd": "bccd", "nccl": "bccd"}  # settings
 TOGETHER = ("tests", "bccd", "nccl")  # parts that run at the same time, last: they measure no times
 
 
 # ---------------------------------------------------------------- running them
 
 
-def perform(name: str, line: str, limit: float, env: Mapping[str, str], s: Settings,
-            folder: Path) -> dict:
-    """Run a call for at most ``limit`` seconds; return its result, whatever became of it."""
-    out, output = (folder / f"{name}.{kind}" for kind in ("json", "txt"))
-    argv, start, status = command_of(line, s, out), time.monotonic(), None
-    with output.open("wb") as file:
-        if limit > 1:
-            process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT,
-                                       stdin=subprocess.DEVNULL, env={**os.environ, **env},
-                                       start_new_session=True)
-            try:
-                status = process.wait(limit)
-            except subprocess.TimeoutExpired:
-                stop(process)
-    text = output.read_text(errors="replace")
-    found = {"status": status, "seconds": round(time.monotonic() - start, 1)}
-    with LOCK, (s.out / "log.txt").open("a", errors="replace") as file:
-        file.write(f"\n===== {name}: {shlex.join(argv)}\n{text}\n===== {found}\n")
-    alone = 40 if line.startswith("benchmarks.") else 3
-    count = 15 if status != 0 else 0 if env and PYTEST not in line else alone
-    found["lines"] = text.strip().splitlines()[-count:] if count else []
-    return {**found, "json": json.loads(out.read_text()) if out.is_file() else None}
+def perform(name: str, line: str, end: float, env: Mapping[str, str], s: Settings,
+            folder: Path) -> tuple[int | None, list[str]]:
+    """Run a call until ``end`` at most, add its output to log.txt; return its status and a report.
+
+    The status of a call that was stopped is None.
+    """
+    argv, start, status = command_of(line, s), time.monotonic(), None
+    with (folder / f"{name}.txt").open("wb+") as file:
+        process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT,
+                                   stdin=subprocess.DEVNULL, env={**os.environ, **env},
+                                   start_new_session=True)
+        try:
+            status = process.wait(end - start)
+        except subprocess.TimeoutExpired:
+            stop(process)
+        file.seek(0)
+        text = file.read().decode(errors="replace")
+    how = {0: "", None: "stopped"}.get(status, f"status {status}")
+    title = f"  {name} {time.monotonic() - start:.1f} s {how}"
+    with Path(s.out, "log.txt").open("ab", buffering=0) as log:  # unmixed with other calls' output
+        log.write(f"\n====={title}\n{shlex.join(argv)}\n{text}".encode(errors="replace"))
+    lines = text.strip().splitlines()[-40 if status or not env else -3 :]
+    return status, [title, *(f"    {line[:170]}" for line in lines)]
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -255,74 +208,38 @@ def stop(process: subprocess.Popen) -> None:
             pass
 
 
-def run_part(name: str, end: float, s: Settings, folder: Path) -> dict:
-    """Run a part until ``end`` at most; write and return its row."""
-    part, start, results = PARTS[name], time.monotonic(), {}
-    lacks = part.needs and not getattr(s, part.needs)
-    stages = [] if lacks else part.stages(s, folder)
-    end = min(end, start + part.limit)
-    for k, stage in enumerate(stages):
-        rest = (max(limit for limit, _ in each.values()) for each in stages[k + 1 :])
-        later = sum(min(40, limit) for limit in rest) if len(stage) > 1 else 0
-        env = ONE_CORE if len(stage) > 1 else {}
+def run_part(name: str, end: float, s: Settings, folder: Path) -> bool:
+    """Run a part until ``end`` at most, print its report and return whether a call failed."""
+    start, needs, results = time.monotonic(), NEEDS.get(name), []
+    lacks = needs and not getattr(s, needs)
+    for stage in [] if lacks else PARTS[name](s, folder):
+        env, now = ONE_CORE if len(stage) > 1 else {}, time.monotonic()
         with ThreadPoolExecutor(len(stage)) as pool:
-            for call, (limit, line) in stage.items():
-                limit = min(limit, end - time.monotonic() - later)
-                full = f"{name}_{call}"
-                results[call] = pool.submit(perform, full, line, limit, env, s, folder)
-        results |= {call: results[call].result() for call in stage}
-    failed = [call for call, result in results.items() if result["status"] != 0]
-    row = {"part": name, "seconds": round(time.monotonic() - start, 1), "results": results,
-           "status": f"needs {part.needs}" if lacks else "failed" if failed else "ok",
-           "failed": failed, "summary": summary(folder) if name == "bccd" else []}
-    with LOCK, (s.out / "results.jsonl").open("a") as file:
-        file.write(json.dumps(row) + "\n")
-    print(f"{name}: {row['status']}, {row['seconds']} s", flush=True)
-    return row
-
-
-def summary(folder: Path) -> list[str]:
-    """Return the AP of every BCCD run, with mean and deviation a recipe, in lines."""
-    scores: dict[str, list[float]] = {}
-    for path in sorted(folder.glob("*_300/*_*/ss_predict/*/*/results.json")):
-        found, recipe = json.loads(path.read_text()), path.parents[3].name.split("_")[0]
-        for metric in ("voc07_11point", "area"):
-            scores.setdefault(f"{recipe} {metric}", []).append(found[metric]["mean"])
-    return [f"{name}: mean {statistics.mean(x):.4f}, deviation {statistics.pstdev(x):.4f}, each "
-            f"{' '.join(f'{value:.4f}' for value in x)}" for name, x in scores.items()]
-
-
-def show(rows: Sequence[dict]) -> None:
-    for row in rows:
-        print(f"\n{row['part']:8}{row['status']:12}{row['seconds']:6.0f} s")
-        for name, result in row["results"].items():
-            status = {0: "", None: "stopped"}.get(result["status"], f"status {result['status']}")
-            lines = [f"  {name} {result['seconds']} s {status}", *result["lines"]]
-            print("\n    ".join(line[:170] for line in lines))
-        for line in row["summary"]:
-            print(f"    {line}")
+            results += [pool.submit(perform, f"{name}_{call}", line, min(end, now + limit), env, s,
+                                    folder) for call, (limit, line) in stage.items()]
+    found = [each.result() for each in results]
+    failed = any(status != 0 for status, _ in found)
+    how = f"needs {needs}" if lacks else "failed" if failed else "ok"
+    title = f"{name}: {how}, {time.monotonic() - start:.1f} s"
+    print("\n".join([title, *(line for _, lines in found for line in lines)]), flush=True)
+    return failed
 
 
 def main(wanted: Sequence[str], s: Settings) -> int:
     if unknown := [name for name in wanted if name not in PARTS]:
         print(f"no such part: {' '.join(unknown)}; there are {' '.join(PARTS)}", file=sys.stderr)
         return 2
-    s.out.mkdir(parents=True, exist_ok=True)
-    finish, rows = time.monotonic() + s.limit, []
+    Path(s.out).mkdir(parents=True, exist_ok=True)
     names = [name for name in PARTS if not wanted or name in wanted]
     phases = [[name] for name in names if name not in TOGETHER]
     phases.append([name for name in names if name in TOGETHER])
+    end, failed = time.monotonic() + float(s.limit), []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        for k, phase in enumerate(phases):
-            end = finish - reserve(phases[k + 1 :])
+        part = partial(run_part, end=end, s=s, folder=Path(folder))
+        for phase in phases:
             with ThreadPoolExecutor(max(len(phase), 1)) as pool:
-                rows += pool.map(partial(run_part, end=end, s=s, folder=Path(folder)), phase)
-    show(rows)
-    return int(any(row["failed"] for row in rows))
-
-
-def reserve(phases: Sequence[Sequence[str]]) -> float:
-    return sum(max((PARTS[name].least for name in phase), default=0) for phase in phases)
+                failed += pool.map(part, phase)
+    return int(any(failed))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,12 @@
 """Networks to time, and the routes through them from image files to boxes."""
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,23 +15,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import now
-from benchmarks.limits import tensor_float
+from benchmarks.harness import CLASSES, CPU, new_net, now
 from benchmarks.nms import plain_detections
 from data.config import INPUT_MEAN
 from data.image import read_image
 from inference.deploy import deploy
 from inference.predictor import Predictor
-from models import build_net
 from models.info import load_detector
 from utils.checkpoint import sha256_of
 from utils.device import AMP_TYPES, autocast
+from utils.errors import UserError
 
-STAGES = ("decode", "preprocess", "forward", "postprocess")
-PRECISIONS = {"off": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "fp16"}
-"""Values of --amp -> precisions."""
+PRECISIONS = {"off": "fp32", "tf32": "tf32", "bf16": "bf16", "fp16": "fp16"}  # by --amp
 MEAN = torch.tensor(INPUT_MEAN, dtype=torch.float32)[:, None, None]
-CLASSES = 81
 SCORES_OVER = 300  # scores over the threshold that new weights give an image
 
 
@@ -45,24 +43,11 @@ def open_network(file: Path, device: torch.device) -> Network:
     return Network(info.version, file, net.to(device), Predictor(file, device=str(device)))
 
 
-def make_images(folder: Path, count: int = 8, width: int = 640, height: int = 480) -> list[Path]:
-    """Write JPEG files of soft colours and noise, about as large as photographs."""
-    rng, files = np.random.default_rng(0), []
-    for i in range(count):
-        colours = rng.integers(0, 256, (9, 12, 3), np.uint8)
-        image = cv2.resize(colours, (width, height), interpolation=cv2.INTER_CUBIC)
-        image = np.clip(image + rng.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
-        files.append(folder / f"{i}.jpg")
-        cv2.imwrite(str(files[-1]), image)
-    return files
-
-
 def new_weights(version: str, size: int, folder: Path, files: Sequence[Path]) -> Path:
     """Write a checkpoint of new weights, always the same, and return it; see `stretch`."""
-    torch.manual_seed(0)
-    images = [cv2.resize(read_image(file), (size, size)) for file in files[:2] * 2][:2]
-    net = build_net(version, size, CLASSES)
-    stretch(net, torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) - MEAN)
+    net, _ = new_net(version, size, CPU)
+    images = np.stack([cv2.resize(read_image(file), (size, size)) for file in files[:2]])
+    stretch(net, torch.from_numpy(images).permute(0, 3, 1, 2) - MEAN)
     path = folder / f"{version}_{size}.pth"
     classes = [f"class {k}" for k in range(1, CLASSES)]
     config = {"version": version, "size": size, "dataset": "COCO", "priors": "COCO"}
@@ -88,18 +73,18 @@ def stretch(net: nn.Module, images: Tensor, threshold: float = 0.02) -> None:
         for head, deviation in zip(heads, (0.5, 3), strict=True):
             outputs = head(x)
             centre = outputs.mean((0, 2, 3))
-            spread = (outputs - centre[:, None, None]).square().mean().sqrt()
             # Similar images hardly differ in a map of one cell.
-            scale = deviation / spread.clamp_min(0.01 * outputs.square().mean().sqrt())
-            head.weight *= scale
-            head.bias.copy_((head.bias - centre) * scale)
+            spread = (outputs - centre[:, None, None]).std().clamp_min(0.01 * outputs.std())
+            last = getattr(head, "norm", head)
+            last.bias.copy_((last.bias - centre) * deviation / spread)
+            last.weight *= deviation / spread
         logits.append(head(x).permute(0, 2, 3, 1).reshape(-1, net.num_classes))
     background, others = torch.cat(logits).double().split([1, net.num_classes - 1], 1)
     # A score stays over the threshold as long as the background is raised by less than this.
     room = (others.exp() / threshold - others.exp().sum(1, keepdim=True)).log() - background
     most = room.nan_to_num(-torch.inf).flatten().topk(SCORES_OVER * len(images)).values
     for head in net.conf:
-        head.bias[:: net.num_classes] += most[-1]
+        getattr(head, "norm", head).bias[:: net.num_classes] += most[-1]
 
 
 # ---------------------------------------------------------------- routes
@@ -138,23 +123,20 @@ class Graphed:
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if self.graph is None:
-            self._capture(images)
+            self.images = images.clone()
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(3):  # algorithms are chosen, kernels compiled
+                    self.net(self.images)
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                self.outputs = self.net(self.images)
+            self.graph = graph
         self.images.copy_(images)
         self.graph.replay()
         return self.outputs
-
-    def _capture(self, images: Tensor) -> None:
-        self.images = images.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(3):  # algorithms are chosen, kernels compiled
-                self.net(self.images)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.outputs = self.net(self.images)
-        self.graph = graph
 
 
 def compiled(net: nn.Module) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
@@ -179,19 +161,10 @@ def compilations(device: torch.device) -> Iterator[None]:
         yield
 
 
-class Way(NamedTuple):
-    """How a deployed network runs; ``gather`` is that of ``inference.deploy.deploy``."""
-
-    wrap: Callable[[nn.Module], Callable] = lambda net: net
-    gather: bool = False
-    gpu: bool = False  # whether it needs a GPU
-
-
-WAYS = {"deployed": Way(),
-        "compiled": Way(compiled),
-        "graph": Way(Graphed, gpu=True),
-        "gather": Way(gather=True, gpu=True),
-        "gather_graph": Way(Graphed, gather=True, gpu=True)}  # routes by name, beside "plain"
+WAYS: dict[str, tuple[Callable[[nn.Module], Callable], bool]] = {
+    "deployed": (lambda net: net, False), "compiled": (compiled, False), "graph": (Graphed, False),
+    "gather": (lambda net: net, True), "gather_graph": (Graphed, True)}
+"""Routes beside "plain": how a deployed network is wrapped, and whether its HarD blocks gather."""
 
 
 @dataclass
@@ -202,57 +175,58 @@ class Route:
     name: str
     precision: str
     predictor: Predictor
-    module: nn.Module  # the network whose traffic is counted
     row: dict = field(default_factory=dict)
     times: dict[str, list[float]] = field(default_factory=dict)  # seconds of every round, by stage
 
     def run(self, files: Sequence[Path]) -> tuple[dict[str, float], list[dict[str, Tensor]]]:
         """Return the seconds of each stage and of all, and the detections."""
-        predictor, seconds, found = self.predictor, dict.fromkeys(STAGES, 0.0), []
-        stage = partial(_stage, seconds, predictor.device)
-        with tensor_float(self.precision == "tf32"):
-            images = stage("decode", lambda: [read_image(file) for file in files])
-            for group in predictor.batches(images):
-                batch = stage("preprocess", predictor.preprocess, group)
-                outputs = stage("forward", predictor.forward, batch)
-                sizes = [(image.shape[1], image.shape[0]) for image in group]
-                found += stage("postprocess", predictor.postprocess, outputs, sizes)
-        return {**seconds, "total": sum(seconds.values())}, found
+        predictor, seconds, found = self.predictor, Counter(), []
+        stage = partial(self._stage, seconds)
+        images = stage("decode", lambda: [read_image(file) for file in files])
+        for group in predictor.batches(images):
+            batch = stage("preprocess", predictor.preprocess, group)
+            outputs = stage("forward", predictor.forward, batch)
+            sizes = [(image.shape[1], image.shape[0]) for image in group]
+            found += stage("postprocess", predictor.postprocess, outputs, sizes)
+        return {**seconds, "total": seconds.total()}, found
 
     def forward(self, batch: Tensor) -> dict[str, float]:
-        seconds = {"forward": 0.0}
-        with tensor_float(self.precision == "tf32"):
-            _stage(seconds, self.predictor.device, "forward", self.predictor.forward, batch)
+        seconds: Counter[str] = Counter()
+        self._stage(seconds, "forward", self.predictor.forward, batch)
         return seconds
 
-
-def _stage(seconds: dict[str, float], device: torch.device, name: str, call: Callable,
-           *arguments: object) -> object:
-    """Return the result of a call, and add its time to that of its stage."""
-    start = now(device)
-    result = call(*arguments)
-    seconds[name] += now(device) - start
-    return result
+    def _stage(self, seconds: Counter[str], name: str, call: Callable,
+               *arguments: object) -> object:
+        """Return the result of a call, and add its time to that of its stage."""
+        allowed = self.precision == "tf32"
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+        start = now(self.predictor.device)
+        result = call(*arguments)
+        seconds[name] += now(self.predictor.device) - start
+        return result
 
 
 def routes_of(network: Network, names: Sequence[str], amps: Sequence[str],
-              exported: Sequence[Path] = (), threads: int | None = None) -> Iterator[Route]:
-    """Yield the routes of a network. On a CPU plain is the baseline, in float32 only."""
+              exported: Sequence[Path] = ()) -> Iterator[Route]:
+    """Yield the routes of a network. On a CPU plain is the baseline, in float32 only.
+
+    Raises UserError: a file was not exported from this network.
+    """
     device = network.predictor.device
-    for name in names:
-        for amp in amps:
-            mode = "off" if amp == "tf32" else amp
-            if name != "plain":
-                predictor = copy.copy(network.predictor)
-                module = deploy(network.net, WAYS[name].gather).to(device, AMP_TYPES[mode])
-                predictor.net = WAYS[name].wrap(module)
-            elif device.type == "cpu" and amp != "off":
-                continue
-            else:
-                predictor, module = Plain(network, mode), network.net
-            yield Route(network, name, PRECISIONS[amp], predictor, module)
+    for name, amp in product(names, amps):
+        mode = "off" if amp == "tf32" else amp
+        if name != "plain":
+            predictor, (wrap, gather) = copy.copy(network.predictor), WAYS[name]
+            predictor.net = wrap(deploy(network.net, gather).to(device, AMP_TYPES[mode]))
+        elif device.type == "cpu" and amp != "off":
+            continue
+        else:
+            predictor = Plain(network, mode)
+        yield Route(network, name, PRECISIONS[amp], predictor)
     for file in exported:
-        predictor = Predictor(file, threads=threads)
+        predictor = Predictor(file, threads=torch.get_num_threads())
         info = predictor.exported.info
-        if info.checkpoint["sha256"] == sha256_of(network.file):
-            yield Route(network, file.name, info.precision, predictor, network.net)
+        if info.checkpoint["sha256"] != sha256_of(network.file):
+            raise UserError(f"{file} was made of another {info.checkpoint['file']} than the "
+                            f"--checkpoint {network.file}; export that one")
+        yield Route(network, file.name, info.precision, predictor)

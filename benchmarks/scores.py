@@ -1,15 +1,14 @@
-"""Scoring of detections, beside the usual programs for it.
+"""Scoring of detections: COCO's numbers beside pycocotools, and VOC's AP.
 
     python -m benchmarks.scores coco [--images 5000] [--detections 100] [--commands]
     python -m benchmarks.scores voc [--images 4952] [--detections 200] [--json OUT]
 
 All data are made up. `coco` claims: for 5,000 images with 100 detections each, hotcoco is at least
-20 times faster than pycocotools, and every digit is equal. Many scores are equal, some objects are
-crowds. --commands also times `python -m data.coco_eval` on files; all backends must print the same.
+20 times faster than pycocotools, and every digit is equal. Some objects are crowds. --commands also
+times `python -m data.coco_eval` on files; all backends must print the same.
 
-`voc` claims: 4,952 images and 20 classes, as in VOC2007 test, take less than two seconds. Both
-ways start from comp4 files and annotations in memory. The loop follows the published code,
-detection by detection, for all object sizes together; every point of every curve must be equal.
+`voc` claims: 4,952 images and 20 classes, as in VOC2007 test, take less than two seconds from comp4
+files, with annotations in memory, to the AP of all objects and of three sizes.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -31,7 +29,7 @@ from benchmarks.harness import Rows, options, program, race, run
 from data.annotation import Annotation
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend
 from data.config import VOC_CLASSES
-from data.voc_comp4 import comp4_path, read_comp4, write_comp4
+from data.voc_comp4 import read_comp4, write_comp4
 from data.voc_eval import METRICS, evaluate_voc
 from utils.arguments import positive
 from utils.errors import UserError, command
@@ -41,38 +39,35 @@ REFERENCE = "pycocotools itself"
 
 
 class MadeUp(NamedTuple):
-    """Objects and detections, both in the order of their images. Boxes are x, y, width, height."""
+    """Objects and detections of every image. Boxes are x, y, width, height."""
 
-    image: np.ndarray
-    label: np.ndarray
+    labels: np.ndarray  # [images, objects], as are the boxes
     boxes: np.ndarray
-    found_image: np.ndarray
-    found_label: np.ndarray
+    found_labels: np.ndarray  # [images, detections], as are the two below
     found_boxes: np.ndarray
-    right: np.ndarray  # whether a detection lies near an object of its class
+    scores: np.ndarray
 
 
-def make_up(images: int, objects: int, detections: int, classes: int,
-            size: Sequence[int] = (640, 480)) -> MadeUp:
-    """Return ``objects`` in all and ``detections`` an image; some classes are rare.
+def make_up(images: int, objects: int, detections: int, classes: int) -> MadeUp:
+    """Return ``objects`` and ``detections`` an image of 640 x 480 pixels; some classes are rare.
 
-    Three in five detections lie near an object of their image, the others anywhere.
+    Three in five detections lie near an object of their image, the others anywhere. Many scores are
+    equal.
     """
     rng = np.random.default_rng(0)
-    image = np.sort(rng.integers(0, images, objects))
-    label = np.minimum(rng.geometric(4 / classes, objects), classes)
-    sides = np.exp(rng.normal(4, 1, (objects, 2))).clip(2, 0.8 * np.array(size))
-    boxes = np.hstack([rng.random((objects, 2)) * (size - sides), sides])
-    owner, total = np.repeat(np.arange(images), detections), images * detections
-    first, last = (np.searchsorted(image, owner, side) for side in ("left", "right"))
-    near = (rng.random(total) < 0.6) & (last > first)
-    source = np.where(near, first + (rng.random(total) * (last - first)).astype(int), 0)
-    found = boxes[source] + rng.normal(0, 0.1, (total, 4)) * np.tile(boxes[source, 2:], 2)
-    found[~near] = (rng.random((total, 4)) * [400, 300, 200, 150])[~near]
-    found[:, 2:] = found[:, 2:].clip(1)
-    right = near & (rng.random(total) < 0.7)
-    found_label = np.where(right, label[source], rng.integers(1, classes + 1, total))
-    return MadeUp(image, label, boxes, owner, found_label, found, right)
+    labels = np.minimum(rng.geometric(4 / classes, (images, objects)), classes)
+    sides = np.exp(rng.normal(4, 1, (images, objects, 2))).clip(2, (512, 384))
+    boxes = np.concatenate([rng.random(sides.shape) * ((640, 480) - sides), sides], 2)
+    of = rng.integers(0, objects, (images, detections))
+    near, right = rng.random((2, *of.shape)) < 0.6
+    found = np.take_along_axis(boxes, of[..., None], 1)
+    found += rng.normal(0, 0.1, found.shape) * np.tile(found[..., 2:], 2)
+    found[~near] = (rng.random(found.shape) * [400, 300, 200, 150])[~near]
+    found[..., 2:] = found[..., 2:].clip(1)
+    others = rng.integers(1, classes + 1, of.shape)
+    found_labels = np.where(near & right, np.take_along_axis(labels, of, 1), others)
+    scores = (rng.random(of.shape) * np.where(near & right, 1, 0.7)).round(3)
+    return MadeUp(labels, boxes, found_labels, found, scores)
 
 
 # ---------------------------------------------------------------- COCO
@@ -80,23 +75,24 @@ def make_up(images: int, objects: int, detections: int, classes: int,
 
 def make_coco(images: int, detections: int) -> tuple[dict, list[dict]]:
     """Return (annotation document, detections), with 7 objects an image as in val2017."""
-    made = make_up(images, 7 * images, detections, len(CATEGORIES))
-    rng = np.random.default_rng(1)
-    count, total = len(made.image), len(made.found_image)
-    areas = (made.boxes[:, 2:].prod(1) * rng.uniform(0.4, 1, count)).round(4)
-    crowds = (rng.random(count) < 0.01).astype(int)
-    scores = (rng.random(total) * np.where(made.right, 1, 0.7)).round(3)
+    made, rng = make_up(images, 7, detections, len(CATEGORIES)), np.random.default_rng(1)
+    shape = made.labels.shape
+    areas = (made.boxes[..., 2:].prod(2) * rng.uniform(0.4, 1, shape)).round(4)
+    objects = records(category_id=made.labels, bbox=made.boxes.round(2), area=areas,
+                      id=np.arange(1, areas.size + 1).reshape(shape),
+                      iscrowd=(rng.random(shape) < 0.01).astype(int))
     document = {"images": [{"id": id, "width": 640, "height": 480} for id in range(1, images + 1)],
-                "categories": CATEGORIES,
-                "annotations": records(id=np.arange(1, count + 1), image_id=made.image + 1,
-                                       category_id=made.label, bbox=made.boxes.round(2), area=areas,
-                                       iscrowd=crowds)}
-    return document, records(image_id=made.found_image + 1, category_id=made.found_label,
-                             bbox=made.found_boxes.round(4), score=scores)
+                "categories": CATEGORIES, "annotations": objects}
+    return document, records(category_id=made.found_labels, bbox=made.found_boxes.round(4),
+                             score=made.scores)
 
 
 def records(**columns: np.ndarray) -> list[dict]:
-    rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+    """Return a dict for each place of arrays [images, n, ...], with the number of its image."""
+    images, n = next(iter(columns.values())).shape[:2]
+    columns["image_id"] = np.arange(1, images + 1).repeat(n).reshape(images, n)
+    rows = zip(*(column.reshape(images * n, *column.shape[2:]).tolist()
+                 for column in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
@@ -150,9 +146,8 @@ def coco(args: argparse.Namespace, device: torch.device) -> Rows:
         truth.write_text(json.dumps(document))
         results.write_text(json.dumps(found))
         calls = {REFERENCE: partial(plain_coco, written_into, truth)}
-        calls |= {
-            versions[b]: partial(by_backend, b, found, truth) for b in versions if b != BACKENDS[0]
-        }
+        calls |= {version: partial(by_backend, b, found, truth)
+                  for b, version in versions.items() if b != BACKENDS[0]}
         if args.commands:
             calls |= {f"command, {b}": partial(by_command, b, results, truth) for b in versions}
         times, outcomes = race(calls, args.rounds, device, warm_up=0)
@@ -167,58 +162,18 @@ def coco(args: argparse.Namespace, device: torch.device) -> Rows:
 
 
 def make_voc(images: int, detections: int) -> tuple[list[Annotation], list[dict]]:
-    """Return (annotations, detections) of each image, 2.4 objects an image as in VOC2007 test."""
-    made = make_up(images, int(2.4 * images), detections, len(VOC_CLASSES), (500, 375))
-    rng, total = np.random.default_rng(1), len(made.found_image)
-    names = np.array(VOC_CLASSES)[made.label - 1]
-    difficult = rng.random(len(made.image)) < 0.15
-    boxes, found = (
-        np.hstack([x[:, :2], x[:, :2] + x[:, 2:]]) for x in (made.boxes.round(), made.found_boxes)
-    )
-    scores = (1 + rng.permutation(total)) / (total + 1)  # ties would depend on the way to sort
-    annotations, results = [], []
-    for i in range(images):
-        mine = slice(*np.searchsorted(made.image, [i, i + 1]))
-        each = tuple(names[mine].tolist()), boxes[mine], difficult[mine]
-        annotations.append(Annotation(Path("made.xml"), (500, 375), *each))
-        mine = slice(i * detections, (i + 1) * detections)
-        columns = {"boxes": found, "scores": scores}
-        result = {key: column[mine].astype(np.float32) for key, column in columns.items()}
-        results.append({**result, "labels": made.found_label[mine]})
-    return annotations, results
-
-
-def loop(folder: Path, ids: list[str], annotations: list[Annotation], name: str) -> tuple:
-    """Return (recall, precision) of one class, line by line and detection by detection."""
-    objects, total = {}, 0
-    for image_id, annotation in zip(ids, annotations, strict=True):
-        mine = [k for k, other in enumerate(annotation.names) if other == name]
-        difficult = annotation.difficult[mine]
-        objects[image_id] = (annotation.boxes[mine] + 1, difficult, [False] * len(mine))
-        total += int((~difficult).sum())
-    with open(comp4_path(folder, "test", name)) as file:
-        lines = [line.strip().split(" ") for line in file]
-    scores = np.array([float(fields[1]) for fields in lines])
-    boxes = np.array([[float(value) for value in fields[2:]] for fields in lines]).reshape(-1, 4)
-    correct, wrong = np.zeros(len(lines)), np.zeros(len(lines))
-    for n, k in enumerate(np.argsort(-scores)):
-        truth, difficult, taken = objects[lines[k][0]]
-        overlaps = overlaps_of(truth, boxes[k])
-        which = overlaps.argmax() if len(truth) else None
-        if which is None or overlaps[which] <= 0.5:
-            wrong[n] = 1
-        elif not difficult[which]:
-            (wrong if taken[which] else correct)[n] = 1
-            taken[which] = True
-    hits, misses = correct.cumsum(), wrong.cumsum()
-    return hits / max(total, 1), hits / np.maximum(hits + misses, 1)
-
-
-def overlaps_of(boxes: np.ndarray, box: np.ndarray) -> np.ndarray:
-    low, high = np.maximum(boxes[:, :2], box[:2]), np.minimum(boxes[:, 2:], box[2:])
-    shared = np.maximum(high - low + 1, 0).prod(1)
-    area, areas = (box[2:] - box[:2] + 1).prod(), (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
-    return shared / (area + areas - shared)
+    """Return (annotations, detections) of each image, 3 objects an image."""
+    made = make_up(images, 3, detections, len(VOC_CLASSES))
+    for boxes in (made.boxes, made.found_boxes):
+        boxes[..., 2:] += boxes[..., :2]
+    difficult = np.random.default_rng(1).random(made.labels.shape) < 0.15
+    annotations = [
+        Annotation(Path("made.xml"), (640, 480), tuple(VOC_CLASSES[k - 1] for k in labels), *rest)
+        for labels, *rest in zip(made.labels, made.boxes.round(), difficult, strict=True)]
+    found = zip(made.found_boxes.astype(np.float32), made.scores.astype(np.float32),
+                made.found_labels, strict=True)
+    return annotations, [dict(zip(("boxes", "scores", "labels"), each, strict=True))
+                         for each in found]
 
 
 def score(folder: Path, ids: list[str], annotations: list[Annotation]) -> dict:
@@ -226,39 +181,27 @@ def score(folder: Path, ids: list[str], annotations: list[Annotation]) -> dict:
     return evaluate_voc(found, annotations, VOC_CLASSES)
 
 
-def loops(folder: Path, ids: list[str], annotations: list[Annotation]) -> dict[str, tuple]:
-    return {name: loop(folder, ids, annotations, name) for name in VOC_CLASSES}
-
-
 def voc(args: argparse.Namespace, device: torch.device) -> Rows:
     annotations, results = make_voc(args.images, args.detections)
     ids = [f"{n:06d}" for n in range(args.images)]
     with tempfile.TemporaryDirectory() as folder:
         write_comp4(folder, "test", VOC_CLASSES, ids, results)
-        ways = {"ours": score, "loop": loops}
-        calls = {name: partial(way, Path(folder), ids, annotations) for name, way in ways.items()}
+        calls = {"scoring": partial(score, Path(folder), ids, annotations)}
         times, outcomes = race(calls, args.rounds, device, warm_up=0)
-    result = outcomes["ours"]
-    for name, curves in outcomes["loop"].items():
-        for key, points in zip(("recall", "precision"), curves, strict=True):
-            if not np.array_equal(result["curves"][name]["all"][key], points):
-                raise AssertionError(f"{name}: another {key} than the loop's")
-    yield {"images": args.images, "objects": sum(len(each.names) for each in annotations),
-           "detections": sum(result["detections"].values()), "seconds": times,
-           "times faster": times["loop"] / times["ours"],
-           "AP": {metric: result[metric]["mean"] for metric in METRICS}}
+    result = outcomes["scoring"]
+    yield {"images": args.images, "detections": sum(result["detections"].values()),
+           "seconds": times, "AP": {metric: result[metric]["mean"] for metric in METRICS}}
 
 
 def parser() -> argparse.ArgumentParser:
     p = program("scores", __doc__)
     commands = p.add_subparsers(required=True, metavar="COMMAND")
-    q = commands.add_parser("coco", parents=[options(coco, 3, False)], help="COCO's numbers")
-    q.add_argument("--images", type=positive, default=5000)
-    q.add_argument("--detections", type=positive, default=100, help="an image")
-    q.add_argument("--commands", action="store_true", help="time the command line, too")
-    q = commands.add_parser("voc", parents=[options(voc, 3, False)], help="VOC's precision")
-    q.add_argument("--images", type=positive, default=4952)
-    q.add_argument("--detections", type=positive, default=200, help="an image")
+    for rows, images, detections in (coco, 5000, 100), (voc, 4952, 200):
+        q = commands.add_parser(rows.__name__, parents=[options(rows, 3)])
+        q.add_argument("--images", type=positive, default=images)
+        q.add_argument("--detections", type=positive, default=detections, help="an image")
+        if rows is coco:
+            q.add_argument("--commands", action="store_true", help="time the command line, too")
     return p
 
 

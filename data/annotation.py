@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +20,7 @@ from utils.errors import UserError
 T = TypeVar("T")
 _DATA_FOLDERS = {"annotations", "original_annotations", "xml", "xmls", "labels", "jpegimages",
                  "images", "imgs", "img", "imagesets", "obj_train_data", "vocdevkit"}
-_DATA_SUFFIXES = {".xml", ".json", ".yaml", ".yml", ".names", ".jpg", ".jpeg", ".png", ".bmp",
+_DATA_SUFFIXES = {".xml", ".yaml", ".yml", ".names", ".jpg", ".jpeg", ".png", ".bmp",
                   ".webp", ".tif", ".tiff"}
 
 
@@ -116,11 +117,26 @@ def holds_data(root: Path) -> bool:
         if path.is_dir():
             if name in _DATA_FOLDERS or name.startswith("voc2") or set_word(name) in SET_WORDS:
                 return True
-        elif suffix in _DATA_SUFFIXES or suffix == ".txt" and (
-                path.stem.lower() in ("classes", "labels", "labelmap")
-                or set_word(path.stem) in SET_WORDS):
+        elif suffix in _DATA_SUFFIXES or suffix == ".json" and looks_like_coco(path) or (
+                suffix == ".txt" and (path.stem.lower() in ("classes", "labels", "labelmap")
+                                      or set_word(path.stem) in SET_WORDS)):
             return True
     return False
+
+
+def looks_like_coco(path: Path) -> bool:
+    """Return whether the start and the end of a file are of an object with images and boxes."""
+    try:
+        if not path.is_file():
+            return False
+        with open(path, "rb") as file:
+            ends = file.read(2**16)
+            file.seek(max(0, os.path.getsize(path) - 2**16))
+            ends = (ends + file.read(2**16)).replace(b"\0", b"")  # of UTF-16, too
+    except OSError:
+        return False
+    wanted = (rb'"(images|categories)"\s*:\s*\[', rb'"image_id"\s*:|"annotations"\s*:\s*\[\s*\]')
+    return re.match(rb"[^\w\[]*\{", ends) is not None and all(re.search(w, ends) for w in wanted)
 
 
 def refuse_missing(place: object, missing: Sequence[object], what: str = "images") -> None:

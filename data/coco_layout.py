@@ -29,6 +29,7 @@ from urllib.parse import unquote
 
 import numpy as np
 
+from data.annotation import looks_like_coco
 from data.coco_json import COCOAnnotations
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
@@ -87,7 +88,7 @@ def annotation_files(root: Path) -> dict[str, Path]:
     paths = [] if found else sorted([*root.glob("*.json"), *root.glob("*/*.json")])
     for path in paths:
         # A tool that writes many files writes one an image, and not COCO's.
-        if path.name == ROBOFLOW or (len(paths) < 200 and _looks_like_coco(path)):
+        if path.name == ROBOFLOW or (len(paths) < 200 and looks_like_coco(path)):
             beside = path.parent != root and path.parent.name not in ANNOTATION_FOLDERS
             match = SET_IN_NAME.fullmatch(path.stem.lower())
             name = match[1] if match else path.parent.name if beside else path.stem
@@ -101,21 +102,6 @@ def set_folders(root: Path) -> list[Path]:
     folders = [path.parent for path in annotation_files(root).values()]
     return folders if all(each.name.lower() in SET_WORDS and each != root
                           for each in folders) else []
-
-
-def _looks_like_coco(path: Path) -> bool:
-    """Return whether the start and the end of a file are of an object with images and boxes."""
-    try:
-        if not path.is_file():
-            return False
-        with open(path, "rb") as file:
-            ends = file.read(2**16)
-            file.seek(max(0, os.path.getsize(path) - 2**16))
-            ends = (ends + file.read(2**16)).replace(b"\0", b"")  # of UTF-16, too
-    except OSError:
-        return False
-    wanted = (rb'"(images|categories)"\s*:\s*\[', rb'"image_id"\s*:|"annotations"\s*:\s*\[\s*\]')
-    return re.match(rb"[^\w\[]*\{", ends) is not None and all(re.search(w, ends) for w in wanted)
 
 
 def find_annotations(root: Path, image_set: ImageSet) -> Path:

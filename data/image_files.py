@@ -12,6 +12,9 @@ from utils.errors import UserError
 # Errors of a path that names nothing, such as one longer than the file system takes.
 _NO_FOLDER = {errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG, errno.EINVAL}
 
+MOST_FOLDERS = 20_000
+"""Folders below one that are looked through; a data set has fewer, a whole disk has more."""
+
 
 class _Listing(NamedTuple):
     """One folder: path of each file by name, of each subfolder by name, and of files by stem."""
@@ -56,6 +59,7 @@ class FileIndex:
         """Return all files under ``folder`` that have one of the suffixes, sorted.
 
         Links to folders are followed. Files and folders whose name begins with a dot are left out.
+        Raises UserError after `MOST_FOLDERS` folders.
         """
         stems = (files for listing in self._walk(folder) for files in listing.stems.values())
         found = {file for files in stems for file in files if os.path.basename(file)[0] != "."}
@@ -70,6 +74,10 @@ class FileIndex:
         while left:
             if (real := os.path.realpath(path := left.pop())) not in seen:
                 seen.add(real)
+                if len(seen) > MOST_FOLDERS:
+                    raise UserError(f"{folder} holds more than the {MOST_FOLDERS:,} folders that "
+                                    f"were searched, the last {path}; give the folder of the data "
+                                    "set itself as --root")
                 yield (listing := self._listing(path))
                 names = sorted(name for name in listing.folders if name[0] != ".")
                 left += [listing.folders[name] for name in names]

@@ -167,7 +167,8 @@ class YOLODetection(AnnotatedImages):
                  "or correct the labels", faults)
         classes = classes or tuple(name for _, name in sorted(folder.names.items())
                                    if name not in BACKGROUND)
-        skipped += check_objects(what, annotations, classes, faults)
+        if not unnamed or any(each.names for each in annotations):  # else that has been told
+            skipped += check_objects(what, annotations, classes, faults)
         return Loaded(_ids(self.root, images), images, annotations, classes, skipped)
 
     def _list(self, folder: YOLOFolder, faults: list[str] | None) -> list[Path]:

@@ -267,7 +267,8 @@ class Call(Checked):
              "goes on")
 
     device: str | None = option("machine", None, "--device", metavar="NAME",
-        help="auto, cpu, cuda, cuda:N or mps (default: auto)")
+        help="cpu, cuda, cuda:N, mps (Apple's GPU; untried), or auto: the first there of cuda, "
+             "mps and cpu (default: auto)")
     cuda: bool | None = option("machine", None, "--cuda", read=boolean,
         help="true: --device cuda; false: --device cpu")
     ngpu: int | None = option("machine", None, "--ngpu", read=positive, metavar="N",

@@ -112,10 +112,11 @@ def _fold_batch_norms(net: nn.Module) -> None:
         for name, child in list(module.named_children()):
             if not isinstance(child, nn.BatchNorm2d):
                 continue
-            if child not in convs:
+            conv = module if isinstance(module, nn.Conv2d) else convs.get(child)  # NormedConv2d
+            if conv is None:
                 where = f"{path}.{name}".lstrip(".")
                 raise ValueError(f"the batch norm {where} does not follow a convolution of its own")
-            conv, dtype = convs[child], convs[child].weight.dtype
+            dtype = conv.weight.dtype
             # Double precision: folding rounds once.
             fused = fuse_conv_bn_eval(conv.double(), child.double()).to(dtype)
             conv.weight, conv.bias = fused.weight, fused.bias

@@ -41,24 +41,29 @@ def class_colour(label: int) -> tuple[int, int, int]:
 
 def draw_detections(image: np.ndarray, boxes: np.ndarray, labels: Sequence[int],
                     scores: Sequence[float] | None = None, names: Sequence[str] | None = None,
-                    font: FreeTypeFont | None = None) -> np.ndarray:
+                    font: FreeTypeFont | None = None,
+                    origins: Sequence[np.ndarray] = ()) -> np.ndarray:
     """Return a copy of the image with every box and its label, in the class's colour.
 
     The best score lies on top. Line width and text follow the image's size; a label never leaves
     the image.
 
     boxes: [n, 4], n may be 0; labels: [n], from 1; scores: [n], or None to leave them out. font:
-    for the names; None: Pillow's own, for ASCII.
+    for the names; None: Pillow's own, for ASCII. origins: [n, 2, 4], the prior box, drawn
+    dashed, and the cell of each box; or none.
 
     Raises ValueError for another image dtype or shape, lengths that differ, a coordinate that is
     NaN, or a label without a name.
     """
     boxes = np.asarray(boxes, np.float64).reshape(-1, 4)
     values = [None] * len(boxes) if scores is None else scores
-    items = [(box, class_colour(int(label)), _text(label, names, score), False)
-             for box, label, score in zip(boxes, labels, values, strict=True)]
-    order = range(len(items)) if scores is None else np.argsort(np.asarray(scores), kind="stable")
-    return _draw(image, [items[k] for k in order], font or find_font())
+    groups = [[(box, class_colour(int(label)), _text(label, names, score), False)]
+              for box, label, score in zip(boxes, labels, values, strict=True)]
+    for group, (prior, cell) in zip(groups, origins, strict=len(origins) > 0):
+        colour = group[0][1]
+        group[:0] = [(prior, colour, "", True), (cell, colour, "", False)]
+    order = range(len(groups)) if scores is None else np.argsort(np.asarray(scores), kind="stable")
+    return _draw(image, [item for k in order for item in groups[k]], font or find_font())
 
 
 def enlarge(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -191,7 +196,8 @@ def _draw(image: np.ndarray, items: Sequence[tuple[np.ndarray, tuple, str, bool]
         for ink, thickness in ((BLACK, line + 2), (colour, line)):  # a rim, for any ground
             cv2.polylines(canvas, paths, not dashed, ink, thickness)
     for (_, colour, text, dashed), corner in zip(items, corners, strict=True):
-        _draw_tag(canvas, text, corner, colour, dashed, font)
+        if text:
+            _draw_tag(canvas, text, corner, colour, dashed, font)
     return canvas
 
 

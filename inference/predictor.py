@@ -21,6 +21,7 @@ from data.config import INPUT_MEAN
 from data.image import check_pixels, limit_pixels, read_image
 from data.transforms import TestTransform
 from inference.deploy import deploy
+from inference.origins import find_origins
 from inference.runtime import EXPORTED_SUFFIXES, ExportedModel, graph_inputs, open_model
 from inference.views import Views, merge
 from layers import Detect, PriorBox
@@ -46,7 +47,7 @@ class Predictor:
     Args of the constructor:
         file: a checkpoint (.pth, .safetensors) of this program or a published one, or an exported
             file (.onnx, .xml) of ``python -m tools.export``.
-        device: "auto", "cpu", "cuda" or "cuda:N". Exported files run on the CPU.
+        device: a name of `utils.device.choose_device`. Exported files run on the CPU.
         amp: "off", "bf16" or "fp16" (GPU only). An exported file has its own precision.
         classes: class names, for a checkpoint that stores none.
         score_threshold, max_detections, max_per_class: lowest score of a detection, and most
@@ -56,9 +57,10 @@ class Predictor:
             checkpoint use ``torch.set_num_threads``.
         max_pixels: refuse images with more pixels, in all of this process; None changes nothing.
         tiles, overlap, flip: see ``inference.views.Views``; by default the whole image alone.
+        explain: tell the prior box of each detection, in the whole image alone.
 
     Attributes: ``file``, its name; ``info``, a ``DetectorInfo``; ``config``, a ``DetectConfig``;
-    ``device``; ``exported``, the file in its runtime, None for a checkpoint.
+    ``device``; ``priors``, [P, 4]; ``exported``, the file in its runtime, None for a checkpoint.
 
     Raises:
         UserError: the file is no detector, options contradict it, or the device does not exist.
@@ -70,11 +72,13 @@ class Predictor:
                  max_detections: int | None = None, nms: str = "hard", class_agnostic: bool = False,
                  background_shortcut: bool = False, threads: int | None = None,
                  max_pixels: int | None = None, max_per_class: int | None = None, tiles: int = 0,
-                 overlap: float | None = None, flip: bool = False) -> None:
+                 overlap: float | None = None, flip: bool = False, explain: bool = False) -> None:
         limit_pixels(max_pixels)
         self.views = Views(tiles, Views.overlap if overlap is None else overlap, flip)
         path = Path(file)
-        self.file = path.name
+        self.file, self.explain = path.name, explain
+        if explain and (tiles or flip):
+            raise UserError("explain is for the whole image alone; leave tiles and flip out")
         self.exported: ExportedModel | None = None
         if amp not in AMP_TYPES:
             raise UserError(f"amp is {amp!r}, should be one of {', '.join(AMP_TYPES)}")
@@ -87,6 +91,9 @@ class Predictor:
             self.device = torch.device("cpu")
             self.exported = open_model(path, threads)
             self.info = self.exported.info.detector
+            if explain and self.exported.info.nms:
+                raise UserError(f"{path} has its non-maximum suppression inside, so it cannot "
+                                "explain detections; export it again without --with-nms")
             config, variance = self.exported.info.detection, self.exported.info.variance
         else:
             if threads is not None:
@@ -130,7 +137,8 @@ class Predictor:
             One dict an image: "boxes" float32 [n, 4], (x1, y1, x2, y2) in pixels of the image,
             "scores" float32 [n] and "labels" int64 [n] in 1..C, tensors on the CPU, and "names", n
             class names; best score first. n may be 0. A single image gives its dict, several give
-            a list.
+            a list. ``explain`` adds "priors" int64 [n], rows of ``priors``, and "origins", n
+            ``inference.origins.Origin``.
 
         Raises:
             UserError: a file that cannot be read as an image, or what is no ``Image``.
@@ -150,8 +158,11 @@ class Predictor:
                 parts_found += self.postprocess(self.forward(self.preprocess(batch)), sizes)
         rest = iter(parts_found)
         found = [merge(each, [*islice(rest, len(each))], self.detect) for each in views]
-        for each in found:
+        for image, each in zip(arrays, found, strict=True):
             each["names"] = [self.info.classes[label - 1] for label in each["labels"].tolist()]
+            if self.explain:
+                each["origins"] = find_origins(each, image.shape[1::-1], self.priors,
+                                               self.info.prior_config())
         return found
 
     def batches(self, images: Sequence[np.ndarray]) -> Iterator[Sequence[np.ndarray]]:
@@ -198,7 +209,7 @@ class Predictor:
     @torch.inference_mode()
     def postprocess(self, outputs: dict[str, Tensor],
                     sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
-        """Return the detections of a batch, without names.
+        """Return the detections of a batch, without names and origins.
 
         Args:
             outputs: of ``forward``.
@@ -210,7 +221,7 @@ class Predictor:
                 noticed.
         """
         if "loc" in outputs:
-            found = self.detect(outputs["loc"], outputs["conf"], self.priors, sizes)
+            found = self.detect(outputs["loc"], outputs["conf"], self.priors, sizes, self.explain)
             return [{key: value.cpu() for key, value in each.items()} for each in found]
         if not all(outputs[key].isfinite().all() for key in ("boxes", "scores")):
             raise FloatingPointError("a detection contains NaN or infinity")

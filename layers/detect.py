@@ -91,7 +91,8 @@ class Detect(nn.Module):
 
     @torch.no_grad()
     def forward(self, loc: Tensor, conf: Tensor, priors: Tensor,
-                sizes: Sequence[tuple[int, int]]) -> list[dict[str, Tensor]]:
+                sizes: Sequence[tuple[int, int]],
+                with_priors: bool = False) -> list[dict[str, Tensor]]:
         """Return the detections of a batch.
 
         Args:
@@ -99,12 +100,13 @@ class Detect(nn.Module):
             conf: [B, P, C] logits, class 0 = background.
             priors: [P, 4], centre-size, relative.
             sizes: (width, height) in pixels of the B images.
+            with_priors: whether to tell the prior of each detection.
 
         Returns:
             One dict per image: "boxes" float32 [n, 4] corners in pixels of the image (not clipped
             to it), "scores" float32 [n], "labels" int64 [n] in 1..C-1. n may be 0. Sorted by score;
             ties: lower class first, then earlier prior (class-agnostic: earlier prior first, then
-            lower class).
+            lower class). ``with_priors``: also "priors" int64 [n], indices in 0..P-1.
 
         Raises:
             ValueError: the shapes of the arguments do not fit together.
@@ -131,10 +133,12 @@ class Detect(nn.Module):
         image, label = image[row], label + 1
         found, score = self.suppress(boxes, scores[row, label], image, label, conf.shape[2])
         counts = torch.bincount(image[found], minlength=len(sizes)).tolist()
-        parts = [part.split(counts) for part in (boxes[found], score, label[found])]
+        columns = {"boxes": boxes[found], "scores": score, "labels": label[found]}
+        if with_priors:
+            columns["priors"] = prior[row[found]]
+        parts = zip(*(column.split(counts) for column in columns.values()), strict=True)
         most = self.config.top_k
-        return [{"boxes": boxes[:most], "scores": scores[:most], "labels": labels[:most]}
-                for boxes, scores, labels in zip(*parts, strict=True)]
+        return [dict(zip(columns, (x[:most] for x in each), strict=True)) for each in parts]
 
     def suppress(self, boxes: Tensor, scores: Tensor, image: Tensor, label: Tensor,
                  classes: int) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from data.config import MOBILE_PRIORS, PRIORS, PriorConfig
-from models.base import on_meta
+from models.base import NormedConv2d, on_meta
 from models.hardnet import HARDNET_SPECS, Bridge, DepthwiseBridge, HarDNetBase
 from models.rfb import RFBNet, rfb_extras
 from models.ssd import SSD, Detector, ssd_extras, ssd_extras_stride32
@@ -44,6 +44,8 @@ _BASE = {name: partial(HarDNetBase, spec) for name, spec in HARDNET_SPECS.items(
 _HARDNET68 = {"base": _BASE[68], "classifier": "base.", "new": ("13.",)}
 _HARDNET85 = {"base": _BASE[85], "classifier": "base."}
 _DEPTHWISE = {"bridge": DepthwiseBridge, "classifier": "base."}
+_NORMED = {"detector": partial(SSD, conv=NormedConv2d),
+           "extras": partial(ssd_extras, conv=NormedConv2d)}
 _RFB = {"detector": RFBNet, "extras": rfb_extras}
 
 BACKBONES = {
@@ -55,6 +57,8 @@ BACKBONES = {
                            classifier="features."),
     "SSD_HarDNet68ds": Backbone(_BASE["68ds"], **_DEPTHWISE),
     "SSD_HarDNet39ds": Backbone(_BASE["39ds"], **_DEPTHWISE),
+    "SSD_HarDNet68bn": Backbone(**_HARDNET68, **_NORMED),
+    "SSD_HarDNet39dsbn": Backbone(_BASE["39ds"], **_DEPTHWISE, **_NORMED),
     "RFB_HarDNet68": Backbone(**_HARDNET68, **_RFB),
     "RFB_HarDNet85": Backbone(**_HARDNET85, **_RFB),
 }

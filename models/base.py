@@ -1,4 +1,4 @@
-"""Parts that base networks share: two feature maps, initialisation, memory-saving concatenation."""
+"""Parts that networks share: two feature maps, norms, initialisation, lean concatenation."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -8,6 +8,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
 _PARTS: ContextVar[WeakTensorKeyDictionary | None] = ContextVar("_PARTS", default=None)
@@ -29,6 +30,30 @@ class BaseNetwork(nn.Sequential):
             if i == self.tap:
                 stride8 = x
         return stride8, x
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that can train on one image and a 1x1 map.
+
+    One value per channel has no variance; then the running statistics are used.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and x[:, 0].numel() == 1:
+            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
+                                eps=self.eps)
+        return super().forward(x)
+
+
+class NormedConv2d(nn.Conv2d):
+    """Convolution without bias, then batch normalisation; ``deploy`` makes it one convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, *args: int, **options: int) -> None:
+        super().__init__(in_channels, out_channels, *args, **options, bias=False)
+        self.norm = BatchNorm(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(super().forward(x))
 
 
 def on_meta(net: nn.Module) -> nn.Module:

@@ -48,7 +48,7 @@ _CLASSIFIERS = _GITHUB + "Pytorch-HarDNet/master/"
 _PING_CHAO = "https://ping-chao.com/hardnet/"  # reported as gone
 _DRIVE = "https://drive.google.com/file/d/"
 _TORCHVISION = "https://download.pytorch.org/models/"
-_HARDNET68 = ("SSD_HarDNet68", "RFB_HarDNet68")
+_HARDNET68 = ("SSD_HarDNet68", "SSD_HarDNet68bn", "RFB_HarDNet68")
 _HARDNET85 = ("SSD_HarDNet85", "RFB_HarDNet85")
 
 PUBLISHED = (
@@ -75,7 +75,8 @@ PUBLISHED = (
         Place(_PING_CHAO + "hardnet68ds-632474d2.pth", "sha256:632474d2")), ("SSD_HarDNet68ds",)),
     PublishedFile("hardnet39ds", "hardnet39ds.pth", (
         Place(_CLASSIFIERS + "hardnet39ds.pth", "git:5b99f2587b2f28687aef03f8cf1c00dbb7c73294"),
-        Place(_PING_CHAO + "hardnet39ds-0e6c6fa9.pth", "sha256:0e6c6fa9")), ("SSD_HarDNet39ds",)),
+        Place(_PING_CHAO + "hardnet39ds-0e6c6fa9.pth", "sha256:0e6c6fa9")),
+        ("SSD_HarDNet39ds", "SSD_HarDNet39dsbn")),
     PublishedFile("vgg16-reducedfc", "vgg16_reducedfc.pth", (
         Place("https://s3.amazonaws.com/amdegroot-models/vgg16_reducedfc.pth", None),),
         ("SSD_vgg",)),

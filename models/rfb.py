@@ -7,21 +7,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.base import init_kaiming
+from models.base import BatchNorm, init_kaiming
 from models.ssd import Detector
-
-
-class _BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that can train on one image and a 1x1 map.
-
-    One value per channel has no variance; then the running statistics are used.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and x[:, 0].numel() == 1:
-            return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias,
-                                eps=self.eps)
-        return super().forward(x)
 
 
 class BasicConv(nn.Sequential):
@@ -37,7 +24,7 @@ class BasicConv(nn.Sequential):
         if padding is None:
             padding = tuple(dilation * (side // 2) for side in kernel)
         conv = nn.Conv2d(in_channels, out_channels, kernel, stride, padding, dilation, bias=False)
-        layers = OrderedDict(conv=conv, bn=_BatchNorm(out_channels, momentum=0.01))
+        layers = OrderedDict(conv=conv, bn=BatchNorm(out_channels, momentum=0.01))
         super().__init__(layers if linear else layers | {"relu": nn.ReLU(inplace=True)})
         self.out_channels = out_channels
 

@@ -26,14 +26,14 @@ class Detector(nn.Module):
     time, the same gradients. It has no effect on other bases and under torch.compile."""
 
     def _add_heads(self, channels: Sequence[int], boxes_per_cell: Sequence[int],
-                   num_classes: int) -> None:
+                   num_classes: int, conv: type[nn.Conv2d] = nn.Conv2d) -> None:
         """Add the heads on source maps of ``channels``; call it last, for the order of keys."""
         if len(channels) != len(boxes_per_cell):
             raise ValueError(f"the network has {len(channels)} source maps, the prior boxes are "
                              f"given for {len(boxes_per_cell)}")
         self.num_classes = num_classes
-        self.loc = _heads(channels, [a * 4 for a in boxes_per_cell])
-        self.conf = _heads(channels, [a * num_classes for a in boxes_per_cell])
+        self.loc = _heads(channels, [a * 4 for a in boxes_per_cell], conv)
+        self.conf = _heads(channels, [a * num_classes for a in boxes_per_cell], conv)
 
     def sources(self, images: Tensor) -> list[Tensor]:
         """Return the source maps [B, C_k, H_k, W_k], largest first."""
@@ -54,21 +54,23 @@ class SSD(Detector):
 
     Args of the constructor:
         base: returns two maps, sources 1 and 2, and has their ``out_channels``.
-        extras: plain convolutions; each is followed by ReLU.
+        extras: convolutions; each is followed by ReLU.
         boxes_per_cell: prior boxes per cell, by source map.
         num_classes: with background.
         bridge: stands between the base and source 2.
+        conv: of the heads, ``nn.Conv2d`` or ``models.base.NormedConv2d``.
     """
 
     def __init__(self, base: nn.Module, extras: nn.ModuleList, boxes_per_cell: Sequence[int],
-                 num_classes: int, bridge: nn.Module | None = None) -> None:
+                 num_classes: int, bridge: nn.Module | None = None,
+                 conv: type[nn.Conv2d] = nn.Conv2d) -> None:
         super().__init__()
         self.base = base
         self.bridge = bridge if bridge is not None else nn.Identity()
         self.extras = extras
         self.L2Norm = L2Norm(base.out_channels[0])
         channels = [*base.out_channels, *(layer.out_channels for layer in extras[1::2])]
-        self._add_heads(channels, boxes_per_cell, num_classes)
+        self._add_heads(channels, boxes_per_cell, num_classes, conv)
 
     def sources(self, images: Tensor) -> list[Tensor]:
         first, x = self.base(images)
@@ -81,9 +83,9 @@ class SSD(Detector):
         return sources
 
 
-def ssd_extras(in_channels: int, size: int) -> nn.ModuleList:
+def ssd_extras(in_channels: int, size: int, conv: type[nn.Conv2d] = nn.Conv2d) -> nn.ModuleList:
     """Build the extra layers that shrink a stride-16 map to 1x1, two convolutions a step."""
-    return _extras(in_channels, _EXTRAS[size])
+    return _extras(in_channels, _EXTRAS[size], conv)
 
 
 def ssd_extras_stride32(in_channels: int, _size: int) -> nn.ModuleList:
@@ -91,10 +93,11 @@ def ssd_extras_stride32(in_channels: int, _size: int) -> nn.ModuleList:
     return _extras(in_channels, ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3))
 
 
-def _extras(in_channels: int, steps: Sequence[tuple[int, int, dict]]) -> nn.ModuleList:
+def _extras(in_channels: int, steps: Sequence[tuple[int, int, dict]],
+            conv: type[nn.Conv2d] = nn.Conv2d) -> nn.ModuleList:
     layers: list[nn.Module] = []
     for width, out, options in steps:
-        layers += [nn.Conv2d(in_channels, width, 1), nn.Conv2d(width, out, **options)]
+        layers += [conv(in_channels, width, 1), conv(width, out, **options)]
         in_channels = out
     _zero_biases(layers)
     return nn.ModuleList(layers)
@@ -108,15 +111,17 @@ _EXTRAS = {300: ((256, 512, _HALVE), (128, 256, _HALVE), (128, 256, _SHRINK), (1
            512: ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3, (128, 256, _LAST))}
 
 
-def _heads(in_channels: Sequence[int], out_channels: Sequence[int]) -> nn.ModuleList:
-    heads = [nn.Conv2d(i, o, 3, padding=1) for i, o in zip(in_channels, out_channels, strict=True)]
+def _heads(in_channels: Sequence[int], out_channels: Sequence[int],
+           conv: type[nn.Conv2d]) -> nn.ModuleList:
+    heads = [conv(i, o, 3, padding=1) for i, o in zip(in_channels, out_channels, strict=True)]
     _zero_biases(heads)
     return nn.ModuleList(heads)
 
 
 def _zero_biases(layers: Sequence[nn.Module]) -> None:
     for layer in layers:
-        nn.init.zeros_(layer.bias)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
 
 
 def _rows(x: Tensor, columns: int) -> Tensor:

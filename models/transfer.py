@@ -14,7 +14,7 @@ VOC_TO_COCO = {"aeroplane": "airplane", "motorbike": "motorcycle", "tvmonitor": 
                "sofa": "couch", "diningtable": "dining table", "pottedplant": "potted plant"}
 """VOC's name of a class -> COCO's name, where they differ."""
 
-_HEAD = re.compile(r"conf\.\d+\.(weight|bias)")
+_HEAD = re.compile(r"conf\.\d+\.(norm\.)?(weight|bias|running_mean|running_var)")
 
 
 def parse_class_map(text: str) -> dict[str, str]:
@@ -90,7 +90,7 @@ def transfer_classes(state: Mapping[str, Tensor], from_names: Sequence[str],
         to_names: the classes wanted, without background.
         class_map: as in ``match_classes``.
         seed: of the rows of new classes, which are initialised as PyTorch initialises
-            convolutions, with bias zero.
+            convolutions, with bias zero, and batch norms.
 
     Returns a new state dict, in which all tensors but those of ``conf`` are the same objects, and
     the names of ``to_names`` whose rows are new. The rows of background are never new.
@@ -110,7 +110,9 @@ def transfer_classes(state: Mapping[str, Tensor], from_names: Sequence[str],
                             f"{len(from_names)} classes and background for a number of prior boxes")
         gathered = tensor.unflatten(0, (boxes, -1))[:, index]
         fresh = torch.zeros_like(gathered)
-        if key.endswith("weight"):
+        if key.endswith(("norm.weight", "running_var")):
+            fresh.fill_(1)
+        elif key.endswith("weight"):
             bound = tensor[0].numel() ** -0.5
             fresh.uniform_(-bound, bound, generator=generator)
         where = new.view(1, -1, *[1] * (tensor.dim() - 1))

@@ -35,7 +35,7 @@ def error(net: nn.Module, exact: tuple[torch.Tensor, torch.Tensor]) -> float:
     return max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs)
 
 
-QUICK = ("SSD_HarDNet68", "SSD_HarDNet39ds", "SSD_mobile", "RFB_HarDNet68")
+QUICK = ("SSD_HarDNet68", "SSD_HarDNet39ds", "SSD_HarDNet39dsbn", "SSD_mobile", "RFB_HarDNet68")
 SLOW = [pytest.param(v, marks=pytest.mark.slow) for v in BACKBONES if v not in QUICK]
 
 

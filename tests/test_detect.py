@@ -123,7 +123,7 @@ def literal_detect(loc, conf, priors, size, conf_thresh, nms, class_agnostic, ba
             prior, label = mine[k]
             counts[label] += 1
             if counts[label] <= per_class:
-                found.append((-value, label, boxes[prior].tolist()))
+                found.append((-value, label, boxes[prior].tolist(), prior))
     return sorted(found, key=lambda d: d[:1])[:top_k]
 
 
@@ -141,12 +141,16 @@ def test_equals_the_literal_steps(nms, class_agnostic, background_shortcut):
         "conf_thresh": 0.01, "nms": nms, "class_agnostic": class_agnostic,
         "background_shortcut": background_shortcut, "per_class": 20,
     }  # fmt: skip
-    (found,) = Detect(**chosen)(loc, conf, priors, [(640, 480)])
+    (found,) = Detect(**chosen)(loc, conf, priors, [(640, 480)], with_priors=True)
     expected = literal_detect(loc[0], conf[0], priors, (640, 480), **chosen)
     assert 60 < len(found["scores"]) <= 80  # classes are at their limit
-    assert found["labels"].tolist() == [label for _, label, _ in expected]
-    torch.testing.assert_close(found["scores"], -torch.tensor([s for s, _, _ in expected]))
-    torch.testing.assert_close(found["boxes"], torch.tensor([box for _, _, box in expected]))
+    scores, labels, boxes, indices = zip(*expected, strict=True)
+    assert found["labels"].tolist() == [*labels] and found["priors"].tolist() == [*indices]
+    torch.testing.assert_close(found["scores"], -torch.tensor(scores))
+    torch.testing.assert_close(found["boxes"], torch.tensor(boxes))
+    (plain,) = Detect(**chosen)(loc, conf, priors, [(640, 480)])
+    assert found.keys() - plain.keys() == {"priors"}
+    assert all(torch.equal(value, found[key]) for key, value in plain.items())
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.001, 0.3, 0.5, 0.9, 0.999, 0.999999, 1.0])

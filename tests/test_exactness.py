@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from layouts import LAYOUTS
 from program import (
     PATIENCE,
     ROOT,
@@ -37,10 +38,20 @@ from utils.files import atomic_write
 
 # The run that is interrupted: evaluation, a kept average and kept checkpoints are in it, and its
 # last epoch is scored at the very end.
-EPOCHS, TESTED = 27, 4
-RUN = ["-b", 2, "-max", EPOCHS, "--test_frequency", TESTED, "--save_frequency", 9, "--ema", 0.9]
+EPOCHS, TESTED = 15, 4
+RUN = ["-b", 2, "-max", EPOCHS, "--test_frequency", TESTED, "--save_frequency", 5, "--ema", 0.9]
 RUN += ["--lr", 1e-3, "--date", "run"]
 
+# All options that decide what a run learns, and when it ends; None: the option is not given.
+DRAWN = {
+    "--recipe": ("published", "modern"), "--optimizer": (None, "sgd", "adamw"),
+    "--schedule": (None, "steps", "cosine"), "--norm_decay": (None, True, False),
+    "--warm_epoch": (None, 0, 2), "--gamma": (None, 0.5), "--momentum": (None, 0.5),
+    "--base_lr": (1, 0.1), "--freeze": ("", "base", "base:2", "heads"), "--clip_norm": (0, 5),
+    "--ema": (None, 0, 0.9), "--accumulate": (1, 2), "--background_negatives": (0, 9),
+    "--jaccard_threshold": (None, 0.4), "--priors": ("VOC", "COCO", "fit"),
+    "--amp": ("off", "bf16"), "--patience": (0, 4), "--overfit": (0, 0, 6), "--seed": (0, 7),
+}  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -81,10 +92,35 @@ def assert_same_files(a: Path, b: Path) -> None:
     assert_same_run(a, b)
 
 
+def draw(seed: int, folder: Path) -> list[object]:
+    """Options of training, and data in one of four layouts, that ``seed`` chooses at random.
+
+    They are printed, so that a failure shows them.
+    """
+    rng = np.random.default_rng(seed)
+    drawn = {name: values[rng.integers(len(values))] for name, values in DRAWN.items()}
+    more = [f"{name}={value}" for name, value in drawn.items() if value is not None]
+    more += ["--lr=1e-3", "--weight_decay=0.01"]
+    layout = LAYOUTS[("voc", "coco", "yolo-list", "cvat")[seed % 4]]
+    layout.write(folder)
+    if layout.dataset == "COCO":
+        more += [f"--crowds={rng.choice(['true', 'false'])}"]
+        for path in folder.glob("annotations/*.json"):
+            path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1', 4))
+    more += ["-d", layout.dataset, "--root", folder]
+    print("seed", seed, *more)
+    return more
+
+
 def checkpoints(folder: Path) -> list[int]:
     """The steps of what --resume can go on from; every such file is whole."""
     paths = [folder / name for name in ("last.pth", "previous.pth")]
     return [load_checkpoint(path)["step"] for path in paths if path.exists()]
+
+
+def slow_clock() -> SimpleNamespace:
+    """Return the module ``time`` of a machine where a look at the clock takes ten minutes."""
+    return SimpleNamespace(monotonic=itertools.count(0, 600).__next__)
 
 
 # ---------------------------------------------------------------- killed anywhere
@@ -106,8 +142,8 @@ def test_a_run_that_has_ended_stays_as_it_is_when_it_is_asked_to_go_on(train, ca
 class Interruptions:
     """One run that is interrupted again and again, and goes on by ``--resume auto`` each time."""
 
-    def __init__(self, data: Path, folder: Path, epochs: int, seed: int):
-        self.data, self.epochs = data, epochs
+    def __init__(self, folder: Path, epochs: int, seed: int):
+        self.epochs, self.drawn = epochs, draw(seed, folder / "data")
         self.rng = np.random.default_rng(seed)
         self.caches = ["off", "memory", str(folder / "pictures")]
         self.straight = folder / "straight" / "tiny_300" / "run"
@@ -124,14 +160,14 @@ class Interruptions:
 
     def arguments(self, name: str, *more) -> list[str]:
         folder = self.straight.parents[2] / name
-        return options(self.data, folder, *RUN, "-max", self.epochs, *more)
+        return options("", folder, *RUN, "-max", self.epochs, *self.drawn, *more)
 
-    def start(self) -> subprocess.Popen:
+    def start(self, *more) -> subprocess.Popen:
         """The run in a new process, in which all that may not matter is chosen at random."""
         self.begin = self.log.stat().st_size if self.log.exists() else 0
         self.saved = max(checkpoints(self.broken), default=0)
         machine = ["--num_workers", self.rng.integers(4), "--cache", self.rng.choice(self.caches)]
-        return start(self.arguments("broken", "--resume", "auto", *machine))
+        return start(self.arguments("broken", "--resume", "auto", *machine, *more))
 
     @staticmethod
     def _begun(log: Path, begin: int = 0) -> bool:
@@ -175,7 +211,8 @@ class Interruptions:
         """``kills`` signals, each at an instant of the life of a process that chance chooses."""
         reach, sent = 1.3 * self.training / kills, 0
         while sent < kills:
-            process = self.start()
+            hours = self.rng.choice([0, 0, self.training / 3600 / kills])
+            process = self.start("--max_hours", hours)
             early = self.rng.random() < 0.2
             if not early:
                 wait_until(self.begun, process)
@@ -183,13 +220,13 @@ class Interruptions:
             try:
                 process.wait(delay)
             except subprocess.TimeoutExpired:
-                kind = self.rng.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT],
-                                       p=[0.6, 0.2, 0.2])
-                self.signal(process, int(kind))
+                kinds = [signal.SIGTERM, signal.SIGINT] * (not hours) + [signal.SIGKILL] * 3
+                self.signal(process, int(self.rng.choice(kinds)))
                 sent += 1
-            else:  # the run has ended, and is asked to go on all the same
+            else:  # the run has ended, and is asked to go on all the same, or its time is over
                 _, error = process.communicate()
                 assert process.returncode == 0, error
+                self.phases["no signal"] += 1
 
     def in_savings(self, kills: int) -> None:
         """Kill until ``kills`` times a checkpoint was being written."""
@@ -222,13 +259,13 @@ class Interruptions:
         assert_same_files(self.straight, self.broken)
 
 
-@pytest.mark.parametrize(("length", "kills", "savings"), [
-    (1, 3, 1), pytest.param(8, 50, 10, marks=pytest.mark.slow),
+@pytest.mark.parametrize(("length", "kills", "savings", "seed"), [
+    (1, 3, 1, 0), *(pytest.param(2, 12, 2, seed, marks=pytest.mark.slow) for seed in range(1, 5)),
 ])
 def test_run_interrupted_at_random_instants_ends_like_a_straight_one(
-    voc_folder, tmp_path, length, kills, savings
+    tmp_path, length, kills, savings, seed
 ):
-    interruptions = Interruptions(voc_folder, tmp_path, length * EPOCHS, seed=length)
+    interruptions = Interruptions(tmp_path, length * EPOCHS, seed)
     interruptions.at_random(kills)
     interruptions.in_savings(savings)
     interruptions.finish()
@@ -362,18 +399,16 @@ def test_full_disk_ends_the_run_in_a_sentence_and_it_goes_on_exactly(voc_folder,
     assert_same_run(train.folder / "straight", train.folder / "full")
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_options_of_training_at_random_are_exact_on_resume(train, seed):
-    rng, more = np.random.default_rng(seed), ["--test_frequency=0"]
-    for name, values in {
-        "--recipe": ("published", "modern"), "--freeze": ("", "base:2", "heads"),
-        "--base_lr": (1, 0.1), "--background_negatives": (0, 9), "--clip_norm": (0, 5),
-        "--amp": ("off", "bf16"),
-    }.items():  # fmt: skip
-        more += [f"{name}={rng.choice(values)}"]
+@pytest.mark.parametrize("seed", [*range(3), *(pytest.param(seed, marks=pytest.mark.slow)
+                                               for seed in range(3, 40))])
+def test_options_of_training_at_random_are_exact_on_resume(train, tmp_path, monkeypatch, seed):
+    rng, more = np.random.default_rng(seed), draw(seed, tmp_path / "data")
     assert train("straight", *more) == 0
-    for stop in np.sort(rng.choice(np.arange(1, 12), 2, replace=False)):
-        assert train("broken", *more, "--max_iters", stop, "--resume", "auto") == 0
+    for hours in rng.uniform(0, 6, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.trainer, "time", slow_clock())
+            hours = ("--max_hours", hours, "--save_minutes", 0)
+            assert train("broken", *more, *hours, "--resume", "auto") == 0
     assert train("broken", *more, "--resume", "auto") == 0
     assert_same_run(train.folder / "straight", train.folder / "broken")
 
@@ -423,9 +458,8 @@ def test_a_run_without_gain_ends_at_the_same_step_however_it_is_resumed(train, m
 def test_a_run_whose_time_is_over_saves_ends_well_and_goes_on_exactly(train, monkeypatch, capsys):
     assert train("straight") == 0
     for _ in range(3):
-        now = itertools.count(0, 600).__next__  # every look at the clock takes ten minutes
         with monkeypatch.context() as patch:
-            patch.setattr(engine.trainer, "time", SimpleNamespace(monotonic=now))
+            patch.setattr(engine.trainer, "time", slow_clock())
             hours = ("--max_hours", 2, "--save_minutes", 0)
             assert train("short", "--resume", "auto", *hours) == 0
         assert f"--resume {train.folder / 'short/last.pth'}" in capsys.readouterr().out

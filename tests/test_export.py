@@ -162,7 +162,12 @@ def test_thresholds_and_names_are_in_the_file(checkpoint, data, tmp_path, form, 
         for more in others:
             with pytest.raises(UserError, match=r"scores over 0\.2, at most 5 .*; export it again"):
                 Predictor(file, **more)
+        with pytest.raises(UserError, match=f"{file.name} .* it again without --with-nms"):
+            Predictor(file, explain=True)
         others = []
+    else:
+        ours, its = (Predictor(f, explain=True, **inside)(image) for f in (checkpoint, file))
+        assert its["priors"].tolist() == ours["priors"].tolist()
     for chosen in (fewer, *({**inside, **other} for other in others)):
         found, expected = (Predictor(f, **chosen)(image)["scores"] for f in (file, checkpoint))
         assert len(found) == chosen["max_detections"]

@@ -2,10 +2,13 @@
 
 import os
 import unicodedata
+from contextlib import nullcontext
 
 import pytest
 
+from data import find_layout
 from data.image_files import FileIndex
+from utils.errors import UserError
 
 NFC, NFD = (unicodedata.normalize(form, "été") for form in ("NFC", "NFD"))
 
@@ -50,3 +53,15 @@ def test_all_files_under_a_folder_are_listed_once_and_in_order(tmp_path):
     found = FileIndex((".jpg",)).inside(tmp_path)
     names = ["a.jpg", "b/2.jpg", f"b/{NFD}/1.jpg"]
     assert [path.relative_to(tmp_path).as_posix() for path in found] == names
+
+
+def test_a_search_through_a_whole_disk_ends_with_what_was_searched(tmp_path, monkeypatch):
+    for name in ("a", "b/c"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "b/c/1.jpg").touch()
+    for most, found in ((3, True), (2, None)):
+        monkeypatch.setattr("data.image_files.MOST_FOLDERS", most)
+        with nullcontext() if found else pytest.raises(UserError, match=rf"{tmp_path}.*2.*--root"):
+            assert FileIndex((".jpg",)).holds_files(tmp_path) is True
+    with pytest.raises(UserError, match=rf"{tmp_path}.*2 folders.*--root"):
+        find_layout(tmp_path)

@@ -187,18 +187,20 @@ def test_parameter_counts_are_the_published_ones():
 
 def ssd_count(version: str, size: int, num_classes: int, base: int, channels: tuple) -> int:
     """Parameters of an SSD, by hand: base, scale of source 1, extras and heads."""
+    # A convolution has a bias, or a norm's scale and shift, for each output.
+    each = 2 if version.endswith("bn") else 1
     steps = [(256, 512, 3), *[(128, 256, 3)] * 3]
     if size == 512:
         steps += [(128, 256, 4)]
     total, width = base + channels[0], channels[1]
     for narrow, out, kernel in steps:
-        total += width * narrow + narrow + narrow * out * kernel**2 + out
+        total += width * narrow + narrow * out * kernel**2 + each * (narrow + out)
         width = out
     sources = [*channels, *(out for _, out, _ in steps)]
     boxes = [6] * (len(sources) - 2) + [4, 4]
     per_box = 4 + num_classes
-    return total + sum(9 * c * a * per_box + a * per_box for c,
-                       a in zip(sources, boxes, strict=True))
+    return total + sum((9 * c + each) * a * per_box
+                       for c, a in zip(sources, boxes, strict=True))
 
 
 BRIDGE_DS = 2 * 640 * 640 + 9 * 640 + 3 * 2 * 640
@@ -212,7 +214,9 @@ MOBILENET = 3_504_872 - (1280 * 1000 + 1000)
     ("SSD_resnet101", RESNET101, (512, 2048), {300: 62_067_296, 512: 63_800_286}),
     ("SSD_mobile", MOBILENET, (576, 1280), {300: 18_363_104}),
     ("SSD_HarDNet68ds", 1_473_260 + BRIDGE_DS, (320, 640), {300: 14_164_556, 512: 15_897_546}),
-    ("SSD_HarDNet39ds", 912_682 + BRIDGE_DS, (320, 640), {300: 13_603_978, 512: 15_336_968})])
+    ("SSD_HarDNet39ds", 912_682 + BRIDGE_DS, (320, 640), {300: 13_603_978, 512: 15_336_968}),
+    ("SSD_HarDNet68bn", 12_104_928, (320, 640), {300: 23_972_064, 512: 25_705_948}),
+    ("SSD_HarDNet39dsbn", 912_682 + BRIDGE_DS, (320, 640), {300: 13_608_618, 512: 15_342_502})])
 def test_parameters_of_a_detector_are_those_counted_by_hand(version, base, channels, pinned):
     for size, total in pinned.items():
         with torch.device("meta"):

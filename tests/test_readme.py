@@ -146,13 +146,14 @@ def test_weights_are_listed_inspected_and_converted(home):
     assert download[4] in run(home, listing)  # tests/test_pretrained.py downloads
     shutil.copy(home / "weights" / "hardnet68_base_bridge.pth", home / "FILE")
     inspect = command("tools.weights", "inspect")
-    assert "SSD_HarDNet68, RFB_HarDNet68" in run(home, inspect)
+    assert "SSD_HarDNet68, SSD_HarDNet68bn, RFB_HarDNet68" in run(home, inspect)
     if importlib.util.find_spec("safetensors"):
         shutil.copy(home / "FILE", home / "IN.pth")
         names = {"IN": "IN.pth", "OUT": "OUT.safetensors"}
         convert = [names.get(word, word) for word in command("tools.weights", "convert")]
         run(home, convert)
-        assert "SSD_HarDNet68, RFB_HarDNet68" in run(home, [*inspect[:-1], "OUT.safetensors"])
+        inspect[-1] = "OUT.safetensors"
+        assert "SSD_HarDNet68, SSD_HarDNet68bn, RFB_HarDNet68" in run(home, inspect)
 
 
 def test_building_says_what_serves(home):
@@ -202,7 +203,7 @@ def test_links_and_pictures_lead_to_files(page):
 def test_every_benchmark_is_listed_with_a_command_that_is_there():
     text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
     listed = set(re.findall(r"`python -m benchmarks\.(\w+)", text))
-    parts = {"__init__", "gather", "harness", "limits", "on_gpu", "routes"}
+    parts = {"__init__", "gather", "harness", "on_gpu", "routes"}
     assert listed == {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - parts
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.profiler import profile
 
-from benchmarks.train import Allocations, kept
+from benchmarks.train import allocated, kept
 from models import build_net
 from models.base import concatenate, recompute_concatenations
 from utils.device import autocast
@@ -86,11 +87,10 @@ def test_what_is_kept_is_what_autograd_saves():
 def test_nothing_stays_of_a_forward_pass_that_no_backward_pass_follows():
     net, images = training_net("SSD_HarDNet68"), random_images(1)
     net.recompute = True
-    with Allocations() as allocations:
+    with profile(profile_memory=True) as memory:
         outputs = net(images)
-    assert allocations.nbytes() > 0
-    del outputs
-    assert allocations.nbytes() == 0
+        del outputs
+    assert allocated(memory) == 0
 
 
 def test_without_gradients_nothing_changes():
@@ -98,10 +98,10 @@ def test_without_gradients_nothing_changes():
     with torch.no_grad():
         expected = net(images)
         net.recompute = True
-        with Allocations() as allocations:
+        with profile(profile_memory=True) as memory:
             measured = net(images)
     assert all(map(torch.equal, measured, expected))
-    assert allocations.nbytes() == sum(x.nbytes for x in measured)
+    assert allocated(memory) == sum(x.nbytes for x in measured)
 
 
 def test_replica_of_several_processes_recomputes(tmp_path):
@@ -125,14 +125,14 @@ def test_replica_of_several_processes_recomputes(tmp_path):
 def test_parts_are_kept_in_place_of_their_concatenation_alone():
     parts = [torch.randn(1, n, 4, 4, requires_grad=True) for n in (2, 3)]
     other = torch.randn(1, 5, 4, 4, requires_grad=True)
-    with Allocations() as allocations, recompute_concatenations():
+    with profile(profile_memory=True) as memory, recompute_concatenations():
         whole = concatenate(parts)
-        loss = (whole * whole.detach().clone()).sum() + (other * 2).square().sum()
+        loss = (whole * whole.detach().clone()).sum() + (other + other).square().sum()
         assert torch.equal(whole, torch.cat(parts, 1))
         del whole
     float32 = 4
-    # The clone, other * 2 and the loss; not the concatenation.
-    assert allocations.nbytes() == float32 * (2 * 5 * 16 + 1)
+    # The clone, other + other and the loss; not the concatenation.
+    assert allocated(memory) == float32 * (2 * 5 * 16 + 1)
     loss.backward()
     for part in parts:
         torch.testing.assert_close(part.grad, part.detach())
@@ -156,7 +156,7 @@ def test_a_concatenation_outside_is_an_ordinary_one():
         pass
     part = torch.randn(1, 2, 4, 4, requires_grad=True)
     whole = concatenate([part, part])
-    with Allocations() as allocations:
+    with profile(profile_memory=True) as memory:
         loss = (whole * whole.detach().clone()).sum()
-    del loss
-    assert allocations.nbytes() == 0
+        del loss
+    assert allocated(memory) == 0

@@ -136,17 +136,20 @@ def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):
     assert dataset_of_test({}, "CVAT") == "CVAT"
 
 
-@pytest.mark.parametrize("kinds", ["a:yolo", "a:yolo b:voc", "a:yolo b:yolo c:voc", "a:voc b:voc"])
+@pytest.mark.parametrize("kinds", ["a:yolo", "a:yolo b:voc", "a:yolo b:yolo c:voc", "a:voc b:voc",
+                                   "a:bare b:bare", "a:bare b:voc"])
 def test_folder_of_data_sets_is_refused_with_their_names(kinds, tmp_path):
     (tmp_path / "notes.txt").write_text("several")
+    (tmp_path / "notes.json").write_text('{"by": "me", "images": [1]}')
     for name, kind in (each.split(":") for each in kinds.split()):
-        if kind == "yolo":
-            write(tmp_path / name, {"train/a": CAT})
+        if kind != "voc":
+            write(tmp_path / name, {"train/a": CAT}, **{"yaml": ""} if kind == "bare" else {})
         else:
             write_voc(tmp_path / name, {"train": {name: DOG}})
     with pytest.raises(UserError) as error:
         resolve({"root": str(tmp_path)})
-    names = {"yolo": "YOLO (data.yaml)", "voc": "VOC XML in Annotations/"}
+    names = {"yolo": "YOLO (data.yaml)", "bare": "YOLO (images and labels)",
+             "voc": "VOC XML in Annotations/"}
     words = [f"{name} ({names[kind]})" for name, kind in (e.split(":") for e in kinds.split())]
     assert all(word in str(error.value) for word in words), error.value
     assert str(tmp_path / "a") in str(error.value) and "--root" in str(error.value)

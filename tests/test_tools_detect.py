@@ -1,7 +1,9 @@
 """python -m tools.detect: which sources it reads, what it writes, and how it ends."""
 
 import csv
+import itertools
 import json
+import math
 import os
 import re
 import shlex
@@ -26,10 +28,11 @@ from tiny import TINY
 
 import data
 import models
-from data.config import COCO_CLASSES
+from data.config import COCO_CLASSES, VOC_300
 from data.voc0712 import VOCDetection
 from data.voc_xml import read_annotation
-from inference.draw import LEGIBLE
+from inference.draw import LEGIBLE, class_colour, find_font
+from inference.origins import Origin
 from inference.predictor import Predictor
 from layers.detect import DetectConfig
 from tools import detect, export, outputs
@@ -578,15 +581,19 @@ def test_drives_that_share_no_folder(monkeypatch):
         find_sources(["a.jpg"], Path("runs"))
 
 
-def test_a_source_must_be_given(capsys):
+@pytest.mark.parametrize("words, message", [
+    ([], "give a SOURCE"),
+    (["a.png", "--explain", "--no-draw", "--save", "csv"], "give --draw or --save json")])
+def test_a_source_and_a_result_must_be_given(words, message, capsys):
     with pytest.raises(SystemExit, match="2"):
-        detect.parse(["best.pth"])
-    assert "give a SOURCE" in capsys.readouterr().err
+        detect.parse(["best.pth", *words])
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("words, message", [
     (["none.pth", "a.png"], "none.pth"),
     (["best.pth", "a.png", "--live"], "--live shows cameras and videos; leave it out"),
+    (["best.pth", "a.png", "--explain", "--tiles", "50"], "leave tiles and flip out"),
     (["best.pth", "a.png", "--out", "notes.txt"], "notes.txt"),
     (["best.pth", "a.png", "--out", "o"], "images.json: cannot be written"),
     (["best.pth", "3", "--out", "p"], "camera_3 cannot be opened; is it connected")])
@@ -797,6 +804,68 @@ def test_characters_that_no_font_has_are_told(monkeypatch, caplog):
         detect.font_for(["ü"], "none.ttf")
 
 
+# ---------------------------------------------------------------- prior boxes of detections
+
+
+def test_a_detection_tells_the_prior_box_that_it_was_decoded_from(weights, capsys):
+    """Every prior box is made and decoded here in loops; one of them gives the box and score."""
+    image, size = image_file("a.png", (90, 70)), np.array([90, 70, 90, 70])
+    saved = torch.load(weights, weights_only=True)
+    for number in range(6):  # every source map finds objects of the first class
+        saved["model"][f"conf.{number}.bias"].view(-1, 4)[0, 1] = 2.2 + number / 5
+    torch.save(saved, weights)
+    assert call(weights, "a.png", "--explain", "--max_per_class", 900, "--max_detections", 900) == 0
+    predictor = Predictor(weights, device="cpu")
+    outputs = predictor.forward(predictor.preprocess([image]))
+    loc, conf = (outputs[key][0].double().numpy() for key in ("loc", "conf"))
+    scores = np.exp(conf) / np.exp(conf).sum(1, keepdims=True)
+    priors, about = [], []
+    for number, (side, step) in enumerate(zip(VOC_300.feature_maps, VOC_300.steps, strict=True)):
+        low, high = VOC_300.min_sizes[number], VOC_300.max_sizes[number]
+        shapes = [(low, low), (math.sqrt(low * high),) * 2]
+        for r in VOC_300.aspect_ratios[number]:
+            long, short = low * math.sqrt(r), low / math.sqrt(r)
+            shapes += [(long, short), (short, long)]
+        for row, column, (w, h) in itertools.product(range(side), range(side), shapes):
+            w, h = min(w, 300), min(h, 300)
+            about.append({"index": len(about), "map": number, "side": side, "stride": step,
+                          "row": row, "column": column, "size": math.sqrt(w * h), "aspect": w / h})
+            priors.append(np.minimum(((column + 0.5) * step, (row + 0.5) * step, w, h), 300) / 300)
+    x, y, w, h = np.transpose(priors)
+    corners = lambda x, y, w, h: np.stack([x - w / 2, y - h / 2, x + w / 2, y + h / 2], 1)  # noqa: E731
+    moved = corners(x + 0.1 * loc[:, 0] * w, y + 0.1 * loc[:, 1] * h,
+                    w * np.exp(0.2 * loc[:, 2]), h * np.exp(0.2 * loc[:, 3])) * size
+    boxes, maps = corners(x, y, w, h) * size, set()
+    for record in read("detections.json", Path("runs/detect/best")):
+        left, top, width, height = record["bbox"]
+        apart = np.abs(moved - (left, top, left + width - 1, top + height - 1)).max(1)
+        apart += np.abs(scores[:, record["category_id"]] - record["score"])
+        first, second = apart.argsort()[:2]
+        assert apart[first] < 0.01 and apart[second] > 2 * apart[first]
+        told, prior, box = record["prior"], boxes[first], moved[first]
+        shared = (np.minimum(prior, box)[2:] - np.maximum(prior, box)[:2]).clip(0).prod()
+        areas = sum((each[2:] - each[:2]).prod() for each in (prior, box))
+        sides = prior[2:] - prior[:2] + 1
+        assert told.pop("bbox") == pytest.approx([*prior[:2], *sides], abs=0.01)
+        assert told.pop("iou") == pytest.approx(shared / (areas - shared), abs=2e-4)
+        assert told == pytest.approx(about[first], abs=1e-3)
+        maps.add(told["side"])
+    assert maps == {*VOC_300.feature_maps}
+    assert "objects by source map: 38 x 38: " in capsys.readouterr().out
+
+
+def test_prior_boxes_are_drawn_dashed_with_their_cells():
+    origin = Origin(0, 0, 38, 8, 0, 0, 30, 1, 0.5, [20, 10, 60, 40], [36, 20, 44, 28])
+    found = found_in("a.png", [[5, 5, 95, 45]], [1])._replace(origins=[origin])
+    drawn = outputs.draw(found, ("cat",), find_font())  # six times as large
+    coloured = (drawn == class_colour(1)).all(2)
+    assert coloured[120, 216:270].all() and coloured[120:174, 216].all()
+    assert 0.3 < coloured[60, 120:366].mean() < 0.7 and 0.3 < coloured[60:246, 120].mean() < 0.7
+    coloured[60:246, 120:366] = False  # the detection itself is as before
+    assert (coloured == (outputs.draw(found._replace(origins=()), ("cat",), find_font())
+                         == class_colour(1)).all(2)).all()
+
+
 # ---------------------------------------------------------------- the page
 
 
@@ -806,7 +875,7 @@ def test_every_command_of_the_page_runs(weights, capsys):
     text = (ROOT / "docs" / "detect.md").read_text("utf-8")
     blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 7
+    assert len(commands) == 8
     for name in ("photos/a.jpg", "photos/in/b.jpg", "shots/c.png", "one.jpg"):
         image_file(name)
     video_file("film.mp4", 3)
@@ -820,6 +889,6 @@ def test_every_command_of_the_page_runs(weights, capsys):
     with pytest.raises(SystemExit, match="0"):
         detect.parse(["--help"])
     options = capsys.readouterr().out
-    others = {"--format", "--images", "--no", "--root", "--test"}
+    others = {"--format", "--images", "--no", "--priors", "--root", "--test", "--with"}
     told = set(re.findall(r"--[a-z]\w+", text)) - others
     assert {name for name in told if name not in options} == set()

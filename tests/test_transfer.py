@@ -141,3 +141,17 @@ def test_class_maps_are_read_from_the_option_or_a_file(tmp_path):
 def test_a_bad_class_map_is_refused_by_its_entry(text, words):
     with pytest.raises(UserError, match=words):
         parse_class_map(text)
+
+
+def test_the_norm_of_a_new_class_starts_as_batch_norms_do():
+    state = build_net("SSD_HarDNet39dsbn", 300, 3).state_dict()
+    for key in state:
+        if key.startswith("conf.") and state[key].is_floating_point():
+            state[key] = torch.full_like(state[key], 5)
+    result, new = transfer_classes(state, ("a", "b"), ("b", "c"))
+    start = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1}
+    for name, value in start.items():
+        rows = result[f"conf.0.norm.{name}"].reshape(6, 3)  # a box's background, b, c
+        assert torch.equal(rows, torch.tensor([5.0, 5, value]).expand(6, 3))
+    assert new == ["c"]
+    build_net("SSD_HarDNet39dsbn", 300, 3).load_state_dict(result, strict=True)

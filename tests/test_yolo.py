@@ -159,6 +159,12 @@ def test_set_without_a_box_or_a_name_is_refused_with_its_cause(labels, yaml, wor
     assert all(word in str(error.value) for word in words), error.value
 
 
+def test_labels_that_nothing_names_are_one_fault(tmp_path):
+    faults = []
+    assert not len(read(write(tmp_path, {"train/a": "5 .5 .5 .2 .5"}), faults=faults).rows)
+    assert len(faults) == 1 and "data.yaml" in faults[0] and "use 5: add" in faults[0]
+
+
 def test_classes_of_the_call_name_numbers_that_nothing_names(tmp_path):
     write(tmp_path, {"train/a": CAT}, yaml="")
     assert read(tmp_path, classes=["dog"]).target(0)[0, 4] == 1

@@ -14,6 +14,7 @@ import itertools
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -85,7 +86,7 @@ def open_predictor(args: argparse.Namespace) -> Predictor:
                           score_threshold=args.score_threshold, max_detections=args.max_detections,
                           max_per_class=args.max_per_class, nms=args.nms,
                           class_agnostic=args.class_agnostic, tiles=args.tiles or 0,
-                          overlap=args.overlap, flip=bool(args.flip))
+                          overlap=args.overlap, flip=bool(args.flip), explain=args.explain)
     if args.score_threshold is None:  # an exported file may have a higher one inside
         least = max(THRESHOLD, predictor.config.conf_thresh)
         predictor.config = replace(predictor.config, conf_thresh=least)
@@ -99,7 +100,8 @@ def find_objects(predictor: Predictor, frames: Sequence[Frame]) -> list[Found]:
     except FloatingPointError as error:
         raise UserError(f"the network's output is not finite ({error}); its weights have diverged, "
                         "or their file is damaged") from error
-    return [Found(frame, d["boxes"].double().numpy(), d["scores"].numpy(), d["labels"].numpy())
+    return [Found(frame, d["boxes"].double().numpy(), d["scores"].numpy(), d["labels"].numpy(),
+                  d.get("origins", ()))
             for frame, d in zip(frames, detections, strict=True)]
 
 
@@ -164,11 +166,12 @@ def detect(args: argparse.Namespace) -> int:
             writers = open_writers(folder, kinds, sources, info.classes, font)
         output = stack.enter_context(Output(writers, args.workers))
         reader = Reader(sources, 1 if args.live else args.batch_size, args.workers)
-        objects, is_open = 0, True
+        objects, is_open, maps = 0, True, Counter()
         with closing(reader.batches()) as batches:
             for batch in batches:
                 for found in find_objects(predictor, batch):
                     objects += len(found.scores)
+                    maps.update(origin.side for origin in found.origins)
                     output.add(found)
                     if window:
                         is_open = window.show(draw(found, info.classes, font))
@@ -182,6 +185,9 @@ def detect(args: argparse.Namespace) -> int:
                 objects, time.monotonic() - start, skipped)
     if not objects and reader.images + reader.frames:
         LOGGER.info("no score is over %g; give a lower --score_threshold", threshold)
+    if maps:
+        LOGGER.info("objects by source map: %s", ", ".join(
+            f"{side} x {side}: {count}" for side, count in sorted(maps.items(), reverse=True)))
     if writers:
         LOGGER.info("%s: %s", folder, ", ".join(writer.place for writer in writers))
     return 130 if stop.asked else int(reader.broken + output.unwritten > 0)
@@ -204,6 +210,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    help="draw images and videos with their boxes")
     g.add_argument("--live", action="store_true",
                    help="show a camera or video in a window; results are written only with --out")
+    g.add_argument("--explain", action="store_true",
+                   help="tell and draw the prior box that found each object")
     g.add_argument("--font", metavar="FILE", help="font for class names that are not ASCII")
     g = p.add_argument_group("detections")
     g.add_argument("--score_threshold", type=fraction, metavar="X", help="lowest score of a "
@@ -220,7 +228,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     g.add_argument("--class_agnostic", action="store_true",
                    help="suppress boxes of different classes, too")
     g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    g.add_argument("--device", default="auto",
+                   help="auto, cpu, cuda, cuda:N or mps (untried) (default: auto)")
     g.add_argument("--amp", choices=AMP_TYPES, default="off", help="precision (default: off)")
     g.add_argument("-b", "--batch_size", "--batch", type=positive, default=8, metavar="N",
                    help="images at a time (default: 8)")
@@ -230,6 +239,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args = p.parse_args(argv)
     if not args.sources and not args.live:
         p.error("give a SOURCE: an image, a folder, a video or camera")
+    if args.explain and not (args.draw or args.live or "json" in args.save):
+        p.error("--explain adds to detections.json and to drawn images; give --draw or --save json")
     return args
 
 

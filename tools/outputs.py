@@ -23,6 +23,7 @@ from PIL.ImageFont import FreeTypeFont
 
 from data.config import COCO_CLASSES
 from inference.draw import draw_detections, enlarge
+from inference.origins import Origin
 from tools.sources import Frame, Source, real_path
 from utils.errors import UserError
 from utils.files import atomic_write, check_writable, csv_bytes
@@ -41,6 +42,7 @@ class Found(NamedTuple):
     boxes: np.ndarray  # float64 [n, 4]
     scores: np.ndarray  # float32 [n]
     labels: np.ndarray  # int64 [n], in 1..C
+    origins: Sequence[Origin] = ()  # n, or none if not asked for
 
     @property
     def name(self) -> str:
@@ -161,11 +163,11 @@ class JsonFiles(Writer):
             about |= {"frame": found.frame.number, "time": round(found.frame.time, 3)}
         width, height = found.size
         self._images.append(_json({"id": number, **about, "width": width, "height": height}))
-        boxes = np.hstack([found.boxes[:, :2], found.boxes[:, 2:] - found.boxes[:, :2] + 1])
-        for box, score, label in zip(boxes, found.scores, found.labels, strict=True):
-            record = {"image_id": number, "category_id": self._categories[label - 1]["id"]}
-            record["bbox"] = [round(float(v), 2) for v in box]
-            self._detections.append(_json({**record, "score": round(float(score), 5), **about}))
+        for k, label in enumerate(found.labels):
+            record = {"image_id": number, "category_id": self._categories[label - 1]["id"],
+                      "bbox": _bbox(found.boxes[k]), "score": round(float(found.scores[k]), 5)}
+            prior = {"prior": _prior(found.origins[k])} if found.origins else {}
+            self._detections.append(_json({**record, **about, **prior}))
 
     def close(self) -> None:
         images, detections = map(",\n".join, (self._images, self._detections))
@@ -176,6 +178,17 @@ class JsonFiles(Writer):
 
 def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
+
+
+def _bbox(box: Sequence[float]) -> list[float]:
+    x1, y1, x2, y2 = box
+    return [round(float(v), 2) for v in (x1, y1, x2 - x1 + 1, y2 - y1 + 1)]
+
+
+def _prior(origin: Origin) -> dict[str, object]:
+    values = origin._asdict()
+    box, _ = values.pop("box"), values.pop("cell")
+    return {**{key: round(value, 4) for key, value in values.items()}, "bbox": _bbox(box)}
 
 
 class CsvFile(Writer):
@@ -276,8 +289,11 @@ class Drawings(Writer):
 
 def draw(found: Found, classes: Sequence[str], font: FreeTypeFont) -> np.ndarray:
     """Return the image with its boxes. A small image is enlarged so that labels are legible."""
-    image, boxes = enlarge(found.frame.image, found.boxes)
-    return draw_detections(image, boxes, found.labels, found.scores, classes, font)
+    n = len(found.boxes)
+    more = [box for origin in found.origins for box in (origin.box, origin.cell)]
+    image, boxes = enlarge(found.frame.image, np.vstack([found.boxes, *more]))
+    return draw_detections(image, boxes[:n], found.labels, found.scores, classes, font,
+                           boxes[n:].reshape(-1, 2, 4))
 
 
 class VideoFile:
