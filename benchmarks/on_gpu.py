@@ -85,7 +85,7 @@ PYTEST = "pytest -m gpu -q -rfE --tb short -p no:cacheprovider"
 
 def build(s: Settings, folder: Path) -> list[Stage]:
     first: Stage = {"compile": (60, "utils/build.py")}
-    once = "benchmarks.speed --forward --amp bf16 --rounds 1 --routes compiled"
+    once = "benchmarks.speed --size 512 --forward --amp bf16 --rounds 1 --routes compiled"
     for net, batch in product(f"{TWO} {OTHERS}".split() if s.gpu else (), (1, 32)):
         first[f"warm_{net}_{batch}"] = 80, f"{once} --version {net} --batch {batch}"
     return [first, {"check": (15, "utils/build.py --check")}]
@@ -99,7 +99,7 @@ def nms(s: Settings, folder: Path) -> list[Stage]:
 
 
 def speed(s: Settings, folder: Path) -> list[Stage]:
-    line = "benchmarks.speed --rounds 15"
+    line = "benchmarks.speed --size 512 --rounds 15"
     bf16 = f"{line} --forward --amp bf16 --batch 1 32"
     return [{"bf16": (55, f"{bf16} --version {TWO} --routes plain graph compiled")},
             {"others": (40, f"{bf16} --version {OTHERS} --routes graph compiled")},
@@ -140,14 +140,16 @@ def training(s: Settings, folder: Path, name: str) -> tuple[str, Path]:
 def bccd(s: Settings, folder: Path) -> list[Stage]:
     options = (f"--max_epoch {s.epochs} --amp bf16 --log_iters 100 --save_frequency 0 "
                f"--save_minutes 1 {s.options} {'--max_iters 2' if s.quick else ''}")
-    trained, tested = {}, {}
+    test = "train_test.py --score_threshold 0.01 --num_workers 2 --test"
+    score = f"data.voc_eval --root {shlex.quote(s.bccd)} --set test"
+    trained, tested, scored = {}, {}, {}
     for recipe, seed in product(("published", "modern"), s.seeds.split()):
         name = f"{recipe}_{seed}"
         line, last = training(s, folder, name)
-        trained[name] = 230, f"{line} {options} --recipe {recipe} --seed {seed}"
-        line = f"train_test.py --test {last} --score_threshold 0.01 --num_workers 2"
-        tested[f"{name}_test"] = 35, line
-    return [trained, tested]
+        trained[name] = 220, f"{line} {options} --recipe {recipe} --seed {seed}"
+        tested[f"{name}_test"] = 35, f"{test} {last}"
+        scored[f"{name}_AP"] = 10, f"{score} {last.parent}/ss_predict/last/test"
+    return [trained, tested, scored]
 
 
 def nccl(s: Settings, folder: Path) -> list[Stage]:
@@ -194,7 +196,7 @@ def perform(name: str, line: str, end: float, env: Mapping[str, str], s: Setting
     title = f"  {name} {time.monotonic() - start:.1f} s {how}"
     with Path(s.out, "log.txt").open("ab", buffering=0) as log:  # unmixed with other calls' output
         log.write(f"\n====={title}\n{shlex.join(argv)}\n{text}".encode(errors="replace"))
-    lines = text.strip().splitlines()[-40 if status or not env else -3 :]
+    lines = text.strip().splitlines()[-40 if status or not env else -4 :]
     return status, [title, *(f"    {line[:170]}" for line in lines)]
 
 

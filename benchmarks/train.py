@@ -1,8 +1,6 @@
 """Loss, training step and memory of training, beside the published and the plain way.
 
-    python -m benchmarks.train loss
-    python -m benchmarks.train step [--version SSD_HarDNet68 ...] [--compile]
-    python -m benchmarks.train memory [--version SSD_HarDNet68 ...]
+    python -m benchmarks.train {loss,step,memory} [--version SSD_HarDNet68 ...] [--size 512]
 
 All images and boxes are random, 1 to 20 boxes an image.
 

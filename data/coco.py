@@ -50,7 +50,7 @@ class COCODetection(DetectionData):
     outside their image are dropped, others are clipped (`clip_boxes`); ``skipped`` records that.
 
     Label k is ``classes[k - 1]`` and COCO's category ``category_ids[k]`` (80 labels, ids up to
-    90). ``ids`` are ascending within an image set.
+    90). ``ids`` are ascending within an image set; ``file_ids`` are those of the annotation file.
 
     Args:
         root: a folder laid out as `data.coco_layout` describes.
@@ -91,7 +91,7 @@ class COCODetection(DetectionData):
         # processes are not forked; of a list each object would be copied when it is first used.
         self._folders = [part.folder for part in parts]
         self._names = np.concatenate([part.names for part in parts])
-        self._file_ids = np.concatenate([file.image_ids for file in files])
+        self.file_ids = np.concatenate([file.image_ids for file in files])
         self._set_of = np.repeat(np.arange(len(files)), [len(file.image_ids) for file in files])
         self.ids = self._unique_ids()
         used = coco_layout.set_folders(self.root)
@@ -110,6 +110,10 @@ class COCODetection(DetectionData):
 
     def image_path(self, index: int) -> Path:
         return self._folders[self._set_of[index]] / str(self._names[index])
+
+    def annotation_path(self, index: int) -> Path:
+        """Return the annotation file of the image."""
+        return self._files[self._set_of[index]]
 
     def pull_image(self, index: int) -> np.ndarray:
         """Return the image, BGR uint8 [H, W, 3], of the size that its boxes are for.
@@ -134,7 +138,7 @@ class COCODetection(DetectionData):
         return stored
 
     def _keep(self, kept: list[int]) -> None:
-        self._names, self._file_ids = self._names[kept], self._file_ids[kept]
+        self._names, self.file_ids = self._names[kept], self.file_ids[kept]
         used, self._set_of = np.unique(self._set_of[kept], return_inverse=True)
         self._part_sets, self._files, self._folders = (
             [items[s] for s in used] for items in (self._part_sets, self._files, self._folders))
@@ -157,7 +161,7 @@ class COCODetection(DetectionData):
         files = []
         for k, path in enumerate(self._files):
             file = read_annotations(path, boxes=not is_test_split(path)).of_classes(self.classes)
-            files.append(file.of_images(self._file_ids[self._set_of == k]))
+            files.append(file.of_images(self.file_ids[self._set_of == k]))
         return replace(join(files), image_ids=np.array(self.ids))
 
     def fingerprint(self) -> dict:
@@ -285,7 +289,7 @@ class COCODetection(DetectionData):
 
         Raises UserError for an id and a file name that occur twice.
         """
-        ids = self._file_ids.tolist()
+        ids = self.file_ids.tolist()
         images = [*zip(ids, map(os.path.basename, self._names.tolist()), strict=True)]
         if len(set(images)) < len(ids):
             (twice, _), _ = Counter(images).most_common(1)[0]

@@ -167,6 +167,7 @@ class YOLODetection(AnnotatedImages):
                  "or correct the labels", faults)
         classes = classes or tuple(name for _, name in sorted(folder.names.items())
                                    if name not in BACKGROUND)
+        self.numbers = {name: number for number, name in folder.names.items()}  # of all names
         if not unnamed or any(each.names for each in annotations):  # else that has been told
             skipped += check_objects(what, annotations, classes, faults)
         return Loaded(_ids(self.root, images), images, annotations, classes, skipped)
@@ -217,7 +218,7 @@ def _read(folder: YOLOFolder, index: int, image: Path, label: Path | None,
     """
     size = image_size(image)
     if label is None:
-        return replace(Annotation.empty(image), size=size)
+        return replace(Annotation.empty(Path(f"{folder.label_stems(image)[0]}.txt")), size=size)
     numbers, edges, outside = read_label(label, folder.keypoints)
     for k in outside:
         detail = f"{label}: object {k + 1}, edges {', '.join(f'{value:g}' for value in edges[k])}"

@@ -231,8 +231,8 @@ class Call(Checked):
         help="let boxes of different classes suppress each other, too")
     top_k: int | None = _testing(None, "--max_detections", read=positive, metavar="N",
         help="most detections of an image (default: 300 VOC, 200 COCO)")
-    per_class: int | None = _testing(None, "--max_per_class", read=positive, metavar="N",
-        help="most detections of a class in an image (default: 50)")
+    per_class: int | None = _testing(None, "--max_per_class", "--per_class", read=positive,
+        metavar="N", help="most detections of a class in an image (default: 50)")
     tiles: int | None = _testing(None, "--tiles", read=count, metavar="SIDE",
         help="also look at square tiles of so many pixels, for small objects in large images "
              "(default: 0, the whole image alone)")

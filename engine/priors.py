@@ -18,8 +18,13 @@ MATCHED = Options.jaccard_threshold
 """IoU from which a prior box is positive in training."""
 FIT = "fit"
 """Value of --priors that fits them to the training boxes."""
-SAMPLE = 20_000
+SAMPLE = 10_000
 """Most boxes that sizes are fitted to."""
+ENOUGH = 12
+"""Positive prior boxes of an object beyond which a fit counts no more. With the published prior
+boxes, an object of ordinary size has about so many."""
+NEARLY = 0.01
+"""Sizes whose share of objects is this near to the highest count as equal to it."""
 
 
 def read_priors(text: str, size: int) -> str:
@@ -54,7 +59,12 @@ def fit_to(dataset: DetectionData, config: PriorConfig) -> str:
 
 
 def fitted(config: PriorConfig, boxes: np.ndarray, labels: np.ndarray) -> PriorConfig:
-    """Return the preset with the sizes of prior boxes that fit best, by the mean share of classes.
+    """Return the preset with the sizes of prior boxes that fit best.
+
+    They let (nearly) the highest share of objects reach `MATCHED`, and among those give an object
+    the most positive prior boxes, at most `ENOUGH`. Both are means over each class, then over the
+    classes. The share alone is no measure: it may take most of its positive prior boxes from a
+    class that reaches `MATCHED` in any case.
 
     As in SSD, the first source map has its own size, and the other maps have evenly spaced sizes
     up to the preset's last size. The search tries quantiles of the boxes' sizes as first size, and
@@ -72,15 +82,54 @@ def fitted(config: PriorConfig, boxes: np.ndarray, labels: np.ndarray) -> PriorC
     sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)) * config.size
     last = config.min_sizes[-1]
     candidates = [config]
-    for first in np.quantile(sides, (0.02, 0.05, 0.1, 0.2, 0.3)).clip(4, last / 4):
-        for step in (1.5, 2, 2.5, 3):
+    quantiles = np.quantile(sides, (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3))
+    for first in np.unique(quantiles.clip(4, last / 4).round()):
+        for step in (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5):
             rest = np.linspace(first * step, last, len(config.min_sizes) - 1)
             sizes = [float(round(side)) for side in (first, *rest)]
             candidates.append(config.with_sizes([*sizes, config.max_sizes[-1]]))
     classes = [labels == label for label in np.unique(labels)]
     overlaps = (best_overlaps(candidate, boxes) for candidate in candidates)
-    shares = [np.mean([share(best[own]) for own in classes]) for best in overlaps]
-    return candidates[np.argmax(shares)]
+    shares = np.array([np.mean([share(best[own]) for own in classes]) for best in overlaps])
+    fit = [candidates[i] for i in np.flatnonzero(shares >= shares.max() - NEARLY)]
+    counts = (positives(candidate, boxes).clip(max=ENOUGH) for candidate in fit)
+    return fit[np.argmax([np.mean([count[own].mean() for own in classes]) for count in counts])]
+
+
+def positives(config: PriorConfig, boxes: np.ndarray) -> np.ndarray:
+    """Return how many prior boxes reach an IoU of `MATCHED` with a box of each size, float64 [n].
+
+    The number is the mean over all positions of a box far from the border. Centres of a prior box
+    that reach the IoU fill an area around the box's centre. The number is this area, in cells.
+
+    boxes: [n, 4], (x1, y1, x2, y2) relative to the image; n may be 0.
+    """
+    sides = ((boxes[:, 2:] - boxes[:, :2]) * config.size).astype(np.float64)
+    priors, start = PriorBox(config)().double().numpy() * config.size, 0
+    total = np.zeros(len(boxes))
+    for step, side, shapes in zip(config.steps, config.feature_maps, config.boxes_per_cell,
+                                  strict=True):
+        for shape in priors[start : start + shapes, 2:]:
+            total += 4 * _quarter(*sides.T, *shape) / step**2
+        start += side * side * shapes
+    return total
+
+
+def _quarter(w: np.ndarray, h: np.ndarray, p: float, q: float) -> np.ndarray:
+    """Return the area of shifts (x, y >= 0) at which boxes w x h and p x q reach `MATCHED`.
+
+    At the shift (x, y) they share (min(w, p, (w + p) / 2 - x)) times the same of y, h and q. This
+    must be `least`; so y is at most (h + q) / 2 - least / (shared width), and x is integrated.
+    """
+    least = MATCHED / (1 + MATCHED) * (w * h + p * q)
+    wide, tall = np.minimum(w, p), np.minimum(h, q)
+    reach = wide * tall >= least
+    w, h, least, wide, tall = w[reach], h[reach], least[reach], wide[reach], tall[reach]
+    flat, narrow = np.abs(w - p) / 2, least / tall  # x of a full shared width; its least width
+    area = np.zeros(len(reach))
+    area[reach] = (flat * ((h + q) / 2 - least / wide) + (h + q) / 2 * (wide - narrow)
+                   - least * np.log(wide / narrow))
+    return area
 
 
 def share(overlaps: Sequence[float] | np.ndarray) -> float:

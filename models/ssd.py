@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from math import log
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from layers.l2norm import L2Norm
-from models.base import recompute_concatenations
+from models.base import NormedConv2d, recompute_concatenations
 
 
 class Detector(nn.Module):
@@ -34,6 +35,11 @@ class Detector(nn.Module):
         self.num_classes = num_classes
         self.loc = _heads(channels, [a * 4 for a in boxes_per_cell], conv)
         self.conf = _heads(channels, [a * num_classes for a in boxes_per_cell], conv)
+        if conv is NormedConv2d:
+            # A norm's shift alone moves the mean of a logit. Start where hard negative mining
+            # leaves one positive in four.
+            for head in self.conf:
+                nn.init.constant_(head.norm.bias[::num_classes], log(3 * (num_classes - 1)))
 
     def sources(self, images: Tensor) -> list[Tensor]:
         """Return the source maps [B, C_k, H_k, W_k], largest first."""

@@ -157,13 +157,18 @@ def test_page_and_console_tell_which_is_better(voc, tmp_path, capsys):
 def test_commands_of_the_documentation_run(voc, monkeypatch, tmp_path, capsys):
     text = (Path(__file__).parents[1] / "docs" / "reading_a_report.md").read_text("utf-8")
     commands = re.findall(r"^python -m tools.report (.+)$", text, re.MULTILINE)
-    assert len(commands) == 2
+    assert len(commands) == 3
     monkeypatch.chdir(tmp_path)
     for folder, name in zip(voc, ("RUN", "OTHER"), strict=False):
         shutil.copytree(folder, tmp_path / "weights" / "SSD_HarDNet68_300" / name)
     for words in map(str.split, commands):
+        if "--accept" in words:
+            page = next(Path("weights").rglob("report.html"))
+            ticks = [a["value"] for a, _ in Page(page).all("input")]
+            Path("accepted.json").write_text(f"[{', '.join(ticks)}]")
         assert report.main(words) == 0, capsys.readouterr().err
-    assert "A is better" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "A is better" in out and f"with {len(ticks)} new objects" in out and len(ticks) > 5
 
 
 def test_a_test_against_itself_has_no_evidence(coco, capsys, tmp_path):

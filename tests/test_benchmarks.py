@@ -18,6 +18,7 @@ from nms_routines import needs_torchvision
 
 from benchmarks import gather, harness, loader, nms, on_gpu, scores, train
 from benchmarks.harness import CPU
+from data import voc_eval
 from engine import options
 from inference.gathered_conv import GatheredWeight
 from utils.errors import UserError
@@ -206,6 +207,8 @@ def test_every_line_of_the_gpu_script_is_understood(quick, tmp_path):
                 if argv[0] == "-m" and argv[1].startswith("benchmarks."):
                     args = importlib.import_module(argv[1]).parser().parse_args(argv[2:])
                     assert args.device == "cuda" and (not quick or args.rounds == 1)
+                elif argv[:2] == ["-m", "data.voc_eval"]:
+                    voc_eval.build_parser().parse_args(argv[2:])
                 elif argv[0] == "train_test.py":
                     _, given = options.parse(argv[1:])
                     assert given.get("batch_size", 4) == (4 if quick else 16) or "--test" in argv

@@ -26,7 +26,8 @@ from train_test import main
 
 ROOT = Path(__file__).parent.parent
 ROOMS = "utils|data|layers|models|inference|engine|tools|demo|docs|benchmarks|tests"
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), ROOT / "weights" / "README.md"])
+PAGES = sorted([*ROOT.glob("*.md"), *(path for room in ("docs", "weights", "benchmarks")
+                                      for path in (ROOT / room).rglob("*.md"))])
 
 
 def blocks(page: str, language: str) -> list[str]:

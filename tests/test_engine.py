@@ -1,14 +1,18 @@
 """One training step, and detection over a data set."""
 
 import copy
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
 from tiny import TINY
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import models
 from data.config import INPUT_MEAN, VOC_300
+from engine.optim import MovingAverage, build_optimizer
+from engine.options import Options
 from engine.steps import TrainStep, detect_all
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import build_net
@@ -104,6 +108,30 @@ def test_a_step_tells_whether_to_stop_and_a_loss_that_is_not_finite(tiny_net):
         tiny_net.conf[0].bias[0] = float("nan")
     (third,) = run(tiny_net, [batch()])
     assert np.isnan(third.results()[1])
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Let the device "meta" refuse float64, as Apple's GPU does; what comes back from it is 0."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and kwargs.get("device") == torch.device("cpu"):
+            return torch.zeros_like(args[0], device="cpu")
+        made = func(*args, **kwargs)
+        for each in made if isinstance(made, tuple | list) else [made]:
+            assert not (getattr(each, "is_meta", False) and each.dtype == torch.float64), func
+        return made
+
+
+def test_training_makes_no_float64_on_its_device(tiny_net, monkeypatch):
+    monkeypatch.setattr("engine.steps.autocast", lambda *_: nullcontext())
+    with WithoutFloat64():
+        net, priors = tiny_net.to("meta"), PriorBox(VOC_300).to("meta")()
+        with pytest.raises(AssertionError, match="aten"):
+            priors.double()
+        optimizer = build_optimizer(net, Options(optimizer="adamw"))
+        TrainStep(net, MultiBoxLoss(3), priors, optimizer, clip_norm=1)([batch()], 1e-3)
+        MovingAverage(net, 0.9).update(net)
 
 
 def test_detection_restores_the_mode_and_equals_the_net_by_hand(tiny_net):

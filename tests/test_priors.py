@@ -9,7 +9,15 @@ import torch
 from data import build_dataset
 from data.config import COCO_512, MOBILE_300, VOC_300
 from engine.options import Options
-from engine.priors import best_overlaps, fit_to, fitted, read_priors, share
+from engine.priors import (
+    MATCHED,
+    best_overlaps,
+    fit_to,
+    fitted,
+    positives,
+    read_priors,
+    share,
+)
 from engine.resolve import check_resumed, resolve
 from layers import PriorBox
 from models import prior_config
@@ -55,6 +63,33 @@ def test_the_fit_serves_small_boxes_and_keeps_the_number_of_prior_boxes():
     assert own.num_priors == VOC_300.num_priors and own.max_sizes[-1] == VOC_300.max_sizes[-1]
     assert share(best_overlaps(VOC_300, boxes)) < 0.1 < 0.7 < share(best_overlaps(own, boxes))
     assert fitted(VOC_300, boxes[:0], np.ones(0)) == VOC_300
+
+
+def test_the_number_of_positive_prior_boxes_is_the_mean_over_positions():
+    ops = pytest.importorskip("torchvision.ops")
+    rng = np.random.default_rng(0)
+    sides = rng.uniform(0.05, 0.3, (6, 2))
+    low = rng.uniform(0.3, 0.4, (4000, 6, 2))  # away from the border
+    boxes = torch.from_numpy(np.concatenate([low, low + sides], 2)).float().flatten(0, 1)
+    priors = ops.box_convert(PriorBox(VOC_300)(), "cxcywh", "xyxy")
+    reached = [(ops.box_iou(part, priors) >= MATCHED).sum(1)
+               for part in boxes.split(500)]
+    counted = torch.cat(reached).view(4000, 6).double().mean(0)
+    found = positives(VOC_300, boxes[:6].numpy())
+    assert found == pytest.approx(counted.numpy(), rel=0.05, abs=0.05)
+    assert positives(VOC_300, np.zeros((0, 4))).shape == (0,)
+
+
+def test_of_sizes_that_serve_all_objects_the_fit_takes_those_with_most_positive_prior_boxes():
+    # As on BCCD: platelets of 21 pixels, red cells of 55. All sizes here serve both at IoU 0.5.
+    sides = np.repeat([[21], [55]], 50, 0) * np.ones((1, 2)) / 300
+    boxes, labels = np.hstack([0.3 * np.ones((100, 2)), 0.3 + sides]), np.repeat([1, 2], 50)
+    own = fitted(VOC_300, boxes, labels)
+    assert share(best_overlaps(own, boxes)) == 1
+    small, large = np.mean(positives(own, boxes).reshape(2, 50), 1)
+    for sizes in ("21,48,102,156,210,264,315", "21,32,90,148,206,264,315"):
+        other = VOC_300.with_sizes([float(side) for side in sizes.split(",")])
+        assert small + large > sum(np.mean(positives(other, boxes).reshape(2, 50), 1))
 
 
 def test_a_run_keeps_the_prior_boxes_that_fit_its_data(voc_folder, tmp_path):

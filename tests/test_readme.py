@@ -189,17 +189,6 @@ def test_options_of_detection_are_the_defaults():
     assert re.findall(r"soft[-\w]*", row)[:2] == list(SUPPRESSION)[1:]
 
 
-@pytest.mark.parametrize(
-    "page",
-    ["README.md", "weights/README.md", "docs/traffic.md", "benchmarks/README.md",
-     "benchmarks/gpu/README.md"],
-)
-def test_links_and_pictures_lead_to_files(page):
-    text = (ROOT / page).read_text("utf-8")
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", text):
-        assert ((ROOT / page).parent / target).exists(), target
-
-
 def test_every_benchmark_is_listed_with_a_command_that_is_there():
     text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
     listed = set(re.findall(r"`python -m benchmarks\.(\w+)", text))

@@ -30,7 +30,7 @@ from utils.errors import UserError
 ROOT = Path(__file__).parent.parent
 NASTY = '<script>alert("x")</script>&'
 NAMES = ["Zelle é", '&lt;script>alert("x")&lt;/script>&amp;', "bolt"]  # as in XML
-VOID = {"meta", "img", "br", "path", "use", "image"}
+VOID = {"meta", "img", "br", "input", "path", "use", "image"}
 EMPTY = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
 
 
@@ -168,7 +168,7 @@ def test_the_page_is_whole_and_needs_nothing_from_outside(made):
     written = {str(p.relative_to(results)) for p in (results / "report_files").iterdir()}
     charts = {"ap_by_iou", "ap_by_size", "calibration", "confusion", "precision_recall",
               "training_loss", "training_score"}  # fmt: skip
-    tables = charts | {"classes", "errors", "errors_by_class", "mistakes"}
+    tables = charts | {"classes", "errors", "errors_by_class", "mistakes", "unlabelled"}
     wanted = {f"report_files/{name}.png" for name in charts}
     assert wanted | {f"report_files/{name}.csv" for name in tables} == written == links - outside
     images = [attributes for attributes, _ in page.all("img")]
@@ -244,7 +244,7 @@ def test_page_of_the_documentation_names_every_option(capsys):
         report.main(["--help"])
     words = capsys.readouterr().out.split()
     options = {word for word in words if word.startswith("--")} - {"--help"}
-    assert len(options) == 6 and all(f"`{option}" in text for option in options)
+    assert len(options) == 7 and all(f"`{option}" in text for option in options)
     assert all(f"| {kind} |" in text for kind in ERRORS)
 
 

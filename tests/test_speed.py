@@ -2,6 +2,7 @@
 
 import gc
 import json
+from types import SimpleNamespace
 
 import cv2
 import numpy as np
@@ -42,35 +43,26 @@ def rows_of(capsys, *args, status=0) -> list[dict]:
     return json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
 
 
-class Clock:
-    """A predictor whose stages take 1, 10, 100 and 1000 seconds on a clock of its own."""
+@pytest.mark.parametrize("groups", [1, 2])
+def test_every_stage_has_its_own_time(monkeypatch, groups):
+    """Stages that take 1, 10, 100 and 1000 seconds on a clock of their own."""
+    clock = [0]
 
-    device, now = CPU, 0
-
-    def __init__(self, monkeypatch, groups: int):
-        self.groups = groups
-        monkeypatch.setattr(harness.time, "perf_counter", lambda: self.now)
-        image_of = self.stage(1, lambda file: np.zeros((3, file, 3), np.uint8))
-        monkeypatch.setattr(routes, "read_image", image_of)
-        self.preprocess = self.stage(10, len)
-        self.forward = self.stage(100, lambda batch: batch)
-        self.postprocess = self.stage(1000, lambda outputs, sizes: sizes)
-
-    def stage(self, seconds, call):
+    def takes(seconds, call):
         def run(*arguments):
-            self.now += seconds
+            clock[0] += seconds
             return call(*arguments)
 
         return run
 
-    def batches(self, images):
-        size = len(images) // self.groups
-        return [images[i : i + size] for i in range(0, len(images), size)]
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-def test_every_stage_has_its_own_time(monkeypatch, groups):
-    route = routes.Route(None, "", "fp32", Clock(monkeypatch, groups), None)
+    monkeypatch.setattr(harness.time, "perf_counter", lambda: clock[0])
+    image_of = takes(1, lambda file: np.zeros((3, file, 3), np.uint8))
+    monkeypatch.setattr(routes, "read_image", image_of)
+    predictor = SimpleNamespace(
+        device=CPU, batches=lambda images: [images] if groups == 1 else [images[:2], images[2:]],
+        preprocess=takes(10, len), forward=takes(100, lambda batch: batch),
+        postprocess=takes(1000, lambda outputs, sizes: sizes))
+    route = routes.Route(None, "", "fp32", predictor)
     seconds, found = route.run([7, 8, 9, 10])
     times = {"preprocess": 10 * groups, "forward": 100 * groups, "postprocess": 1000 * groups}
     assert seconds == {"decode": 4, **times, "total": 4 + 1110 * groups}

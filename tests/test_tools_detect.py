@@ -781,7 +781,7 @@ def test_bare_weights_take_names_in_any_script(weights):
     ([], {"conf_thresh": 0.4}),
     (["--score_threshold", "0.1"], {"conf_thresh": 0.1}),
     (["--max_detections", "3", "--nms", "soft"], {"top_k": 3, "nms": "soft"}),
-    (["--max_per_class", "90"], {"per_class": 90}),
+    (["--per_class", "90"], {"per_class": 90}),
     (["--class_agnostic"], {"class_agnostic": True})])
 def test_options_reach_the_network(options, expected, weights):
     config = detect.open_predictor(detect.parse([weights, "a.png", *options])).config

@@ -160,13 +160,14 @@ def _clipped(found: Found) -> tuple[np.ndarray, np.ndarray]:
     return boxes[inside], inside
 
 
-def coco_records(found: Found, image: str, classes: Sequence[str]) -> tuple[dict, list[dict]]:
-    """Return the record of an image, and those of its objects, without their numbers."""
+def coco_records(found: Found, image: str, classes: Sequence[str],
+                 ids: Sequence[int] = ()) -> tuple[dict, list[dict]]:
+    """Return the records of an image and its objects, without numbers; ids: of the classes."""
     boxes, inside = _clipped(found)
-    ids, records = categories(classes), []
+    ids, records = ids or [category["id"] for category in categories(classes)], []
     for (x, y, x2, y2), label in zip(boxes.tolist(), found.labels[inside], strict=True):
         bbox = [round(v, 2) for v in (x, y, x2 - x + 1, y2 - y + 1)]
-        records.append({"category_id": ids[label - 1]["id"], "bbox": bbox, "iscrowd": 0,
+        records.append({"category_id": ids[label - 1], "bbox": bbox, "iscrowd": 0,
                         "area": round(bbox[2] * bbox[3], 2)})
     return {"file_name": image, "width": found.size[0], "height": found.size[1]}, records
 

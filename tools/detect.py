@@ -218,7 +218,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    f"detection (default: {THRESHOLD}, or the higher one of an exported file)")
     g.add_argument("--max_detections", type=positive, metavar="N",
                    help="most detections of an image (default: 300 VOC, 200 COCO)")
-    g.add_argument("--max_per_class", type=positive, metavar="N",
+    g.add_argument("--max_per_class", "--per_class", type=positive, metavar="N",
                    help="most detections of a class in an image (default: 50)")
     g.add_argument("--classes", metavar="NAMES", help="a,b,c or a file, for weights without names")
     g.add_argument("--nms", choices=SUPPRESSION, default="hard",

@@ -2,7 +2,7 @@
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import cv2
@@ -80,11 +80,12 @@ def draw_worst(mistakes: Sequence[Mistake], judged: Judged, dataset: DetectionDa
     return drawn, sorted(notes)
 
 
-def draw_mistake(image: np.ndarray, truth: np.ndarray | None, box: np.ndarray | None) -> np.ndarray:
+def draw_mistake(image: np.ndarray, truth: np.ndarray | None, box: np.ndarray | None,
+                 others: Iterable[np.ndarray] = ()) -> np.ndarray:
     """Return the part of an image around a mistake, BGR uint8, its longer side `SIDE` pixels.
 
     truth, box: extents of the object, green, and of the detection, red and thinner, so that both
-    are seen where they coincide; None for none.
+    are seen where they coincide; None for none. others: objects that may be in sight, green.
     """
     boxes = np.array([b for b in (truth, box) if b is not None])
     low, high = boxes[:, :2].min(0), boxes[:, 2:].max(0)
@@ -94,7 +95,8 @@ def draw_mistake(image: np.ndarray, truth: np.ndarray | None, box: np.ndarray | 
     high = np.clip(np.ceil(high + reach), low + 1, limit).astype(int)
     scale = SIDE / (high - low).max()
     part = resize(image[low[1] : high[1], low[0] : high[0]], scale)
-    for corners, tone, width in ((truth, GREEN, 4), (box, RED, 2)):
+    for corners, tone, width in (*((other, GREEN, 2) for other in others), (truth, GREEN, 4),
+                                 (box, RED, 2)):  # fmt: skip
         if corners is not None:
             ends = ((corners - np.tile(low, 2)) * scale).clip(-9, SIDE + 9).round().astype(int)
             start, end = ends[:2].tolist(), (ends[2:] - 1).tolist()

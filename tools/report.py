@@ -2,12 +2,13 @@
 
     python -m tools.report RUN_DIR [--against RUN_DIR] [--root DIR] [--score 0.4] [--examples 6]
                            [--output PAGE.html]
+    python -m tools.report RUN_DIR --accept accepted.json [--output DIR]
 
 RUN_DIR is a folder with a test's results.json and detections.npz, or a run, whose newest test is
 taken. With another test on the same images, the page says which one is better. The page is one
 file, report.html, that needs neither a server nor a network; beside it, report_files/ has each
 figure as PNG and CSV. Without the data set (--root) the page has the scores and the curves alone.
-The charts need matplotlib.
+The charts need matplotlib. The second command adds objects accepted on the page to annotations.
 """
 
 import json
@@ -40,6 +41,7 @@ from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix
 from tools.mistakes import Mistake, as_jpeg, draw_worst, list_mistakes
 from tools.results import Results, Test, open_test, report_parser, score_again
 from tools.tables import MEANING, NOTHING, Table, error_tables, score_tables, training_tables
+from tools.unlabelled import merge, show_omissions
 from utils.arguments import count
 from utils.errors import command
 from utils.files import atomic_write
@@ -56,27 +58,27 @@ CURVES = {
 
 def write_report(directory: Path, path: Path | None = None, root: str | None = None,
                  score: float = 0.4, examples: int = 6,
-                 against: Path | None = None) -> tuple[Path, tuple[str, ...]]:
+                 against: Sequence[Path] = ()) -> tuple[Path, tuple[str, ...]]:
     """Write the page of a test; return its path and the notes on it.
 
     directory: of a test, or of a run, whose newest test is taken. path: of the page; None:
     report.html in the test's folder; the figures go into ``figures_of(path)``. root: of the data
     set; None: where the test found it. score: least score of the detections that count. examples:
-    number of images of mistakes of each type and class. against: another test on the same images.
+    number of images of mistakes of each type and class; 50 times as many objects without annotation
+    are shown. against: other tests on the same images, the first to compare, all to find these.
 
     UserError: no test there, no data set at ``root``, no matplotlib, or a file cannot be written.
     """
     check_matplotlib()
-    test, other = open_test(directory, root), open_test(against, root) if against else None
-    if other:
-        check_same(test, other)
-        other = score_again(other)
-    test = score_again(test)
+    test, others = open_test(directory, root), [open_test(each, root) for each in against]
+    for each in others:
+        check_same(test, each)
+    test, other = score_again(test), score_again(others[0]) if others else None
     changes = compare(test, other) if other else []
     path, results, notes = path or test.directory / "report.html", test.results, test.notes
     folder, names = Folder(figures_of(path)), results.classes
     tables = score_tables(test, score) | training_tables(test.log)
-    parts = dict.fromkeys(("classes", "against", "errors", "confusion", "gallery", "list"), "")
+    parts = dict.fromkeys("classes against errors confusion gallery list omissions".split(), "")
     if "classes" in tables:
         parts["classes"] = _table(folder, "classes", tables["classes"], names)
     if test.judged:
@@ -91,6 +93,8 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
                                           matrix, [row[0] for row in matrix.rows])  # fmt: skip
         parts["list"] = folder.table("mistakes", tables["mistakes"])
         parts["gallery"] = _gallery(test, mistakes, drawn)
+        parts["omissions"], more = show_omissions(folder, [test, *others], score, 50 * examples)
+        notes += tuple(note for note in more if note not in notes)
     if other:
         moved = moved_images(test, other, score)
         pairs, more = draw_moved(test, other, moved, score, examples)
@@ -221,14 +225,22 @@ def _against(folder: Folder, a: Test, b: Test, changes: Sequence[Change], moved:
 @command
 def main(argv: list[str] | None = None) -> int:
     p = report_parser("python -m tools.report", __doc__)
-    p.add_argument("--against", type=Path, metavar="RUN_DIR",
-                   help="another test on the same images, to compare with")
+    p.add_argument("--against", type=Path, metavar="RUN_DIR", action="append", default=[],
+                   help="another test on the same images, to compare with; further ones only count "
+                   "for objects without annotation")
+    p.add_argument("--accept", type=Path, metavar="JSON",
+                   help="write no page, but annotations with the objects that a page has saved")
     p.add_argument("--examples", type=count, default=6, metavar="N",
                    help="images of mistakes of each type and class (6)")
     p.add_argument("--output", type=Path, metavar="PAGE.html",
-                   help="the page (default: report.html in the test's folder)")
+                   help="the page (default: report.html in the test's folder), or the folder of "
+                   "--accept (default: annotations in the test's folder)")
     args = p.parse_args(argv)
     limit_pixels(args.max_pixels)
+    if args.accept:
+        test = open_test(args.directory, args.root)
+        print(merge(test, args.accept, args.output or test.directory / "annotations"))
+        return 0
     if args.output and not re.fullmatch(r"\.html?", args.output.suffix):
         p.error(f"--output {args.output}: the page's name must end in .html")
     path, notes = write_report(args.directory, args.output, args.root, args.score, args.examples,
