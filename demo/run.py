@@ -26,8 +26,8 @@ from utils.arguments import Parser, positive
 from utils.errors import command
 
 VERSION = "SSD_HarDNet68"
-# In so few steps, a network from scratch learns best with small batches and a low learning rate.
-OPTIONS = ["-s", "300", "-b", "8", "--lr", "1e-3"]
+# In so few steps, a network from scratch learns best with small batches, a low rate and a warm-up.
+OPTIONS = ["-s", "300", "-b", "8", "--lr", "1e-3", "-we", "1"]
 
 
 def bf16_pays() -> bool:

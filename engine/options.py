@@ -108,8 +108,8 @@ class Options(Checked):
         help="weight decay")
     gamma: float = _recipe(0.1, "--gamma", read=number, metavar="X",
         help="factor of the learning rate at 60, 80 and 90 %% of the epochs (--schedule steps)")
-    warm_epoch: int = _recipe(1, "-we", "--warm_epoch", read=count, metavar="N",
-        help="epochs of linear warm-up")
+    warm_epoch: int = _recipe(0, "-we", "--warm_epoch", read=count, metavar="N",
+        help="epochs of linear warm-up from 1e-6")
     schedule: str = _recipe("steps", "--schedule", choices=("steps", "cosine"),
         help="learning rate after the warm-up")
     norm_decay: bool = _recipe(True, "--norm_decay", read=boolean, fixed=True,
