@@ -234,13 +234,27 @@ def test_the_modern_recipe_is_named_and_its_average_is_what_is_tested(call):
     np.testing.assert_array_equal(kept["scores"], again["scores"])
 
 
-@pytest.mark.parametrize(
-    "option", [("--recipe", "modern"), ("--ema", 0.5), ("--overfit", 2), ("--dataset", "COCO")],
-)
-def test_a_run_cannot_go_on_with_another_kind_of_training(call, option, capsys):
+def test_a_run_is_never_overwritten_and_goes_on_with_its_options_and_images_alone(
+    call, voc_folder, capsys
+):
     assert call("-max", 2, "--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
-    assert call("--resume", "auto", "--date", "a", *option) == 2
-    assert f"{option[0]} {option[1]} contradicts" in capsys.readouterr().err
+    path, split = call.folder / "a" / "last.pth", voc_folder / "ImageSets/Main/trainval.txt"
+    before, images = path.read_bytes(), split.read_text()
+    kinds = ("--recipe modern", "--ema 0.5", "--overfit 2", "--dataset COCO")
+    refused = {"": "holds a run already"}
+    refused |= {f"--resume auto {kind}": f"{kind} contradicts" for kind in kinds}
+    for line, words in refused.items():
+        assert call("--date", "a", *line.split()) == 2
+        assert words in capsys.readouterr().err
+    split.write_text(images.replace("b3\n", ""))
+    assert call("--resume", "auto") == 2
+    error = capsys.readouterr().err
+    assert "last.pth" in error and str(voc_folder) in error and "6 and 5" in error
+    assert path.read_bytes() == before
+    split.write_text(images)
+    assert call("--resume", "auto", "--weight_decay", 0, "--momentum", 0.5) == 0
+    (group,) = load_checkpoint(path)["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0, 0.5)
 
 
 def test_overfitting_trains_and_scores_the_same_pictures_as_they_are(call, capsys, monkeypatch):
@@ -290,29 +304,6 @@ def test_training_through_the_compiler_gives_the_same_losses(call):
     assert records[0]["loss_conf"] == pytest.approx(records[1]["loss_conf"], rel=1e-4)
     saved = load_checkpoint(call.folder / "compiled" / "last.pth")
     assert set(saved["model"]) == set(weights(call.folder / "eager" / "last.pth"))
-
-
-def test_a_run_is_never_overwritten(call, capsys):
-    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
-    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 2
-    assert "holds a run already" in capsys.readouterr().err
-
-
-def test_resume_refuses_other_pictures(call, voc_folder, capsys):
-    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
-    split = voc_folder / "ImageSets" / "Main" / "trainval.txt"
-    split.write_text(split.read_text().replace("b3\n", ""))
-    assert call("--resume", "auto") == 2
-    error = capsys.readouterr().err
-    assert "last.pth" in error and str(voc_folder) in error
-    assert "6 and 5" in error
-
-
-def test_options_given_anew_on_resume_are_in_force(call):
-    assert call("-max", 2, "--date", "a", "--test_frequency", 0, "--max_iters", 1) == 0
-    assert call("--resume", "auto", "--weight_decay", 0, "--momentum", 0.5) == 0
-    (group,) = load_checkpoint(call.folder / "a" / "last.pth")["optimizer"]["param_groups"]
-    assert (group["weight_decay"], group["momentum"]) == (0, 0.5)
 
 
 def test_older_checkpoint_goes_on_beside_its_run_not_over_it(call, capsys):
