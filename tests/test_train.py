@@ -341,37 +341,37 @@ def test_evaluation_that_is_interrupted_is_made_up_for(call, monkeypatch):
     assert_same_run(call.folder / "straight", call.folder / "broken")
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"config": None}, "configuration"), ({"classes": "cell"}, "classes"),
-    ({"config": {"version": "SSD_other"}}, "SSD_other"), ({"step": "x"}, "resumed from"),
-    ({"rng": {}}, "resumed from"), ({"optimizer": {}}, "resumed from"),
-    ({"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}}, "momentum_buffer [2]"),
-    ({"step": True}, "resumed from"), ({"totals": {"loss_loc": float("nan")}}, "nan"),
-    ({"history": [{"step": [1]}]}, "[1]"),
-    ({"best": {"step": 1, "value": None, "metric": "AP"}}, "None"), ({"data": [1]}, "resumed from"),
-    ({"classes": [f"c{n}" for n in range(200_000)]}, "200000 classes"),
-    ({"config": {"test_sets": [[None, "../../x"]]}}, "../../x"),
-])
-def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, change, words, capsys):
-    saved = torch.load(trained, weights_only=True)
-    for key, value in change.items():
-        merged = key in ("config", "optimizer", "totals") and value
-        saved[key] = {**saved[key], **value} if merged else value
-    torch.save(saved, trained.parent / "last.pth")
-    assert call("--resume", trained.parent / "last.pth", version="tiny") == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
+def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, capsys):
+    whole, path = torch.load(trained, weights_only=True), trained.parent / "last.pth"
+    for change, words in (
+        ({"config": None}, "configuration"), ({"classes": "cell"}, "classes"),
+        ({"config": {"version": "SSD_other"}}, "SSD_other"), ({"step": "x"}, "resumed from"),
+        ({"rng": {}}, "resumed from"), ({"optimizer": {}}, "resumed from"),
+        ({"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}}, "momentum_buffer [2]"),
+        ({"step": True}, "resumed from"), ({"totals": {"loss_loc": float("nan")}}, "nan"),
+        ({"history": [{"step": [1]}]}, "[1]"), ({"data": [1]}, "resumed from"),
+        ({"best": {"step": 1, "value": None, "metric": "AP"}}, "None"),
+        ({"classes": [f"c{n}" for n in range(200_000)]}, "200000 classes"),
+        ({"config": {"test_sets": [[None, "../../x"]]}}, "../../x"),
+    ):
+        saved = dict(whole)
+        for key, value in change.items():
+            merged = key in ("config", "optimizer", "totals") and value
+            saved[key] = {**saved[key], **value} if merged else value
+        torch.save(saved, path)
+        assert call("--resume", path, version="tiny") == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
 
 
-@pytest.mark.parametrize("content", [None, b"{", b"[" * 9999, b'{"dataset": "VOC"}'])
-def test_resume_auto_names_a_configuration_that_cannot_be_read(call, trained, content, capsys):
+def test_resume_auto_names_a_configuration_that_cannot_be_read(call, trained, capsys):
     file = trained.parent / "config.json"
-    file.unlink() if content is None else file.write_bytes(content)
-    assert call("--resume", "auto", "-max", 3) == 2
-    error = capsys.readouterr().err
-    assert str(file) in error and "give --resume" in error and error.count("\n") == 1
-    assert [path.name for path in call.folder.iterdir()] == ["a"]
+    for content in (b"{", b"[" * 9999, b'{"dataset": "VOC"}', None):
+        file.unlink() if content is None else file.write_bytes(content)
+        assert call("--resume", "auto", "-max", 3) == 2
+        error = capsys.readouterr().err
+        assert str(file) in error and "give --resume" in error and error.count("\n") == 1
+        assert [path.name for path in call.folder.iterdir()] == ["a"]
 
 
 def test_a_checkpoint_from_elsewhere_does_not_say_where_to_write(trained, tmp_path, monkeypatch):
