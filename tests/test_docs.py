@@ -167,6 +167,14 @@ def test_own_data_are_split_checked_trained_on_and_used_as_written(tmp_path, mon
     assert (folder / "detections.png").exists()
 
 
+def test_contiguous_batch_norms_are_exact_as_reproduced(capsys):
+    threads = torch.get_num_threads()
+    exec(blocks("docs/performance.md", "python")[0], {})
+    torch.set_num_threads(threads)
+    contiguous, last = (float(line.split()[-1]) for line in capsys.readouterr().out.splitlines())
+    assert contiguous < 1e-6 and last < 5e-3  # a PyTorch that mends the kernel passes, too
+
+
 def test_commands_that_reproduce_name_what_there_is():
     """tests/test_readme.py and tests/test_pretrained.py run the same commands on small data."""
     from engine.options import parser
