@@ -188,6 +188,7 @@ def test_more_networks_are_compiled_than_the_compiler_keeps(detector):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize(
     ("ways", "amps"), [(["deployed", "graph"], [*routes.PRECISIONS]), ([*routes.WAYS], ["bf16"])],
     ids=["precisions", "routes"])
@@ -197,8 +198,6 @@ def test_every_route_on_a_gpu(capsys, monkeypatch, ways, amps):
     monkeypatch.setattr(gathered_conv, "_fitting", lambda configs, *_, **__: configs)
     args = ["--version", "SSD_HarDNet39ds", "--size", 300, "--batch", 2, "--rounds", 2]
     args += ["--routes", "plain", *ways, "--amp", *amps]
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):  # restored after the test
-        monkeypatch.setattr(backend, "allow_tf32", False)
     gathered_conv._kernel.cache_clear()
     try:
         assert speed.main([*map(str, args), "--device", "cuda", "--json", "-"]) == 0

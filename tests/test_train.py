@@ -234,13 +234,27 @@ def test_the_modern_recipe_is_named_and_its_average_is_what_is_tested(call):
     np.testing.assert_array_equal(kept["scores"], again["scores"])
 
 
-@pytest.mark.parametrize(
-    "option", [("--recipe", "modern"), ("--ema", 0.5), ("--overfit", 2), ("--dataset", "COCO")],
-)
-def test_a_run_cannot_go_on_with_another_kind_of_training(call, option, capsys):
+def test_a_run_is_never_overwritten_and_goes_on_with_its_options_and_images_alone(
+    call, voc_folder, capsys
+):
     assert call("-max", 2, "--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
-    assert call("--resume", "auto", "--date", "a", *option) == 2
-    assert f"{option[0]} {option[1]} contradicts" in capsys.readouterr().err
+    path, split = call.folder / "a" / "last.pth", voc_folder / "ImageSets/Main/trainval.txt"
+    before, images = path.read_bytes(), split.read_text()
+    kinds = ("--recipe modern", "--ema 0.5", "--overfit 2", "--dataset COCO")
+    refused = {"": "holds a run already"}
+    refused |= {f"--resume auto {kind}": f"{kind} contradicts" for kind in kinds}
+    for line, words in refused.items():
+        assert call("--date", "a", *line.split()) == 2
+        assert words in capsys.readouterr().err
+    split.write_text(images.replace("b3\n", ""))
+    assert call("--resume", "auto") == 2
+    error = capsys.readouterr().err
+    assert "last.pth" in error and str(voc_folder) in error and "6 and 5" in error
+    assert path.read_bytes() == before
+    split.write_text(images)
+    assert call("--resume", "auto", "--weight_decay", 0, "--momentum", 0.5) == 0
+    (group,) = load_checkpoint(path)["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["momentum"]) == (0, 0.5)
 
 
 def test_overfitting_trains_and_scores_the_same_pictures_as_they_are(call, capsys, monkeypatch):
@@ -292,29 +306,6 @@ def test_training_through_the_compiler_gives_the_same_losses(call):
     assert set(saved["model"]) == set(weights(call.folder / "eager" / "last.pth"))
 
 
-def test_a_run_is_never_overwritten(call, capsys):
-    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
-    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 2
-    assert "holds a run already" in capsys.readouterr().err
-
-
-def test_resume_refuses_other_pictures(call, voc_folder, capsys):
-    assert call("--max_iters", 1, "--date", "a", "--test_frequency", 0) == 0
-    split = voc_folder / "ImageSets" / "Main" / "trainval.txt"
-    split.write_text(split.read_text().replace("b3\n", ""))
-    assert call("--resume", "auto") == 2
-    error = capsys.readouterr().err
-    assert "last.pth" in error and str(voc_folder) in error
-    assert "6 and 5" in error
-
-
-def test_options_given_anew_on_resume_are_in_force(call):
-    assert call("-max", 2, "--date", "a", "--test_frequency", 0, "--max_iters", 1) == 0
-    assert call("--resume", "auto", "--weight_decay", 0, "--momentum", 0.5) == 0
-    (group,) = load_checkpoint(call.folder / "a" / "last.pth")["optimizer"]["param_groups"]
-    assert (group["weight_decay"], group["momentum"]) == (0, 0.5)
-
-
 def test_older_checkpoint_goes_on_beside_its_run_not_over_it(call, capsys):
     options = ("-max", 3, "--date", "a", "--test_frequency", 0, "--save_frequency", 1)
     assert call(*options) == 0
@@ -350,37 +341,37 @@ def test_evaluation_that_is_interrupted_is_made_up_for(call, monkeypatch):
     assert_same_run(call.folder / "straight", call.folder / "broken")
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"config": None}, "configuration"), ({"classes": "cell"}, "classes"),
-    ({"config": {"version": "SSD_other"}}, "SSD_other"), ({"step": "x"}, "resumed from"),
-    ({"rng": {}}, "resumed from"), ({"optimizer": {}}, "resumed from"),
-    ({"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}}, "momentum_buffer [2]"),
-    ({"step": True}, "resumed from"), ({"totals": {"loss_loc": float("nan")}}, "nan"),
-    ({"history": [{"step": [1]}]}, "[1]"),
-    ({"best": {"step": 1, "value": None, "metric": "AP"}}, "None"), ({"data": [1]}, "resumed from"),
-    ({"classes": [f"c{n}" for n in range(200_000)]}, "200000 classes"),
-    ({"config": {"test_sets": [[None, "../../x"]]}}, "../../x"),
-])
-def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, change, words, capsys):
-    saved = torch.load(trained, weights_only=True)
-    for key, value in change.items():
-        merged = key in ("config", "optimizer", "totals") and value
-        saved[key] = {**saved[key], **value} if merged else value
-    torch.save(saved, trained.parent / "last.pth")
-    assert call("--resume", trained.parent / "last.pth", version="tiny") == 2
-    error = capsys.readouterr().err
-    assert words in error
-    assert error.count("\n") == 1
+def test_checkpoint_with_a_field_that_cannot_be_is_refused(call, trained, capsys):
+    whole, path = torch.load(trained, weights_only=True), trained.parent / "last.pth"
+    for change, words in (
+        ({"config": None}, "configuration"), ({"classes": "cell"}, "classes"),
+        ({"config": {"version": "SSD_other"}}, "SSD_other"), ({"step": "x"}, "resumed from"),
+        ({"rng": {}}, "resumed from"), ({"optimizer": {}}, "resumed from"),
+        ({"optimizer": {"state": {0: {"momentum_buffer": torch.ones(2)}}}}, "momentum_buffer [2]"),
+        ({"step": True}, "resumed from"), ({"totals": {"loss_loc": float("nan")}}, "nan"),
+        ({"history": [{"step": [1]}]}, "[1]"), ({"data": [1]}, "resumed from"),
+        ({"best": {"step": 1, "value": None, "metric": "AP"}}, "None"),
+        ({"classes": [f"c{n}" for n in range(200_000)]}, "200000 classes"),
+        ({"config": {"test_sets": [[None, "../../x"]]}}, "../../x"),
+    ):
+        saved = dict(whole)
+        for key, value in change.items():
+            merged = key in ("config", "optimizer", "totals") and value
+            saved[key] = {**saved[key], **value} if merged else value
+        torch.save(saved, path)
+        assert call("--resume", path, version="tiny") == 2
+        error = capsys.readouterr().err
+        assert words in error and error.count("\n") == 1, error
 
 
-@pytest.mark.parametrize("content", [None, b"{", b"[" * 9999, b'{"dataset": "VOC"}'])
-def test_resume_auto_names_a_configuration_that_cannot_be_read(call, trained, content, capsys):
+def test_resume_auto_names_a_configuration_that_cannot_be_read(call, trained, capsys):
     file = trained.parent / "config.json"
-    file.unlink() if content is None else file.write_bytes(content)
-    assert call("--resume", "auto", "-max", 3) == 2
-    error = capsys.readouterr().err
-    assert str(file) in error and "give --resume" in error and error.count("\n") == 1
-    assert [path.name for path in call.folder.iterdir()] == ["a"]
+    for content in (b"{", b"[" * 9999, b'{"dataset": "VOC"}', None):
+        file.unlink() if content is None else file.write_bytes(content)
+        assert call("--resume", "auto", "-max", 3) == 2
+        error = capsys.readouterr().err
+        assert str(file) in error and "give --resume" in error and error.count("\n") == 1
+        assert [path.name for path in call.folder.iterdir()] == ["a"]
 
 
 def test_a_checkpoint_from_elsewhere_does_not_say_where_to_write(trained, tmp_path, monkeypatch):
