@@ -101,7 +101,7 @@ def nms(s: Settings, folder: Path) -> list[Stage]:
 def speed(s: Settings, folder: Path) -> list[Stage]:
     line = "benchmarks.speed --size 512 --rounds 15"
     bf16 = f"{line} --forward --amp bf16 --batch 1 32"
-    return [{"bf16": (55, f"{bf16} --version {TWO} --routes plain graph compiled")},
+    return [{"bf16": (55, f"{bf16} --roofline --version {TWO} --routes plain graph compiled")},
             {"others": (40, f"{bf16} --version {OTHERS} --routes graph compiled")},
             {"files": (35, f"{line} --version {TWO} --amp tf32 --routes plain graph")}]
 

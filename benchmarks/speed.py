@@ -10,7 +10,8 @@ an error. Networks without a checkpoint have new weights with a few hundred dete
 what lower precision finds says nothing of trained networks then.
 
 All routes of all networks take turns on a CPU, those of one network on a GPU, with the same images.
-Each stage starts and ends with an idle device. --forward times the forward pass alone, for large
+Each stage starts and ends with an idle device. --roofline measures what the device can do at best,
+and gives each forward pass as shares of that. --forward times the forward pass alone, for large
 batches. A route that fails is a row with its error, and the others go on.
 
 Claims: SSD512-HarDNet68's forward pass takes at most 55 % of SSD512-VGG16's, and HarDNet85's less
@@ -30,13 +31,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks import gather, routes
+from benchmarks import gather, roofline, routes
 from benchmarks.harness import Rows, options, program, ratio, run, turns
 from benchmarks.routes import PRECISIONS, WAYS, Network, Plain, Route
 from data.image import IMAGE_SUFFIXES, read_image
 from demo.shapes import make_dataset
 from inference.proof import MARGIN, Tolerance, compare, excess
 from models import BACKBONES
+from tools.traffic import profile
 from utils.arguments import positive
 from utils.device import choose_device
 from utils.errors import UserError, command
@@ -107,8 +109,11 @@ def arrays(found: Sequence[dict[str, Tensor]]) -> list[dict]:
     return [{key: value.numpy() for key, value in each.items()} for each in found]
 
 
-def rows_of(found: Sequence[Route], batch: int) -> Rows:
-    """Yield the row of each route; "times faster" compares with the network's first route."""
+def rows_of(found: Sequence[Route], batch: int, limits: dict | None = None) -> Rows:
+    """Yield the row of each route; "times faster" compares with the network's first route.
+
+    limits: of `roofline.measure`, for the shares of them.
+    """
     first: dict[str, float] = {}
     for route in found:
         row = {"network": route.network.name, "size": route.network.predictor.info.size,
@@ -119,6 +124,10 @@ def rows_of(found: Sequence[Route], batch: int) -> Rows:
             total = seconds.get("total", seconds["forward"])
             row |= {"seconds": seconds, "images a second": batch / total}
             row["times faster"] = first.setdefault(route.network.name, total) / total
+            if limits:
+                counted = profile(route.network.predictor.net, row["size"])
+                how = batch, route.precision, seconds["forward"]
+                row["shares"] = roofline.shares(counted, *how, limits)
         yield row | route.row
 
 
@@ -161,6 +170,9 @@ def files_of(folder: Path) -> list[Path]:
 
 def speed(args: argparse.Namespace, device: torch.device) -> Rows:
     check(args, device)
+    limits = roofline.measure(device) if args.roofline else None
+    if limits:
+        yield {"limits": limits["operations"], "bandwidth": limits["bandwidth"]}
     if args.few_tiles:
         gather.choose_tiles(gather.FEW_TILES)
     with tempfile.TemporaryDirectory() as name:
@@ -179,7 +191,7 @@ def speed(args: argparse.Namespace, device: torch.device) -> Rows:
             networks = [routes.open_network(path, device) for path in group]
             with routes.compilations(device):
                 found = measure(networks, args, files, batch)
-            yield from rows_of(found, batch)
+            yield from rows_of(found, batch, limits)
             for route in found:
                 if route.times and route.network.predictor.info.size == 512:
                     key = route.network.name, route.name, route.precision, batch
@@ -201,6 +213,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--batch", type=positive, nargs="+", default=[1], help="(1)")
     p.add_argument("--images", type=Path, metavar="FOLDER", help="(drawn)")
     p.add_argument("--forward", action="store_true", help="time the forward pass alone")
+    p.add_argument("--roofline", action="store_true", help="measure the device's limits, too")
     p.add_argument("--few_tiles", action="store_true", help="of gathered convolutions, see there")
     return p
 

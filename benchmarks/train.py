@@ -124,7 +124,7 @@ def channels_first(net: nn.Module, images: tuple[Tensor]) -> tuple[Tensor]:
     return (images[0].contiguous(),)
 
 
-def train(lane: TrainStep, batch: Batch) -> float:
+def take_step(lane: TrainStep, batch: Batch) -> float:
     """Make a step and return its loss."""
     return sum(lane([batch], RATE).results()[:2])
 
@@ -142,7 +142,7 @@ def step(args: argparse.Namespace, device: torch.device) -> Rows:
         for name, (lane, criterion, precision) in ways.items():
             optimizer = torch.optim.SGD(lane.parameters(), lr=RATE, momentum=0.9, weight_decay=5e-4)
             lane = TrainStep(lane, criterion(CLASSES), priors, optimizer, amp=precision)
-            calls[name] = partial(train, lane, batch)
+            calls[name] = partial(take_step, lane, batch)
         times, losses = race(calls, args.rounds, device)
         yield {"network": version, "size": args.size, "batch": args.batch, "amp": amp,
                "compiled": args.compile, "seconds": times,

@@ -185,6 +185,16 @@ def tiny(monkeypatch):
 
 
 @pytest.fixture
+def tf32():
+    """Restore after the test what may compute in TF32; monkeypatch cannot restore such flags."""
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [flag.allow_tf32 for flag in flags]
+    yield
+    for flag, value in zip(flags, before, strict=True):
+        flag.allow_tf32 = value
+
+
+@pytest.fixture
 def call(tiny, tmp_path, voc_folder):
     """main() on the folder of own classes: call(*options) trains or tests the tiny network."""
 

@@ -197,6 +197,18 @@ def test_commands_that_reproduce_name_what_there_is():
                 assert row == published_bases(given.version)[0]
 
 
+def test_recipes_of_the_table_are_options_of_training():
+    from engine.options import parse
+
+    (block,) = blocks("docs/recipes.md", "")
+    command = shlex.split(block.replace("\\\n", " "))
+    rows = re.findall(r"^\| .* \| `(--.*)` \|$", (ROOT / "docs/recipes.md").read_text("utf-8"),
+                      re.MULTILINE)
+    assert command[:2] == ["python", "train_test.py"] and len(rows) == 5
+    given = [parse([*command[2:], *row.split()])[1] for row in rows]
+    assert len({tuple(sorted(map(str, each.items()))) for each in given}) == 5
+
+
 def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
     """Every command of docs/exporting.md but pip's, on the tiny network."""
     for package in ("onnxscript", "onnxruntime", "openvino", "nncf"):

@@ -103,7 +103,7 @@ def draw(seed: int, folder: Path) -> list[object]:
     if layout.dataset == "COCO":
         more += [f"--crowds={rng.choice(['true', 'false'])}"]
         for path in folder.glob("annotations/*.json"):
-            path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1', 4))
+            path.write_text(path.read_text().replace('"iscrowd": 0', '"iscrowd": 1', 2))
     print("seed", seed, *more, "-d", layout.dataset)
     return [*more, "-d", layout.dataset, "--root", folder]
 

@@ -356,12 +356,12 @@ def test_gpu_slices_the_fastest_tile_and_a_captured_graph():
 
 
 @on_gpu
-def test_gpu_tf32_is_a_choice(monkeypatch):
+def test_gpu_tf32_is_a_choice(tf32):
     parts, weight, bias = made_up((14, 24), 20, 3, torch.float32, (1, 9, 9), "cuda")
     packed = GatheredWeight(weight, bias, (14, 24), "linear")
     exact = reference(parts, weight, bias, "linear")
     errors = []
     for allowed in (False, True):
-        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        torch.backends.cuda.matmul.allow_tf32 = allowed
         errors.append((gathered_conv2d(parts, packed) - exact).abs().max().item())
     assert errors[0] < 1e-5 < 1e-4 < errors[1] < 0.05

@@ -192,7 +192,7 @@ def test_options_of_detection_are_the_defaults():
 def test_every_benchmark_is_listed_with_a_command_that_is_there():
     text = (ROOT / "benchmarks" / "README.md").read_text("utf-8")
     listed = set(re.findall(r"`python -m benchmarks\.(\w+)", text))
-    parts = {"__init__", "gather", "harness", "on_gpu", "routes"}
+    parts = {"__init__", "gather", "harness", "on_gpu", "roofline", "routes"}
     assert listed == {path.stem for path in (ROOT / "benchmarks").glob("*.py")} - parts
 
 

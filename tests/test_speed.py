@@ -2,6 +2,7 @@
 
 import gc
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import cv2
@@ -10,10 +11,11 @@ import pytest
 import torch
 from nms_routines import needs_torchvision
 
-from benchmarks import harness, routes, speed
+from benchmarks import harness, roofline, routes, speed
 from benchmarks.harness import CPU
 from inference import gathered_conv
 from inference.predictor import Predictor
+from tools.traffic import Profile
 from utils.checkpoint import sha256_of
 
 
@@ -80,9 +82,12 @@ def test_new_weights_give_a_few_hundred_scores(detector, tmp_path, version, coun
 
 
 @needs_torchvision
-def test_all_routes_are_compared_and_timed(detector, capsys):
+def test_all_routes_are_compared_and_timed(detector, capsys, monkeypatch):
+    small = partial(roofline.measure, rounds=1, scale=1 / 16)
+    monkeypatch.setattr(roofline, "measure", small)
     args = ("--version", "tiny", "--size", 300, "--images", detector[0], "--batch", 1, 3)
-    rows = rows_of(capsys, *args)
+    limits, *rows = rows_of(capsys, *args, "--roofline")
+    assert limits["limits"].keys() == {"fp32", "bf16", "int8"} and limits["bandwidth"] > 0
     ways = [("plain", "fp32"), ("deployed", "fp32"), ("deployed", "bf16")]
     assert [(row["batch"], row["route"], row["precision"]) for row in rows] == [
         (batch, *way) for batch in (1, 3) for way in ways
@@ -92,6 +97,7 @@ def test_all_routes_are_compared_and_timed(detector, capsys):
         assert set(row["seconds"]) == {"decode", "preprocess", "forward", "postprocess", "total"}
         assert row["images a second"] == pytest.approx(row["batch"] / row["seconds"]["total"])
         assert row["boxes"] > 10 and row["matched"] > (0.99 if row["precision"] == "fp32" else 0)
+        assert row["shares"].keys() == {"bandwidth", "operations"}
     (row,) = rows_of(capsys, *args[:-1], "--routes", "deployed", "--amp", "bf16", "--forward")
     assert set(row["seconds"]) == {"forward"}
 
@@ -188,6 +194,7 @@ def test_more_networks_are_compiled_than_the_compiler_keeps(detector):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("tf32")
 @pytest.mark.parametrize(
     ("ways", "amps"), [(["deployed", "graph"], [*routes.PRECISIONS]), ([*routes.WAYS], ["bf16"])],
     ids=["precisions", "routes"])
@@ -197,8 +204,6 @@ def test_every_route_on_a_gpu(capsys, monkeypatch, ways, amps):
     monkeypatch.setattr(gathered_conv, "_fitting", lambda configs, *_, **__: configs)
     args = ["--version", "SSD_HarDNet39ds", "--size", 300, "--batch", 2, "--rounds", 2]
     args += ["--routes", "plain", *ways, "--amp", *amps]
-    for backend in (torch.backends.cudnn, torch.backends.cuda.matmul):  # restored after the test
-        monkeypatch.setattr(backend, "allow_tf32", False)
     gathered_conv._kernel.cache_clear()
     try:
         assert speed.main([*map(str, args), "--device", "cuda", "--json", "-"]) == 0
@@ -230,3 +235,25 @@ def test_claims_are_judged_where_both_networks_were_measured():
     ]
     assert rows[0]["ratio"] == pytest.approx(0.4, rel=1e-2)
     assert rows[0]["interval"][1] < 0.55 and rows[-1]["interval"] is None
+
+
+def test_limits_are_of_the_bytes_and_operations_that_were_timed(monkeypatch):
+    def race(calls, rounds, device):
+        for call in calls.values():
+            call()
+        return dict.fromkeys(calls, 0.5), {}
+
+    monkeypatch.setattr(roofline, "race", race)
+    found = roofline.measure(CPU, scale=1 / 16)
+    assert found["bandwidth"] == 2 * (16 << 20) / 0.5
+    product, convolution = 2 * 96**3 / 0.5, 2 * 9 * 16**2 * 64**2 / 0.5  # the faster counts
+    assert product < convolution
+    assert found["operations"] == {"fp32": convolution, "bf16": convolution, "int8": product}
+
+
+def test_shares_are_those_of_the_profile():
+    ceiling = {"bandwidth": 1000.0, "operations": {"bf16": 10_000.0}}
+    counted = Profile((), parameters=100, sums=50, macs=500, cio=300)
+    assert roofline.shares(counted, 4, "bf16", 2.0, ceiling) == {
+        "bandwidth": 2 * (4 * 350 + 100) / 2 / 1000, "operations": 2 * 4 * 500 / 2 / 10_000}
+    assert roofline.shares(counted, 1, "fp32", 1.0, ceiling).keys() == {"bandwidth"}
