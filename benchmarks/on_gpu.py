@@ -41,14 +41,15 @@ class Settings:
     quick: str = ""
     bccd: str = ""
     epochs: str = "60"
-    seeds: str = "0 1"
+    rows: str = "published modern fit"
+    seeds: str = "0 1 2"
     options: str = ""
     limit: str = "720"
     out: str = "runs/gpu"
 
     @classmethod
     def of(cls, env: Mapping[str, str]) -> Settings:
-        """Read DEVICE, QUICK, BCCD, EPOCHS, SEEDS, OPTIONS, LIMIT and OUT."""
+        """Read DEVICE, QUICK, BCCD, EPOCHS, ROWS, SEEDS, OPTIONS, LIMIT and OUT."""
         names = cls.__dataclass_fields__
         return cls(**{name: env[name.upper()] for name in names if env.get(name.upper())})
 
@@ -137,16 +138,21 @@ def training(s: Settings, folder: Path, name: str) -> tuple[str, Path]:
     return line, folder / f"{net}_300" / name / "last.pth"
 
 
+ROWS = {"published": "", "modern": "--recipe modern", "fit": "--recipe modern --priors fit",
+        "negatives": "--recipe modern --priors fit --background_negatives 12"}
+"""Trainings of the part bccd."""
+
+
 def bccd(s: Settings, folder: Path) -> list[Stage]:
     options = (f"--max_epoch {s.epochs} --amp bf16 --log_iters 100 --save_frequency 0 "
                f"--save_minutes 1 {s.options} {'--max_iters 2' if s.quick else ''}")
     test = "train_test.py --score_threshold 0.01 --num_workers 2 --test"
     score = f"data.voc_eval --root {shlex.quote(s.bccd)} --set test"
     trained, tested, scored = {}, {}, {}
-    for recipe, seed in product(("published", "modern"), s.seeds.split()):
-        name = f"{recipe}_{seed}"
+    for row, seed in product(s.rows.split(), s.seeds.split()):
+        name = f"{row}_{seed}"
         line, last = training(s, folder, name)
-        trained[name] = 220, f"{line} {options} --recipe {recipe} --seed {seed}"
+        trained[name] = 220, f"{line} {options} --cache memory {ROWS[row]} --seed {seed}"
         tested[f"{name}_test"] = 35, f"{test} {last}"
         scored[f"{name}_AP"] = 10, f"{score} {last.parent}/ss_predict/last/test"
     return [trained, tested, scored]
