@@ -397,4 +397,4 @@ def test_the_loss_of_no_images_is_nothing():
     loc, conf = (torch.zeros(0, 7, 4, requires_grad=True) for _ in "lc")
     losses = MultiBoxLoss(4)((loc, conf), torch.rand(7, 4), [])
     sum(losses).backward()
-    assert [float(loss) for loss in losses] == [0, 0] and conf.grad.shape == (0, 7, 4)
+    assert [loss.item() for loss in losses] == [0, 0] and conf.grad.shape == (0, 7, 4)
