@@ -51,19 +51,26 @@ class Share:
         return zeros.to(memory_format=torch.channels_last)
 
 
+def share(text: str) -> tuple[int, int]:
+    number, of = map(int, text.split("/"))
+    if not 0 <= number < of:
+        raise ValueError(text)
+    return number, of
+
+
 def warm(args: argparse.Namespace, device: torch.device) -> Rows:
-    (number, of), tiles = map(int, args.share.split("/")), len(FEW_TILES)
+    (number, of), tiles = args.share, len(FEW_TILES)
     choose_tiles((FEW_TILES[number % tiles],))
     gathered_conv.gathered_conv2d = some = Share(number // tiles, max(of // tiles, 1))
     net, _ = new_net("SSD_HarDNet68", 512, device)
     with torch.inference_mode():
         deploy(net, gather=True).to(device, torch.bfloat16)(torch.zeros(1, 3, 512, 512).to(device))
-    yield {"share": args.share, "layers": len(some.seen)}
+    yield {"share": list(args.share), "layers": len(some.seen)}
 
 
 def parser() -> argparse.ArgumentParser:
     p = program("gather", __doc__, options(warm, 1))
-    p.add_argument("--share", required=True, metavar="K/N")
+    p.add_argument("--share", required=True, metavar="K/N", type=share)
     return p
 
 

@@ -154,6 +154,9 @@ def check(args: argparse.Namespace, device: torch.device) -> None:
         raise UserError("--checkpoint knows its network; leave --version and --size out")
     if args.exported and not args.checkpoint:
         raise UserError("--exported goes with the --checkpoint that it was made of")
+    for version in args.version or ():
+        if args.size not in (None, *BACKBONES[version].sizes):
+            raise UserError(f"{version} does not exist at --size {args.size}; leave it out")
     for amp in args.amp:
         choose_device(args.device, amp)
     gpu = {*args.routes, *args.amp} & {"graph", "gather", "gather_graph", "tf32"}

@@ -96,11 +96,10 @@ def rows_of(capsys, module, argv):
                  lambda *rows: [row["result"] for row in rows if "hotcoco" in row["scorer"]]
                  == ["every digit equal", "the same table"], marks=needs_hotcoco),
     (scores, VOC, lambda row: row["detections"] == 600 and 0.1 < row["AP"]["area"] < 0.9),
-    (train, LOSS, lambda row: row["ratio"] == row["seconds"]["ours"]
-     / row["seconds"]["published"]),
+    (train, LOSS, lambda row: min(row["seconds"].values()) > 0 and row["ratio"] < 1),
     (train, STEP, lambda row: row["last losses"]["ours"]
      == pytest.approx(row["last losses"]["plain"], rel=1e-3)),
-    (train, MEMORY, lambda row: row["kept"]["plain"] > 1)])
+    (train, MEMORY, lambda row: 1 < row["kept"]["recomputed"] <= row["kept"]["plain"])])
 def test_benchmark_runs_and_compares(capsys, monkeypatch, tiny, module, argv, holds):
     if "detect" in argv:
         priors = harness.new_net("tiny", 512, CPU)[1]
