@@ -215,7 +215,7 @@ def _yolo(dataset: DetectionData, added: Added) -> Written:
     if YOLOFolder(dataset.root).keypoints:
         raise UserError(f"{dataset.root}: labels have keypoints (kpt_shape), accepted objects have "
                         "none; annotate them by hand")
-    # Trainers read all lines of a file as polygons, or no outlines of a data set with boxes.
+    # Ultralytics misreads boxes beside polygons, and drops all outlines if one object has none.
     files = (each.path for each in dataset.annotations if each.path.exists())
     usual = any(len(line.split()) > 5 for path in files for line in read_text(path).splitlines())
     for image, found in added:
