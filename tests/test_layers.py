@@ -391,3 +391,10 @@ def test_outputs_that_do_not_fit_the_priors_are_refused_with_both_numbers():
     labels, offsets = torch.zeros(2, 11620, dtype=torch.long), torch.zeros(2, 11620, 4)
     with pytest.raises(ValueError, match="2 targets.*11620 priors"):
         MultiBoxLoss(3).loss(few, labels, offsets, 1)
+
+
+def test_the_loss_of_no_images_is_nothing():
+    loc, conf = (torch.zeros(0, 7, 4, requires_grad=True) for _ in "lc")
+    losses = MultiBoxLoss(4)((loc, conf), torch.rand(7, 4), [])
+    sum(losses).backward()
+    assert [float(loss) for loss in losses] == [0, 0] and conf.grad.shape == (0, 7, 4)
