@@ -1,22 +1,24 @@
 """Objects that nobody annotated: by hand, and accepted ones through the readers of the formats."""
 
 import json
+import re
 import shutil
 
 import numpy as np
 import pytest
 from coco_files import annotation, write_val2017
 from conftest import write_voc
-from layouts import LAYOUTS
+from layouts import IMAGES, LAYOUTS
 from test_report import Page, table, write_results
 
 from data import build_dataset, list_sets
 from data.coco import COCODetection
 from data.voc0712 import VOCDetection
-from tools import report
+from tools import report, unlabelled
 from tools.figures import Folder
 from tools.results import open_test
-from tools.unlabelled import list_omissions, show_omissions
+from tools.unlabelled import list_omissions, merge, show_omissions
+from utils.errors import UserError
 
 
 def found(*rows):
@@ -50,9 +52,9 @@ def voc(tmp_path):
 
 def listed(folders, score=0.4):
     """Rows of image, corners, label, score, tests."""
-    judged = [open_test(folder, None).judged for folder in folders]
+    tests = [open_test(folder, None) for folder in folders]
     return [(o.image, *(o.box - (0, 0, 1, 1)).astype(int).tolist(), o.label, round(o.score, 4),
-             o.tests) for o in list_omissions(judged, score)]  # fmt: skip
+             o.tests) for o in list_omissions(tests, score)]  # fmt: skip
 
 
 def test_what_is_about_an_object_is_no_omission(voc):
@@ -80,12 +82,33 @@ def test_a_box_in_a_crowd_is_no_omission(tmp_path):
     small = found((0, 0, 9, 9, 1, 0.9), (38, 0, 47, 9, 1, 0.8))  # IoU 1/16; a share of 1 and of 0.2
     folder = write_results(tmp_path / "out", dataset, [small, found()], "COCO", "2017_val")
     assert [each[1:5] for each in listed([folder])] == [(38, 0, 47, 9)]
+    for box, files in (([0, 0, 10, 10], 0), ([38, 0, 10, 10], 1)):
+        record = {"image": "9", "class": "dog", "score": 1, "bbox": box}
+        (tmp_path / "a.json").write_text(json.dumps([record]))
+        merge(open_test(folder, None), tmp_path / "a.json", tmp_path / "fixed")
+        assert len([*tmp_path.glob("fixed/*/*.json")]) == files
 
 
-def test_the_page_shows_them_in_order_and_ticks_hold_them(voc, tmp_path):
+@pytest.mark.parametrize("layout", ["voc", "cvat", "yolo-list", "coco"])
+def test_objects_of_classes_left_out_are_annotated(layout, tmp_path):
+    LAYOUTS[layout].write(tmp_path / "data")
+    kind = LAYOUTS[layout].dataset
+    sets = list_sets(kind, tmp_path / "data")[:1] or [(None, "split_train")]
+    dataset = build_dataset(kind, tmp_path / "data", sets, ("zebra",))
+    objects = [IMAGES[dataset.image_path(i).name][2] for i in range(len(dataset))]
+    detections = [found(*((*box, 1, 0.9) for _, *box in each)) for each in objects]
+    folder = write_results(tmp_path / "out", dataset, detections, kind, str(dataset.image_sets[0]))
+    shown, notes = show_omissions(Folder(tmp_path), [open_test(folder, None)], 0.4, 99)
+    if layout == "coco":  # its reader does not keep them
+        assert "checkbox" in shown and len(notes) == 1 and "1 of 3 classes" in notes[0]
+    else:
+        assert (shown, notes) == ("", [])
+
+
+def test_the_page_shows_them_in_order_and_ticks_hold_them(voc, tmp_path, monkeypatch):
     path, _ = report.write_report(voc[0], tmp_path / "page" / "report.html", against=voc[1:])
     page = Page(path)
-    ticks = [json.loads(a["value"]) for a, _ in page.all("input")]
+    ticks = [json.loads(a["value"]) for a, _ in page.all("input") if a["autocomplete"] == "off"]
     assert [(t["image"], t["class"]) for t in ticks] == [
         ("one", "a"), ("one", "b"), ("one", "a"), ("two", "b"), ("two", "a")]  # fmt: skip
     assert ticks[0]["bbox"] == [40, 44, 10, 15] and ticks[0]["score"] == pytest.approx(0.67)
@@ -95,26 +118,51 @@ def test_the_page_shows_them_in_order_and_ticks_hold_them(voc, tmp_path):
     rows = table(path.parent, "unlabelled")
     assert [row["image"] for row in rows] == [t["image"] for t in ticks]
     assert float(rows[0]["x2"]) == 50 and rows[1]["tests"] == "2"
-    shown, (note,) = show_omissions(Folder(tmp_path), [open_test(voc[0], None)], 0.4, 1)
-    assert "3 objects" in note and shown.count("checkbox") == 1
+    tests = [open_test(folder, None) for folder in voc]
+    shown, (note,) = show_omissions(Folder(tmp_path), tests, 0.4, 1)
+    assert "4 objects" in note and shown.count("checkbox") == shown.count('id="save"') == 1
+    assert all(str(folder) in shown for folder in voc)
+    assert 'id="save"' not in show_omissions(Folder(tmp_path), tests, 0.4, 0)[0]
+    monkeypatch.setattr(unlabelled, "MOST", 2)
+    path, _ = report.write_report(voc[0], tmp_path / "page" / "report.html")
+    assert len(Page(path).all("input")) == 2
 
 
-@pytest.mark.parametrize("content", ["[3]", '[{"image": "one", "class": "a"}]', '[{"image": "one",'
-                         '"class": "a", "score": 1, "bbox": [1, 1, 2, NaN]}]'])  # fmt: skip
-def test_a_file_of_other_things_is_refused_in_a_sentence(content, voc, tmp_path, capsys):
+@pytest.mark.parametrize(("content", "value"), [
+    ("{}", "{}"), ("[3]", "3"), ('[{"image": "one", "class": "a"}]', "{'image': 'one'"),
+    ('[{"image": "one", "class": "a", "score": 1, "bbox": [1, 1, 2, NaN]}]', "{'image': 'one'"),
+])  # fmt: skip
+def test_a_file_of_other_things_is_refused_in_a_sentence(content, value, voc, tmp_path, capsys):
     (tmp_path / "a.json").write_text(content)
     assert report.main([str(voc[0]), "--accept", str(tmp_path / "a.json")]) == 2
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and f"{tmp_path / 'a.json'} does not list objects of" in error
+    assert error.count("\n") == 1 and f"{tmp_path / 'a.json'}: {value}" in error
+    assert "save the file again" in error
 
 
-@pytest.mark.parametrize("layout", ["voc", "cvat-voc", "labelimg", "coco", "roboflow-coco",
-                                    "label-studio-coco", "yolo-list", "yolo-polygons", "darknet"])
-def test_accepted_objects_are_read_again_beside_the_old_ones(layout, tmp_path, capsys):
-    root, out = tmp_path / "data", tmp_path / "fixed"
-    LAYOUTS[layout].write(root)
-    for path in (path for path in root.rglob("*.txt") if not path.stat().st_size):
+@pytest.mark.parametrize("option", ["--against=B", "--score=0.4", "--examples=6"])
+def test_options_of_the_page_are_refused_beside_accept(option, voc, capsys):
+    with pytest.raises(SystemExit):
+        report.main([str(voc[0]), "--accept", "a.json", option])
+    assert option.partition("=")[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("layout", "store"), [
+    *((each, "data") for each in ("voc", "cvat-voc", "labelimg", "coco", "roboflow-coco",
+                                  "label-studio-coco", "yolo-list", "yolo-polygons", "darknet")),
+    ("yolo-list", ".store"),
+])  # fmt: skip
+def test_accepted_objects_are_read_again_beside_the_old_ones(layout, store, tmp_path, capsys):
+    root, out, store = tmp_path / "data", tmp_path / "fixed", tmp_path / store
+    LAYOUTS[layout].write(store)
+    for path in (path for path in store.rglob("*.txt") if not path.stat().st_size):
         path.unlink()  # a YOLO image without a label file
+    if store != root:
+        root.mkdir()
+        (root / "data.yaml").write_text(f"path: {store}\n{(store / 'data.yaml').read_text()}")
+        (store / "data.yaml").unlink()
+        for path in store.rglob("*.txt"):
+            path.write_text(path.read_text(), "utf-16")
     kind = LAYOUTS[layout].dataset
     sets = list_sets(kind, root)[:1] or [(None, "split_train")]
     dataset = build_dataset(kind, root, sets, ("red box", "zebra", "cell"))
@@ -123,19 +171,41 @@ def test_accepted_objects_are_read_again_beside_the_old_ones(layout, tmp_path, c
     before = [dataset.target(i) for i in range(len(dataset))]
     accepted = [{"image": str(id), "class": "cell", "bbox": [1, 2, 9, 7], "score": 0.5}
                 for id in dataset.ids[1:]]  # fmt: skip
-    (tmp_path / "accepted.json").write_text(json.dumps(accepted))
+    again = [accepted[0], {**accepted[0], "bbox": [-500, 2, 510.5, 7]}]  # the same when clipped
+    outside = [{**accepted[0], "image": str(dataset.ids[0]), "bbox": box}
+               for box in ([300, 2, 9, 9], [1, 1, 9, 0], [9, 9, -5, -5])]  # fmt: skip
+    (tmp_path / "accepted.json").write_text(json.dumps(accepted + again + outside))
     call = [str(results), "--accept", str(tmp_path / "accepted.json"), "--output"]
-    content = [path.read_bytes() for path in sorted(root.rglob("*.*"))]
+    content = [path.read_bytes() for path in sorted(store.rglob("*.*"))]
     assert report.main([*call, str(out)]) == 0, capsys.readouterr().err
-    assert f"{len(accepted)} new objects" in capsys.readouterr().out
-    assert content == [path.read_bytes() for path in sorted(root.rglob("*.*"))]
+    said = re.findall(r"\d+(?= files| new| were| have)|(?<=in )/.+(?=\.)", capsys.readouterr().out)
+    written = [path for path in out.rglob("*") if path.is_file()]
+    assert said[:4] == [str(n) for n in (len(written), len(accepted), 2, 3)]
+    assert len(written) == (1 if kind == "COCO" else len(accepted))
+    assert content == [path.read_bytes() for path in sorted(store.rglob("*.*"))]
     assert report.main([*call, str(out)]) == 2 and str(out) in capsys.readouterr().err
-    shutil.copytree(out, root, dirs_exist_ok=True)
+    shutil.copytree(out, said[4], dirs_exist_ok=True)
     again = build_dataset(kind, root, sets, dataset.classes)
     assert again.ids == dataset.ids
     for i, old in enumerate(before):
         wanted = np.vstack([old, *[(1, 2, 9, 8, 3)] * (i > 0)])
         np.testing.assert_allclose(again.target(i), wanted, atol=0.01)
+        if "polygons" in layout and i:
+            lines = dataset.annotations[i].path.read_text().splitlines()
+            assert len(lines) == len(wanted) and min(len(line.split()) for line in lines) > 6
     assert report.main([*call, str(tmp_path / "none")]) == 0
-    assert f"{len(accepted)} are annotated by now" in capsys.readouterr().out
+    assert str(tmp_path / "accepted.json") in capsys.readouterr().out
     assert not (tmp_path / "none").exists()
+
+
+def test_labels_with_keypoints_are_refused(tmp_path):
+    LAYOUTS["yolo-list"].write(tmp_path)
+    with open(tmp_path / "data.yaml", "a") as file:
+        file.write("kpt_shape: [2, 3]\n")
+    dataset = build_dataset("YOLO", tmp_path, [(None, "val")])
+    folder = write_results(tmp_path / "out", dataset, [found()] * len(dataset), "YOLO", "val")
+    record = {"image": dataset.ids[0], "class": "cell", "bbox": [1, 2, 9, 7], "score": 0.5}
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    with pytest.raises(UserError, match="kpt_shape.* by hand") as caught:
+        merge(open_test(folder, None), tmp_path / "a.json", tmp_path / "fixed")
+    assert str(tmp_path) in str(caught.value)

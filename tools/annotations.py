@@ -15,7 +15,7 @@ import numpy as np
 
 from data.annotation import check_ids
 from data.image import IMAGE_SUFFIXES
-from tools.outputs import Found, Writer, categories, inside, write, write_image
+from tools.outputs import Found, Writer, bbox, categories, inside, write, write_image
 from tools.sources import Source
 from utils.errors import UserError
 from utils.files import read_bytes
@@ -105,14 +105,13 @@ def voc_xml(found: Found, image: str, classes: Sequence[str]) -> bytes:
     Boxes are rounded to whole pixels, and are at least two pixels wide and high: readers drop a
     box of one pixel as empty.
     """
-    boxes, inside = _clipped(found)
-    low = np.minimum(boxes[:, :2].round(), np.array(found.size) - 2)
-    high = np.maximum(boxes[:, 2:].round(), low + 1)
+    found = clipped(found)
+    low = np.minimum(found.boxes[:, :2].round(), np.array(found.size) - 2)
+    high = np.maximum(found.boxes[:, 2:].round(), low + 1)
     boxes = np.hstack([low, high]).astype(int)
-    scores, labels = found.scores[inside], found.labels[inside]
     return voc_annotation(image, found.size, [
         (classes[label - 1], box, {"truncated": 0, "difficult": 0, "score": f"{score:.5f}"})
-        for box, score, label in zip(boxes, scores, labels, strict=True)
+        for box, score, label in zip(boxes, found.scores, found.labels, strict=True)
     ])
 
 
@@ -142,33 +141,37 @@ def _put(parent: ElementTree.Element, **texts: object) -> None:
         ElementTree.SubElement(parent, tag).text = _NOT_IN_XML.sub("\ufffd", str(text))
 
 
-def yolo_txt(found: Found, image: str, classes: Sequence[str]) -> bytes:
-    """Return a line per box: class from 0, then centre, width and height relative to the image."""
-    boxes, inside = _clipped(found)
-    low, high = boxes[:, :2], boxes[:, 2:] + 1
-    relative = np.hstack([(low + high) / 2, high - low]) / (*found.size, *found.size)
-    rows = zip(found.labels[inside], relative, strict=True)
-    lines = [f"{label - 1} {' '.join(f'{value:.6f}' for value in box)}\n" for label, box in rows]
+def yolo_txt(found: Found, image: str, classes: Sequence[str], polygons: bool = False) -> bytes:
+    """Return a line per box: class from 0, then centre, width and height, or polygons' corners.
+
+    All values but the class are relative to the image.
+    """
+    found = clipped(found)
+    edges = (found.boxes + (0, 0, 1, 1)) / (*found.size, *found.size)
+    low, high = edges[:, :2], edges[:, 2:]
+    corners, box = edges[:, [0, 1, 2, 1, 2, 3, 0, 3]], np.hstack([(low + high) / 2, high - low])
+    rows = zip(found.labels, corners if polygons else box, strict=True)
+    lines = [f"{label - 1} {' '.join(f'{value:.6f}' for value in row)}\n" for label, row in rows]
     return "".join(lines).encode()
 
 
-def _clipped(found: Found) -> tuple[np.ndarray, np.ndarray]:
-    """Return the boxes clipped to the image [m, 4], and which of all n are in it: bool [n]."""
+def clipped(found: Found) -> Found:
+    """Return the boxes clipped to the image, without those that are then under two pixels."""
     width, height = found.size
     boxes = found.boxes.clip(0, np.array([width, height, width, height]) - 1)
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return boxes[inside], inside
+    return Found(found.frame, boxes[inside], found.scores[inside], found.labels[inside])
 
 
 def coco_records(found: Found, image: str, classes: Sequence[str],
                  ids: Sequence[int] = ()) -> tuple[dict, list[dict]]:
     """Return the records of an image and its objects, without numbers; ids: of the classes."""
-    boxes, inside = _clipped(found)
+    found = clipped(found)
     ids, records = ids or [category["id"] for category in categories(classes)], []
-    for (x, y, x2, y2), label in zip(boxes.tolist(), found.labels[inside], strict=True):
-        bbox = [round(v, 2) for v in (x, y, x2 - x + 1, y2 - y + 1)]
-        records.append({"category_id": ids[label - 1], "bbox": bbox, "iscrowd": 0,
-                        "area": round(bbox[2] * bbox[3], 2)})
+    for box, label in zip(found.boxes, found.labels, strict=True):
+        sides = bbox(box)
+        records.append({"category_id": ids[label - 1], "bbox": sides, "iscrowd": 0,
+                        "area": round(sides[2] * sides[3], 2)})
     return {"file_name": image, "width": found.size[0], "height": found.size[1]}, records
 
 

@@ -165,7 +165,7 @@ class JsonFiles(Writer):
         self._images.append(_json({"id": number, **about, "width": width, "height": height}))
         for k, label in enumerate(found.labels):
             record = {"image_id": number, "category_id": self._categories[label - 1]["id"],
-                      "bbox": _bbox(found.boxes[k]), "score": round(float(found.scores[k]), 5)}
+                      "bbox": bbox(found.boxes[k]), "score": round(float(found.scores[k]), 5)}
             prior = {"prior": _prior(found.origins[k])} if found.origins else {}
             self._detections.append(_json({**record, **about, **prior}))
 
@@ -180,7 +180,8 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def _bbox(box: Sequence[float]) -> list[float]:
+def bbox(box: Sequence[float]) -> list[float]:
+    """Return a box as COCO's x, y, width and height, to two decimals."""
     x1, y1, x2, y2 = box
     return [round(float(v), 2) for v in (x1, y1, x2 - x1 + 1, y2 - y1 + 1)]
 
@@ -188,7 +189,7 @@ def _bbox(box: Sequence[float]) -> list[float]:
 def _prior(origin: Origin) -> dict[str, object]:
     values = origin._asdict()
     box, _ = values.pop("box"), values.pop("cell")
-    return {**{key: round(value, 4) for key, value in values.items()}, "bbox": _bbox(box)}
+    return {**{key: round(value, 4) for key, value in values.items()}, "bbox": bbox(box)}
 
 
 class CsvFile(Writer):

@@ -64,8 +64,8 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
     directory: of a test, or of a run, whose newest test is taken. path: of the page; None:
     report.html in the test's folder; the figures go into ``figures_of(path)``. root: of the data
     set; None: where the test found it. score: least score of the detections that count. examples:
-    number of images of mistakes of each type and class; 50 times as many objects without annotation
-    are shown. against: other tests on the same images, the first to compare, all to find these.
+    images of mistakes of each type and class. against: other tests on the same images. The first is
+    compared; all add objects without annotation, of which up to 50 times `examples` are shown.
 
     UserError: no test there, no data set at ``root``, no matplotlib, or a file cannot be written.
     """
@@ -225,26 +225,31 @@ def _against(folder: Folder, a: Test, b: Test, changes: Sequence[Change], moved:
 @command
 def main(argv: list[str] | None = None) -> int:
     p = report_parser("python -m tools.report", __doc__)
-    p.add_argument("--against", type=Path, metavar="RUN_DIR", action="append", default=[],
-                   help="another test on the same images, to compare with; further ones only count "
-                   "for objects without annotation")
+    p.add_argument("--against", type=Path, metavar="RUN_DIR", action="append",
+                   help="another test on the same images, to compare with; further ones only add "
+                   "objects without annotation")
     p.add_argument("--accept", type=Path, metavar="JSON",
                    help="write no page, but annotations with the objects that a page has saved")
-    p.add_argument("--examples", type=count, default=6, metavar="N",
-                   help="images of mistakes of each type and class (6)")
+    p.add_argument("--examples", type=count, metavar="N",
+                   help="images of mistakes of each type and class (6); the page shows up to 50 N "
+                   "objects without annotation")
     p.add_argument("--output", type=Path, metavar="PAGE.html",
                    help="the page (default: report.html in the test's folder), or the folder of "
                    "--accept (default: annotations in the test's folder)")
+    p.set_defaults(score=None)  # as of write_report
     args = p.parse_args(argv)
     limit_pixels(args.max_pixels)
+    given = {name: value for name in ("score", "examples", "against")
+             if (value := getattr(args, name)) is not None}  # fmt: skip
     if args.accept:
+        if given:
+            p.error(f"--{min(given)} is for a page; leave it out, or leave out --accept")
         test = open_test(args.directory, args.root)
         print(merge(test, args.accept, args.output or test.directory / "annotations"))
         return 0
     if args.output and not re.fullmatch(r"\.html?", args.output.suffix):
         p.error(f"--output {args.output}: the page's name must end in .html")
-    path, notes = write_report(args.directory, args.output, args.root, args.score, args.examples,
-                               args.against)
+    path, notes = write_report(args.directory, args.output, args.root, **given)
     print(*notes, f"{path}, and the figures in {figures_of(path)}", sep="\n")
     return 0
 

@@ -1,6 +1,7 @@
 """Objects that annotators seem to have missed: found in tests, shown, and added to annotations."""
 
 import json
+import os
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Sequence
 from html import escape
@@ -12,63 +13,87 @@ import numpy as np
 
 from data import DetectionData
 from data.coco_json import extents, read_json
-from data.judge import FOREGROUND, Judged, overlaps
+from data.judge import FOREGROUND, overlaps
+from data.skips import SkipKind
+from data.truth import Truth
 from data.voc_xml import read_xml
-from data.yolo_layout import relative
-from tools.annotations import coco_records, voc_xml, yolo_txt
+from data.yolo_layout import YOLOFolder, relative
+from tools.annotations import clipped, coco_records, voc_xml, yolo_txt
 from tools.figures import Folder
-from tools.mistakes import as_jpeg, draw_mistake
+from tools.mistakes import MOST, as_jpeg, draw_mistake
 from tools.outputs import Found, write
 from tools.results import Test
 from tools.sources import Frame, Source
 from tools.tables import Table
 from utils.errors import UserError
-from utils.files import read_bytes
+from utils.files import read_text
 
 NEAR = 0.3
-"""IoU with an object from which a detection may be about it, as a duplicate or a loose box."""
+"""Least IoU at which a detection may belong to an object."""
 Added, Written = Sequence[tuple[int, Found]], Iterator[tuple[Path, bytes]]
 """Positions of images in the data set and their new objects; files and their new content."""
 
 
 class Omission(NamedTuple):
-    """An object that has no annotation, to all appearance."""
+    """A detection of an object that seems to have no annotation."""
 
     image: int  # index in the data set
     label: int  # from 1
     box: np.ndarray  # extents
-    score: float  # mean over the tests of their best score of a detection that agrees, or 0
-    tests: int  # how many have one that counts
+    score: float  # mean of the tests' best agreeing scores; 0 for a test without one
+    tests: int  # number of tests with an agreeing score of at least `score`
 
 
-def list_omissions(tests: Sequence[Judged], score: float) -> list[Omission]:
-    """Return the detections of at least `score` that are about no object, of whatever class.
+def all_objects(test: Test) -> Truth:
+    """Return the ground truth and, with label 0, the recorded objects of classes left out."""
+    truth, skipped = test.judged.truth, test.dataset.skipped
+    rows = np.array([(skip.image, *skip.box) for skip in skipped
+                     if skip.kind is SkipKind.UNKNOWN_CLASS], float).reshape(-1, 5)  # fmt: skip
+    images, at = rows[:, 0].astype(int), np.searchsorted(truth.images, rows[:, 0])
+    return Truth(np.insert(truth.images, at, images),
+                 np.insert(truth.boxes, at, rows[:, 1:] + (0, 0, 1, 1), axis=0),
+                 np.insert(truth.labels, at, 0), np.insert(truth.ignored, at, False), truth.rule)
 
-    tests: of the same images. Listed are detections whose IoU with each object, ignored ones too,
-    and with each better detection that is listed, is below `NEAR`. A detection of the same class
-    with an IoU of at least `FOREGROUND` agrees. Images come first that lack most: the sum of
-    scores, times its share in the sum of scores and annotated objects, is largest.
+
+def unannotated(objects: Truth, image: int, boxes: np.ndarray) -> list[int]:
+    """Return the positions of the boxes, extents [n, 4], that belong to no object of an image.
+
+    Such a box has an IoU below `NEAR` with each object and each earlier box returned. For a COCO
+    crowd, the share of the box inside the crowd replaces the IoU.
     """
-    truth, listed = tests[0].truth, []
-    tables = ((*test.found, np.full(len(test.found.images), n)) for n, test in enumerate(tests))
+    there = slice(*np.searchsorted(objects.images, (image, image + 1)))
+    crowds = objects.ignored[there] & (objects.rule == "coco")
+    near = overlaps(boxes, objects.boxes[there], crowds).max(1, initial=0)
+    new = []
+    for k in np.flatnonzero(near < NEAR).tolist():
+        if overlaps(boxes[k : k + 1], boxes[new]).max(initial=0) < NEAR:
+            new.append(k)
+    return new
+
+
+def list_omissions(tests: Sequence[Test], score: float) -> list[Omission]:
+    """Return the detections of at least `score` that are `unannotated`.
+
+    tests: of the same images; detections of all tests count. A detection agrees with an omission if
+    both have the same class and an IoU of at least `FOREGROUND`. Images are sorted by s² / (s + n),
+    largest first: s is the sum of the scores of their omissions, n their number of objects.
+    """
+    objects, listed = all_objects(tests[0]), []
+    founds = [test.judged.found for test in tests]
+    tables = ((*found, np.full(len(found.images), n)) for n, found in enumerate(founds))
     images, *columns = map(np.concatenate, zip(*tables, strict=True))
     order = np.lexsort((-columns[2], images))
     images, *columns = (column[order] for column in (images, *columns))
     for image in np.unique(images[columns[2] >= score]):
-        rows, there = (slice(*np.searchsorted(each, (image, image + 1)))
-                       for each in (images, truth.images))  # fmt: skip
+        rows = slice(*np.searchsorted(images, (image, image + 1)))
         boxes, labels, scores, owners = (column[rows] for column in columns)
-        crowds = truth.ignored[there] & (truth.rule == "coco")
-        near = overlaps(boxes, truth.boxes[there], crowds).max(1, initial=0)
-        for k in range(np.count_nonzero(scores >= score)):
-            if near[k] < NEAR:
-                iou = overlaps(boxes, boxes[k : k + 1])[:, 0]
-                near = np.maximum(near, iou)
-                agree = (iou >= FOREGROUND) & (labels == labels[k])
-                best = [scores[agree & (owners == n)].max(initial=0) for n in range(len(tests))]
-                listed.append(Omission(image, labels[k], boxes[k], float(np.mean(best)),
-                                       sum(each >= score for each in best)))
-    known = np.bincount(truth.images, minlength=images.max(initial=-1) + 1)
+        for k in unannotated(objects, image, boxes[: np.count_nonzero(scores >= score)]):
+            iou = overlaps(boxes, boxes[k : k + 1])[:, 0]
+            agree = (iou >= FOREGROUND) & (labels == labels[k])
+            best = [scores[agree & (owners == n)].max(initial=0) for n in range(len(tests))]
+            listed.append(Omission(image, labels[k], boxes[k], float(np.mean(best)),
+                                   sum(each >= score for each in best)))
+    known = np.bincount(objects.images, minlength=len(tests[0].dataset))
     sums = np.bincount([o.image for o in listed], [o.score for o in listed], len(known))
     lacks = sums**2 / (sums + known).clip(1e-9)
     return sorted(listed, key=lambda o: (-lacks[o.image], o.image, -o.score))
@@ -76,44 +101,55 @@ def list_omissions(tests: Sequence[Judged], score: float) -> list[Omission]:
 
 def show_omissions(folder: Folder, tests: Sequence[Test], score: float,
                    most: int) -> tuple[str, list[str]]:
-    """Return the first `most` omissions as HTML to tick, and notes for people; "" for none."""
-    dataset, truth = tests[0].dataset, tests[0].judged.truth
-    omissions = list_omissions([each.judged for each in tests], score)
+    """Return up to `most` omissions as HTML to tick, "" for none, and notes for people."""
+    dataset, objects, most = tests[0].dataset, all_objects(tests[0]), min(most, MOST)
+    omissions = list_omissions(tests, score)
     head = ("image", "class", "score", "tests", "x1", "y1", "x2", "y2")
     table = Table(head, [(dataset.ids[o.image], dataset.classes[o.label - 1], o.score, o.tests,
                           *o.box.tolist()) for o in omissions])  # fmt: skip
-    parts, notes = f"<p>All of them: {folder.table('unlabelled', table)}</p>", []
+    link = folder.table("unlabelled", table)
+    if not omissions:
+        return "", []
+    notes = [f"objects without annotation may be annotated, in a class left out ({skip.detail})"
+             for skip in dataset.skipped if skip.kind is SkipKind.CLASSES_LEFT_OUT]
+    articles = ""
     for image, group in groupby(omissions[:most], lambda o: o.image):
-        objects = truth.boxes[truth.images == image]
+        boxes = objects.boxes[objects.images == image]
         try:
             pixels = dataset.pull_image(image)
         except UserError as error:
             notes.append(str(error))
             continue
-        drawn = ((o, draw_mistake(pixels, None, o.box, objects)) for o in group)
+        drawn = ((o, draw_mistake(pixels, None, o.box, boxes)) for o in group)
         figures = "".join(_figure(*each, dataset, len(tests)) for each in drawn)
-        parts += (f"<article><h3>{escape(str(dataset.ids[image]))}</h3><p>{len(objects)} annotated"
-                  f'</p><div class="gallery">{figures}</div></article>')
+        articles += (f"<article><h3>{escape(str(dataset.ids[image]))}</h3><p>{len(boxes)} annotated"
+                     f'</p><div class="gallery">{figures}</div></article>')
+    if articles:
+        articles += '<button id="save">Save the accepted objects</button>'
     if most and (left_out := omissions[most:]):
-        notes.append(f"{len(left_out)} objects without annotation are not shown (--examples)")
-    return parts * bool(omissions), notes
+        notes.append(f"{len(left_out)} objects without annotation are not shown; unlabelled.csv "
+                     "lists all")
+    folders = ", ".join(escape(str(test.directory)) for test in tests)
+    return f"<p>Tests: {folders}. All of their objects: {link}</p>{articles}", notes
 
 
 def _figure(o: Omission, image: np.ndarray, dataset: DetectionData, tests: int) -> str:
     name, (x1, y1, x2, y2) = dataset.classes[o.label - 1], o.box.tolist()
-    text = escape(f"{name} {o.score:.2f}" + f", found by {o.tests} of {tests}" * (tests > 1))
+    count = f", found by {o.tests} of {tests}" if tests > 1 else ""
+    text = escape(f"{name} {o.score:.2f}{count}")
     value = json.dumps({"image": str(dataset.ids[o.image]), "class": name, "score": o.score,
                         "bbox": [round(side, 2) for side in (x1, y1, x2 - x1, y2 - y1)]})
-    return (f'<figure data-class="{o.label - 1}"><label><img alt="{text}" src="data:image/jpeg;'
-            f'base64,{as_jpeg(image)}"><br><input type="checkbox" value="{escape(value)}"> {text}'
-            "</label></figure>")
+    # Browsers restore ticks by position, also on a page that was written anew.
+    return (f'<figure data-class="{o.label - 1}"><label><img alt="{text}" '
+            f'src="data:image/jpeg;base64,{as_jpeg(image)}"><br><input type="checkbox" '
+            f'autocomplete="off" value="{escape(value)}"> {text}</label></figure>')
 
 
 def merge(test: Test, accepted: Path, folder: Path) -> str:
     """Write annotation files with the objects that a page saved as accepted, and return a line.
 
-    A file holds, in its format, what the data set's file of that name holds, and the new objects.
-    Objects that are annotated by now are left out. folder: new or empty.
+    A file holds the content of the data set's file and the new objects, in the same format. Objects
+    that are annotated already are left out. folder: new or empty.
     """
     dataset, kind = test.dataset, test.results.values["dataset"]
     if dataset is None or kind not in WRITERS:
@@ -122,32 +158,45 @@ def merge(test: Test, accepted: Path, folder: Path) -> str:
     if folder.is_dir() and any(folder.iterdir()):
         raise UserError(f"{folder} holds files, which may be corrected by hand; give another "
                         "--output, or remove that folder")
-    rows, truth, added = _read_accepted(accepted, test), test.judged.truth, []
-    images, boxes = rows[:, 0].astype(int), extents(rows[:, 3:])
-    for image in np.unique(images):
-        near = overlaps(boxes, truth.boxes[truth.images == image]).max(1, initial=0)
-        if (new := (images == image) & (near < NEAR)).any():
-            source = Source(str(dataset.image_path(image)), str(dataset.ids[image]), "image")
-            frame, corners = Frame(source, dataset.pull_image(image)), boxes[new] - (0, 0, 1, 1)
-            added.append((image, Found(frame, corners, rows[new, 2], rows[new, 1].astype(int))))
-    files, total = [*WRITERS[kind](dataset, added)], sum(len(found.labels) for _, found in added)
-    for path, data in files:
-        write(folder, relative(path, dataset.root).lstrip("./"), data)
-    return (f"{folder}: {len(files)} annotation files with {total} new objects, and all of before "
-            f"({len(rows) - total} are annotated by now); copy them over those in {dataset.root}")
+    rows, objects, added, inside = _read_accepted(accepted, test), all_objects(test), [], 0
+    for image in np.unique(rows[:, 0]).astype(int):
+        _, labels, scores, *sides = rows[rows[:, 0] == image].T
+        blank = np.broadcast_to(np.uint8(0), dataset.pull_image(image).shape)  # takes no memory
+        frame = Frame(Source(str(dataset.image_path(image)), "", "image"), blank)
+        boxes = extents(np.stack(sides, 1)) - (0, 0, 1, 1)
+        found = clipped(Found(frame, boxes, scores, labels.astype(int)))
+        inside += len(found.labels)
+        if new := unannotated(objects, image, found.boxes + (0, 0, 1, 1)):
+            added.append((image, Found(frame, *(column[new] for column in found[1:4]))))
+    total = sum(len(found.labels) for _, found in added)
+    lost = f"; {len(rows) - inside} have no area in their image" if inside < len(rows) else ""
+    if not added:
+        return f"{accepted}: no object is new{lost}"
+    files = dict(WRITERS[kind](dataset, added))
+    base = os.path.commonpath([os.path.abspath(path) for path in (dataset.root, *files)])
+    for path, data in files.items():
+        write(folder, relative(path, base), data)
+    return (f"{folder}: {len(files)} files with {total} new objects; {inside - total} were "
+            f"annotated already{lost}. Copy the files over those in {base}.")
 
 
 def _read_accepted(path: Path, test: Test) -> np.ndarray:
     """Return a row of each accepted object: image, label, score, x, y, width, height."""
     images = {str(id): i for i, id in enumerate(test.dataset.ids)}
     labels = {name: label for label, name in enumerate(test.dataset.classes, 1)}
-    records = read_json(path)
+    each = records = read_json(path)
+    rows = []
     try:
-        rows = [(images[r["image"]], labels[r["class"]], r["score"], *r["bbox"]) for r in records]
-        return np.asarray_chkfinite(rows, float).reshape(-1, 7)
+        if not isinstance(records, list):
+            raise TypeError("no list")
+        for each in records:
+            x, y, width, height = each["bbox"]
+            row = images[each["image"]], labels[each["class"]], each["score"], x, y, width, height
+            rows.append(np.asarray_chkfinite(row, float))
+        return np.reshape(rows, (-1, 7))
     except Exception as error:  # of any content
-        raise UserError(f"{path} does not list objects of {test.directory} ({error!r:.200}); save "
-                        "it again from the page of that test") from error
+        raise UserError(f"{path}: {each!r:.200} is no object of {test.directory} ({error!r:.99}); "
+                        "save the file again from the page of that test") from error
 
 
 def _voc(dataset: DetectionData, added: Added) -> Written:
@@ -163,13 +212,21 @@ def _voc(dataset: DetectionData, added: Added) -> Written:
 
 
 def _yolo(dataset: DetectionData, added: Added) -> Written:
+    if YOLOFolder(dataset.root).keypoints:
+        raise UserError(f"{dataset.root}: labels have keypoints (kpt_shape), accepted objects have "
+                        "none; annotate them by hand")
+    # Ultralytics misreads boxes beside polygons, and drops all outlines if one object has none.
+    files = (each.path for each in dataset.annotations if each.path.exists())
+    usual = any(len(line.split()) > 5 for path in files for line in read_text(path).splitlines())
     for image, found in added:
         path, names = dataset.annotations[image].path, np.array(dataset.classes)[found.labels - 1]
         if unknown := {*names.tolist()} - {*dataset.numbers}:
             raise UserError(f"{dataset.root}: add {min(unknown)} to the names that it declares")
         found = found._replace(labels=np.array([dataset.numbers[name] + 1 for name in names]))
-        old = read_bytes(path).rstrip() if path.exists() else b""
-        yield path, old + b"\n" * bool(old) + yolo_txt(found, "", dataset.classes)
+        old = read_text(path).rstrip().splitlines() if path.exists() else []
+        polygons = any(len(line.split()) > 5 for line in old) if old else usual
+        new = yolo_txt(found, "", dataset.classes, polygons)
+        yield path, "".join(f"{line}\n" for line in old).encode() + new
 
 
 def _coco(dataset: DetectionData, added: Added) -> Written:
