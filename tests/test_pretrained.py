@@ -281,7 +281,7 @@ def test_a_detector_is_named_with_its_hashes(files, kind):
     found = examine(files[kind])
     assert (found.version, found.size, found.num_classes) == ("SSD_HarDNet68", 300, 21)
     assert found.missing == found.unused == found.wrong == []
-    assert found.basenet == ["SSD_HarDNet68", "RFB_HarDNet68"]
+    assert found.basenet == ["SSD_HarDNet68", "SSD_HarDNet68bn", "RFB_HarDNet68"]
     assert found.parameters == 17_260_864  # as published code has them
     assert kind == "old" or found.tensors == 425
     assert found.sha256 == hashlib.sha256(files[kind].read_bytes()).hexdigest()
@@ -292,7 +292,7 @@ def test_a_detector_is_named_with_its_hashes(files, kind):
 def test_a_base_file_and_a_classifier_say_what_they_start(files, capsys):
     base, classifier = examine(files["base"]), examine(files["classifier"])
     for found in (base, classifier):
-        assert found.basenet == ["SSD_HarDNet68", "RFB_HarDNet68"]
+        assert found.basenet == ["SSD_HarDNet68", "SSD_HarDNet68bn", "RFB_HarDNet68"]
         assert found.version is None
     assert base.missing == base.unused == []
     assert base.parameters == 12_104_928
