@@ -15,7 +15,7 @@ from benchmarks import harness, roofline, routes, speed
 from benchmarks.harness import CPU
 from inference import gathered_conv
 from inference.predictor import Predictor
-from tools.traffic import Profile
+from tools.traffic import Layer, Profile
 from utils.checkpoint import sha256_of
 
 
@@ -253,7 +253,8 @@ def test_limits_are_of_the_bytes_and_operations_that_were_timed(monkeypatch):
 
 def test_shares_are_those_of_the_profile():
     ceiling = {"bandwidth": 1000.0, "operations": {"bf16": 10_000.0}}
-    counted = Profile((), parameters=100, sums=50, macs=500, cio=300)
+    layers = Layer("a", "conv", (), (), macs=500), Layer("b", "conv", (), (), cio=300)
+    counted = Profile(layers, parameters=100, sums=50)
     assert roofline.shares(counted, 4, "bf16", 2.0, ceiling) == {
         "bandwidth": 2 * (4 * 350 + 100) / 2 / 1000, "operations": 2 * 4 * 500 / 2 / 10_000}
     assert roofline.shares(counted, 1, "fp32", 1.0, ceiling).keys() == {"bandwidth"}

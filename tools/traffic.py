@@ -50,9 +50,18 @@ class Profile:
     parameters: int
     sums: int
     """Elements that additions of two tensors read and write. They are not part of the traffic."""
-    macs: int = 0  # like the next two, the sum over the layers
-    cio: int = 0
-    concat: int = 0
+
+    @property
+    def macs(self) -> int:
+        return sum(layer.macs for layer in self.layers)
+
+    @property
+    def cio(self) -> int:
+        return sum(layer.cio for layer in self.layers)
+
+    @property
+    def concat(self) -> int:
+        return sum(layer.concat for layer in self.layers)
 
     @property
     def traffic(self) -> int:
@@ -74,9 +83,7 @@ def profile(net: nn.Module, size: int) -> Profile:
         module.register_forward_hook(recorder.leave)
     with torch.no_grad(), recorder:
         shadow(torch.empty(1, 3, size, size, device="meta"))
-    totals = (sum(getattr(layer, key) for layer in recorder.layers)
-              for key in ("macs", "cio", "concat"))
-    return Profile(tuple(recorder.layers), _numel(net.parameters()), recorder.sums, *totals)
+    return Profile(tuple(recorder.layers), _numel(net.parameters()), recorder.sums)
 
 
 class _Recorder(TorchDispatchMode):
