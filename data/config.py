@@ -60,9 +60,13 @@ class PriorConfig:
         return tuple(2 + 2 * len(ratios) for ratios in self.aspect_ratios)
 
     @property
+    def priors_per_map(self) -> tuple[int, ...]:
+        return tuple(side * side * boxes for side, boxes
+                     in zip(self.feature_maps, self.boxes_per_cell, strict=True))
+
+    @property
     def num_priors(self) -> int:
-        cells = (side * side for side in self.feature_maps)
-        return sum(n * a for n, a in zip(cells, self.boxes_per_cell, strict=True))
+        return sum(self.priors_per_map)
 
 
 def _ssd(size: int, maps: dict[int, float], min_sizes: tuple[float, ...],

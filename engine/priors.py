@@ -1,7 +1,7 @@
 """Prior boxes of one's own: read from a file, or fitted to the boxes of a training set."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -105,13 +105,10 @@ def positives(config: PriorConfig, boxes: np.ndarray) -> np.ndarray:
     boxes: [n, 4], (x1, y1, x2, y2) relative to the image; n may be 0.
     """
     sides = ((boxes[:, 2:] - boxes[:, :2]) * config.size).astype(np.float64)
-    priors, start = PriorBox(config)().double().numpy() * config.size, 0
     total = np.zeros(len(boxes))
-    for step, side, shapes in zip(config.steps, config.feature_maps, config.boxes_per_cell,
-                                  strict=True):
-        for shape in priors[start : start + shapes, 2:]:
+    for cells, step in zip(_source_maps(config), config.steps, strict=True):
+        for shape in cells[0, 0, :, 2:] * config.size:
             total += 4 * _quarter(*sides.T, *shape) / step**2
-        start += side * side * shapes
     return total
 
 
@@ -144,13 +141,10 @@ def best_overlaps(config: PriorConfig, boxes: np.ndarray) -> np.ndarray:
     shape, a box overlaps most the one with the nearest centre. So each box is compared with one
     prior box of every shape, a few dozen instead of thousands.
     """
-    priors = PriorBox(config)().double().numpy()
     low, high = boxes[:, :2].astype(np.float64), boxes[:, 2:].astype(np.float64)
     area = (high - low).prod(1)
-    best, start = np.zeros(len(boxes)), 0
-    for side, shapes in zip(config.feature_maps, config.boxes_per_cell, strict=True):
-        end = start + side * side * shapes
-        cells, start = priors[start:end].reshape(side, side, shapes, 4), end
+    best = np.zeros(len(boxes))
+    for cells in _source_maps(config):
         axis = cells[0, :, 0, 0]  # of rows as of columns
         centre = axis[np.searchsorted((axis[1:] + axis[:-1]) / 2, (low + high) / 2)]
         for shape in cells[0, 0, :, 2:]:
@@ -158,3 +152,10 @@ def best_overlaps(config: PriorConfig, boxes: np.ndarray) -> np.ndarray:
             shared = shared.clip(0).prod(1)
             np.maximum(best, shared / (area + shape.prod() - shared), out=best)
     return best
+
+
+def _source_maps(config: PriorConfig) -> Iterator[np.ndarray]:
+    """Yield the prior boxes of each source map, float64 [side, side, boxes per cell, 4]."""
+    parts = PriorBox(config)().double().split(config.priors_per_map)
+    for part, side in zip(parts, config.feature_maps, strict=True):
+        yield part.numpy().reshape(side, side, -1, 4)

@@ -40,8 +40,7 @@ def find_origins(found: dict[str, Tensor], size: tuple[int, int], priors: Tensor
     chosen, scale = priors.cpu()[found["priors"]], torch.tensor([*size, *size])
     boxes = to_corners(chosen) * scale
     overlaps = iou(boxes[:, None], found["boxes"][:, None]).flatten()
-    counts = zip(config.feature_maps, config.boxes_per_cell, strict=True)
-    starts = [0, *accumulate(side * side * per_cell for side, per_cell in counts)]
+    starts = [0, *accumulate(config.priors_per_map)]
     origins = []
     for index, (_, _, w, h), box, overlap in zip(
             *(each.tolist() for each in (found["priors"], chosen, boxes, overlaps)), strict=True):
