@@ -105,6 +105,12 @@ def _timed(name: Hashable, call: Callable, device: torch.device, results: dict) 
     return now(device) - start
 
 
+def set_tf32(precision: str) -> None:
+    """Let a GPU compute float32 in TF32 if the precision is "tf32"."""
+    allowed = precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+
+
 def now(device: torch.device) -> float:
     """Return the clock's seconds once the device has finished its work."""
     if device.type == "cuda":

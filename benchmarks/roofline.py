@@ -5,7 +5,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from benchmarks.harness import race
+from benchmarks.harness import race, set_tf32
 from tools.traffic import Profile
 
 TYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16,
@@ -43,19 +43,14 @@ def measure(device: torch.device, rounds: int = 10, scale: float = 1) -> dict:
     return {"bandwidth": moved, "operations": {key: rate for key, rate in rates.items() if rate}}
 
 
-def _allow_tf32(precision: str) -> None:
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
-
-
 def _product(precision: str, a: Tensor, b: Tensor) -> Tensor:
-    _allow_tf32(precision)
+    set_tf32(precision)
     return torch._int_mm(a, b.t()) if precision == "int8" else a @ b
 
 
 @torch.inference_mode()
 def _convolution(precision: str, images: Tensor, weight: Tensor) -> Tensor:
-    _allow_tf32(precision)
+    set_tf32(precision)
     return torch.conv2d(images, weight, padding=1)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from benchmarks.harness import CLASSES, CPU, new_net, now
+from benchmarks.harness import CLASSES, CPU, new_net, now, set_tf32
 from benchmarks.nms import plain_detections
 from data.config import INPUT_MEAN
 from data.image import read_image
@@ -198,8 +198,7 @@ class Route:
     def _stage(self, seconds: Counter[str], name: str, call: Callable,
                *arguments: object) -> object:
         """Return the result of a call, and add its time to that of its stage."""
-        allowed = self.precision == "tf32"
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = allowed
+        set_tf32(self.precision)
         start = now(self.predictor.device)
         result = call(*arguments)
         seconds[name] += now(self.predictor.device) - start

@@ -222,7 +222,7 @@ _MARKS = {b"\xef\xbb\xbf": "utf-8-sig", b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xf
 def decode(data: bytes, path: str | Path, encoding: str = "utf-8") -> str:
     """Return the text in ``data``, the content of a file. A byte order mark decides the encoding.
 
-    Raises UserError: python does not know the encoding, or the text is not written in it.
+    Raises UserError: Python does not know the encoding, or the text is not written in it.
     """
     if data.startswith(tuple(_MARKS)):
         encoding = next(name for mark, name in _MARKS.items() if data.startswith(mark))
