@@ -215,18 +215,27 @@ def _yolo(dataset: DetectionData, added: Added) -> Written:
     if YOLOFolder(dataset.root).keypoints:
         raise UserError(f"{dataset.root}: labels have keypoints (kpt_shape), accepted objects have "
                         "none; annotate them by hand")
-    # Ultralytics misreads boxes beside polygons, and drops all outlines if one object has none.
-    files = (each.path for each in dataset.annotations if each.path.exists())
-    usual = any(len(line.split()) > 5 for path in files for line in read_text(path).splitlines())
-    for image, found in added:
-        path, names = dataset.annotations[image].path, np.array(dataset.classes)[found.labels - 1]
+    paths = [dataset.annotations[image].path for image, _ in added]
+    lines = [_label_lines(path) for path in paths]
+    # Ultralytics misreads boxes beside polygons, and drops all outlines if one object has none. So
+    # a file without objects gets what the others have.
+    usual = not all(lines) and any(
+        _has_polygons(_label_lines(each.path)) for each in dataset.annotations)
+    for (_, found), path, old in zip(added, paths, lines, strict=True):
+        names = np.array(dataset.classes)[found.labels - 1]
         if unknown := {*names.tolist()} - {*dataset.numbers}:
             raise UserError(f"{dataset.root}: add {min(unknown)} to the names that it declares")
         found = found._replace(labels=np.array([dataset.numbers[name] + 1 for name in names]))
-        old = read_text(path).rstrip().splitlines() if path.exists() else []
-        polygons = any(len(line.split()) > 5 for line in old) if old else usual
-        new = yolo_txt(found, "", dataset.classes, polygons)
+        new = yolo_txt(found, "", dataset.classes, _has_polygons(old) if old else usual)
         yield path, "".join(f"{line}\n" for line in old).encode() + new
+
+
+def _label_lines(path: Path) -> list[str]:
+    return read_text(path).rstrip().splitlines() if path.exists() else []
+
+
+def _has_polygons(lines: Sequence[str]) -> bool:
+    return any(len(line.split()) > 5 for line in lines)
 
 
 def _coco(dataset: DetectionData, added: Added) -> Written:
