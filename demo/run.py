@@ -26,8 +26,8 @@ from utils.arguments import Parser, positive
 from utils.errors import command
 
 VERSION = "SSD_HarDNet68"
-# In so few steps, a network from scratch learns best with small batches, a low rate and a warm-up.
-OPTIONS = ["-s", "300", "-b", "8", "--lr", "1e-3", "-we", "1"]
+# In so few steps, a network from scratch learns best with small batches and a short warm-up.
+OPTIONS = ["-s", "300", "-b", "8", "--recipe", "modern", "-we", "1"]
 
 
 def bf16_pays() -> bool:
@@ -80,7 +80,7 @@ def print_results(results: dict) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m demo.run", description=__doc__.splitlines()[0])
     p.add_argument("--output", type=Path, default=Path("demo/output"), help="(demo/output)")
-    p.add_argument("--epochs", type=positive, default=12, help="(12)")
+    p.add_argument("--epochs", type=positive, default=8, help="(8)")
     p.add_argument("--trainval", type=positive, default=200, help="images to train on (200)")
     p.add_argument("--test", type=positive, default=80, help="images to test on (80)")
     args = p.parse_args(argv)

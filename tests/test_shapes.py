@@ -168,4 +168,4 @@ def test_demo_learns_to_detect(tmp_path):
     """The demo as a user runs it: about five minutes on two cores with bfloat16 instructions."""
     assert run.main(["--output", str(tmp_path)]) == 0
     (results,) = tmp_path.glob("runs/*/*/ss_predict/*/test/results.json")
-    assert json.loads(results.read_text())["value"] > 0.65
+    assert json.loads(results.read_text())["value"] > 0.9
