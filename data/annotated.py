@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from data import DetectionData
-from data.annotation import Annotation, Loaded, check_ids, outside_root, tell
+from data.annotation import Annotation, Loaded, check_ids, join, outside_root, tell
 from data.curves import CURVES_FILE
 from data.image import read_image
 from data.image_sets import ImageSet, sets_name
@@ -58,7 +58,7 @@ class AnnotatedImages(DetectionData):
         self._scored = self.classes
         check_ids(self.ids, self._paths, faults)
         self.skipped += outside_root(self.root, self._paths)
-        images, boxes, *_ = self._objects()
+        images, boxes, *_ = join(self.annotations, self.classes)
         self.sizes = np.array([each.size or (0, 0) for each in self.annotations], np.int64)
         unsure = (self.sizes == 0).any(1)
         unsure[images[(boxes[:, 2:] > self.sizes[images] - 1).any(1)]] = True
@@ -74,7 +74,7 @@ class AnnotatedImages(DetectionData):
         kept = self._make_targets()
         self.check_losses(faults)
         if not self.scores_dropped:
-            parts = np.split(kept, self._starts()[1:-1])
+            parts = np.split(kept, np.cumsum([len(each.names) for each in self.annotations])[:-1])
             self.annotations = [*map(Annotation.part, self.annotations, parts)]
 
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
@@ -94,51 +94,30 @@ class AnnotatedImages(DetectionData):
             self.skipped.append(Skip(SkipKind.SIZE_SWAPPED, index, None, detail))
         return found
 
-    def _starts(self) -> np.ndarray:
-        """Return where the objects of each image begin in a row of all, and end, [N + 1]."""
-        return np.cumsum([0, *(len(annotation.names) for annotation in self.annotations)])
-
-    def _objects(self) -> tuple[np.ndarray, ...]:
-        """Return the image, box, label (0 for an unknown class) and flag of all M objects."""
-        label_of = {name: label for label, name in enumerate(self.classes, 1)}
-        labels = [label_of.get(name, 0) for each in self.annotations for name in each.names]
-        images = np.repeat(np.arange(len(self)), np.diff(self._starts()))
-        boxes = np.concatenate([np.empty((0, 4)), *(each.boxes for each in self.annotations)])
-        flags = np.concatenate([np.empty(0, bool), *(each.difficult for each in self.annotations)])
-        return images, boxes, np.array(labels, np.int64), flags
-
     def _make_targets(self) -> np.ndarray:
         """Set ``rows`` and ``offsets``. Return which of all objects are in them, bool [M]."""
-        images, boxes, labels, _ = self._objects()
+        images, boxes, labels, _ = join(self.annotations, self.classes)
         clipped = boxes.clip(0, np.tile(self.sizes[images] - 1, 2))
         known = labels > 0
         area = (boxes[:, 2:] > boxes[:, :2]).all(1)
         inside = (clipped[:, 2:] > clipped[:, :2]).all(1)
         # 0.01: what the decimals of shares leave of a box that touches the border.
         changed = (np.abs(clipped - boxes) > 0.01).any(1)
-        starts = self._starts()
         for kind, which in ((SkipKind.BOX_WITHOUT_AREA, known & ~area),
                             (SkipKind.BOX_OUTSIDE, known & area & ~inside),
                             (SkipKind.BOX_CLIPPED, known & area & inside & changed)):
             for k in np.flatnonzero(which):
                 image, written = int(images[k]), boxes[k] + self.offset
-                number, size = k - starts[image], self.sizes[image].tolist()
+                number, size = k - np.searchsorted(images, image), self.sizes[image].tolist()
                 annotation = self.annotations[image]
                 detail = (f'{annotation}: object {number + 1} ("{annotation.names[number]}") '
                           f"({', '.join(f'{value:g}' for value in written)}) in {size[0]} x "
-                          f"{size[1]}{self.hint(written, size)}")
+                          f"{size[1]}")
                 self.skipped.append(Skip(kind, image, tuple(boxes[k].tolist()), detail))
         kept = known & area & inside
         self.rows = np.hstack([clipped, labels[:, None]])[kept].astype(np.float32)
         self.offsets = np.append(0, np.cumsum(np.bincount(images[kept], minlength=len(self))))
         return kept
-
-    def hint(self, box: np.ndarray, size: Sequence[int]) -> str:
-        """Return what may be wrong with a box that is dropped or clipped, as in its file."""
-        if (box[2:] < box[:2]).any():
-            return ": swapped corners?"
-        fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
-        return ": fractions of the image where pixels belong?" if fractions else ""
 
     def image_path(self, index: int) -> Path:
         return self._paths[index]
@@ -169,7 +148,7 @@ class AnnotatedImages(DetectionData):
                             "files cannot tell them apart; evaluate the image sets one by one")
 
     def truth(self) -> Truth:
-        images, boxes, labels, ignored = self._objects()
+        images, boxes, labels, ignored = join(self.annotations, self.classes)
         known = labels > 0
         return Truth(images[known], boxes[known] + (0, 0, 1, 1), labels[known], ignored[known],
                      "voc")

@@ -64,6 +64,21 @@ class Annotation:
         return replace(self, names=names, boxes=self.boxes[kept], difficult=self.difficult[kept])
 
 
+def join(annotations: Sequence[Annotation],
+         classes: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the M objects of all annotations in a row.
+
+    These are int64 [M] positions of their annotations, ascending, float64 [M, 4] boxes, int64 [M]
+    labels, from 1, 0 for a name that is not in ``classes``, and bool [M] difficult flags.
+    """
+    label_of = {name: label for label, name in enumerate(classes, 1)}
+    images = np.repeat(np.arange(len(annotations)), [len(each.names) for each in annotations])
+    labels = [label_of.get(name, 0) for each in annotations for name in each.names]
+    boxes = np.concatenate([np.empty((0, 4)), *(each.boxes for each in annotations)])
+    flags = np.concatenate([np.empty(0, bool), *(each.difficult for each in annotations)])
+    return images, boxes, np.array(labels, np.int64), flags
+
+
 class Loaded(NamedTuple):
     """What a reader has read of some image sets; no image is opened for it.
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data import bootstrap
-from data.annotation import Annotation
+from data.annotation import Annotation, join
 from data.classes import parse_classes
 from data.curves import SIZE_RANGES, SIZES, write_curves
 from data.image_sets import ImageSet
@@ -69,14 +69,16 @@ def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[A
         without ground truth has AP 0 and counts in the mean, as in the published 11-point code; a
         note says so. Without ground truth of a size it has -1 there and is left out of that mean.
     """
-    objects, weights = _Objects.of(annotations), bootstrap.draw(len(annotations))
+    images, boxes, labels, difficult = join(annotations, classes)
+    weights = bootstrap.draw(len(annotations))
     drawn: list[Sequence[np.ndarray | None]] = []
     keys = ("per_class", "per_class_interval", "per_size", "per_class_per_size")
     result: dict = {"iou": iou, **{m: {"mean": 0.0} | {k: {} for k in keys} for m in METRICS}}
     result |= {"ground_truths": {}, "detections": {}, "notes": [], "curves": {}}
-    for name in classes:
-        found = detections[name]
-        curves, totals, counted = _class_curves(found, objects.of_class(name), iou)
+    for label, name in enumerate(classes, 1):
+        found, mine = detections[name], labels == label
+        objects = _Objects(images[mine], boxes[mine], difficult[mine])
+        curves, totals, counted = _class_curves(found, objects, iou, len(annotations))
         aps = bootstrap.precisions(counted, weights, METRICS)[:, 0] if totals["all"] else None
         drawn.append(2 * [None] if aps is None else aps)
         for metric, of_draws in zip(METRICS, drawn[-1], strict=True):
@@ -108,34 +110,15 @@ def _notes(name: str, objects: int, detections: int) -> list[str]:
 
 
 class _Objects(NamedTuple):
-    """Objects in a row: of M image positions [M], names [M], boxes [M, 4] and flags [M].
+    """The M objects of a class: image positions [M], ascending, boxes [M, 4] and flags [M]."""
 
-    starts: of each image, and behind the last one.
-    """
-
-    starts: np.ndarray
-    names: np.ndarray
+    images: np.ndarray
     boxes: np.ndarray
     difficult: np.ndarray
 
-    @classmethod
-    def of(cls, annotations: Sequence[Annotation]) -> _Objects:
-        counts = [len(annotation.names) for annotation in annotations]
-        return cls(
-            np.append(0, np.cumsum(counts, dtype=np.int64)),
-            np.array([name for annotation in annotations for name in annotation.names], object),
-            np.concatenate([np.empty((0, 4)), *(annotation.boxes for annotation in annotations)]),
-            np.concatenate([np.empty(0, bool), *(each.difficult for each in annotations)]),
-        )
-
-    def of_class(self, name: str) -> _Objects:
-        chosen = self.names == name
-        starts = np.append(0, np.cumsum(chosen))[self.starts]
-        return _Objects(starts, *(column[chosen] for column in self[1:]))
-
 
 def _class_curves(
-    found: ClassDetections, objects: _Objects, iou: float,
+    found: ClassDetections, objects: _Objects, iou: float, images: int,
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int], bootstrap.Counted]:
     # The published code sorts unstably: its order of equal scores depends on the processor.
     order = np.argsort(-found.scores, kind="stable")
@@ -150,7 +133,7 @@ def _class_curves(
         curves[size] = {"scores": found.scores[order], "recall": recall, "precision": precision}
         totals[size] = int(valid.sum())
     counts = (matched < 0) | np.append(counted, False)[matched]
-    of_image = np.diff(np.append(0, counted.cumsum())[objects.starts])
+    of_image = np.bincount(objects.images[counted], minlength=images)
     part = bootstrap.Counted(found.images[order], first[None], counts[None], of_image)
     return curves, totals, part
 
@@ -163,7 +146,8 @@ def _match(images: np.ndarray, boxes: np.ndarray, objects: _Objects,
         int64 [n], the object of each detection, -1 for none; bool [n], where the detection is the
         first of an object that is not difficult.
     """
-    start, count = objects.starts[images], np.diff(objects.starts)[images]
+    start, end = (np.searchsorted(objects.images, images, side) for side in ("left", "right"))
+    count = end - start
     # Every detection beside every object of its image: `det` and `obj` are the ends of a pair.
     det = np.repeat(np.arange(len(images)), count)
     obj = np.arange(len(det)) + np.repeat(start - (count.cumsum() - count), count)

@@ -5,6 +5,7 @@ boxes are compared one by one, and their AP where ground truth exists. A file th
 `proof.TOLERANCE` is not kept. A kept one has FILE.json beside it: sha256, description and proof.
 """
 
+import importlib
 import os
 import platform
 import tempfile
@@ -19,10 +20,10 @@ from inference.export_info import ExportInfo
 from inference.formats import FORMATS, Format, write
 from inference.images import Images, TrainedOn, find_images
 from inference.proof import TOLERANCE, Tolerance, TooDifferent, excess, prove
-from inference.runtime import cpu_has_bf16, files_of, identity, import_package
+from inference.runtime import cpu_has_bf16, files_of, identity
 from models.info import DetectorInfo
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
-from utils.errors import UserError
+from utils.errors import UserError, import_package
 from utils.files import check_writable, write_json
 
 IMAGES = 200
@@ -111,7 +112,7 @@ def _check(options: ExportOptions, form: Format, output: Path) -> None:
         if getattr(options, option) is not None and precision != "int8":
             raise UserError(f"--{option} goes with --precision int8")
     for package in form.packages_for(precision):
-        import_package(package, options.format)
+        import_package(package, f"--format {options.format}")
     if bf16 and not cpu_has_bf16():
         raise UserError("this CPU has no bfloat16 instructions: OpenVINO would compute in fp32 and "
                         "prove nothing; export on one that has them, or give --precision fp32")
@@ -144,7 +145,7 @@ def _describe(options: ExportOptions, form: Format, detector: DetectorInfo,
     detection = detector.detection().with_limits(options.score_threshold, options.max_detections)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     for package in form.packages_for(options.precision):
-        versions[package] = import_package(package, options.format).__version__
+        versions[package] = importlib.import_module(package).__version__
     return ExportInfo(
         detector, variance=detector.prior_config().variance, mean=INPUT_MEAN,
         preprocess=options.preprocess, nms=options.with_nms, dynamic=options.dynamic,

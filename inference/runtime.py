@@ -6,20 +6,18 @@
 Only files of ``python -m tools.export`` are accepted. They carry a description (``ExportInfo``).
 """
 
-import importlib
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 
 from data.transforms import TestTransform
 from inference.export_info import INFO_KEY, ExportInfo
 from utils.checkpoint import sha256_of
-from utils.errors import UserError, first_line
+from utils.errors import UserError, first_line, import_package
 from utils.logger import LOGGER
 
 Arrays = dict[str, np.ndarray]
@@ -131,24 +129,14 @@ def identity(path: str | Path) -> dict[str, object]:
     return {**graph, "weights": weights[0]} if weights else graph
 
 
-def import_package(name: str, extra: str) -> ModuleType:
-    """Import an optional package; ``extra`` is the extra of this project that installs it."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(
-            f"{name} cannot be imported ({error}); pip install {name}, or pip install -e .[{extra}]"
-        ) from error
-
-
 def cpu_has_bf16() -> bool:
     """Return whether OpenVINO computes in bfloat16 on this CPU; otherwise it falls back to fp32."""
-    openvino = import_package("openvino", "openvino")
+    openvino = import_package("openvino", "bfloat16")
     return "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
 
 
 def _onnx(path: Path, threads: int | None) -> ExportedModel:
-    ort = import_package("onnxruntime", "onnx")
+    ort = import_package("onnxruntime", path)
     options = ort.SessionOptions()
     options.log_severity_level = 4  # exceptions tell the errors
     options.intra_op_num_threads = threads or 0
@@ -168,7 +156,7 @@ def _onnx(path: Path, threads: int | None) -> ExportedModel:
 
 
 def _openvino(path: Path, threads: int | None) -> ExportedModel:
-    openvino = import_package("openvino", "openvino")
+    openvino = import_package("openvino", path)
     core = openvino.Core()
     try:
         if ElementTree.parse(path).getroot().tag != "net":  # OpenVINO would try other formats

@@ -165,6 +165,6 @@ def test_a_runtime_that_is_missing_is_named_with_its_installation(tmp_path, monk
         file = tmp_path / f"x{suffix}"
         file.touch()
         file.with_suffix(".bin").touch()
-        told = f"{package} cannot be imported .*pip install {package}"
+        told = f"{package}, which cannot be imported .*pip install {package}"
         with pytest.raises(UserError, match=told):
             open_model(file)

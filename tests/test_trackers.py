@@ -37,8 +37,8 @@ def failing(method):
 @pytest.mark.parametrize("method", ["__init__", "scalars", "image", "close"])
 def test_a_tracker_that_fails_is_told_once_and_the_others_go_on(tmp_path, monkeypatch, caplog,
                                                                 method):
-    monkeypatch.setitem(TRACKERS, "bad", ("", failing(method)))
-    monkeypatch.setitem(TRACKERS, "good", ("", Notes))
+    monkeypatch.setitem(TRACKERS, "bad", failing(method))
+    monkeypatch.setitem(TRACKERS, "good", Notes)
     both = Trackers(["bad", "good"], tmp_path, {"lr": 1})
     good = both.open["good"]
     both.scalars(1, {"loss": 2.0, "AP": None})

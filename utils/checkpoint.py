@@ -2,18 +2,14 @@
 
 import json
 import os
-import re
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
-from utils.errors import UserError
+from utils.errors import UserError, import_package
 from utils.files import INFLATED, atomic_write, check_archive, file_digest
 
 _FORMAT = 1
@@ -76,14 +72,12 @@ def save_safetensors(path: Path, model: Mapping[str, Tensor], about: Mapping) ->
         UserError: the package safetensors is not installed, the file cannot be written, or the
             format cannot hold a tensor or a value of ``about``.
     """
-    _import_safetensors(path)
-    from safetensors.torch import save
-
+    safetensors = import_package("safetensors.torch", path)
     about = {**about, "keys": list(model)}
     try:
         # The format has neither strides nor tensors that share memory.
         tensors = {k: tensor.detach().cpu().contiguous().clone() for k, tensor in model.items()}
-        data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
+        data = safetensors.save(tensors, {key: json.dumps(value) for key, value in about.items()})
     except Exception as error:  # the package raises various types
         raise UserError(f"{path} cannot be written: safetensors cannot hold this "
                         f"({_reason(error)}); keep it as .pth") from error
@@ -147,34 +141,15 @@ def _load_torch(path: Path, mmap: bool) -> Mapping:
             warnings.simplefilter("ignore")
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:  # a damaged or hostile file can make the reader raise anything
-        if names := _refused_types(path):
-            names = list_keys(names, "types that are no tensors and no plain data", 3)
-            raise UserError(f"{path} holds {names}; files that could run code are not opened; where"
-                            " you trust it, convert such values (float(x)) and save "
-                            "model.state_dict() instead of the model") from error
         # PyTorch's own text says how to open the file unsafely.
         reason = _reason(error.__context__ or error)
         raise UserError(f"{path} is damaged, is not a PyTorch file of a state dict, or holds more "
-                        f"than tensors and plain data ({reason}); get it anew, or save "
-                        "model.state_dict() by torch.save") from error
+                        f"than tensors and plain data, which could run code ({reason}); get it "
+                        "anew, or save model.state_dict() and plain values such as float(x)"
+                        ) from error
     if not isinstance(state, Mapping):
         raise UserError(f"{path} holds a {type(state).__name__}, not a state dict")
     return state
-
-
-def _refused_types(path: Path) -> list[str]:
-    """Return the types and functions in a file that PyTorch does not open, as far as known."""
-    with suppress(Exception):
-        if any(name.endswith("/constants.pkl") for name in zipfile.ZipFile(path).namelist()):
-            return ["torch.jit.ScriptModule"]
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    names = set()
-    with suppress(Exception), open(path, "rb") as file:
-        for _ in range(4):  # before PyTorch 1.6: a magic number, a version, sizes, the object
-            # As get_unsafe_globals_in_checkpoint does for newer files: it reads and runs nothing.
-            names |= torch._weights_only_unpickler.get_globals_in_pkl(file)
-    known = r"torch\._.*|torch\.\w*Storage|collections\.OrderedDict|_codecs\.encode|\w+\.set"
-    return sorted(name for name in names if not re.fullmatch(known, name))
 
 
 def _innermost(state: Mapping) -> tuple[Mapping, list[str]]:
@@ -190,7 +165,7 @@ def _innermost(state: Mapping) -> tuple[Mapping, list[str]]:
 
 
 def _load_safetensors(path: Path) -> dict:
-    safetensors = _import_safetensors(path)
+    safetensors = import_package("safetensors", path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             about = file.metadata() or {}
@@ -208,15 +183,6 @@ def _load_safetensors(path: Path) -> dict:
     if named and len(keys) == len(tensors) and tensors.keys() == set(keys):
         tensors = {key: tensors[key] for key in keys}
     return {**about, "model": tensors}
-
-
-def _import_safetensors(path: Path) -> ModuleType:
-    try:
-        import safetensors
-    except ImportError as error:
-        raise UserError(f"{path} needs the package safetensors, which is not installed; pip "
-                        "install safetensors") from error
-    return safetensors
 
 
 def _check_entries(path: Path, state: Mapping) -> None:

@@ -1,6 +1,5 @@
 """Verified downloads and safe unpacking."""
 
-import importlib
 import os
 import platform
 import re
@@ -10,13 +9,11 @@ import sys
 import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
-from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import ModuleType
 from typing import NamedTuple
 
-from utils.errors import UserError
+from utils.errors import UserError, import_package
 from utils.files import file_digest
 
 SECONDS_OF_SILENCE = 30  # a server that sends nothing for so long is given up
@@ -68,12 +65,11 @@ def fetch(places: Sequence[Place], path: str | Path,
     for place in places:
         try:
             return _fetch_from(place, path, check)
-        except (UserError, OSError, HTTPException, ValueError) as error:
-            answers.append(f"{place.url}: {error or type(error).__name__}")
-    if len(answers) == 1:
-        raise UserError(f"cannot download {answers[0]}; try again later, or {by_hand}")
-    told = "; ".join(answers)
-    raise UserError(f"no place gives {path.name} ({told}); try again later, or {by_hand}")
+        except Exception as error:  # gdown, huggingface_hub and their HTTP library raise various
+            reason = " ".join(str(error).split()) or type(error).__name__
+            answers.append(f"{place.url}: {reason}")
+    raise UserError(f"cannot download {path.name} from {'; '.join(answers)}; try again later, or "
+                    f"{by_hand}")
 
 
 def _fetch_from(place: Place, path: Path, check: Callable[[Path], str] | None) -> Path:
@@ -126,30 +122,16 @@ def _download(url: str, part: Path) -> None:
 
 def _download_from_drive(file_id: str, part: Path) -> None:
     """Download by gdown, which knows Google Drive's confirmation pages."""
-    gdown = _package("gdown", "a page to confirm before the download")
-    try:
-        # Without the cookies of the user's browser.
-        done = gdown.download(id=file_id, output=str(part), resume=True, use_cookies=False)
-    except Exception as error:  # gdown and requests raise various types
-        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
+    gdown = import_package("gdown", "Google Drive's page to confirm a download")
+    # Without the cookies of the user's browser.
+    done = gdown.download(id=file_id, output=str(part), resume=True, use_cookies=False)
     if done is None:  # releases before 5.0 print the reason
         raise UserError("Google Drive refuses it at present")
 
 
 def _download_from_hub(repository: str, file: str, revision: str | None, part: Path) -> None:
-    hub = _package("huggingface_hub", "files of Hugging Face repositories")
-    try:
-        found = hub.hf_hub_download(repository, file, revision=revision)
-    except Exception as error:  # huggingface_hub and its HTTP library raise various types
-        raise UserError(" ".join(str(error).split()) or type(error).__name__) from error
-    shutil.copyfile(found, part)
-
-
-def _package(name: str, what: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise UserError(f"{what}: it needs the package {name}; pip install {name}") from error
+    hub = import_package("huggingface_hub", "a file of a Hugging Face repository")
+    shutil.copyfile(hub.hf_hub_download(repository, file, revision=revision), part)
 
 
 def unpacking_mark(path: str | Path, directory: str | Path) -> Path:
@@ -175,8 +157,7 @@ def extract_tar(path: str | Path, directory: str | Path) -> None:
                 tarfile.data_filter(member, str(directory))
                 # The filter lets links pass, and has had holes for them; no data set needs any.
                 if not (member.isreg() or member.isdir()):
-                    raise UserError(f"{path}: refused to unpack ({member.name} is a link or a "
-                                    "device); delete the file and get it from a source you trust")
+                    raise tarfile.SpecialFileError(member)
             Path(directory).mkdir(parents=True, exist_ok=True)
             mark.touch()
             archive.extractall(directory, filter="data")

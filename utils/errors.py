@@ -1,8 +1,10 @@
 """The exception for a user's mistake, and the way a command line reports it."""
 
 import functools
+import importlib
 import sys
 from collections.abc import Callable, Sequence
+from types import ModuleType
 
 from utils.console import console, printable
 
@@ -28,6 +30,15 @@ def first_line(error: BaseException) -> str:
     """Return the first line with text of an error, else the name of its type."""
     lines = map(str.strip, str(error).splitlines())
     return next(filter(None, lines), type(error).__name__)
+
+
+def import_package(module: str, user: object) -> ModuleType:
+    """Import an optional package; a UserError names it and its ``user``, such as a file."""
+    try:
+        return importlib.import_module(module)
+    except Exception as error:  # a broken package raises anything
+        raise UserError(f"{user} needs {module}, which cannot be imported ({first_line(error)}); "
+                        f"pip install {module.partition('.')[0]}") from error
 
 
 def command(main: Callable[..., int]) -> Callable[[Sequence[str] | None], int]:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import numpy as np
 
-from utils.errors import UserError, first_line
+from utils.errors import first_line, import_package
 from utils.logger import LOGGER
 
 PROJECT = "SSD-HarDNet"  # name under which a tracker files the runs
@@ -91,22 +91,17 @@ def _plain(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_./ " else "_" for c in name)
 
 
-TRACKERS: dict[str, tuple[str, Callable[[Path, Mapping[str, object]], Tracker]]] = {
-    "tensorboard": ("torch.utils.tensorboard", TensorBoard),
-    "wandb": ("wandb", partial(Wandb, "wandb")), "mlflow": ("mlflow", MLflow),
-    "trackio": ("trackio", partial(Wandb, "trackio")),
+TRACKERS: dict[str, Callable[[Path, Mapping[str, object]], Tracker]] = {
+    "tensorboard": TensorBoard, "wandb": partial(Wandb, "wandb"), "mlflow": MLflow,
+    "trackio": partial(Wandb, "trackio"),
 }
-"""Values of --log: the module that must be there, and the tracker."""
+"""Values of --log, which are also the names of the packages, and the trackers."""
 
 
 def check_trackers(names: Sequence[str]) -> None:
     """Raise UserError unless the packages of all trackers can be imported."""
     for name in names:
-        try:
-            importlib.import_module(TRACKERS[name][0])
-        except Exception as error:  # a broken package raises anything
-            raise UserError(f"--log {name}: its package cannot be imported ({first_line(error)}); "
-                            f"pip install {name}") from error
+        import_package(name, f"--log {name}")
 
 
 class Trackers:
@@ -118,7 +113,7 @@ class Trackers:
             self._try(name, partial(self._start, name, folder, config))
 
     def _start(self, name: str, folder: Path, config: Mapping[str, object]) -> None:
-        self.open[name] = TRACKERS[name][1](folder, config)
+        self.open[name] = TRACKERS[name](folder, config)
 
     def _try(self, name: str, call: Callable[[], object]) -> None:
         try:
