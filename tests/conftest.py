@@ -2,6 +2,8 @@
 
 import http.server
 import os
+import re
+import shlex
 import struct
 import threading
 from pathlib import Path
@@ -29,6 +31,18 @@ settings.register_profile("fuzz", max_examples=5000, deadline=None)
 
 VOC_IMAGE_SIZE = (96, 72)  # width, height
 ROOT = Path(__file__).parent.parent
+
+
+def blocks(page: str, language: str = "") -> list[str]:
+    """Return the blocks of code of a page, such as "docs/detect.md"."""
+    text = (ROOT / page).read_text("utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(page: str) -> list[list[str]]:
+    """Return the command lines of a page as words."""
+    lines = (line for block in blocks(page) for line in block.splitlines())
+    return [shlex.split(line, comments=True) for line in lines]
 
 
 def pytest_collection_modifyitems(items):

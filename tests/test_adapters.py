@@ -2,12 +2,12 @@
 
 import importlib.util
 import re
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import blocks
 from exports import write_checkpoint
 from nms_routines import needs_torchvision
 from tiny import TINY
@@ -16,8 +16,7 @@ from data import VOCDetection
 from data.adapters import TorchvisionDataset
 from models import BACKBONES
 
-PAGE = (Path(__file__).parent.parent / "docs" / "in_python.md").read_text("utf-8")
-CODE = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+CODE = blocks("docs/in_python.md", "python")
 
 
 @pytest.fixture

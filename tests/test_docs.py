@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import blocks, commands
 from layouts import LAYOUTS
 from tiny import TINY
 
@@ -28,11 +29,6 @@ ROOT = Path(__file__).parent.parent
 ROOMS = "utils|data|layers|models|inference|engine|tools|demo|docs|benchmarks|tests"
 PAGES = sorted([*ROOT.glob("*.md"), *(path for room in ("docs", "weights", "benchmarks")
                                       for path in (ROOT / room).rglob("*.md"))])
-
-
-def blocks(page: str, language: str) -> list[str]:
-    text = (ROOT / page).read_text("utf-8")
-    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
@@ -143,10 +139,8 @@ def test_own_data_are_split_checked_trained_on_and_used_as_written(tmp_path, mon
     monkeypatch.setitem(BACKBONES, "SSD_HarDNet68", TINY)
     monkeypatch.chdir(tmp_path)
     LAYOUTS["xml-folders"].write(Path("FOLDER"))
-    commands = [shlex.split(line) for block in blocks("docs/own_data.md", "")
-                for line in block.splitlines()]  # fmt: skip
     run, ran = "", []
-    for _, *words in commands:
+    for _, *words in commands("docs/own_data.md"):
         program = words.pop(0) if words[0] != "-m" else words.pop(1)
         ran.append(program)
         if program == "tools.export" and not all(map(find_spec, ("onnxscript", "onnxruntime"))):
@@ -179,10 +173,9 @@ def test_commands_that_reproduce_name_what_there_is():
     from engine.options import parser
 
     parse = parser().parse_args
-    commands = [shlex.split(line) for block in blocks("docs/reproducing.md", "")
-                for line in block.splitlines()]  # fmt: skip
-    assert len(commands) == 5
-    for command in commands:
+    found = commands("docs/reproducing.md")
+    assert len(found) == 5
+    for command in found:
         if "tools.weights" in command:
             assert command[:4] == ["python", "-m", "tools.weights", "download"]
             row = published(command[4])
@@ -199,7 +192,7 @@ def test_commands_that_reproduce_name_what_there_is():
 def test_recipes_of_the_table_are_options_of_training():
     from engine.options import parse
 
-    (block,) = blocks("docs/recipes.md", "")
+    (block,) = blocks("docs/recipes.md")
     command = shlex.split(block.replace("\\\n", " "))
     rows = re.findall(r"^\| .* \| `(--.*)` \|$", (ROOT / "docs/recipes.md").read_text("utf-8"),
                       re.MULTILINE)
@@ -226,10 +219,9 @@ def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
     (tmp_path / "FOLDER").symlink_to(voc_folder)
     (tmp_path / "IMAGES").symlink_to(voc_folder / "JPEGImages")
     programs = {"train_test.py": train_test, "tools.detect": detect, "tools.export": export}
-    commands = [line.split() for block in blocks("docs/exporting.md", "")
-                for line in block.splitlines() if line.startswith("python")]  # fmt: skip
-    assert len(commands) == 6
-    for _, *words in commands:
+    found = [words for python, *words in commands("docs/exporting.md") if python == "python"]
+    assert len(found) == 6
+    for words in found:
         program = programs[words[1] if words[0] == "-m" else words[0]]
         arguments = words[2:] if words[0] == "-m" else words[1:]
         arguments = [str(checkpoint) if word == "CHECKPOINT" else word for word in arguments]

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import write_voc
+from conftest import commands, write_voc
 
 from data import DATASETS
 from engine.optim import LR_MILESTONES
@@ -22,8 +22,7 @@ from models import BACKBONES, build_net
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
+COMMANDS = commands("README.md")
 INLINE = [shlex.split(text) for text in re.findall(r"`(python -m [^`]+)`", README)]
 SMALL = ["--max_iters", "1", "-b", "2", "--num_workers", "0", "--device", "cpu"]
 

@@ -2,11 +2,11 @@
 
 import json
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import commands
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -16,8 +16,7 @@ from tools.traffic import Profile, main, profile, summary_table, table
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "traffic.md").read_text("utf-8")
-BLOCKS = re.findall(r"^```\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
-COMMANDS = [shlex.split(line, comments=True) for block in BLOCKS for line in block.splitlines()]
+COMMANDS = commands("docs/traffic.md")
 TABLE = "".join(line + "\n" for line in PAGE.splitlines() if line.startswith("|"))
 
 
