@@ -1,16 +1,15 @@
 """Two tests compared: against scoring each draw anew, hotcoco's compare, and by hand."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 from coco_files import CATEGORIES, annotation, write_val2017
-from conftest import write_voc
+from conftest import commands, write_voc
 from test_bootstrap import coco_anew, scored_anew
-from test_report import EMPTY, Page, change, scatter, table, write_results
+from test_report import EMPTY, Page, change, random_samples, scatter, table, write_results
 
 from data import bootstrap
 from data.coco import COCODetection
@@ -31,12 +30,7 @@ IMAGES = 30
 @pytest.fixture(scope="module")
 def voc(tmp_path_factory):
     """The folders of two tests, the second one worse, and their data set."""
-    folder, rng = tmp_path_factory.mktemp("voc"), np.random.default_rng(2)
-    samples = {}
-    for i in range(IMAGES):
-        starts, sides = rng.integers(1, (60, 36), (2, 2)), rng.integers(15, 35, (2, 2))
-        samples[f"p{i:02}"] = [(name, (*map(int, start), *map(int, start + side)), False)
-                               for name, start, side in zip("ab", starts, sides, strict=True)]
+    folder, samples = tmp_path_factory.mktemp("voc"), random_samples(2, IMAGES, "ab")
     dataset = VOCDetection(write_voc(folder / "data", {"test": samples}), [(None, "test")])
     found = scatter(dataset, 1)
     worse = [{**each, "scores": np.random.default_rng(n).random(len(each["scores"]))}
@@ -155,18 +149,17 @@ def test_page_and_console_tell_which_is_better(voc, tmp_path, capsys):
 
 
 def test_commands_of_the_documentation_run(voc, monkeypatch, tmp_path, capsys):
-    text = (Path(__file__).parents[1] / "docs" / "reading_a_report.md").read_text("utf-8")
-    commands = re.findall(r"^python -m tools.report (.+)$", text, re.MULTILINE)
-    assert len(commands) == 3
+    found = commands("docs/reading_a_report.md")
+    assert [command[:3] for command in found] == 3 * [["python", "-m", "tools.report"]]
     monkeypatch.chdir(tmp_path)
     for folder, name in zip(voc, ("RUN", "OTHER"), strict=False):
         shutil.copytree(folder, tmp_path / "weights" / "SSD_HarDNet68_300" / name)
-    for words in map(str.split, commands):
+    for words in found:
         if "--accept" in words:
             page = next(Path("weights").rglob("report.html"))
             ticks = [a["value"] for a, _ in Page(page).all("input")]
             Path("accepted.json").write_text(f"[{', '.join(ticks)}]")
-        assert report.main(words) == 0, capsys.readouterr().err
+        assert report.main(words[3:]) == 0, capsys.readouterr().err
     out = capsys.readouterr().out
     assert "A is better" in out and f"with {len(ticks)} new objects" in out and len(ticks) > 5
 

@@ -91,19 +91,25 @@ def scatter(dataset, seed=0):
     return detections
 
 
+def random_samples(seed, images, names, difficult=0.0):
+    """What `write_voc` takes: in each image an object of each name, some of them difficult."""
+    rng, samples = np.random.default_rng(seed), {}
+    for i in range(images):
+        starts = rng.integers(1, (60, 36), (len(names), 2))
+        ends = starts + rng.integers(15, 35, starts.shape)
+        samples[f"p{i:02}"] = [(name, tuple(box), bool(rng.random() < difficult)) for name, box
+                               in zip(names, np.hstack([starts, ends]).tolist(), strict=True)]
+    return samples
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """(the results of a run's newest test, whose page is written at a score of 0.3, its data set).
 
     Three classes, one with an unpleasant name, and difficult objects; a log, and another test.
     """
-    folder, rng, samples = tmp_path_factory.mktemp("report"), np.random.default_rng(1), {}
-    for i in range(12):
-        starts, sides = rng.integers(1, (60, 36), (3, 2)), rng.integers(15, 35, (3, 2))
-        samples[f"p{i:02}"] = [
-            (NAMES[k], (*map(int, start), *map(int, start + side)), bool(rng.random() < 0.15))
-            for k, (start, side) in enumerate(zip(starts, sides, strict=True))
-        ]
+    folder = tmp_path_factory.mktemp("report")
+    samples = random_samples(1, 12, NAMES, 0.15)
     dataset = VOCDetection(write_voc(folder / "data", {"test": samples}), [(None, "test")])
     records = [{"epoch": e, "step": 5 * e, "lr": 0.1, "loss_loc": 1.0, "loss_conf": 3 / e}
                for e in (1, 2, 3)]  # fmt: skip

@@ -6,15 +6,14 @@ import shutil
 from pathlib import Path
 
 import cv2
-import numpy as np
 import pytest
+from coco_files import perfect
 from test_analysis import found as detected
 from test_analysis import truth as objects
+from test_report import EMPTY, write_results
 
-from data.detections import save_detections
 from data.judge import judge
 from data.voc0712 import VOCDetection
-from data.voc_eval import METRICS
 from inference.draw import ORANGE
 from tools import sheet
 
@@ -23,18 +22,8 @@ from tools import sheet
 def results(voc_folder, tmp_path):
     """A folder of results in which t1 is all right and nothing is found in any other image."""
     dataset = VOCDetection(voc_folder, [(None, "test")])
-    empty = {"boxes": np.zeros((0, 4), np.float32), "scores": np.zeros(0), "labels": np.zeros(0)}
-    detections = [empty] * len(dataset)
-    target = dataset.target(0)
-    detections[0] = {"boxes": target[:, :4], "scores": np.full(len(target), 0.9),
-                     "labels": target[:, 4].astype(int)}  # fmt: skip
-    folder = tmp_path / "results"
-    save_detections(folder / "detections.npz", dataset.ids, detections, {})
-    content = {"root": str(voc_folder), "sets": "test", "classes": list(dataset.classes),
-               "dataset": "VOC", "metric": METRICS["area"], "value": 0.5,
-               "per_class": dict.fromkeys(dataset.classes, 0.5)}  # fmt: skip
-    (folder / "results.json").write_text(json.dumps(content))
-    return folder
+    detections = [perfect(dataset)[0], *[EMPTY] * (len(dataset) - 1)]
+    return write_results(tmp_path / "results", dataset, detections, "VOC", "test")
 
 
 @pytest.mark.parametrize("options, shown", [

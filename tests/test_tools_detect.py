@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shlex
 import shutil
 import signal
 import sys
@@ -21,6 +20,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import commands
 from exports import CLASSES, write_checkpoint
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -36,7 +36,7 @@ from inference.origins import Origin
 from inference.predictor import Predictor
 from layers.detect import DetectConfig
 from tools import detect, export, outputs
-from tools.annotations import Annotations, label_names, voc_xml, yolo_txt
+from tools.annotations import Annotations, clipped, label_names, voc_xml, yolo_txt
 from tools.outputs import Drawings, Found, Output, VideoFile
 from tools.sources import IMAGES, Frame, Source, find_sources, read_frames, run_ahead
 from utils.errors import UserError
@@ -246,7 +246,7 @@ def test_classes_of_coco_have_their_official_numbers():
 
 def test_annotations_of_voc_and_yolo():
     boxes = [[9.6, 19.4, 49.7, 39.0], [-20, -5, 150, 30], [200, 5, 250, 30]]
-    found, names = found_in("in/a&b.jpg", boxes, [2, 1, 1]), ("cat", "<dog>")
+    found, names = clipped(found_in("in/a&b.jpg", boxes, [2, 1, 1])), ("cat", "<dog>")
     Path("a.xml").write_bytes(voc_xml(found, found.name, names))
     annotation = read_annotation(Path("a.xml"))
     assert annotation.names == ("<dog>", "cat") and annotation.size == (100, 50)
@@ -266,7 +266,7 @@ def test_annotations_of_voc_and_yolo():
 def test_a_reader_keeps_thin_boxes_of_voc(make_voc):
     boxes = [[10.2, 10.2, 10.4, 20], [98.6, 30, 140, 40], [5, 48.7, 9, 49], [-3, 2, 0.3, 8]]
     folder = make_voc(Path("voc"), {"all": {"a": []}}, (100, 50))
-    found = found_in("a.jpg", boxes, [1] * 4)
+    found = clipped(found_in("a.jpg", boxes, [1] * 4))
     (folder / "Annotations/a.xml").write_bytes(voc_xml(found, found.name, ("cat",)))
     dataset = VOCDetection(folder, [(None, "all")], classes=("cat",))
     assert dataset.target(0)[:, :4].tolist() == [[10, 10, 11, 20], [98, 30, 99, 40], [5, 48, 9, 49],
@@ -366,20 +366,22 @@ def test_nothing_is_written_behind_a_link_out_of_the_results(weights, capsys):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_broken_image_is_named_and_the_rest_is_done(batch, weights, capsys):
+def test_a_broken_file_is_named_and_the_rest_is_done(batch, weights, capsys):
     for name in "abcde":
         image_file(f"photos/{name}.jpg")
+    Path("photos/f.mp4").write_bytes(b"no video")
+    video_file("photos/g.mp4", 3)
     Path("photos/b.jpg").write_bytes(b"")
     Path("photos/d.jpg").write_bytes(Path("photos/a.jpg").read_bytes()[:-30])
     Path("photos/e.jpg").write_text("no image")
     assert call(weights, "photos", "-b", batch) == 1
     captured = capsys.readouterr()
     skipped = captured.err.splitlines()
-    for name, line in zip("bde", skipped, strict=True):
-        assert line.startswith("skipped: ") and f"photos{os.sep}{name}.jpg" in line
-    assert "2 images, 0 video frames" in captured.out and "; 3 could not be read" in captured.out
-    assert {row["file"] for row in rows()} == {"a.jpg", "c.jpg"}
-    assert [i["id"] for i in read("images.json")["images"]] == [1, 3]
+    for name, line in zip(("b.jpg", "d.jpg", "e.jpg", "f.mp4"), skipped, strict=True):
+        assert line.startswith("skipped: ") and f"photos{os.sep}{name}" in line
+    assert "2 images, 3 video frames" in captured.out and "; 4 could not be read" in captured.out
+    assert {row["file"] for row in rows()} - {"g.mp4"} == {"a.jpg", "c.jpg"}
+    assert files(OUT / "drawn") == {"a.jpg", "c.jpg", "g.mp4"}
 
 
 @pytest.mark.parametrize("suffix", sorted(outputs.DRAWN | {".JPG", ".pgm", ".jp2"}))
@@ -676,16 +678,6 @@ def test_a_video_of_any_rate_is_drawn(rate):
     assert capture.get(cv2.CAP_PROP_FPS) == pytest.approx(rate, rel=2e-4)
 
 
-def test_broken_videos_are_named_and_the_rest_is_done(weights, capsys):
-    Path("a.mp4").write_bytes(b"no video")
-    video_file("b.mp4", 3)
-    assert call(weights, "a.mp4", "b.mp4") == 1
-    captured = capsys.readouterr()
-    assert re.search(r"skipped: .*a\.mp4: not a video", captured.err)
-    assert re.search("0 images, 3 video frames: .*; 1 could not be read", captured.out)
-    assert files(OUT / "drawn") == {"b.mp4"}
-
-
 def test_an_opencv_that_cannot_write_videos_says_so(monkeypatch):
     monkeypatch.setattr(cv2, "VideoWriter", lambda *_: SimpleNamespace(isOpened=lambda: False))
     monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *_: 0, raising=False)
@@ -873,17 +865,15 @@ def test_every_command_of_the_page_runs(weights, capsys):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     text = (ROOT / "docs" / "detect.md").read_text("utf-8")
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    commands = [line for block in blocks for line in block.splitlines()]
-    assert len(commands) == 8
+    found = commands("docs/detect.md")
+    assert len(found) == 8
     for name in ("photos/a.jpg", "photos/in/b.jpg", "shots/c.png", "one.jpg"):
         image_file(name)
     video_file("film.mp4", 3)
     programs = {"tools.detect": detect, "tools.export": export}
-    for command in commands:
-        python, option, program, *words = shlex.split(command)
+    for python, option, program, *words in found:
         assert (python, option) == ("python", "-m")
-        assert programs[program].main(words) == 0, command
+        assert programs[program].main(words) == 0, words
     assert {"boxes", "runs", "best.onnx"} <= set(os.listdir())
     capsys.readouterr()
     with pytest.raises(SystemExit, match="0"):

@@ -47,7 +47,7 @@ class Annotations(Writer):
             write(folder, f"{kind}/{name}", text.encode())
 
     def add(self, found: Found) -> None:
-        name = self._names[found.name]
+        found, name = clipped(found), self._names[found.name]
         if found.frame.number is not None:
             name += f"/{found.frame.number:06d}"
         check_ids([name], [Path(found.name)], None)  # readers would refuse the whole data set
@@ -100,12 +100,11 @@ def label_names(sources: Sequence[Source]) -> dict[str, str]:
 
 
 def voc_xml(found: Found, image: str, classes: Sequence[str]) -> bytes:
-    """Return a VOC annotation with a ``<score>`` per object.
+    """Return a VOC annotation of `clipped` detections, with a ``<score>`` per object.
 
     Boxes are rounded to whole pixels, and are at least two pixels wide and high: readers drop a
     box of one pixel as empty.
     """
-    found = clipped(found)
     low = np.minimum(found.boxes[:, :2].round(), np.array(found.size) - 2)
     high = np.maximum(found.boxes[:, 2:].round(), low + 1)
     boxes = np.hstack([low, high]).astype(int)
@@ -142,11 +141,10 @@ def _put(parent: ElementTree.Element, **texts: object) -> None:
 
 
 def yolo_txt(found: Found, image: str, classes: Sequence[str], polygons: bool = False) -> bytes:
-    """Return a line per box: class from 0, then centre, width and height, or polygons' corners.
+    """Return a line per `clipped` box: class from 0, then centre, width, height, or corners.
 
     All values but the class are relative to the image.
     """
-    found = clipped(found)
     edges = (found.boxes + (0, 0, 1, 1)) / (*found.size, *found.size)
     low, high = edges[:, :2], edges[:, 2:]
     corners, box = edges[:, [0, 1, 2, 1, 2, 3, 0, 3]], np.hstack([(low + high) / 2, high - low])
@@ -165,8 +163,10 @@ def clipped(found: Found) -> Found:
 
 def coco_records(found: Found, image: str, classes: Sequence[str],
                  ids: Sequence[int] = ()) -> tuple[dict, list[dict]]:
-    """Return the records of an image and its objects, without numbers; ids: of the classes."""
-    found = clipped(found)
+    """Return the records of an image and its `clipped` objects, without numbers.
+
+    ids: of the classes; none: as `categories` numbers them.
+    """
     ids, records = ids or [category["id"] for category in categories(classes)], []
     for box, label in zip(found.boxes, found.labels, strict=True):
         sides = bbox(box)
