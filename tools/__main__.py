@@ -14,20 +14,12 @@ def commands() -> dict[str, str]:
 
     The modules are parsed, not imported: the list must not wait for PyTorch.
     """
-    modules = {path.stem: ast.parse(path.read_text("utf-8"))
-               for path in sorted(Path(__file__).parent.glob("[!_]*.py"))}
-    return {name: (ast.get_docstring(module) or "").partition("\n")[0]
-            for name, module in modules.items() if _has_main(module)}
-
-
-def _has_main(module: ast.Module) -> bool:
-    """Return whether a module defines or imports ``main``."""
-    for node in module.body:
-        if isinstance(node, ast.FunctionDef) and node.name == "main":
-            return True
-        if isinstance(node, ast.ImportFrom) and "main" in [alias.name for alias in node.names]:
-            return True
-    return False
+    found = {}
+    for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
+        module = ast.parse(path.read_text("utf-8"))
+        if any(isinstance(node, ast.FunctionDef) and node.name == "main" for node in module.body):
+            found[path.stem] = (ast.get_docstring(module) or "").partition("\n")[0]
+    return found
 
 
 @command

@@ -11,7 +11,7 @@ from data.judge import FOREGROUND, count
 from inference.draw import draw_comparison
 from tools.results import Test
 from tools.sheet import count_errors
-from tools.tables import INTERVAL, IOUS, MEAN, Table
+from tools.tables import INTERVAL, IOUS, MEAN, Table, columns
 from utils.errors import UserError
 
 NO_EVIDENCE = "no evidence"
@@ -109,14 +109,12 @@ def change_table(changes: Sequence[Change]) -> Table:
 
 def lines(a: Test, b: Test, changes: Sequence[Change]) -> list[str]:
     """Return the comparison as lines for the console."""
-    width = max(map(len, ("class", *(change.name for change in changes))))
-    head = f"{'class':{width}}  {'A':>7}  {'B':>7}  {'A - B':>7}  {'95 % interval':18}  evidence"
-    found = [f"A: {a.directory}", f"B: {b.directory}", f"{a.results.metric}, A against B", head]
-    for name, *numbers, low, high, verdict in change_table(changes).rows:
-        shown = "  ".join(f"{n:7.4f}" if n == n else f"{'':7}" for n in numbers)
-        bounds = f"{low:7.4f} to {high:7.4f}" if low == low else ""
-        found.append(f"{name:{width}}  {shown}  {bounds:18}  {verdict}")
-    return found
+    rows = [["class", "A", "B", "A - B", "95 % interval", "evidence"]]
+    for c in [*changes[1:], changes[0]]:
+        numbers = ("" if math.isnan(n) else f"{n:.4f}" for n in (c.a, c.b, c.a - c.b))
+        rows.append([c.name, *numbers, bootstrap.text(c.interval), c.verdict])
+    return [f"A: {a.directory}", f"B: {b.directory}", f"{a.results.metric}, A against B",
+            *columns(rows)]
 
 
 def moved_images(a: Test, b: Test, score: float) -> list[Moved]:

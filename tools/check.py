@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data import build_dataset, split_options
+from data.annotation import check_folder
 from data.config import PRIORS
 from data.image import limit_pixels
 from engine.options import Options, add_option
@@ -37,8 +38,7 @@ def check(options: Options, sizes: tuple[int, ...] = (300, 512)) -> Report:
 
     sizes: input sizes to judge prior boxes at. Raises UserError if the root is no folder.
     """
-    if not Path(options.root).is_dir():
-        raise UserError(f"{options.root}: no such data set folder; give its place with --root")
+    check_folder(Path(options.root))
     limit_pixels(options.max_pixels)
     report = Report(options, sizes)
     classes, scans = options.classes, {}

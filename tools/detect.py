@@ -130,15 +130,14 @@ def open_writers(folder: Path, kinds: Collection[str], sources: Sequence[Source]
     """
     earlier = [name for name in (*sorted(RESULTS), "drawn") if (folder / name).exists()]
     check_writable(folder / "detections")
-    # Those that refuse come first: the others replace the results of an earlier call.
     writers: list[Writer] = []
+    if "json" in kinds:
+        writers.append(JsonFiles(folder, sources, classes))
+    if "csv" in kinds:
+        writers.append(CsvFile(folder, classes))
     if "drawn" in kinds:
         writers.append(Drawings(folder, sources, classes, font))
     writers += [Annotations(folder, k, sources, classes) for k in ANNOTATIONS if k in kinds]
-    if "csv" in kinds:
-        writers.insert(0, CsvFile(folder, classes))
-    if "json" in kinds:
-        writers.insert(0, JsonFiles(folder, sources, classes))
     if earlier:
         LOGGER.warning("%s holds results of an earlier call (%s): files of the same names are "
                        "replaced, others stay", folder, ", ".join(earlier))

@@ -13,6 +13,7 @@ from data import DetectionData
 from data.image_sets import sets_name
 from engine.options import Options
 from engine.priors import MATCHED
+from tools.tables import columns
 
 LEVELS = ("error", "warning", "note")
 BOTH = "train and test"
@@ -136,20 +137,13 @@ class Report:
         for key in self.classes():
             numbers = [number for part in self.parts.values() for number in part.count(key)]
             counts.append([key, *(f"{number:,}" for number in numbers)])
-        lines = _columns(counts)
+        lines = columns(counts)
         if self.fits:
             heads = dict.fromkeys(f"{fit.priors} {fit.size}" for fit in self.fits)
             rows: dict[str, list[str]] = {}
             for fit in self.fits:
                 rows.setdefault(fit.name, [fit.name]).append(f"{fit.share:.1%}")
             lines += ["", f"boxes that reach an IoU of {MATCHED} with a prior box of"]
-            lines += _columns([["class", *heads], *rows.values()])
+            lines += columns([["class", *heads], *rows.values()])
         verdict = ", ".join(f"{n:,} {level}{'s' * (n != 1)}" for level, n in self.counts().items())
         return "\n".join([*lines, "", *self.advice, "", verdict])
-
-
-def _columns(rows: list[list[str]]) -> list[str]:
-    """Return rows as lines: the first column aligned left, the others right."""
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    line = f"{{:<{first}}}" + "".join(f"{{:>{width + 3}}}" for width in others)
-    return [line.format(*row) for row in rows]

@@ -105,7 +105,7 @@ def draw_mistake(image: np.ndarray, truth: np.ndarray | None, box: np.ndarray | 
     return part
 
 
-def as_jpeg(image: np.ndarray) -> str:
-    """Return an image as a JPEG in base64."""
+def data_url(image: np.ndarray) -> str:
+    """Return an image as the address of a JPEG that is in the page itself."""
     _, data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 80])
-    return base64.b64encode(data).decode()
+    return f"data:image/jpeg;base64,{base64.b64encode(data).decode()}"

@@ -243,7 +243,6 @@ class Drawings(Writer):
     """
 
     place = "drawn/"
-    in_order = False
 
     def __init__(self, folder: Path, sources: Sequence[Source], classes: Sequence[str],
                  font: FreeTypeFont) -> None:

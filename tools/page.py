@@ -6,9 +6,10 @@ from html import escape
 import cv2
 import numpy as np
 
+from inference.draw import resize
 from tools.findings import Finding, Record, Report
 from tools.image_check import read
-from tools.mistakes import as_jpeg
+from tools.mistakes import data_url
 
 HEAD = """<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"/>
 <meta name="viewport" content="width=device-width"/><title>Data check</title><style>
@@ -44,8 +45,7 @@ def _finding(report: Report, finding: Finding, shown: int) -> str:
         lines += [f"and {len(records) - 4:,} more"] if len(records) > 4 else []
         text = "<br/>".join(map(escape, lines))
         if images := _draw(report, records):
-            links = (f"data:image/jpeg;base64,{as_jpeg(image)}" for image in images)
-            row = "".join(f'<img alt="" src="{link}"/>' for link in links)
+            row = "".join(f'<img alt="" src="{data_url(image)}"/>' for image in images)
             figures += f"<figure><div>{row}</div><figcaption>{text}</figcaption></figure>"
         else:
             items += f"<li>{text}</li>"
@@ -64,8 +64,7 @@ def _draw(report: Report, records: list[Record]) -> list[np.ndarray]:
         if pixels is None:
             continue
         scale = min(1, SIDE / max(pixels.shape[:2]))
-        sides = [max(1, round(side * scale)) for side in pixels.shape[1::-1]]
-        pixels = cv2.resize(pixels, sides, interpolation=cv2.INTER_AREA)
+        pixels = resize(pixels, scale)
         boxes = [(box, TRUE, 1) for box in part.boxes[part.images == index]]
         boxes += [(record.box, ODD, 2) for record in records if record.box and n == 0]
         for box, colour, line in boxes:

@@ -38,7 +38,7 @@ from tools.against import (
     moved_table,
 )
 from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix, has_points
-from tools.mistakes import Mistake, as_jpeg, draw_worst, list_mistakes
+from tools.mistakes import Mistake, data_url, draw_worst, list_mistakes
 from tools.results import Results, Test, open_test, report_parser, score_again
 from tools.tables import MEANING, NOTHING, Table, error_tables, score_tables, training_tables
 from tools.unlabelled import merge, show_omissions
@@ -197,7 +197,7 @@ def _figure(test: Test, m: Mistake, image: np.ndarray) -> str:
             other = names[test.judged.truth.labels[m.object] - 1]
             text += f", IoU {m.overlap:.2f} with {other}"
     return (f'<figure data-class="{m.label - 1}"><img alt="{escape(f"{m.kind}: {text}")}" '
-            f'src="data:image/jpeg;base64,{as_jpeg(image)}"><figcaption>{escape(text)}<br>'
+            f'src="{data_url(image)}"><figcaption>{escape(text)}<br>'
             f"{escape(str(test.dataset.ids[m.image]))}</figcaption></figure>")  # fmt: skip
 
 
@@ -212,8 +212,8 @@ def _against(folder: Folder, a: Test, b: Test, changes: Sequence[Change], moved:
         name = str(ids[m.image])
         said = ["{}: {} right, {} wrong, {} missed".format(test, *counts)
                 for test, counts in (("A", m.a), ("B", m.b))]  # fmt: skip
-        pixels = "".join(f'<img alt="{escape(f"{name}, {text}")}" src="data:image/jpeg;base64,'
-                         f'{as_jpeg(resize(image, min(1, 440 / max(image.shape))))}">'
+        pixels = "".join(f'<img alt="{escape(f"{name}, {text}")}" '
+                         f'src="{data_url(resize(image, min(1, 440 / max(image.shape))))}">'
                          for text, image in zip(said, images, strict=True))  # fmt: skip
         text = "<br>".join(map(escape, (name, *said)))
         figures += f'<figure class="pair">{pixels}<figcaption>{text}</figcaption></figure>'

@@ -36,6 +36,13 @@ class Table(NamedTuple):
     rows: list[Sequence]
 
 
+def columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Return rows as lines: the first column aligned left, the others right."""
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
+    line = f"{{:<{first}}}" + "".join(f"{{:>{width + 3}}}" for width in others)
+    return [line.format(*row) for row in rows]
+
+
 def score_tables(test: Test, score: float) -> dict[str, Table]:
     """Return the tables of scores that the test has numbers for.
 

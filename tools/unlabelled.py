@@ -20,7 +20,7 @@ from data.voc_xml import read_xml
 from data.yolo_layout import YOLOFolder, relative
 from tools.annotations import clipped, coco_records, voc_xml, yolo_txt
 from tools.figures import Folder
-from tools.mistakes import MOST, as_jpeg, draw_mistake
+from tools.mistakes import MOST, data_url, draw_mistake
 from tools.outputs import Found, write
 from tools.results import Test
 from tools.sources import Frame, Source
@@ -141,7 +141,7 @@ def _figure(o: Omission, image: np.ndarray, dataset: DetectionData, tests: int) 
                         "bbox": [round(side, 2) for side in (x1, y1, x2 - x1, y2 - y1)]})
     # Browsers restore ticks by position, also on a page that was written anew.
     return (f'<figure data-class="{o.label - 1}"><label><img alt="{text}" '
-            f'src="data:image/jpeg;base64,{as_jpeg(image)}"><br><input type="checkbox" '
+            f'src="{data_url(image)}"><br><input type="checkbox" '
             f'autocomplete="off" value="{escape(value)}"> {text}</label></figure>')
 
 
