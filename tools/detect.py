@@ -30,12 +30,10 @@ from data.image import limit_pixels
 from engine.options import add_option
 from inference.draw import draw_caption, escape, find_font, one_line
 from inference.predictor import Predictor
-from layers.detect import SUPPRESSION
 from tools.annotations import ANNOTATIONS, Annotations
 from tools.outputs import CsvFile, Drawings, Found, JsonFiles, Output, Writer, draw
 from tools.sources import RESULTS, Frame, Reader, Source, find_sources
 from utils.arguments import Parser, cores, fraction, positive
-from utils.device import AMP_TYPES
 from utils.errors import UserError, command
 from utils.files import check_writable
 from utils.logger import LOGGER, close_logging, setup_logging
@@ -83,10 +81,10 @@ def has_display() -> bool:
 def open_predictor(args: argparse.Namespace) -> Predictor:
     predictor = Predictor(args.weights, device=args.device, amp=args.amp,
                           classes=parse_classes(args.classes) if args.classes else None,
-                          score_threshold=args.score_threshold, max_detections=args.max_detections,
-                          max_per_class=args.max_per_class, nms=args.nms,
-                          class_agnostic=args.class_agnostic, tiles=args.tiles or 0,
-                          overlap=args.overlap, flip=bool(args.flip), explain=args.explain)
+                          score_threshold=args.score_threshold, max_detections=args.top_k,
+                          max_per_class=args.per_class, nms=args.nms,
+                          class_agnostic=args.class_agnostic, tiles=args.tiles,
+                          overlap=args.overlap, flip=args.flip, explain=args.explain)
     if args.score_threshold is None:  # an exported file may have a higher one inside
         least = max(THRESHOLD, predictor.config.conf_thresh)
         predictor.config = replace(predictor.config, conf_thresh=least)
@@ -215,26 +213,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     g = p.add_argument_group("detections")
     g.add_argument("--score_threshold", type=fraction, metavar="X", help="lowest score of a "
                    f"detection (default: {THRESHOLD}, or the higher one of an exported file)")
-    g.add_argument("--max_detections", type=positive, metavar="N",
-                   help="most detections of an image (default: 300 VOC, 200 COCO)")
-    g.add_argument("--max_per_class", "--per_class", type=positive, metavar="N",
-                   help="most detections of a class in an image (default: 50)")
     g.add_argument("--classes", metavar="NAMES", help="a,b,c or a file, for weights without names")
-    g.add_argument("--nms", choices=SUPPRESSION, default="hard",
-                   help="suppression of overlapping boxes (default: hard)")
-    for name in ("tiles", "overlap", "flip"):
+    for name in ("top_k", "per_class", "nms", "tiles", "overlap", "flip"):
         add_option(g, name)
     g.add_argument("--class_agnostic", action="store_true",
                    help="suppress boxes of different classes, too")
     g = p.add_argument_group("machine")
-    g.add_argument("--device", default="auto",
-                   help="auto, cpu, cuda, cuda:N or mps (untried) (default: auto)")
-    g.add_argument("--amp", choices=AMP_TYPES, default="off", help="precision (default: off)")
+    for name in ("device", "amp", "max_pixels"):
+        add_option(g, name)
     g.add_argument("-b", "--batch_size", "--batch", type=positive, default=8, metavar="N",
                    help="images at a time (default: 8)")
     g.add_argument("--workers", type=positive, default=min(4, cores()), metavar="N",
                    help="threads that read and write images (default: one per core, at most 4)")
-    add_option(g, "max_pixels")
+    p.set_defaults(nms="hard", tiles=0, flip=False, device="auto", amp="off")
     args = p.parse_args(argv)
     if not args.sources and not args.live:
         p.error("give a SOURCE: an image, a folder, a video or camera")
