@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.boxes import decode
-from utils.nms import batched_nms
+from utils.nms import batched_nms, rank_in_group
 
 SUPPRESSION = {"hard": "hard", "soft": "linear", "soft-gaussian": "gaussian"}
 """Values of ``DetectConfig.nms`` -> methods of ``utils.nms.batched_nms``."""
@@ -178,11 +178,3 @@ class Detect(nn.Module):
         rest = 1 - threshold
         margin = 0.01 + 1e-6 / rest  # in logits; larger than the rounding of scores
         return best - background > math.log(threshold / rest) - margin
-
-
-def rank_in_group(groups: Tensor) -> Tensor:
-    """Return int64 [n]: how many earlier entries of ``groups`` [n] have the same value."""
-    ordered, order = groups.sort(stable=True)
-    # Not len(groups), which an export would freeze.
-    position = torch.arange(groups.shape[0], device=groups.device)
-    return (position - torch.searchsorted(ordered, ordered))[order.argsort()]
