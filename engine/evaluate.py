@@ -21,7 +21,7 @@ from engine.options import Options
 from engine.run import Run
 from engine.steps import detect_all
 from inference.draw import draw_examples
-from inference.predictor import Predictor
+from inference.predictor import Predictor, arrays
 from layers import Detect
 from layers.detect import DetectConfig
 from utils import nms
@@ -88,7 +88,7 @@ def detect_by(predictor: Predictor, dataset: DetectionData,
         raise UserError(f"the output of {predictor.file} is not finite ({error})") from error
     finally:
         progress.close()
-    return [{key: d[key].numpy() for key in ("boxes", "scores", "labels")} for d in found]
+    return arrays(found)
 
 
 def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, device: torch.device,

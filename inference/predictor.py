@@ -231,6 +231,11 @@ class Predictor:
             for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))]
 
 
+def arrays(found: Sequence[dict]) -> list[dict[str, np.ndarray]]:
+    """Return the "boxes", "scores" and "labels" of detections on the CPU as arrays."""
+    return [{key: each[key].numpy() for key in ("boxes", "scores", "labels")} for each in found]
+
+
 def _load(image: object) -> np.ndarray:
     """Return BGR uint8 [H, W, 3] of a file, an array or a PIL image."""
     if isinstance(image, str | PathLike):
