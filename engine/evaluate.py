@@ -15,7 +15,6 @@ from data.curves import CURVES_FILE
 from data.detections import save_detections
 from data.image_sets import sets_name
 from data.loading import Loader, TestSet
-from data.transforms import TestTransform
 from engine.distributed import World
 from engine.options import Options
 from engine.run import Run
@@ -45,7 +44,7 @@ def detect_set(
         UserError: the output of the network is not finite, or an image cannot be read.
     """
     share = list(world.share_of(len(dataset)))
-    samples = Subset(TestSet(dataset, TestTransform(options.size)), share)
+    samples = Subset(TestSet(dataset, options.size), share)
     batch = -(-options.batch_size // world.size)
     loader = Loader(samples, options.num_workers, priors.device.type == "cuda", batch_size=batch)
     progress = Progress("test", len(loader), options.log_iters)
