@@ -2,9 +2,11 @@
 
 import dataclasses
 import glob
+import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -166,7 +168,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world:
         before = Options.of(saved, path)
         check_resumed(given, before)
         State.of(saved, path)
-        DetectorInfo.for_data(saved, path)
+        DetectorInfo.of(saved, path)
         stored = before.plain()
         if not path.with_name("config.json").is_file():
             # A file from elsewhere does not say where to write.
@@ -323,15 +325,13 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
             directory.mkdir(parents=True, exist_ok=True)
         return directory
     now = time.strftime("%Y%m%d-%H%M%S")
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        with write_errors_named(folder):
-            try:
-                (folder / f"{now}{suffix}").mkdir(parents=True)
-                return folder / f"{now}{suffix}"
-            except FileExistsError:
-                if not folder.is_dir():
-                    raise
-    raise UserError(f"{folder} holds a thousand runs of this second; give --date")
+    with write_errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            directory = folder / (now if number == 1 else f"{now}-{number}")
+            with suppress(FileExistsError):
+                directory.mkdir()
+                return directory
 
 
 def _refuse_older(path: Path, step: int) -> None:
@@ -349,4 +349,4 @@ def _starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> D
     names = None if call.class_map else given.get("classes")
     names = parse_classes(names) if isinstance(names, str) else names
     dataset = asked_dataset(given)
-    return DetectorInfo.for_data(start, Path(call.resume_net), names, dataset)
+    return DetectorInfo.of(start, Path(call.resume_net), names, dataset)

@@ -111,7 +111,7 @@ def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world:
     names = parse_classes(given["classes"]) if "classes" in given else None
     # With a class map --classes names the classes of the data, not of the file.
     assumed = Options.dataset if "config" in saved else asked_dataset(given)
-    info = DetectorInfo.for_data(saved, path, None if class_map else names, assumed)
+    info = DetectorInfo.of(saved, path, None if class_map else names, assumed)
     if names:  # before the data are looked for
         check_known(path, info.classes, names, class_map)
     given = {**given, "dataset": dataset_of_test(given, info.dataset)}
