@@ -78,6 +78,11 @@ class DetectionData:
         return ""
 
     @staticmethod
+    def near_miss(root: str | Path) -> str:
+        """Return what ``root`` lacks to be of a layout of this reader; "" if it cannot tell."""
+        return ""
+
+    @staticmethod
     def list_image_sets(root: str | Path) -> list[ImageSet]:
         """Return the image sets declared under ``root``; none if it does not exist."""
         raise NotImplementedError
@@ -279,25 +284,44 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
     if preferred and (layout := _layout(preferred, root)) is not None:
         return preferred, layout
     check_folder(root)
-    found = layouts(root)
+    found, inside = layouts(root), {}
     if not found or not holds_data(root):
         folders = [each for each in sorted(root.glob("[!.]*/"))[:20] if os.access(each, os.R_OK)]
         inside = {each: of_it[0] for each in folders if (of_it := layouts(each))}
-        # Folders of labels beside images, all of one layout, are parts of one data set.
-        parts = found and "beside" in found[0][1] and {*inside.values()} == {found[0]}
-        if inside and not parts:
-            names = ", ".join(f"{folder.name} ({layout})" for folder, (_, layout) in inside.items())
-            raise UserError(f"{root} holds data sets in its folders: {names:.1000}; give one as "
-                            f"--root, such as {next(iter(inside))}")
+    # Folders of labels beside images, all of one layout, are parts of one data set.
+    parts = found[:1] if found and {*inside.values()} == {found[0]} else []
+    if not (parts and "beside" in parts[0][1]):
+        _refuse_inside(root, inside, found)
     if len(found) > 1:
         several = " and ".join(f"{layout} (-d {name})" for name, layout in found)
         raise UserError(f"{root} holds several layouts: {several}; say by -d which one to read")
     if found:
         return found[0]
-    raise UserError(f"{root} holds no data set in a layout that is understood. Understood are VOC "
-                    "(a devkit; XML files in Annotations/ or beside the images), COCO (JSON), YOLO "
-                    "(data.yaml; .txt files in labels/ or beside the images, each with the name of "
-                    "its image) and CVAT for images (annotations.xml): docs/own_data.md")
+    whys = (_reader(row).near_miss(root) for row in DATASETS)
+    why = next((f" ({each})" for each in whys if each), "")
+    raise UserError(f"{root} holds no data set in a layout that is understood{why}. Understood "
+                    "are VOC (a devkit; XML files in Annotations/ or beside the images), COCO "
+                    "(JSON), YOLO (data.yaml; images/ and labels/; .txt files beside the images) "
+                    "and CVAT for images (annotations.xml): docs/own_data.md")
+
+
+def _refuse_inside(root: Path, inside: Mapping[Path, tuple[str, str]],
+                   found: Sequence[tuple[str, str]]) -> None:
+    """Raise UserError if there are data sets ``inside`` folders of ``root``.
+
+    found: what readers find in ``root`` itself.
+    """
+    if len(inside) == 1:
+        [(folder, (_, layout))] = inside.items()
+        raise UserError(f"{root} holds a data set in a folder, {folder.name} ({layout}); give "
+                        f"{folder} as --root")
+    if inside:
+        one = len(found) == 1 and {name for name, _ in inside.values()} == {found[0][0]}
+        whole = f", or -d {found[0][0]} to read all as one" if one else ""
+        names = [f"{folder.name} ({layout})" for folder, (_, layout) in inside.items()]
+        several = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
+        raise UserError(f"{root} holds several data sets: {several}; give one as --root, such as "
+                        f"{next(iter(inside))}{whole}")
 
 
 def _layout(name: str, root: str | Path) -> str | None:

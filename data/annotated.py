@@ -112,12 +112,19 @@ class AnnotatedImages(DetectionData):
                 annotation = self.annotations[image]
                 detail = (f'{annotation}: object {number + 1} ("{annotation.names[number]}") '
                           f"({', '.join(f'{value:g}' for value in written)}) in {size[0]} x "
-                          f"{size[1]}")
+                          f"{size[1]}{self.hint(written, size)}")
                 self.skipped.append(Skip(kind, image, tuple(boxes[k].tolist()), detail))
         kept = known & area & inside
         self.rows = np.hstack([clipped, labels[:, None]])[kept].astype(np.float32)
         self.offsets = np.append(0, np.cumsum(np.bincount(images[kept], minlength=len(self))))
         return kept
+
+    def hint(self, box: np.ndarray, size: Sequence[int]) -> str:
+        """Return what may be wrong with a box that is dropped or clipped, as in its file."""
+        if (box[2:] < box[:2]).any():
+            return ": swapped corners?"
+        fractions = ((box >= 0) & (box <= 1)).all() and (box % 1).any()
+        return ": fractions of the image where pixels belong?" if fractions else ""
 
     def image_path(self, index: int) -> Path:
         return self._paths[index]

@@ -314,10 +314,12 @@ class COCODetection(DetectionData):
         # A box of one pixel has x2 = x1, and neither an IoU nor a logarithm of its width.
         flat = ~outside & (corners[:, 2:] <= corners[:, :2]).any(1)
         kept = ~outside & ~flat
+        shares = flat & (0 < np.abs(file.boxes).max(initial=0) <= 1)
         crowd = kept & file.crowds & (not self.crowds)
         kept &= ~crowd
         for kind, rows in ((SkipKind.BOX_OUTSIDE, outside),
-                           (SkipKind.BOX_WITHOUT_AREA, flat), (SkipKind.CROWD, crowd),
+                           (SkipKind.BOX_WITHOUT_AREA, flat & ~shares),
+                           (SkipKind.BOX_IN_SHARES, shares), (SkipKind.CROWD, crowd),
                            (SkipKind.BOX_CLIPPED, kept & beyond.any(1))):
             for n in np.flatnonzero(rows):
                 x, y, w, h = bbox = file.boxes[n].tolist()

@@ -1,7 +1,9 @@
 """The twelve COCO detection metrics of a results JSON, by pycocotools or a faster equal of it.
 
     python -m data.coco_eval RESULTS.json ANNOTATIONS.json [--eval-backend NAME] [--json OUT]
+    python -m data.coco_eval detections_test-dev2017_NAME_results.zip image_info_test-dev2017.json
 
+The second checks a file for the evaluation server; only the server can score it.
 Metrics and results format: https://cocodataset.org/#detection-eval, #format-results.
 """
 
@@ -19,7 +21,7 @@ import numpy as np
 from data import bootstrap
 from data.classes import parse_classes
 from data.coco_json import COCOAnnotations, extents, read_annotations, read_json
-from data.coco_results import COCO_FIELDS, COCOResults
+from data.coco_results import COCO_FIELDS, COCOResults, check_submission
 from data.curves import SIZES, write_curves
 from data.judge import Found, count
 from data.truth import Truth
@@ -240,7 +242,7 @@ def _lists(truth: COCOAnnotations) -> dict:
 def _parser() -> Parser:
     parser = Parser(prog="python -m data.coco_eval", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", help="results JSON")
+    parser.add_argument("results", help="results JSON, or the .zip of a test split")
     parser.add_argument("annotations", help="annotation JSON, e.g. instances_val2017.json")
     parser.add_argument(
         "--eval-backend", choices=BACKENDS, default=BACKENDS[0],
@@ -256,6 +258,10 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     if args.json:
         check_writable(args.json)
+    if args.results.endswith(".zip"):
+        count = check_submission(args.results, args.annotations)
+        print(f"{args.results}: {count} detections, as the evaluation server takes them")
+        return 0
     classes = parse_classes(args.classes) if args.classes else None
     report = evaluate_coco(args.results, args.annotations, args.eval_backend, classes=classes)
     if args.json:

@@ -1,20 +1,22 @@
-"""COCO's results JSON, and the zip of one for the evaluation server.
+"""COCO's results JSON, and the zip of one that the evaluation server accepts.
 
 Format: https://cocodataset.org/#format-results.
 """
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from data.coco_json import COCOAnnotations, Records, positions
-from utils.errors import UserError
-from utils.files import atomic_write
+from data.coco_json import COCOAnnotations, Records, positions, read_annotations
+from utils.errors import UserError, first_line
+from utils.files import atomic_write, read_bytes
 
 COCO_FIELDS = ("image_id", "category_id", "bbox", "score")
 
@@ -67,3 +69,47 @@ def write_archive(path: Path) -> Path:
           zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as members):
         members.write(path, path.name)
     return archive
+
+
+def check_submission(archive: str | Path, annotations_path: str | Path) -> int:
+    """Return the number of detections in a zip that COCO's evaluation server accepts.
+
+    Its rules (https://cocodataset.org/#upload, #format-results): the zip has one file, in no
+    folder, detections_<split>_<name>_results.json. That is a list of objects of exactly four
+    fields: image_id and category_id, integers that the split's image_info_<split>.json lists,
+    bbox, four finite numbers, and score, a finite number.
+
+    Raises:
+        UserError: names the first rule that is broken.
+    """
+    split = Path(annotations_path).stem.removeprefix("image_info_")
+    name, records = _read_archive(archive, split)
+    source = f"{archive}: {name}"
+    results = COCOResults.read(source, records)
+    for n, record in enumerate(records):
+        if record.keys() != set(COCO_FIELDS):
+            raise UserError(f"{source}: results[{n}] has the fields {', '.join(record)}, where the"
+                            f" server wants {', '.join(COCO_FIELDS)}")
+        if not all(isinstance(record[field], int) for field in COCO_FIELDS[:2]):
+            raise UserError(f"{source}: results[{n}] has an id that is not an integer: {record}")
+    results.positions_in(read_annotations(annotations_path, boxes=False), source)
+    return len(records)
+
+
+def _read_archive(archive: str | Path, split: str) -> tuple[str, object]:
+    data, content = read_bytes(archive, "archive"), b""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as members:
+            names = members.namelist()
+            if len(names) == 1:
+                content = members.read(names[0])
+    except Exception as error:
+        raise UserError(f"{archive}: not a zip that can be read ({first_line(error)})") from error
+    pattern = rf"detections_{re.escape(split)}_[\w.+-]+_results\.json"
+    if len(names) != 1 or not re.fullmatch(pattern, names[0], re.ASCII):
+        raise UserError(f"{archive}: holds {', '.join(names) or 'nothing'}, where the server wants"
+                        f" only detections_{split}_<name>_results.json, in no folder")
+    try:
+        return names[0], json.loads(content)
+    except Exception as error:
+        raise UserError(f"{archive}: {names[0]} is not a JSON file ({error})") from error

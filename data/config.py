@@ -5,11 +5,10 @@ Nothing is read or computed on import; every class below is a frozen record of n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from math import inf
+from math import inf, sqrt
 
 INPUT_MEAN = (104.0, 117.0, 123.0)
 """Per-channel mean in BGR order, subtracted from pixel values in 0..255 (std is 1)."""
@@ -39,20 +38,53 @@ class PriorConfig:
 
     @property
     def text(self) -> str:
-        """The sizes: the minimum of each source map, then the last maximum, with commas."""
-        return ",".join(f"{side:g}" for side in (*self.min_sizes, self.max_sizes[-1]))
+        """The sizes, as ``with_sizes`` takes them."""
+        sizes = [f"{side:g}" for side in (*self.min_sizes, self.max_sizes[-1])]
+        for k, usual in enumerate(self.min_sizes[1:]):
+            if self.max_sizes[k] != usual:
+                sizes[k] += f"+{sqrt(self.min_sizes[k] * self.max_sizes[k]):g}"
+        return ",".join(sizes)
 
-    def with_sizes(self, sizes: Sequence[float]) -> PriorConfig:
-        """Return the preset with other sizes, in the order of ``text``.
+    def with_sizes(self, text: str) -> PriorConfig:
+        """Return the preset with other sizes.
+
+        Args:
+            text: "30,60,111,162,213,264,315" has the minimum size of each source map, and the
+                maximum size of the last. Each other maximum size is the next minimum size; with
+                "30+50" it is such that the second square box of this source map has 50 pixels.
 
         Raises:
             ValueError: another number of sizes, or sizes that are not positive and ascending.
         """
+        parts = [part.partition("+") for part in text.split(",")]
+        sizes = [float(part[0]) for part in parts]
         if len(sizes) != len(self.min_sizes) + 1:
             raise ValueError(f"{len(sizes)} sizes, but {len(self.min_sizes) + 1} are needed")
         if not all(0 < a < b < inf for a, b in pairwise(sizes)):
             raise ValueError(f"the sizes {', '.join(f'{x:g}' for x in sizes)} do not rise from 0")
-        return replace(self, min_sizes=tuple(sizes[:-1]), max_sizes=tuple(sizes[1:]))
+        config = replace(self, min_sizes=tuple(sizes[:-1]), max_sizes=tuple(sizes[1:]))
+        for k, (_, second, side) in enumerate(parts):
+            if second:
+                config = config.with_second(k, float(side))
+        return config
+
+    def with_second(self, k: int, side: float) -> PriorConfig:
+        """Return the preset with another second square box in a source map but the last.
+
+        Raises:
+            ValueError: the side is not positive.
+        """
+        if not 0 < side < inf or k >= len(self.min_sizes) - 1:
+            raise ValueError(f"source map {k + 1} takes no second square box of {side:g} pixels")
+        largest = list(self.max_sizes)
+        largest[k] = side**2 / self.min_sizes[k]
+        return replace(self, max_sizes=tuple(largest))
+
+    def source_map(self, k: int, smallest: float, largest: float) -> PriorConfig:
+        """Return the preset of one source map alone, with another minimum and maximum size."""
+        return replace(self, feature_maps=(self.feature_maps[k],), steps=(self.steps[k],),
+                       min_sizes=(smallest,), max_sizes=(largest,),
+                       aspect_ratios=(self.aspect_ratios[k],))
 
     @property
     def boxes_per_cell(self) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ class SkipKind(Enum):
     SIZE_SWAPPED = ("<size> with width and height swapped", "warning")
     CATEGORY_SURPLUS = ("category without a box, a root or a duplicate, left out", "note")
     BOX_FORMAT = ("image set whose boxes look like x1, y1, x2, y2, not x, y, w, h", "warning")
+    BOX_IN_SHARES = ("box in shares of the image instead of pixels, dropped", "warning")
     BOX_WITHOUT_AREA = ("box without area, dropped", "warning")
     BOX_OUTSIDE = ("box outside the image, dropped", "warning")
     BOX_CLIPPED = ("box clipped to the image", "note")

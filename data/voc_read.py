@@ -120,9 +120,22 @@ def find_images(listed: Sequence[Listed], annotations: Sequence[Annotation],
         if (other := users.setdefault(os.path.normpath(found), path)) is not path:
             tell(f"{other} and {path} both annotate {found}; keep one of them", faults)
         images.append(found)
+    _check_root(listed, annotations, len(missing), index)
     if faults is None:
         refuse_missing(listed[0].folder, missing)
     return images, [*skipped, *_without_annotation(listed, images, index)]
+
+
+def _check_root(listed: Sequence[Listed], annotations: Sequence[Annotation], missing: int,
+                index: FileIndex) -> None:
+    """Raise UserError if no image is found, but would be from the folder above."""
+    if missing < len(listed):
+        return
+    above, path = listed[0].folder.absolute().parent, annotations[0].path.absolute()
+    folders = image_folders(above, str(path.parent))
+    if find_image(path.stem, folders, (annotations[0].filename,), index)[0]:
+        raise UserError(f"{listed[0].folder} holds annotations without their images, which lie "
+                        f"beside it; give the folder above, --root {above}")
 
 
 def _without_annotation(listed: Sequence[Listed], images: Sequence[Path],

@@ -78,8 +78,10 @@ def _edges(where: str, values: Sequence[float]) -> tuple[float, ...]:
         return x - width / 2, y - height / 2, x + width / 2, y + height / 2
     if count >= 6 and count % 2 == 0:
         return min(values[::2]), min(values[1::2]), max(values[::2]), max(values[1::2])
-    raise UserError(f"{where}: {count + 1} numbers; write 5 for a box, or an odd number from 7 for "
-                    "a polygon")
+    hint = "write 5 for a box, or an odd number from 7 for a polygon"
+    if count == 5:
+        hint = "the sixth is the score of a detection, and labels have none; export without scores"
+    raise UserError(f"{where}: {count + 1} numbers; {hint}")
 
 
 class YOLODetection(AnnotatedImages):
@@ -102,6 +104,12 @@ class YOLODetection(AnnotatedImages):
         return folder.layout
 
     @staticmethod
+    def near_miss(root: str | Path) -> str:
+        with suppress(UserError):
+            return YOLOFolder(Path(os.path.expanduser(root))).near_miss()
+        return ""
+
+    @staticmethod
     def list_image_sets(root: str | Path) -> list[ImageSet]:
         folder = YOLOFolder(Path(os.path.expanduser(root)))
         names = dict.fromkeys([*(folder.sets or folder.declared()), *list_files(root)])
@@ -110,13 +118,17 @@ class YOLODetection(AnnotatedImages):
     def _find_size(self, index: int) -> tuple[int, int]:
         return self.annotations[index].size or (1, 1)  # of the image, or not read
 
+    def hint(self, box: np.ndarray, size: tuple[int, int]) -> str:
+        far = (np.abs(box) > 2 * max(size)).any()
+        return ": pixels where shares of the image, 0 to 1, belong?" if far else ""
+
     def load(self, classes: Sequence[str] | None, faults: list[str] | None) -> Loaded:
         check_folder(self.root)
         folder = YOLOFolder(self.root)
         self.layout = folder.layout
         if self.layout is None:
-            raise UserError(f"{self.root} holds no YOLO labels: no data.yaml, no .txt file with "
-                            "the name of an image in labels/ or beside it (docs/own_data.md)")
+            why = folder.near_miss() or "no data.yaml, no .txt files in labels/ or beside images"
+            raise UserError(f"{self.root} holds no YOLO labels: {why} (docs/own_data.md)")
         classes = None if classes is None else check_classes(classes, "classes")
         source = self.root / folder.source
         if not folder.names:
@@ -145,9 +157,7 @@ class YOLODetection(AnnotatedImages):
         if not folder.names:
             numbers = sorted({name for each in annotations for name in each.names}, key=float)
             raise UserError(f"{self.root}: nothing names the classes "
-                            f"{', '.join(numbers[:20]) or '0, 1, ...'}; add names: [a, b, c] to "
-                            "data.yaml, write classes.txt, one a line, or give --classes a,b,c, in "
-                            "the order of their numbers")
+                            f"{', '.join(numbers[:20]) or '0, 1, ...'}; {_naming(folder)}")
         if unnamed:
             first = sorted(folder.names.items())[:20]
             named = ", ".join(f"{number} {name}" for number, name in first)
@@ -180,6 +190,16 @@ class YOLODetection(AnnotatedImages):
         if faults is None:
             refuse_missing(self.root, missing)
         return images
+
+
+def _naming(folder: YOLOFolder) -> str:
+    """Return how to name the classes of a folder."""
+    above = Path(os.path.abspath(folder.root)).parent
+    if any((above / name).is_file() for name in (*NAME_FILES, "data.yaml", "data.yml")):
+        return f"give {above} as --root, which names them"
+    if folder.source:
+        return f"add names: [a, b, c] to {folder.root / folder.source}, in the order of numbers"
+    return "give --classes a,b,c in the order of their numbers, or write classes.txt, one a line"
 
 
 def _ids(root: Path, images: Sequence[Path]) -> list[str]:

@@ -73,6 +73,27 @@ class YOLOFolder:
         apart = any(IMAGE_FOLDERS.keys() & set(self._folders_of(each)) for each in self.images)
         return f"YOLO ({self.source or 'images and labels' + ' beside' * (not apart)})"
 
+    def near_miss(self) -> str:
+        """Return why images in a folder images/ and labels are no data set; "" without images/."""
+        images = [each for each in self.index.inside(self.root)
+                  if IMAGE_FOLDERS.keys() & {*self._folders_of(each)}]
+        if not images:
+            return ""
+        folder = next(each for each in self._folders_of(images[0]) if each in IMAGE_FOLDERS)
+        place = IMAGE_FOLDERS[folder]
+        labels = [each for each in self._texts.inside(self.root)
+                  if place in self._folders_of(each) and each.name not in NAME_FILES]
+        found = f"{len(images)} images in {folder}/, {len(labels)} label files in {place}/"
+        if not labels:
+            return f"{found}; copy them there, such as {images[0].stem}.txt"
+        same = [label for label in map(self.label_of, images) if label]
+        if not same:
+            return (f"{found}, no name in common, e.g. {labels[0].name} and {images[0].name}; give "
+                    "each label file the name of its image")
+        if not any(label.stat().st_size for label in same):
+            return f"{found}, all empty, e.g. {same[0].name}; export them again"
+        return f"{found}, no labels in them, e.g. {same[0].name}; write class x y width height"
+
     @cached_property
     def images(self) -> list[Path]:
         """All images in folders that hold an image with a label, and in all folders images/."""

@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from functools import cache
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import numpy as np
 from data import DetectionData
 from data.config import PriorConfig
 from engine.options import Options
-from engine.rules import names_priors
+from engine.rules import names_priors, priors
 from layers import PriorBox
 from utils.errors import UserError
 from utils.files import read_text
@@ -18,11 +20,13 @@ MATCHED = Options.jaccard_threshold
 """IoU from which a prior box is positive in training."""
 FIT = "fit"
 """Value of --priors that fits them to the training boxes."""
-SAMPLE = 10_000
+SAMPLE = 4000
 """Most boxes that sizes are fitted to."""
 ENOUGH = 12
 """Positive prior boxes of an object beyond which a fit counts no more. With the published prior
 boxes, an object of ordinary size has about so many."""
+FREE = 2
+"""Source maps whose second square box is fitted. They have most of the prior boxes."""
 NEARLY = 0.01
 """Sizes whose share of objects is this near to the highest count as equal to it."""
 
@@ -32,7 +36,7 @@ def read_priors(text: str, size: int) -> str:
 
     Args:
         text: a name, `FIT`, sizes separated by commas, or a JSON file that `tools.check
-            --fit_priors` writes, {"300": [sizes], "512": [sizes]}.
+            --fit_priors` writes, {"300": "SIZES", "512": "SIZES"}; lists of sizes are as good.
         size: the side of the network's input.
 
     Raises:
@@ -45,9 +49,9 @@ def read_priors(text: str, size: int) -> str:
         raise UserError(f"--priors {text} is no file; give VOC, COCO, fit or a file of sizes")
     try:
         sizes = json.loads(read_text(path, "prior boxes"))[str(size)]
-        return ",".join(f"{float(side):g}" for side in sizes)
+        return priors(sizes if isinstance(sizes, str) else ",".join(map(str, sizes)))
     except Exception as error:
-        raise UserError(f'{path} has no list "{size}" of sizes of prior boxes ({error!r:.80}); '
+        raise UserError(f'{path} has no "{size}": sizes of prior boxes ({error!r:.80}); '
                         f"python -m tools.check --fit_priors FILE -s {size} writes one") from error
 
 
@@ -67,8 +71,9 @@ def fitted(config: PriorConfig, boxes: np.ndarray, labels: np.ndarray) -> PriorC
     class that reaches `MATCHED` in any case.
 
     As in SSD, the first source map has its own size, and the other maps have evenly spaced sizes
-    up to the preset's last size. The search tries quantiles of the boxes' sizes as first size, and
-    its multiples as second size.
+    up to the preset's last size. Unlike SSD, the second square box of the first `FREE` maps may
+    have any larger size: small objects need the first map for its small cells, and so do larger
+    ones that stand close together.
 
     Args:
         boxes: [n, 4], (x1, y1, x2, y2) relative to the image; n may be 0: the preset itself.
@@ -79,21 +84,42 @@ def fitted(config: PriorConfig, boxes: np.ndarray, labels: np.ndarray) -> PriorC
     if len(boxes) > SAMPLE:
         chosen = np.random.default_rng(0).choice(len(boxes), SAMPLE, replace=False)
         boxes, labels = boxes[chosen], labels[chosen]
-    sides = np.sqrt((boxes[:, 2:] - boxes[:, :2]).prod(1)) * config.size
-    last = config.min_sizes[-1]
-    candidates = [config]
-    quantiles = np.quantile(sides, (0.01, 0.02, 0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3))
-    for first in np.unique(quantiles.clip(4, last / 4).round()):
-        for step in (1.5, 1.75, 2, 2.25, 2.5, 2.75, 3, 3.5):
-            rest = np.linspace(first * step, last, len(config.min_sizes) - 1)
-            sizes = [float(round(side)) for side in (first, *rest)]
-            candidates.append(config.with_sizes([*sizes, config.max_sizes[-1]]))
     classes = [labels == label for label in np.unique(labels)]
-    overlaps = (best_overlaps(candidate, boxes) for candidate in candidates)
-    shares = np.array([np.mean([share(best[own]) for own in classes]) for best in overlaps])
-    fit = [candidates[i] for i in np.flatnonzero(shares >= shares.max() - NEARLY)]
-    counts = (positives(candidate, boxes).clip(max=ENOUGH) for candidate in fit)
-    return fit[np.argmax([np.mean([count[own].mean() for own in classes]) for count in counts])]
+
+    @cache
+    def of_map(k: int, smallest: float, largest: float) -> tuple[np.ndarray, np.ndarray]:
+        one = config.source_map(k, smallest, largest)
+        return best_overlaps(one, boxes), positives(one, boxes)
+
+    def judge(candidate: PriorConfig) -> tuple[float, float]:
+        sizes = zip(candidate.min_sizes, candidate.max_sizes, strict=True)
+        best, count = zip(*(of_map(k, *pair) for k, pair in enumerate(sizes)), strict=True)
+        reach, count = np.max(best, 0) >= MATCHED, np.sum(count, 0).clip(max=ENOUGH)
+        return (float(np.mean([reach[own].mean() for own in classes])),
+                float(np.mean([count[own].mean() for own in classes])))
+
+    sides = np.geomspace(config.min_sizes[-1], config.min_sizes[-1] / 64, 37).round()
+    judged = {candidate: judge(candidate) for candidate in (config, *_candidates(config, sides))}
+    least = max(reached for reached, _ in judged.values()) - NEARLY
+    fits = [(count, own) for own, (reached, count) in judged.items() if reached >= least]
+    for i, (most, best) in enumerate(fits):
+        for k in range(FREE):
+            for side in sides[sides > best.min_sizes[k]].tolist():
+                other = best.with_second(k, side)
+                reached, count = judge(other)
+                if reached >= least and count > most:
+                    most, best = count, other
+        fits[i] = most, best
+    return max(fits, key=itemgetter(0))[1]
+
+
+def _candidates(config: PriorConfig, sides: np.ndarray) -> Iterator[PriorConfig]:
+    """Yield a preset for each first size, at most a quarter of the last, and second size."""
+    last, count = config.min_sizes[-1], len(config.min_sizes)
+    for first in sides[sides <= last / 4]:
+        for step in (1.5, 2, 2.5, 3, 3.5):
+            sizes = first, *np.linspace(first * step, last, count - 1).round(), config.max_sizes[-1]
+            yield config.with_sizes(",".join(f"{side:g}" for side in sizes))
 
 
 def positives(config: PriorConfig, boxes: np.ndarray) -> np.ndarray:

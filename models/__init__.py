@@ -88,11 +88,11 @@ def prior_config(version: str, priors: str, size: int) -> PriorConfig:
     if (priors, size) in row.priors:
         return row.priors[priors, size]
     try:
-        sizes = [float(text) for text in priors.split(",")]
-    except ValueError:
+        return next(own for (_, s), own in row.priors.items() if s == size).with_sizes(priors)
+    except ValueError as error:
         names = ", ".join(name for name, other in row.priors if other == size)
-        raise ValueError(f"no prior boxes {priors!r}, choose from {names}, or give sizes") from None
-    return next(preset for (_, s), preset in row.priors.items() if s == size).with_sizes(sizes)
+        raise ValueError(f"no prior boxes {priors!r} ({error}); choose from {names}, or give "
+                         "sizes") from None
 
 
 def build_net(version: str, size: int, num_classes: int) -> Detector:

@@ -1,6 +1,7 @@
-"""COCO's annotation files: what is malformed, where files and images lie."""
+"""COCO's annotation files: what is malformed, where files and images lie, files for the server."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from coco_files import CATEGORIES, HEIGHT, WIDTH, annotation, write_set, write_v
 from data.coco import COCODetection
 from data.coco_json import read_annotations
 from data.coco_layout import list_image_sets
+from data.coco_results import check_submission
 from data.skips import SkipKind
 from utils.errors import UserError
 
@@ -228,3 +230,58 @@ def test_missing_images_are_counted_and_the_first_named(tmp_path):
     message = "test2017: no such folder.*image_info_test-dev2017.json, such as 1.jpg; nor"
     with pytest.raises(UserError, match=message):
         COCODetection(tmp_path, [("2017", "test-dev")])
+
+
+FIT = {"image_id": 1, "category_id": 3, "bbox": [1, 2.5, 3, 4], "score": 0.5}
+NAME = "detections_test-dev2017_SSD512-HarDNet68_results.json"
+
+
+def submission(folder, records, *names):
+    """(zip with the records under these names, image_info file of 2 images and 2 categories)"""
+    truth = folder / "image_info_test-dev2017.json"
+    images = [{"id": id, "width": 100, "height": 100} for id in (1, 2)]
+    categories = [{"id": id, "name": name} for id, name in ((3, "dog"), (7, "cat"))]
+    truth.write_text(json.dumps({"images": images, "categories": categories}))
+    archive = folder / "submission.zip"
+    with zipfile.ZipFile(archive, "w") as members:
+        for name in names:
+            members.writestr(name, records if isinstance(records, str) else json.dumps(records))
+    return archive, truth
+
+
+def test_submission_that_the_server_takes(tmp_path):
+    more = [FIT | {"image_id": 2, "category_id": 7, "score": 1}, FIT | {"score": -2.5}]
+    assert check_submission(*submission(tmp_path, [FIT, *more], NAME)) == 3
+    assert check_submission(*submission(tmp_path, [], NAME)) == 0
+
+
+@pytest.mark.parametrize(("records", "names", "message"), [
+    ([FIT], [], "holds nothing, .* detections_test-dev2017_<name>_results"),
+    ([FIT], [f"out/{NAME}"], "holds out/detections_.* in no folder"),
+    ([FIT], [NAME, "more.txt"], f"holds {NAME}, more.txt, "),
+    ([FIT], ["detections_val2017_net_results.json"], "holds detections_val2017_net_re"),
+    ([FIT], ["detections_test-dev2017_results.json"], "holds detections_test-dev2017_res"),
+    ("[", [NAME], f"{NAME} is not a JSON file"),
+    ({"a": FIT}, [NAME], f"{NAME}: has no list of results"),
+    ([FIT, 5], [NAME], r"results\[1\] needs a whole number as 'image_id'"),
+    ([FIT | {"id": 5}], [NAME], r"results\[0\] has the fields .*, id, .* image_id"),
+    ([FIT | {"image_id": 1.0}], [NAME], r"results\[0\] .* integer"),
+    ([FIT | {"image_id": 5}], [NAME], r"results\[0\] has the image_id 5, which"),
+    ([FIT | {"category_id": 4}], [NAME], r"results\[0\] has the category_id 4, which"),
+    ([FIT, FIT | {"bbox": [1, 2, 3]}], [NAME], r"results\[1\] needs 4 finite num.* 'bbox'"),
+    ([FIT | {"score": float("nan")}], [NAME], "a finite number as 'score', found nan"),
+    ([{k: FIT[k] for k in ("image_id", "category_id", "bbox")}], [NAME], "as 'score', found N")])
+def test_submission_that_the_server_would_refuse(tmp_path, records, names, message):
+    with pytest.raises(UserError, match=f"submission.zip: .*{message}"):
+        check_submission(*submission(tmp_path, records, *names))
+
+
+def test_submission_that_is_no_zip(tmp_path):
+    archive, truth = submission(tmp_path, [FIT], NAME)
+    data = archive.read_bytes()
+    for damaged in (b"", b"[]", data[:50], data.replace(b'"score"', b'"scare"')):
+        archive.write_bytes(damaged)
+        with pytest.raises(UserError, match="submission.zip: not a zip that can be read"):
+            check_submission(archive, truth)
+    with pytest.raises(UserError, match="none.zip: cannot read"):
+        check_submission(tmp_path / "none.zip", truth)

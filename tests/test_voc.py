@@ -83,6 +83,8 @@ def test_missing_images_are_refused_all_at_once(voc_folder):
     (voc_folder / "JPEGImages/t4.jpg").rename(voc_folder / "JPEGImages/t4.txt")
     with pytest.raises(UserError, match=rf"^{voc_folder}: images missing \(2\): .*/t2.jpg .*/t4"):
         read(voc_folder)
+    with pytest.raises(UserError, match=rf"the folder above, --root {voc_folder}$"):
+        VOCDetection(voc_folder / "Annotations", [(None, "split_train")], faults=[])
     (voc_folder / "JPEGImages").rename(voc_folder / "pictures")
     with pytest.raises(UserError, match=r"images .*missing .4.: .*JPEGImages/t1.jpg .*copy"):
         read(voc_folder)
@@ -106,6 +108,7 @@ def test_box_without_area_is_dropped_from_training_but_not_from_evaluation(datas
     values = ", ".join(map(str, box))
     path = tmp_path / "own/Annotations/a.xml"
     assert detail.startswith(f'{path}: object 2 ("dog") ({values}) in {WIDTH} x {HEIGHT}')
+    assert ("swapped corners?" in detail) == (box[2] < box[0])
     assert len(data.truth().boxes) == 2
 
 

@@ -131,7 +131,7 @@ def test_list_that_nobody_asked_for_never_stops_training(folder, content):
 
 
 @pytest.mark.parametrize(("box", "cause"), [
-    ((0.1, 0.2, 0.5, 0.6), "outside the image"), ((9, 9, 1, 1), "without area"),
+    ((0.1, 0.2, 0.5, 0.6), "fractions of the image"), ((9, 9, 1, 1), "swapped corners"),
     ((5, 5, 5, 5), "without area"), ((500, 500, 600, 600), "outside the image"),
 ])
 def test_lost_boxes_are_told_and_a_set_without_any_left_is_refused(folder, box, cause):
@@ -179,7 +179,7 @@ def test_folders_of_image_sets_give_ids_that_are_unique_and_lists_can_name(folde
         shutil.copy(folder / "JPEGImages/a.jpg", root / "test")
         assert SkipKind.SET_UNANNOTATED in kinds(read(root, "train"))
     if base == "train/{}":  # not without its image sets
-        with pytest.raises(UserError, match=rf"VOC XML.*--root.* {root}$"):
+        with pytest.raises(UserError, match=rf"VOC XML.*{root} as --root"):
             shutil.rmtree(folder / "Annotations")
             find_layout(folder)
     (root / "ImageSets").mkdir()

@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.arguments import did_you_mean
 from utils.errors import UserError, command
 
 
@@ -34,8 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     found = commands()
     if words and words[0] not in ("-h", "--help"):
-        name = words[0] if words[0] in found else "NAME"
-        raise UserError(f"{words[0]} is not taken here; give python -m tools.{name}")
+        known = words[0] if words[0] in found else "NAME" + did_you_mean(words[0], found)
+        raise UserError(f"{words[0]} is not taken here; give python -m tools.{known}")
     width = max(map(len, found))
     print("Commands (python -m tools.NAME --help says more):")
     for name, line in found.items():

@@ -33,11 +33,10 @@ def check_priors(report: Report) -> None:
             report.advice += _advice(low, part, boxes, best)
 
 
-def fitted_sizes(report: Report) -> dict[str, list[float]]:
+def fitted_sizes(report: Report) -> dict[str, str]:
     """Return sizes of prior boxes that fit the training part, by input size, for --priors FILE."""
     dataset, priors = report.parts["train"].dataset, report.options.priors
-    fits = {str(size): fit_to(dataset, PRIORS[priors, size]) for size in report.sizes}
-    return {size: [float(side) for side in text.split(",")] for size, text in fits.items()}
+    return {str(size): fit_to(dataset, PRIORS[priors, size]) for size in report.sizes}
 
 
 def _fits(part: Part, overlaps: np.ndarray, priors: str, size: int) -> Iterator[Fit]:

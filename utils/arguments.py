@@ -1,9 +1,10 @@
 """Values of command-line arguments; each function is a ``type`` of ``argparse``."""
 
 import argparse
+import difflib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from utils.console import printable
@@ -12,7 +13,7 @@ from utils.console import printable
 class Parser(argparse.ArgumentParser):
     """A parser that takes --some_option and --some-option for each other, whichever is declared.
 
-    A mistake is told in one line.
+    A mistake is told in one line, with the nearest name of a misspelt option or choice.
     """
 
     def parse_known_args(
@@ -24,12 +25,41 @@ class Parser(argparse.ArgumentParser):
         end = words.index("--") if "--" in words else len(words)
         for k, word in enumerate(words[:end]):
             name, equals, value = word.partition("=")
-            if name.startswith("--"):
-                words[k] = declared.get(name.replace("_", "-"), name) + equals + value
-        return super().parse_known_args(words, namespace)
+            key = name.replace("_", "-")
+            if key.startswith("--"):
+                words[k] = declared.get(key, name) + equals + value
+            # Told before what argparse would miss because of it. Subcommands have their own.
+            mistaken = key[:1] == "-" and f"-{key}" in declared
+            if key.startswith("--"):
+                mistaken = not any(each == key or self.allow_abbrev and each.startswith(key)
+                                   for each in declared)
+            if mistaken and self._subparsers is None:
+                self.error(f"unknown option {name}{did_you_mean(name, declared.values())}")
+        given, left = super().parse_known_args(words, namespace)
+        if left and os.path.isdir(left[0]) and "--root" in declared:
+            self.error(f"{left[0]} is a folder without an option; give --root {left[0]}")
+        return given, left
+
+    def _check_value(self, action: argparse.Action, value: object) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(value, action.choices)
+            raise
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {printable(message)}; {self.prog} --help explains the options\n")
+
+
+def did_you_mean(word: object, names: Iterable[object]) -> str:
+    """Return "; did you mean NAME?" with the name that is nearest to a word, "" if none is near."""
+    keys = {_spelling(name): name for name in names}
+    return "".join(f"; did you mean {keys[key]}?"
+                   for key in difflib.get_close_matches(_spelling(word), keys, 1))
+
+
+def _spelling(name: object) -> str:
+    return str(name).casefold().replace("_", "-").lstrip("-")
 
 
 def cores() -> int:
