@@ -29,13 +29,13 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from benchmarks import gather, roofline, routes
 from benchmarks.harness import Rows, options, program, ratio, run, turns
 from benchmarks.routes import PRECISIONS, WAYS, Network, Plain, Route
 from data.image import IMAGE_SUFFIXES, read_image
 from demo.shapes import make_dataset
+from inference.predictor import arrays
 from inference.proof import MARGIN, Tolerance, compare, excess
 from models import BACKBONES
 from tools.traffic import profile
@@ -103,10 +103,6 @@ def agreement(route: Route, expected: Sequence[dict], files: Sequence[Path]) -> 
     if route.precision == "fp32" and (problem := excess(result, TOLERANCE)):
         row["error"] = f"finds other boxes than the plain network: {problem}"
     return row
-
-
-def arrays(found: Sequence[dict[str, Tensor]]) -> list[dict]:
-    return [{key: value.numpy() for key, value in each.items()} for each in found]
 
 
 def rows_of(found: Sequence[Route], batch: int, limits: dict | None = None) -> Rows:

@@ -4,7 +4,6 @@ import os
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from utils.errors import UserError
 from utils.files import read_text
@@ -32,15 +31,13 @@ def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
     return names
 
 
-def read_classes(path: Path) -> tuple[str, ...]:
-    """Read class names from a file with one name a line; empty lines are left out."""
-    lines = read_text(path, "class names").splitlines()
-    return check_classes([line for line in lines if line.strip()], str(path))
-
-
 def parse_classes(text: str) -> tuple[str, ...]:
-    """Read the value of --classes: "a,b,c", or a file with one name a line."""
+    """Read the value of --classes: "a,b,c", or a file with one name a line.
+
+    Empty lines are left out.
+    """
     path = os.path.expanduser(text)
     if os.path.isfile(path):
-        return read_classes(Path(path))
+        lines = read_text(path, "class names").splitlines()
+        return check_classes([line for line in lines if line.strip()], path)
     return check_classes(text.split(","), "--classes")

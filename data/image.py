@@ -4,6 +4,7 @@ import functools
 import io
 import os
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import cv2
@@ -74,19 +75,15 @@ def image_size(path: Path) -> tuple[int, int]:
     The header tells. Only an image that Pillow does not know, or one that is no JPEG but has an
     orientation, is decoded. Raises UserError for what is no image.
     """
-    try:
+    with suppress(Exception), warnings.catch_warnings():  # OpenCV decides what is an image
+        warnings.simplefilter("ignore")
         if path.is_file():
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                with Image.open(path) as image:
-                    tagged = image.format != "PNG" or "exif" in image.info  # else it is decoded
-                    turned = tagged and image.getexif().get(0x0112, 1) > 4
-                    if image.format in ("JPEG", "MPO"):
-                        return image.size[::-1] if turned else image.size
-                    if not turned:
-                        return image.size
-    except Exception:  # told by OpenCV, which decides what is an image
-        pass
+            with Image.open(path) as image:
+                tagged = image.format != "PNG" or "exif" in image.info  # else it is decoded
+                if not (tagged and image.getexif().get(0x0112, 1) > 4):
+                    return image.size
+                if image.format in ("JPEG", "MPO"):
+                    return image.size[::-1]
     height, width, _ = read_image(path).shape
     return width, height
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from data import DetectionData
+from data.transforms import to_square
 from utils.errors import UserError
 
 # While one batch of a loading process waits, the next is made. This bridges a batch of large
@@ -70,7 +71,7 @@ class TestSet(Dataset):
     """Images at network size: item index -> (uint8 [S, S, 3], int64 (width, height))."""
 
     dataset: DetectionData
-    transform: Callable
+    size: int
     __test__ = False  # pytest takes the name for a test's
 
     def __len__(self) -> int:
@@ -78,7 +79,7 @@ class TestSet(Dataset):
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         image = self.dataset.pull_image(index)
-        return self.transform(image), np.array(image.shape[1::-1])
+        return to_square(image, self.size), np.array(image.shape[1::-1])
 
 
 class EpochSampler(Sampler):

@@ -66,16 +66,9 @@ class ResizeOnly:
         return resize(image, target, canvas, self.size, cv2.INTER_LINEAR, (0, 0, 0))
 
 
-@dataclass
-class TestTransform:
-    """Bilinear resize to `size` x `size`, without keeping the aspect ratio, for evaluation."""
-
-    size: int
-    __test__ = False  # pytest takes the name for a test's
-
-    def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Return uint8 [size, size, 3]."""
-        return cv2.resize(image, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
+def to_square(image: np.ndarray, size: int) -> np.ndarray:
+    """Return the image as evaluation sees it: uint8 [size, size, 3], bilinear, aspect not kept."""
+    return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
 
 
 def random_crop(image: np.ndarray, target: np.ndarray,

@@ -15,13 +15,12 @@ from data.curves import CURVES_FILE
 from data.detections import save_detections
 from data.image_sets import sets_name
 from data.loading import Loader, TestSet
-from data.transforms import TestTransform
 from engine.distributed import World
 from engine.options import Options
 from engine.run import Run
 from engine.steps import detect_all
 from inference.draw import draw_examples
-from inference.predictor import Predictor
+from inference.predictor import Predictor, arrays
 from layers import Detect
 from layers.detect import DetectConfig
 from utils import nms
@@ -45,7 +44,7 @@ def detect_set(
         UserError: the output of the network is not finite, or an image cannot be read.
     """
     share = list(world.share_of(len(dataset)))
-    samples = Subset(TestSet(dataset, TestTransform(options.size)), share)
+    samples = Subset(TestSet(dataset, options.size), share)
     batch = -(-options.batch_size // world.size)
     loader = Loader(samples, options.num_workers, priors.device.type == "cuda", batch_size=batch)
     progress = Progress("test", len(loader), options.log_iters)
@@ -88,7 +87,7 @@ def detect_by(predictor: Predictor, dataset: DetectionData,
         raise UserError(f"the output of {predictor.file} is not finite ({error})") from error
     finally:
         progress.close()
-    return [{key: d[key].numpy() for key in ("boxes", "scores", "labels")} for d in found]
+    return arrays(found)
 
 
 def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, device: torch.device,

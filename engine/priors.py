@@ -72,8 +72,8 @@ def fitted(config: PriorConfig, boxes: np.ndarray, labels: np.ndarray) -> PriorC
 
     As in SSD, the first source map has its own size, and the other maps have evenly spaced sizes
     up to the preset's last size. Unlike SSD, the second square box of the first `FREE` maps may
-    have any larger size: small objects need the first map for its small cells, and so do larger
-    ones that stand close together.
+    have any size between the map's own and the next map's. Small objects need the small cells of
+    the first map, and so do larger ones that stand close together.
 
     Args:
         boxes: [n, 4], (x1, y1, x2, y2) relative to the image; n may be 0: the preset itself.
@@ -104,7 +104,8 @@ def fitted(config: PriorConfig, boxes: np.ndarray, labels: np.ndarray) -> PriorC
     fits = [(count, own) for own, (reached, count) in judged.items() if reached >= least]
     for i, (most, best) in enumerate(fits):
         for k in range(FREE):
-            for side in sides[sides > best.min_sizes[k]].tolist():
+            smaller, larger = best.min_sizes[k:k + 2]
+            for side in sides[(sides > smaller) & (sides < larger)].tolist():
                 other = best.with_second(k, side)
                 reached, count = judge(other)
                 if reached >= least and count > most:

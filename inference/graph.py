@@ -82,13 +82,10 @@ def detect_onnx(priors: Tensor, num_classes: int, variance: Sequence[float], con
         priors: [P, 4], centre-size, relative.
         num_classes: C, including background.
         config: its first four fields count.
-
-    Raises ValueError: ``opset`` is below 18.
+        opset: at least 18, as PyTorch's exporter writes.
     """
     from onnx import numpy_helper, parser
 
-    if opset < 18:
-        raise ValueError(f"opset is {opset}, should be at least 18")
     p = priors.numpy().astype(np.float32)[None]
     floats = {"prior_centre": p[..., :2], "centre_scale": p[..., 2:] * np.float32(variance[0]),
               "prior_half": p[..., 2:] / 2, "size_scale": variance[1], "most_growth": 10,

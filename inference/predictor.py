@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.config import INPUT_MEAN
 from data.image import check_pixels, limit_pixels, read_image
-from data.transforms import TestTransform
+from data.transforms import to_square
 from inference.deploy import deploy
 from inference.origins import find_origins
 from inference.runtime import EXPORTED_SUFFIXES, ExportedModel, graph_inputs, open_model
@@ -190,7 +190,7 @@ class Predictor:
 
     def stack(self, images: Sequence[np.ndarray]) -> Tensor:
         """Return the images resized: uint8 [B, 3, S, S], channels last."""
-        stacked = np.stack([*map(TestTransform(self.info.size), images)])
+        stacked = np.stack([to_square(image, self.info.size) for image in images])
         return torch.from_numpy(stacked).permute(0, 3, 1, 2)
 
     @torch.inference_mode()
@@ -229,6 +229,11 @@ class Predictor:
         return [
             {key: outputs[key][mine][: self.config.top_k] for key in ("boxes", "scores", "labels")}
             for mine in (over & (outputs["image"] == i) for i in range(len(sizes)))]
+
+
+def arrays(found: Sequence[dict]) -> list[dict[str, np.ndarray]]:
+    """Return the "boxes", "scores" and "labels" of detections on the CPU as arrays."""
+    return [{key: each[key].numpy() for key in ("boxes", "scores", "labels")} for each in found]
 
 
 def _load(image: object) -> np.ndarray:

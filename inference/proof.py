@@ -13,7 +13,7 @@ from torch import nn
 from data import DetectionData
 from inference.export_info import ExportInfo
 from inference.images import Images
-from inference.predictor import Predictor
+from inference.predictor import Predictor, arrays
 from inference.runtime import Arrays
 from layers import Detect, PriorBox
 from layers.boxes import iou
@@ -123,13 +123,13 @@ def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof
         loc, conf = net(to_input(predictor.stack(batch), info.mean, priors.device))
         sizes = [(image.shape[1], image.shape[0]) for image in batch]
         try:
-            expected += _arrays(detect(loc, conf, priors, sizes))
+            expected += arrays(detect(loc, conf, priors, sizes))
         except FloatingPointError as error:
             raise UserError(f"the network of {info.checkpoint['file']} fails ({error}): its "
                             "training diverged or its weights are damaged; export another "
                             "checkpoint") from error
         try:
-            found += _arrays(predictor(batch))
+            found += arrays(predictor(batch))
         except FloatingPointError as error:
             raise TooDifferent(f"{path.name} is not kept: {error}") from error
     floor = info.detection.conf_thresh + MARGIN
@@ -141,10 +141,6 @@ def prove(net: nn.Module, info: ExportInfo, path: Path, images: Images) -> Proof
                         "a lower --score_threshold, other --images, or a trained network")
     aps = _average_precisions(images.dataset, expected, found) if images.scored else None
     return Proof(len(images), images.about, floor, comparison, aps)
-
-
-def _arrays(found: Sequence[dict]) -> list[Arrays]:
-    return [{key: each[key].numpy() for key in ("boxes", "scores", "labels")} for each in found]
 
 
 def _average_precisions(dataset: DetectionData, *found: Sequence[Arrays]) -> APs | None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.transforms import TestTransform
+from data.transforms import to_square
 from inference.export_info import INFO_KEY, ExportInfo
 from utils.checkpoint import sha256_of
 from utils.errors import UserError, first_line, import_package
@@ -104,7 +104,8 @@ def graph_inputs(images: Sequence[np.ndarray], info: ExportInfo) -> Arrays:
     that graph resizes, so it takes them as they are.
     """
     as_they_are = info.preprocess and info.dynamic
-    batch = np.stack(images if as_they_are else [*map(TestTransform(info.detector.size), images)])
+    size = info.detector.size
+    batch = np.stack(images if as_they_are else [to_square(image, size) for image in images])
     if info.preprocess:
         inputs = {"pictures": batch}
     else:

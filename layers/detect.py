@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from layers.boxes import decode
 from utils.nms import batched_nms
+from utils.nms.reference import rank_in_group
 
 SUPPRESSION = {"hard": "hard", "soft": "linear", "soft-gaussian": "gaussian"}
 """Values of ``DetectConfig.nms`` -> methods of ``utils.nms.batched_nms``."""
@@ -156,8 +157,10 @@ class Detect(nn.Module):
         found, score = batched_nms(boxes, scores, groups, config.nms_thresh, limit,
                                    method=SUPPRESSION[config.nms], min_score=config.conf_thresh)
         if config.class_agnostic:
-            within = rank_in_group(group[found]) < config.per_class
-            found, score = found[within], score[within]
+            order = group[found].argsort(stable=True)
+            within = rank_in_group(group[found[order]]) < config.per_class
+            kept = order[within].sort().values  # in the order by score again
+            found, score = found[kept], score[kept]
         by_image = image[found].argsort(stable=True)  # keeps the order by score
         return found[by_image], score[by_image]
 
@@ -178,11 +181,3 @@ class Detect(nn.Module):
         rest = 1 - threshold
         margin = 0.01 + 1e-6 / rest  # in logits; larger than the rounding of scores
         return best - background > math.log(threshold / rest) - margin
-
-
-def rank_in_group(groups: Tensor) -> Tensor:
-    """Return int64 [n]: how many earlier entries of ``groups`` [n] have the same value."""
-    ordered, order = groups.sort(stable=True)
-    # Not len(groups), which an export would freeze.
-    position = torch.arange(groups.shape[0], device=groups.device)
-    return (position - torch.searchsorted(ordered, ordered))[order.argsort()]

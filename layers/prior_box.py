@@ -36,9 +36,6 @@ class PriorBox(nn.Module):
     def forward(self) -> Tensor:
         return self.boxes
 
-    def extra_repr(self) -> str:
-        return f"size={self.config.size}, priors={len(self.boxes)}"
-
 
 def _prior_boxes(config: Preset) -> Tensor:
     maps = []

@@ -30,27 +30,6 @@ def read(root, **options):
     return COCODetection(root, [("2017", "val")], **options)
 
 
-def test_sample_is_a_bgr_image_and_its_boxes_with_labels(tmp_path):
-    boxes = [annotation(1, 42, [10, 5, 20, 10], 90), annotation(2, 42, [0.5, 1.25, 8, 4], 3)]
-    dataset = read(write_val2017(tmp_path, boxes))
-    before = sorted(tmp_path.rglob("*"))
-    assert len(dataset) == 2 and dataset.ids == [9, 42]
-    image, target = dataset[1]
-    assert image.shape == (HEIGHT, WIDTH, 3) and image.dtype == np.uint8 and (image == 42).all()
-    assert target.dtype == np.float32
-    np.testing.assert_array_equal(target, [[10, 5, 29, 14, 3], [0.5, 1.25, 7.5, 4.25, 1]])
-    assert dataset.image_size(1) == (WIDTH, HEIGHT)
-    assert dataset.image_path(1) == tmp_path / "val2017" / "000000000042.jpg"
-    assert dataset.skipped == [] and dataset.report() == []
-    # An image without annotations stays.
-    assert dataset.target(0).shape == (0, 5) and dataset.target(0).dtype == np.float32
-    assert dataset[0][0].shape == (HEIGHT, WIDTH, 3)
-    assert dataset.target(-1).shape == (2, 5)
-    with pytest.raises(IndexError):
-        dataset.target(2)
-    assert sorted(tmp_path.rglob("*")) == before  # nothing is written
-
-
 def test_published_80_labels_and_ids_up_to_90_map_both_ways(tmp_path):
     # The ids of https://cocodataset.org's 80 categories: 1 to 90 without these ten.
     ids = sorted({*range(1, 91)} - {12, 26, 29, 30, 45, 66, 68, 69, 71, 83})

@@ -25,7 +25,7 @@ from inference import formats
 from inference.export import ExportOptions, export
 from inference.export_info import ExportInfo
 from inference.images import TrainedOn, find_images
-from inference.predictor import Predictor
+from inference.predictor import Predictor, arrays
 from inference.proof import TOLERANCE, APs, Comparison, TooDifferent, compare, excess, prove
 from inference.runtime import cpu_has_bf16, open_model
 from layers import DetectConfig
@@ -76,10 +76,6 @@ def checkpoint(tmp_path, data):
 
 def manifest(file):
     return json.loads(file.with_name(file.name + ".json").read_text())
-
-
-def arrays(found):
-    return [{key: each[key].numpy() for key in ("boxes", "scores", "labels")} for each in found]
 
 
 @pytest.mark.parametrize("version, form, options", [

@@ -79,10 +79,3 @@ def test_equal_scores_come_in_the_order_of_detect():
     # ONNX Runtime's softmax differs in the last bit, which decides between some of them.
     _, scores, _, _ = run(loc, conf, SIZES[:1], priors, options)
     np.testing.assert_allclose(scores, expected["scores"], atol=1e-6)
-
-
-def test_an_operator_set_without_what_is_needed_is_refused():
-    pytest.importorskip("onnx")
-    priors = PriorBox(VOC_300)()
-    with pytest.raises(ValueError, match="opset is 17, should be at least 18"):
-        detect_onnx(priors, 4, (0.1, 0.2), DetectConfig(), opset=17, ir_version=10)

@@ -13,7 +13,6 @@ import pytest
 from conftest import with_exif, write_voc
 
 from data.image import FORMATS, IMAGE_SUFFIXES, MAX_PIXELS, limit_pixels, read_image
-from data.transforms import SSDAugmentation, TestTransform
 from engine.options import Call
 from engine.resolve import resolve
 from engine.run import open_dataset
@@ -157,18 +156,6 @@ def test_every_command_that_reads_images_takes_the_limit(tmp_path, monkeypatch):
             read(resolve({"root": str(root), "max_pixels": most}))
         with pytest.raises(UserError, match=f"a.jpg: the image is 96 x 72, more than {most} "):
             read_image(root / "JPEGImages/a.jpg")
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 9000), (9000, 1)])
-def test_thin_images_train_and_are_tested(tmp_path, size):
-    path = tmp_path / "a.png"
-    path.write_bytes(encode(".png", np.full((*size, 3), 7, np.uint8)))
-    image = read_image(path)
-    assert TestTransform(300)(image).shape == (300, 300, 3)
-    box = np.array([[0, 0, size[1], size[0], 1]], np.float32)
-    for seed in range(20):
-        sample, target = SSDAugmentation(300)(image, box, np.random.default_rng(seed))
-        assert sample.shape == (300, 300, 3) and np.isfinite(target).all()
 
 
 def test_only_the_end_marker_of_the_image_itself_counts(tmp_path, image):

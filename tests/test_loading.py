@@ -22,7 +22,7 @@ from data.loading import (
     detection_collate,
     training_loader,
 )
-from data.transforms import SSDAugmentation, TestTransform
+from data.transforms import SSDAugmentation
 from data.voc0712 import VOCDetection
 from utils.errors import UserError
 
@@ -85,7 +85,7 @@ def test_sample_is_the_item_of_the_data_set_augmented_by_seed_epoch_and_index(da
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_test_batches_of_all_processes_are_the_data_set(dataset, workers):
-    samples = TestSet(dataset, TestTransform(300))
+    samples = TestSet(dataset, 300)
     found = {}
     for rank in range(4):  # of 6 images: two processes have one
         share = Subset(samples, range(rank, len(samples), 4))

@@ -12,7 +12,7 @@ import torch
 
 from data.config import COCO_300, COCO_CLASSES, VOC_300, VOC_CLASSES
 from data.image import read_image
-from data.transforms import TestTransform
+from data.transforms import to_square
 from engine.steps import detect_all
 from inference.predictor import Predictor, _load
 from layers import Detect, PriorBox
@@ -44,7 +44,7 @@ def made_up(*sizes: tuple[int, int]) -> list[np.ndarray]:
 
 def evaluated(net, images, priors, **chosen) -> list[dict]:
     """What ``train_test.py --test`` finds: the trained network, and the loop over batches."""
-    inputs = [torch.from_numpy(TestTransform(300)(x)).permute(2, 0, 1)[None] for x in images]
+    inputs = [torch.from_numpy(to_square(x, 300)).permute(2, 0, 1)[None] for x in images]
     sizes = [torch.tensor([[image.shape[1], image.shape[0]]]) for image in images]
     batches = list(zip(inputs, sizes, strict=True))
     return detect_all(net, Detect(**chosen), PriorBox(priors)(), batches)

@@ -13,13 +13,13 @@ from data.transforms import (
     INTERPOLATIONS,
     ResizeOnly,
     SSDAugmentation,
-    TestTransform,
     adjust_colours,
     expand,
     mirror,
     photometric_distort,
     random_crop,
     resize,
+    to_square,
 )
 
 MEAN = (104, 117, 123)
@@ -290,7 +290,7 @@ def test_evaluation_sees_the_image_resized_bilinearly_and_overfitting_all_boxes_
     before = image.copy(), target.copy()
     result, boxes = ResizeOnly(size)(image, target, np.random.default_rng(0))
     expected = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
-    for found in (result, TestTransform(size)(image)):
+    for found in (result, to_square(image, size)):
         np.testing.assert_array_equal(found, expected)
         assert found.dtype == np.uint8 and found.flags.c_contiguous
     np.testing.assert_allclose(boxes[0], (0, 0, 1, 1, 2))

@@ -26,9 +26,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -113,7 +111,8 @@ def build() -> list[str]:
 
     The current folder must be the project's root.
     """
-    return [_attempt(CPU_SOURCE, _build_cpu, "PyTorch serves instead, with equal results"),
+    return [_attempt(CPU_SOURCE, _build_cpu, "PyTorch serves instead, with equal results, until "
+                     "Cython and a C++ compiler can compile it"),
             _attempt(CUDA_SOURCE, _build_cuda, "torchvision serves a GPU instead")]
 
 
@@ -132,38 +131,51 @@ def _attempt(source: Path, make: Callable[[], str], instead: str) -> str:
 def _build_cpu() -> str:
     if _is_current(CPU_SOURCE) and _loads_in_python(_library(CPU_SOURCE)):
         return "up to date"
-    from Cython.Build import cythonize
-
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         raise RuntimeError("Python.h is missing (on Debian: apt install python3-dev)")
     # -O3 for vector instructions; no fused multiply-add, which rounds unlike PyTorch.
     windows = sys.platform == "win32"
     flags = [] if windows else ["-O3", "-ffp-contract=off"]
     openmp = {"win32": ["/openmp"], "darwin": []}.get(sys.platform, ["-fopenmp"])
-    with _telling_errors():
-        (extension,) = cythonize(extensions()[:1], build_dir="build", force=True, quiet=True)
-    extension.extra_compile_args = flags + openmp
-    extension.extra_link_args = [] if windows else openmp
     try:
-        _run_setuptools(extension)
+        _run_setuptools(flags + openmp, [] if windows else openmp)
     except RuntimeError as error:
         if not openmp:
             raise
-        extension.extra_compile_args, extension.extra_link_args = flags, []
-        _run_setuptools(extension)
+        _run_setuptools(flags, [])
         return f"compiled without OpenMP, for one thread: {error}"
     return "compiled"
 
 
-def _run_setuptools(extension: Extension) -> None:
+def _run_setuptools(compiling: list[str], linking: list[str]) -> None:
+    """Compile the CPU's extension in another process, whose output can be hidden.
+
+    Raises RuntimeError: the line of the output that names the error.
+    """
+    program = f"from utils import build; build.run_setuptools({compiling}, {linking})"
+    _run([sys.executable, "-c", program])
+
+
+def run_setuptools(compiling: list[str], linking: list[str]) -> None:
+    """Compile the CPU's extension with these flags of the compiler and of the linker."""
+    from Cython.Build import cythonize
     from setuptools import Distribution
 
-    with _telling_errors("a C++ compiler is needed: "):
-        command = Distribution({"ext_modules": [extension]}).get_command_obj("build_ext")
-        command.inplace = command.force = True
-        command.build_lib = "build/in-place"  # `pip install .` puts build/lib into its wheel
-        command.ensure_finalized()
-        command.run()
+    (extension,) = cythonize(extensions()[:1], build_dir="build", force=True, quiet=True)
+    extension.extra_compile_args, extension.extra_link_args = compiling, linking
+    command = Distribution({"ext_modules": [extension]}).get_command_obj("build_ext")
+    command.inplace = command.force = True
+    command.build_lib = "build/in-place"  # `pip install .` puts build/lib into its wheel
+    command.ensure_finalized()
+    command.run()
+
+
+def _run(command: Sequence[str | Path]) -> None:
+    """Run a compiler; raise RuntimeError with the line of its output that names the error."""
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    if done.returncode:
+        output = done.stdout + done.stderr
+        raise RuntimeError(_telling_line(output) or f"{command[0]} failed")
 
 
 def _build_cuda() -> str:
@@ -186,11 +198,7 @@ def _build_cuda() -> str:
         number, _, ptx = architecture.replace(".", "").partition("+")
         code = f"[sm_{number},compute_{number}]" if ptx else f"sm_{number}"
         flags.append(f"-gencode=arch=compute_{number},code={code}")
-    done = subprocess.run([nvcc, *flags, "-o", _library(CUDA_SOURCE), CUDA_SOURCE],
-                          capture_output=True, text=True, errors="replace")
-    if done.returncode:
-        output = done.stdout + done.stderr
-        raise RuntimeError(_telling_line(output) or f"{nvcc} failed: {output[-200:]}")
+    _run([nvcc, *flags, "-o", _library(CUDA_SOURCE), CUDA_SOURCE])
     return f"compiled for {wanted}"
 
 
@@ -265,40 +273,13 @@ def _compiled_for(library: Path) -> str:
     return subprocess.run(question, capture_output=True, text=True).stdout.strip()
 
 
-@contextmanager
-def _telling_errors(silent: str = "") -> Iterator[None]:
-    """Hide the output of Cython and compilers; raise the line of it that names the error.
-
-    Args:
-        silent: text before the exception if no line names the error.
-    """
-    originals = [(descriptor, os.dup(descriptor)) for descriptor in (1, 2)]
-    with tempfile.TemporaryFile("w+", errors="replace") as output:
-        _redirect([(descriptor, output.fileno()) for descriptor in (1, 2)])
-        try:
-            yield
-        except Exception as error:
-            sys.stderr.flush()
-            output.seek(0)
-            raise RuntimeError(_telling_line(output.read()) or f"{silent}{error}") from error
-        finally:
-            _redirect(originals)
-            for _, original in originals:
-                os.close(original)
-
-
-def _redirect(descriptors: list[tuple[int, int]]) -> None:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    for descriptor, target in descriptors:
-        os.dup2(target, descriptor)
-
-
 def _telling_line(output: str) -> str:
-    """Return the first error in the output of a compiler, a linker or Cython, else ""."""
+    """Return the first error in the output of a compiler, a linker or Python, else ""."""
     error = r"\b(error|fatal)\b[ \w]*:|: cannot find |undefined (reference|symbol)"
     of_cython = r"^(?!warning: ).*\.pyx:\d+:\d+: "
-    found = (line for line in output.splitlines() if re.search(f"{error}|{of_cython}", line))
+    of_python = r"^[\w.]+Error: "
+    telling = "|".join([error, of_cython, of_python])
+    found = (line for line in output.splitlines() if re.search(telling, line))
     return next(found, "").strip()
 
 

@@ -10,8 +10,8 @@ import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple
+from urllib.request import Request
 
 from utils.errors import UserError, import_package
 from utils.files import file_digest
@@ -111,11 +111,8 @@ def _download(url: str, part: Path) -> None:
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(SECONDS_OF_SILENCE)  # torch.hub sets none
     try:
-        # In a folder of its own: torch.hub leaves a temporary file behind if the URL is not valid.
-        with TemporaryDirectory(dir=part.parent) as folder:
-            file = Path(folder, part.name)
-            download_url_to_file(url, str(file), progress=bool(sys.stderr) and sys.stderr.isatty())
-            os.replace(file, part)
+        Request(url)  # ValueError: no URL; torch.hub would leave a temporary file behind
+        download_url_to_file(url, str(part), progress=bool(sys.stderr) and sys.stderr.isatty())
     finally:
         socket.setdefaulttimeout(before)
 
