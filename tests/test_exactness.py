@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -132,6 +133,7 @@ class Interruptions:
         self.straight = folder / "straight" / "tiny_300" / "run"
         self.broken = folder / "broken" / "tiny_300" / "run"
         self.log = self.broken / "train.log"
+        self.phases = Counter()
         before = time.monotonic()
         process = start(self.arguments("straight"))
         wait_until(lambda: self._begun(self.straight / "train.log"), process)
@@ -164,12 +166,30 @@ class Interruptions:
         was_up = self.begun()
         os.killpg(process.pid, number)
         _, error = process.communicate(timeout=PATIENCE)
+        phase = self._phase()
+        self.phases[f"{signal.Signals(number).name} {phase}"] += 1
         if number == signal.SIGKILL:
             assert process.returncode in (0, -number)
         elif was_up:
-            ended = b" done: " in self.log.read_bytes()[self.begin :]
-            assert process.returncode in ((0, -number) if ended else (0, 130)), error
+            assert process.returncode in ((0, -number) if phase == "end" else (0, 130)), error
         assert max(checkpoints(self.broken), default=0) >= self.saved
+
+    def _phase(self) -> str:
+        if not self.begun():
+            return "start-up"
+        if self._saving():
+            return "saving"
+        lines = [line[9:] for line in self.log.read_bytes()[self.begin :].decode().splitlines()]
+        line = lines[-1]
+        if any(line.startswith("done: ") for line in lines):
+            return "end"
+        if line.startswith("epoch"):
+            epoch = int(line.split()[1].rstrip(":"))
+            return "evaluation" if not epoch % TESTED or epoch == self.epochs else "training"
+        return "training"
+
+    def _saving(self) -> bool:
+        return any(self.broken.glob("*.part"))
 
     def at_random(self, kills: int) -> None:
         """``kills`` signals, each at an instant of the life of a process that chance chooses."""
@@ -190,23 +210,35 @@ class Interruptions:
             else:  # the run has ended, and is asked to go on all the same, or its time is over
                 _, error = process.communicate()
                 assert process.returncode == 0, error
+                self.phases["no signal"] += 1
 
-    def in_a_saving(self) -> None:
-        """Kill while a checkpoint is being written, whichever chance chooses."""
-        process = self.start()
-        wait_until(self.begun, process)
-        time.sleep(self.rng.uniform(0, self.training / 4))
-        while process.poll() is None and not any(self.broken.glob("*.part")):
-            pass
-        if process.poll() is None:
-            self.signal(process, signal.SIGKILL)
-        else:
-            process.communicate()
+    def in_savings(self, kills: int) -> None:
+        """Kill until ``kills`` times a checkpoint was being written."""
+        for _ in range(6 * kills):
+            process = self.start()
+            wait_until(self.begun, process)
+            skip = self.rng.integers(5)  # savings
+            while skip and process.poll() is None:
+                while not self._saving() and process.poll() is None:
+                    pass
+                while self._saving() and process.poll() is None:
+                    pass
+                skip -= 1
+            while not self._saving() and process.poll() is None:
+                pass
+            if process.poll() is None:
+                self.signal(process, signal.SIGKILL)
+            else:
+                process.communicate()
+            if self.phases["SIGKILL saving"] >= kills:
+                return
+        raise AssertionError(f"hit only {self.phases}")
 
     def finish(self) -> None:
         process = self.start()
         _, error = process.communicate(timeout=PATIENCE)
         assert process.returncode == 0, error
+        print(*(f"{count} x {phase}" for phase, count in sorted(self.phases.items())), sep=", ")
         assert not list(self.broken.rglob("*.part"))
         assert_same_files(self.straight, self.broken)
 
@@ -218,9 +250,8 @@ def test_run_interrupted_at_random_instants_ends_like_a_straight_one(
     tmp_path, length, kills, savings, seed
 ):
     interruptions = Interruptions(tmp_path, length * EPOCHS, seed)
-    for _ in range(savings):
-        interruptions.in_a_saving()
     interruptions.at_random(kills)
+    interruptions.in_savings(savings)
     interruptions.finish()
 
 
