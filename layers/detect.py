@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from layers.boxes import decode
-from utils.nms import batched_nms
-from utils.nms.reference import rank_in_group
+from utils.nms import batched_nms, rank_in_group
 
 SUPPRESSION = {"hard": "hard", "soft": "linear", "soft-gaussian": "gaussian"}
 """Values of ``DetectConfig.nms`` -> methods of ``utils.nms.batched_nms``."""
@@ -157,10 +156,8 @@ class Detect(nn.Module):
         found, score = batched_nms(boxes, scores, groups, config.nms_thresh, limit,
                                    method=SUPPRESSION[config.nms], min_score=config.conf_thresh)
         if config.class_agnostic:
-            order = group[found].argsort(stable=True)
-            within = rank_in_group(group[found[order]]) < config.per_class
-            kept = order[within].sort().values  # in the order by score again
-            found, score = found[kept], score[kept]
+            within = rank_in_group(group[found]) < config.per_class
+            found, score = found[within], score[within]
         by_image = image[found].argsort(stable=True)  # keeps the order by score
         return found[by_image], score[by_image]
 

@@ -10,6 +10,8 @@ from torch.nn import functional as F
 
 from layers.matching import match, pad_targets
 
+NEGATIVES = 3  # of an image, for each positive prior
+
 
 class MultiBoxLoss(nn.Module):
     """Smooth-L1 on the offsets of positive priors, cross-entropy on positives and hard negatives.
@@ -25,12 +27,11 @@ class MultiBoxLoss(nn.Module):
     Neither synchronises with a GPU, forward or backward.
     """
 
-    def __init__(self, num_classes: int, threshold: float = 0.5, negatives_per_positive: int = 3,
+    def __init__(self, num_classes: int, threshold: float = 0.5,
                  variance: tuple[float, float] = (0.1, 0.2), least_negatives: int = 0) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.threshold = threshold
-        self.negatives_per_positive = negatives_per_positive
         self.variance = variance
         self.least_negatives = least_negatives
 
@@ -75,8 +76,7 @@ class MultiBoxLoss(nn.Module):
 
     def count(self, labels: Tensor) -> Tensor:
         """Return the positives that images count as, int64 0-d, given the labels of ``match``."""
-        least = self.least_negatives // self.negatives_per_positive
-        return (labels > 0).sum(1).clamp(min=least).sum()
+        return (labels > 0).sum(1).clamp(min=self.least_negatives // NEGATIVES).sum()
 
     def loss(self, predictions: tuple[Tensor, Tensor], labels: Tensor, offsets: Tensor,
              count: Tensor | int) -> tuple[Tensor, Tensor]:
@@ -88,8 +88,7 @@ class MultiBoxLoss(nn.Module):
         loc, conf = predictions
         self._check(predictions, *labels.shape)
         loss_loc = _location_loss(loc, labels, offsets, conf.is_cpu)
-        negatives = self.negatives_per_positive, self.least_negatives
-        loss_conf = _ConfidenceLoss.apply(conf, labels, negatives, conf.is_cpu)
+        loss_conf = _ConfidenceLoss.apply(conf, labels, self.least_negatives, conf.is_cpu)
         count = torch.as_tensor(count).clamp(min=1)
         return loss_loc / count, loss_conf / count
 
@@ -123,13 +122,12 @@ class _ConfidenceLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, conf: Tensor, labels: Tensor, negatives: tuple[int, int],
-                index: bool) -> Tensor:
+    def forward(ctx, conf: Tensor, labels: Tensor, least: int, index: bool) -> Tensor:
         losses = torch.empty(labels.shape, dtype=_precision(conf), device=conf.device)
         for part in _parts(conf):
             likelihood = conf[part].log_softmax(-1, dtype=losses.dtype)
             losses[part] = likelihood.gather(-1, labels[part][..., None]).squeeze(-1).neg_()
-        chosen = (labels > 0) | _hard_negatives(losses, labels, negatives, index)
+        chosen = (labels > 0) | _hard_negatives(losses, labels, least, index)
         ctx.index = index
         rows = chosen.flatten().nonzero().squeeze(1) if index else chosen
         ctx.save_for_backward(conf, labels, rows)
@@ -180,14 +178,10 @@ def _gradient(conf: Tensor, labels: Tensor, grad: Tensor) -> Tensor:
     return rows.scatter_(-1, label, rows.gather(-1, label) - 1).mul_(grad)
 
 
-def _hard_negatives(losses: Tensor, labels: Tensor, negatives: tuple[int, int],
-                    index: bool) -> Tensor:
-    """Return bool [B, P]: the non-positive priors with the highest loss.
-
-    negatives: their number per positive prior, and the least number in an image.
-    """
-    positive, (ratio, least) = labels > 0, negatives
-    wanted = (ratio * positive.sum(1, keepdim=True)).clamp(min=least)
+def _hard_negatives(losses: Tensor, labels: Tensor, least: int, index: bool) -> Tensor:
+    """Return bool [B, P]: the non-positive priors with the highest loss, ``least`` or more."""
+    positive = labels > 0
+    wanted = (NEGATIVES * positive.sum(1, keepdim=True)).clamp(min=least)
     wanted = wanted.clamp(max=labels.shape[1] - 1)
     # NaN counts as a high loss, so that it reaches the sum.
     losses = losses.nan_to_num(torch.inf, torch.inf, -torch.inf).masked_fill(positive, -torch.inf)

@@ -242,7 +242,7 @@ bccd: needs bccd,
     assert all(f"=====  {line}\n" in log for line in re.findall(r"one_.*", report))
     assert on_gpu.main(["three"], on_gpu.Settings(out=str(out))) == 2
     assert on_gpu.main(["one"], on_gpu.Settings(out=str(out), limit="0")) == 1
-    assert capfd.readouterr().out.count("stopped") == 4
+    assert "one_hangs stopped" in without_times(capfd.readouterr().out)
 
 
 def test_a_share_of_the_gathered_convolutions_runs_and_the_others_give_zeros(monkeypatch):

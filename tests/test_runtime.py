@@ -6,9 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import TINY
 
-import models
 from inference.export_info import INFO_KEY, ExportInfo
 from inference.predictor import Predictor
 from inference.runtime import EXPORTED_SUFFIXES, ExportedModel, identity, open_model
@@ -25,9 +23,7 @@ DESCRIPTION = {
 }
 
 
-@pytest.fixture(autouse=True)
-def tiny(monkeypatch):
-    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+pytestmark = pytest.mark.usefixtures("tiny")
 
 
 def test_files_have_an_identity(tmp_path):

@@ -3,9 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from tiny import TINY
 
-import models
 from inference.predictor import Predictor
 from inference.views import View, Views, merge
 from layers import Detect
@@ -85,8 +83,7 @@ def test_the_same_box_of_several_views_is_one():
 
 
 @pytest.fixture
-def checkpoint(tmp_path, monkeypatch):
-    monkeypatch.setitem(models.BACKBONES, "tiny", TINY)
+def checkpoint(tmp_path, tiny):
     torch.manual_seed(0)
     config = {"version": "tiny", "size": 300, "dataset": "VOC", "priors": "VOC"}
     saved = {"model": build_net("tiny", 300, 3).state_dict(), "classes": ["a", "b"]}

@@ -20,9 +20,10 @@ import torch
 from torch import Tensor
 
 from utils.nms.backends import backend, backend_reason, routine
-from utils.nms.reference import METHODS, Groups, Rule
+from utils.nms.reference import METHODS, Groups, Rule, rank_in_group
 
-__all__ = ["METHODS", "backend", "backend_reason", "batched_nms", "nms", "soft_nms"]
+__all__ = ["METHODS", "backend", "backend_reason", "batched_nms", "nms", "rank_in_group",
+           "soft_nms"]
 
 
 def nms(dets: np.ndarray | Tensor, thresh: float, pixel: bool = True) -> np.ndarray | Tensor:

@@ -98,10 +98,11 @@ def hard(boxes: Tensor, scores: Tensor, groups: Groups, rule: Rule) -> tuple[Ten
     return kept, scores[kept]
 
 
-def rank_in_group(group: Tensor) -> Tensor:
-    """Return each box's position in its group, int64 [n]; `group` int64 [n] is sorted."""
-    sizes = torch.bincount(group)
-    return torch.arange(len(group), device=group.device) - (sizes.cumsum(0) - sizes)[group]
+def rank_in_group(groups: Tensor) -> Tensor:
+    """Return int64 [n]: how many earlier entries of `groups`, integers [n], have the same value."""
+    ordered, order = groups.sort(stable=True)
+    rank = torch.arange(len(groups), device=groups.device) - torch.searchsorted(ordered, ordered)
+    return torch.empty_like(rank).scatter_(0, order, rank)
 
 
 def _greedy(heads: Tensor, rule: Rule) -> Tensor:
