@@ -27,15 +27,9 @@ def weights(path):
     return load_checkpoint(path)["model"]
 
 
-@pytest.fixture
-def folder(trained):
-    """Where a test of ``trained`` leaves its files."""
-    return trained.parent / "ss_predict" / trained.stem / "test"
-
-
-def test_a_test_takes_all_from_the_checkpoint_and_leaves_results(call, trained, folder, voc_folder,
-                                                                 tmp_path):
+def test_a_test_takes_all_from_the_checkpoint_and_leaves_results(call, trained):
     assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
     results = json.loads((folder / "results.json").read_text())
     assert results["checkpoint"] == {"file": trained.name, "sha256": sha256_of(trained)}
     assert results["thresholds"] == {"score": 0.03, "nms": 0.45, "per_class": 50, "per_image": 300}
@@ -45,28 +39,32 @@ def test_a_test_takes_all_from_the_checkpoint_and_leaves_results(call, trained, 
         "comp4_det_test_cell.txt", "comp4_det_test_rod.txt", "comp4_det_test_platelet.txt",
         "detections.npz",
     }  # fmt: skip
-    # The files by themselves give the same AP.
+
+
+def test_scoring_the_files_by_themselves_gives_the_same_ap(call, trained, voc_folder, tmp_path):
+    assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
     out = tmp_path / "ap.json"
     arguments = [str(folder), "--root", str(voc_folder), "--set", "test", "--json", str(out)]
     assert voc_eval.main(arguments) == 0
+    results = json.loads((folder / "results.json").read_text())
     assert json.loads(out.read_text())["area"] == results["per_class"]
 
 
-def test_retest_scores_the_kept_detections_without_the_network(call, trained, folder, monkeypatch,
-                                                               capsys):
+def test_retest_scores_the_kept_detections_without_the_network(call, trained, monkeypatch, capsys):
     assert call("--test", trained, "--retest") == 2
     assert "no detections to score again" in capsys.readouterr().err
     assert call("--test", trained) == 0
-    path = folder / "results.json"
+    path = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test" / "results.json"
     first = json.loads(path.read_text())
     monkeypatch.setattr(train_test, "detect_set", None)
     assert call("--test", trained, "--retest") == 0
     assert json.loads(path.read_text()) == first
 
 
-def test_retest_refuses_detections_that_do_not_say_their_limits(call, trained, folder, capsys):
+def test_retest_refuses_detections_that_do_not_say_their_limits(call, trained, capsys):
     assert call("--test", trained) == 0
-    path = folder / "detections.npz"
+    path = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test" / "detections.npz"
     arrays = dict(np.load(path))
     origin = json.loads(str(arrays["made_by"]))
     for wrong in ({}, {"score": "a"}, {"score": None}, {"per_class": 1.5}):
@@ -78,7 +76,7 @@ def test_retest_refuses_detections_that_do_not_say_their_limits(call, trained, f
         assert str(path) in error and "without --retest" in error and error.count("\n") == 1
 
 
-def test_the_options_of_detection_are_followed_and_recorded(call, trained, folder, monkeypatch):
+def test_the_options_of_detection_are_followed_and_recorded(call, trained, monkeypatch, capsys):
     made = []
 
     class Recording(train_test.Detect):
@@ -87,6 +85,7 @@ def test_the_options_of_detection_are_followed_and_recorded(call, trained, folde
             super().__init__(variance=variance, **options)
 
     monkeypatch.setattr(train_test, "Detect", Recording)
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
 
     def results(*options):
         assert call("--test", trained, *options) == 0
@@ -127,9 +126,9 @@ def test_retest_refuses_detections_of_other_options(call, trained, capsys, optio
     assert re.search(told, capsys.readouterr().err)
 
 
-def test_a_test_that_ends_early_leaves_no_scores_of_other_detections(call, trained, folder,
-                                                                     monkeypatch):
+def test_a_test_that_ends_early_leaves_no_scores_of_other_detections(call, trained, monkeypatch):
     assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
     assert {"results.json", "curves.npz"} <= {path.name for path in folder.iterdir()}
 
     def interrupted(*_, **__):
@@ -140,13 +139,8 @@ def test_a_test_that_ends_early_leaves_no_scores_of_other_detections(call, train
     assert not {"results.json", "curves.npz"} & {path.name for path in folder.iterdir()}
 
 
-def test_other_weights_are_not_scored_again_and_those_that_diverged_are_told(call, trained, capsys):
-    assert call("--test", trained) == 0
+def test_weights_that_diverged_are_told(call, trained, capsys):
     saved = torch.load(trained, weights_only=True)
-    saved["model"]["loc.0.bias"] += 1
-    torch.save(saved, trained)
-    assert call("--test", trained, "--retest") == 2
-    assert "sha256" in capsys.readouterr().err
     saved["model"]["conf.0.bias"][0] = torch.nan
     torch.save(saved, trained)
     assert call("--test", trained) == 2
@@ -165,6 +159,15 @@ def test_an_overflow_of_fp16_is_told_with_the_precisions_that_hold_more(
     assert call("--test", trained, "--amp", "fp16") == 2
     error = capsys.readouterr().err
     assert "--amp fp16 ends at 65504" in error and "--amp bf16" in error
+
+
+def test_retest_refuses_detections_of_other_weights(call, trained, capsys):
+    assert call("--test", trained) == 0
+    saved = torch.load(trained, weights_only=True)
+    saved["model"]["loc.0.bias"] += 1
+    torch.save(saved, trained)
+    assert call("--test", trained, "--retest") == 2
+    assert "sha256" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("options", "words"), [
@@ -249,10 +252,10 @@ def test_coco_trains_and_is_scored(call, coco_folder, monkeypatch, capsys):
     assert "pip install" in capsys.readouterr().err
 
 
-def test_tiles_and_mirrored_images_are_detected_in_as_by_the_predictor(call, trained, folder,
-                                                                       voc_folder):
+def test_tiles_and_mirrored_images_are_detected_in_as_by_the_predictor(call, trained, voc_folder):
     views = ("--tiles", 60, "--flip")
     assert call("--test", trained, *views) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
     results = json.loads((folder / "results.json").read_text())
     assert results["views"] == {"tiles": 60, "overlap": 0.2, "flip": True}
     predictor = Predictor(trained, tiles=60, flip=True, device="cpu")
