@@ -8,7 +8,7 @@ import json
 import cv2
 import numpy as np
 import pytest
-from coco_files import annotation, write_set
+from coco_files import annotation, perfect, write_set
 from conftest import VOC_IMAGE_SIZE
 
 from data import (
@@ -131,15 +131,6 @@ def make(request, tmp_path, make_voc):
 
     make.voc = request.param == "VOC"
     return make
-
-
-def perfect(dataset, move=0):
-    targets = [dataset.target(i) for i in range(len(dataset))]
-    return [
-        {"boxes": t[:, :4] + np.float32(move), "scores": np.linspace(0.9, 0.5, len(t)),
-         "labels": t[:, 4].astype(np.int64)}
-        for t in targets
-    ]  # fmt: skip
 
 
 def test_sample_is_a_bgr_image_and_a_target_of_its_own(make):

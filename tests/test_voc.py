@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from coco_files import perfect
 from conftest import VOC_IMAGE_SIZE, with_exif, write_annotation
 
 from data.config import VOC_CLASSES
@@ -174,20 +175,9 @@ def test_image_turned_by_exif_is_refused_with_the_fix(dataset, restated):
     assert data.image_size(0) == (HEIGHT, WIDTH) and data[0][1].shape == (1, 5)
 
 
-def as_detections(data, drop=(), keep=slice(None)):
-    """The ground truth as detections, without the images `drop` and of each the objects `keep`."""
-    found = []
-    for index in range(len(data)):
-        target = data.target(index)[keep] if index not in drop else np.empty((0, 5), np.float32)
-        scores = np.linspace(0.9, 0.5, len(target), dtype=np.float32)
-        labels = target[:, 4].astype(np.int64)
-        found.append({"boxes": target[:, :4], "scores": scores, "labels": labels})
-    return found
-
-
 def test_perfect_detections_score_1_and_a_class_without_objects_is_named(voc_folder, tmp_path):
     data = read(voc_folder)
-    result = data.evaluate(as_detections(data), tmp_path / "out")
+    result = data.evaluate(perfect(data), tmp_path / "out")
     assert result["metric"] == "VOC area AP@.5" and result["iou"] == 0.5
     assert result["per_class"] == {"cell": 1, "platelet": 0, "rod": 1}
     assert result["value"] == result["area"]["mean"] == pytest.approx(2 / 3)
@@ -212,7 +202,7 @@ def test_perfect_detections_score_1_and_a_class_without_objects_is_named(voc_fol
 ])
 def test_metric_follows_the_year(voc_devkit, tmp_path, sets, metric, name):
     data = VOCDetection(voc_devkit, sets)
-    result = data.evaluate(as_detections(data), tmp_path / "out")
+    result = data.evaluate(perfect(data), tmp_path / "out")
     assert result["metric"] == metric and result["image_set"] == name
     assert (tmp_path / f"out/comp4_det_{name}_dog.txt").is_file()
     assert result["per_class"]["dog"] == pytest.approx(1)
@@ -226,12 +216,12 @@ def test_same_id_in_two_years_can_be_scored_only_once_one_of_them_is_kept(make_v
         make_voc(tmp_path / f"VOC{year}", {"trainval": {"a": [("dog", (1, 1, 9, 9))]}})
     data = VOCDetection(tmp_path, [("2007", "trainval"), ("2012", "trainval")])
     assert len(data) == 2
-    for call in (data.check_scorable, lambda: data.evaluate(as_detections(data), tmp_path / "out")):
+    for call in (data.check_scorable, lambda: data.evaluate(perfect(data), tmp_path / "out")):
         with pytest.raises(UserError, match=f"{tmp_path}: .* the same id.* one by one"):
             call()
     data.keep_first(1)
     data.check_scorable()
-    assert data.evaluate(as_detections(data), tmp_path / "out")["area"]["mean"] == pytest.approx(1)
+    assert data.evaluate(perfect(data), tmp_path / "out")["area"]["mean"] == pytest.approx(1)
 
 
 def test_classes_without_ground_truth_in_the_images_kept_are_written_but_not_scored(
@@ -239,7 +229,7 @@ def test_classes_without_ground_truth_in_the_images_kept_are_written_but_not_sco
 ):
     data = read(voc_folder, "trainval")
     data.keep_first(2)
-    found = as_detections(data)
+    found = perfect(data)
     found[1] = {"boxes": np.ones((1, 4), np.float32), "scores": [0.5], "labels": [2]}
     result = data.evaluate(found, tmp_path / "out")
     assert result["per_class"] == {"cell": 0.5, "rod": 1} and result["value"] == 0.75
@@ -251,9 +241,9 @@ def test_image_of_difficult_objects_alone_is_kept(voc_devkit, dataset, tmp_path)
     data = VOCDetection(voc_devkit, [("2007", "trainval")])
     data.keep_first(2)
     assert data.ids == ["000001", "000002"] and len(data.target(1)) == 1
-    result = data.evaluate(as_detections(data), tmp_path / "out")
+    result = data.evaluate(perfect(data), tmp_path / "out")
     assert result["per_class"] == pytest.approx({"dog": 1, "person": 1})
     data = dataset({"a": [("dog", (1, 1, 9, 9), True)], "b": []})
     data.keep_first(1)
-    result = data.evaluate(as_detections(data), tmp_path / "out")
+    result = data.evaluate(perfect(data), tmp_path / "out")
     assert result["value"] == 0 and "0 ground truths for class dog" in result["notes"][0]
