@@ -291,10 +291,6 @@ class Call(Checked):
         values = {name: getattr(self, name) for name in ("tiles", "overlap", "flip")}
         return {name: value for name, value in values.items() if value is not None}
 
-    def detection(self, published: DetectConfig) -> DetectConfig:
-        """Return ``published`` with the detection options of this call."""
-        return dataclasses.replace(published, **self.given_detection)
-
     def device_name(self) -> str:
         """Return what --device and --cuda ask for together.
 

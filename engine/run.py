@@ -2,11 +2,12 @@
 
 import dataclasses
 import glob
+import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -150,31 +151,24 @@ def open_run(call: Call, given: Mapping[str, object], world: World) -> Run:
     Raises:
         UserError: options, checkpoint and data do not fit together.
     """
-    read: dict[Path, dict] = {}
-    path = Path(found) if (found := world.decide(partial(_choose, call, given, read))) else None
-    run = world.in_turn(lambda: _read_run(call, given, path, read.get(path), world))
-    folder = Path(world.decide(lambda: str(run_folder(call, run.options, run.saved, path))))
+    world.in_turn(lambda: check_training(call, given))
+    path = world.decide(lambda: find_checkpoint(call, given))
+    run = world.in_turn(lambda: _read_run(call, given, path, world))
+    folder = world.decide(lambda: run_folder(call, run.options, run.saved, path))
     return dataclasses.replace(run, folder=RunFolder(folder, run.options, world.main))
 
 
-def _choose(call: Call, given: Mapping[str, object], read: dict[Path, dict]) -> str:
-    check_training(call, given)
-    read |= find_checkpoint(call, given)
-    return str(next(iter(read), ""))
-
-
-def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved: dict | None,
-              world: World) -> Run:
-    """Return the run without its folder; ``saved``: the checkpoint ``path``, if it was read."""
-    start, info, stored = None, None, {}
+def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world: World) -> Run:
+    """Return the run without its folder; ``path``: the checkpoint that it continues."""
+    saved, start, info, stored = None, None, None, {}
     if path is not None:
-        saved = saved or load_checkpoint(path)
+        saved = load_checkpoint(path)
         if "optimizer" not in saved:
             raise UserError(f"{path} holds weights only; start a run from them with --resume_net")
         before = Options.of(saved, path)
         check_resumed(given, before)
         State.of(saved, path)
-        DetectorInfo.for_data(saved, path)
+        DetectorInfo.of(saved, path)
         stored = before.plain()
         if not path.with_name("config.json").is_file():
             # A file from elsewhere does not say where to write.
@@ -259,8 +253,8 @@ def _open_test_set(options: Options, call: Call) -> DetectionData:
 # ---------------------------------------------------------------- resuming
 
 
-def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]:
-    """Read the checkpoint that --resume means, and return it by its path; {} for a new run.
+def find_checkpoint(call: Call, given: Mapping[str, object]) -> Path | None:
+    """Return the checkpoint that --resume means; None for a new run.
 
     "auto" takes the newest run of the network, size, data set, root and --overfit that are asked
     for. If its last.pth is damaged, previous.pth is taken, and the log says so.
@@ -269,7 +263,7 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]
         UserError: no checkpoint of the newest run, or no configuration of a newer, can be read.
     """
     if call.resume != "auto":
-        return {path: load_checkpoint(path) for path in map(Path, filter(None, [call.resume]))}
+        return Path(call.resume) if call.resume else None
     folder = Path(given.get("save_folder", Options.save_folder))
     version, size = (given.get(key, getattr(Options, key)) for key in ("version", "size"))
     pattern = glob.escape(call.date) if call.date else "*"
@@ -278,16 +272,17 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]
     newest = sorted(filter(None, runs), key=lambda paths: paths[0].stat().st_mtime, reverse=True)
     path, *others = next((paths for paths in newest if _is_wanted(paths[0], call, given)), [None])
     if path is None:
-        return {}
+        return None
     try:
-        return {path: load_checkpoint(path)}
+        load_checkpoint(path)
+        return path
     except UserError as error:
         if not others:
             raise
-        saved = load_checkpoint(others[0])
+        load_checkpoint(others[0])
         damaged = path.rename(path.with_name(path.name + ".damaged"))
         LOGGER.warning("%s; it is %s now, and %s is taken", error, damaged.name, others[0])
-        return {others[0]: saved}
+        return others[0]
 
 
 def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> bool:
@@ -330,15 +325,13 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
             directory.mkdir(parents=True, exist_ok=True)
         return directory
     now = time.strftime("%Y%m%d-%H%M%S")
-    for suffix in ("", *(f"-{i}" for i in range(2, 1000))):
-        with write_errors_named(folder):
-            try:
-                (folder / f"{now}{suffix}").mkdir(parents=True)
-                return folder / f"{now}{suffix}"
-            except FileExistsError:
-                if not folder.is_dir():
-                    raise
-    raise UserError(f"{folder} holds a thousand runs of this second; give --date")
+    with write_errors_named(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            directory = folder / (now if number == 1 else f"{now}-{number}")
+            with suppress(FileExistsError):
+                directory.mkdir()
+                return directory
 
 
 def _refuse_older(path: Path, step: int) -> None:
@@ -356,4 +349,4 @@ def _starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> D
     names = None if call.class_map else given.get("classes")
     names = parse_classes(names) if isinstance(names, str) else names
     dataset = asked_dataset(given)
-    return DetectorInfo.for_data(start, Path(call.resume_net), names, dataset)
+    return DetectorInfo.of(start, Path(call.resume_net), names, dataset)

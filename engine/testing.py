@@ -111,7 +111,7 @@ def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world:
     names = parse_classes(given["classes"]) if "classes" in given else None
     # With a class map --classes names the classes of the data, not of the file.
     assumed = Options.dataset if "config" in saved else asked_dataset(given)
-    info = DetectorInfo.for_data(saved, path, None if class_map else names, assumed)
+    info = DetectorInfo.of(saved, path, None if class_map else names, assumed)
     if names:  # before the data are looked for
         check_known(path, info.classes, names, class_map)
     given = {**given, "dataset": dataset_of_test(given, info.dataset)}
@@ -125,9 +125,8 @@ def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world:
         weights, _ = transfer_classes(weights, info.classes, options.classes, class_map,
                                       options.seed)
     checkpoint = {"file": path.name, "sha256": sha256_of(path)}
-    published = published_detection(options.dataset)
-    folder = test_folder(call, given, options, path)
-    detection, predictor = call.detection(published), None
+    detection = replace(published_detection(options.dataset), **call.given_detection)
+    folder, predictor = test_folder(call, given, options, path), None
     if call.given_views:
         if weights is not saved["model"] or world.size > 1:
             raise UserError("--tiles and --flip take the checkpoint's own classes, in one process; "

@@ -75,6 +75,7 @@ def export(options: ExportOptions) -> list[str]:
     _check(options, form, output)
     saved = load_checkpoint(options.checkpoint)
     detector = DetectorInfo.of(saved, options.checkpoint, options.classes)
+    detector.check_names(options.classes, options.checkpoint)
     net = detector.build().eval()
     load_weights(net, saved["model"], options.checkpoint)
     images, calibration = _images(options, saved, detector)

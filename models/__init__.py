@@ -11,7 +11,7 @@ from data.config import MOBILE_PRIORS, PRIORS, PriorConfig
 from models.base import NormedConv2d, on_meta
 from models.hardnet import HARDNET_SPECS, Bridge, DepthwiseBridge, HarDNetBase
 from models.rfb import RFBNet, rfb_extras
-from models.ssd import SSD, Detector, ssd_extras, ssd_extras_stride32
+from models.ssd import SSD, STRIDE32, Detector, ssd_extras
 from models.torchvision_bases import MobileNetV2Base, ResNet101Base
 from models.vgg import VGGBase
 
@@ -53,8 +53,8 @@ BACKBONES = {
     "SSD_HarDNet85": Backbone(**_HARDNET85, bridge=Bridge),
     "SSD_vgg": Backbone(VGGBase),
     "SSD_resnet101": Backbone(ResNet101Base, classifier=""),
-    "SSD_mobile": Backbone(MobileNetV2Base, extras=ssd_extras_stride32, priors=MOBILE_PRIORS,
-                           classifier="features."),
+    "SSD_mobile": Backbone(MobileNetV2Base, extras=partial(ssd_extras, steps=STRIDE32),
+                           priors=MOBILE_PRIORS, classifier="features."),
     "SSD_HarDNet68ds": Backbone(_BASE["68ds"], **_DEPTHWISE),
     "SSD_HarDNet39ds": Backbone(_BASE["39ds"], **_DEPTHWISE),
     "SSD_HarDNet68bn": Backbone(**_HARDNET68, **_NORMED),

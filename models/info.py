@@ -39,8 +39,8 @@ class DetectorInfo:
     """Whether the file stores no class names, and those of VOC or COCO were assumed."""
 
     @classmethod
-    def of(cls, saved: Mapping, path: str | Path,
-           classes: Sequence[str] | None = None) -> DetectorInfo:
+    def of(cls, saved: Mapping, path: str | Path, classes: Sequence[str] | None = None,
+           dataset: str = "VOC") -> DetectorInfo:
         """Describe a checkpoint.
 
         A file with a configuration is described by it. Any other file must hold exactly the tensors
@@ -50,33 +50,14 @@ class DetectorInfo:
         Args:
             saved: the checkpoint, as ``utils.checkpoint.load_checkpoint`` returns it.
             path: its file, for messages.
-            classes: names for a file that stores none, without background.
+            classes: names for a file that stores none, without background, if they are as many;
+                else they are ignored.
+            dataset: the layout that is assumed of a file that tells none, and is not taken for a
+                published one.
 
         Raises:
-            UserError: the file is no detector, its configuration is not valid, its classes have no
-                names, or ``classes`` contradicts the file.
-        """
-        info = cls.for_data(saved, path, classes)
-        if classes is not None and tuple(classes) != info.classes:
-            known = ", ".join(info.classes[:80])
-            raise UserError(f"{path} has the {len(info.classes)} classes {known}, not "
-                            f"{', '.join(classes)}; leave the names out")
-        return info
-
-    @classmethod
-    def for_data(cls, saved: Mapping, path: str | Path, classes: Sequence[str] | None = None,
-                 dataset: str = "VOC") -> DetectorInfo:
-        """Describe a checkpoint that is tested on, or trained further on, data of other classes.
-
-        Args:
-            saved, path: as in ``of``.
-            classes: the classes of the data. They name those of a file that stores no names, if
-                they are as many; else they are ignored.
-            dataset: the layout of the data. It is assumed of a file that tells none, and is not
-                taken for a published one.
-
-        Raises:
-            UserError: as ``of``, but for ``classes`` that contradict the file.
+            UserError: the file is no detector, its configuration is not valid, or its classes have
+                no names.
         """
         known = "config" in saved
         info = _from_config(saved, path) if known else _from_tensors(saved, path, classes, dataset)
@@ -88,6 +69,13 @@ class DetectorInfo:
             raise UserError(f"{path} was trained on the data set {info.dataset!r}, which is none "
                             f"of {', '.join(DATASETS)}; add it to this program, or train again")
         return info
+
+    def check_names(self, classes: Sequence[str] | None, path: str | Path) -> None:
+        """Raise UserError if ``classes`` are not the names of this detector, read from ``path``."""
+        if classes is not None and tuple(classes) != self.classes:
+            known = ", ".join(self.classes[:80])
+            raise UserError(f"{path} has the {len(self.classes)} classes {known}, not "
+                            f"{', '.join(classes)}; leave the names out")
 
     def build(self) -> Detector:
         """Return the network with new weights."""
@@ -118,10 +106,12 @@ def load_detector(path: str | Path,
         The network on the CPU in evaluation mode, and what it is.
 
     Raises:
-        UserError: as ``load_checkpoint``, ``DetectorInfo.of`` and ``load_weights``.
+        UserError: as ``load_checkpoint``, ``DetectorInfo.of`` and ``load_weights``, or the file has
+            other names than ``classes``.
     """
     saved = load_checkpoint(path)
     info = DetectorInfo.of(saved, path, classes)
+    info.check_names(classes, path)
     if info.assumed:
         LOGGER.info("%s stores no class names: its %d classes are taken for those of %s", path,
                     len(info.classes), info.dataset)

@@ -1,6 +1,6 @@
 """The single-shot detector (Liu et al., ECCV 2016, arXiv 1512.02325) on any base network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from math import log
 
@@ -89,32 +89,28 @@ class SSD(Detector):
         return sources
 
 
-def ssd_extras(in_channels: int, size: int, conv: type[nn.Conv2d] = nn.Conv2d) -> nn.ModuleList:
-    """Build the extra layers that shrink a stride-16 map to 1x1, two convolutions a step."""
-    return _extras(in_channels, _EXTRAS[size], conv)
+_HALVE = {"kernel_size": 3, "stride": 2, "padding": 1}
+_SHRINK = {"kernel_size": 3}
+_LAST = {"kernel_size": 4, "padding": 1}
+STRIDE16 = {
+    300: ((256, 512, _HALVE), (128, 256, _HALVE), (128, 256, _SHRINK), (128, 256, _SHRINK)),
+    512: ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3, (128, 256, _LAST)),
+}
+"""Size of the input -> steps of the extra layers after a stride-16 map: width of a 1x1 convolution,
+outputs and options of the convolution that then shrinks the map."""
+STRIDE32 = {300: ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3)}
+"""The same after a stride-32 map, of 10 cells at 300: 5, 3, 2 and 1 cells."""
 
 
-def ssd_extras_stride32(in_channels: int, _size: int) -> nn.ModuleList:
-    """Build the extra layers after a stride-32 map, of 10 cells at 300: 5, 3, 2 and 1 cells."""
-    return _extras(in_channels, ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3))
-
-
-def _extras(in_channels: int, steps: Sequence[tuple[int, int, dict]],
-            conv: type[nn.Conv2d] = nn.Conv2d) -> nn.ModuleList:
+def ssd_extras(in_channels: int, size: int, conv: type[nn.Conv2d] = nn.Conv2d,
+               steps: Mapping[int, Sequence[tuple[int, int, dict]]] = STRIDE16) -> nn.ModuleList:
+    """Build the extra layers that shrink the second map to 1x1, two convolutions a step."""
     layers: list[nn.Module] = []
-    for width, out, options in steps:
+    for width, out, options in steps[size]:
         layers += [conv(in_channels, width, 1), conv(width, out, **options)]
         in_channels = out
     _zero_biases(layers)
     return nn.ModuleList(layers)
-
-
-_HALVE = {"kernel_size": 3, "stride": 2, "padding": 1}
-_SHRINK = {"kernel_size": 3}
-_LAST = {"kernel_size": 4, "padding": 1}
-# size -> (width of the 1x1 convolution, outputs, options of the convolution that shrinks the map)
-_EXTRAS = {300: ((256, 512, _HALVE), (128, 256, _HALVE), (128, 256, _SHRINK), (128, 256, _SHRINK)),
-           512: ((256, 512, _HALVE), *((128, 256, _HALVE),) * 3, (128, 256, _LAST))}
 
 
 def _heads(in_channels: Sequence[int], out_channels: Sequence[int],

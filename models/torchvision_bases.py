@@ -3,6 +3,7 @@
 torchvision is imported when such a network is built.
 """
 
+from collections import OrderedDict
 from importlib import import_module, metadata
 from types import ModuleType
 
@@ -20,19 +21,15 @@ class ResNet101Base(BaseNetwork):
     2048 channels). Keys are those of torchvision's classifier.
     """
 
+    tap = 5
     out_channels = (512, 2048)
 
     def __init__(self) -> None:
-        super().__init__()
         resnet = _torchvision_models("ResNet101").resnet101(
             weights=None, replace_stride_with_dilation=(False, False, True)
         )
-        for name, layer in resnet.named_children():
-            if name == "avgpool":
-                break
-            self.add_module(name, layer)
-            if name == "layer2":
-                self.tap = len(self) - 1
+        *layers, _, _ = resnet.named_children()  # without pool and classifier
+        super().__init__(OrderedDict(layers))
 
 
 class MobileNetV2Base(nn.Sequential):

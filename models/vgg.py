@@ -5,8 +5,8 @@ from torch import nn
 from models.base import BaseNetwork, init_kaiming
 
 # Widths of convolutions, and pools. "ceil" is pool3, which SSD rounds up: 75 cells become 38.
-_LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "ceil", 512, 512, 512)
-_LAYERS_STRIDE16 = ("pool", 512, 512, 512)
+_LAYERS = (64, 64, "pool", 128, 128, "pool", 256, 256, 256, "ceil", 512, 512, 512, "pool", 512, 512,
+           512)
 
 
 class VGGBase(BaseNetwork):
@@ -16,13 +16,19 @@ class VGGBase(BaseNetwork):
     of the published ``vgg16_reducedfc.pth``.
     """
 
+    tap = 22
     out_channels = (512, 1024)
 
     def __init__(self) -> None:
         super().__init__()
-        channels = self._append(_LAYERS, 3)
-        self.tap = len(self) - 1
-        channels = self._append(_LAYERS_STRIDE16, channels)
+        channels = 3
+        for layer in _LAYERS:
+            if isinstance(layer, str):
+                self.append(nn.MaxPool2d(2, ceil_mode=layer == "ceil"))
+            else:
+                self.append(nn.Conv2d(channels, layer, 3, padding=1))
+                self.append(nn.ReLU(inplace=True))
+                channels = layer
         self.append(nn.MaxPool2d(3, stride=1, padding=1))
         for out, kernel, dilation in ((1024, 3, 6), (1024, 1, 1)):
             padding = dilation * (kernel // 2)
@@ -31,13 +37,3 @@ class VGGBase(BaseNetwork):
             channels = out
         # Without batch normalisation, PyTorch's default weights make activations vanish.
         init_kaiming(self)
-
-    def _append(self, layers: tuple[int | str, ...], channels: int) -> int:
-        for layer in layers:
-            if isinstance(layer, str):
-                self.append(nn.MaxPool2d(2, ceil_mode=layer == "ceil"))
-            else:
-                self.append(nn.Conv2d(channels, layer, 3, padding=1))
-                self.append(nn.ReLU(inplace=True))
-                channels = layer
-        return channels

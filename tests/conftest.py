@@ -24,6 +24,7 @@ from layouts import voc_xml
 from tiny import TINY
 
 import models
+from inference import gathered_conv
 from train_test import main
 
 # For --hypothesis-profile fuzz: minutes in place of seconds.
@@ -206,6 +207,16 @@ def tf32():
     yield
     for flag, value in zip(flags, before, strict=True):
         flag.allow_tf32 = value
+
+
+@pytest.fixture
+def one_tile(request, monkeypatch):
+    """Let gathered convolutions have one tile: every trial of another compiles all layers again."""
+    monkeypatch.setattr(gathered_conv, "TILES", (getattr(request, "param", (64, 32)),))
+    monkeypatch.setattr(gathered_conv, "_fitting", lambda configs, *args, **kwargs: configs)
+    gathered_conv._kernel.cache_clear()
+    yield
+    gathered_conv._kernel.cache_clear()
 
 
 @pytest.fixture

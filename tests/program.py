@@ -64,13 +64,18 @@ def epochs_done(run: Path) -> int:
     return log.read_text().count("\n") if log.exists() else 0
 
 
+def state_of(path: Path) -> dict:
+    """A checkpoint without what may differ between equal runs."""
+    state = load_checkpoint(path)
+    # The one has the number of loading processes. From the other, whose numbers nothing uses,
+    # PyTorch's loader draws at every start.
+    del state["config"], state["rng"]
+    return state
+
+
 def assert_same_run(a: Path, b: Path) -> None:
     """Two runs ended in the same state to the last bit, and their logs say the same."""
-    first, second = (load_checkpoint(next(run.glob("Final_tiny_*.pth"))) for run in (a, b))
-    for state in (first, second):
-        # The one has the number of loading processes. From the other, whose numbers nothing uses,
-        # PyTorch's loader draws at every start.
-        del state["config"], state["rng"]
+    first, second = (state_of(next(run.glob("Final_tiny_*.pth"))) for run in (a, b))
     assert_same(first, second, "state")
     logs = [[json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
             for run in (a, b)]  # fmt: skip

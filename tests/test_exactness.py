@@ -25,13 +25,13 @@ from program import (
     options,
     run,
     start,
+    state_of,
     wait_until,
 )
 
 import engine.evaluate
 import engine.folder
 import engine.trainer
-from train_test import main
 from utils.checkpoint import load_checkpoint
 from utils.errors import UserError
 from utils.files import atomic_write
@@ -57,14 +57,13 @@ pytestmark = pytest.mark.usefixtures("tiny")
 
 
 @pytest.fixture
-def train(voc_folder, tmp_path):
-    """train(name, *options): a short run in this process; returns its status and folder."""
+def train(call):
+    """train(name, *options): a short run in this process; returns its status."""
 
     def train(name: str, *more) -> int:
-        short = ["-b", 2, "-max", 4, "--num_workers", 0, "--ema", 0.9, "--test_frequency", 2]
-        return main(options(voc_folder, tmp_path / "w", *short, "--date", name, *more))
+        return call("-max", 4, "--ema", 0.9, "--test_frequency", 2, "--date", name, *more)
 
-    train.folder = tmp_path / "w" / "tiny_300"
+    train.folder = call.folder
     return train
 
 
@@ -78,10 +77,7 @@ def assert_same_files(a: Path, b: Path) -> None:
     for name in set(names[0]) - {"previous.pth", "train.log", "config.json"}:
         one, two = a / name, b / name
         if one.suffix == ".pth":
-            states = [load_checkpoint(path) for path in (one, two)]
-            for state in states:
-                del state["config"], state["rng"]
-            assert_same(*states, name)
+            assert_same(state_of(one), state_of(two), name)
         elif one.suffix == ".npz":
             with np.load(one) as first, np.load(two) as second:
                 assert first.files == second.files
@@ -120,14 +116,11 @@ def checkpoints(folder: Path) -> list[int]:
 def test_a_run_that_has_ended_stays_as_it_is_when_it_is_asked_to_go_on(train, capsys):
     assert train("run") == 0
     final = train.folder / "run" / "Final_tiny_VOC.pth"
-    before = load_checkpoint(final)
+    before = state_of(final)
     assert train("run", "--resume", "auto") == 0
     told = f"all {before['step']} steps are trained; a higher --max_epoch or --max_iters trains on"
     assert told in capsys.readouterr().out
-    after = load_checkpoint(final)
-    for state in (before, after):
-        del state["config"], state["rng"]
-    assert_same(before, after, "state")
+    assert_same(before, state_of(final), "state")
 
 
 class Interruptions:

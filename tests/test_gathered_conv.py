@@ -307,22 +307,11 @@ def on_gpu(test):
     return pytest.mark.gpu(pytest.mark.usefixtures("triton")(test))
 
 
-@pytest.fixture
-def one_tile(request, monkeypatch):
-    """No trials, which would compile several times."""
-    monkeypatch.setattr(gathered_conv, "TILES", (request.param,))
-    monkeypatch.setattr(gathered_conv, "_fitting", lambda configs, *args, **kwargs: configs)
-    gathered_conv._kernel.cache_clear()
-    yield
-    gathered_conv._kernel.cache_clear()
-
-
 def compare_on_gpu(*layer, side, dtype=torch.bfloat16) -> None:
     compare(*layer, dtype, (2, side, side), "cuda")
 
 
 @on_gpu
-@pytest.mark.parametrize("one_tile", [(64, 32)], indirect=True)
 @pytest.mark.parametrize("version", VERSIONS)
 def test_gpu_every_layer_at_the_size_of_its_maps(version, one_tile):
     for layer, side in layers_of(version).items():

@@ -46,7 +46,7 @@ def test_names_that_are_given_are_not_assumed(states):
     names = [f"own {i}" for i in range(20)]
     with pytest.raises(UserError, match=r"own\.pth has the 2 classes a, b, not b, a; leave"):
         saved = {"model": states[3], "classes": ["a", "b"], "config": CONFIG}
-        DetectorInfo.of(saved, "own.pth", ["b", "a"])
+        DetectorInfo.of(saved, "own.pth").check_names(["b", "a"], "own.pth")
     info = DetectorInfo.of({"model": states[21]}, "own.pth", names)
     assert (info.classes, info.assumed) == (tuple(names), False)
     assert DetectorInfo.of({"model": states[3]}, "own.pth", ["a", "b"]).prior_config() == VOC_300
@@ -54,11 +54,11 @@ def test_names_that_are_given_are_not_assumed(states):
 
 def test_classes_of_data_name_those_of_a_file_only_if_they_are_as_many(states):
     own = {"model": states[3], "classes": ["a", "b"], "config": CONFIG}
-    assert DetectorInfo.for_data(own, "own.pth", ["c"]).classes == ("a", "b")
+    assert DetectorInfo.of(own, "own.pth", ["c"]).classes == ("a", "b")
     bare = {"model": states[21]}
-    assert DetectorInfo.for_data(bare, "bare.pth", ["cat", "dog"]).classes == VOC_CLASSES
-    assert DetectorInfo.for_data(bare, "bare.pth", COCO_CLASSES[:20]).classes == COCO_CLASSES[:20]
-    unknown = DetectorInfo.for_data({"model": states[3]}, "bare.pth", ["a", "b"], "COCO")
+    assert DetectorInfo.of(bare, "bare.pth", ["cat", "dog"]).classes == VOC_CLASSES
+    assert DetectorInfo.of(bare, "bare.pth", COCO_CLASSES[:20]).classes == COCO_CLASSES[:20]
+    unknown = DetectorInfo.of({"model": states[3]}, "bare.pth", ["a", "b"], "COCO")
     assert (unknown.dataset, unknown.priors, unknown.assumed) == ("COCO", "COCO", False)
 
 
@@ -87,7 +87,7 @@ def test_names_that_are_not_those_of_the_heads_are_refused(states, classes):
 ])
 def test_names_that_do_not_fit_are_refused(states, count, names, said):
     with pytest.raises(UserError, match=rf"bare\.pth .*{said}"):
-        DetectorInfo.of({"model": states[count]}, "bare.pth", names)
+        DetectorInfo.of({"model": states[count]}, "bare.pth", names).check_names(names, "bare.pth")
 
 
 def test_a_file_that_is_no_detector_is_refused():

@@ -144,9 +144,9 @@ def test_image_sets_follow_the_root_and_what_it_holds(tmp_path, voc_folder):
 def test_detection_options_change_the_published_settings():
     call, _ = parse("--test x.pth --score_threshold 0 --nms soft --max_detections 7".split())
     published = DetectConfig(**DATASETS["VOC"].detection)
-    config = call.detection(published)
+    config = dataclasses.replace(published, **call.given_detection)
     assert (config.conf_thresh, config.nms, config.top_k, config.nms_thresh) == (0, "soft", 7, 0.45)
-    assert Call(test="x.pth").detection(published) == published
+    assert not Call(test="x.pth").given_detection
 
 
 # ---------------------------------------------------------------- contradictions

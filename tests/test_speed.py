@@ -13,7 +13,6 @@ from nms_routines import needs_torchvision
 
 from benchmarks import harness, roofline, routes, speed
 from benchmarks.harness import CPU
-from inference import gathered_conv
 from inference.predictor import Predictor
 from tools.traffic import Layer, Profile
 from utils.checkpoint import sha256_of
@@ -194,21 +193,14 @@ def test_more_networks_are_compiled_than_the_compiler_keeps(detector):
 
 
 @pytest.mark.gpu
-@pytest.mark.usefixtures("tf32")
+@pytest.mark.usefixtures("tf32", "one_tile")
 @pytest.mark.parametrize(
     ("ways", "amps"), [(["deployed", "graph"], [*routes.PRECISIONS]), ([*routes.WAYS], ["bf16"])],
     ids=["precisions", "routes"])
-def test_every_route_on_a_gpu(capsys, monkeypatch, ways, amps):
-    # One tile: every trial of another one compiles all layers again.
-    monkeypatch.setattr(gathered_conv, "TILES", ((64, 32),))
-    monkeypatch.setattr(gathered_conv, "_fitting", lambda configs, *_, **__: configs)
+def test_every_route_on_a_gpu(capsys, ways, amps):
     args = ["--version", "SSD_HarDNet39ds", "--size", 300, "--batch", 2, "--rounds", 2]
     args += ["--routes", "plain", *ways, "--amp", *amps]
-    gathered_conv._kernel.cache_clear()
-    try:
-        assert speed.main([*map(str, args), "--device", "cuda", "--json", "-"]) == 0
-    finally:
-        gathered_conv._kernel.cache_clear()
+    assert speed.main([*map(str, args), "--device", "cuda", "--json", "-"]) == 0
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert len(rows) == (1 + len(ways)) * len(amps)
     assert all(row["matched"] > 0.5 for row in rows)

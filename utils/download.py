@@ -45,7 +45,8 @@ def fetch(places: Sequence[Place], path: str | Path,
         check: returns what else is wrong with a file, "" if nothing is.
 
     Raises:
-        UserError: no place gives the file, or it cannot be written. The message has a line a place.
+        UserError: no place gives the file, or it cannot be written. The message names every
+            place.
         ValueError: a place has no checksum, and there is no check.
     """
     if check is None and not all(place.checksum for place in places):
