@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -123,17 +124,29 @@ def test_an_error_inside_the_block_is_not_taken_for_the_disk_that_is_full_as_wel
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError) as raised, atomic_write(tmp_path / "file" / "a"):
+        raise AssertionError("not entered")
+    assert str(tmp_path / "file" / "a") in str(raised.value)
+
+
 def _atomic(path):
     with atomic_write(path):
-        raise AssertionError("not entered")
+        pass
 
 
 @pytest.mark.parametrize("write", [check_writable, _atomic])
-def test_a_folder_that_cannot_be_made_is_told(tmp_path, write):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="cannot be written .*; choose another folder") as raised:
-        write(tmp_path / "file" / "a")
-    assert str(tmp_path / "file" / "a") in str(raised.value)
+def test_a_folder_without_permission_is_told_with_the_folder_that_lacks_it(tmp_path, monkeypatch,
+                                                                         write):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "mkdir", refuse)  # the modes of folders do not bind root
+    with pytest.raises(UserError) as raised:
+        write(tmp_path / "new" / "a")
+    assert f"{tmp_path / 'new' / 'a'}: cannot be written (Permission denied)" in str(raised.value)
+    assert f"allow writing in {tmp_path}, or choose another folder" in str(raised.value)
 
 
 def test_two_writers_of_one_file_each_write_a_whole_one(tmp_path):

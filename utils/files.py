@@ -127,7 +127,10 @@ def _not_written(path: Path, error: OSError) -> UserError:
     why = error.strerror or error  # the error itself names the temporary file
     # EFBIG, EDQUOT: the limit of a file's size, and of a user's room
     full = error.errno in (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
-    fix = "make room, or " if full else ""
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    parents = path.absolute().parents
+    there = next((each for each in parents if os.path.isdir(each)), path.parent)
+    fix = "make room, or " if full else f"allow writing in {there}, or " if denied else ""
     return UserError(f"{path}: cannot be written ({why}); {fix}choose another folder")
 
 
@@ -192,12 +195,18 @@ def read_bytes(path: str | Path, what: str = "file", limit: int = 2**32) -> byte
             fault = f"{status.st_size:,} bytes, more than {limit:,}"
         if fault:
             raise UserError(f"{path}: cannot read the {what} ({fault}); give another file")
-        return Path(path).read_bytes()
+        with open(path, "rb", opener=_open_at_once) as file:
+            return file.read() or b""
     except OSError as error:
         fix = "; copy it there, or correct the name" * isinstance(error, FileNotFoundError)
         raise UserError(f"{path}: cannot read the {what} ({error.strerror}){fix}") from error
     except ValueError as error:  # NUL or a lone surrogate in the name
         raise UserError(f"{str(path)!a}: cannot be the name of the {what} ({error})") from error
+
+
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file so that reading never waits; files of /proc, which look regular, may."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
 def read_text(path: str | Path, what: str = "file", limit: int = 2**32) -> str:
