@@ -1,6 +1,7 @@
 """Jobs of several processes: joining one that torchrun started, collective calls, starting one."""
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -55,7 +56,7 @@ class World:
         return tensor
 
     def decide(self, make: Callable[[], T]) -> T:
-        """Call ``make`` on rank 0 and return its result on every process.
+        """Call ``make`` on rank 0 and return its result, plain data, on every process.
 
         Raises:
             RankZeroFailed: on the other processes, when ``make`` raised on rank 0.
@@ -73,11 +74,10 @@ class World:
     def _first(self, make: Callable[[], T], shared: bool) -> T:
         """Call ``make`` on rank 0; tell the others its result, if ``shared``, or its failure."""
         if not self.main:
-            told = [None]
-            dist.broadcast_object_list(told)
-            if not told[0]:
+            outcome = json.loads(self._broadcast(" "))
+            if "value" not in outcome:
                 raise RankZeroFailed
-            return told[0]["value"]
+            return outcome["value"]
         outcome = {}
         try:
             made = make()
@@ -85,7 +85,16 @@ class World:
             return made
         finally:
             if self.size > 1:
-                dist.broadcast_object_list([outcome])
+                self._broadcast(json.dumps(outcome))
+
+    def _broadcast(self, text: str) -> str:
+        data = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+        length = torch.tensor([len(data)])
+        dist.broadcast(length, 0)
+        if not self.main:
+            data = torch.empty(int(length), dtype=torch.uint8)
+        dist.broadcast(data, 0)
+        return bytes(data.tolist()).decode()
 
     def share_of(self, length: int) -> range:
         """Return this process's share of ``length`` items; each item has exactly one process."""
@@ -101,14 +110,33 @@ class World:
         """
         if self.size == 1:
             return list(detections)
-        shares = [[]] * self.size if self.main else None
-        dist.gather_object(list(detections), shares)
-        if shares is None:
+        empty = {"boxes": np.empty((0, 4), np.float32), "scores": np.empty(0, np.float32),
+                 "labels": np.empty(0, np.int64)}
+        parts = [self._gather(np.array([len(d["scores"]) for d in detections], np.int64))]
+        for key, none in empty.items():
+            parts.append(self._gather(np.concatenate([none, *(d[key] for d in detections)])))
+        if not self.main:
             return None
-        collected = [{}] * length
-        for rank, share in enumerate(shares):
-            collected[rank :: self.size] = share
+        collected: list[dict[str, np.ndarray]] = [{}] * length
+        for rank, (counts, *arrays) in enumerate(zip(*parts, strict=True)):
+            ends = np.cumsum(counts)[:-1]
+            split = [np.split(array, ends) for array in arrays]
+            for number, index in enumerate(range(rank, length, self.size)):
+                rows = (array[number] for array in split)
+                collected[index] = dict(zip(empty, rows, strict=True))
         return collected
+
+    def _gather(self, rows: np.ndarray) -> list[np.ndarray]:
+        """Return the rows of each process. They travel as bytes, so any dtype is possible."""
+        data = torch.from_numpy(np.ascontiguousarray(rows).view(np.uint8).reshape(-1))
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([len(data)]))
+        padded = torch.zeros(int(max(lengths)), dtype=torch.uint8)
+        padded[: len(data)] = data
+        gathered = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(gathered, padded)
+        return [g[: int(n)].numpy().view(rows.dtype).reshape(-1, *rows.shape[1:])
+                for g, n in zip(gathered, lengths, strict=True)]
 
     def replicate(self, net: nn.Module, device: torch.device) -> nn.Module:
         """Return ``net`` with rank 0's weights and with gradients averaged over the processes."""

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -151,18 +152,25 @@ def open_run(call: Call, given: Mapping[str, object], world: World) -> Run:
     Raises:
         UserError: options, checkpoint and data do not fit together.
     """
-    world.in_turn(lambda: check_training(call, given))
-    path = world.decide(lambda: find_checkpoint(call, given))
-    run = world.in_turn(lambda: _read_run(call, given, path, world))
-    folder = world.decide(lambda: run_folder(call, run.options, run.saved, path))
+    read: dict[Path, dict] = {}
+    path = Path(found) if (found := world.decide(partial(_choose, call, given, read))) else None
+    run = world.in_turn(lambda: _read_run(call, given, path, read.get(path), world))
+    folder = Path(world.decide(lambda: str(run_folder(call, run.options, run.saved, path))))
     return dataclasses.replace(run, folder=RunFolder(folder, run.options, world.main))
 
 
-def _read_run(call: Call, given: Mapping[str, object], path: Path | None, world: World) -> Run:
-    """Return the run without its folder; ``path``: the checkpoint that it continues."""
-    saved, start, info, stored = None, None, None, {}
+def _choose(call: Call, given: Mapping[str, object], read: dict[Path, dict]) -> str:
+    check_training(call, given)
+    read |= find_checkpoint(call, given)
+    return str(next(iter(read), ""))
+
+
+def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved: dict | None,
+              world: World) -> Run:
+    """Return the run without its folder; ``saved``: the checkpoint ``path``, if it was read."""
+    start, info, stored = None, None, {}
     if path is not None:
-        saved = load_checkpoint(path)
+        saved = saved or load_checkpoint(path)
         if "optimizer" not in saved:
             raise UserError(f"{path} holds weights only; start a run from them with --resume_net")
         before = Options.of(saved, path)
@@ -253,8 +261,8 @@ def _open_test_set(options: Options, call: Call) -> DetectionData:
 # ---------------------------------------------------------------- resuming
 
 
-def find_checkpoint(call: Call, given: Mapping[str, object]) -> Path | None:
-    """Return the checkpoint that --resume means; None for a new run.
+def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]:
+    """Read the checkpoint that --resume means, and return it by its path; {} for a new run.
 
     "auto" takes the newest run of the network, size, data set, root and --overfit that are asked
     for. If its last.pth is damaged, previous.pth is taken, and the log says so.
@@ -263,7 +271,7 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> Path | None:
         UserError: no checkpoint of the newest run, or no configuration of a newer, can be read.
     """
     if call.resume != "auto":
-        return Path(call.resume) if call.resume else None
+        return {path: load_checkpoint(path) for path in map(Path, filter(None, [call.resume]))}
     folder = Path(given.get("save_folder", Options.save_folder))
     version, size = (given.get(key, getattr(Options, key)) for key in ("version", "size"))
     pattern = glob.escape(call.date) if call.date else "*"
@@ -272,17 +280,16 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> Path | None:
     newest = sorted(filter(None, runs), key=lambda paths: paths[0].stat().st_mtime, reverse=True)
     path, *others = next((paths for paths in newest if _is_wanted(paths[0], call, given)), [None])
     if path is None:
-        return None
+        return {}
     try:
-        load_checkpoint(path)
-        return path
+        return {path: load_checkpoint(path)}
     except UserError as error:
         if not others:
             raise
-        load_checkpoint(others[0])
+        saved = load_checkpoint(others[0])
         damaged = path.rename(path.with_name(path.name + ".damaged"))
         LOGGER.warning("%s; it is %s now, and %s is taken", error, damaged.name, others[0])
-        return others[0]
+        return {others[0]: saved}
 
 
 def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> bool:

@@ -22,6 +22,10 @@ class Step:
     """Result of one training step. Its values may still be on their way from a GPU."""
 
     lr: float
+    images: Tensor
+    """The last batch, uint8 [B, 3, S, S]."""
+    targets: list[Tensor]
+    """Ground truth of those images, [n, 5] each."""
     values: Tensor
     arrived: torch.cuda.Event | None
 
@@ -92,7 +96,8 @@ class TrainStep:
         if total.is_cuda:
             arrived = torch.cuda.Event()
             arrived.record(torch.cuda.current_stream(total.device))
-        return Step(lr, values, arrived)
+        images, targets, _ = parts[-1]
+        return Step(lr, images, targets, values, arrived)
 
     def _backward(self, parts: Sequence[Batch]) -> Tensor:
         """Add the gradients of all parts; return [location loss, confidence loss, 0]."""

@@ -217,11 +217,11 @@ class Trainer:
         before, began = self.state.totals.seconds, time.monotonic()
         try:
             for parts in self._batches(min(end - self.state.step, self.steps_per_epoch - start)):
-                self._make_step(parts)
+                done = self._make_step(parts)
                 self.state.totals.seconds = before + time.monotonic() - began
                 self._read(self.lag, progress)
                 if self.state.step == epoch * self.steps_per_epoch + start + 1:
-                    self._show(parts[-1])
+                    self._show(done)
                 if self.world.size == 1:
                     self.stop.check()
                 # All processes leave after the same step, however early one of them read of it.
@@ -246,19 +246,20 @@ class Trainer:
             self.state.totals.waited += time.monotonic() - asked
             yield parts
 
-    def _make_step(self, parts: list[Batch]) -> None:
+    def _make_step(self, parts: list[Batch]) -> Step:
         self.consistent = False
         lr = lr_at(self.state.step, self.steps_per_epoch, self.options)
-        self.unread.append(self.train_step(parts, lr, self.stop.asked or self._late()))
+        done = self.train_step(parts, lr, self.stop.asked or self._late())
         if self.average:
             self.average.update(self.net)
         self.state.step += 1
+        self.unread.append(done)
         self.consistent = True
+        return done
 
-    def _show(self, batch: Batch) -> None:
+    def _show(self, done: Step) -> None:
         if self.options.send_images_to_visdom:
-            images, targets, _ = batch
-            draw = partial(draw_batch, images, targets, self.options.classes)
+            draw = partial(draw_batch, done.images, done.targets, self.options.classes)
             self.trackers.image(self.state.step, "training images", draw)
 
     def _read(self, leave: int, progress: Progress | None = None) -> None:
