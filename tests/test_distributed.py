@@ -19,6 +19,7 @@ import torch.distributed as dist
 from conftest import write_voc
 from program import (
     PATIENCE,
+    assert_same,
     assert_same_run,
     epochs_done,
     options,
@@ -102,9 +103,28 @@ def train_in_double(world: World, accumulate: int) -> dict:
     return {"losses": losses, "model": net.state_dict()}
 
 
+COUNTS = [[], [4], [0], [2, 0, 3], [0, 0, 0], [1, 2, 0, 4, 0, 2, 1]]
+
+
+def detections(counts: list[int]) -> list[dict[str, np.ndarray]]:
+    """Some detections of each of several images."""
+    rng = np.random.default_rng(len(counts))
+    return [{"boxes": rng.random((n, 4), np.float32), "scores": rng.random(n, np.float32),
+             "labels": rng.integers(1, 1 << 40, n)} for n in counts]
+
+
+def as_tensors(found: list[dict[str, np.ndarray]]) -> list[dict[str, torch.Tensor]]:
+    return [{k: torch.from_numpy(v.copy()) for k, v in d.items()} for d in found]
+
+
 def collect(world: World) -> list:
-    """What each process gets of the numbers of 0 to 7 images."""
-    return [world.collect(list(world.share_of(length)), length) for length in range(8)]
+    collected = []
+    for counts in COUNTS:
+        all_of_them = detections(counts)
+        mine = [all_of_them[i] for i in world.share_of(len(counts))]
+        found = world.collect(mine, len(counts))
+        collected.append(found and as_tensors(found))
+    return collected
 
 
 def agree(world: World) -> dict:
@@ -299,9 +319,10 @@ def test_command_line_of_one_and_of_two_processes_gives_the_same_run(job, of_one
     assert [config["ngpu"] for config in configs] == [1, 2]
 
 
-def test_detections_are_collected_in_order(alone, job):
-    assert alone["collect"] == job[0]["collect"] == [list(range(length)) for length in range(8)]
-    assert all(done["collect"] == [None] * 8 for done in job[1:])
+def test_detections_are_collected_in_order(job):
+    for counts, *found in zip(COUNTS, *(done["collect"] for done in job), strict=True):
+        assert_same(found[0], as_tensors(detections(counts)), "detections")
+        assert found[1:] == [None] * (SIZE - 1)
 
 
 def test_processes_that_test_together_leave_the_files_of_one(job, folder):
