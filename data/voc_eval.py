@@ -217,8 +217,7 @@ def _find_year(root: Path, image_set: str) -> str | None:
     return years[0] if years else None
 
 
-def table(result: dict) -> str:
-    """Return a result of `evaluate_voc` as text: a line a class, then the means."""
+def _table(result: dict) -> str:
     width = max(map(len, (*result["ground_truths"], "mean, medium")))
     heads = [f"{title:>18}  {'95 % interval':16}" for title in METRICS.values()]
     lines = [f"{'class':{width}}  ground truths  detections  " + "  ".join(heads)]
@@ -265,7 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
     skipped = report_lines(truth.skipped)
     print(f"{ImageSet(year, args.set)} of {root}: {len(truth.ids)} images")
-    print("\n".join([*skipped, *missing, *result["notes"], table(result)]))
+    print("\n".join([*skipped, *missing, *result["notes"], _table(result)]))
     return 0
 
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import torch
 
 import train_test
-from data.voc_eval import table
 from demo.shapes import make_dataset
 from tools.detect import has_display
 from tools.sheet import draw_sheet
@@ -66,6 +65,17 @@ def train_and_test(root: Path, folder: Path, epochs: int) -> Path:
     return run_dir / "ss_predict" / checkpoint.stem / "test"
 
 
+def print_results(results: dict) -> None:
+    """Print both average precisions of every class, and their means."""
+    metrics = [results["voc07_11point"], results["area"]]
+    print(f"\n{'class':12}  AP@.5 (11-point)  AP@.5 (area)")
+    for name in results["classes"]:
+        points, area = (metric["per_class"][name] for metric in metrics)
+        print(f"{name:12}  {points:16.3f}  {area:12.3f}")
+    points, area = (metric["mean"] for metric in metrics)
+    print(f"{'mean':12}  {points:16.3f}  {area:12.3f}")
+
+
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     p = Parser(prog="python -m demo.run", description=__doc__.splitlines()[0])
@@ -82,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     results = train_and_test(root, args.output / "runs", args.epochs)
     sheet = args.output / "detections.png"
     draw_sheet(results, sheet)
-    print(f"\n{table(json.loads((results / 'results.json').read_text()))}")
+    print_results(json.loads((results / "results.json").read_text()))
     print(f"\n{(time.monotonic() - start) / 60:.1f} minutes in all. Look at {sheet}: green is "
           "found, red is wrong,\ndashed orange is missed; the first eight images went best, the "
           "last eight worst.")
