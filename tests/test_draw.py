@@ -122,6 +122,13 @@ def test_without_a_font_what_is_not_ascii_is_drawn_as_escapes():
             draw.draw_detections(image, [[20, 40, 120, 100]], [7], names=["7"] * 7)).all()
 
 
+def test_a_font_draws_what_it_has_beyond_ascii():
+    image, font = np.full((300, 400, 3), 128, np.uint8), draw.find_font([], FONT_FILE)
+    drawn = [draw.draw_detections(image, [[80, 90, 320, 270]], [1], names=[name], font=font)
+             for name in ("20°", "20", r"20\xb0")]
+    assert (drawn[0] != drawn[1]).any() and (drawn[0] != drawn[2]).any()
+
+
 def test_the_font_is_the_given_one_or_the_one_that_has_most_of_the_text(monkeypatch):
     own = draw.find_font(["plain"])
     monkeypatch.setattr("inference.draw.FONT_FILES", ("nowhere.ttf", str(FONT_FILE)))

@@ -366,22 +366,30 @@ def test_nothing_is_written_behind_a_link_out_of_the_results(weights, capsys):
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_broken_file_is_named_and_the_rest_is_done(batch, weights, capsys):
+def test_a_broken_image_is_named_and_the_rest_is_done(batch, weights, capsys):
     for name in "abcde":
         image_file(f"photos/{name}.jpg")
-    Path("photos/f.mp4").write_bytes(b"no video")
-    video_file("photos/g.mp4", 3)
     Path("photos/b.jpg").write_bytes(b"")
     Path("photos/d.jpg").write_bytes(Path("photos/a.jpg").read_bytes()[:-30])
     Path("photos/e.jpg").write_text("no image")
     assert call(weights, "photos", "-b", batch) == 1
     captured = capsys.readouterr()
     skipped = captured.err.splitlines()
-    for name, line in zip(("b.jpg", "d.jpg", "e.jpg", "f.mp4"), skipped, strict=True):
-        assert line.startswith("skipped: ") and f"photos{os.sep}{name}" in line
-    assert "2 images, 3 video frames" in captured.out and "; 4 could not be read" in captured.out
-    assert {row["file"] for row in rows()} - {"g.mp4"} == {"a.jpg", "c.jpg"}
-    assert files(OUT / "drawn") == {"a.jpg", "c.jpg", "g.mp4"}
+    for name, line in zip("bde", skipped, strict=True):
+        assert line.startswith("skipped: ") and f"photos{os.sep}{name}.jpg" in line
+    assert "2 images, 0 video frames" in captured.out and "; 3 could not be read" in captured.out
+    assert {row["file"] for row in rows()} == {"a.jpg", "c.jpg"}
+    assert [i["id"] for i in read("images.json")["images"]] == [1, 3]
+
+
+def test_broken_videos_are_named_and_the_rest_is_done(weights, capsys):
+    Path("a.mp4").write_bytes(b"no video")
+    video_file("b.mp4", 3)
+    assert call(weights, "a.mp4", "b.mp4") == 1
+    captured = capsys.readouterr()
+    assert re.search(r"skipped: .*a\.mp4: not a video", captured.err)
+    assert re.search("0 images, 3 video frames: .*; 1 could not be read", captured.out)
+    assert files(OUT / "drawn") == {"b.mp4"}
 
 
 @pytest.mark.parametrize("suffix", sorted(outputs.DRAWN | {".JPG", ".pgm", ".jp2"}))
