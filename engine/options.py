@@ -137,8 +137,7 @@ class Options(Checked):
     num_workers: int = _machine(8, "--num_workers", read=count, metavar="N",
         help="processes that load images, by default no more than cores")
     amp: str = _machine("off", "--amp", choices=AMP_TYPES,
-        help="precision of the network; a training step in bf16 is two to three times faster on "
-             "CPUs that have it")
+        help="precision of the network; bf16 is about twice as fast on CPUs that have it")
     compile: bool = _machine(False, "--compile", read=boolean, only="train",
         help="train through torch.compile")
     recompute: bool = _machine(False, "--recompute", read=boolean, only="train",
