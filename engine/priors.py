@@ -49,7 +49,9 @@ def read_priors(text: str, size: int) -> str:
         raise UserError(f"--priors {text} is no file; give VOC, COCO, fit or a file of sizes")
     try:
         sizes = json.loads(read_text(path, "prior boxes"))[str(size)]
-        return priors(sizes if isinstance(sizes, str) else ",".join(map(str, sizes)))
+        if not isinstance(sizes, str):
+            sizes = ",".join(f"{float(side):g}" for side in sizes)
+        return priors(sizes)
     except Exception as error:
         raise UserError(f'{path} has no "{size}": sizes of prior boxes ({error!r:.80}); '
                         f"python -m tools.check --fit_priors FILE -s {size} writes one") from error

@@ -62,7 +62,7 @@ def test_sizes_that_fit_no_network_are_refused(priors, message):
 
 def test_a_file_has_the_sizes_of_each_input(tmp_path):
     path = tmp_path / "priors.json"
-    path.write_text(json.dumps({"300": [12.5, 25, 50, 100, 150, 200, 250], "64": "12+30,25"}))
+    path.write_text(json.dumps({"300": [12.5, 25, 50.0, 100, 150, 200, 250], "64": "12+30,25"}))
     assert read_priors(str(path), 300) == "12.5,25,50,100,150,200,250"
     assert read_priors(str(path), 64) == "12+30,25"
     assert [read_priors(name, 300) for name in ("VOC", "fit", "1,2+3")] == ["VOC", "fit", "1,2+3"]
