@@ -54,7 +54,8 @@ class PriorConfig:
                 "30+50" it is such that the second square box of this source map has 50 pixels.
 
         Raises:
-            ValueError: another number of sizes, or sizes that are not positive and ascending.
+            ValueError: another number of sizes, sizes that are not positive and ascending, no
+                numbers, or a second square box that ``with_second`` refuses.
         """
         parts = [part.partition("+") for part in text.split(",")]
         sizes = [float(part[0]) for part in parts]
@@ -72,7 +73,7 @@ class PriorConfig:
         """Return the preset with another second square box in a source map but the last.
 
         Raises:
-            ValueError: the side is not positive.
+            ValueError: the side is not positive, or the source map is the last.
         """
         if not 0 < side < inf or k >= len(self.min_sizes) - 1:
             raise ValueError(f"source map {k + 1} takes no second square box of {side:g} pixels")

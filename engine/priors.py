@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from operator import itemgetter
 from pathlib import Path
@@ -96,8 +97,8 @@ def fitted(config: PriorConfig, boxes: np.ndarray, labels: np.ndarray) -> PriorC
     def judge(candidate: PriorConfig) -> tuple[float, float]:
         sizes = zip(candidate.min_sizes, candidate.max_sizes, strict=True)
         best, count = zip(*(of_map(k, *pair) for k, pair in enumerate(sizes)), strict=True)
-        reach, count = np.max(best, 0) >= MATCHED, np.sum(count, 0).clip(max=ENOUGH)
-        return (float(np.mean([reach[own].mean() for own in classes])),
+        best, count = np.max(best, 0), np.sum(count, 0).clip(max=ENOUGH)
+        return (float(np.mean([share(best[own]) for own in classes])),
                 float(np.mean([count[own].mean() for own in classes])))
 
     sides = np.geomspace(config.min_sizes[-1], config.min_sizes[-1] / 64, 37).round()
@@ -121,8 +122,9 @@ def _candidates(config: PriorConfig, sides: np.ndarray) -> Iterator[PriorConfig]
     last, count = config.min_sizes[-1], len(config.min_sizes)
     for first in sides[sides <= last / 4]:
         for step in (1.5, 2, 2.5, 3, 3.5):
-            sizes = first, *np.linspace(first * step, last, count - 1).round(), config.max_sizes[-1]
-            yield config.with_sizes(",".join(f"{side:g}" for side in sizes))
+            rest = np.linspace(first * step, last, count - 1).round()
+            sizes = (float(first), *rest.tolist(), config.max_sizes[-1])
+            yield replace(config, min_sizes=sizes[:-1], max_sizes=sizes[1:])
 
 
 def positives(config: PriorConfig, boxes: np.ndarray) -> np.ndarray:

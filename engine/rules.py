@@ -37,7 +37,7 @@ def sets(value: object) -> tuple[ImageSet, ...]:
 
 
 def names_priors(value: object) -> bool:
-    """Return whether a value names prior boxes: VOC, COCO, fit, or sizes separated by commas."""
+    """Return whether a value names prior boxes: VOC, COCO, fit, or the text of their sizes."""
     names = {name for name, _ in PRIORS} | {"fit"}
     return isinstance(value, str) and (value in names or bool(re.fullmatch(r"[\d.,+]+", value)))
 

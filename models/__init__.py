@@ -91,8 +91,8 @@ def prior_config(version: str, priors: str, size: int) -> PriorConfig:
         return next(own for (_, s), own in row.priors.items() if s == size).with_sizes(priors)
     except ValueError as error:
         names = ", ".join(name for name, other in row.priors if other == size)
-        raise ValueError(f"no prior boxes {priors!r} ({error}); choose from {names}, or give "
-                         "sizes") from None
+        raise ValueError(f"no prior boxes {priors!r}, choose from {names}, or give sizes "
+                         f"({error})") from None
 
 
 def build_net(version: str, size: int, num_classes: int) -> Detector:

@@ -123,7 +123,7 @@ def test_new_layers_start_from_zero_bias_and_the_scale_from_twenty():
     (build_net, ("SSD_HarDNet68", 300, 1), "num_classes is 1.*2"),
     (prior_config, ("SSD_mobile", "VOC", 512), "does not exist at size 512, choose from 300"),
     (prior_config, ("SSD_resnet", "VOC", 300), "unknown version 'SSD_resnet'.*SSD_resnet101"),
-    (prior_config, ("SSD_vgg", "LVIS", 300), "'LVIS'.*choose from VOC, COCO")])
+    (prior_config, ("SSD_vgg", "LVIS", 300), "'LVIS', choose from VOC, COCO")])
 def test_what_does_not_exist_is_refused_with_the_choices(make, arguments, words):
     with pytest.raises(ValueError, match=words):
         make(*arguments)

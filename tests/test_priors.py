@@ -103,6 +103,10 @@ def test_of_sizes_that_serve_all_objects_the_fit_takes_those_with_most_positive_
     own = fitted(VOC_300, boxes, labels)
     assert share(best_overlaps(own, boxes)) == 1
     assert "+" in own.text
+    small, large = np.mean(positives(own, boxes).reshape(2, 50), 1)
+    for sizes in ("21,48,102,156,210,264,315", "21,32,90,148,206,264,315"):
+        other = VOC_300.with_sizes(sizes)
+        assert small + large > sum(np.mean(positives(other, boxes).reshape(2, 50), 1))
 
     def count(config):
         return positives(config, boxes).clip(max=ENOUGH).sum()

@@ -27,9 +27,10 @@ from PIL.ImageFont import FreeTypeFont
 
 from data.classes import parse_classes
 from data.image import limit_pixels
-from engine.options import add_option
+from engine.options import Options, add_option
 from inference.draw import draw_caption, escape, find_font, one_line
 from inference.predictor import Predictor
+from layers.detect import DetectConfig
 from tools.annotations import ANNOTATIONS, Annotations
 from tools.outputs import CsvFile, Drawings, Found, JsonFiles, Output, Writer, draw
 from tools.sources import RESULTS, Frame, Reader, Source, find_sources
@@ -225,7 +226,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
                    help="images at a time (default: 8)")
     g.add_argument("--workers", type=positive, default=min(4, cores()), metavar="N",
                    help="threads that read and write images (default: one per core, at most 4)")
-    p.set_defaults(nms="hard", tiles=0, flip=False, device="auto", amp="off")
+    p.set_defaults(nms=DetectConfig.nms, tiles=0, flip=False, device="auto", amp=Options.amp)
     args = p.parse_args(argv)
     if not args.sources and not args.live:
         p.error("give a SOURCE: an image, a folder, a video or camera")
