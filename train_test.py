@@ -54,7 +54,8 @@ def build_trainer(run: Run, call: Call, world: World) -> Trainer:
                              variance=boxes.variance, least_negatives=options.background_negatives)
     detect = Detect.of(run.detection, boxes.variance)
 
-    augment = ResizeOnly(options.size) if options.overfit else SSDAugmentation(options.size)
+    size = options.size
+    augment = ResizeOnly(size) if options.overfit else SSDAugmentation(size, options.expansion)
     samples = TrainingSet(run.train_set, augment, options.seed, run.pull)
     sampler = EpochSampler(len(samples), options.batch_size, options.seed, world.rank, world.size,
                            options.accumulate)

@@ -13,7 +13,7 @@ import numpy as np
 
 CROP_MIN_IOUS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: no crop; 0: no limit
 CROP_TRIES = 50
-EXPAND_PROBABILITY = 0.6
+EXPANSION = 0.6  # share of the images that are expanded
 INTERPOLATIONS = (
     cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4,
 )
@@ -27,10 +27,12 @@ class SSDAugmentation:
     original image, resized, with all its boxes, however small. An image without boxes is
     distorted, mirrored and expanded, but never cropped.
 
-    size: side of the square result. mean: BGR colour around an expanded image.
+    size: side of the square result. expansion: probability of an expansion. mean: BGR colour around
+    an expanded image.
     """
 
     size: int
+    expansion: float = EXPANSION
     mean: tuple[float, float, float] = (104, 117, 123)
 
     def __call__(self, image: np.ndarray, target: np.ndarray,
@@ -42,7 +44,7 @@ class SSDAugmentation:
         # mirror image: this order gives the same distribution and moves fewer pixels.
         if rng.random() < 0.5:
             result, boxes = mirror(result, boxes)
-        canvas = expand(result.shape[1], result.shape[0], rng)
+        canvas = expand(result.shape[1], result.shape[0], rng, self.expansion)
         interpolation = INTERPOLATIONS[rng.integers(len(INTERPOLATIONS))]
 
         large = (100 * (boxes[:, 2:4] - boxes[:, :2]) >= canvas[:2]).all(1)
@@ -149,13 +151,14 @@ def mirror(image: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarra
     return cv2.flip(image, 1), target
 
 
-def expand(width: int, height: int, rng: np.random.Generator) -> tuple[int, int, int, int]:
+def expand(width: int, height: int, rng: np.random.Generator,
+           probability: float = EXPANSION) -> tuple[int, int, int, int]:
     """Draw a canvas of up to 16 times the image's area, and the image's place on it.
 
-    Returns (canvas width, canvas height, left, top). With probability 0.4 the canvas is the image.
-    No canvas is painted: `resize` paints the result directly.
+    Returns (canvas width, canvas height, left, top). With probability 1 - `probability` the canvas
+    is the image. No canvas is painted: `resize` paints the result directly.
     """
-    if rng.random() >= EXPAND_PROBABILITY:
+    if rng.random() >= probability:
         return width, height, 0, 0
     scale = rng.uniform(1, 4)
     aspect = np.sqrt(rng.uniform(max(0.5, scale**-2), min(2, scale**2)))

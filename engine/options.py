@@ -20,6 +20,7 @@ from data.coco_eval import BACKENDS
 from data.image import MAX_PIXELS
 from data.image_sets import ImageSet
 from data.split import VAL_SHARE, check_pattern, check_share
+from data.transforms import EXPANSION
 from engine.declare import Checked, flag_of, option
 from engine.rules import names, parts, priors, sets, tracker_names
 from layers.detect import SUPPRESSION, DetectConfig
@@ -124,6 +125,9 @@ class Options(Checked):
     background_negatives: int = _recipe(0, "--background_negatives", read=count, metavar="N",
         help="least number of hard negatives an image; 0: as published, three for each positive "
              "prior box, so that an image without objects teaches nothing")
+    expansion: float = _recipe(EXPANSION, "--expansion", read=fraction, metavar="X", fixed=True,
+        help="share of the training images that are shrunk, to a quarter of their sides at least; "
+             "0 suits objects that are always seen from the same distance")
     patience: int = _recipe(0, "--patience", read=count, metavar="N",
         help="end after N evaluations in a row without a better AP; 0: train all epochs")
     seed: int = _recipe(0, "--seed", read=count, metavar="N", fixed=True,

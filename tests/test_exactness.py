@@ -50,6 +50,7 @@ DRAWN = {
     "--base_lr": (1, 0.1), "--freeze": ("", "base", "base:2", "heads"), "--clip_norm": (0, 5),
     "--ema": (None, 0, 0.9), "--accumulate": (1, 2), "--background_negatives": (0, 9),
     "--jaccard_threshold": (None, 0.4), "--priors": ("VOC", "COCO", "fit"),
+    "--expansion": (None, 0),
     "--amp": ("off", "bf16"), "--patience": (0, 4), "--overfit": (0, 0, 6), "--seed": (0, 7),
 }  # fmt: skip
 

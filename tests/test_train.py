@@ -19,7 +19,7 @@ from tiny import TINY
 import engine.evaluate
 import engine.run
 import models
-from data import DATASETS
+from data import DATASETS, transforms
 from data.config import VOC_300
 from data.loading import TrainingSet
 from engine.options import Call, Options
@@ -275,6 +275,20 @@ def test_overfitting_trains_and_scores_the_same_pictures_as_they_are(call, capsy
     assert json.loads(results.read_text())["images"] == 3
     assert call("--overfit", 60, "--date", "b") == 2
     assert "5 of 6" in capsys.readouterr().err
+
+
+def test_without_expansion_no_training_image_is_shrunk(call, monkeypatch):
+    framed, resize = [], transforms.resize
+
+    def note(image, boxes, canvas, *rest):
+        framed.append(canvas != (image.shape[1], image.shape[0], 0, 0))
+        return resize(image, boxes, canvas, *rest)
+
+    monkeypatch.setattr(transforms, "resize", note)
+    for share in (1, 0):
+        framed.clear()
+        assert call("-max", 3, "--test_frequency", 0, "--expansion", share) == 0
+        assert any(framed) == bool(share) and framed
 
 
 def test_resume_auto_takes_a_run_on_as_many_pictures_as_are_asked_for(call, capsys):

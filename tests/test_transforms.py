@@ -301,12 +301,13 @@ def test_evaluation_sees_the_image_resized_bilinearly_and_overfitting_all_boxes_
 
 
 @many_samples
-def test_mirror_expansion_and_interpolation_have_their_frequencies(monkeypatch, samples):
+@pytest.mark.parametrize("expansion", [0.6, 0.2, 0])
+def test_mirror_expansion_and_interpolation_have_their_frequencies(monkeypatch, samples, expansion):
     # Colours that grow to the right survive every change of colour; the box is the image, so
     # what is returned of it is the image's place in the result.
     image = np.repeat(np.linspace(70, 180, 160).astype(np.uint8)[None, :, None], 120, 0)
     image = np.ascontiguousarray(np.broadcast_to(image, (120, 160, 3)))
-    target, augment = target_of((0, 0, 160, 120, 1)), SSDAugmentation(64)
+    target, augment = target_of((0, 0, 160, 120, 1)), SSDAugmentation(64, expansion)
     interpolations, mirrored, expanded = [], [], []
     original = cv2.resize
 
@@ -323,7 +324,7 @@ def test_mirror_expansion_and_interpolation_have_their_frequencies(monkeypatch, 
         expanded.append((x2 - x1) * (y2 - y1) < 64 * 64)
     assert occurs_with(0.5, mirrored)
     # Of scales in [1, 4] about one in 400 is too small to be seen in 64 pixels.
-    assert np.mean(expanded) == pytest.approx(0.6, abs=0.0375)
+    assert np.mean(expanded) == pytest.approx(expansion, abs=0.0375)
     assert len(interpolations) == samples
     for interpolation in INTERPOLATIONS:
         assert occurs_with(0.2, np.array(interpolations) == interpolation)
@@ -411,7 +412,7 @@ def test_the_fall_back_is_the_untouched_image_with_all_its_boxes():
 
 def test_a_box_of_exactly_one_percent_is_kept(monkeypatch):
     monkeypatch.setattr(transforms, "random_crop", lambda image, target, rng: (image, target))
-    monkeypatch.setattr(transforms, "expand", lambda width, height, rng: (width, height, 0, 0))
+    monkeypatch.setattr(transforms, "expand", lambda width, height, *_: (width, height, 0, 0))
     image = image_of(300, 200)
     target = target_of((100, 50, 103, 52, 1), (100, 50, 102.9, 90, 2), (100, 50, 200, 51.9, 3))
     for index in range(10):
