@@ -41,7 +41,7 @@ class Settings:
     quick: str = ""
     bccd: str = ""
     epochs: str = "60"
-    rows: str = "published modern fit"
+    rows: str = "published fit no_expansion"
     seeds: str = "0 1 2"
     options: str = ""
     limit: str = "720"
@@ -139,6 +139,7 @@ def training(s: Settings, folder: Path, name: str) -> tuple[str, Path]:
 
 
 ROWS = {"published": "", "modern": "--recipe modern", "fit": "--recipe modern --priors fit",
+        "no_expansion": "--recipe modern --priors fit --expansion 0",
         "negatives": "--recipe modern --priors fit --background_negatives 12"}
 """Trainings of the part bccd."""
 
