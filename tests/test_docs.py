@@ -5,6 +5,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections import Counter
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,6 +160,17 @@ def test_own_data_are_split_checked_trained_on_and_used_as_written(tmp_path, mon
     assert set(ran) == set(programs) and Path("check.html").stat().st_size > 1000
     folder = Path("weights/SSD_HarDNet68_300", run, "ss_predict", "best", "split_val")
     assert (folder / "detections.png").exists()
+
+
+def test_the_accepted_cells_of_bccd_are_those_of_the_page():
+    rows = json.loads((ROOT / "docs/bccd/accepted.json").read_text("utf-8"))
+    assert Counter(row["class"] for row in rows) == {"RBC": 203, "WBC": 2}
+    x, y, width, height = np.array([row["bbox"] for row in rows]).T
+    # The photographs have 640 x 480 pixels; a box may reach over their border.
+    assert (np.minimum(x + width, 640) - x.clip(0) > 20).all() and (width < 300).all()
+    assert (np.minimum(y + height, 480) - y.clip(0) > 20).all() and (height < 300).all()
+    assert all(0.4 <= row["score"] <= 1 for row in rows)
+    assert len({(row["image"], *row["bbox"]) for row in rows}) == 205
 
 
 def test_contiguous_batch_norms_are_exact_as_reproduced(capsys):
