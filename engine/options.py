@@ -126,7 +126,7 @@ class Options(Checked):
         help="least number of hard negatives an image; 0: as published, three for each positive "
              "prior box, so that an image without objects teaches nothing")
     expansion: float = _recipe(EXPANSION, "--expansion", read=fraction, metavar="X", fixed=True,
-        help="share of the training images that are shrunk, to a quarter of their sides at least; "
+        help="share of the training images that are shrunk, at most to a sixteenth of their area; "
              "0 suits objects that are always seen from the same distance")
     patience: int = _recipe(0, "--patience", read=count, metavar="N",
         help="end after N evaluations in a row without a better AP; 0: train all epochs")
