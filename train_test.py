@@ -54,8 +54,9 @@ def build_trainer(run: Run, call: Call, world: World) -> Trainer:
                              variance=boxes.variance, least_negatives=options.background_negatives)
     detect = Detect.of(run.detection, boxes.variance)
 
-    size = options.size
-    augment = ResizeOnly(size) if options.overfit else SSDAugmentation(size, options.expansion)
+    augment = SSDAugmentation(options.size, expansion=options.expansion)
+    if options.overfit:
+        augment = ResizeOnly(options.size)
     samples = TrainingSet(run.train_set, augment, options.seed, run.pull)
     sampler = EpochSampler(len(samples), options.batch_size, options.seed, world.rank, world.size,
                            options.accumulate)

@@ -14,8 +14,8 @@
 #
 # Every call has a limit of time, and a failure stops nothing else. The rows of every call are
 # printed at the end of its part. OUT=FOLDER (runs/gpu) gets log.txt with all output.
-# BCCD=FOLDER: BCCD in VOC layout. EPOCHS=60, ROWS="published fit no_expansion" (on_gpu.ROWS has more),
-# SEEDS="0 1 2", OPTIONS="more options of train_test.py".
+# BCCD=FOLDER: BCCD in VOC layout. ROWS="published fit no_expansion" (on_gpu.ROWS has more),
+# EPOCHS=60, SEEDS="0 1 2", OPTIONS="more options of train_test.py".
 # LIMIT=720: seconds of everything. DEVICE=cpu QUICK=1 tries the script itself with tiny inputs.
 cd "$(dirname "$0")/.." || exit
 exec "${PYTHON:-python3}" -m benchmarks.on_gpu "$@"

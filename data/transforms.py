@@ -13,7 +13,6 @@ import numpy as np
 
 CROP_MIN_IOUS = (None, 0.1, 0.3, 0.5, 0.7, 0.9, 0.0)  # None: no crop; 0: no limit
 CROP_TRIES = 50
-EXPANSION = 0.6  # share of the images that are expanded
 INTERPOLATIONS = (
     cv2.INTER_LINEAR, cv2.INTER_CUBIC, cv2.INTER_AREA, cv2.INTER_NEAREST, cv2.INTER_LANCZOS4,
 )
@@ -27,13 +26,13 @@ class SSDAugmentation:
     original image, resized, with all its boxes, however small. An image without boxes is
     distorted, mirrored and expanded, but never cropped.
 
-    size: side of the square result. expansion: probability of an expansion. mean: BGR colour around
-    an expanded image.
+    size: side of the square result. mean: BGR colour around an expanded image. expansion: the
+    probability of an expansion.
     """
 
     size: int
-    expansion: float = EXPANSION
     mean: tuple[float, float, float] = (104, 117, 123)
+    expansion: float = 0.6
 
     def __call__(self, image: np.ndarray, target: np.ndarray,
                  rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
@@ -152,7 +151,7 @@ def mirror(image: np.ndarray, target: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def expand(width: int, height: int, rng: np.random.Generator,
-           probability: float = EXPANSION) -> tuple[int, int, int, int]:
+           probability: float) -> tuple[int, int, int, int]:
     """Draw a canvas of up to 16 times the image's area, and the image's place on it.
 
     Returns (canvas width, canvas height, left, top). With probability 1 - `probability` the canvas

@@ -20,7 +20,7 @@ from data.coco_eval import BACKENDS
 from data.image import MAX_PIXELS
 from data.image_sets import ImageSet
 from data.split import VAL_SHARE, check_pattern, check_share
-from data.transforms import EXPANSION
+from data.transforms import SSDAugmentation
 from engine.declare import Checked, flag_of, option
 from engine.rules import names, parts, priors, sets, tracker_names
 from layers.detect import SUPPRESSION, DetectConfig
@@ -125,7 +125,8 @@ class Options(Checked):
     background_negatives: int = _recipe(0, "--background_negatives", read=count, metavar="N",
         help="least number of hard negatives an image; 0: as published, three for each positive "
              "prior box, so that an image without objects teaches nothing")
-    expansion: float = _recipe(EXPANSION, "--expansion", read=fraction, metavar="X", fixed=True,
+    expansion: float = _recipe(SSDAugmentation.expansion, "--expansion", read=fraction,
+        metavar="X", fixed=True,
         help="share of the training images that are shrunk, at most to a sixteenth of their area; "
              "0 suits objects that are always seen from the same distance")
     patience: int = _recipe(0, "--patience", read=count, metavar="N",

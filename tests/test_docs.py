@@ -162,7 +162,7 @@ def test_own_data_are_split_checked_trained_on_and_used_as_written(tmp_path, mon
     assert (folder / "detections.png").exists()
 
 
-def test_the_accepted_cells_of_bccd_are_those_of_the_page():
+def test_the_accepted_cells_of_bccd_lie_in_its_photographs():
     rows = json.loads((ROOT / "docs/bccd/accepted.json").read_text("utf-8"))
     assert Counter(row["class"] for row in rows) == {"RBC": 203, "WBC": 2}
     x, y, width, height = np.array([row["bbox"] for row in rows]).T

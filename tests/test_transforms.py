@@ -222,7 +222,7 @@ def test_each_colour_change_is_drawn_half_of_the_time_within_its_limits(monkeypa
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (10, 2000), (3, 4)])
 def test_canvases_are_distributed_as_in_the_literal_version(width, height):
     rng, draw = np.random.default_rng(8), random.Random(8)
-    ours = np.array([expand(width, height, rng) for _ in range(5000)])
+    ours = np.array([expand(width, height, rng, 0.6) for _ in range(5000)])
     theirs = np.array([literal_expand(width, height, draw) for _ in range(5000)])
     for k in range(4):
         assert same_distribution(ours[:, k], theirs[:, k])
@@ -245,7 +245,7 @@ def test_an_expanded_image_is_within_half_a_pixel_of_a_real_canvas(interpolation
     image = np.stack((x, y + 50, 255 - x), -1).astype(np.uint8)  # one level a pixel
     target = target_of((30, 20, 150, 120, 4))
     for _ in range(20):
-        canvas = expand(200, 150, rng)
+        canvas = expand(200, 150, rng, 0.6)
         width, height, left, top = canvas
         ours, boxes = resize(image, target, canvas, size, interpolation, MEAN)
         expected = literal_canvas(image, canvas, size, interpolation)
@@ -307,7 +307,7 @@ def test_mirror_expansion_and_interpolation_have_their_frequencies(monkeypatch, 
     # what is returned of it is the image's place in the result.
     image = np.repeat(np.linspace(70, 180, 160).astype(np.uint8)[None, :, None], 120, 0)
     image = np.ascontiguousarray(np.broadcast_to(image, (120, 160, 3)))
-    target, augment = target_of((0, 0, 160, 120, 1)), SSDAugmentation(64, expansion)
+    target, augment = target_of((0, 0, 160, 120, 1)), SSDAugmentation(64, expansion=expansion)
     interpolations, mirrored, expanded = [], [], []
     original = cv2.resize
 
