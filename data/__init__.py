@@ -286,8 +286,9 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
     check_folder(root)
     found, inside = layouts(root), {}
     if not found or not holds_data(root):
-        folders = [each for each in sorted(root.glob("[!.]*/"))[:20] if os.access(each, os.R_OK)]
-        inside = {each: of_it[0] for each in folders if (of_it := layouts(each))}
+        for depth in ("[!.]*/", "[!.]*/[!.]*/"):
+            folders = (each for each in sorted(root.glob(depth))[:20] if os.access(each, os.R_OK))
+            inside = inside or {each: of_it[0] for each in folders if (of_it := layouts(each))}
     # Folders of labels beside images, all of one layout, are parts of one data set.
     parts = found[:1] if found and {*inside.values()} == {found[0]} else []
     if not (parts and "beside" in parts[0][1]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import unicodedata
@@ -18,8 +19,9 @@ from data.skips import Skip, SkipKind
 from utils.errors import UserError
 
 T = TypeVar("T")
-_DATA_FOLDERS = {"annotations", "original_annotations", "xml", "xmls", "labels", "jpegimages",
-                 "images", "imgs", "img", "imagesets", "obj_train_data", "vocdevkit"}
+DATA_FOLDERS = {"annotations", "original_annotations", "xml", "xmls", "labels", "jpegimages",
+                "images", "imgs", "img", "imagesets", "obj_train_data", "vocdevkit"}
+"""Names of folders, in lower case, that mean something to a reader."""
 _DATA_SUFFIXES = {".xml", ".yaml", ".yml", ".names", ".jpg", ".jpeg", ".png", ".bmp",
                   ".webp", ".tif", ".tiff"}
 
@@ -92,6 +94,23 @@ class Loaded(NamedTuple):
     skipped: list[Skip]
 
 
+def around_rotated(cx: float, cy: float, w: float, h: float, angle: float) -> list[float]:
+    """Return x1, y1, x2, y2 of the box around one that is rotated by an angle in radians."""
+    sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
+    x, y = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
+    return [cx - x, cy - y, cx + x, cy + y]
+
+
+def turned(box: Sequence[float], degrees: float = 0) -> Sequence[float]:
+    """Return x1, y1, x2, y2 of the box around ``box`` turned about its centre.
+
+    CVAT's exports have rotated boxes as they were before, and the angle beside.
+    """
+    x1, y1, x2, y2 = box
+    middle = (x1 + x2) / 2, (y1 + y2) / 2
+    return around_rotated(*middle, x2 - x1, y2 - y1, math.radians(degrees)) if degrees else box
+
+
 def tell(fault: str, faults: list[str] | None) -> None:
     """Raise UserError, or add its sentence to ``faults``."""
     if faults is None:
@@ -130,7 +149,7 @@ def holds_data(root: Path) -> bool:
     for path in root.glob("[!.]*"):
         name, suffix = path.name.lower(), path.suffix.lower()
         if path.is_dir():
-            if name in _DATA_FOLDERS or name.startswith("voc2") or set_word(name) in SET_WORDS:
+            if name in DATA_FOLDERS or name.startswith("voc2") or set_word(name) in SET_WORDS:
                 return True
         elif suffix in _DATA_SUFFIXES or suffix == ".json" and looks_like_coco(path) or (
                 suffix == ".txt" and (path.stem.lower() in ("classes", "labels", "labelmap")

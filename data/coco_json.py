@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data.annotation import turned
 from data.classes import BACKGROUND, check_classes
 from data.detections import LARGEST
 from data.truth import digest
@@ -231,6 +232,13 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
         if isinstance(record, dict) and "segmentation" in record:
             record["bbox"] = _enclosing_box(record) or record.get("bbox")
     box = records.boxes()
+    for n, record in enumerate(records.records):
+        attributes = record.get("attributes")
+        if isinstance(attributes, dict) and (degrees := attributes.get("rotation")):
+            if not _fits(degrees, (), np.float64):
+                raise records.unfit(n, "attributes", "a rotation in degrees")
+            x1, y1, x2, y2 = turned(extents(box[n : n + 1])[0], degrees)
+            box[n] = x1, y1, x2 - x1, y2 - y1
     where = f"{path}: annotations"
     image, category = (positions(where, field, records.integers(field), known, path)
                        for field, known in (("image_id", image_ids), ("category_id", category_ids)))

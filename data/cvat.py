@@ -5,6 +5,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from data.annotation import (
     read_or_tell,
     refuse_missing,
     tell,
+    turned,
 )
 from data.classes import BACKGROUND, check_classes
 from data.image import IMAGE_SUFFIXES
@@ -26,7 +28,7 @@ from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.split import choose, list_files
-from data.voc_xml import around_rotated, finite, read_xml
+from data.voc_xml import finite, read_xml
 from utils.errors import UserError
 
 AREAS = ("box", "polygon", "ellipse", "mask")
@@ -107,9 +109,7 @@ def _edges(shape: ElementTree.Element) -> Sequence[float]:
         cos, sin = math.cos(angle), math.sin(angle)
         half = math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)
         return x - half[0], y - half[1], x + half[0], y + half[1]
-    left, top, right, bottom = box = _values(shape, "xtl", "ytl", "xbr", "ybr")
-    middle = (left + right) / 2, (top + bottom) / 2
-    return around_rotated(*middle, right - left, bottom - top, angle) if angle else box
+    return turned(_values(shape, "xtl", "ytl", "xbr", "ybr"), math.degrees(angle))
 
 
 def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
@@ -200,6 +200,7 @@ class CVATDetection(AnnotatedImages):
                      for name in (image.name, re.split(r"[/\\]", image.name)[-1])
                      for folder in (f"images/{image.subset}", "images", image.subset, "")]
             found = next(filter(None, map(index.by_name, tried)), None)
+            found = found or next(chain.from_iterable(map(index.by_stem, tried)), None)  # a frame
             if found is None:
                 missing.append(f"{tried[0]} ({image.where})")
             elif (other := users.setdefault(found, image)) is not image:

@@ -73,7 +73,10 @@ def recognise(root: str | Path) -> str | None:
         return "CVAT VOC" if cvat else f"VOC XML in {base.name}/"
     if split_folders(root, index):
         return "VOC XML, a folder a set"
-    for folder in index.subfolders(root):  # the image sets that it declares must not be passed over
+    holding = {file.parent for file in index.inside(root)}
+    inner = {each for folder in holding for each in (folder, *folder.parents)
+             if root in each.parents}
+    for folder in inner:  # the image sets that it declares must not be passed over
         if index.has_folder(folder / "ImageSets") or split_folders(folder, index):
             return None
     return "VOC XML beside images"
@@ -163,6 +166,8 @@ def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: fl
         yield from _under(path, folder, index)
     else:
         bases = annotation_folders(folder, index)
+        if not image_set.year:
+            bases += [each / "Annotations" for year, each in year_folders(root).items() if year]
         cvat = FileIndex(IMAGE_SUFFIXES) if os.path.isfile(folder / "labelmap.txt") else None
         for where, line in read_list(path):
             yield _find_line(line, where, folder, bases, index, cvat)
@@ -171,6 +176,8 @@ def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: fl
 def list_all(root: Path, index: FileIndex, faults: list[str],
              known: Collection[tuple[str | None, str]] = ()) -> list[Listed]:
     """Return the images of all image sets but the known ones; of the whole folder without sets.
+
+    To divide them, images outside the folders of sets count, too.
 
     faults: gets a sentence for each list that cannot be read; lists of other things are passed.
     """
@@ -182,8 +189,10 @@ def list_all(root: Path, index: FileIndex, faults: list[str],
             faults.append(str(error))
             continue
         found += listed if any(each.annotation for each in listed) else []
-    if not found and not {*known} & {*declared}:
-        found = list(_under(annotation_folders(root, index)[0], root, index))
+    divided = {name for _, name in known} <= {*SPLIT_SETS} and len(year_folders(root)) == 1
+    if (divided and list_files(root).keys() <= {*SPLIT_SETS}
+            or not found and not {*known} & {*declared}):
+        found += _under(annotation_folders(root, index)[0], root, index)
     first = {os.path.normpath(each.path): each for each in reversed(found)}
     return sorted(first.values(), key=lambda each: each.id)
 
@@ -256,10 +265,11 @@ def image_folders(folder: Path, parent: str) -> list[str]:
     """Return the folders where images may lie whose annotations lie in ``parent``, usual first."""
     parts = [part for part in os.path.relpath(parent, folder).split(os.sep) if part != "."]
     inner = [k for k, part in enumerate(parts) if part in ANNOTATION_FOLDERS]
-    start, end = (parts[: inner[-1]], parts[inner[-1] + 1 :]) if inner else ([], parts)
-    instead = [os.path.join(folder, *start, name, *end) for name in IMAGE_FOLDERS]
+    starts, end = [parts[:k] for k in inner[::-1]] or [[]], parts[inner[-1] + 1 if inner else 0 :]
+    instead = [os.path.join(folder, *start, name, *end)
+               for start in starts for name in IMAGE_FOLDERS]
     if inner:
-        return [*instead, parent, os.path.join(folder, *start, *end)]
+        return [*instead, parent, os.path.join(folder, *starts[0], *end)]
     return [parent, *instead, *(os.path.join(parent, name) for name in IMAGE_FOLDERS)]
 
 

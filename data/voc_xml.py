@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.annotation import Annotation
+from data.annotation import Annotation, around_rotated, turned
 from utils.errors import UserError
 from utils.files import decode, read_bytes
 
@@ -128,7 +128,9 @@ def _read_boxes(element: ElementTree.Element) -> list[list[float]]:
                   for each in child.iter()]
         boxes = [each for each in inside if each.tag == "bndbox"]
     if boxes:
-        return [_read_corners(box) for box in boxes]
+        turns = [finite(each.findtext("value"), "rotation") for each in element.iter("attribute")
+                 if each.findtext("name") == "rotation"]  # CVAT's, in degrees
+        return [turned(_read_corners(box), *turns[:1]) for box in boxes]
     shapes = [each for each in inside if each.tag in ("robndbox", "polygon", "points")]
     if not shapes:
         raise ValueError("no <bndbox>")
@@ -150,13 +152,6 @@ def _read_rotated(shape: ElementTree.Element) -> list[float]:
     if abs(values[-1]) > 2 * math.pi:
         raise ValueError(f"<angle> is {values[-1]:g}, expected radians")
     return around_rotated(*values)
-
-
-def around_rotated(cx: float, cy: float, w: float, h: float, angle: float) -> list[float]:
-    """Return x1, y1, x2, y2 of the box around one that is rotated by an angle in radians."""
-    sin, cos = abs(math.sin(angle)), abs(math.cos(angle))
-    x, y = (w * cos + h * sin) / 2, (w * sin + h * cos) / 2
-    return [cx - x, cy - y, cx + x, cy + y]
 
 
 def _enclose(shape: ElementTree.Element) -> list[float]:

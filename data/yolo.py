@@ -113,7 +113,7 @@ class YOLODetection(AnnotatedImages):
     def list_image_sets(root: str | Path) -> list[ImageSet]:
         folder = YOLOFolder(Path(os.path.expanduser(root)))
         names = dict.fromkeys([*(folder.sets or folder.declared()), *list_files(root)])
-        return [ImageSet(None, name) for name in names]
+        return [ImageSet(None, name) for name in names if name]
 
     def _find_size(self, index: int) -> tuple[int, int]:
         return self.annotations[index].size or (1, 1)  # of the image, or not read

@@ -68,8 +68,10 @@ class YOLOFolder:
         """Name for people; None if there are neither labels nor a data.yaml with image sets."""
         if self.source and self.sets:
             return f"YOLO ({self.source})"
-        if not self.images or (not self.source and any(self.root.glob("*/data.yaml"))):
-            return None  # that of a subfolder is to be read from there
+        elsewhere = not self.source and any(self.root.glob("*/data.yaml")) or (
+            not self.sets and any(self.root.glob("*/obj.data")))
+        if elsewhere or not self.images:
+            return None  # what a subfolder declares is to be read from there
         apart = any(IMAGE_FOLDERS.keys() & set(self._folders_of(each)) for each in self.images)
         return f"YOLO ({self.source or 'images and labels' + ' beside' * (not apart)})"
 
@@ -102,7 +104,7 @@ class YOLOFolder:
         for image in every:
             folder = image.parent
             if folder not in having and tries[folder] < 50 and (label := self.label_of(image)):
-                tries[folder] += 1
+                tries[folder] += label.stat().st_size > 0
                 if is_label(label):
                     having.add(folder)
                     apart |= label.parent != folder
@@ -127,16 +129,17 @@ class YOLOFolder:
         return [*map(os.sep.join, swapped), stem, os.path.join(self.root, "labels", inner)]
 
     def declared(self) -> dict[str, list[Path]]:
-        """Return the images of all declared image sets."""
+        """Return the images of all declared image sets; "": those in no folder of a set."""
         if self.sets:
             return {name: self.of_set(name, []) for name in self.sets}
         found: dict[str, list[Path]] = {}
         for image in self.images:
             folders = [each for each in self._folders_of(image) if each not in IMAGE_FOLDERS]
             folders = [each for each in folders if set_word(each) in SET_WORDS] or folders
-            if folders and folders[0] != "obj_train_data":  # Darknet's folder of all images
-                found.setdefault(folders[0], []).append(image)
-        return found
+            if folders[:1] == ["obj_train_data"]:  # Darknet's folder of all images
+                folders = []
+            found.setdefault(folders[0] if folders else "", []).append(image)
+        return found if found.keys() - {""} else {}
 
     def of_set(self, name: str, missing: list[str]) -> list[Path]:
         """Return the images of one of ``sets``, maybe some twice; add missing ones of a list.

@@ -88,6 +88,15 @@ def test_annotation_without_a_box_gets_the_one_around_its_outline(tmp_path, outl
     assert found.tolist() == [expected, expected]
 
 
+def test_cvats_rotated_box_becomes_the_one_around_it(tmp_path):
+    turned = {**BOX, "bbox": [30, 30, 40, 10], "attributes": {"occluded": False, "rotation": 90.0}}
+    found = read_annotations(write_val2017(tmp_path, [turned]) / FILE).boxes
+    np.testing.assert_allclose(found, [[45, 15, 10, 40]])
+    turned["attributes"] = {"rotation": "left"}
+    with pytest.raises(UserError, match=r"instances_val2017\.json.*degrees.*left"):
+        read_annotations(write_val2017(tmp_path, [turned]) / FILE)
+
+
 @pytest.mark.parametrize(("categories", "classes", "left_out"), [
     ([(0, "car", "none"), (1, "car", "car")], {"car": 1}, ["id 0"]),
     ([(1, "car", ""), (4, "car ", "")], {"car": 1}, ["id 4"]),

@@ -47,6 +47,8 @@ def edit(path, change):
     ({"annotations/train2017.json": "train2017"}, "COCO", "2017_train"),
     ({"photos/labels.json": "photos", "more/labels.json": "more/images"}, "COCO", "more, photos"),
     ({"a/train.json": "a", "b/train.json": "b"}, "COCO", "b_train, train"),
+    ({"annotations/mini_train.json": "images", "annotations/train.json": "images"}, "COCO",
+     "annotations_mini_train, train"),
     ({"labels.json": "."}, "COCO", "labels")])
 def test_layouts_of_tools_are_found_and_read(tmp_path, files, layout, sets):
     for id, (file, folder) in enumerate(files.items(), 1):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -23,6 +24,7 @@ from models.info import load_detector
 from tools import check, report, sheet, split
 from train_test import main
 from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
 
 UNDECLARED = [name for name, layout in LAYOUTS.items() if layout.sets is None]
 
@@ -108,6 +110,57 @@ def test_split_is_the_same_in_every_layout(name, share, pattern, tmp_path):
     assert tuple(set(names_of(part)) for part in parts) == wanted
     assert split.main(["--root", str(tmp_path), *given]) == 0
     assert tuple(set(names_of(part)) for part in open_sets(LAYOUTS[name], tmp_path)) == wanted
+
+
+def one_set_beside(name, root):
+    """Move the images of the west, and their annotations, to folders test/ where they lie."""
+    LAYOUTS[name].write(root)
+    for path in [*root.rglob("west_*")]:
+        (path.parent / "test").mkdir(exist_ok=True)
+        path.rename(path.parent / "test" / path.name)
+
+
+def frames_of_a_film(root):
+    """CVAT names the frames of a film without their suffix."""
+    LAYOUTS["cvat"].write(root)
+    text = (root / "annotations.xml").read_text()
+    (root / "annotations.xml").write_text(re.sub(r'\.(jpg|png)"', '"', text))
+
+
+def xmls_beside_masks(root):
+    """The layout of TensorFlow's detection tutorials and of Oxford-IIIT Pet."""
+    LAYOUTS["xml-folders"].write(root)
+    (root / "annotations").mkdir()
+    (root / "Annotations").rename(root / "annotations" / "xmls")
+
+
+@pytest.mark.parametrize("write", [frames_of_a_film, xmls_beside_masks, *(
+    partial(one_set_beside, name)
+    for name in ("labelimg", "xml-folders", "yolo-beside", "yolo-label-studio"))])
+def test_unusual_folders_are_divided_whole_and_read_alike(write, tmp_path):
+    write(tmp_path)
+    parts = open_sets(LAYOUTS["cvat"], tmp_path)
+    assert [*map(len, parts)] == [9, 3]
+    found = contents(parts[0]) | contents(parts[1])
+    assert found == {name: (*IMAGES[name][:2], sorted(IMAGES[name][2])) for name in ALL}
+
+
+@pytest.mark.parametrize(("name", "folder"), [
+    ("darknet", "data"), ("roboflow-voc", "archive/shapes"), ("yolo-roboflow", "archive/shapes")])
+def test_sets_that_a_subfolder_declares_are_not_passed_over(name, folder, tmp_path):
+    LAYOUTS[name].write(tmp_path / folder)
+    with pytest.raises(UserError) as error:
+        find_layout(tmp_path)
+    assert str(tmp_path / folder) in str(error.value) and "--root" in str(error.value)
+
+
+def test_lists_of_a_devkit_without_a_set_to_test_on_decide(tmp_path):
+    LAYOUTS["voc"].write(tmp_path / "VOC2021")
+    (tmp_path / "VOC2021/ImageSets/Main/test.txt").rename(
+        tmp_path / "VOC2021/ImageSets/Main/more.txt")
+    before = [*map(names_of, open_sets(LAYOUTS["voc"], tmp_path))]
+    assert split.main(["--root", str(tmp_path)]) == 0
+    assert [*map(names_of, open_sets(LAYOUTS["voc"], tmp_path))] == before and all(before)
 
 
 def test_check_counts_the_boxes_of_each_class(layout, root, tmp_path):

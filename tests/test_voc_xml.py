@@ -63,6 +63,9 @@ GOOD = f"<object><name>dog</name>{BOX}</object>"
     (f"<object><name>dog</name><region>{BOX}</region></object>", [[0, 0, 4, 4]]),
     ("<object><name>dog</name><robndbox><cx>21</cx><cy>11</cy><w>8</w><h>4</h><angle>"
      "1.5707963267948966</angle></robndbox></object>", [[18, 6, 22, 14]]),
+    ("<object><name>dog</name><attributes><attribute><name>rotation</name><value>90.0</value>"
+     "</attribute></attributes><bndbox><xmin>30</xmin><ymin>30</ymin><xmax>70</xmax><ymax>40</ymax>"
+     "</bndbox></object>", [[44, 14, 54, 54]]),
     ("<object><name>dog</name><polygon><x1>2</x1><y1>9</y1><x2>7</x2><y2>3</y2></polygon></object>",
      [[1, 2, 6, 8]]),
     ("<object><name>dog</name><polygon><username>x</username><pt><x>2</x><y>9</y></pt><pt><x>7</x>"

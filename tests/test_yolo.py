@@ -128,6 +128,16 @@ def test_nothing_is_lost_without_a_record(tmp_path):
         "split_train", "split_val"]  # fmt: skip
 
 
+def test_many_images_without_objects_may_come_first(tmp_path):
+    labels = {f"val/a{i}": "" for i in range(52)} | {"train/a": CAT}
+    for name, text in labels.items():
+        write(tmp_path / "d", {name: text}, yaml="")
+    for path in [*(tmp_path / "d/labels").glob("*/*.txt")]:  # beside the images
+        path.rename(tmp_path / "d/images" / path.parent.name / path.name)
+    (tmp_path / "d/classes.txt").write_text("cat")
+    assert len(read(tmp_path / "d", "val")) == 53 and len(read(tmp_path / "d")) == 1
+
+
 @pytest.mark.parametrize("labels, words", [
     ({"a": CAT, "b": CAT}, ["2 images in images/, 2 label", "no name in common", "a.txt", "v.png"]),
     ({"v": "", "w": ""}, ["2 label files in labels/, all empty", "v.txt"]),

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.annotation import check_ids
+from data.annotation import DATA_FOLDERS, check_ids
 from data.image import IMAGE_SUFFIXES
 from tools.outputs import Found, Writer, bbox, categories, inside, write, write_image
 from tools.sources import Source
@@ -91,12 +91,18 @@ def label_names(sources: Sequence[Source]) -> dict[str, str]:
 
     It is the image's name without suffix, as readers expect. Videos keep the suffix, and so do
     images that would else share a file (``a.jpg`` and ``a.png``, ``a.jpg.png`` and ``a.jpg``).
+    A folder whose name means something to readers, such as ``images``, gets a ``_`` behind it.
     """
     stems = [os.path.splitext(source.name)[0] for source in sources]
     keys = [stem.casefold() for stem in stems]  # some file systems ignore case
     times = Counter(keys + [source.name.casefold() for source in sources])
-    return {source.name: stem if source.kind == "image" and times[key] == 1 else source.name
+    return {source.name: _plain(stem if source.kind == "image" and times[key] == 1 else source.name)
             for source, stem, key in zip(sources, stems, keys, strict=True)}
+
+
+def _plain(name: str) -> str:
+    *folders, file = name.split("/")
+    return "/".join([*(each + "_" * (each.lower() in DATA_FOLDERS) for each in folders), file])
 
 
 def voc_xml(found: Found, image: str, classes: Sequence[str]) -> bytes:
