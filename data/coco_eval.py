@@ -23,6 +23,7 @@ from data.classes import parse_classes
 from data.coco_json import COCOAnnotations, extents, read_annotations, read_json
 from data.coco_results import COCO_FIELDS, COCOResults, check_submission
 from data.curves import SIZES, write_curves
+from data.detections import undetected
 from data.judge import Found, count
 from data.truth import Truth
 from utils.arguments import Parser
@@ -60,9 +61,10 @@ def evaluate_coco(results: str | Path | list[dict] | COCOResults,
         {"stats": the 12 numbers of `STATS`, "per_category": {name: AP at [.5:.95]}, "interval",
         "per_category_interval", "per_size": {"small", "medium", "large": AP},
         "per_category_per_size": {name: {size: AP}}, "at_50": {"mean", "interval", "per_class",
-        "per_class_interval"} of the AP at .50, "backend": name and version}. -1 means no ground
-        truth; no detections at all score 0. An interval is [low, high] of 95 % by `data.bootstrap`,
-        None where too few images have objects; {} and None without ``intervals``.
+        "per_class_interval"} of the AP at .50, "images": how many have a detection, and all,
+        "backend": name and version}. -1 means no ground truth; no detections at all score 0. An
+        interval is [low, high] of 95 % by `data.bootstrap`, None where too few images have
+        objects; {} and None without ``intervals``.
 
     Raises:
         UserError: a file that cannot be read or is malformed, results of an image or a category
@@ -91,6 +93,7 @@ def evaluate_coco(results: str | Path | list[dict] | COCOResults,
         write_curves(curves, truth.classes, ious, recall=np.array(evaluation.params.recThrs),
                      precision=precision, scores=scores)
     report = _report(truth, evaluation.stats, precision) | {"backend": version}
+    report["images"] = [len(np.unique(image)), len(truth.image_ids)]
     if intervals:
         found = Found(image - 1, extents(results.boxes), category, results.scores)
         _add_intervals(report, truth, Found(*(each[np.argsort(image, kind="stable")]
@@ -273,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
         where = f"IoU={iou:<9} | area={area:>6s} | maxDets={most:>3d}"
         interval = f" ({bootstrap.text(bounds)})" if bounds else ""
         print(f" {long:<18} ({metric}) @[ {where} ] = {value:0.4f}{interval}")
-    print(*notes(report), *_classes(report), sep="\n")
+    print(*notes(report), *_classes(report), *undetected(*report["images"]), sep="\n")
     return 0
 
 

@@ -13,6 +13,12 @@ LARGEST = 1e100
 """Largest coordinate of a box: areas and their sums stay finite."""
 
 
+def undetected(detected: int, images: int) -> list[str]:
+    """Return a line for people if some of the images that are scored have no detection."""
+    return [f"{images - detected} of {images} images have no detection; if the test left them out, "
+            "these scores are too low"] * (detected < images)
+
+
 def as_columns(detections: Sequence[dict], ids: Sequence,
                num_classes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Join the detections of all images, one dict an image: "boxes" [n, 4], "scores", "labels" [n].

@@ -17,12 +17,14 @@ from data import bootstrap
 from data.annotation import Annotation, join
 from data.classes import parse_classes
 from data.curves import SIZE_RANGES, SIZES, write_curves
+from data.detections import undetected
 from data.image_sets import ImageSet
 from data.skips import report_lines
+from data.split import SPLIT_SETS, VAL_SHARE
 from data.voc_comp4 import ClassDetections, read_comp4
 from data.voc_layout import list_image_sets
 from data.voc_read import load_annotations
-from utils.arguments import Parser
+from utils.arguments import Parser, number
 from utils.errors import UserError, command
 from utils.files import check_writable, write_json
 
@@ -245,6 +247,9 @@ def build_parser() -> Parser:
     parser.add_argument("--set", required=True, help="image set, such as test")
     parser.add_argument("--year", help="of a devkit; not needed if one year has the set")
     parser.add_argument("--classes", help="a,b,c or a file with one name a line")
+    parser.add_argument("--val_share", type=number, default=VAL_SHARE, metavar="X",
+                        help=f"of the test, for {' and '.join(SPLIT_SETS)} (%(default)s)")
+    parser.add_argument("--split_by", metavar="REGEX", help="of the test, likewise")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the AP values here")
     return parser
 
@@ -257,9 +262,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = Path(os.path.expanduser(args.root))
     year = args.year or _find_year(root, args.set)
     classes = parse_classes(args.classes) if args.classes is not None else None
-    _, truth = load_annotations(root, [(year, args.set)], classes)
+    _, truth = load_annotations(root, [(year, args.set)], classes, None, args.val_share,
+                                args.split_by)
     found, missing = read_comp4(args.detections, args.set, truth.classes, truth.ids)
     result = evaluate_voc(found, truth.annotations, truth.classes)
+    detected = len(np.unique(np.concatenate([each.images for each in found.values()])))
+    missing += undetected(detected, len(truth.ids))
     if args.json:
         write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
     skipped = report_lines(truth.skipped)

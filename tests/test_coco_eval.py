@@ -339,6 +339,8 @@ def test_command_line_scores_the_classes_asked_for(small, tmp_path, capsys):
     out = tmp_path / "new" / "out.json"
     assert main([str(path), str(small), "--classes", "dog,oar", "--json", str(out)]) == 0
     report = json.loads(out.read_text())
+    assert report["images"] == [1, 2]
+    assert "1 of 2 images have no detection" in capsys.readouterr().out
     assert report["per_category"] == {"dog": pytest.approx(51 / 101), "oar": -1}
     assert report == evaluate_coco(path, small, classes=("oar", "dog"))
     assert report["stats"] == evaluate_coco(path, small)["stats"]
@@ -389,7 +391,7 @@ def test_command_line_prints_pycocotools_table_and_writes_json(golden, tmp_path,
     for n, bounds in enumerate([report["interval"], report["at_50"]["interval"]]):
         table[n], shown = table[n].removesuffix(")").rsplit(" (", 1)
         assert shown == bootstrap.text(bounds) and shown
-    assert table[12:13] == notes(report) and len(table) == 14 + 80
+    assert table[12:13] == notes(report) and len(table) == 14 + 80 + 1
     name, of_50 = "category 1", report["at_50"]
     assert table[14].split() == " ".join([
         f"{name} {report['per_category'][name]:.4f}",

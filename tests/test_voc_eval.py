@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from coco_files import perfect
+from layouts import LAYOUTS
 
 from data import bootstrap
 from data.annotation import Annotation
@@ -372,6 +374,19 @@ def test_command_line_gives_the_numbers_of_evaluate_without_images(scored, tmp_p
     for line, size in zip(sizes, LIMITS, strict=True):
         values = [f"{result[metric]['per_size'][size]:.4f}" for metric in METRICS]
         assert line.split() == ["mean,", size, *values]
+
+
+def test_command_line_divides_the_images_as_the_test_did(tmp_path, capsys):
+    LAYOUTS["labelimg"].write(tmp_path / "data")
+    data = VOCDetection(tmp_path / "data", [(None, "split_val")], val_share=0.1)
+    data.evaluate(perfect(data), tmp_path / "out")
+    words = [str(tmp_path / "out"), "--root", str(data.root), "--set", "split_val"]
+    assert main([*words, "--val_share", "0.1", "--json", str(tmp_path / "ap.json")]) == 0
+    written = json.loads((tmp_path / "ap.json").read_text())
+    assert written["area"] == {"cell": 0, "red box": 1, "zebra": 1}  # without a cell
+    assert "no detection;" not in capsys.readouterr().out
+    assert main(words) == 0
+    assert "1 of 3 images have no detection" in capsys.readouterr().out
 
 
 def text_of(scores, name):
