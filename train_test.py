@@ -24,6 +24,7 @@ from engine.trainer import Trainer
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import build_net, prior_config
 from utils.checkpoint import load_weights
+from utils.files import check_writable
 
 
 def train(call: Call, given: Mapping[str, object], world: World) -> None:
@@ -75,6 +76,7 @@ def build_trainer(run: Run, call: Call, world: World) -> Trainer:
 def test(call: Call, given: Mapping[str, object], world: World) -> None:
     """Evaluate a checkpoint or an exported file, or score its kept detections again."""
     job = world.in_turn(lambda: open_test(call, given, world))
+    world.decide(lambda: check_writable(job.folder / "results.json"))
     job.log_data()
     if call.retest:
         found = None

@@ -169,7 +169,7 @@ def check_training(call: Call, given: Mapping[str, object]) -> None:
                         f"{version} is {files or 'none'}, and weights/README.md says where to get "
                         "files")
     suits = RECIPES[given.get("recipe", Options.recipe)].get("optimizer", Options.optimizer)
-    if not call.resume and given.get("optimizer", suits) != suits:
+    if call.resume in (None, "auto") and given.get("optimizer", suits) != suits:
         if not {"lr", "weight_decay"} <= given.keys():
             raise UserError(f"--optimizer {given['optimizer']} does not suit the learning rate and "
                             "the weight decay of the recipe; give --lr and --weight_decay, too")

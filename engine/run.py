@@ -187,7 +187,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     if call.resume_net:
         start = load_checkpoint(call.resume_net)
         info = _starting_info(start, call, given)
-        stored["priors"] = info.priors
+        stored |= {"version": info.version, "size": info.size, "priors": info.priors}
     options = dataclasses.replace(resolve(given, stored), ngpu=world.size)
     if options.overfit:
         options = dataclasses.replace(options, test_sets=options.train_sets)
@@ -345,7 +345,9 @@ def _refuse_older(path: Path, step: int) -> None:
     last = path.with_name("last.pth")
     if path.name == last.name or not last.is_file():
         return
-    newest = load_checkpoint(last, mmap=True).get("step", 0)
+    newest = 0
+    with suppress(UserError):  # of a damaged file, which nobody asked for
+        newest = load_checkpoint(last, mmap=True).get("step", 0)
     if isinstance(newest, int) and newest > step:
         raise UserError(f"{path} is at step {step}, but {last} at {newest} already; give that, or "
                         "a new --date to continue beside it")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from data import DetectionData
+from data import DetectionData, list_sets
 from data.classes import parse_classes
 from data.detections import load_detections
 from data.image_sets import one_folder, sets_name
@@ -178,8 +178,10 @@ def _stored(saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, 
         leave.add("test_sets")
     root = given.get("root")
     if root is not None and absolute(root) != stored.get("root"):
-        # Image sets of another root, and how it is divided, mean nothing here.
-        leave |= {"test_sets", "val_share", "split_by"}
+        # Moved data are divided as before; a root without the image sets is another data set.
+        there = {tuple(each) for each in list_sets(given["dataset"], absolute(root))}
+        if not there.issuperset(map(tuple, stored.get("test_sets", ()))):
+            leave.add("test_sets")
     if mapped or "classes" in given:
         leave.add("classes")
     return {k: v for k, v in stored.items() if k not in leave} | {"priors": info.priors}
@@ -193,7 +195,7 @@ def test_folder(call: Call, given: Mapping[str, object], options: Options, path:
     if call.date:
         run = folder / call.date
     elif not in_a_run or ("save_folder" in given and run.parent != folder.absolute()):
-        run = folder / one_folder(path.stem)
+        run = folder / one_folder(run.name if in_a_run else path.stem)
     # An exported file keeps its suffix: it lies beside the checkpoint that it is made of.
     name = path.name if path.suffix in EXPORTED_SUFFIXES else path.stem
     return run / "ss_predict" / one_folder(name) / sets_name(options.test_sets)

@@ -145,6 +145,8 @@ class Trainer:
                 self._train(end)
             except BaseException as error:
                 self._save_on(error)
+                if self.stop.asked and self.consistent and self.world.size == 1:
+                    raise Interrupted from error  # the signal may have ended a loading process, too
                 raise
             finally:
                 self.trackers.close()
@@ -183,7 +185,7 @@ class Trainer:
             if self.state.best.get("step") == self.state.step:
                 names.append("best.pth")
             self.log.add({"step": self.state.step, **record})
-        self._save(*names, "last.pth")
+        self._save("last.pth", *names)
         LOGGER.info("done: %d steps", self.state.step)
         self.folder.summarise()
         if self.state.best:
@@ -300,9 +302,12 @@ class Trainer:
         epoch = self.state.step // self.steps_per_epoch
         record = self._record(epoch)
         names = []
-        if self.evaluate and epoch % self.options.test_frequency == 0:
-            # An evaluation takes long and may be interrupted: save before it, too.
+        tested = self.evaluate and epoch % self.options.test_frequency == 0
+        if tested or not self.state.history:
+            # An evaluation takes long and may be interrupted: save before it, too. A run is resumed
+            # from last.pth, so that the first one comes before all other files.
             self._save("last.pth")
+        if tested:
             record |= self._evaluate(f"epoch_{epoch}")
             if self.state.best.get("step") == self.state.step:
                 names.append("best.pth")

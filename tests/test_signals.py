@@ -4,7 +4,9 @@ import os
 import signal
 
 import pytest
+import torch
 
+from utils.checkpoint import load_checkpoint
 from utils.signals import ENDING, Interrupted, StopSignal, heeded
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="sends signals")
@@ -25,6 +27,17 @@ def test_the_first_signal_is_answered_and_the_second_does_what_it_did(number, ca
         signal.raise_signal(number)
     signal.signal(number, before)
     assert seen == [number]
+
+
+def test_a_signal_while_a_file_is_read_does_not_make_it_damaged(tmp_path, monkeypatch):
+    torch.save({"model": {}}, path := tmp_path / "last.pth")
+
+    def interrupted(*_, **__):
+        raise Interrupted
+
+    monkeypatch.setattr(torch, "load", interrupted)
+    with pytest.raises(Interrupted):
+        load_checkpoint(path)
 
 
 def test_a_signal_that_nohup_ignores_stays_ignored():

@@ -8,6 +8,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from layouts import ALL, LAYOUTS
+from test_layouts import slow_split
 
 import engine.evaluate
 import engine.resolve
@@ -222,6 +224,31 @@ def test_results_lie_in_the_run_of_their_checkpoint_wherever_that_is(call, train
     shutil.copytree(trained.parent, moved)
     assert main(["--test", str(moved / trained.name), "--num_workers", "0"]) == 0
     assert (moved / "ss_predict" / trained.stem / "test" / "results.json").is_file()
+    for run in (trained.parent, moved):
+        assert call("--test", run / trained.name, "--save_folder", tmp_path / "out") == 0
+    found = {path.parts[-5] for path in (tmp_path / "out/tiny_300").rglob("results.json")}
+    assert found == {trained.parent.name, "run"}
+
+
+def test_moved_data_are_divided_and_tested_as_before(call, tmp_path):
+    LAYOUTS["labelimg"].write(tmp_path / "data")
+    rule = ("--val_share", 0.4, "--split_by", "[a-z]+")
+    assert call("--max_iters", 1, "--date", "a", *rule, root=tmp_path / "data") == 0
+    path, counts = call.folder / "a" / "last.pth", []
+    for name in ("data", "moved"):
+        if name == "moved":
+            (tmp_path / "data").rename(tmp_path / "moved")
+        assert call("--test", path, "--root", tmp_path / name) == 0
+        results = json.loads((path.parent / "ss_predict/last/split_val/results.json").read_text())
+        counts.append(results["images"])
+    assert counts == [len(slow_split(ALL, 0.4, "[a-z]+")[1])] * 2
+
+
+def test_a_test_that_cannot_be_kept_detects_nothing(call, trained, monkeypatch, capsys):
+    (trained.parent / "ss_predict").write_text("in the way")
+    monkeypatch.setattr(train_test, "detect_set", None)
+    assert call("--test", trained) == 2
+    assert "ss_predict" in capsys.readouterr().err
 
 
 def test_coco_trains_and_is_scored(call, coco_folder, monkeypatch, capsys):

@@ -17,6 +17,7 @@ from program import assert_same_run
 from tiny import TINY
 
 import engine.evaluate
+import engine.folder
 import engine.run
 import models
 from data import DATASETS, transforms
@@ -29,6 +30,7 @@ from inference.predictor import Predictor
 from models import build_net
 from train_test import main
 from utils.checkpoint import load_checkpoint
+from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -164,7 +166,7 @@ def test_devkit_trains_on_both_years_and_is_scored_by_the_11_point_metric(call, 
     assert len(load_checkpoint(call.folder / "a" / "last.pth")["classes"]) == 20
 
 
-def test_weights_of_a_whole_detector_start_a_new_run(call):
+def test_weights_of_a_whole_detector_start_a_new_run(call, capsys):
     assert call("-max", 1, "--date", "a", "--test_frequency", 0) == 0
     path = call.folder / "a" / "Final_tiny_VOC.pth"
     options = ("--resume_net", path, "--resume_epoch", 2, "-max", 3, "--date", "b", "--lr", 0)
@@ -176,6 +178,9 @@ def test_weights_of_a_whole_detector_start_a_new_run(call):
     for key, tensor in weights(path).items():
         if "running" not in key and "num_batches" not in key:
             assert torch.equal(tensor, new["model"][key])
+    assert call("--resume_net", path, "-v", "SSD_HarDNet68", "--date", "c") == 2
+    assert "SSD_HarDNet68 contradicts the checkpoint, which is made for tiny" in (
+        capsys.readouterr().err)
 
 
 def test_base_weights_are_counted_in_the_log(call, tmp_path, capsys):
@@ -328,6 +333,32 @@ def test_older_checkpoint_goes_on_beside_its_run_not_over_it(call, capsys):
     assert "at step 3" in capsys.readouterr().err
     assert call("--resume", older, "--date", "b") == 0
     assert_same_run(call.folder / "a", call.folder / "b")
+    (call.folder / "a" / "last.pth").write_bytes(b"cut")
+    assert call("--resume", older) == 0
+    assert_same_run(call.folder / "b", call.folder / "a")
+
+
+def test_the_first_checkpoint_of_a_run_is_one_to_resume(call, monkeypatch):
+    written = []
+
+    def killed(path, *_):
+        written.append(path.name)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine.folder, "save_checkpoint", killed)
+    for more in (("--save_frequency", 1), ("--max_iters", 1)):
+        assert call("-max", 2, "--test_frequency", 0, *more) == 130
+    assert {*written} == {"last.pth"}
+
+
+def test_a_loading_process_that_the_signal_ended_too_is_no_error(call, monkeypatch):
+    def ended(trainer, _):
+        trainer.stop.asked_at = 0.0
+        raise UserError("a loading process died")
+
+    monkeypatch.setattr(Trainer, "_train", ended)
+    assert call("--date", "a") == 130
+    assert (call.folder / "a" / "last.pth").is_file()
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(call, monkeypatch):
@@ -404,6 +435,7 @@ def test_a_checkpoint_from_elsewhere_does_not_say_where_to_write(trained, tmp_pa
     (["--device", "cuda:99"], ["cuda:99", "--device cpu"]), (["--ngpu", "3"], ["--ngpu 3"]),
     (["--save_folder", "/dev/null/x"], ["/dev/null"]), (["--resume", "gone.pth"], ["gone.pth"]),
     (["--lr", "1", "--test_sets", ","], ["image set"]),
+    (["--optimizer", "adamw", "--resume", "auto"], ["--optimizer adamw", "--lr"]),
 ])
 def test_a_users_mistake_is_one_sentence_status_2_and_leaves_no_run(call, options, words, capsys):
     assert call("--max_iters", 1, *options) == 2

@@ -16,8 +16,8 @@ ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasatt
 ALONE_SECONDS, SAME_SIGNAL_SECONDS = 0.3, 3
 
 
-class Interrupted(Exception):
-    """Raised when a loop stops because of a signal."""
+class Interrupted(BaseException):
+    """Raised when a loop stops because of a signal. Not an error that a reader may catch."""
 
 
 class TimeUp(Interrupted):
