@@ -38,13 +38,15 @@ def _builder(name: str, version: str, size: int) -> _Callable[..., torch.nn.Modu
               classes: _Sequence[str] | None = None) -> torch.nn.Module:
         weights = _published(name, version, size) if pretrained is True else pretrained
         if not weights:
-            return _build_net(version, size, 81 if num_classes is None else num_classes)
-        net, info = _load_detector(weights, classes)
-        if (info.version, info.size) != (version, size):
-            raise _UserError(f"{weights} is {info.version} at {info.size}, not {version} at {size}")
+            net = _build_net(version, size, 1 + len(classes) if classes else num_classes or 81)
+        else:
+            net, info = _load_detector(weights, classes)
+            if (info.version, info.size) != (version, size):
+                raise _UserError(f"{weights} is {info.version} at {info.size}, not {version} at "
+                                 f"{size}")
         if num_classes not in (None, net.num_classes):
-            raise _UserError(f"{weights} has {net.num_classes} classes with background, not "
-                             f"{num_classes}")
+            raise _UserError(f"{weights or name} has {net.num_classes} classes with background, "
+                             f"not {num_classes}")
         return net
 
     build.__name__ = build.__qualname__ = name

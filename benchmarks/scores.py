@@ -7,8 +7,8 @@ All data are made up. `coco` claims: for 5,000 images with 100 detections each, 
 20 times faster than pycocotools, and every digit is equal. Some objects are crowds. --commands also
 times `python -m data.coco_eval` on files; all backends must print the same.
 
-`voc` claims: 4,952 images and 20 classes, as in VOC2007 test, take less than two seconds from comp4
-files, with annotations in memory, to the AP of all objects and of three sizes.
+`voc` claims: 4,952 images and 20 classes, as in VOC2007 test, take less than four seconds from
+comp4 files, with annotations in memory, to the AP of all objects and of three sizes.
 """
 
 import argparse

@@ -151,8 +151,8 @@ def check(args: argparse.Namespace, device: torch.device) -> None:
     if args.exported and not args.checkpoint:
         raise UserError("--exported goes with the --checkpoint that it was made of")
     for version in args.version or ():
-        if args.size not in (None, *BACKBONES[version].sizes):
-            raise UserError(f"{version} does not exist at --size {args.size}; leave it out")
+        if (size := args.size or 512) not in BACKBONES[version].sizes:
+            raise UserError(f"{version} does not exist at --size {size}; give another --size")
     for amp in args.amp:
         choose_device(args.device, amp)
     gpu = {*args.routes, *args.amp} & {"graph", "gather", "gather_graph", "tf32"}

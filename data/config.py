@@ -73,9 +73,10 @@ class PriorConfig:
         """Return the preset with another second square box in a source map but the last.
 
         Raises:
-            ValueError: the side is not positive, or the source map is the last.
+            ValueError: the side is not positive, or a million pixels or more, or the source map is
+                the last.
         """
-        if not 0 < side < inf or k >= len(self.min_sizes) - 1:
+        if not 0 < side < 1e6 or k >= len(self.min_sizes) - 1:
             raise ValueError(f"source map {k + 1} takes no second square box of {side:g} pixels")
         largest = list(self.max_sizes)
         largest[k] = side**2 / self.min_sizes[k]

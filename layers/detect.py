@@ -126,9 +126,10 @@ class Detect(nn.Module):
             over &= scores[:, :1] < BACKGROUND_SURE
         row, label = over.nonzero(as_tuple=True)
         scale = torch.tensor(sizes, dtype=torch.float32, device=loc.device).reshape(-1, 2)
-        boxes = decode(loc[image, prior].float(), priors[prior].float(), self.variance)
+        offsets = loc[image, prior].float()
+        boxes = decode(offsets, priors[prior].float(), self.variance)
         boxes = (boxes * scale.repeat(1, 2)[image])[row]
-        if not boxes.isfinite().all():
+        if not (boxes.isfinite() & offsets[row].isfinite()).all():  # decode limits the sides
             raise FloatingPointError("loc contains NaN or infinity")
         image, label = image[row], label + 1
         found, score = self.suppress(boxes, scores[row, label], image, label, conf.shape[2])

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from models import BACKBONES, Backbone
-from utils.checkpoint import list_keys, load_checkpoint
+from utils.checkpoint import list_keys, load_checkpoint, load_weights
 from utils.errors import UserError
 from utils.logger import LOGGER
 
@@ -98,8 +98,8 @@ def load_base(base: nn.Module, path: str | Path, version: str) -> BaseMatch:
             ``base.`` and ``module.``; a whole detector on this base; or a classifier.
         version: the detector of ``BACKBONES`` that ``base`` is part of.
 
-    Raises UserError: as ``load_checkpoint``, or tensors are missing or of another shape. The
-    message lists them, and nothing is loaded.
+    Raises UserError: as ``load_checkpoint`` and ``load_weights``, or tensors are missing or of
+    another shape. The message lists them.
     """
     match = match_base(base.state_dict(), load_checkpoint(path)["model"], BACKBONES[version])
     if not match.fits:
@@ -107,7 +107,7 @@ def load_base(base: nn.Module, path: str | Path, version: str) -> BaseMatch:
         keys = {"of another shape": match.wrong, "missing": match.missing, "unused": match.unused}
         lists = [list_keys(names, what) for what, names in keys.items() if names]
         raise UserError(f"{path}: {'; '.join([loaded, *lists])}")
-    base.load_state_dict(match.tensors, strict=False)
+    load_weights(base, base.state_dict() | match.tensors, path)
     for what, names in (("not used", match.unused), ("of the base network new", match.missing)):
         if names:
             LOGGER.info("%s: %s", path, list_keys(names, what))

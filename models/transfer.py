@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import UserError
+from utils.files import read_text
 
 VOC_TO_COCO = {"aeroplane": "airplane", "motorbike": "motorcycle", "tvmonitor": "tv",
                "sofa": "couch", "diningtable": "dining table", "pottedplant": "potted plant"}
@@ -27,8 +28,8 @@ def parse_class_map(text: str) -> dict[str, str]:
     # A path may have an equals sign, too: runs/lr=1/map.txt.
     if "=" not in text or os.path.isfile(text):
         try:
-            entries = Path(text).read_text("utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            entries = read_text(text, "class map").splitlines()
+        except UserError as error:
             raise UserError(f"the class map {text} is neither own=other,... nor a file that can be "
                             f"read ({error})") from error
     names: dict[str, str] = {}
@@ -104,12 +105,13 @@ def transfer_classes(state: Mapping[str, Tensor], from_names: Sequence[str],
     for key, tensor in state.items():
         if not _HEAD.fullmatch(key):
             continue
-        boxes, rest = divmod(tensor.shape[0], len(from_names) + 1)
+        rows_of_it = tensor.shape[0] if tensor.dim() else 0
+        boxes, rest = divmod(rows_of_it, len(from_names) + 1)
         if rest or not boxes:
-            raise UserError(f"{key} has {tensor.shape[0]} rows, which are not those of "
+            raise UserError(f"{key} has {rows_of_it} rows, which are not those of "
                             f"{len(from_names)} classes and background for a number of prior boxes")
         gathered = tensor.unflatten(0, (boxes, -1))[:, index]
-        fresh = torch.zeros_like(gathered)
+        fresh = torch.zeros(gathered.shape)  # whole numbers are refused later
         if key.endswith(("norm.weight", "running_var")):
             fresh.fill_(1)
         elif key.endswith("weight"):

@@ -58,6 +58,7 @@ def test_new_weights_and_those_of_a_file(file):
     new = load("ssd300_hardnet39ds", num_classes=4)
     assert new.num_classes == 4 and new.training
     assert load("ssd300_hardnet39ds").num_classes == 81
+    assert load("ssd300_hardnet39ds", classes=["a", "b"]).num_classes == 3
     net = load("ssd300_hardnet39ds", pretrained=str(file))
     assert not net.training
     saved = load_checkpoint(file)["model"]

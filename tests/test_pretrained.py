@@ -185,6 +185,16 @@ def test_base_weights_that_do_not_all_fit_are_listed_and_nothing_is_loaded(tmp_p
     assert all(torch.equal(tensor, before[key]) for key, tensor in net.state_dict().items())
 
 
+@pytest.mark.parametrize("broken", [torch.tensor(torch.nan), torch.tensor(3)])
+def test_base_weights_that_are_no_finite_numbers_are_refused_by_name(tmp_path, broken):
+    net = HarDNetBase(HARDNET_SPECS["39ds"])
+    state = full_of(0, net.state_dict())
+    state["1.norm.running_mean"] = broken.expand(state["1.norm.running_mean"].shape).clone()
+    torch.save(state, tmp_path / "b.pth")
+    with pytest.raises(UserError, match=r"b\.pth.*1\.norm\.running_mean"):
+        load_base(net, tmp_path / "b.pth", "SSD_HarDNet39ds")
+
+
 def test_a_whole_detector_gives_its_base_and_the_log_names_the_rest(tmp_path, caplog):
     net = HarDNetBase(HARDNET_SPECS["39ds"])
     heads = {f"extras.{i}.weight": torch.zeros(1) for i in range(25)}

@@ -120,6 +120,10 @@ def test_a_detector_must_know_the_classes_that_it_is_tested_on():
 def test_a_head_of_another_number_of_classes_is_refused():
     with pytest.raises(UserError, match=r"conf\.0\.weight has 24 rows, .* 4 classes"):
         transfer_classes(detector(3), "abcd", "ab")
+    with pytest.raises(UserError, match=r"conf\.0\.bias has 0 rows"):
+        transfer_classes({"conf.0.bias": torch.tensor(1.0)}, "abc", "ab")
+    whole = {key: tensor.int() for key, tensor in detector(3).items()}
+    assert not transfer_classes(whole, "abc", "xy")[0]["base.0.weight"].is_floating_point()
 
 
 def test_class_maps_are_read_from_the_option_or_a_file(tmp_path):
@@ -127,6 +131,9 @@ def test_class_maps_are_read_from_the_option_or_a_file(tmp_path):
     assert parse_class_map("lorry=truck, TV set = tv") == wanted
     (tmp_path / "map.txt").write_text("lorry=truck\n\nTV set=tv\n", "utf-8")
     assert parse_class_map(str(tmp_path / "map.txt")) == wanted
+    for encoding in ("utf-8-sig", "utf-16"):  # as Windows writes
+        (tmp_path / "windows.txt").write_text("lorry=truck\nTV set=tv", encoding)
+        assert parse_class_map(str(tmp_path / "windows.txt")) == wanted
     (tmp_path / "lr=1").mkdir()
     (tmp_path / "map.txt").rename(tmp_path / "lr=1" / "map.txt")
     assert parse_class_map(str(tmp_path / "lr=1" / "map.txt")) == wanted

@@ -31,6 +31,8 @@ TORCHVISION_MOST = 20_000
 _WORTH_THREADS = 2000
 """The fewest boxes of a call that are worth waking threads for."""
 
+_FIRST_PROCESS = os.getpid()  # OpenMP's threads do not survive a fork: a child would wait for them
+
 
 # ---------------------------------------------------------------- the choice
 
@@ -163,15 +165,7 @@ def cython(boxes: Tensor, scores: Tensor, groups: Groups, rule: Rule) -> tuple[T
 def _threads(boxes: int, groups: int) -> int:
     if boxes < _WORTH_THREADS:
         return 1
-    # OpenMP's threads do not survive a fork: the child process would wait for them forever.
-    forked = _first_process() != os.getpid()
-    return 1 if forked else min(torch.get_num_threads(), groups)
-
-
-@functools.cache
-def _first_process() -> int:
-    """Return the process that used threads first; a forked process inherits the answer."""
-    return os.getpid()
+    return 1 if os.getpid() != _FIRST_PROCESS else min(torch.get_num_threads(), groups)
 
 
 def cuda(boxes: Tensor, scores: Tensor, groups: Groups, rule: Rule) -> tuple[Tensor, Tensor]:
