@@ -86,7 +86,7 @@ def find_images(root: str | None, sets: str | None, limit: int, trained_on: Trai
     if folder is None or not folder.is_dir():
         if root is None:
             return None
-        raise UserError(f"{folder} does not exist; give a folder of images or a data set")
+        raise UserError(f"{folder} is no folder; give a folder of images or a data set")
     name, existing = detector.dataset, data.list_sets(detector.dataset, folder)
     if not existing:
         if not data.layouts(folder):
@@ -113,7 +113,7 @@ def find_images(root: str | None, sets: str | None, limit: int, trained_on: Trai
 
 
 def _in_folder(folder: Path, sets: str | None, limit: int, dataset: str, training: bool) -> Images:
-    files = sorted(file for file in folder.iterdir()
+    files = sorted(file for file in folder.rglob("*")
                    if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
     if not files:
         raise UserError(f"{folder} holds neither images nor a data set in {dataset} layout; give"

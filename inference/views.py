@@ -15,6 +15,8 @@ from utils.errors import UserError
 
 EDGE = 0.02
 """A box is cut off if it ends within this share of a tile's side from an edge of the tile."""
+LEAST_SIDE = 32
+"""Smallest side of a tile in pixels; a smaller number was meant as the number of tiles."""
 COVERED = 0.5
 """A box that is cut off yields to a whole box of its class that covers this share of it."""
 
@@ -63,9 +65,10 @@ class Views:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        if self.tiles < 0 or not 0 <= self.overlap < 1:
-            raise UserError(f"tiles of {self.tiles} px that overlap by {self.overlap:g} cover "
-                            "nothing; give a side of 0 or more, and an overlap from 0 to under 1")
+        if self.tiles < 0 or 0 < self.tiles < LEAST_SIDE or not 0 <= self.overlap < 1:
+            raise UserError(f"tiles of {self.tiles} px a side that overlap by {self.overlap:g}; "
+                            f"give a side of 0 (no tiles) or from {LEAST_SIDE} px, and an overlap "
+                            "from 0 to under 1")
 
     def of(self, image: np.ndarray) -> list[View]:
         """Return the views of an image, the whole image first."""

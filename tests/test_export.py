@@ -298,7 +298,7 @@ def test_images_are_those_of_the_checkpoint_unless_others_are_named(data):
     for root, sets, problem in (
         (plain, "test", f"{plain} is a plain folder of images; leave --sets test out"),
         (data / "ImageSets", None, "ImageSets holds neither images nor a data set in VOC"),
-        (data / "no", None, "no does not exist; give a folder"),
+        (data / "no", None, "no is no folder; give a folder"),
     ):
         with pytest.raises(UserError, match=problem):
             find_images(str(root), sets, 0, trained_on, detector)

@@ -500,6 +500,48 @@ def test_results_of_this_call_and_drawings_of_an_earlier_one_are_left_out(caplog
     Path("photos/first/images.json").touch()
     assert names(["photos"]) == ["a.png", "mine/drawn/b.png"]
     assert os.path.join("photos", "first", "drawn") in caplog.text
+    for copy in ("photos/second/drawn/a.png", "photos/second/yolo/images/a.png"):
+        image_file(copy)
+    kept = ["a.png", "mine/drawn/b.png"]
+    assert names(["photos"]) == names(["photos/**/*.png"]) == kept
+    assert names(["photos/second/drawn/*.png"]) == ["a.png"]
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or not os.getuid(), reason="root may read all")
+def test_a_folder_that_cannot_be_read_is_told(caplog):
+    image_file("photos/a.png")
+    image_file("photos/private/b.png")
+    os.chmod("photos/private", 0)
+    assert names(["photos"]) == ["a.png"] and "private" in caplog.text
+    os.chmod("photos/private", 0o700)
+
+
+@pytest.mark.parametrize("kind, layout", [("voc", "VOC"), ("yolo", "YOLO")])
+@pytest.mark.parametrize("folder", ["train/images", "JPEGImages", "labels", "Annotations/x"])
+def test_written_data_are_read_whatever_the_folders_of_the_images_are_called(
+        folder, kind, layout, weights):
+    for name in "abcde":
+        image_file(f"photos/{folder}/{name}.png")
+    image_file("photos/other/f.png")
+    assert call(weights, "photos", "--no-draw", "--save", kind, "--score_threshold", 0.2) == 0
+    root = OUT / kind
+    assert data.find_layout(root)[0] == layout
+    sets = data.default_sets(layout, root)
+    found = [data.build_dataset(layout, root, each) for each in sets]
+    assert sum(map(len, found)) == 6
+    assert all(len(each.target(i)) for each in found for i in range(len(each)))
+
+
+def test_a_file_that_cannot_be_written_does_not_cost_the_others(weights, monkeypatch, capsys):
+    image_file("a.png")
+
+    def full(_):
+        raise UserError("detections.json: cannot be written (No space left on device)")
+
+    monkeypatch.setattr(outputs.JsonFiles, "close", full)
+    assert call(weights, "a.png", "--no-draw", "--save", "json", "csv", "coco") == 2
+    assert "No space" in capsys.readouterr().err
+    assert {"detections.csv", "coco/annotations/instances_default.json"} <= files(OUT)
 
 
 @pytest.mark.parametrize("given, labels, ids", [
@@ -604,6 +646,7 @@ def test_a_source_and_a_result_must_be_given(words, message, capsys):
     (["none.pth", "a.png"], "none.pth"),
     (["best.pth", "a.png", "--live"], "--live shows cameras and videos; leave it out"),
     (["best.pth", "a.png", "--explain", "--tiles", "50"], "leave tiles and flip out"),
+    (["best.pth", "a.png", "--tiles", "2"], "tiles of 2 px a side"),
     (["best.pth", "a.png", "--out", "notes.txt"], "notes.txt"),
     (["best.pth", "a.png", "--out", "o"], "images.json: cannot be written"),
     (["best.pth", "3", "--out", "p"], "camera_3 cannot be opened; is it connected")])

@@ -14,6 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -86,9 +87,10 @@ class Output:
             with self._in_order, self._pool:
                 if kind is None:
                     self._finish()
-        finally:  # what was done is kept
-            for writer in self.writers:
-                self._try(writer, writer.close)
+        finally:  # what was done is kept, also if one writer fails
+            with ExitStack() as stack:
+                for writer in reversed(self.writers):
+                    stack.callback(self._try, writer, writer.close)
 
     def add(self, found: Found) -> None:
         """Have the detections of a frame written. Wait if too many files are pending.

@@ -30,7 +30,8 @@ VIDEOS = frozenset(
 WEIGHTS = (".pth", ".safetensors", ".onnx", ".xml")
 """Suffixes of networks."""
 RESULTS = {"detections.json", "detections.csv", "images.json"}
-"""Files of an earlier call beside its folder ``drawn``."""
+COPIES = {"drawn", "voc", "yolo", "coco"}
+"""What a call writes into a folder of results: files, and folders with copies of the images."""
 LOG_EVERY = 1000  # images per log line where the output is not a terminal
 T = TypeVar("T")
 
@@ -113,20 +114,31 @@ def _files(word: str, out: Path) -> Iterable[str]:
         raise UserError(f"{word} is a pipe or a device; give images, folders, videos or camera")
     if not glob.has_magic(word):
         raise UserError(f"{word} does not exist; give images, folders, videos or camera")
-    return sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))
+    found = sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))
+    below = "**" in word  # else the folders are named
+    return [file for file in found
+            if not (below and any(map(_of_results, map(str, Path(file).parents))))]
 
 
 def _inside(folder: str, out: Path) -> Iterator[str]:
-    results = real_path(out)
-    for place, folders, names in os.walk(folder):
+    results, told = real_path(out), partial(LOGGER.warning, "left out: %s")
+    for place, folders, names in os.walk(folder, onerror=told):
         folders[:] = sorted(
             name for name in folders
             if not name.startswith(".") and real_path(os.path.join(place, name)) != results
         )
-        if "drawn" in folders and RESULTS & set(names):
-            LOGGER.warning("%s is left out: an earlier call has drawn it", Path(place, "drawn"))
-            folders.remove("drawn")
+        for written in [name for name in folders if _of_results(os.path.join(place, name))]:
+            LOGGER.warning("%s is left out: an earlier call has written it", Path(place, written))
+            folders.remove(written)
         yield from (os.path.join(place, n) for n in sorted(names) if not n.startswith("."))
+
+
+def _of_results(folder: str) -> bool:
+    """Return whether a folder holds images that an earlier call has written."""
+    above, name = os.path.split(folder)
+    others = {"drawn"} if name != "drawn" else COPIES - {"drawn"}
+    return name in COPIES and any(os.path.exists(os.path.join(above, each))
+                                  for each in RESULTS | others)
 
 
 def _kind(path: str) -> str | None:

@@ -124,7 +124,10 @@ def show_omissions(folder: Folder, tests: Sequence[Test], score: float,
         figures = "".join(_figure(*each, dataset, len(tests)) for each in drawn)
         articles += (f"<article><h3>{escape(str(dataset.ids[image]))}</h3><p>{len(boxes)} annotated"
                      f'</p><div class="gallery">{figures}</div></article>')
-    if articles:
+    if articles and tests[0].results.values["dataset"] not in WRITERS:
+        notes.append(f"accepted objects can be added to {', '.join(WRITERS)} annotations only; "
+                     "convert the data and test again")
+    elif articles:
         articles += '<button id="save">Save the accepted objects</button>'
     if most and (left_out := omissions[most:]):
         notes.append(f"{len(left_out)} objects without annotation are not shown; unlabelled.csv "
