@@ -101,14 +101,20 @@ def around_rotated(cx: float, cy: float, w: float, h: float, angle: float) -> li
     return [cx - x, cy - y, cx + x, cy + y]
 
 
-def turned(box: Sequence[float], degrees: float = 0) -> Sequence[float]:
+def turned(box: Sequence[float], rotation: object) -> Sequence[float]:
     """Return x1, y1, x2, y2 of the box around ``box`` turned about its centre.
 
-    CVAT's exports have rotated boxes as they were before, and the angle beside.
+    CVAT writes a box before its rotation, and the angle in degrees as the attribute "rotation". A
+    value that is no number is an attribute of another kind.
     """
+    try:
+        angle = math.radians(float(rotation))
+    except (TypeError, ValueError):
+        return box
+    if not angle or not math.isfinite(angle):
+        return box
     x1, y1, x2, y2 = box
-    middle = (x1 + x2) / 2, (y1 + y2) / 2
-    return around_rotated(*middle, x2 - x1, y2 - y1, math.radians(degrees)) if degrees else box
+    return around_rotated((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1, angle)
 
 
 def tell(fault: str, faults: list[str] | None) -> None:

@@ -214,8 +214,9 @@ def join(files: Sequence[COCOAnnotations]) -> COCOAnnotations:
 def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
     """Read a COCO annotation file; without ``boxes`` an image_info file, which has no annotations.
 
-    An annotation without "bbox" gets the enclosing box of its "segmentation". A category without
-    boxes is left out if it is called background or has the name of another.
+    An annotation without "bbox" gets the enclosing box of its "segmentation". A box without
+    "segmentation" is turned by the attribute "rotation" (`data.annotation.turned`). A category
+    without boxes is left out if it is called background or has the name of another.
 
     Raises:
         UserError: not JSON, missing or malformed fields, an id that occurs twice, or an annotation
@@ -234,10 +235,9 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
     box = records.boxes()
     for n, record in enumerate(records.records):
         attributes = record.get("attributes")
-        if isinstance(attributes, dict) and (degrees := attributes.get("rotation")):
-            if not _fits(degrees, (), np.float64):
-                raise records.unfit(n, "attributes", "a rotation in degrees")
-            x1, y1, x2, y2 = turned(extents(box[n : n + 1])[0], degrees)
+        rotation = isinstance(attributes, dict) and attributes.get("rotation")
+        if rotation and not record.get("segmentation"):
+            x1, y1, x2, y2 = turned(extents(box[n : n + 1])[0], rotation)
             box[n] = x1, y1, x2 - x1, y2 - y1
     where = f"{path}: annotations"
     image, category = (positions(where, field, records.integers(field), known, path)
@@ -261,8 +261,8 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
 
 def _without_outline(record: dict) -> dict:
     """Drop most of an annotation's memory, which boxes do not need."""
-    if record.get("bbox"):
-        record.pop("segmentation", None)
+    if record.get("bbox") and record.pop("segmentation", None):
+        record.pop("attributes", None)  # the box encloses the outline: it is not to be turned
     return record
 
 

@@ -249,7 +249,7 @@ def build_parser() -> Parser:
     parser.add_argument("--classes", help="a,b,c or a file with one name a line")
     parser.add_argument("--val_share", type=number, default=VAL_SHARE, metavar="X",
                         help=f"of the test, for {' and '.join(SPLIT_SETS)} (%(default)s)")
-    parser.add_argument("--split_by", metavar="REGEX", help="of the test, likewise")
+    parser.add_argument("--split_by", metavar="REGEX", help="of the test, for the same sets")
     parser.add_argument("--json", type=Path, metavar="OUT", help="also write the AP values here")
     return parser
 

@@ -128,9 +128,9 @@ def _read_boxes(element: ElementTree.Element) -> list[list[float]]:
                   for each in child.iter()]
         boxes = [each for each in inside if each.tag == "bndbox"]
     if boxes:
-        turns = [finite(each.findtext("value"), "rotation") for each in element.iter("attribute")
-                 if each.findtext("name") == "rotation"]  # CVAT's, in degrees
-        return [turned(_read_corners(box), *turns[:1]) for box in boxes]
+        rotation = next((each.findtext("value") for each in element.iterfind("attributes/attribute")
+                         if each.findtext("name") == "rotation"), None)
+        return [turned(_read_corners(box), rotation) for box in boxes]
     shapes = [each for each in inside if each.tag in ("robndbox", "polygon", "points")]
     if not shapes:
         raise ValueError("no <bndbox>")

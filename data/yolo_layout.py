@@ -68,10 +68,11 @@ class YOLOFolder:
         """Name for people; None if there are neither labels nor a data.yaml with image sets."""
         if self.source and self.sets:
             return f"YOLO ({self.source})"
-        elsewhere = not self.source and any(self.root.glob("*/data.yaml")) or (
-            not self.sets and any(self.root.glob("*/obj.data")))
-        if elsewhere or not self.images:
-            return None  # what a subfolder declares is to be read from there
+        if not self.images or (not self.source and any(self.root.glob("*/data.yaml"))):
+            return None  # that of a subfolder is to be read from there
+        darknet = {path.parent for path in self.root.glob("*/obj.data")}
+        if not self.sets and all(darknet & {*image.parents} for image in self.images):
+            return None  # likewise
         apart = any(IMAGE_FOLDERS.keys() & set(self._folders_of(each)) for each in self.images)
         return f"YOLO ({self.source or 'images and labels' + ' beside' * (not apart)})"
 

@@ -92,9 +92,11 @@ def test_cvats_rotated_box_becomes_the_one_around_it(tmp_path):
     turned = {**BOX, "bbox": [30, 30, 40, 10], "attributes": {"occluded": False, "rotation": 90.0}}
     found = read_annotations(write_val2017(tmp_path, [turned]) / FILE).boxes
     np.testing.assert_allclose(found, [[45, 15, 10, 40]])
-    turned["attributes"] = {"rotation": "left"}
-    with pytest.raises(UserError, match=r"instances_val2017\.json.*degrees.*left"):
-        read_annotations(write_val2017(tmp_path, [turned]) / FILE)
+    outline = {**turned, "segmentation": [[30, 30, 70, 30, 70, 40]]}
+    other = {**turned, "attributes": {"rotation": "left"}}
+    for record in (outline, other):
+        found = read_annotations(write_val2017(tmp_path, [record]) / FILE).boxes
+        np.testing.assert_allclose(found, [[30, 30, 40, 10]])
 
 
 @pytest.mark.parametrize(("categories", "classes", "left_out"), [

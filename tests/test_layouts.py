@@ -154,6 +154,13 @@ def test_sets_that_a_subfolder_declares_are_not_passed_over(name, folder, tmp_pa
     assert str(tmp_path / folder) in str(error.value) and "--root" in str(error.value)
 
 
+def test_another_folder_does_not_hide_the_images_of_the_root(tmp_path):
+    LAYOUTS["yolo-label-studio"].write(tmp_path)
+    (tmp_path / "backup").mkdir()
+    (tmp_path / "backup/obj.data").touch()
+    assert find_layout(tmp_path)[0] == "YOLO"
+
+
 def test_lists_of_a_devkit_without_a_set_to_test_on_decide(tmp_path):
     LAYOUTS["voc"].write(tmp_path / "VOC2021")
     (tmp_path / "VOC2021/ImageSets/Main/test.txt").rename(
