@@ -10,6 +10,7 @@ import numpy as np
 
 import data
 from data.image import IMAGE_SUFFIXES, read_image
+from data.image_files import FileIndex
 from data.image_sets import ImageSet, parse_image_sets, sets_name
 from models.info import DetectorInfo
 from utils.errors import UserError
@@ -113,8 +114,7 @@ def find_images(root: str | None, sets: str | None, limit: int, trained_on: Trai
 
 
 def _in_folder(folder: Path, sets: str | None, limit: int, dataset: str, training: bool) -> Images:
-    files = sorted(file for file in folder.rglob("*")
-                   if file.suffix.lower() in IMAGE_SUFFIXES and file.name[0] != ".")
+    files = FileIndex(IMAGE_SUFFIXES).inside(folder)
     if not files:
         raise UserError(f"{folder} holds neither images nor a data set in {dataset} layout; give"
                         " another folder")

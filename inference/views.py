@@ -53,8 +53,8 @@ class View(NamedTuple):
 class Views:
     """How an image is seen by a detector.
 
-    tiles: side of square tiles in pixels, beside the whole image; 0: the whole image alone, as is
-        an image that fits into a tile.
+    tiles: side of square tiles in pixels, from 32, beside the whole image; 0: the whole image
+        alone, as is an image that fits into a tile.
     overlap: share of a tile that the next one shows, too, at least; 0 or more, under 1.
     flip: whether every view is also seen mirrored.
     Raises UserError: another value.

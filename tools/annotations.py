@@ -93,16 +93,23 @@ def label_names(sources: Sequence[Source]) -> dict[str, str]:
     images that would else share a file (``a.jpg`` and ``a.png``, ``a.jpg.png`` and ``a.jpg``).
     A folder whose name means something to readers, such as ``images``, gets a ``_`` behind it.
     """
-    stems = [os.path.splitext(source.name)[0] for source in sources]
+    names = _plain([source.name for source in sources])
+    stems = [os.path.splitext(name)[0] for name in names]
     keys = [stem.casefold() for stem in stems]  # some file systems ignore case
-    times = Counter(keys + [source.name.casefold() for source in sources])
-    return {source.name: _plain(stem if source.kind == "image" and times[key] == 1 else source.name)
-            for source, stem, key in zip(sources, stems, keys, strict=True)}
+    times = Counter(keys + [name.casefold() for name in names])
+    return {source.name: stem if source.kind == "image" and times[key] == 1 else name
+            for source, name, stem, key in zip(sources, names, stems, keys, strict=True)}
 
 
-def _plain(name: str) -> str:
-    *folders, file = name.split("/")
-    return "/".join([*(each + "_" * (each.lower() in DATA_FOLDERS) for each in folders), file])
+def _plain(names: Sequence[str]) -> list[str]:
+    """Return names of images without folders that mean something to readers."""
+    paths = [name.split("/") for name in names]
+    new = {folder: folder for *folders, _ in paths for folder in folders}
+    taken = {folder.casefold() for folder in new}
+    for folder in new:
+        while new[folder].casefold() in DATA_FOLDERS | (taken - {folder.casefold()}):
+            new[folder] += "_"
+    return ["/".join([*map(new.get, folders), file]) for *folders, file in paths]
 
 
 def voc_xml(found: Found, image: str, classes: Sequence[str]) -> bytes:

@@ -30,8 +30,9 @@ VIDEOS = frozenset(
 WEIGHTS = (".pth", ".safetensors", ".onnx", ".xml")
 """Suffixes of networks."""
 RESULTS = {"detections.json", "detections.csv", "images.json"}
+"""Files of an earlier call beside its folders of images."""
 COPIES = {"drawn", "voc", "yolo", "coco"}
-"""What a call writes into a folder of results: files, and folders with copies of the images."""
+"""Folders of images that a call writes."""
 LOG_EVERY = 1000  # images per log line where the output is not a terminal
 T = TypeVar("T")
 
@@ -114,10 +115,7 @@ def _files(word: str, out: Path) -> Iterable[str]:
         raise UserError(f"{word} is a pipe or a device; give images, folders, videos or camera")
     if not glob.has_magic(word):
         raise UserError(f"{word} does not exist; give images, folders, videos or camera")
-    found = sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))
-    below = "**" in word  # else the folders are named
-    return [file for file in found
-            if not (below and any(map(_of_results, map(str, Path(file).parents))))]
+    return sorted(filter(os.path.isfile, glob.glob(word, recursive=True)))
 
 
 def _inside(folder: str, out: Path) -> Iterator[str]:
@@ -136,9 +134,7 @@ def _inside(folder: str, out: Path) -> Iterator[str]:
 def _of_results(folder: str) -> bool:
     """Return whether a folder holds images that an earlier call has written."""
     above, name = os.path.split(folder)
-    others = {"drawn"} if name != "drawn" else COPIES - {"drawn"}
-    return name in COPIES and any(os.path.exists(os.path.join(above, each))
-                                  for each in RESULTS | others)
+    return name in COPIES and any(os.path.exists(os.path.join(above, each)) for each in RESULTS)
 
 
 def _kind(path: str) -> str | None:
