@@ -135,11 +135,15 @@ class EpochSampler(Sampler):
                 yield [(self.epoch, i) for i in batch[part * size : (part + 1) * size]]
 
 
+class WorkerDied(UserError):
+    """A loading process has ended by itself."""
+
+
 class Loader(DataLoader):
     """A ``DataLoader`` that reports failures as UserError.
 
     A UserError raised in a loading process is raised again here as it was. The death of a loading
-    process, mostly for want of memory, becomes a UserError. Both happen when the next batch is
+    process, mostly for want of memory, becomes a WorkerDied. Both happen when the next batch is
     asked for. batching: ``DataLoader``'s ``batch_size`` or ``batch_sampler``.
     """
 
@@ -175,9 +179,9 @@ class Loader(DataLoader):
             if not codes:
                 raise
             fates = {signal.Signals(-c).name if c < 0 else f"exit status {c}" for c in codes}
-            raise UserError(f"a loading process died ({', '.join(sorted(fates))}), mostly for want "
-                            "of memory or shared memory; give fewer --num_workers, or more of both "
-                            "(docker run --memory, --shm-size)") from error
+            raise WorkerDied(f"a loading process died ({', '.join(sorted(fates))}), mostly for want"
+                             " of memory or shared memory; give fewer --num_workers, or more of "
+                             "both (docker run --memory, --shm-size)") from error
 
 
 def training_loader(dataset: TrainingSet, sampler: EpochSampler, workers: int,

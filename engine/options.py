@@ -74,7 +74,7 @@ class Options(Checked):
         help="e.g. 2007_trainval,2012_trainval, or train (default: those that the data declare, "
              "else split_train)")
     test_sets: tuple[ImageSet, ...] = _what((), "--test_sets", metavar="SETS", check=sets,
-        fixed=True, help="e.g. 2007_test, or test (default: as --train_sets; split_val)")
+        help="e.g. 2007_test, or test (default: as --train_sets; split_val)")
     val_share: float = _what(VAL_SHARE, "--val_share", read=number, metavar="X", check=check_share,
         fixed=True, help="share of the images in split_val, where the data declare no set to test "
              "on; split_train has the others")

@@ -10,6 +10,7 @@ from data import DetectionData, list_sets
 from data.classes import parse_classes
 from data.detections import load_detections
 from data.image_sets import one_folder, sets_name
+from data.split import SPLIT_SETS
 from engine.distributed import World
 from engine.evaluate import detection_of, keep_and_score, origin_of, score
 from engine.options import OPTIONS, Call, Options
@@ -178,10 +179,12 @@ def _stored(saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, 
         leave.add("test_sets")
     root = given.get("root")
     if root is not None and absolute(root) != stored.get("root"):
-        # Moved data are divided as before; a root without the image sets is another data set.
+        # The image sets and the division of the run hold where they fit: the data have moved.
         there = {tuple(each) for each in list_sets(given["dataset"], absolute(root))}
-        if not there.issuperset(map(tuple, stored.get("test_sets", ()))):
-            leave.add("test_sets")
+        tested = {tuple(each) for each in stored.get("test_sets", ())}
+        divided = not there and tested <= {(None, name) for name in SPLIT_SETS}
+        leave |= set() if divided else {"val_share", "split_by"}
+        leave |= set() if divided or tested <= there else {"test_sets"}
     if mapped or "classes" in given:
         leave.add("classes")
     return {k: v for k, v in stored.items() if k not in leave} | {"priors": info.priors}

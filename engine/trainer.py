@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from data.loading import Loader
+from data.loading import Loader, WorkerDied
 from engine.distributed import World
 from engine.evaluate import Evaluation
 from engine.optim import MovingAverage, build_optimizer, check_moments, freeze, lr_at
@@ -119,6 +119,9 @@ class Trainer:
         except Exception as error:  # whatever PyTorch makes of a foreign value
             raise UserError(f"{path} cannot be resumed from: {error!r:.200} in its state; give "
                             "another, or start from its weights with --resume_net") from error
+        if saved["config"].get("test_sets") != self.options.plain()["test_sets"]:
+            self.state.best = {}
+            LOGGER.info("other image sets to test on: the best AP is looked for anew")
         step = self.state.step
         LOGGER.info("resumed at step %d (epoch %.2f)", step, step / self.steps_per_epoch)
 
@@ -145,8 +148,8 @@ class Trainer:
                 self._train(end)
             except BaseException as error:
                 self._save_on(error)
-                if self.stop.asked and self.consistent and self.world.size == 1:
-                    raise Interrupted from error  # the signal may have ended a loading process, too
+                if isinstance(error, WorkerDied) and self.stop.asked and self.world.size == 1:
+                    raise Interrupted from error  # the signal was for the loading process, too
                 raise
             finally:
                 self.trackers.close()

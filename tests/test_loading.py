@@ -222,7 +222,7 @@ def test_killed_loading_process_is_told_with_the_fix_when_the_next_batch_is_due(
                           timeout=120)
     undisturbed, error = done.stdout.splitlines()
     assert undisturbed == "the step was not disturbed"
-    assert error.startswith("UserError from RuntimeError: a loading process died (SIGKILL)")
+    assert error.startswith("WorkerDied from RuntimeError: a loading process died (SIGKILL)")
     assert "--num_workers" in error and "--shm-size" in error
     assert (done.returncode, done.stderr) == (0, "")
 

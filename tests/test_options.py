@@ -218,11 +218,10 @@ def test_a_root_that_the_checkpoint_cannot_read_is_told_apart_from_a_given_layou
 @pytest.mark.parametrize(
     "given",
     [{"recipe": "modern"}, {"ema": 0.5}, {"crowds": False}, {"overfit": 2}, {"batch_size": 3},
-     {"seed": 1}, {"optimizer": "adamw"}, {"norm_decay": False}, {"train_sets": "other"},
-     {"test_sets": "other"}],
+     {"seed": 1}, {"optimizer": "adamw"}, {"norm_decay": False}, {"train_sets": "other"}],
 )  # fmt: skip
 def test_a_resumed_run_keeps_what_its_state_and_order_depend_on(given):
-    stored = resolve({"train_sets": "trainval", "test_sets": "test"})
+    stored = resolve({"train_sets": "trainval"})
     check_resumed({key: getattr(stored, key) for key in given}, stored)
     check_resumed({"lr": 5.0, "max_epoch": 7, "num_workers": 3}, stored)
     with pytest.raises(UserError) as error:

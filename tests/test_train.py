@@ -22,7 +22,7 @@ import engine.run
 import models
 from data import DATASETS, transforms
 from data.config import VOC_300
-from data.loading import TrainingSet
+from data.loading import TrainingSet, WorkerDied
 from engine.options import Call, Options
 from engine.start import _base_file
 from engine.trainer import Trainer
@@ -30,7 +30,6 @@ from inference.predictor import Predictor
 from models import build_net
 from train_test import main
 from utils.checkpoint import load_checkpoint
-from utils.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -354,11 +353,22 @@ def test_the_first_checkpoint_of_a_run_is_one_to_resume(call, monkeypatch):
 def test_a_loading_process_that_the_signal_ended_too_is_no_error(call, monkeypatch):
     def ended(trainer, _):
         trainer.stop.asked_at = 0.0
-        raise UserError("a loading process died")
+        raise WorkerDied("a loading process died")
 
     monkeypatch.setattr(Trainer, "_train", ended)
     assert call("--date", "a") == 130
     assert (call.folder / "a" / "last.pth").is_file()
+
+
+def test_other_test_sets_on_resume_have_a_best_of_their_own(call, monkeypatch):
+    scores = iter([0.9, 0.5, 0.6])
+    evaluate = engine.evaluate.Evaluation.__call__
+    monkeypatch.setattr(engine.evaluate.Evaluation, "__call__", lambda *args: (
+        evaluate(*args) | {"value": next(scores)}))
+    assert call("-max", 1, "--test_frequency", 1, "--date", "a", "--test_sets", "trainval") == 0
+    last = call.folder / "a" / "last.pth"
+    assert call("--resume", last, "-max", 3, "--test_frequency", 1, "--test_sets", "test") == 0
+    assert load_checkpoint(last)["best"]["value"] == 0.6
 
 
 def test_runs_of_the_same_second_get_folders_of_their_own(call, monkeypatch):
