@@ -105,13 +105,15 @@ def transfer_classes(state: Mapping[str, Tensor], from_names: Sequence[str],
     for key, tensor in state.items():
         if not _HEAD.fullmatch(key):
             continue
-        rows_of_it = tensor.shape[0] if tensor.dim() else 0
-        boxes, rest = divmod(rows_of_it, len(from_names) + 1)
+        count = tensor.shape[0] if tensor.dim() else 0
+        boxes, rest = divmod(count, len(from_names) + 1)
+        if not tensor.is_floating_point():
+            raise UserError(f"{key} has whole numbers instead of weights; give another file")
         if rest or not boxes:
-            raise UserError(f"{key} has {rows_of_it} rows, which are not those of "
+            raise UserError(f"{key} has {count} rows, which are not those of "
                             f"{len(from_names)} classes and background for a number of prior boxes")
         gathered = tensor.unflatten(0, (boxes, -1))[:, index]
-        fresh = torch.zeros(gathered.shape)  # whole numbers are refused later
+        fresh = torch.zeros_like(gathered)
         if key.endswith(("norm.weight", "running_var")):
             fresh.fill_(1)
         elif key.endswith("weight"):

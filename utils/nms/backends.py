@@ -31,7 +31,9 @@ TORCHVISION_MOST = 20_000
 _WORTH_THREADS = 2000
 """The fewest boxes of a call that are worth waking threads for."""
 
-_FIRST_PROCESS = os.getpid()  # OpenMP's threads do not survive a fork: a child would wait for them
+# OpenMP's threads do not survive a fork, and a child waits for them. This is the process that
+# started them, unless a child is the first to import this module.
+_FIRST_PROCESS = os.getpid()
 
 
 # ---------------------------------------------------------------- the choice
