@@ -103,8 +103,10 @@ def judge(truth: Truth, found: Found) -> Judged:
     object. Other detections are errors. With `own` and `other`, the largest IoU with an object of
     the detection's class and of another class, ignored objects left out, an error is the first of:
     localisation (0.1 <= own < 0.5), class (other >= 0.5), duplicate (own >= 0.5), both
-    (other >= 0.1), background. By the rule "voc" an IoU of exactly 0.5 is below 0.5.
+    (other >= 0.1), background. By the rule "voc" an IoU of exactly 0.5 is below 0.5. `Judged.found`
+    has the detections that the score takes, see `count`.
     """
+    found = _scored(truth, found)
     (matched,) = match(truth, found, (FOREGROUND,))
     kind = np.full(len(found.images), NOTHING)
     objects, best = matched.copy(), np.zeros(len(found.images))
@@ -154,8 +156,7 @@ def count(truth: Truth, found: Found, thresholds: Sequence[float], num_classes: 
 
     By the rule "coco" the `MOST` best detections of a class in an image count.
     """
-    if truth.rule == "coco":
-        found = best_of_each(found, MOST)
+    found = _scored(truth, found)
     matched = match(truth, found, thresholds)
     counts = ~np.append(truth.ignored, False)[matched]  # -1, no object, is the last
     hits = counts & (matched >= 0)
@@ -170,13 +171,15 @@ def count(truth: Truth, found: Found, thresholds: Sequence[float], num_classes: 
     return counted
 
 
-def best_of_each(found: Found, most: int) -> Found:
-    """Return the `most` best detections of each class in each image, in the order of `found`."""
+def _scored(truth: Truth, found: Found) -> Found:
+    """Return the detections that the score takes, see `count`, in the order of `found`."""
+    if truth.rule != "coco":
+        return found
     order = np.lexsort((-found.scores, found.labels, found.images))
     groups = np.stack([found.images, found.labels])[:, order]
     new = np.append(True, (groups[:, 1:] != groups[:, :-1]).any(0))[: len(order)]
     ranks = np.arange(len(order)) - np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))
-    kept = np.sort(order[ranks < most])
+    kept = np.sort(order[ranks < MOST])
     return Found(*(column[kept] for column in found))
 
 

@@ -93,6 +93,14 @@ def test_each_kind_of_error_by_hand(case, rule):
         assert gains(judged, 2, "coco") == (0, dict.fromkeys(ERRORS, 0))
 
 
+@pytest.mark.parametrize("rule, missed", [("voc", 0), ("coco", 2)])
+def test_cocos_score_takes_the_100_best_detections_of_a_class_in_an_image(rule, missed):
+    boxes = [(20 * k, 0, 20 * k + 10, 10) for k in range(102)]
+    judged = judge(truth([(0, box, 1) for box in boxes], rule),
+                   found([(0, box, 1, (k + 1) / 200) for k, box in enumerate(boxes)]))
+    assert np.flatnonzero(judged.not_found(0)).tolist() == [*range(missed)]
+
+
 def test_matching_by_hand():
     # Boxes of 10 x 10; shifted by 3 columns: 70 / 130 = .54, by 4: 60 / 140 = .43
     objects = truth([(0, (0, 0, 10, 10), 1), (0, (5, 0, 15, 10), 1), (0, (50, 50, 60, 60), 2)],

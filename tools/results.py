@@ -18,7 +18,7 @@ from data.classes import check_classes
 from data.curves import CURVES_FILE, SIZES, Curves, load_curves
 from data.detections import load_detections
 from data.image_sets import ImageSet, parse_image_sets
-from data.judge import FOREGROUND, MOST, Judged, best_of_each, found_of, judge
+from data.judge import FOREGROUND, Judged, found_of, judge
 from data.voc_eval import METRICS
 from engine.options import add_option
 from utils.arguments import Parser, fraction
@@ -224,10 +224,8 @@ def _open_dataset(results: Results, root: str) -> DetectionData:
 
 def _judge(path: Path, dataset: DetectionData) -> tuple[list[dict], Judged]:
     detections, _ = load_detections(path, dataset.ids, len(dataset.classes), {})
-    found, truth = found_of(detections, dataset.ids, len(dataset.classes)), dataset.truth()
-    if truth.rule == "coco":  # whose score takes so many
-        found = best_of_each(found, MOST)
-    return detections, judge(truth, found)
+    found = found_of(detections, dataset.ids, len(dataset.classes))
+    return detections, judge(dataset.truth(), found)
 
 
 def score_again(test: Test) -> Test:
