@@ -286,9 +286,7 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
     check_folder(root)
     found, inside = layouts(root), {}
     if not found or not holds_data(root):
-        for depth in ("[!.]*/", "[!.]*/[!.]*/"):
-            folders = (each for each in sorted(root.glob(depth))[:20] if os.access(each, os.R_OK))
-            inside = inside or {each: of_it[0] for each in folders if (of_it := layouts(each))}
+        inside = _data_sets(root, "[!.]*/") or _data_sets(root, "[!.]*/[!.]*/")
     # Folders of labels beside images, all of one layout, are parts of one data set.
     parts = found[:1] if found and {*inside.values()} == {found[0]} else []
     if not (parts and "beside" in parts[0][1]):
@@ -304,6 +302,12 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
                     "are VOC (a devkit; XML files in Annotations/ or beside the images), COCO "
                     "(JSON), YOLO (data.yaml; images/ and labels/; .txt files beside the images) "
                     "and CVAT for images (annotations.xml): docs/own_data.md")
+
+
+def _data_sets(root: Path, pattern: str) -> dict[Path, tuple[str, str]]:
+    """Return what the first folders of a pattern hold, as of `layouts`."""
+    folders = [each for each in sorted(root.glob(pattern))[:20] if os.access(each, os.R_OK)]
+    return {each: found[0] for each in folders if (found := layouts(each))}
 
 
 def _refuse_inside(root: Path, inside: Mapping[Path, tuple[str, str]],

@@ -237,7 +237,8 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
         attributes = record.get("attributes")
         rotation = isinstance(attributes, dict) and attributes.get("rotation")
         if rotation and not record.get("segmentation"):
-            x1, y1, x2, y2 = turned(extents(box[n : n + 1])[0], rotation)
+            x, y, w, h = box[n]
+            x1, y1, x2, y2 = turned((x, y, x + w, y + h), rotation)
             box[n] = x1, y1, x2 - x1, y2 - y1
     where = f"{path}: annotations"
     image, category = (positions(where, field, records.integers(field), known, path)

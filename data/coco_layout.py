@@ -85,8 +85,9 @@ def annotation_files(root: Path) -> dict[str, Path]:
         return {}
     found = {path.stem.removeprefix(kind): path for folder in ANNOTATION_FOLDERS[::-1]
              for kind in ANNOTATION_KINDS[::-1] for path in (root / folder).glob(f"{kind}?*.json")}
-    paths = [] if found else sorted([*root.glob("*.json"), *root.glob("*/*.json")])
-    for path in sorted(paths, key=lambda path: len(path.stem)):  # train.json before old_train.json
+    paths = [] if found else [*root.glob("*.json"), *root.glob("*/*.json")]
+    paths.sort(key=lambda path: (len(path.stem), path))  # train.json before old_train.json
+    for path in paths:
         # A tool that writes many files writes one an image, and not COCO's.
         if path.name == ROBOFLOW or (len(paths) < 200 and looks_like_coco(path)):
             beside = path.parent != root and path.parent.name not in ANNOTATION_FOLDERS

@@ -93,7 +93,7 @@ def _values(element: ElementTree.Element, *keys: str) -> list[float]:
 
 def _edges(shape: ElementTree.Element) -> Sequence[float]:
     """Return left, top, right and bottom of the box around a shape."""
-    angle = math.radians(finite(shape.get("rotation", "0"), "rotation"))
+    rotation = finite(shape.get("rotation", "0"), "rotation")
     if shape.tag == "polygon":
         words = re.split(r"[,;]", shape.get("points", "").strip("; "))
         points = [finite(word, "points") for word in words]
@@ -106,10 +106,10 @@ def _edges(shape: ElementTree.Element) -> Sequence[float]:
         return left, top, left + width, top + height
     if shape.tag == "ellipse":
         x, y, rx, ry = _values(shape, "cx", "cy", "rx", "ry")
-        cos, sin = math.cos(angle), math.sin(angle)
+        cos, sin = math.cos(math.radians(rotation)), math.sin(math.radians(rotation))
         half = math.hypot(rx * cos, ry * sin), math.hypot(rx * sin, ry * cos)
         return x - half[0], y - half[1], x + half[0], y + half[1]
-    return turned(_values(shape, "xtl", "ytl", "xbr", "ybr"), math.degrees(angle))
+    return turned(_values(shape, "xtl", "ytl", "xbr", "ybr"), rotation)
 
 
 def _read_files(root: Path) -> tuple[list[_Image], list[str]]:

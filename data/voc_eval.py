@@ -267,12 +267,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     found, missing = read_comp4(args.detections, args.set, truth.classes, truth.ids)
     result = evaluate_voc(found, truth.annotations, truth.classes)
     detected = len(np.unique(np.concatenate([each.images for each in found.values()])))
-    missing += undetected(detected, len(truth.ids))
     if args.json:
         write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
     skipped = report_lines(truth.skipped)
     print(f"{ImageSet(year, args.set)} of {root}: {len(truth.ids)} images")
-    print("\n".join([*skipped, *missing, *result["notes"], _table(result)]))
+    lines = [*skipped, *missing, *undetected(detected, len(truth.ids)), *result["notes"]]
+    print("\n".join([*lines, _table(result)]))
     return 0
 
 

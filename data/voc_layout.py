@@ -66,16 +66,16 @@ def recognise(root: str | Path) -> str | None:
         if year and index.holds_files(folder / "Annotations"):
             return "VOC devkit"
     base = annotation_folders(root, index)[0]
-    if not any(map(_is_annotation, index.inside(base)[:20])):
+    files = index.inside(base)
+    if not any(map(_is_annotation, files[:20])):
         return None
     if base != root:
         cvat = os.path.isfile(root / "labelmap.txt")
         return "CVAT VOC" if cvat else f"VOC XML in {base.name}/"
     if split_folders(root, index):
         return "VOC XML, a folder a set"
-    holding = {file.parent for file in index.inside(root)}
-    inner = {each for folder in holding for each in (folder, *folder.parents)
-             if root in each.parents}
+    inner = {each for folder in {file.parent for file in files}
+             for each in (folder, *folder.parents) if root in each.parents}
     for folder in inner:  # the image sets that it declares must not be passed over
         if index.has_folder(folder / "ImageSets") or split_folders(folder, index):
             return None
