@@ -180,11 +180,13 @@ def _stored(saved: Mapping, info: DetectorInfo, path: Path, given: Mapping[str, 
     root = given.get("root")
     if root is not None and absolute(root) != stored.get("root"):
         # The image sets and the division of the run hold where they fit: the data have moved.
-        there = {tuple(each) for each in list_sets(given["dataset"], absolute(root))}
+        there = {*list_sets(given["dataset"], absolute(root))}
         tested = {tuple(each) for each in stored.get("test_sets", ())}
         divided = not there and tested <= {(None, name) for name in SPLIT_SETS}
-        leave |= set() if divided else {"val_share", "split_by"}
-        leave |= set() if divided or tested <= there else {"test_sets"}
+        if not divided:
+            leave |= {"val_share", "split_by"}
+            if not tested <= there:
+                leave.add("test_sets")
     if mapped or "classes" in given:
         leave.add("classes")
     return {k: v for k, v in stored.items() if k not in leave} | {"priors": info.priors}

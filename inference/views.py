@@ -65,7 +65,7 @@ class Views:
     flip: bool = False
 
     def __post_init__(self) -> None:
-        if self.tiles < 0 or 0 < self.tiles < LEAST_SIDE or not 0 <= self.overlap < 1:
+        if self.tiles and self.tiles < LEAST_SIDE or not 0 <= self.overlap < 1:
             raise UserError(f"tiles of {self.tiles} px a side that overlap by {self.overlap:g}; "
                             f"give a side of 0 (no tiles) or from {LEAST_SIDE} px, and an overlap "
                             "from 0 to under 1")

@@ -125,16 +125,10 @@ def _inside(folder: str, out: Path) -> Iterator[str]:
             name for name in folders
             if not name.startswith(".") and real_path(os.path.join(place, name)) != results
         )
-        for written in [name for name in folders if _of_results(os.path.join(place, name))]:
+        for written in sorted(COPIES & {*folders}) if RESULTS & {*names} else ():
             LOGGER.warning("%s is left out: an earlier call has written it", Path(place, written))
             folders.remove(written)
         yield from (os.path.join(place, n) for n in sorted(names) if not n.startswith("."))
-
-
-def _of_results(folder: str) -> bool:
-    """Return whether a folder holds images that an earlier call has written."""
-    above, name = os.path.split(folder)
-    return name in COPIES and any(os.path.exists(os.path.join(above, each)) for each in RESULTS)
 
 
 def _kind(path: str) -> str | None:
