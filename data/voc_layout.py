@@ -181,17 +181,21 @@ def list_all(root: Path, index: FileIndex, faults: list[str],
 
     faults: gets a sentence for each list that cannot be read; lists of other things are passed.
     """
-    found, declared = [], [each for each in list_image_sets(root) if each.name not in SPLIT_SETS]
-    for image_set in (each for each in declared if each not in known):
+    declared = [each for each in list_image_sets(root) if each.name not in SPLIT_SETS]
+    found: list[Listed] = []
+    for image_set in declared:
+        if image_set in known:
+            continue
         try:
             listed = list(list_images(root, image_set, index))
         except UserError as error:  # a file that nobody asked for
             faults.append(str(error))
             continue
-        found += listed if any(each.annotation for each in listed) else []
-    divided = {name for _, name in known} <= {*SPLIT_SETS} and len(year_folders(root)) == 1
-    if (divided and list_files(root).keys() <= {*SPLIT_SETS}
-            or not found and not {*known} & {*declared}):
+        if any(each.annotation for each in listed):
+            found += listed
+    only_parts = (len(year_folders(root)) == 1 and list_files(root).keys() <= {*SPLIT_SETS}
+                  and {name for _, name in known} <= {*SPLIT_SETS})
+    if only_parts or not found and not {*known} & {*declared}:
         found += _under(annotation_folders(root, index)[0], root, index)
     first = {os.path.normpath(each.path): each for each in reversed(found)}
     return sorted(first.values(), key=lambda each: each.id)
@@ -263,14 +267,14 @@ def _inner(name: str, base: Path, index: FileIndex) -> Iterator[str]:
 
 def image_folders(folder: Path, parent: str) -> list[str]:
     """Return the folders where images may lie whose annotations lie in ``parent``, usual first."""
-    parts = [part for part in os.path.relpath(parent, folder).split(os.sep) if part != "."]
+    parts = Path(os.path.relpath(parent, folder)).parts
     inner = [k for k, part in enumerate(parts) if part in ANNOTATION_FOLDERS]
-    starts, end = [parts[:k] for k in inner[::-1]] or [[]], parts[inner[-1] + 1 if inner else 0 :]
-    instead = [os.path.join(folder, *start, name, *end)
-               for start in starts for name in IMAGE_FOLDERS]
+    below = parts[inner[-1] + 1 :] if inner else parts
+    above = [os.path.join(folder, *parts[:k]) for k in reversed(inner)] or [folder]
+    replaced = [os.path.join(start, name, *below) for start in above for name in IMAGE_FOLDERS]
     if inner:
-        return [*instead, parent, os.path.join(folder, *starts[0], *end)]
-    return [parent, *instead, *(os.path.join(parent, name) for name in IMAGE_FOLDERS)]
+        return [*replaced, parent, os.path.join(above[0], *below)]
+    return [parent, *replaced, *(os.path.join(parent, name) for name in IMAGE_FOLDERS)]
 
 
 def find_image(stem: str, folders: Sequence[str], names: Sequence[str],
