@@ -74,13 +74,13 @@ class Options(Checked):
         help="e.g. 2007_trainval,2012_trainval, or train (default: those that the data declare, "
              "else split_train)")
     test_sets: tuple[ImageSet, ...] = _what((), "--test_sets", metavar="SETS", check=sets,
-        help="e.g. 2007_test, or test (default: as --train_sets; split_val)")
+        help="e.g. 2007_test, or test (default: those that the data declare, else split_val)")
     val_share: float = _what(VAL_SHARE, "--val_share", read=number, metavar="X", check=check_share,
         fixed=True, help="share of the images in split_val, where the data declare no set to test "
              "on; split_train has the others")
     split_by: str | None = _what(None, "--split_by", metavar="REGEX", check=check_pattern,
-        fixed=True, help="keep images on one side whose file names match alike, such as the frames "
-             "of a film: '[^_]+' takes what comes before the first _")
+        fixed=True, help="keep images with the same match on one side, such as the frames of a "
+             "film: '[^_]+' takes what comes before the first _ of a file name")
     priors: str = _what("VOC", "--priors", metavar="VOC|COCO|fit|FILE", check=priors,
         only="train", fixed=True,
         help="prior boxes: of VOC or COCO (default: as -d), fit to the training boxes, or a file "
@@ -102,7 +102,8 @@ class Options(Checked):
     base_lr: float = _recipe(1.0, "--base_lr", read=number, metavar="X", fixed=True,
         help="factor of the learning rate of the base network")
     freeze: str = _recipe("", "--freeze", read=parts, metavar="PARTS", fixed=True,
-        help="what keeps its weights and statistics: base, base:K (its first K layers) or heads")
+        help="parts whose weights and batch statistics stay: base, base:K (its first K layers) or "
+             "heads")
     momentum: float = _recipe(0.9, "--momentum", read=fraction, metavar="X",
         help="momentum of SGD; first beta of AdamW")
     weight_decay: float = _recipe(5e-4, "--weight_decay", read=number, metavar="X",
@@ -116,8 +117,7 @@ class Options(Checked):
     norm_decay: bool = _recipe(True, "--norm_decay", read=boolean, fixed=True,
         help="apply weight decay to biases and to the weights of norms, too")
     ema: float = _recipe(0.0, "--ema", read=fraction, metavar="X", fixed=True,
-        help="test and keep a moving average of the weights that keeps this share of itself a "
-             "step; 0: none")
+        help="test and keep a moving average of the weights with this decay a step; 0: none")
     clip_norm: float = _recipe(0.0, "--clip_norm", read=number, metavar="X",
         help="largest norm of a step's gradient; 0: any")
     jaccard_threshold: float = _recipe(0.5, "--jaccard_threshold", read=fraction, metavar="X",
@@ -238,12 +238,12 @@ class Call(Checked):
     per_class: int | None = _testing(None, "--max_per_class", "--per_class", read=positive,
         metavar="N", help="most detections of a class in an image (default: 50)")
     tiles: int | None = _testing(None, "--tiles", read=count, metavar="SIDE",
-        help="also look at square tiles of so many pixels, for small objects in large images "
+        help="also detect in square tiles, SIDE pixels wide, for small objects in large images "
              "(default: 0, the whole image alone)")
     overlap: float | None = _testing(None, "--overlap", read=fraction, metavar="X",
         help="share of a tile that the next one shows, too (default: 0.2)")
     flip: bool | None = _testing(None, "--flip", read=boolean,
-        help="also look at mirrored images")
+        help="also detect in mirrored images")
     background_shortcut: bool | None = _testing(None, "--background_shortcut", read=boolean,
         help="drop prior boxes whose background score is 0.9 or more, as the authors' later "
              "release does")
@@ -271,7 +271,7 @@ class Call(Checked):
              "goes on")
 
     device: str | None = option("machine", None, "--device", metavar="NAME",
-        help="cpu, cuda, cuda:N, mps (Apple's GPU; untried), or auto: the first there of cuda, "
+        help="cpu, cuda, cuda:N, mps (Apple's GPU; untried), or auto: the first available of cuda, "
              "mps and cpu (default: auto)")
     cuda: bool | None = option("machine", None, "--cuda", read=boolean,
         help="true: --device cuda; false: --device cpu")

@@ -27,8 +27,10 @@ def parse(argv: Sequence[str] | None) -> ExportOptions:
     p.add_argument("checkpoint", metavar="CHECKPOINT", type=Path,
                    help="checkpoint of a training, or a published file")
     p.add_argument("--format", required=True, choices=FORMATS, help="kind of file")
-    p.add_argument("--precision", default="fp32", choices=PRECISIONS, help="(default: fp32)")
-    p.add_argument("--output", metavar="FILE", type=Path, help="(default: beside the checkpoint)")
+    p.add_argument("--precision", default="fp32", choices=PRECISIONS,
+                   help="precision of the network (default: fp32)")
+    p.add_argument("--output", metavar="FILE", type=Path,
+                   help="file to write (default: beside the checkpoint)")
     p.add_argument("--preprocess", action="store_true",
                    help="the graph takes uint8 BGR images; with --dynamic of any size")
     p.add_argument("--with-nms", action="store_true",
