@@ -10,11 +10,11 @@ from data import DetectionData
 from data.annotation import Annotation, Loaded, check_ids, join, outside_root, tell
 from data.curves import CURVES_FILE
 from data.image import read_image
-from data.image_sets import ImageSet, sets_name
+from data.image_sets import ImageSet
 from data.skips import Skip, SkipKind
 from data.split import VAL_SHARE
 from data.truth import Truth
-from data.voc_comp4 import read_comp4, write_comp4
+from data.voc_comp4 import comp4_set, read_comp4, write_comp4
 from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
 from utils.errors import UserError
 
@@ -177,9 +177,7 @@ class AnnotatedImages(DetectionData):
         if len(detections) != len(self):
             raise ValueError(f"{len(detections)} detections for {len(self)} images")
         self.check_scorable()
-        # The official spelling of a single set has no year.
-        several = len(self.image_sets) > 1
-        image_set = sets_name(self.image_sets) if several else self.image_sets[0].name
+        image_set = comp4_set(self.image_sets)
         write_comp4(directory, image_set, self.classes, self.ids, detections)
         read, _ = read_comp4(directory, image_set, self._scored, self.ids)
         result = evaluate_voc(read, self.annotations, self._scored)

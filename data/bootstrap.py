@@ -12,6 +12,8 @@ import numpy as np
 
 DRAWS = 1000
 CONFIDENCE = 0.95
+FEWEST = 6
+"""Images that an interval needs: a sign test has no evidence of 95 % in fewer (2 / 2**5 > 0.05)."""
 RECALLS = {"voc07_11point": np.arange(0, 1.1, 0.1), "area": None, "coco": np.linspace(0, 1, 101)}
 """Recalls whose precisions a metric averages; None: the area.
 
@@ -37,9 +39,12 @@ class Counted(NamedTuple):
 
 
 def draw(images: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
-    """Return how often each draw has each image: float32 [draws, images], rows of equal sums."""
-    rng, weights = np.random.default_rng(seed), np.empty((draws, images), np.float32)
-    for row in weights:
+    """Return how often each draw has each image: float32 [draws, images].
+
+    Rows have equal sums: the number of images, or 0 if they are fewer than `FEWEST`.
+    """
+    rng, weights = np.random.default_rng(seed), np.zeros((draws, images), np.float32)
+    for row in weights if images >= FEWEST else ():
         row[:] = np.bincount(rng.integers(0, images, images), minlength=images)
     return weights
 
@@ -80,16 +85,22 @@ def precisions(counted: Counted, weights: np.ndarray, metrics: Sequence[str]) ->
                 # Of each rise of recall, the best precision from there on.
                 of_metric[t, part] = np.einsum("dn,dn->d", reached, envelope)
                 of_metric[t, part] -= np.einsum("dn,dn->d", reached[:, :-1], envelope[:, 1:])
-    return np.where(total, aps, np.nan)
+    return np.where(total, aps.clip(0, 1), np.nan)  # rounding can pass 1
 
 
 def mean(of_classes: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """Return the mean over classes of each draw, of those that it has; None, no objects: 0."""
-    found = [each for each in of_classes if each is not None]
-    if not found or np.isnan(found).all(0).any():
+    """Return the mean over classes of each draw; None, for a class without objects, counts 0.
+
+    A class that a draw lacks takes its score of another draw: the mean of the other classes would
+    be another quantity. Return None if no draw has a class.
+    """
+    found = np.array([each for each in of_classes if each is not None])
+    if not len(found) or np.isnan(found).all(1).any():
         return None
-    known = (~np.isnan(found)).sum(0) + len(of_classes) - len(found)
-    return np.nansum(found, 0) / known
+    for of_draws in found:
+        missing = np.isnan(of_draws)
+        of_draws[missing] = np.resize(of_draws[~missing], missing.sum())
+    return found.sum(0) / len(of_classes)
 
 
 def interval(values: np.ndarray | None) -> list[float] | None:

@@ -74,14 +74,18 @@ def evaluate_coco(results: str | Path | list[dict] | COCOResults,
     evaluate, version = load_backend(backend)
     read = isinstance(annotations, COCOAnnotations)
     truth = annotations if read else read_annotations(annotations)
-    if classes is not None:
-        truth = truth.of_classes(classes)
     source = results if isinstance(results, str | Path) else "results"
     if not isinstance(results, COCOResults):
         content = results if isinstance(results, list) else read_json(results)
         results = COCOResults.read(source, content)
     # Ids by position, from 1: exact in any number format, and in the order of the file's own.
-    image, category = (1 + each for each in results.positions_in(truth, source))
+    images, categories = results.positions_in(truth, source)
+    detected = len(np.unique(images))
+    if classes is not None:
+        kept = np.isin(truth.classes, classes)[categories]
+        truth, results = truth.of_classes(classes), COCOResults(*(each[kept] for each in results))
+        images, categories = results.positions_in(truth, source)
+    image, category = 1 + images, 1 + categories
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = evaluate(truth, COCOResults(image, category, results.boxes, results.scores))
     precision, scores = (
@@ -93,10 +97,10 @@ def evaluate_coco(results: str | Path | list[dict] | COCOResults,
         write_curves(curves, truth.classes, ious, recall=np.array(evaluation.params.recThrs),
                      precision=precision, scores=scores)
     report = _report(truth, evaluation.stats, precision) | {"backend": version}
-    report["images"] = [len(np.unique(image)), len(truth.image_ids)]
+    report["images"] = [detected, len(truth.image_ids)]
     if intervals:
-        found = Found(image - 1, extents(results.boxes), category, results.scores)
-        _add_intervals(report, truth, Found(*(each[np.argsort(image, kind="stable")]
+        found = Found(images, extents(results.boxes), category, results.scores)
+        _add_intervals(report, truth, Found(*(each[np.argsort(images, kind="stable")]
                                               for each in found)), ious)
     return report
 

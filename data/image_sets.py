@@ -40,12 +40,15 @@ class ImageSet(NamedTuple):
 
 
 def parse_image_sets(text: str, existing: Collection[ImageSet] = ()) -> list[ImageSet]:
-    """Read the names of image sets, separated by commas; see `ImageSet.parse`.
+    """Read the names of image sets, separated by commas, or by "+" as in `sets_name`.
+
+    existing: of the data, see `ImageSet.parse`; a set whose name holds "+" is taken as it is.
 
     Raises:
         UserError: ``text`` names no image set, or one outside the data.
     """
-    names = [part.strip() for part in text.split(",")]
+    known, names = {*map(str, existing)}, [part.strip() for part in text.split(",")]
+    names = [name for part in names for name in ([part] if part in known else part.split("+"))]
     sets = [ImageSet.parse(name, existing) for name in names if name]
     if not sets:
         raise UserError(f"{text!r} names no image set; give e.g. 2007_trainval,2012_trainval")

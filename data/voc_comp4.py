@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from data.detections import as_columns
+from data.image_sets import ImageSet, sets_name
 from utils.errors import UserError
 from utils.files import atomic_write, read_text
 
@@ -27,6 +28,11 @@ class ClassDetections(NamedTuple):
     images: np.ndarray
     scores: np.ndarray
     boxes: np.ndarray
+
+
+def comp4_set(image_sets: Sequence[ImageSet]) -> str:
+    """Return image sets as comp4 files name them: a single set by its official name, no year."""
+    return image_sets[0].name if len(image_sets) == 1 else sets_name(image_sets)
 
 
 def comp4_path(directory: str | Path, image_set: str, name: str, whole: bool = False) -> Path:
@@ -113,7 +119,8 @@ def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:
         if len(values) != 5 or not all(map(math.isfinite, values)):
             raise UserError(f'{path}:{number}: "{line}" is not of the form `id score x1 y1 x2 y2`')
         if image_id not in position:
-            raise UserError(f'{path}:{number}: image id "{image_id}" is not in the image set')
+            raise UserError(f'{path}:{number}: image id "{image_id}" is not in the image set; give '
+                            "the image sets, --val_share and --split_by of the test")
         images.append(position[image_id])
         numbers += values
     columns = np.array(numbers, np.float64).reshape(-1, 5)

@@ -18,10 +18,10 @@ from data.annotation import Annotation, join
 from data.classes import parse_classes
 from data.curves import SIZE_RANGES, SIZES, write_curves
 from data.detections import undetected
-from data.image_sets import ImageSet
+from data.image_sets import ImageSet, parse_image_sets
 from data.skips import report_lines
 from data.split import SPLIT_SETS, VAL_SHARE
-from data.voc_comp4 import ClassDetections, read_comp4
+from data.voc_comp4 import ClassDetections, comp4_set, read_comp4
 from data.voc_layout import list_image_sets
 from data.voc_read import load_annotations
 from utils.arguments import Parser, number
@@ -210,13 +210,19 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
 
 
-def _find_year(root: Path, image_set: str) -> str | None:
-    """Return the only year of a devkit that has the image set; None in a folder without years."""
-    years = [year for year, name in list_image_sets(root) if name == image_set]
-    if len(years) > 1 and None not in years:
-        raise UserError(f'{root}: the image set "{image_set}" is in {" and ".join(years)}; choose '
-                        "with --year")
-    return years[0] if years else None
+def _find_sets(root: Path, text: str) -> list[ImageSet]:
+    """Return the image sets of a text; a set that one year of a devkit has needs no year."""
+    existing, found = list_image_sets(root), []
+    for each in parse_image_sets(text, existing):
+        years = [year for year, name in existing if name == each.name]
+        if each in existing or not years:
+            found.append(each)
+        elif len(years) > 1:
+            raise UserError(f'{root}: the image set "{each}" is in {" and ".join(years)}; choose '
+                            "with --year")
+        else:
+            found.append(ImageSet(years[0], each.name))
+    return found
 
 
 def _table(result: dict) -> str:
@@ -244,7 +250,7 @@ def build_parser() -> Parser:
                     "average precision per class, both VOC metrics.")
     parser.add_argument("detections", metavar="DETECTIONS_DIR", type=Path)
     parser.add_argument("--root", type=Path, required=True, help="devkit or folder in VOC layout")
-    parser.add_argument("--set", required=True, help="image set, such as test")
+    parser.add_argument("--set", required=True, help="image sets of the test, such as test")
     parser.add_argument("--year", help="of a devkit; not needed if one year has the set")
     parser.add_argument("--classes", help="a,b,c or a file with one name a line")
     parser.add_argument("--val_share", type=number, default=VAL_SHARE, metavar="X",
@@ -260,17 +266,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         check_writable(args.json)
     root = Path(os.path.expanduser(args.root))
-    year = args.year or _find_year(root, args.set)
+    sets = [ImageSet(args.year, args.set)] if args.year else _find_sets(root, args.set)
     classes = parse_classes(args.classes) if args.classes is not None else None
-    _, truth = load_annotations(root, [(year, args.set)], classes, None, args.val_share,
+    _, truth = load_annotations(root, sets, classes, None, args.val_share,
                                 args.split_by)
-    found, missing = read_comp4(args.detections, args.set, truth.classes, truth.ids)
+    found, missing = read_comp4(args.detections, comp4_set(sets), truth.classes, truth.ids)
     result = evaluate_voc(found, truth.annotations, truth.classes)
     detected = len(np.unique(np.concatenate([each.images for each in found.values()])))
     if args.json:
         write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
     skipped = report_lines(truth.skipped)
-    print(f"{ImageSet(year, args.set)} of {root}: {len(truth.ids)} images")
+    print(f"{', '.join(map(str, sets))} of {root}: {len(truth.ids)} images")
     lines = [*skipped, *missing, *undetected(detected, len(truth.ids)), *result["notes"]]
     print("\n".join([*lines, _table(result)]))
     return 0

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from data import DetectionData, bootstrap, split_options
+from data import DATASETS, DetectionData, bootstrap, split_options
 from data.curves import CURVES_FILE
 from data.detections import save_detections
 from data.image_sets import sets_name
@@ -93,12 +93,13 @@ def detect_by(predictor: Predictor, dataset: DetectionData,
 def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, device: torch.device,
               class_map: str | None = None) -> dict:
     """Return everything that decides the detections of a call. It is kept with them."""
-    config = asdict(detection)
+    config, takes_crowds = asdict(detection), "crowds" in DATASETS[options.dataset].options
     return {
         "checkpoint": checkpoint, "dataset": options.dataset, "priors": options.priors,
         "class_map": class_map, "root": options.root,
-        "sets": sets_name(options.test_sets),
+        "sets": ",".join(map(str, options.test_sets)),
         **split_options(options.dataset, vars(options)),
+        **({"crowds": options.crowds or not options.overfit} if takes_crowds else {}),
         "overfit": options.overfit,
         "classes": list(options.classes),
         "thresholds": {
@@ -121,8 +122,8 @@ def detection_of(origin: dict) -> DetectConfig:
 def keep_and_score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origin: dict,
                    folder: Path, name: str) -> dict:
     """Replace the detections that ``folder`` holds by these, and score them."""
-    for score_file in SCORES:
-        (folder / score_file).unlink(missing_ok=True)
+    for earlier in [*(folder / name for name in SCORES), *folder.glob("comp4_det_*.txt")]:
+        earlier.unlink(missing_ok=True)
     save_detections(folder / "detections.npz", dataset.ids, detections, origin)
     return score(dataset, detections, origin, folder, name)
 

@@ -202,6 +202,18 @@ def test_the_log_of_a_test_has_the_intervals(kind, request, tmp_path, caplog):
     assert f"  {name:20} {wanted}" in lines and bounds[0] < bounds[1]
 
 
+def test_other_settings_and_notes_of_the_other_test_are_told(voc, tmp_path):
+    folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in voc[:2]]
+    other = {"thresholds": {"score": 0.03}, "views": {"tiles": 300}, "value": 0.25}
+    for folder, changed in zip(folders, ({}, other), strict=True):
+        path = folder / "results.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    notes = "\n".join(report.write_report(folders[0], against=folders[1:])[1])
+    assert "score is 0.01 in the test of A and 0.03 in the test of B" in notes
+    assert "tiles is 0 in the test of A and 300" in notes and "test both alike" in notes
+    assert "B: results.json says 0.2500, but its detections score" in notes
+
+
 @pytest.mark.parametrize("what", ["images", "classes", "annotations", "metrics", "data"])
 def test_tests_on_other_data_are_refused_in_a_sentence(what, voc, coco, tmp_path, capsys):
     a, b, dataset = voc
@@ -225,7 +237,9 @@ def test_tests_on_other_data_are_refused_in_a_sentence(what, voc, coco, tmp_path
         assert report.main([str(tests[0]), "--against", str(tests[1]), "--output",
                             str(tmp_path / "page.html")]) == 2  # fmt: skip
         error = capsys.readouterr().err
-        assert error.count("\n") == 1 and str(folder) in error and "--root" in error
+        fix = "in another order); test both with the same --classes"
+        assert error.count("\n") == 1 and str(folder) in error
+        assert (fix if what == "classes" else "--root") in error
         assert what == "data" or what in error
     assert not (tmp_path / "page.html").exists()
     with pytest.raises(UserError, match=Path(folder).name):

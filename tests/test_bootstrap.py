@@ -59,6 +59,7 @@ def test_every_draw_is_the_score_of_the_drawn_images(monkeypatch):
     annotations, found = made_up(20)
     weights = bootstrap.draw(20, draws=40)
     assert (weights.sum(1) == 20).all()
+    assert not bootstrap.draw(5).any()  # too few
     weights[0] = 1
     seen = []
     precisions = bootstrap.precisions
@@ -102,6 +103,34 @@ def test_too_few_images_with_objects_have_no_interval():
     assert set(result["area"]["per_class_interval"].values()) == {None}
 
 
+def test_a_rare_class_stays_in_the_mean_of_draws_that_lack_it():
+    a, b = np.array([0.2, 0.4, 0.6, 0.8]), np.array([0.5, np.nan, 0.7, np.nan])
+    means = [(0.2 + 0.5) / 3, (0.4 + 0.5) / 3, (0.6 + 0.7) / 3, (0.8 + 0.7) / 3]
+    assert bootstrap.mean([a, None, b]) == pytest.approx(means)
+    assert np.isnan(b[1])
+    assert bootstrap.mean([a, np.full(4, np.nan)]) is None is bootstrap.mean([None])
+    # 97 images of a class half found, 3 of one that is not: their mean is half of the first.
+    boxes = np.array([[10.0, 10, 40, 40]])
+    truth = [Annotation(Path("x"), None, (CLASSES[n < 3],), boxes, np.zeros(1, bool))
+             for n in range(100)]
+    images = np.arange(3, 100, 2)
+    found = {"a": ClassDetections(images, 1 - images / 200, np.repeat(boxes, len(images), 0)),
+             "b": ClassDetections(np.arange(0), np.empty(0), np.empty((0, 4)))}
+    result = evaluate_voc(found, truth, CLASSES)["area"]
+    assert result["interval"] == pytest.approx(np.array(result["per_class_interval"]["a"]) / 2)
+    assert result["interval"][0] < result["mean"] < result["interval"][1]
+
+
+@pytest.mark.parametrize("images", [6, 11, 25, 47])
+def test_a_perfect_class_has_no_bound_over_one(images):
+    boxes = np.array([[10.0, 10, 40, 40]])
+    truth = [Annotation(Path("x"), None, ("a",), boxes, np.zeros(1, bool))] * images
+    scores = np.linspace(1, 0.5, images)
+    found = {"a": ClassDetections(np.arange(images), scores, np.repeat(boxes, images, 0))}
+    for metric in METRICS:
+        assert max(evaluate_voc(found, truth, ("a",))[metric]["interval"]) <= 1
+
+
 def coco_anew(document, results, weights):
     """The score by pycocotools of a set that has each image as often as its weight says."""
     images = np.repeat(np.sort([image["id"] for image in document["images"]]), weights)
@@ -125,6 +154,7 @@ def test_every_draw_is_the_coco_score_of_the_drawn_images(seed, tmp_path, monkey
     columns = columns._replace(scores=scores)
     results = [{"image_id": i, "category_id": c, "bbox": b, "score": s} for i, c, b, s in
                zip(*(column.tolist() for column in columns), strict=True)]
+    monkeypatch.setattr(bootstrap, "FEWEST", 1)
     weights = bootstrap.draw(len(document["images"]), 6, seed)
     weights[0] = 1
     with monkeypatch.context() as patch:
@@ -143,7 +173,9 @@ def test_every_draw_is_the_coco_score_of_the_drawn_images(seed, tmp_path, monkey
             values = {name: -1 if aps is None or np.isnan(aps[n]) else aps[n]
                       for name, aps in drawn.items()}
             assert values == pytest.approx(wanted)
-            assert part["interval"] is None or part["interval"][n] == pytest.approx(mean)
+            lacks = any(np.isnan(aps[n]) for aps in drawn.values() if aps is not None)
+            if not lacks and part["interval"] is not None:
+                assert part["interval"][n] == pytest.approx(mean)
 
 
 def test_coco_intervals_are_those_of_every_backend_and_hold_the_score(tmp_path):

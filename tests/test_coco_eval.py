@@ -346,9 +346,13 @@ def test_command_line_scores_the_classes_asked_for(small, tmp_path, capsys):
     assert report["stats"] == evaluate_coco(path, small)["stats"]
     assert main([str(path), str(small), "--classes", "cow"]) == 2
     assert "has no category cow; it has dog, cat, oar" in capsys.readouterr().err
-    path.write_text(json.dumps([result([0, 0, 40, 40], image_id=2, category_id=7)]))
+    others = [result([0, 0, 40, 40], image_id=2, category_id=7), result([0, 0, 40, 40])]
+    path.write_text(json.dumps(others))  # those of classes that are not asked for do not count
+    more = evaluate_coco(path, small, classes=("dog",))
+    assert more.pop("images") == [2, 2] and more["stats"] == report["stats"]
+    path.write_text(json.dumps([result([0, 0, 40, 40], category_id=5)]))
     assert main([str(path), str(small), "--classes", "dog"]) == 2
-    assert "results[0] has the category_id 7" in capsys.readouterr().err
+    assert "results[0] has the category_id 5" in capsys.readouterr().err
 
 
 def test_images_asked_for_are_scored_as_if_there_were_no_others(golden, tmp_path):

@@ -42,6 +42,9 @@ def test_sets_are_parsed_by_those_that_exist(make_voc, tmp_path):
     chosen = parse_image_sets("2024_train, ,2023_train,2012_val", existing)
     assert chosen == [(None, "2024_train"), ("2023", "train"), ("2012", "val")]
     assert build_dataset("VOC", tmp_path, chosen[:1]).ids == ["a"]
+    several = [ImageSet("2007", "test"), ImageSet(None, "day+night")]
+    assert parse_image_sets("2007_test,day+night", several[1:]) == several
+    assert parse_image_sets("2007_test+day") == [("2007", "test"), (None, "day")]
     with pytest.raises(UserError, match="' , '.* give e.g. 2007_trainval,2012_trainval"):
         parse_image_sets(" , ")
 

@@ -23,7 +23,7 @@ from data.voc_comp4 import read_comp4
 from data.voc_eval import METRICS, evaluate_voc
 from inference.draw import GREEN, RED
 from tools import figures, mistakes, report
-from tools.results import open_test, score_again
+from tools.results import Results, open_test, score_again
 from tools.tables import MEAN, NOTHING, Table
 from utils.errors import UserError
 
@@ -482,6 +482,11 @@ def test_damaged_curves_are_told_of_where_they_are_needed(wrong, results, coco, 
     test = read(results)
     (note,) = (note for note in test.notes if "No curves" in note)
     assert test.curves is None and str(path) in note and "run the test again" in note
+
+
+def test_a_bound_that_rounding_has_put_over_one_is_read(made):
+    values = json.loads((made[0] / "results.json").read_text())
+    assert Results.of({**values, "interval": [0.5, 1 + 2**-52]}).interval == (0.5, 1)
 
 
 def test_results_with_a_wrong_value_are_refused_in_a_sentence(made, tmp_path):

@@ -324,7 +324,7 @@ def test_numbers_are_read_to_the_last_bit(tmp_path):
 
 
 @pytest.mark.parametrize(("text", "message"), [
-    ("1 2 3 4 5 6 2\n", r':1: image id "1 2" is not in the image set'),
+    ("1 2 3 4 5 6 2\n", r':1: image id "1 2" is not in the image set; give .*--split_by'),
     ("1 0.5 1 2 3 4\n1 0.5 1 2 3\n", ':2: "1 0.5 1 2 3" is not of the form'),
     ("1 0.5 1 2 3 4\n\n1 high 1 2 3 4\n", ':3: "1 high 1 2 3 4" is not of the form'),
     ("1 0.5 1 2 3 4\n1 nan 1 2 3 4\n", ":2: .* is not of the form"),
@@ -406,13 +406,17 @@ def test_classes_can_be_given_and_one_without_a_file_has_no_detections(scored, t
     assert json.loads(out.read_text())["area"]["rod"] == 0
 
 
-@pytest.mark.parametrize("year", [[], ["--year", "2007"]])
-def test_devkits_only_year_with_the_set_is_taken(voc_devkit, tmp_path, capsys, year):
-    data = VOCDetection(voc_devkit, [("2007", "test")])
-    none = {"boxes": np.empty((0, 4)), "scores": [], "labels": []}
-    data.evaluate([none] * 3, tmp_path / "out")
-    assert main([str(tmp_path / "out"), "--root", str(voc_devkit), "--set", "test", *year]) == 0
-    assert capsys.readouterr().out.startswith("2007_test of ")
+@pytest.mark.parametrize("words, sets", [
+    (["test"], [("2007", "test")]), (["test", "--year", "2007"], [("2007", "test")]),
+    (["2007_test"], [("2007", "test")]),
+    (["2007_test,2012_trainval"], [("2007", "test"), ("2012", "trainval")]),
+    (["2007_test+2012_trainval"], [("2007", "test"), ("2012", "trainval")])])
+def test_sets_of_a_devkit_are_named_as_in_a_test(voc_devkit, tmp_path, capsys, words, sets):
+    data = VOCDetection(voc_devkit, sets)
+    data.evaluate(perfect(data), tmp_path / "out")
+    assert main([str(tmp_path / "out"), "--root", str(voc_devkit), "--set", *words]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith(", ".join(map("_".join, sets)) + f" of {voc_devkit}: {len(data)} images")
 
 
 def test_bad_input_gives_one_sentence_and_exit_code_2(scored, voc_devkit, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,7 @@ import numpy as np
 from data import bootstrap
 from data.judge import FOREGROUND, count
 from inference.draw import draw_comparison
+from inference.views import Views
 from tools.results import Test
 from tools.sheet import count_errors
 from tools.tables import INTERVAL, IOUS, MEAN, Table, columns
@@ -55,15 +57,30 @@ def check_same(a: Test, b: Test) -> None:
     truths = [test.judged.truth for test in (a, b)]
     pairs = {
         "metrics": (a.results.metric, b.results.metric),
-        "classes": [", ".join(test.results.classes) for test in (a, b)],
+        "classes": (a.results.classes, b.results.classes),
         "images": [[str(id) for id in test.dataset.ids] for test in (a, b)],
         "annotations": [tuple(column.tolist() for column in truth[:4]) for truth in truths],
     }
     for what, (first, second) in pairs.items():
         if first != second:
-            shown = f" ({first:.60} and {second:.60})" if isinstance(first, str) else ""
+            shown, fix = "", "on the same data (--root says where they are)"
+            if what == "metrics":
+                shown = f" ({first} and {second})"
+            elif what == "classes":
+                alone = ", ".join(sorted({*first} ^ {*second}))
+                shown = f" ({alone:.200} in one alone)" if alone else " (in another order)"
+                fix = "with the same --classes"
             raise UserError(f"{a.directory} and {b.directory} are tests of other {what}{shown}; "
-                            "test both on the same data (--root says where they are)")
+                            f"test both {fix}")
+
+
+def settings_notes(a: Test, b: Test) -> list[str]:
+    """Return a line for each setting of the detection that is another one in the other test."""
+    of_a, of_b = (test.results.values["thresholds"] | test.results.values["suppression"]
+                  | asdict(Views()) | test.results.values["views"] for test in (a, b))
+    return [f"{key} is {of_a.get(key)} in the test of A and {of_b.get(key)} in the test of B; this "
+            "alone changes scores: test both alike"
+            for key in of_a | of_b if of_a.get(key) != of_b.get(key)]
 
 
 def compare(a: Test, b: Test) -> list[Change]:

@@ -36,6 +36,7 @@ from tools.against import (
     lines,
     moved_images,
     moved_table,
+    settings_notes,
 )
 from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix, has_points
 from tools.mistakes import Mistake, data_url, draw_worst, list_mistakes
@@ -74,8 +75,11 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
     for each in others:
         check_same(test, each)
     test, other = score_again(test), score_again(others[0]) if others else None
-    changes = compare(test, other) if other else []
-    path, results, notes = path or test.directory / "report.html", test.results, test.notes
+    changes, notes = compare(test, other) if other else [], list(test.notes)
+    if other:
+        notes += [f"B: {note}" for note in other.notes if note not in notes]
+        notes += settings_notes(test, other)
+    path, results = path or test.directory / "report.html", test.results
     folder, names = Folder(figures_of(path)), results.classes
     tables = score_tables(test, score) | training_tables(test.log)
     parts = dict.fromkeys("classes against errors confusion gallery list omissions".split(), "")
@@ -85,7 +89,7 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
         mistakes = list_mistakes(test.judged, score)
         tables |= error_tables(test.judged, results, test.dataset.ids, mistakes, score)
         drawn, more = draw_worst(mistakes, test.judged, test.dataset, examples)
-        notes += tuple(more)
+        notes += more
         matrix = tables["confusion"]
         parts["errors"] = _table(folder, "errors", tables["errors"], text=2)
         parts["errors"] += _table(folder, "errors_by_class", tables["errors_by_class"], names)
@@ -94,13 +98,13 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
         parts["list"] = folder.table("mistakes", tables["mistakes"])
         parts["gallery"] = _gallery(test, mistakes, drawn)
         parts["omissions"], more = show_omissions(folder, [test, *others], score, 50 * examples)
-        notes += tuple(note for note in more if note not in notes)
+        notes += more
     if other:
         moved = moved_images(test, other, score)
         pairs, more = draw_moved(test, other, moved, score, examples)
-        notes += tuple(note for note in more if note not in notes)
+        notes += more
         parts["against"] = _against(folder, test, other, changes, moved, pairs)
-    curves = _curves(folder, tables, names)
+    curves, notes = _curves(folder, tables, names), [*dict.fromkeys(notes)]
     page = Template(PAGE.read_text("utf-8")).substitute(
         parts, heading=escape(_heading(test)),
         value=NOTHING if math.isnan(results.value) else f"{results.value:.4f}",

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DATASETS, DetectionData, build_dataset, list_sets, split_options
+from data import DATASETS, DetectionData, build_dataset, list_sets
 from data.classes import check_classes
 from data.curves import CURVES_FILE, SIZES, Curves, load_curves
 from data.detections import load_detections
-from data.image_sets import ImageSet, parse_image_sets
+from data.image_sets import parse_image_sets
 from data.judge import FOREGROUND, Judged, found_of, judge
 from data.voc_eval import METRICS
 from engine.options import add_option
@@ -29,8 +29,8 @@ from utils.files import read_text
 TYPES = {
     **dict.fromkeys(("dataset", "root", "sets", "metric"), str),
     **dict.fromkeys(("classes", "notes"), list),
-    **dict.fromkeys(("per_class", "per_class_per_size", "ground_truths"), dict),
-    "per_class_interval": dict, "overfit": int,
+    **dict.fromkeys(("per_class", "per_class_per_size", "ground_truths", "per_class_interval",
+                     "thresholds", "suppression", "views"), dict), "overfit": int,
 }
 """Types of the values of results.json that are read."""
 
@@ -57,7 +57,7 @@ class Results:
     def of(cls, values: object) -> Results:
         """Take the content of a results.json; an exception of many types says what is wrong."""
         defaults = {"overfit": 0, "notes": [], "per_class_per_size": {}, "ground_truths": {},
-                    "per_class_interval": {}}
+                    "per_class_interval": {}, "thresholds": {}, "suppression": {}, "views": {}}
         values = defaults | values if isinstance(values, dict) else {}
         for key, kind in TYPES.items():
             if key not in values or type(values[key]) is not kind:
@@ -68,7 +68,7 @@ class Results:
             raise TypeError('"classes" and "notes" must be texts')
         if odd := odd_part(values):
             raise TypeError(f"it holds {odd}")
-        parse_image_sets(values["sets"].replace("+", ","))
+        parse_image_sets(values["sets"])
         sizes = values["per_class_per_size"].items()
         return cls(
             values["metric"], check_classes(values["classes"], "it"), _score(values["value"]),
@@ -88,7 +88,7 @@ def _score(value: object) -> float:
     """Return a score from 0 to 1; -1, NaN and None say that there is nothing to score."""
     if value is None or value == -1 or value != value:
         return math.nan
-    return _number(value, 1)
+    return min(_number(value, 1 + 1e-9), 1.0)  # rounding can pass 1
 
 
 def _number(value: object, most: float = 1e12) -> float:
@@ -210,10 +210,9 @@ def open_test(directory: Path, root: str | None) -> Test:
 def _open_dataset(results: Results, root: str) -> DetectionData:
     name, sets, overfit = (results.values[key] for key in ("dataset", "sets", "overfit"))
     try:
-        existing = list_sets(name, root)
-        image_sets = [ImageSet.parse(one, existing) for one in sets.split("+")]
+        image_sets, taken = parse_image_sets(sets, list_sets(name, root)), DATASETS[name].options
         dataset = build_dataset(name, root, image_sets, results.classes,
-                                **split_options(name, results.values))
+                                **{key: results.values[key] for key in taken & {*results.values}})
         dataset.check_scorable()
         if overfit:
             dataset.keep_first(overfit)
