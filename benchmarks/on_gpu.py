@@ -20,6 +20,8 @@ from functools import partial
 from itertools import product
 from pathlib import Path
 
+from utils.signals import ENDING, heeded
+
 NET = "SSD_HarDNet68"
 TWO, OTHERS = f"{NET} SSD_vgg", "SSD_HarDNet85 SSD_resnet101"
 ONE_CORE = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2"}
@@ -41,7 +43,7 @@ class Settings:
     quick: str = ""
     bccd: str = ""
     epochs: str = "60"
-    rows: str = "published fit no_expansion"
+    rows: str = "no_expansion"
     seeds: str = "0 1 2"
     options: str = ""
     limit: str = "720"
@@ -75,13 +77,15 @@ def command_of(line: str, s: Settings) -> list[str]:
 COMPARE = """
 import sys
 from utils.checkpoint import load_checkpoint
-a, b, c = (load_checkpoint(file)["model"] for file in sys.argv[1:])
+runs = [load_checkpoint(file) for file in sys.argv[1:]]
+assert len({run["step"] for run in runs}) == 1, "a training was stopped"
+a, b, c = (run["model"] for run in runs)
 def most(x, y):
     return max(float((x[k].double() - y[k].double()).abs().max()) for k in x)
 print("largest weight", max(float(x.double().abs().max()) for x in a.values()),
       "differences: the same run again", most(a, b), "stopped and resumed", most(a, c))
 """
-PYTEST = "pytest -m gpu -q -rfE --tb short -p no:cacheprovider"
+PYTEST = "pytest -m gpu -v -rfEs --tb short -p no:cacheprovider"
 
 
 def build(s: Settings, folder: Path) -> list[Stage]:
@@ -159,24 +163,22 @@ def bccd(s: Settings, folder: Path) -> list[Stage]:
     return [trained, tested, scored]
 
 
-def nccl(s: Settings, folder: Path) -> list[Stage]:
+def resume(s: Settings, folder: Path) -> list[Stage]:
     more = "--overfit 32 --max_epoch 2"
     runs = {name: training(s, folder, name) for name in ("straight", "again", "resumed")}
     first: Stage = {name: (90, f"{line} {more}") for name, (line, _) in runs.items()}
     first["resumed"] = 90, f"{first['resumed'][1]} --max_iters 2"
-    if s.gpu:
-        line, _ = training(s, folder, "torchrun")
-        launcher = "torch.distributed.run --standalone --nproc-per-node 1"
-        first["torchrun"] = 90, f"{launcher} {line} {more} --sync_bn"
     files = " ".join(str(last) for _, last in runs.values())
     return [first, {"resume": (60, f"{runs['resumed'][0]} --resume auto")},
             {"differences": (30, f"-c {shlex.quote(COMPARE)} {files}")}]
 
 
 PARTS: dict[str, Callable[[Settings, Path], list[Stage]]] = {
-    part.__name__: part for part in (build, nms, speed, step, gather, tests, bccd, nccl)}
-NEEDS = {"gather": "gpu", "tests": "gpu", "bccd": "bccd", "nccl": "bccd"}  # settings
-TOGETHER = ("tests", "bccd", "nccl")  # parts that run at the same time, last: they measure no times
+    part.__name__: part for part in (build, nms, speed, step, gather, tests, bccd, resume)}
+NEEDS = {"gather": "gpu", "tests": "gpu", "bccd": "bccd", "resume": "bccd"}  # settings
+SIGNALS: list[int] = []
+"""Those that ended this program, which then stops all calls: they have sessions of their own."""
+TOGETHER = ("tests", "bccd", "resume")  # parts that run at the same time, last: they time nothing
 
 
 # ---------------------------------------------------------------- running them
@@ -188,14 +190,14 @@ def perform(name: str, line: str, end: float, env: Mapping[str, str], s: Setting
 
     The status of a call that was stopped is None.
     """
-    argv, start, status = command_of(line, s), time.monotonic(), None
+    argv, start = command_of(line, s), time.monotonic()
     with (folder / f"{name}.txt").open("wb+") as file:
         process = subprocess.Popen(argv, stdout=file, stderr=subprocess.STDOUT,
                                    stdin=subprocess.DEVNULL, env={**os.environ, **env},
                                    start_new_session=True)
-        try:
-            status = process.wait(end - start)
-        except subprocess.TimeoutExpired:
+        while (status := process.poll()) is None and time.monotonic() < end and not SIGNALS:
+            time.sleep(0.1)
+        if status is None:
             stop(process)
         file.seek(0)
         text = file.read().decode(errors="replace")
@@ -203,8 +205,8 @@ def perform(name: str, line: str, end: float, env: Mapping[str, str], s: Setting
     title = f"  {name} {time.monotonic() - start:.1f} s {how}"
     with Path(s.out, "log.txt").open("ab", buffering=0) as log:  # unmixed with other calls' output
         log.write(f"\n====={title}\n{shlex.join(argv)}\n{text}".encode(errors="replace"))
-    lines = text.strip().splitlines()[-40 if status or not env else -4 :]
-    return status, [title, *(f"    {line[:170]}" for line in lines)]
+    lines = text.strip().splitlines()[-40 if status != 0 or not env else -4 :]
+    return status, [title, *(f"    {line}" for line in lines)]
 
 
 def stop(process: subprocess.Popen) -> None:
@@ -252,4 +254,6 @@ def main(wanted: Sequence[str], s: Settings) -> int:
 
 
 if __name__ == "__main__":
+    for number in heeded((signal.SIGINT, *ENDING)):
+        signal.signal(number, lambda number, _: SIGNALS.append(number))
     raise SystemExit(main(sys.argv[1:], Settings.of(os.environ)))

@@ -364,8 +364,8 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
 
     These are the published ones if they are there, or if ``root`` is a devkit with their years or
     does not tell. Else they are trainval and test; else train or trainval, and the first of val,
-    valid, validation, dev and test. Without one of both, all images are divided into split_train
-    and split_val, see `data.split.in_validation`.
+    valid, validation, dev and test; all of a kind, such as train1 and train2. Without one of both,
+    all images are divided into split_train and split_val, see `data.split.in_validation`.
     """
     root = Path(os.path.expanduser(root))
     row, existing = DATASETS[name], list_sets(name, root)
@@ -375,11 +375,13 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     there = existing or _layout(name, root)
     if published <= {*existing} or devkit or not there:
         return row.train_sets, row.test_sets
-    known = {set_word(each.name): each for each in sorted(existing, key=lambda s: s.year or "")}
+    known: dict[str, list[ImageSet]] = {}
+    for each in existing:
+        known.setdefault(set_word(each.name), []).append(each)
     tests = ("val", "valid", "validation", "dev", "test")
     for train, test in (("trainval", "test"), *product(("train", "trainval"), tests)):
         if train in known and test in known:
-            return (known[train],), (known[test],)
+            return tuple(known[train]), tuple(known[test])
     return (ImageSet(None, SPLIT_TRAIN),), (ImageSet(None, SPLIT_VAL),)
 
 

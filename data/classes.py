@@ -11,12 +11,20 @@ from utils.files import read_text
 BACKGROUND = frozenset({"background", "__background__"})
 
 
+def spelled(name: str) -> str:
+    """Return a class name in the form in which names are compared: NFC, without spaces around it.
+
+    Programs write "é" as one character or as two; NFC has one.
+    """
+    return unicodedata.normalize("NFC", name.strip())
+
+
 def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
-    """Return class names as a tuple, without spaces around them.
+    """Return class names as a tuple, as `spelled`.
 
     Raises UserError if one is empty, repeated, background, or cannot be written to a file.
     """
-    names = tuple(name.strip() for name in classes)
+    names = tuple(map(spelled, classes))
     if not names or "" in names:
         raise UserError(f"{source}: a class name is empty")
     if unfit := [name for name in names

@@ -72,20 +72,17 @@ def evaluate_coco(results: str | Path | list[dict] | COCOResults,
         ValueError: no such backend.
     """
     evaluate, version = load_backend(backend)
-    read = isinstance(annotations, COCOAnnotations)
-    truth = annotations if read else read_annotations(annotations)
+    is_read = isinstance(annotations, COCOAnnotations)
+    truth = annotations if is_read else read_annotations(annotations)
     source = results if isinstance(results, str | Path) else "results"
     if not isinstance(results, COCOResults):
         content = results if isinstance(results, list) else read_json(results)
         results = COCOResults.read(source, content)
     # Ids by position, from 1: exact in any number format, and in the order of the file's own.
-    images, categories = results.positions_in(truth, source)
-    detected = len(np.unique(images))
+    detected = len(np.unique(results.image_ids))
     if classes is not None:
-        kept = np.isin(truth.classes, classes)[categories]
-        truth, results = truth.of_classes(classes), COCOResults(*(each[kept] for each in results))
-        images, categories = results.positions_in(truth, source)
-    image, category = 1 + images, 1 + categories
+        truth, results = _of_classes(truth, results, classes, source)
+    image, category = (1 + each for each in results.positions_in(truth, source))
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = evaluate(truth, COCOResults(image, category, results.boxes, results.scores))
     precision, scores = (
@@ -96,13 +93,21 @@ def evaluate_coco(results: str | Path | list[dict] | COCOResults,
     if curves is not None:
         write_curves(curves, truth.classes, ious, recall=np.array(evaluation.params.recThrs),
                      precision=precision, scores=scores)
-    report = _report(truth, evaluation.stats, precision) | {"backend": version}
-    report["images"] = [detected, len(truth.image_ids)]
+    report = _report(truth, evaluation.stats, precision)
+    report |= {"backend": version, "images": [detected, len(truth.image_ids)]}
     if intervals:
-        found = Found(images, extents(results.boxes), category, results.scores)
-        _add_intervals(report, truth, Found(*(each[np.argsort(images, kind="stable")]
-                                              for each in found)), ious)
+        found = Found(image - 1, extents(results.boxes), category, results.scores)
+        _add_intervals(report, truth, found, ious)
     return report
+
+
+def _of_classes(truth: COCOAnnotations, results: COCOResults, classes: Sequence[str],
+                source: object) -> tuple[COCOAnnotations, COCOResults]:
+    """Return the annotations and the results of some categories; raises as `evaluate_coco`."""
+    _, categories = results.positions_in(truth, source)
+    part = truth.of_classes(classes)
+    kept = np.isin(truth.classes, part.classes)[categories]
+    return part, COCOResults(*(each[kept] for each in results))
 
 
 def _report(truth: COCOAnnotations, stats: np.ndarray, precision: np.ndarray) -> dict:
@@ -123,6 +128,7 @@ def _report(truth: COCOAnnotations, stats: np.ndarray, precision: np.ndarray) ->
 
 def _add_intervals(report: dict, truth: COCOAnnotations, found: Found, ious: np.ndarray) -> None:
     objects = Truth(truth.owners(), extents(truth.boxes), truth.labels, truth.crowds, "coco")
+    found = Found(*(each[np.argsort(found.images, kind="stable")] for each in found))
     images = len(truth.image_ids)
     weights, drawn = bootstrap.draw(images), {}
     counted = count(objects, found, ious, len(truth.classes), images)

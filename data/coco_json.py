@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data.annotation import turned
-from data.classes import BACKGROUND, check_classes
+from data.classes import BACKGROUND, check_classes, spelled
 from data.detections import LARGEST
 from data.truth import digest
 from utils.errors import UserError, first_line
@@ -171,10 +171,10 @@ class COCOAnnotations:
         """
         if len(set(classes)) < len(classes):
             raise ValueError(f"classes must be unique, got {', '.join(classes)}")
-        known, asked = set(self.classes), set(classes)
-        if unknown := [name for name in classes if name not in known]:
-            raise UserError(f"{self.path}: has no category {', '.join(unknown)}; it has"
-                            f" {', '.join(self.classes)}")
+        known, asked = set(self.classes), {*map(spelled, classes)}
+        if unknown := [name for name in classes if spelled(name) not in known]:
+            raise UserError(f"{self.path}: has no category {', '.join(unknown)}; it has "
+                            f"{', '.join(self.classes)}; add it there, or give --classes")
         if asked == known:
             return self
         chosen = np.array([name in asked for name in self.classes])
@@ -312,7 +312,7 @@ def _read_sizes(path: str | Path, images: list[dict], ids: np.ndarray) -> np.nda
 def _read_classes(path: str | Path, categories: list[dict],
                   counts: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names of the categories that are read, and which these are, bool [K]."""
-    names = [name.strip() if isinstance(name := each.get("name"), str) else ""
+    names = [spelled(name) if isinstance(name := each.get("name"), str) else ""
              for each in categories]
     if "" in names:
         raise Records(path, "categories", categories).unfit(names.index(""), "name", "a text")

@@ -22,7 +22,7 @@ from data.annotation import (
     tell,
     turned,
 )
-from data.classes import BACKGROUND, check_classes
+from data.classes import BACKGROUND, check_classes, spelled
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
@@ -75,7 +75,7 @@ class _Image:
                 size = int(width), int(height)
             for number, shape in enumerate(self.element, 1):
                 if shape.tag in AREAS:
-                    names.append(shape.get("label", "").strip())
+                    names.append(spelled(shape.get("label", "")))
                     where = f'{self.where}: {shape.tag} {number} ("{names[-1]}")'
                     if not names[-1]:
                         raise ValueError("no label; export the task again")
@@ -132,7 +132,7 @@ def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
         for label in document.iterfind("./meta//label"):
             kind = (label.findtext("type") or "any").strip()
             if label.find("parent") is None and kind in ("any", "rectangle", *AREAS):
-                labels[(label.findtext("name") or "").strip()] = None
+                labels[spelled(label.findtext("name") or "")] = None
     return images, [label for label in labels if label and label not in BACKGROUND]
 
 
@@ -179,7 +179,7 @@ class CVATDetection(AnnotatedImages):
         paths = self._find(images, faults)
         annotations = [read_or_tell(image.read, image.path, faults) for image in images]
         if classes is None:
-            used = {shape.get("label", "").strip() for image in every
+            used = {spelled(shape.get("label", "")) for image in every
                     for shape in image.element if shape.tag in AREAS}
             classes = [*labels, *sorted(used - {*labels, ""})]
         classes = check_classes(classes, str(self.root)) if classes else ()

@@ -1,8 +1,7 @@
 """Reading the annotations of image sets in PASCAL VOC's layouts, and finding their images."""
 
 import os
-import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache, partial
 from pathlib import Path
 
@@ -69,20 +68,15 @@ def load_annotations(root: str | Path, image_sets: Sequence[tuple[str | None, st
     if classes is None:
         classes = _choose_classes(root, sets, annotations, skipped, index)
     else:
-        classes = check_classes(_nfc(classes), "classes")
+        classes = check_classes(classes, "classes")
     skipped += check_objects(what, annotations, classes, faults)
     return listed, Loaded([each.id for each in listed], [], annotations, classes, skipped)
-
-
-def _nfc(names: Iterable[str]) -> list[str]:
-    """Return names in the form in which those of annotations are read."""
-    return [unicodedata.normalize("NFC", name) for name in names]
 
 
 def _choose_classes(root: Path, image_sets: Sequence[ImageSet], annotations: Sequence[Annotation],
                     skipped: list[Skip], index: FileIndex) -> tuple[str, ...]:
     if (declared := declared_classes(root)) is not None:
-        return check_classes(_nfc(declared[0]), declared[1])
+        return check_classes(*declared)
     names = {name for annotation in annotations for name in annotation.names}
     if any(year for year, _ in image_sets) and names <= set(VOC_CLASSES):
         return VOC_CLASSES

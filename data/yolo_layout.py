@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from data.classes import BACKGROUND, check_classes
+from data.classes import BACKGROUND, check_classes, spelled
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import SET_WORDS, set_word
@@ -250,7 +250,7 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
 
 
 def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
-    names = {number: name.strip() for number, name in names.items()}
+    names = {number: spelled(name) for number, name in names.items()}
     check_classes([name for name in names.values() if name not in BACKGROUND], str(path))
     return names
 

@@ -151,7 +151,8 @@ def check_training(call: Call, given: Mapping[str, object]) -> None:
     """
     if call.class_map and not call.resume_net:
         raise UserError("--class_map goes with --resume_net FILE or --test FILE")
-    sources = [name for name in ("resume", "resume_net") if getattr(call, name)]
+    sources = ["resume"] if call.resume not in (None, "auto") else []
+    sources += ["resume_net"] if call.resume_net else []
     base = call.basenet not in ("auto", "none")
     sources += ["basenet"] if base else []
     if len(sources) > 1:

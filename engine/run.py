@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import DATASETS, DetectionData, build_dataset, list_sets
+from data import DATASETS, DetectionData, build_dataset
 from data.cache import open_cache
 from data.classes import parse_classes
 from data.config import TRAINING_THRESHOLD
@@ -184,7 +184,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     fits = given.get("priors") == FIT
     if fits and path is not None:
         given = {key: value for key, value in given.items() if key != "priors"}
-    if call.resume_net:
+    if call.resume_net and path is None:
         start = load_checkpoint(call.resume_net)
         info = _starting_info(start, call, given)
         stored |= {"version": info.version, "size": info.size, "priors": info.priors}
@@ -252,9 +252,6 @@ def _open_test_set(options: Options, call: Call) -> DetectionData:
     try:
         return open_dataset(options, call, "test_sets")
     except UserError as error:
-        there = {*map(str, list_sets(options.dataset, options.root)), *SPLIT_SETS}
-        if there.issuperset(map(str, options.test_sets)):
-            raise
         raise UserError(f"{error} (--test_frequency 0 trains without a test set)") from error
 
 
@@ -274,6 +271,9 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]
         return {path: load_checkpoint(path) for path in map(Path, filter(None, [call.resume]))}
     folder = Path(given.get("save_folder", Options.save_folder))
     version, size = (given.get(key, getattr(Options, key)) for key in ("version", "size"))
+    if call.resume_net:
+        info = _starting_info(load_checkpoint(call.resume_net), call, given)
+        version, size = info.version, info.size
     pattern = glob.escape(call.date) if call.date else "*"
     runs = [[run / name for name in ("last.pth", "previous.pth") if (run / name).is_file()]
             for run in (folder / f"{version}_{size}").glob(pattern)]

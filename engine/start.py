@@ -29,6 +29,9 @@ def starting_weights(net: nn.Module, run: Run, call: Call) -> Run:
         origin += f"{match.source} (sha256 {sha256_of(path)})"
     else:
         origin = "new weights: the base network is trained from scratch"
+        if run.options.freeze.startswith("base"):
+            LOGGER.warning("--freeze %s keeps new, random weights; give pretrained ones with "
+                           "--basenet FILE or --resume_net FILE", run.options.freeze)
     LOGGER.info("%s", origin)
     return dataclasses.replace(run, options=dataclasses.replace(run.options, start=origin))
 

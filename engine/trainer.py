@@ -48,6 +48,7 @@ class Trainer:
         self.sampler = loader.batch_sampler
         self.evaluate = evaluate
         self.train_set, self.data = run.train_set, run.data
+        self.test_data = run.test_set.fingerprint() if run.test_set else None
         self.options = options = run.options
         self.folder = run.folder
         self.world = world
@@ -119,9 +120,10 @@ class Trainer:
         except Exception as error:  # whatever PyTorch makes of a foreign value
             raise UserError(f"{path} cannot be resumed from: {error!r:.200} in its state; give "
                             "another, or start from its weights with --resume_net") from error
-        if saved["config"].get("test_sets") != self.options.plain()["test_sets"]:
+        other = saved["config"].get("test_sets") != self.options.plain()["test_sets"]
+        if other or self.test_data and saved.get("test_data") not in (None, self.test_data):
             self.state.best = {}
-            LOGGER.info("other image sets to test on: the best AP is looked for anew")
+            LOGGER.info("other images or annotations to test on: the best AP is looked for anew")
         step = self.state.step
         LOGGER.info("resumed at step %d (epoch %.2f)", step, step / self.steps_per_epoch)
 
@@ -377,6 +379,7 @@ class Trainer:
             "scaler": self.train_step.scaler.state_dict(), "rng": rng_state(),
             **asdict(self.state), "classes": list(self.options.classes),
             "config": self.options.plain(), "data": self.data,
+            "test_data": self.test_data,
         }
         if self.average:
             state["raw_model"] = self.net.state_dict()

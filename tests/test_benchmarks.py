@@ -6,6 +6,8 @@ import json
 import math
 import re
 import shlex
+import signal
+import threading
 import time
 from functools import partial
 from importlib.util import find_spec
@@ -179,8 +181,6 @@ def test_every_line_of_the_gpu_script_is_understood(quick, tmp_path):
         for stage in part(settings, tmp_path):
             for _, line in stage.values():
                 argv = on_gpu.command_of(line, settings)[1:]
-                if argv[:2] == ["-m", "torch.distributed.run"]:
-                    argv = argv[5:]
                 if argv[0] == "-m" and argv[1].startswith("benchmarks."):
                     args = importlib.import_module(argv[1]).parser().parse_args(argv[2:])
                     assert args.device == "cuda" and (not quick or args.rounds == 1)
@@ -243,6 +243,17 @@ bccd: needs bccd,
     assert on_gpu.main(["three"], on_gpu.Settings(out=str(out))) == 2
     assert on_gpu.main(["one"], on_gpu.Settings(out=str(out), limit="0")) == 1
     assert "one_hangs stopped" in without_times(capfd.readouterr().out)
+
+
+def test_a_signal_ends_every_call(tmp_path, monkeypatch, capfd):
+    line = "-c 'import time; print(7, flush=True); time.sleep(60)'"
+    monkeypatch.setattr(on_gpu, "PARTS", {"one": lambda *_: [{"a": (50, line), "b": (50, line)}]})
+    monkeypatch.setattr(on_gpu, "SIGNALS", [])
+    threading.Timer(1, on_gpu.SIGNALS.append, [signal.SIGTERM]).start()
+    start = time.monotonic()
+    assert on_gpu.main([], on_gpu.Settings(out=str(tmp_path / "out"))) == 1
+    assert time.monotonic() - start < 20
+    assert capfd.readouterr().out.count("stopped") == 2
 
 
 def test_a_share_of_the_gathered_convolutions_runs_and_the_others_give_zeros(monkeypatch):

@@ -3,11 +3,16 @@
 Tests that compare two devices also compare the CPU with itself at another rounding.
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
 
 from data.config import VOC_300
+from engine.distributed import World, leave
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import BACKBONES, build_net
 from utils.checkpoint import load_checkpoint
@@ -194,3 +199,29 @@ def test_training_testing_and_resuming_run_at_each_precision(amp, voc_folder, tm
     assert main(["--test", str(final), "--device", "cuda", "--num_workers", "1"]) == 0
     # What a GPU wrote, a CPU reads.
     assert main(["--test", str(final), "--device", "cpu", "--num_workers", "0"]) == 0
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_a_group_of_one_process_changes_nothing(device):
+    """What processes exchange by gloo and NCCL, in a group of one, which a job would leave out."""
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        world, where = World(0, 2), torch.device(device, 0)
+        plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3)).to(where)
+        net = copy.deepcopy(plain)
+        if device == "cuda":
+            net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+        images = torch.randn(4, 3, 9, 9, device=where)
+        for each in (plain, world.replicate(net, where)):
+            loss = each(images).square().sum()
+            loss.backward()
+            assert torch.equal(world.sum(loss.detach().clone()), loss)
+        world.share_statistics(net)
+        for key, tensor in plain.state_dict().items():
+            torch.testing.assert_close(net.state_dict()[key], tensor)
+        for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(a.grad, b.grad)
+        assert world.decide(lambda: {"a": [1]}) == {"a": [1]}
+    finally:
+        leave()

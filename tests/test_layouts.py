@@ -209,6 +209,18 @@ def test_one_command_trains_and_the_others_open_the_same_data(name, tmp_path, mo
     assert proof.scored
 
 
+def test_letters_of_two_characters_are_those_of_one(layout, tmp_path):
+    layout.write(tmp_path)
+    for path in tmp_path.rglob("*"):
+        if path.suffix in (".xml", ".json", ".yaml", ".txt", ".names"):
+            path.write_bytes(path.read_bytes().replace(b"zebra", "ze\u0301bra".encode()))
+    train, test = open_sets(layout, tmp_path)
+    assert "z\u00e9bra" in train.classes and contents(test)
+    for classes in (train.classes, [unicodedata.normalize("NFD", name) for name in train.classes]):
+        again = build_dataset(layout.dataset, tmp_path, train.image_sets, classes=classes)
+        assert contents(again) == contents(train)
+
+
 DATA = {"drawn": lambda root: make_dataset(root, trainval=6, test=2, size=(96, 160)),
         **{name: LAYOUTS[name].write for name in ("voc", "coco", "yolo-list", "cvat")}}
 

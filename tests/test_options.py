@@ -168,7 +168,7 @@ def refusal(*line: str) -> str:
     ("--cuda true --device cpu", "--cuda True --device cpu"),
     ("--basenet gone.pth", "gone.pth hardnet68_base_bridge.pth weights/README.md"),
     ("--basenet a.pth --resume_net b.pth", "--basenet --resume_net"),
-    ("--resume auto --basenet a.pth", "--resume --basenet"),
+    ("--resume last.pth --basenet a.pth", "--resume --basenet"),
     ("--score_threshold 0", "--score_threshold --test"),
     ("--nms soft", "--nms --test"),
     ("--retest", "--retest --test"),

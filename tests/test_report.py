@@ -224,6 +224,21 @@ def test_charts_are_the_same_every_time_and_draw_any_name():
         assert svg[0].count(mark) == 1
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_matrix_of_many_classes_stays_small_and_draws_any_name():
+    names = ["猫", *(f"class {n}" for n in range(299))]
+    rows = [(name, *range(300)) for name in names]
+    chart = figures.draw_matrix("counts", Table(("object / detected", *names), rows))
+    assert max(chart.get_size_inches()) < 50 and len(chart.axes[0].texts) == 0
+    small = Table(("object / detected", *names[:2]), [("猫", 3, 1), ("b", 0, 2)])
+    chart = figures.draw_matrix("counts", small)
+    assert "猫" in figures.as_svg(chart, "counts") and len(chart.axes[0].texts) == 3
+    figures.as_png(chart)
+    labels = chart.axes[0].get_xticklabels()
+    assert [label.get_text() for label in labels] == [r"\u732b", "class 0"]
+    assert labels[0].get_rotation() == 90
+
+
 def test_without_matplotlib_a_sentence_says_so(made, monkeypatch, tmp_path):
     monkeypatch.setattr(figures, "matplotlib", None)
     with pytest.raises(UserError, match="pip install matplotlib"):

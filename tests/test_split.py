@@ -76,11 +76,12 @@ def test_line_of_a_list_is_a_path_or_its_end(line, found, tmp_path):
     ("train val test", "train", "val"), ("trainval test", "trainval", "test"),
     ("train test", "train", "test"), ("train dev validation", "train", "validation"),
     ("Train2017 val2017", "Train2017", "val2017"), ("train", "split_train", "split_val"),
-    ("default", "split_train", "split_val"),
+    ("default", "split_train", "split_val"), ("train1 train2 val_1", "train1 train2", "val_1"),
 ])  # fmt: skip
 def test_default_sets_are_declared_ones_or_parts(sets, train, test, tmp_path):
     write_voc(tmp_path, {name: {f"{name}{i}": DOG for i in range(3)} for name in sets.split()})
-    assert default_sets("VOC", tmp_path) == ((ImageSet(None, train),), (ImageSet(None, test),))
+    asked = tuple(ImageSet(None, name) for name in train.split())
+    assert default_sets("VOC", tmp_path) == (asked, (ImageSet(None, test),))
     data = build_dataset("VOC", tmp_path, [(None, test)], val_share=0.5)
     assert len(data) == (2 if test == "split_val" else 3)
 
@@ -105,6 +106,20 @@ def test_lists_of_the_command_decide_from_then_on(tmp_path, capsys):
         file.write(lines)
     with pytest.raises(UserError, match=r"split_val\.txt.*split_train|no image"):
         parts()
+
+
+def test_names_that_end_alike_and_classes_without_names_are_divided(tmp_path):
+    write(tmp_path / "in", {f"{folder}{name}": CAT for folder in "xy" for name in "abcd"}, "")
+    (tmp_path / "sub").mkdir()
+    for kind in ("images", "labels"):
+        for path in (tmp_path / "in" / kind).glob("*.*"):
+            folder, name = path.stem
+            path.rename(tmp_path / ("sub" if folder == "y" else "") / f"{name}{path.suffix}")
+    shutil.rmtree(tmp_path / "in")
+    assert main(["--root", str(tmp_path), "--classes", "cat"]) == 0
+    sizes = [len(build_dataset("YOLO", tmp_path, [(None, name)], ["cat"]))
+             for name in ("split_train", "split_val")]
+    assert sum(sizes) == 8 and min(sizes) > 0
 
 
 def test_root_decides_the_layout_and_a_given_one_must_not_contradict(tmp_path):

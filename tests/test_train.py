@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -177,9 +178,20 @@ def test_weights_of_a_whole_detector_start_a_new_run(call, capsys):
     for key, tensor in weights(path).items():
         if "running" not in key and "num_batches" not in key:
             assert torch.equal(tensor, new["model"][key])
+    # One command begins the run and goes on with it.
+    for epochs in (1, 2):
+        options = ("--resume_net", path, "--resume", "auto", "--date", "d", "-max", epochs)
+        assert call(*options, "--test_frequency", 0, version="tiny") == 0
+    last = load_checkpoint(call.folder / "d" / "last.pth")
+    assert last["step"] == 6 and "all weights from" in last["config"]["start"]
     assert call("--resume_net", path, "-v", "SSD_HarDNet68", "--date", "c") == 2
     assert "SSD_HarDNet68 contradicts the checkpoint, which is made for tiny" in (
         capsys.readouterr().err)
+
+
+def test_random_weights_that_freeze_are_told(call, capsys):
+    assert call("--freeze", "base", "--max_iters", 1, "--test_frequency", 0) == 0
+    assert "--freeze base keeps new, random weights; give" in capsys.readouterr().out
 
 
 def test_base_weights_are_counted_in_the_log(call, tmp_path, capsys):
@@ -360,12 +372,20 @@ def test_a_loading_process_that_the_signal_ended_too_is_no_error(call, monkeypat
     assert (call.folder / "a" / "last.pth").is_file()
 
 
-def test_other_test_sets_on_resume_have_a_best_of_their_own(call, monkeypatch):
+@pytest.mark.parametrize("change", ["sets", "annotations"])
+def test_other_test_data_on_resume_have_a_best_of_their_own(change, call, voc_folder, monkeypatch):
     scores = iter([0.9, 0.5, 0.6])
     evaluate = engine.evaluate.Evaluation.__call__
     monkeypatch.setattr(engine.evaluate.Evaluation, "__call__", lambda *args: (
         evaluate(*args) | {"value": next(scores)}))
-    assert call("-max", 1, "--test_frequency", 1, "--date", "a", "--test_sets", "trainval") == 0
+    first = "trainval" if change == "sets" else "test"
+    assert call("-max", 1, "--test_frequency", 1, "--date", "a", "--test_sets", first) == 0
+    if change == "annotations":
+        name = (voc_folder / "ImageSets/Main/test.txt").read_text().split()[0]
+        path = voc_folder / f"Annotations/{name}.xml"
+        text = path.read_text()
+        path.write_text(re.sub(r"<xmin>(\d+)", lambda match: f"<xmin>{int(match[1]) + 1}", text))
+        assert path.read_text() != text
     last = call.folder / "a" / "last.pth"
     assert call("--resume", last, "-max", 3, "--test_frequency", 1, "--test_sets", "test") == 0
     assert load_checkpoint(last)["best"]["value"] == 0.6

@@ -74,13 +74,14 @@ def check_same(a: Test, b: Test) -> None:
                             f"test both {fix}")
 
 
-def settings_notes(a: Test, b: Test) -> list[str]:
-    """Return a line for each setting of the detection that is another one in the other test."""
+def notes_against(a: Test, b: Test) -> list[str]:
+    """Return the notes of `b` that `a` lacks, and one for each setting that differs."""
     of_a, of_b = (test.results.values["thresholds"] | test.results.values["suppression"]
                   | asdict(Views()) | test.results.values["views"] for test in (a, b))
-    return [f"{key} is {of_a.get(key)} in the test of A and {of_b.get(key)} in the test of B; this "
-            "alone changes scores: test both alike"
-            for key in of_a | of_b if of_a.get(key) != of_b.get(key)]
+    return [f"B: {note}" for note in b.notes if note not in a.notes] + [
+        f"{key} is {of_a.get(key)} in the test of A and {of_b.get(key)} in the test of B; this "
+        "alone changes scores: test both alike"
+        for key in of_a | of_b if of_a.get(key) != of_b.get(key)]
 
 
 def compare(a: Test, b: Test) -> list[Change]:

@@ -22,12 +22,14 @@ try:
     from matplotlib.figure import Figure
     from matplotlib.font_manager import findfont
     from matplotlib.text import Text
+    from matplotlib.ticker import FixedLocator
 except ImportError:  # told by `check_matplotlib`
     matplotlib = None
 
 INK = "#262626"  # of texts and axes; in a page it becomes the colour of the page's text
 # Okabe and Ito's colours, which everybody can tell apart, without the yellow, too pale for a line.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+LARGEST = 40  # inches of a side of a chart's cells
 MARKED = 20  # values of x up to which points are marked
 STYLE = {
     "svg.fonttype": "none",  # texts stay texts
@@ -80,6 +82,10 @@ def as_png(figure: Figure) -> bytes:
     font = ImageFont.truetype(findfont("DejaVu Sans"))
     for text in figure.findobj(Text):
         text.set_text(escape_glyphs(text.get_text(), font))
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_locator(), FixedLocator):  # its labels are made when drawn
+            names = [escape_glyphs(label.get_text(), font) for label in axis.get_ticklabels()]
+            axis.set_ticks(axis.get_ticklocs(), names)
     with matplotlib.rc_context(STYLE):
         figure.savefig(file := io.BytesIO(), format="png", dpi=120, metadata={"Software": None})
     return file.getvalue()
@@ -149,7 +155,7 @@ def draw_matrix(title: str, table: Table) -> Figure:
     """
     (axes_names, *columns), rows = table.head, [row[0] for row in table.rows]
     matrix = np.array([row[1:] for row in table.rows])
-    cell, font = (0.5, 9) if len(rows) <= 25 else (0.25, 5)
+    cell, font = (0.5, 9) if len(rows) <= 25 else (min(0.25, LARGEST / len(rows)), 5)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2 + cell * len(columns), 1.6 + cell * len(rows)))
         ylabel, xlabel = axes_names.split(" / ")
@@ -160,7 +166,7 @@ def draw_matrix(title: str, table: Table) -> Figure:
         axes.set_yticks(range(len(rows)), rows)
         for n, label in enumerate(axes.get_yticklabels()):
             label.set_gid(f"class-{n}")
-        for n, m in zip(*matrix.nonzero(), strict=True):
+        for n, m in zip(*matrix.nonzero(), strict=True) if cell * len(rows) < LARGEST else ():
             axes.text(m, n, str(matrix[n, m]), ha="center", va="center", fontsize=font,
                       color="black", gid=f"class-{n}")  # fmt: skip
     return figure

@@ -36,7 +36,7 @@ from tools.against import (
     lines,
     moved_images,
     moved_table,
-    settings_notes,
+    notes_against,
 )
 from tools.figures import INK, Folder, check_matplotlib, draw_lines, draw_matrix, has_points
 from tools.mistakes import Mistake, data_url, draw_worst, list_mistakes
@@ -64,9 +64,9 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
 
     directory: of a test, or of a run, whose newest test is taken. path: of the page; None:
     report.html in the test's folder; the figures go into ``figures_of(path)``. root: of the data
-    set; None: where the test found it. score: least score of the detections that count. examples:
-    images of mistakes of each type and class. against: other tests on the same images. The first is
-    compared; all add objects without annotation, of which up to 50 times `examples` are shown.
+    set; None: where the test found it. score: least score of detections that count. examples:
+    images of mistakes of each type and class. against: other tests on the same images; the first is
+    compared, all add objects without annotation (at most 50 times `examples` are shown).
 
     UserError: no test there, no data set at ``root``, no matplotlib, or a file cannot be written.
     """
@@ -76,9 +76,6 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
         check_same(test, each)
     test, other = score_again(test), score_again(others[0]) if others else None
     changes, notes = compare(test, other) if other else [], list(test.notes)
-    if other:
-        notes += [f"B: {note}" for note in other.notes if note not in notes]
-        notes += settings_notes(test, other)
     path, results = path or test.directory / "report.html", test.results
     folder, names = Folder(figures_of(path)), results.classes
     tables = score_tables(test, score) | training_tables(test.log)
@@ -102,7 +99,7 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
     if other:
         moved = moved_images(test, other, score)
         pairs, more = draw_moved(test, other, moved, score, examples)
-        notes += more
+        notes += [*notes_against(test, other), *more]
         parts["against"] = _against(folder, test, other, changes, moved, pairs)
     curves, notes = _curves(folder, tables, names), [*dict.fromkeys(notes)]
     page = Template(PAGE.read_text("utf-8")).substitute(

@@ -24,7 +24,7 @@ def parse(argv: Sequence[str] | None) -> dict:
         "set to test on. Write ROOT/ImageSets/split_train.txt and split_val.txt, which decide from "
         "then on, and may be edited.",
     )
-    for name in ("dataset", "root", "val_share", "split_by"):
+    for name in ("dataset", "root", "classes", "val_share", "split_by"):
         add_option(p, name)
     return vars(p.parse_args(argv))
 
