@@ -177,7 +177,7 @@ PARTS: dict[str, Callable[[Settings, Path], list[Stage]]] = {
     part.__name__: part for part in (build, nms, speed, step, gather, tests, bccd, resume)}
 NEEDS = {"gather": "gpu", "tests": "gpu", "bccd": "bccd", "resume": "bccd"}  # settings
 SIGNALS: list[int] = []
-"""Those that ended this program, which then stops all calls: they have sessions of their own."""
+"""Signals received: then all calls are stopped. Their own sessions do not receive them."""
 TOGETHER = ("tests", "bccd", "resume")  # parts that run at the same time, last: they time nothing
 
 
@@ -223,7 +223,7 @@ def run_part(name: str, end: float, s: Settings, folder: Path) -> bool:
     """Run a part until ``end`` at most, print its report and return whether a call failed."""
     start, needs, results = time.monotonic(), NEEDS.get(name), []
     lacks = needs and not getattr(s, needs)
-    for stage in [] if lacks else PARTS[name](s, folder):
+    for stage in [] if lacks or SIGNALS else PARTS[name](s, folder):
         env, now = ONE_CORE if len(stage) > 1 else {}, time.monotonic()
         with ThreadPoolExecutor(len(stage)) as pool:
             results += [pool.submit(perform, f"{name}_{call}", line, min(end, now + limit), env, s,

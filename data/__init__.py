@@ -366,6 +366,8 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     does not tell. Else they are trainval and test; else train or trainval, and the first of val,
     valid, validation, dev and test; all of a kind, such as train1 and train2. Without one of both,
     all images are divided into split_train and split_val, see `data.split.in_validation`.
+
+    Raises UserError: there are several of both kinds, as train1, train2, val1 and val2.
     """
     root = Path(os.path.expanduser(root))
     row, existing = DATASETS[name], list_sets(name, root)
@@ -375,13 +377,14 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     there = existing or _layout(name, root)
     if published <= {*existing} or devkit or not there:
         return row.train_sets, row.test_sets
-    known: dict[str, list[ImageSet]] = {}
-    for each in existing:
-        known.setdefault(set_word(each.name), []).append(each)
     tests = ("val", "valid", "validation", "dev", "test")
-    for train, test in (("trainval", "test"), *product(("train", "trainval"), tests)):
-        if train in known and test in known:
-            return tuple(known[train]), tuple(known[test])
+    for words in (("trainval", "test"), *product(("train", "trainval"), tests)):
+        train, test = (tuple(s for s in existing if set_word(s.name) == word) for word in words)
+        if len(train) > 1 < len(test) and None in years:
+            raise UserError(f"{root} has several image sets to train and to test on, maybe folds: "
+                            f"{sets_name(train + test)}; give --train_sets and --test_sets")
+        if train and test:
+            return train, test
     return (ImageSet(None, SPLIT_TRAIN),), (ImageSet(None, SPLIT_VAL),)
 
 

@@ -13,7 +13,9 @@ import numpy as np
 DRAWS = 1000
 CONFIDENCE = 0.95
 FEWEST = 6
-"""Images that an interval needs: a sign test has no evidence of 95 % in fewer (2 / 2**5 > 0.05)."""
+"""Images that an interval needs. Even if all favour one test, fewer are no evidence (2 / 2**5)."""
+RARE = 0.01
+"""Share of draws that may lack a class. Five images of a class, of many images, are in 99.3 %."""
 RECALLS = {"voc07_11point": np.arange(0, 1.1, 0.1), "area": None, "coco": np.linspace(0, 1, 101)}
 """Recalls whose precisions a metric averages; None: the area.
 
@@ -44,7 +46,9 @@ def draw(images: int, draws: int = DRAWS, seed: int = 0) -> np.ndarray:
     Rows have equal sums: the number of images, or 0 if they are fewer than `FEWEST`.
     """
     rng, weights = np.random.default_rng(seed), np.zeros((draws, images), np.float32)
-    for row in weights if images >= FEWEST else ():
+    if images < FEWEST:
+        return weights
+    for row in weights:
         row[:] = np.bincount(rng.integers(0, images, images), minlength=images)
     return weights
 
@@ -89,26 +93,24 @@ def precisions(counted: Counted, weights: np.ndarray, metrics: Sequence[str]) ->
 
 
 def mean(of_classes: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """Return the mean over classes of each draw; None, for a class without objects, counts 0.
+    """Return the mean over classes of each draw, of those that it has; None, no objects: 0.
 
-    A class that a draw lacks takes its score of another draw: the mean of the other classes would
-    be another quantity. Return None if no draw has a class.
+    So every draw has the score of its images, as COCO's code computes it. Return None if a draw has
+    no class.
     """
-    found = np.array([each for each in of_classes if each is not None])
-    if not len(found) or np.isnan(found).all(1).any():
+    found = [each for each in of_classes if each is not None]
+    if not found or np.isnan(found).all(0).any():
         return None
-    for of_draws in found:
-        missing = np.isnan(of_draws)
-        of_draws[missing] = np.resize(of_draws[~missing], missing.sum())
-    return found.sum(0) / len(of_classes)
+    known = (~np.isnan(found)).sum(0) + len(of_classes) - len(found)
+    return np.nansum(found, 0) / known
 
 
 def interval(values: np.ndarray | None) -> list[float] | None:
-    """Return the percentile interval of draws, [low, high]; None if a draw has no value."""
-    if values is None or np.isnan(values).any():
+    """Return the percentile interval of draws, [low, high]; None if over `RARE` have no value."""
+    if values is None or np.isnan(values).mean() > RARE:
         return None
     tail = 100 * (1 - CONFIDENCE) / 2
-    return np.percentile(values, [tail, 100 - tail]).tolist()
+    return np.nanpercentile(values, [tail, 100 - tail]).tolist()
 
 
 def text(bounds: Sequence[float] | None) -> str:

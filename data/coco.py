@@ -12,7 +12,7 @@ import numpy as np
 from data import DetectionData, coco_layout
 from data.annotation import outside_root, refuse_missing, tell, unannotated
 from data.bootstrap import DRAWS
-from data.classes import spelled
+from data.classes import check_classes
 from data.coco_eval import evaluate_coco, load_backend, notes
 from data.coco_json import COCOAnnotations, extents, join, read_annotations
 from data.coco_layout import Part, file_stem, is_test_split, normalise
@@ -76,6 +76,7 @@ class COCODetection(DetectionData):
         if not image_sets:
             raise ValueError("image_sets is empty, expected e.g. [('2017', 'val')]")
         super().__init__(root, [normalise(*each) for each in image_sets], transform)
+        classes = None if classes is None else check_classes(classes, "classes")
         self.crowds = crowds
         self.eval_backend = eval_backend
         self.val_share, self.split_by = val_share, split_by
@@ -85,7 +86,7 @@ class COCODetection(DetectionData):
         self._part_sets = [part.image_set for part in parts]
         files = self._choose_classes([part.file for part in parts], classes)
         self._files, known = [file.path for file in files], files[0].categories()
-        self.classes = tuple(known if classes is None else map(spelled, classes))
+        self.classes = tuple(known if classes is None else classes)
         self.category_ids = {k: known[name] for k, name in enumerate(self.classes, 1)}
         self._digest = digest(self.classes, *(file.digest() for file in files))
         # What follows goes to every loader process. Arrays are shared there, or copied whole where

@@ -61,9 +61,9 @@ def evaluate_coco(results: str | Path | list[dict] | COCOResults,
         {"stats": the 12 numbers of `STATS`, "per_category": {name: AP at [.5:.95]}, "interval",
         "per_category_interval", "per_size": {"small", "medium", "large": AP},
         "per_category_per_size": {name: {size: AP}}, "at_50": {"mean", "interval", "per_class",
-        "per_class_interval"} of the AP at .50, "images": how many have a detection, and all,
-        "backend": name and version}. -1 means no ground truth; no detections at all score 0. An
-        interval is [low, high] of 95 % by `data.bootstrap`, None where too few images have
+        "per_class_interval"} of the AP at .50, "images": how many have a detection of any category,
+        and all, "backend": name and version}. -1 means no ground truth; no detections at all score
+        0. An interval is [low, high] of 95 % by `data.bootstrap`, None where too few images have
         objects; {} and None without ``intervals``.
 
     Raises:
@@ -78,10 +78,10 @@ def evaluate_coco(results: str | Path | list[dict] | COCOResults,
     if not isinstance(results, COCOResults):
         content = results if isinstance(results, list) else read_json(results)
         results = COCOResults.read(source, content)
-    # Ids by position, from 1: exact in any number format, and in the order of the file's own.
     detected = len(np.unique(results.image_ids))
     if classes is not None:
         truth, results = _of_classes(truth, results, classes, source)
+    # Ids by position, from 1: exact in any number format, and in the order of the file's own.
     image, category = (1 + each for each in results.positions_in(truth, source))
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = evaluate(truth, COCOResults(image, category, results.boxes, results.scores))

@@ -169,12 +169,14 @@ class COCOAnnotations:
 
         Raises UserError for an unknown name, ValueError for one given twice.
         """
+        classes = [*map(spelled, classes)]
         if len(set(classes)) < len(classes):
             raise ValueError(f"classes must be unique, got {', '.join(classes)}")
-        known, asked = set(self.classes), {*map(spelled, classes)}
-        if unknown := [name for name in classes if spelled(name) not in known]:
+        known, asked = set(self.classes), set(classes)
+        if unknown := [name for name in classes if name not in known]:
             raise UserError(f"{self.path}: has no category {', '.join(unknown)}; it has "
-                            f"{', '.join(self.classes)}; add it there, or give --classes")
+                            f"{', '.join(self.classes)}; choose from these with --classes, or add "
+                            "it to the file")
         if asked == known:
             return self
         chosen = np.array([name in asked for name in self.classes])
@@ -330,8 +332,8 @@ def _read_classes(path: str | Path, categories: list[dict],
 
 def _find_roots(categories: list[dict], classes: Sequence[str]) -> frozenset[str]:
     """Return what all other categories have above them; of itself only Roboflow's id 0 may be."""
-    above = Counter(str(each.get("supercategory")) for each in categories)
-    own = {each["name"]: each["id"] for each in categories
+    above = Counter(spelled(str(each.get("supercategory"))) for each in categories)
+    own = {spelled(each["name"]): each["id"] for each in categories
            if each["name"] == each.get("supercategory")}
     others = len(categories) - 1
     return frozenset(n for n in classes if others and not own.get(n)

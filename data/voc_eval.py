@@ -210,12 +210,12 @@ def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
 
 
-def _find_sets(root: Path, text: str) -> list[ImageSet]:
+def _find_sets(root: Path, text: str, year: str | None) -> list[ImageSet]:
     """Return the image sets of a text; a set that one year of a devkit has needs no year."""
     existing, found = list_image_sets(root), []
     for each in parse_image_sets(text, existing):
-        years = [year for year, name in existing if name == each.name]
-        if each in existing or not years:
+        years = [year] if year else [y for y, name in existing if name == each.name]
+        if each.year or None in years or not years:
             found.append(each)
         elif len(years) > 1:
             raise UserError(f'{root}: the image set "{each}" is in {" and ".join(years)}; choose '
@@ -266,7 +266,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         check_writable(args.json)
     root = Path(os.path.expanduser(args.root))
-    sets = [ImageSet(args.year, args.set)] if args.year else _find_sets(root, args.set)
+    sets = _find_sets(root, args.set, args.year)
     classes = parse_classes(args.classes) if args.classes is not None else None
     _, truth = load_annotations(root, sets, classes, None, args.val_share,
                                 args.split_by)

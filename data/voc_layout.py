@@ -100,10 +100,15 @@ def list_image_sets(root: str | Path) -> list[ImageSet]:
     root = Path(os.path.expanduser(root))
     for year, folder in year_folders(root).items():
         classes = {*VOC_CLASSES, *(declared_classes(folder) or ((), ""))[0]}
-        names = {name for name in list_files(folder) if name.rpartition("_")[0] not in classes}
+        names = {name for name in list_files(folder) if not _is_of_class(name, classes)}
         names |= split_folders(folder, index).keys()
         found += [ImageSet(year, name) for name in sorted(names)]
     return found
+
+
+def _is_of_class(name: str, classes: Collection[str]) -> bool:
+    of, _, part = name.rpartition("_")
+    return of in classes and part in SET_WORDS
 
 
 def declared_classes(root: Path) -> tuple[list[str], str] | None:

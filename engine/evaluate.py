@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset
 
-from data import DATASETS, DetectionData, bootstrap, split_options
+from data import DetectionData, bootstrap
 from data.curves import CURVES_FILE
 from data.detections import save_detections
 from data.image_sets import sets_name
 from data.loading import Loader, TestSet
 from engine.distributed import World
-from engine.options import Options
+from engine.options import Call, Options
+from engine.resolve import dataset_options
 from engine.run import Run
 from engine.steps import detect_all
 from inference.draw import draw_examples
@@ -93,13 +94,12 @@ def detect_by(predictor: Predictor, dataset: DetectionData,
 def origin_of(options: Options, detection: DetectConfig, checkpoint: dict, device: torch.device,
               class_map: str | None = None) -> dict:
     """Return everything that decides the detections of a call. It is kept with them."""
-    config, takes_crowds = asdict(detection), "crowds" in DATASETS[options.dataset].options
+    config = asdict(detection)
     return {
         "checkpoint": checkpoint, "dataset": options.dataset, "priors": options.priors,
         "class_map": class_map, "root": options.root,
-        "sets": ",".join(map(str, options.test_sets)),
-        **split_options(options.dataset, vars(options)),
-        **({"crowds": options.crowds or not options.overfit} if takes_crowds else {}),
+        "sets": "+".join(map(str, options.test_sets)),
+        **dataset_options(options, Call(), testing=True),
         "overfit": options.overfit,
         "classes": list(options.classes),
         "thresholds": {
@@ -122,7 +122,7 @@ def detection_of(origin: dict) -> DetectConfig:
 def keep_and_score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origin: dict,
                    folder: Path, name: str) -> dict:
     """Replace the detections that ``folder`` holds by these, and score them."""
-    for earlier in [*(folder / name for name in SCORES), *folder.glob("comp4_det_*.txt")]:
+    for earlier in [*(folder / file for file in SCORES), *folder.glob("comp4_det_*.txt")]:
         earlier.unlink(missing_ok=True)
     save_detections(folder / "detections.npz", dataset.ids, detections, origin)
     return score(dataset, detections, origin, folder, name)

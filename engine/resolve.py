@@ -81,8 +81,10 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
                         "start a new run from its weights with --resume_net")
     if "dataset" in given or not rooted:  # else what the root holds has been looked at
         check_layout(dataset, root)
-    for key, sets in zip(("train_sets", "test_sets"), default_sets(dataset, root), strict=True):
-        asked = values[key] if key in given else values.get(key) or sets
+    for n, key in enumerate(("train_sets", "test_sets")):
+        asked = values.get(key)
+        if not asked and key not in given:
+            asked = default_sets(dataset, root)[n]
         if isinstance(asked, str):
             asked = parse_image_sets(asked, list_sets(dataset, root))
         values[key] = asked

@@ -39,7 +39,7 @@ from engine.state import State
 from layers.detect import DetectConfig
 from models import prior_config
 from models.info import DetectorInfo, published_detection
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, sha256_of
 from utils.errors import UserError
 from utils.files import read_text, write_errors_named
 from utils.logger import LOGGER
@@ -262,7 +262,8 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]
     """Read the checkpoint that --resume means, and return it by its path; {} for a new run.
 
     "auto" takes the newest run of the network, size, data set, root and --overfit that are asked
-    for. If its last.pth is damaged, previous.pth is taken, and the log says so.
+    for, or of --date, that began from the file of --resume_net or --basenet. If its last.pth is
+    damaged, previous.pth is taken, and the log says so.
 
     Raises:
         UserError: no checkpoint of the newest run, or no configuration of a newer, can be read.
@@ -293,7 +294,7 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]
 
 
 def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> bool:
-    """Whether a run is of the --date, or data set, root and --overfit asked for, or UserError."""
+    """Whether a run is the one to continue, see `find_checkpoint`; UserError if it does not say."""
     file = checkpoint.with_name("config.json")
     try:
         config = json.loads(read_text(file))
@@ -306,7 +307,9 @@ def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> boo
                         f"{checkpoint}, or move it") from error
     root = absolute(given["root"]) if "root" in given else found[1]
     overfit = given.get("overfit", Options.overfit)
-    return bool(call.date) or found == (asked_dataset(given), root, overfit)
+    files = [file for file in (call.resume_net, call.basenet) if file not in (None, "auto", "none")]
+    began = all(sha256_of(file) in str(config.get("start")) for file in files)
+    return began and (bool(call.date) or found == (asked_dataset(given), root, overfit))
 
 
 def run_folder(call: Call, options: Options, saved: dict | None, path: Path | None) -> Path:

@@ -29,9 +29,10 @@ def starting_weights(net: nn.Module, run: Run, call: Call) -> Run:
         origin += f"{match.source} (sha256 {sha256_of(path)})"
     else:
         origin = "new weights: the base network is trained from scratch"
-        if run.options.freeze.startswith("base"):
-            LOGGER.warning("--freeze %s keeps new, random weights; give pretrained ones with "
-                           "--basenet FILE or --resume_net FILE", run.options.freeze)
+    if not call.resume_net and (run.options.freeze == "heads" or run.options.freeze and not path):
+        LOGGER.warning("--freeze %s keeps new, random weights; give trained ones with "
+                       "--resume_net FILE, or with --basenet FILE for the base network",
+                       run.options.freeze)
     LOGGER.info("%s", origin)
     return dataclasses.replace(run, options=dataclasses.replace(run.options, start=origin))
 

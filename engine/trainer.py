@@ -124,6 +124,7 @@ class Trainer:
         if other or self.test_data and saved.get("test_data") not in (None, self.test_data):
             self.state.best = {}
             LOGGER.info("other images or annotations to test on: the best AP is looked for anew")
+        self.test_data = self.test_data or saved.get("test_data")  # of the best AP
         step = self.state.step
         LOGGER.info("resumed at step %d (epoch %.2f)", step, step / self.steps_per_epoch)
 

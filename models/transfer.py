@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.classes import spelled
 from utils.errors import UserError
 from utils.files import read_text
 
@@ -34,7 +35,7 @@ def parse_class_map(text: str) -> dict[str, str]:
                             f"read ({error})") from error
     names: dict[str, str] = {}
     for entry in filter(None, (entry.strip() for entry in entries)):
-        own, _, other = (part.strip() for part in entry.partition("="))
+        own, _, other = map(spelled, entry.partition("="))
         if not (own and other) or own in names:
             reason = "a second entry for its class" if own in names else "not of the form own=other"
             raise UserError(f"the class map {text} has {entry!r}, which is {reason}")

@@ -209,8 +209,8 @@ def test_other_settings_and_notes_of_the_other_test_are_told(voc, tmp_path):
         path = folder / "results.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
     notes = "\n".join(report.write_report(folders[0], against=folders[1:])[1])
-    assert "score is 0.01 in the test of A and 0.03 in the test of B" in notes
-    assert "tiles is 0 in the test of A and 300" in notes and "test both alike" in notes
+    assert "thresholds: score is 0.01 for A and 0.03 for B" in notes
+    assert "views: tiles is 0 for A and 300 for B" in notes and "suppression" not in notes
     assert "B: results.json says 0.2500, but its detections score" in notes
 
 

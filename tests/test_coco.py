@@ -64,7 +64,7 @@ def test_chosen_classes_are_labelled_in_their_order_and_scored_alone(tmp_path):
     assert read(tmp_path, classes=["dog", "kite", "oar"]).skipped == []
     with pytest.raises(UserError, match="val2017.json: has no category cat; it has dog, kite, oar"):
         read(tmp_path, classes=["dog", "cat"])
-    with pytest.raises(ValueError, match="unique, got dog, dog"):
+    with pytest.raises(UserError, match="unique, repeated: dog"):
         read(tmp_path, classes=["dog", "dog"])
 
 

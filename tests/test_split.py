@@ -76,10 +76,15 @@ def test_line_of_a_list_is_a_path_or_its_end(line, found, tmp_path):
     ("train val test", "train", "val"), ("trainval test", "trainval", "test"),
     ("train test", "train", "test"), ("train dev validation", "train", "validation"),
     ("Train2017 val2017", "Train2017", "val2017"), ("train", "split_train", "split_val"),
-    ("default", "split_train", "split_val"), ("train1 train2 val_1", "train1 train2", "val_1"),
+    ("default", "split_train", "split_val"), ("train1 train_2 val_1", "train1 train_2", "val_1"),
 ])  # fmt: skip
 def test_default_sets_are_declared_ones_or_parts(sets, train, test, tmp_path):
     write_voc(tmp_path, {name: {f"{name}{i}": DOG for i in range(3)} for name in sets.split()})
+    if "train1" in sets:
+        folds = "train1 train2 val1 val2".split()
+        write_voc(tmp_path / "folds", {name: {name: DOG} for name in folds})
+        with pytest.raises(UserError, match=r"train1\+train2\+val1\+val2.*--train_sets"):
+            default_sets("VOC", tmp_path / "folds")
     asked = tuple(ImageSet(None, name) for name in train.split())
     assert default_sets("VOC", tmp_path) == (asked, (ImageSet(None, test),))
     data = build_dataset("VOC", tmp_path, [(None, test)], val_share=0.5)

@@ -409,6 +409,7 @@ def test_classes_can_be_given_and_one_without_a_file_has_no_detections(scored, t
 @pytest.mark.parametrize("words, sets", [
     (["test"], [("2007", "test")]), (["test", "--year", "2007"], [("2007", "test")]),
     (["2007_test"], [("2007", "test")]),
+    (["test,trainval", "--year", "2007"], [("2007", "test"), ("2007", "trainval")]),
     (["2007_test,2012_trainval"], [("2007", "test"), ("2012", "trainval")]),
     (["2007_test+2012_trainval"], [("2007", "test"), ("2012", "trainval")])])
 def test_sets_of_a_devkit_are_named_as_in_a_test(voc_devkit, tmp_path, capsys, words, sets):
@@ -427,6 +428,7 @@ def test_bad_input_gives_one_sentence_and_exit_code_2(scored, voc_devkit, tmp_pa
     for args, message in (
         ([str(folder), *devkit, "--set", "trainval"], "2007 and 2012; choose with --year"),
         ([str(folder), *bare, "--set", "val"], "image sets: test, trainval"),
+        ([str(folder), *devkit, "--set", "2008_test"], 'no image set "2008_test"'),
         ([str(folder), *bare, "--set", "trainval"], "no detection file of the classes"),
         ([str(tmp_path / "none"), *bare, "--set", "test"], "existing: none"),
         ([str(folder), "--root", str(blocked), "--set", "test"], "no such data set folder"),

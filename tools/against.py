@@ -68,7 +68,7 @@ def check_same(a: Test, b: Test) -> None:
                 shown = f" ({first} and {second})"
             elif what == "classes":
                 alone = ", ".join(sorted({*first} ^ {*second}))
-                shown = f" ({alone:.200} in one alone)" if alone else " (in another order)"
+                shown = f" (only one has {alone:.200})" if alone else " (in another order)"
                 fix = "with the same --classes"
             raise UserError(f"{a.directory} and {b.directory} are tests of other {what}{shown}; "
                             f"test both {fix}")
@@ -76,12 +76,13 @@ def check_same(a: Test, b: Test) -> None:
 
 def notes_against(a: Test, b: Test) -> list[str]:
     """Return the notes of `b` that `a` lacks, and one for each setting that differs."""
-    of_a, of_b = (test.results.values["thresholds"] | test.results.values["suppression"]
-                  | asdict(Views()) | test.results.values["views"] for test in (a, b))
-    return [f"B: {note}" for note in b.notes if note not in a.notes] + [
-        f"{key} is {of_a.get(key)} in the test of A and {of_b.get(key)} in the test of B; this "
-        "alone changes scores: test both alike"
-        for key in of_a | of_b if of_a.get(key) != of_b.get(key)]
+    notes = [f"B: {note}" for note in b.notes if note not in a.notes]
+    for part, defaults in (("thresholds", {}), ("suppression", {}), ("views", asdict(Views()))):
+        of_a, of_b = (defaults | test.results.values[part] for test in (a, b))
+        notes += [f"{part}: {key} is {of_a[key]} for A and {of_b[key]} for B; this alone changes "
+                  "scores: test both with the same options"
+                  for key in of_a if key in of_b and of_a[key] != of_b[key]]
+    return notes
 
 
 def compare(a: Test, b: Test) -> list[Change]:

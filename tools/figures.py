@@ -155,7 +155,9 @@ def draw_matrix(title: str, table: Table) -> Figure:
     """
     (axes_names, *columns), rows = table.head, [row[0] for row in table.rows]
     matrix = np.array([row[1:] for row in table.rows])
-    cell, font = (0.5, 9) if len(rows) <= 25 else (min(0.25, LARGEST / len(rows)), 5)
+    cell, font = (0.5, 9) if len(rows) <= 25 else (0.25, 5)
+    legible = cell * len(rows) <= LARGEST
+    cell = cell if legible else LARGEST / len(rows)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2 + cell * len(columns), 1.6 + cell * len(rows)))
         ylabel, xlabel = axes_names.split(" / ")
@@ -166,7 +168,7 @@ def draw_matrix(title: str, table: Table) -> Figure:
         axes.set_yticks(range(len(rows)), rows)
         for n, label in enumerate(axes.get_yticklabels()):
             label.set_gid(f"class-{n}")
-        for n, m in zip(*matrix.nonzero(), strict=True) if cell * len(rows) < LARGEST else ():
+        for n, m in zip(*matrix.nonzero(), strict=True) if legible else ():
             axes.text(m, n, str(matrix[n, m]), ha="center", va="center", fontsize=font,
                       color="black", gid=f"class-{n}")  # fmt: skip
     return figure
