@@ -216,9 +216,9 @@ def test_recipes_of_the_table_are_options_of_training():
     command = shlex.split(block.replace("\\\n", " "))
     rows = re.findall(r"^\| .* \| `(--.*)` \|$", (ROOT / "docs/recipes.md").read_text("utf-8"),
                       re.MULTILINE)
-    assert command[:2] == ["python", "train_test.py"] and len(rows) == 8
+    assert command[:2] == ["python", "train_test.py"] and len(rows) == 9
     given = [parse([*command[2:], *row.split()])[1] for row in rows]
-    assert len({tuple(sorted(map(str, each.items()))) for each in given}) == 8
+    assert len({tuple(sorted(map(str, each.items()))) for each in given}) == 9
 
 
 def test_exporting_as_described(voc_folder, tmp_path, monkeypatch, capsys):
