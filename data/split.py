@@ -125,8 +125,9 @@ def listed(path: Path, names: Sequence[str]) -> list[int]:
     found: dict[int, None] = {}
     missing = []
     for where, line in read_list(path):
-        hits = next((index[key] for key in ends(_clean(line)) if key in index), [])
-        whole = [i for i in hits if _clean(line) in (cleaned[i], posixpath.splitext(cleaned[i])[0])]
+        wanted = _clean(line)
+        hits = next((index[key] for key in ends(wanted) if key in index), [])
+        whole = [i for i in hits if wanted in (cleaned[i], posixpath.splitext(cleaned[i])[0])]
         if len(hits := whole or hits) > 1:
             several = " and ".join(names[i] for i in hits[:2])
             raise UserError(f'{where}: "{line}" fits {several}; write the whole path')

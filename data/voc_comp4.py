@@ -16,6 +16,9 @@ from data.image_sets import ImageSet, sets_name
 from utils.errors import UserError
 from utils.files import atomic_write, read_text
 
+COMP4_FILES = "comp4_det_*.txt"
+"""Pattern of the files of all sets and classes in a folder."""
+
 
 class ClassDetections(NamedTuple):
     """The n detections of one class, n may be 0, in the order of their file.
@@ -85,7 +88,7 @@ def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
              for name, path in paths.items()}
     missing = {name: path for name, path in paths.items() if not path.is_file()}
     if len(missing) == len(paths):
-        existing = sorted(path.name for path in Path(directory).glob("comp4_det_*.txt"))[:10]
+        existing = sorted(path.name for path in Path(directory).glob(COMP4_FILES))[:10]
         raise UserError(f"{directory}: no detection file of the classes {', '.join(classes)}, such "
                         f"as {comp4_path('', image_set, classes[0])}; existing: "
                         f"{', '.join(existing) or 'none'}")

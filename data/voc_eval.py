@@ -268,8 +268,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = Path(os.path.expanduser(args.root))
     sets = _find_sets(root, args.set, args.year)
     classes = parse_classes(args.classes) if args.classes is not None else None
-    _, truth = load_annotations(root, sets, classes, None, args.val_share,
-                                args.split_by)
+    _, truth = load_annotations(root, sets, classes, None, args.val_share, args.split_by)
     found, missing = read_comp4(args.detections, comp4_set(sets), truth.classes, truth.ids)
     result = evaluate_voc(found, truth.annotations, truth.classes)
     detected = len(np.unique(np.concatenate([each.images for each in found.values()])))

@@ -3,13 +3,13 @@
 import functools
 import math
 import re
-import unicodedata
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import numpy as np
 
 from data.annotation import Annotation, around_rotated, turned
+from data.classes import spelled
 from utils.errors import UserError
 from utils.files import decode, read_bytes
 
@@ -49,7 +49,7 @@ def read_annotation(path: Path) -> Annotation:
             if (flag := _plain(element.findtext("difficult")).lower()) not in _FLAGS:
                 raise ValueError(f'<difficult> is "{flag:.40}", expected 0 or 1')
             for box in _read_boxes(element):
-                names.append(unicodedata.normalize("NFC", name))
+                names.append(spelled(name))
                 boxes.append(box)
                 difficult.append(_FLAGS[flag])
     except ValueError as error:

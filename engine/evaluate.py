@@ -15,6 +15,7 @@ from data.curves import CURVES_FILE
 from data.detections import save_detections
 from data.image_sets import sets_name
 from data.loading import Loader, TestSet
+from data.voc_comp4 import COMP4_FILES
 from engine.distributed import World
 from engine.options import Call, Options
 from engine.resolve import dataset_options
@@ -122,7 +123,7 @@ def detection_of(origin: dict) -> DetectConfig:
 def keep_and_score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origin: dict,
                    folder: Path, name: str) -> dict:
     """Replace the detections that ``folder`` holds by these, and score them."""
-    for earlier in [*(folder / file for file in SCORES), *folder.glob("comp4_det_*.txt")]:
+    for earlier in [*(folder / file for file in SCORES), *folder.glob(COMP4_FILES)]:
         earlier.unlink(missing_ok=True)
     save_detections(folder / "detections.npz", dataset.ids, detections, origin)
     return score(dataset, detections, origin, folder, name)

@@ -81,13 +81,13 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
                         "start a new run from its weights with --resume_net")
     if "dataset" in given or not rooted:  # else what the root holds has been looked at
         check_layout(dataset, root)
-    for n, key in enumerate(("train_sets", "test_sets")):
-        asked = values.get(key)
-        if not asked and key not in given:
-            asked = default_sets(dataset, root)[n]
-        if isinstance(asked, str):
-            asked = parse_image_sets(asked, list_sets(dataset, root))
-        values[key] = asked
+    keys = "train_sets", "test_sets"
+    if absent := [key for key in keys if key not in given and not values.get(key)]:
+        defaults = dict(zip(keys, default_sets(dataset, root), strict=True))
+        values |= {key: defaults[key] for key in absent}
+    for key in keys:
+        if isinstance(values[key], str):
+            values[key] = parse_image_sets(values[key], list_sets(dataset, root))
     options = Options(**values)
     _check_size(options)
     return options

@@ -279,7 +279,10 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]
     runs = [[run / name for name in ("last.pth", "previous.pth") if (run / name).is_file()]
             for run in (folder / f"{version}_{size}").glob(pattern)]
     newest = sorted(filter(None, runs), key=lambda paths: paths[0].stat().st_mtime, reverse=True)
-    path, *others = next((paths for paths in newest if _is_wanted(paths[0], call, given)), [None])
+    files = [file for file in (call.resume_net, call.basenet) if file not in (None, "auto", "none")]
+    began = [*map(sha256_of, files)] if newest else []
+    path, *others = next((paths for paths in newest if _is_wanted(paths[0], call, given, began)),
+                         [None])
     if path is None:
         return {}
     try:
@@ -293,8 +296,12 @@ def find_checkpoint(call: Call, given: Mapping[str, object]) -> dict[Path, dict]
         return {others[0]: saved}
 
 
-def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> bool:
-    """Whether a run is the one to continue, see `find_checkpoint`; UserError if it does not say."""
+def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object],
+               began: Collection[str]) -> bool:
+    """Whether a run is the one to continue, see `find_checkpoint`; UserError if it does not say.
+
+    began: sha256 of the files that it must have begun from.
+    """
     file = checkpoint.with_name("config.json")
     try:
         config = json.loads(read_text(file))
@@ -307,9 +314,9 @@ def _is_wanted(checkpoint: Path, call: Call, given: Mapping[str, object]) -> boo
                         f"{checkpoint}, or move it") from error
     root = absolute(given["root"]) if "root" in given else found[1]
     overfit = given.get("overfit", Options.overfit)
-    files = [file for file in (call.resume_net, call.basenet) if file not in (None, "auto", "none")]
-    began = all(sha256_of(file) in str(config.get("start")) for file in files)
-    return began and (bool(call.date) or found == (asked_dataset(given), root, overfit))
+    if not all(digest in str(config.get("start")) for digest in began):
+        return False
+    return bool(call.date) or found == (asked_dataset(given), root, overfit)
 
 
 def run_folder(call: Call, options: Options, saved: dict | None, path: Path | None) -> Path:
