@@ -423,6 +423,10 @@ def test_output_waits_for_slow_writers():
     assert len(added) == 5
 
 
+def test_two_calls_at_once_have_a_folder_each():
+    assert [detect.new_folder(OUT) for _ in range(2)] == [OUT, OUT.with_name("best-2")]
+
+
 @pytest.mark.parametrize("happens, status, done, message", [
     (partial(signal.raise_signal, signal.SIGINT), 130, 6, "interrupted"),
     (partial(signal.raise_signal, signal.SIGTERM), 130, 6, "interrupted"),

@@ -16,7 +16,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,7 +36,7 @@ from tools.outputs import CsvFile, Drawings, Found, JsonFiles, Output, Writer, d
 from tools.sources import RESULTS, Frame, Reader, Source, find_sources
 from utils.arguments import Parser, cores, fraction, positive
 from utils.errors import UserError, command
-from utils.files import check_writable
+from utils.files import check_writable, write_errors_named
 from utils.logger import LOGGER, close_logging, setup_logging
 from utils.signals import StopSignal
 
@@ -115,10 +115,12 @@ def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
 
 
 def new_folder(path: Path) -> Path:
-    """Return the first of ``path``, path-2, path-3, ... that holds no file yet."""
-    names = (path.with_name(f"{path.name}-{n}" if n > 1 else path.name) for n in itertools.count(1))
-    return next(each for each in names
-                if not each.exists() or each.is_dir() and not any(each.iterdir()))
+    """Create and return the first of ``path``, path-2, path-3, ... that does not exist yet."""
+    for n in itertools.count(1):
+        folder = path.with_name(f"{path.name}-{n}" if n > 1 else path.name)
+        with write_errors_named(folder), suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder
 
 
 def open_writers(folder: Path, kinds: Collection[str], sources: Sequence[Source],
@@ -145,7 +147,7 @@ def open_writers(folder: Path, kinds: Collection[str], sources: Sequence[Source]
 
 def detect(args: argparse.Namespace) -> int:
     """Do what the command line asks for, and return the exit status."""
-    folder = Path(args.out or new_folder(Path("runs", "detect", Path(args.weights).stem)))
+    folder = Path(args.out or Path("runs", "detect", Path(args.weights).stem))
     sources = find_sources(args.sources or ["camera"], folder)
     if args.live and any(source.kind == "image" for source in sources):
         raise UserError("--live shows cameras and videos; leave it out for images")
@@ -161,6 +163,7 @@ def detect(args: argparse.Namespace) -> int:
         writers: list[Writer] = []
         if args.out or not args.live:
             kinds = {*args.save, "drawn"} if args.draw else {*args.save}
+            folder = folder if args.out else new_folder(folder)
             writers = open_writers(folder, kinds, sources, info.classes, font)
         output = stack.enter_context(Output(writers, args.workers))
         reader = Reader(sources, 1 if args.live else args.batch_size, args.workers)
