@@ -65,6 +65,9 @@ def _from_detector(net: nn.Module, run: Run, call: Call) -> str:
         kept = len(options.classes) - len(new)
         origin += f", {kept} of {len(options.classes)} classes by name"
         origin += f"; new: {', '.join(new)}" if new else ""
+        if new and options.freeze == "heads":
+            LOGGER.warning("--freeze heads keeps new, random weights of %s; leave it out, or name "
+                           "the classes that they correspond to with --class_map", ", ".join(new))
     if info.priors != DATASETS[options.dataset].priors:
         origin += f"; prior boxes of {info.priors}, as they were trained with"
     load_weights(net, state, path)

@@ -192,9 +192,16 @@ def test_weights_of_a_whole_detector_start_a_new_run(call, capsys):
 
 
 def test_random_weights_that_freeze_are_told(call, capsys):
-    assert call("--freeze", "base", "--max_iters", 1, "--test_frequency", 0) == 0
+    step = ("--max_iters", 1, "--test_frequency", 0, "--classes")
+    assert call("--freeze", "base", *step, "rod,cell") == 0
     said = capsys.readouterr().out
     assert all(word in said for word in ("--freeze base", "--resume_net FILE", "--basenet FILE"))
+    heads = ("--resume_net", next(call.folder.glob("*/last.pth")), "--freeze", "heads", *step)
+    assert call(*heads, "cell,rod") == 0
+    assert "--freeze heads" not in capsys.readouterr().out
+    assert call(*heads, "cell,rod,platelet") == 0
+    said = capsys.readouterr().out
+    assert all(word in said for word in ("--freeze heads", "weights of platelet;", "--class_map"))
 
 
 def test_base_weights_are_counted_in_the_log(call, tmp_path, capsys):
