@@ -30,7 +30,7 @@ from data.annotation import Annotation
 from data.coco_eval import BACKENDS, evaluate_coco, load_backend
 from data.config import VOC_CLASSES
 from data.voc_comp4 import read_comp4, write_comp4
-from data.voc_eval import METRICS, evaluate_voc
+from data.voc_eval import METRICS, evaluate_voc, voc_truth
 from utils.arguments import positive
 from utils.errors import UserError, command
 
@@ -178,7 +178,8 @@ def make_voc(images: int, detections: int) -> tuple[list[Annotation], list[dict]
 
 def score(folder: Path, ids: list[str], annotations: list[Annotation]) -> dict:
     found, _ = read_comp4(folder, "test", VOC_CLASSES, ids)
-    return evaluate_voc(found, annotations, VOC_CLASSES)
+    truth = voc_truth(annotations, VOC_CLASSES)
+    return evaluate_voc(found, truth, VOC_CLASSES, len(ids))
 
 
 def voc(args: argparse.Namespace, device: torch.device) -> Rows:

@@ -15,7 +15,7 @@ from data.skips import Skip, SkipKind
 from data.split import VAL_SHARE
 from data.truth import Truth
 from data.voc_comp4 import comp4_set, read_comp4, write_comp4
-from data.voc_eval import METRICS, evaluate_voc, write_voc_curves
+from data.voc_eval import METRICS, evaluate_voc, voc_truth, write_voc_curves
 from utils.errors import UserError
 
 
@@ -155,10 +155,7 @@ class AnnotatedImages(DetectionData):
                             "files cannot tell them apart; evaluate the image sets one by one")
 
     def truth(self) -> Truth:
-        images, boxes, labels, ignored = join(self.annotations, self.classes)
-        known = labels > 0
-        return Truth(images[known], boxes[known] + (0, 0, 1, 1), labels[known], ignored[known],
-                     "voc")
+        return voc_truth(self.annotations, self.classes)
 
     def evaluate(self, detections: Sequence[dict], directory: str | Path,
                  name: str = "SSD") -> dict:
@@ -179,8 +176,9 @@ class AnnotatedImages(DetectionData):
         self.check_scorable()
         image_set = comp4_set(self.image_sets)
         write_comp4(directory, image_set, self.classes, self.ids, detections)
-        read, _ = read_comp4(directory, image_set, self._scored, self.ids)
-        result = evaluate_voc(read, self.annotations, self._scored)
+        classes = self._scored
+        read, _ = read_comp4(directory, image_set, classes, self.ids)
+        result = evaluate_voc(read, voc_truth(self.annotations, classes), classes, len(self))
         if left_out := [c for c in self.classes if c not in self._scored]:
             result["notes"].append(f"no ground truth in the {len(self)} images kept, so not scored,"
                                    f" for {len(left_out)} classes: {', '.join(left_out)}")

@@ -26,9 +26,9 @@ ERRORS = (*KINDS[LOCALISATION:], "missed")
 
 
 class Found(NamedTuple):
-    """All detections, N may be 0, image by image.
+    """All detections, N may be 0; image by image, where it is not said otherwise.
 
-    images: int64 [N], ascending indices in the data set.
+    images: int64 [N], indices in the data set.
     boxes: float64 [N, 4], extents.
     labels: int64 [N], from 1.
     scores: float64 [N].
@@ -85,14 +85,14 @@ def found_of(detections: Sequence[dict], ids: Sequence, num_classes: int) -> Fou
 
 def overlaps(boxes: np.ndarray, objects: np.ndarray,
              crowds: np.ndarray | bool = False) -> np.ndarray:
-    """Return the IoU, float64 [n, m], of extents [n, 4] and [m, 4].
+    """Return the IoU, float64, of extents [..., 4], broadcast against each other.
 
-    For objects that are `crowds`, bool [m], it is the share of the box that lies in the object.
+    For objects that are `crowds`, bool, it is the share of the box that lies in the object.
     """
-    low = np.maximum(boxes[:, None, :2], objects[:, :2])
-    shared = (np.minimum(boxes[:, None, 2:], objects[:, 2:]) - low).clip(0).prod(2)
-    area, others = ((b[:, 2:] - b[:, :2]).prod(1) for b in (boxes, objects))
-    union = np.where(crowds, area[:, None], area[:, None] + others - shared)
+    low = np.maximum(boxes[..., :2], objects[..., :2])
+    shared = (np.minimum(boxes[..., 2:], objects[..., 2:]) - low).clip(0).prod(-1)
+    area, others = ((b[..., 2:] - b[..., :2]).prod(-1) for b in (boxes, objects))
+    union = np.where(crowds, area, area + others - shared)
     return np.divide(shared, union, out=np.zeros(shared.shape), where=shared > 0)
 
 
@@ -107,11 +107,11 @@ def judge(truth: Truth, found: Found) -> Judged:
     has the detections that the score takes, see `count`.
     """
     found = _scored(truth, found)
-    (matched,) = match(truth, found, (FOREGROUND,))
+    (matched,), (hits,) = match(truth, found, (FOREGROUND,))
     kind = np.full(len(found.images), NOTHING)
     objects, best = matched.copy(), np.zeros(len(found.images))
     for rows, there, iou, same in pairs(truth, found):
-        ignored, hit = truth.ignored[there], matched[rows] >= 0
+        ignored, hit = truth.ignored[there], hits[rows]
         own, other = np.where(same & ~ignored, iou, 0), np.where(same | ignored, 0, iou)
         near_own, near_other = own.argmax(1), other.argmax(1)
         own, other = own.max(1), other.max(1)
@@ -131,23 +131,50 @@ def judge(truth: Truth, found: Found) -> Judged:
     return Judged(truth, found, kind, objects, best)
 
 
-def match(truth: Truth, found: Found, thresholds: Sequence[float]) -> np.ndarray:
-    """Return the object that each detection has found at IoU thresholds, int64 [T, N], -1: none.
+def match(truth: Truth, found: Found,
+          thresholds: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """Return the object that each detection belongs to at IoU thresholds, int64 [T, N], -1: none.
 
-    Better detections of an image come first. By the rule "coco" a detection takes, of the objects
-    of its class that are left, the one that it overlaps most, with an IoU of at least the
-    threshold; an ignored object (a crowd) is taken last, and by any number of detections. By the
-    rule "voc" a detection belongs to the object of its class that it overlaps most, and has found
-    it with an IoU over the threshold unless a better detection has; an ignored object (a difficult
-    one) is found by any number.
+    Also return whether it has found that object, bool [T, N]. Better detections of an image come
+    first. By the rule "coco" a detection takes, of the objects of its class that are left, the one
+    that it overlaps most, with an IoU of at least the threshold; an ignored object (a crowd) is
+    taken last, and by any number of detections. By the rule "voc" a detection belongs to the object
+    of its class that it overlaps most, with an IoU over the threshold, and has found it unless a
+    better detection has; an ignored object (a difficult one) is found by any number.
     """
+    if truth.rule == "voc":
+        return _match_voc(truth, found, thresholds)
     matched = np.full((len(thresholds), len(found.images)), -1)
     for rows, there, iou, same in pairs(truth, found):
         for at, threshold in zip(matched, thresholds, strict=True):
-            of_class = np.where(same, iou, 0)
-            chosen = _assign(of_class, truth.ignored[there], truth.rule, threshold)
+            chosen = _assign(np.where(same, iou, 0), truth.ignored[there], threshold)
             at[rows] = np.where(chosen < 0, -1, there[chosen])
-    return matched
+    return matched, matched >= 0
+
+
+def _match_voc(truth: Truth, found: Found,
+               thresholds: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    shape = len(thresholds), len(found.images)
+    matched, hits = np.full(shape, -1), np.zeros(shape, bool)
+    span = 1 + max(truth.labels.max(initial=0), found.labels.max(initial=0))
+    keys = truth.images * span + truth.labels
+    objects, best = (np.argsort(x, kind="stable") for x in (keys, -found.scores))
+    wanted = (found.images * span + found.labels)[best]
+    start, end = (np.searchsorted(keys[objects], wanted, side) for side in ("left", "right"))
+    count = end - start
+    # Every detection beside every object of its image and class: `det` and `obj` are the ends.
+    det = np.repeat(np.arange(len(best)), count)
+    obj = objects[np.arange(len(det)) + np.repeat(start - (count.cumsum() - count), count)]
+    overlap = overlaps(found.boxes[best[det]], truth.boxes[obj])
+    # For each detection the pair of the largest overlap; of equal ones that of the earlier object.
+    largest = np.lexsort((-overlap, det))  # stable
+    largest = largest[np.unique(det[largest], return_index=True)[1]]
+    for t, threshold in enumerate(thresholds):
+        over = largest[overlap[largest] > threshold]
+        rows, owners = best[det[over]], obj[over]
+        matched[t, rows], hits[t, rows] = owners, truth.ignored[owners]
+        hits[t, rows[np.unique(owners, return_index=True)[1]]] = True
+    return matched, hits
 
 
 def count(truth: Truth, found: Found, thresholds: Sequence[float], num_classes: int,
@@ -157,9 +184,9 @@ def count(truth: Truth, found: Found, thresholds: Sequence[float], num_classes: 
     By the rule "coco" the `MOST` best detections of a class in an image count.
     """
     found = _scored(truth, found)
-    matched = match(truth, found, thresholds)
+    matched, hits = match(truth, found, thresholds)
     counts = ~np.append(truth.ignored, False)[matched]  # -1, no object, is the last
-    hits = counts & (matched >= 0)
+    hits &= counts
     order = np.lexsort((-found.scores, found.labels))
     ends = np.searchsorted(found.labels[order], np.arange(1, num_classes + 2))
     counted = []
@@ -198,7 +225,7 @@ def pairs(truth: Truth,
         order = np.argsort(-found.scores[start : start + count], kind="stable")
         rows, there = start + order, np.arange(first, last)
         crowds = truth.ignored[there] & (truth.rule == "coco")
-        iou = overlaps(found.boxes[rows], truth.boxes[there], crowds)
+        iou = overlaps(found.boxes[rows, None], truth.boxes[there], crowds)
         yield rows, there, iou, found.labels[rows, None] == truth.labels[there]
 
 
@@ -207,19 +234,13 @@ def is_match(iou: np.ndarray, rule: str, threshold: float = FOREGROUND) -> np.nd
     return iou > threshold if rule == "voc" else iou >= threshold
 
 
-def _assign(iou: np.ndarray, ignored: np.ndarray, rule: str, threshold: float) -> np.ndarray:
+def _assign(iou: np.ndarray, ignored: np.ndarray, threshold: float) -> np.ndarray:
     """Return the column of each row of `iou` [n, m], best row first: int64 [n]; see `match`."""
     matched, taken, ignored = np.full(len(iou), -1), set(), ignored.tolist()
-    rows, columns = np.nonzero(is_match(iou, rule, threshold))
+    rows, columns = np.nonzero(iou >= threshold)
     cells = zip(rows.tolist(), columns.tolist(), iou[rows, columns].tolist(), strict=True)
-    for n, row in groupby(cells, itemgetter(0)):
-        if rule == "voc":
-            k = max(row, key=itemgetter(2))[1]  # of equal overlaps the first
-            free = [k] if k not in taken else []
-        else:  # of equal overlaps the last, as in pycocotools
-            free = [(not ignored[k], value, k) for _, k, value in row if k not in taken]
-            k = max(free)[2] if free else -1
-        if free:
-            matched[n] = k
+    for n, row in groupby(cells, itemgetter(0)):  # of equal overlaps the last, as in pycocotools
+        if free := [(not ignored[k], value, k) for _, k, value in row if k not in taken]:
+            matched[n] = k = max(free)[2]
             taken.update([k] if not ignored[k] else [])
     return matched

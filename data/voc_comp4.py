@@ -7,30 +7,17 @@ import unicodedata
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
 from data.detections import as_columns
 from data.image_sets import ImageSet, sets_name
+from data.judge import Found
 from utils.errors import UserError
 from utils.files import atomic_write, read_text
 
 COMP4_FILES = "comp4_det_*.txt"
 """Pattern of the files of all sets and classes in a folder."""
-
-
-class ClassDetections(NamedTuple):
-    """The n detections of one class, n may be 0, in the order of their file.
-
-    images: int64 [n], positions in the list of images.
-    scores: float64 [n].
-    boxes: float64 [n, 4], (x1, y1, x2, y2) in pixels counted from 0, both ends inside the box.
-    """
-
-    images: np.ndarray
-    scores: np.ndarray
-    boxes: np.ndarray
 
 
 def comp4_set(image_sets: Sequence[ImageSet]) -> str:
@@ -77,8 +64,8 @@ def write_comp4(directory: str | Path, image_set: str, classes: Sequence[str], i
 
 
 def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
-               ids: Sequence[str]) -> tuple[dict[str, ClassDetections], list[str]]:
-    """Return {class: detections} of an image set, and a line for each file that does not exist.
+               ids: Sequence[str]) -> tuple[Found, list[str]]:
+    """Return the detections of an image set, class by class, and a line for each missing file.
 
     Raises UserError, with file and line, for no file at all, a malformed line, or an image id that
     is not in ``ids``.
@@ -93,14 +80,15 @@ def read_comp4(directory: str | Path, image_set: str, classes: Sequence[str],
                         f"as {comp4_path('', image_set, classes[0])}; existing: "
                         f"{', '.join(existing) or 'none'}")
     position = {image_id: index for index, image_id in enumerate(ids)}
-    found = {name: _read_class(None if name in missing else path, position)
-             for name, path in paths.items()}
-    return found, [f"{path}: no such file, {name} has no detections" for name,
-                   path in missing.items()]
+    parts = [_read_class(path, position, label) for label, (name, path)
+             in enumerate(paths.items(), 1) if name not in missing]
+    found = Found(*map(np.concatenate, zip(*parts, strict=True)))
+    return found, [f"{path}: no such file, {name} has no detections" for name, path
+                   in missing.items()]
 
 
-def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:
-    text = read_text(path, "detections") if path else ""
+def _read_class(path: Path, position: dict[str, int], label: int) -> Found:
+    text = read_text(path, "detections")
     lines, words = text.splitlines(), text.split()
     if len(words) == 6 * len(lines) and all(line.count(" ") == 5 for line in lines):
         # As `write_comp4` writes it: several times faster. What fails is told below.
@@ -109,7 +97,7 @@ def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:
             del words[::6]
             columns = np.fromiter(map(float, words), np.float64, len(words)).reshape(-1, 5)
             if np.isfinite(columns).all():
-                return ClassDetections(images, columns[:, 0], columns[:, 1:] - 1)
+                return _found(images, columns, label)
     images, numbers = [], []
     for number, line in enumerate(lines, 1):
         if not (line := line.strip()):
@@ -127,4 +115,8 @@ def _read_class(path: Path | None, position: dict[str, int]) -> ClassDetections:
         images.append(position[image_id])
         numbers += values
     columns = np.array(numbers, np.float64).reshape(-1, 5)
-    return ClassDetections(np.array(images, np.int64), columns[:, 0], columns[:, 1:] - 1)
+    return _found(np.array(images, np.int64), columns, label)
+
+
+def _found(images: np.ndarray, columns: np.ndarray, label: int) -> Found:
+    return Found(images, columns[:, 1:] - (1, 1, 0, 0), np.full(len(images), label), columns[:, 0])

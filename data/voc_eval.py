@@ -9,7 +9,6 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -19,9 +18,11 @@ from data.classes import parse_classes
 from data.curves import SIZE_RANGES, SIZES, write_curves
 from data.detections import undetected
 from data.image_sets import ImageSet, parse_image_sets
+from data.judge import Found, match
 from data.skips import report_lines
 from data.split import SPLIT_SETS, VAL_SHARE
-from data.voc_comp4 import ClassDetections, comp4_set, read_comp4
+from data.truth import Truth
+from data.voc_comp4 import comp4_set, read_comp4
 from data.voc_layout import list_image_sets
 from data.voc_read import load_annotations
 from utils.arguments import Parser, number
@@ -47,9 +48,16 @@ def average_precision(recall: np.ndarray, precision: np.ndarray, metric: str) ->
     return float(np.append(envelope, 0)[np.searchsorted(recall, recalls)].mean())
 
 
-def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[Annotation],
-                 classes: Sequence[str], iou: float = 0.5) -> dict:
-    """Score detections as the published devkits do; images are positions in ``annotations``.
+def voc_truth(annotations: Sequence[Annotation], classes: Sequence[str]) -> Truth:
+    """Return the objects of ``classes``; images are positions in ``annotations``."""
+    images, boxes, labels, ignored = join(annotations, classes)
+    known = labels > 0
+    return Truth(images[known], boxes[known] + (0, 0, 1, 1), labels[known], ignored[known], "voc")
+
+
+def evaluate_voc(found: Found, truth: Truth, classes: Sequence[str], images: int,
+                 iou: float = 0.5) -> dict:
+    """Score detections, in any order of ``images`` images, as the published devkits do.
 
     Detections are taken by falling score; of equal scores the earlier one comes first. A detection
     belongs to the object of its image and class that it overlaps most, in pixel convention. If
@@ -65,22 +73,33 @@ def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[A
         {"iou", "voc07_11point" and "area": {"mean", "interval", "per_class": {class: AP},
         "per_class_interval": {class: interval}, "per_size": {size: mean AP}, "per_class_per_size":
         {class: {size: AP}}}; an interval is [low, high] of 95 % by `data.bootstrap`, None where
-        too few images have objects. "ground_truths" (not
-        difficult) and "detections": {class: count}, "notes": lines, "curves": {class: {size:
-        {"scores", "recall", "precision"} float64 [n]}}}, with the size "all" in the curves. A class
+        too few images have objects. "ground_truths" (not difficult) and "detections": {class:
+        count}, "notes": lines, "curves": {class: {size: {"scores", "recall", "precision"} float64
+        [n]}}}, with the size "all" in the curves. A class
         without ground truth has AP 0 and counts in the mean, as in the published 11-point code; a
         note says so. Without ground truth of a size it has -1 there and is left out of that mean.
     """
-    images, boxes, labels, difficult = join(annotations, classes)
-    weights = bootstrap.draw(len(annotations))
+    weights, ((owners,), (hits,)) = bootstrap.draw(images), match(truth, found, (iou,))
+    # The published code sorts unstably: its order of equal scores depends on the processor.
+    order = np.lexsort((-found.scores, found.labels))
+    areas, sides = ((each.boxes[:, 2:] - each.boxes[:, :2]).prod(1) for each in (truth, found))
     drawn: list[Sequence[np.ndarray | None]] = []
     keys = ("per_class", "per_class_interval", "per_size", "per_class_per_size")
     result: dict = {"iou": iou, **{m: {"mean": 0.0} | {k: {} for k in keys} for m in METRICS}}
     result |= {"ground_truths": {}, "detections": {}, "notes": [], "curves": {}}
     for label, name in enumerate(classes, 1):
-        found, mine = detections[name], labels == label
-        objects = _Objects(images[mine], boxes[mine], difficult[mine])
-        curves, totals, counted = _class_curves(found, objects, iou, len(annotations))
+        rows, mine = order[found.labels[order] == label], (truth.labels == label) & ~truth.ignored
+        own, curves, totals = owners[rows], {}, {}
+        for size, (low, high) in SIZE_RANGES.items():
+            valid = mine & (low <= areas) & (areas <= high)
+            inside = (low <= sides[rows]) & (sides[rows] <= high)
+            recall, precision = _curve(own, hits[rows], valid, inside)
+            curves[size] = {"scores": found.scores[rows], "recall": recall, "precision": precision}
+            totals[size] = int(valid.sum())
+        on_mine = np.append(mine, False)[own]  # -1, no object, is the last
+        counted = bootstrap.Counted(found.images[rows], (hits[rows] & on_mine)[None],
+                                    (on_mine | (own < 0))[None],
+                                    np.bincount(truth.images[mine], minlength=images))
         aps = bootstrap.precisions(counted, weights, METRICS)[:, 0] if totals["all"] else None
         drawn.append(2 * [None] if aps is None else aps)
         for metric, of_draws in zip(METRICS, drawn[-1], strict=True):
@@ -92,9 +111,9 @@ def evaluate_voc(detections: dict[str, ClassDetections], annotations: Sequence[A
             scores["per_class_per_size"][name] = {size: aps[size] if totals[size] else -1.0
                                                   for size in SIZES}
         result["ground_truths"][name] = totals["all"]
-        result["detections"][name] = len(found.scores)
+        result["detections"][name] = len(rows)
         result["curves"][name] = curves
-        result["notes"] += _notes(name, totals["all"], len(found.scores))
+        result["notes"] += _notes(name, totals["all"], len(rows))
     for metric, of_classes in zip(METRICS, zip(*drawn, strict=True), strict=True):
         aps = result[metric]
         aps["interval"] = bootstrap.interval(bootstrap.mean(of_classes))
@@ -111,72 +130,16 @@ def _notes(name: str, objects: int, detections: int) -> list[str]:
     return [] if detections else [f"0 detections for class {name}: its AP is 0"]
 
 
-class _Objects(NamedTuple):
-    """The M objects of a class: image positions [M], ascending, boxes [M, 4] and flags [M]."""
-
-    images: np.ndarray
-    boxes: np.ndarray
-    difficult: np.ndarray
-
-
-def _class_curves(
-    found: ClassDetections, objects: _Objects, iou: float, images: int,
-) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, int], bootstrap.Counted]:
-    # The published code sorts unstably: its order of equal scores depends on the processor.
-    order = np.argsort(-found.scores, kind="stable")
-    boxes, counted = found.boxes[order], ~objects.difficult
-    matched, first = _match(found.images[order], boxes, objects, iou)
-    det_areas, areas = _area(boxes), _area(objects.boxes)
-    curves, totals = {}, {}
-    for size, (low, high) in SIZE_RANGES.items():
-        valid = counted & (low <= areas) & (areas <= high)
-        inside = (low <= det_areas) & (det_areas <= high)
-        recall, precision = _curve(matched, first, valid, inside)
-        curves[size] = {"scores": found.scores[order], "recall": recall, "precision": precision}
-        totals[size] = int(valid.sum())
-    counts = (matched < 0) | np.append(counted, False)[matched]
-    of_image = np.bincount(objects.images[counted], minlength=images)
-    part = bootstrap.Counted(found.images[order], first[None], counts[None], of_image)
-    return curves, totals, part
-
-
-def _match(images: np.ndarray, boxes: np.ndarray, objects: _Objects,
-           iou: float) -> tuple[np.ndarray, np.ndarray]:
-    """Assign detections, in order of score, to the objects of one class.
-
-    Returns:
-        int64 [n], the object of each detection, -1 for none; bool [n], where the detection is the
-        first of an object that is not difficult.
-    """
-    start, end = (np.searchsorted(objects.images, images, side) for side in ("left", "right"))
-    count = end - start
-    # Every detection beside every object of its image: `det` and `obj` are the ends of a pair.
-    det = np.repeat(np.arange(len(images)), count)
-    obj = np.arange(len(det)) + np.repeat(start - (count.cumsum() - count), count)
-    overlap = _iou(boxes[det], objects.boxes[obj])
-
-    # For each detection the pair of the largest overlap; of equal ones that of the earlier object.
-    pairs = np.lexsort((-overlap, det))  # stable
-    pairs = pairs[np.unique(det[pairs], return_index=True)[1]]
-    pairs = pairs[overlap[pairs] > iou]
-    matched = np.full(len(images), -1)
-    matched[det[pairs]] = obj[pairs]
-    pairs = pairs[~objects.difficult[obj[pairs]]]
-    first = np.zeros(len(images), bool)
-    first[det[pairs[np.unique(obj[pairs], return_index=True)[1]]]] = True
-    return matched, first
-
-
-def _curve(matched: np.ndarray, first: np.ndarray, valid: np.ndarray,
+def _curve(matched: np.ndarray, found: np.ndarray, valid: np.ndarray,
            inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return recall [n] and precision [n] of what `_match` returns, for one size range.
+    """Return recall [n] and precision [n] of what `match` returns, for one size range.
 
     valid: which objects count; a detection of another one counts neither way.
     inside: bool [n], which detections count if they are wrong.
     """
     on_valid = np.append(valid, False)[matched]  # -1, no object, is the last
-    hits = (first & on_valid).cumsum()
-    misses = (~first & inside & (on_valid | (matched < 0))).cumsum()
+    hits = (found & on_valid).cumsum()
+    misses = (~found & inside & (on_valid | (matched < 0))).cumsum()
     return hits / max(valid.sum(), 1), hits / np.maximum(hits + misses, 1)
 
 
@@ -194,20 +157,6 @@ def write_voc_curves(path: str | Path, result: dict) -> None:
         for key in ("recall", "precision", "scores")
     }
     write_curves(path, list(result["curves"]), [result["iou"]], counts=counts, **columns)
-
-
-def _area(boxes: np.ndarray) -> np.ndarray:
-    """Return the areas [n] of boxes [n, 4] in pixel convention (width x2 - x1 + 1)."""
-    return (boxes[:, 2:] - boxes[:, :2] + 1).prod(1)
-
-
-def _iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the IoU [n] of the boxes a[k] and b[k], [n, 4] each, in pixel convention."""
-    sides = np.minimum(a[:, 2:], b[:, 2:]) - np.maximum(a[:, :2], b[:, :2]) + 1
-    intersection = sides.clip(0).prod(1)
-    union = _area(a) + _area(b) - intersection
-    # Swapped corners can make the union 0 or negative, but then the intersection is 0.
-    return np.divide(intersection, union, out=np.zeros_like(union), where=intersection > 0)
 
 
 def _find_sets(root: Path, text: str, year: str | None) -> list[ImageSet]:
@@ -268,15 +217,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     root = Path(os.path.expanduser(args.root))
     sets = _find_sets(root, args.set, args.year)
     classes = parse_classes(args.classes) if args.classes is not None else None
-    _, truth = load_annotations(root, sets, classes, None, args.val_share, args.split_by)
-    found, missing = read_comp4(args.detections, comp4_set(sets), truth.classes, truth.ids)
-    result = evaluate_voc(found, truth.annotations, truth.classes)
-    detected = len(np.unique(np.concatenate([each.images for each in found.values()])))
+    _, data = load_annotations(root, sets, classes, None, args.val_share, args.split_by)
+    found, missing = read_comp4(args.detections, comp4_set(sets), data.classes, data.ids)
+    truth, images = voc_truth(data.annotations, data.classes), len(data.ids)
+    result = evaluate_voc(found, truth, data.classes, images)
+    detected = len(np.unique(found.images))
     if args.json:
         write_json(args.json, {metric: result[metric]["per_class"] for metric in METRICS})
-    skipped = report_lines(truth.skipped)
-    print(f"{', '.join(map(str, sets))} of {root}: {len(truth.ids)} images")
-    lines = [*skipped, *missing, *undetected(detected, len(truth.ids)), *result["notes"]]
+    skipped = report_lines(data.skipped)
+    print(f"{', '.join(map(str, sets))} of {root}: {images} images")
+    lines = [*skipped, *missing, *undetected(detected, images), *result["notes"]]
     print("\n".join([*lines, _table(result)]))
     return 0
 

@@ -75,7 +75,8 @@ def test_draws_are_those_of_scoring_both_voc_tests_anew(voc, monkeypatch):
     weights, changes = drawn(voc, monkeypatch)
     found = [read_comp4(folder, "test", dataset.classes, dataset.ids)[0] for folder in folders]
     for n, row in enumerate(weights):
-        a, b = (scored_anew(dataset.annotations, each, row)["area"] for each in found)
+        a, b = (scored_anew(each, dataset.annotations, dataset.classes, row)["area"]
+                for each in found)
         assert changes[MEAN][n] == pytest.approx(a["mean"] - b["mean"], abs=1e-5)
         for name, ap in a["per_class"].items():
             assert changes[name][n] == pytest.approx(ap - b["per_class"][name], abs=1e-5)

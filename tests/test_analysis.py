@@ -4,6 +4,7 @@ scores and hotcoco."""
 import numpy as np
 import pytest
 from coco_files import annotation, write_set
+from voc_found import score
 
 from data.coco import COCODetection
 from data.curves import load_curves
@@ -11,7 +12,6 @@ from data.judge import CORRECT, ERRORS, IGNORED, KINDS, Found, found_of, judge, 
 from data.truth import Truth
 from data.voc0712 import VOCDetection
 from data.voc_comp4 import read_comp4
-from data.voc_eval import evaluate_voc
 from tools.analysis import ap_by_iou, best_f1, calibration, confusion_matrix, error_counts, gains
 
 SQUARE = (0, 0, 100, 100)
@@ -115,12 +115,13 @@ def test_matching_by_hand():
     ]
     labels, scores = (1, 1, 1, 1, 2, 2), (0.8, 0.9, 0.7, 0.95, 0.3, 0.99)
     rows = [(0, *row) for row in zip(boxes, labels, scores, strict=True)]
-    matched = match(objects, found(rows), (0.5, 0.4))
-    assert matched.tolist() == [[-1, 1, 0, -1, 2, -1], [-1, 1, 0, -1, -1, 2]]
+    owners, hits = match(objects, found(rows), (0.5, 0.4))
+    assert owners.tolist() == [[1, 1, 0, -1, 2, -1], [1, 1, 0, -1, 2, 2]]
+    assert hits.tolist() == [[0, 1, 1, 0, 1, 0], [0, 1, 1, 0, 0, 1]]
     rows[0] = (*rows[0][:3], 0.95)  # now the best
-    assert match(objects, found(rows), (0.5,))[0].tolist() == [1, -1, 0, -1, 2, -1]
+    assert match(objects, found(rows), (0.5,))[1].tolist() == [[1, 0, 1, 0, 1, 0]]
     objects.ignored[1] = True  # any number of detections finds it
-    assert match(objects, found(rows), (0.5,))[0].tolist() == [1, 1, 0, -1, 2, -1]
+    assert match(objects, found(rows), (0.5,))[1].tolist() == [[1, 1, 1, 0, 1, 0]]
 
 
 def test_the_two_rules_differ_in_the_object_that_is_taken_and_at_the_edge():
@@ -159,10 +160,9 @@ def test_overlap_is_that_of_a_literal_loop():
     for n, one in enumerate(pixels[:20]):
         for m, other in enumerate(pixels[20:]):
             wanted = len(one & other) / max(len(one | other), 1)
-            assert overlaps(a[n : n + 1], b[m : m + 1])[0, 0] == pytest.approx(wanted)
+            assert overlaps(a[n], b[m]) == pytest.approx(wanted)
             wanted = len(one & other) / max(len(one), 1)
-            crowd = np.array([True])
-            assert overlaps(a[n : n + 1], b[m : m + 1], crowd)[0, 0] == pytest.approx(wanted)
+            assert overlaps(a[n], b[m], True) == pytest.approx(wanted)
 
 
 def literal_confusion(objects, detections, judged, classes, score):
@@ -182,7 +182,7 @@ def literal_confusion(objects, detections, judged, classes, score):
         for m in sorted(left):
             if (objects.images[m] == detections.images[n]
                     and objects.labels[m] != detections.labels[n]):  # fmt: skip
-                iou = overlaps(detections.boxes[n : n + 1], objects.boxes[m : m + 1])[0, 0]
+                iou = overlaps(detections.boxes[n], objects.boxes[m])
                 if iou >= 0.5 and iou > best:
                     best, taken, row = iou, m, objects.labels[m] - 1
         table[row][detections.labels[n] - 1] += 1
@@ -278,7 +278,7 @@ def test_voc_correct_detections_are_those_of_the_score(tmp_path, make_voc):
     for metric in ("area", "voc07_11point"):
         aps = ap_by_iou(judged, np.array([0.5, 0.75]), 3, metric)
         for row, iou in zip(aps, (0.5, 0.75), strict=True):
-            wanted = evaluate_voc(files, dataset.annotations, names, iou)[metric]["per_class"]
+            wanted = score(files, dataset.annotations, names, iou)[metric]["per_class"]
             assert row == pytest.approx([*wanted.values()], abs=1e-12)
         base, rises = gains(judged, 3, metric)
         assert base == pytest.approx(result[metric]["mean"], abs=1e-12)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from coco_files import perfect
 from test_coco_eval import random_set
+from voc_found import by_class, score
 
 from data import bootstrap
 from data.annotation import Annotation
@@ -15,8 +16,7 @@ from data.coco import COCODetection
 from data.coco_eval import BACKENDS, evaluate_coco
 from data.judge import Found, count
 from data.truth import Truth
-from data.voc_comp4 import ClassDetections
-from data.voc_eval import METRICS, evaluate_voc
+from data.voc_eval import METRICS
 
 CLASSES = ("a", "b")
 
@@ -36,27 +36,20 @@ def made_up(images=12, seed=0):
                 rows[name].append((image, rng.random(), *(box + rng.normal(0, 4, 4))))
         for name in CLASSES:
             rows[name].append((image, rng.random(), *(rng.random(2) * 200), 250, 250))
-    tables = {name: np.array(each) for name, each in rows.items()}
-    found = {name: ClassDetections(t[:, 0].astype(int), t[:, 1], t[:, 2:])
-             for name, t in tables.items()}
-    return annotations, found
+    return by_class(*rows.values()), annotations
 
 
-def scored_anew(annotations, found, weights):
+def scored_anew(found, annotations, classes, weights):
     """The score of a test set that has each image as often as its weight says."""
     chosen = np.repeat(np.arange(len(weights)), weights)
-    several = {}
-    for name, each in found.items():
-        pairs = [(new, k) for new, image in enumerate(chosen)
-                 for k in np.flatnonzero(each.images == image)]
-        index = np.array([k for _, k in pairs], int)
-        images = np.array([new for new, _ in pairs], int)
-        several[name] = ClassDetections(images, each.scores[index], each.boxes[index])
-    return evaluate_voc(several, [annotations[i] for i in chosen], tuple(found))
+    rows = [np.flatnonzero(found.images == image) for image in chosen]
+    several = Found(*(each[np.concatenate(rows)] for each in found))
+    several = several._replace(images=np.repeat(np.arange(len(chosen)), [*map(len, rows)]))
+    return score(several, [annotations[i] for i in chosen], classes)
 
 
 def test_every_draw_is_the_score_of_the_drawn_images(monkeypatch):
-    annotations, found = made_up(20)
+    found, annotations = made_up(20)
     weights = bootstrap.draw(20, draws=40)
     assert (weights.sum(1) == 20).all()
     assert not bootstrap.draw(5).any()  # too few
@@ -70,7 +63,7 @@ def test_every_draw_is_the_score_of_the_drawn_images(monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(bootstrap, "precisions", keep)
-        whole = evaluate_voc(found, annotations, CLASSES)
+        whole = score(found, annotations, CLASSES)
     for k, metric in enumerate(METRICS):
         of_classes = [each[k, 0] for each in seen]
         assert [aps[0] for aps in of_classes] == pytest.approx(
@@ -78,7 +71,7 @@ def test_every_draw_is_the_score_of_the_drawn_images(monkeypatch):
         )
         means = bootstrap.mean(of_classes)
         for n, row in enumerate(weights.astype(int)):
-            anew = scored_anew(annotations, found, row)[metric]
+            anew = scored_anew(found, annotations, CLASSES, row)[metric]
             assert [aps[n] for aps in of_classes] == pytest.approx([*anew["per_class"].values()])
             assert means[n] == pytest.approx(anew["mean"])
 
@@ -86,7 +79,7 @@ def test_every_draw_is_the_score_of_the_drawn_images(monkeypatch):
 def test_intervals_hold_the_score_and_shrink_with_the_images():
     widths = []
     for images in (40, 640):
-        result = evaluate_voc(*reversed(made_up(images)), CLASSES)["area"]
+        result = score(*made_up(images), CLASSES)["area"]
         low, high = result["interval"]
         assert low < result["mean"] < high
         for name, (below, above) in result["per_class_interval"].items():
@@ -96,9 +89,9 @@ def test_intervals_hold_the_score_and_shrink_with_the_images():
 
 
 def test_too_few_images_with_objects_have_no_interval():
-    annotations, found = made_up(3, seed=1)
-    result = evaluate_voc(found, annotations[:1] + [a.part(np.zeros(len(a.names), bool))
-                                                    for a in annotations[1:]], CLASSES)
+    found, annotations = made_up(3, seed=1)
+    empty = [a.part(np.zeros(len(a.names), bool)) for a in annotations[1:]]
+    result = score(found, annotations[:1] + empty, CLASSES)
     assert result["area"]["interval"] is None
     assert set(result["area"]["per_class_interval"].values()) == {None}
 
@@ -108,9 +101,8 @@ def test_a_class_of_few_images_has_no_interval(images, known):
     boxes = np.array([[10.0, 10, 40, 40]])
     truth = [Annotation(Path("x"), None, (CLASSES[n < images],), boxes, np.zeros(1, bool))
              for n in range(100)]
-    everywhere = np.arange(100), np.linspace(1, 0.5, 100), np.repeat(boxes, 100, 0)
-    found = {name: ClassDetections(*everywhere) for name in CLASSES}
-    result = evaluate_voc(found, truth, CLASSES)["area"]
+    everywhere = [(n, 1 - n / 200, *boxes[0]) for n in range(100)]
+    result = score(by_class(everywhere, everywhere), truth, CLASSES)["area"]
     assert (result["per_class_interval"]["b"] is not None) == known
     assert result["per_class_interval"]["a"] and result["interval"]
 
@@ -119,10 +111,9 @@ def test_a_class_of_few_images_has_no_interval(images, known):
 def test_a_perfect_class_has_no_bound_over_one(images):
     boxes = np.array([[10.0, 10, 40, 40]])
     truth = [Annotation(Path("x"), None, ("a",), boxes, np.zeros(1, bool))] * images
-    scores = np.linspace(1, 0.5, images)
-    found = {"a": ClassDetections(np.arange(images), scores, np.repeat(boxes, images, 0))}
+    result = score(by_class([(n, 1 - n / 99, *boxes[0]) for n in range(images)]), truth, ("a",))
     for metric in METRICS:
-        assert max(evaluate_voc(found, truth, ("a",))[metric]["interval"]) <= 1
+        assert max(result[metric]["interval"]) <= 1
 
 
 def coco_anew(document, results, weights):

@@ -167,7 +167,7 @@ def comp4(folder):
     def read():
         found, _ = read_comp4(folder, "test", ["dog"], ["a", "b c"])
         with contextlib.suppress(UnicodeDecodeError):
-            assert len(found["dog"].scores) == lines_of(path), "lost detections"
+            assert len(found.scores) == lines_of(path), "lost detections"
 
     return path, read
 

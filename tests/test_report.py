@@ -14,13 +14,14 @@ import cv2
 import numpy as np
 import pytest
 from conftest import write_voc
+from voc_found import score
 
 from data.coco import COCODetection
 from data.detections import save_detections
 from data.judge import ERRORS
 from data.voc0712 import VOCDetection
 from data.voc_comp4 import read_comp4
-from data.voc_eval import METRICS, evaluate_voc
+from data.voc_eval import METRICS
 from inference.draw import GREEN, RED
 from tools import figures, mistakes, report
 from tools.results import Results, open_test, score_again
@@ -279,7 +280,7 @@ def test_ap_is_that_of_the_evaluator(made):
     assert len(by_iou) == 40
     read, _ = read_comp4(results, "test", names, dataset.ids)
     for iou in ("0.5", "0.75", "0.95"):
-        result = evaluate_voc(read, dataset.annotations, names, float(iou))["area"]
+        result = score(read, dataset.annotations, names, float(iou))["area"]
         for name, ap in [*result["per_class"].items(), (MEAN, result["mean"])]:
             assert float(by_iou[name, iou]) == pytest.approx(ap, rel=1e-5)
     rows = {row["class"]: row for row in table(results, "classes")}

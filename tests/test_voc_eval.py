@@ -8,13 +8,15 @@ import numpy as np
 import pytest
 from coco_files import perfect
 from layouts import LAYOUTS
+from voc_found import by_class, of_class, score
 
 from data import bootstrap
 from data.annotation import Annotation
 from data.curves import load_curves
+from data.judge import Found
 from data.voc0712 import VOCDetection
-from data.voc_comp4 import ClassDetections, comp4_path, read_comp4, write_comp4
-from data.voc_eval import METRICS, average_precision, evaluate_voc, main, write_voc_curves
+from data.voc_comp4 import comp4_path, read_comp4, write_comp4
+from data.voc_eval import METRICS, average_precision, main, write_voc_curves
 from utils.errors import UserError
 
 GOLDENS = Path(__file__).parent / "goldens"
@@ -23,12 +25,6 @@ GOLDENS = Path(__file__).parent / "goldens"
 def annotation(names, boxes, difficult):
     boxes = np.array(boxes, np.float64).reshape(-1, 4)
     return Annotation(Path("a.xml"), None, tuple(names), boxes, np.array(difficult, bool))
-
-
-def one_class(*rows):
-    """Detections of a class from rows (image, score, x1, y1, x2, y2)."""
-    rows = np.array(rows, np.float64).reshape(-1, 6)
-    return ClassDetections(rows[:, 0].astype(int), rows[:, 1], rows[:, 2:])
 
 
 @pytest.mark.parametrize("name", ["BCCD", "VOC2007"])
@@ -42,12 +38,9 @@ def test_ap_of_every_class_equals_the_published_codes(name):
         rows = truth[truth[:, 0] == image]
         names = [classes[label - 1] for label in rows[:, 1]]
         annotations.append(annotation(names, rows[:, 2:6] - 1.0, rows[:, 6]))
-    detections = {}
-    for label, class_name in enumerate(classes, 1):
-        rows = found[found[:, 1] == label]
-        detections[class_name] = ClassDetections(rows[:, 0].astype(int), rows[:, 2],
-                                                 rows[:, 3:] - 1)
-    result = evaluate_voc(detections, annotations, classes)
+    labels = found[:, 1].astype(int)
+    detections = Found(found[:, 0].astype(int), found[:, 3:] - (1, 1, 0, 0), labels, found[:, 2])
+    result = score(detections, annotations, classes)
     for metric in METRICS:
         assert list(result[metric]["per_class"].values()) == pytest.approx(golden[metric], abs=1e-6)
         assert result[metric]["mean"] == pytest.approx(golden[metric].mean(), abs=1e-6)
@@ -124,14 +117,15 @@ def test_ap_equals_a_slow_reference(seed, tmp_path):
                 label = name if rng.random() < 0.9 else rng.choice(classes)
                 rows[label].append([image, rng.integers(0, 20) / 20, *moved])
         rows[rng.choice(classes)].append([image, rng.random(), 500, 500, 510, 510])
-    detections = {name: one_class(*rows[name]) for name in classes}
-    result = evaluate_voc(detections, annotations, classes)
-    for name in classes:
-        expected = slow_average_precisions(detections[name], annotations, name)
+    detections = by_class(*rows.values())
+    result = score(detections, annotations, classes)
+    for label, name in enumerate(classes, 1):
+        own = of_class(detections, label)
+        expected = slow_average_precisions(own, annotations, name)
         got = [result[metric]["per_class"][name] for metric in METRICS]
         assert got == pytest.approx(expected, abs=1e-12)
         for size, limits in LIMITS.items():
-            expected = slow_average_precisions(detections[name], annotations, name, *limits)
+            expected = slow_average_precisions(own, annotations, name, *limits)
             got = [result[metric]["per_class_per_size"][name][size] for metric in METRICS]
             assert got == pytest.approx(expected, abs=1e-12)
     for metric, size in itertools.product(METRICS, LIMITS):
@@ -164,7 +158,7 @@ HALF = (0, 0, 9, 9), (0, 0, 9, 19)  # IoU exactly 0.5 in pixel convention
 ])
 def test_rule_by_hand(rows, difficult, recall, precision):
     annotations = [annotation(["a"], [HALF[1]], [difficult]), annotation(["b"], [HALF[1]], [False])]
-    curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]["all"]
+    curve = score(by_class(rows), annotations, ["a"])["curves"]["a"]["all"]
     assert curve["recall"].tolist() == recall and curve["precision"].tolist() == precision
 
 
@@ -173,20 +167,20 @@ def test_of_equal_scores_the_earlier_detection_comes_first():
     # Many of one score: NumPy's default sort does not keep their order.
     wrong, right = [(0, 0.5, 200, 200, 209, 209)] * 40, [(0, 0.5, 0, 0, 9, 9)]
     for rows, place in ((right + wrong, 1), (wrong[:20] + right + wrong[20:], 21)):
-        result = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])
+        result = score(by_class(rows), annotations, ["a"])
         assert result["area"]["per_class"]["a"] == pytest.approx(0.5 / place)
 
 
 def test_detection_goes_to_the_object_of_largest_overlap_though_it_is_taken():
     annotations = [annotation(["a", "a"], [(0, 0, 9, 9), (0, 0, 9, 11)], [False, False])]
     rows = (0, 0.9, 0, 0, 9, 9), (0, 0.8, 0, 0, 9, 9)
-    curve = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])["curves"]["a"]["all"]
+    curve = score(by_class(rows), annotations, ["a"])["curves"]["a"]["all"]
     assert curve["recall"].tolist() == [0.5, 0.5]
 
 
 def test_object_without_area_counts_and_is_one_pixel_wide():
     annotations = [annotation(["a", "a"], [(5, 5, 5, 5), (9, 9, 2, 2)], [False, False])]
-    result = evaluate_voc({"a": one_class((0, 0.9, 5, 5, 5, 5))}, annotations, ["a"])
+    result = score(by_class([(0, 0.9, 5, 5, 5, 5)]), annotations, ["a"])
     assert result["ground_truths"] == {"a": 2} and result["area"]["per_class"]["a"] == 0.5
 
 
@@ -199,7 +193,7 @@ def test_objects_and_wrong_detections_of_another_size_count_neither_way():
         (0, 0.7, *large),  # wrong, large: the object is taken
         (0, 0.6, *small),
     ]
-    result = evaluate_voc({"a": one_class(*rows)}, annotations, ["a"])
+    result = score(by_class(rows), annotations, ["a"])
     assert result["area"]["per_size"] == {"small": 0.5, "medium": -1, "large": 1}
     large, small = (result["curves"]["a"][size] for size in ("large", "small"))
     assert large["precision"].tolist() == [0, 1, 0.5, 0.5]
@@ -215,8 +209,8 @@ def test_eleven_points_and_area_by_hand():
 
 def test_class_without_detections_and_class_without_ground_truth_are_noted():
     annotations = [annotation(["a"], [(0, 0, 9, 9)], [False])]
-    detections = {"a": one_class(), "b": one_class((0, 0.5, 0, 0, 5, 5)), "c": one_class()}
-    result = evaluate_voc(detections, annotations, ["a", "b", "c"])
+    detections = by_class([], [(0, 0.5, 0, 0, 5, 5)], [])
+    result = score(detections, annotations, ["a", "b", "c"])
     assert [note.split(":")[0] for note in result["notes"]] == [
         "0 detections for class a", "0 ground truths for class b", "0 ground truths for class c",
     ]  # fmt: skip
@@ -245,7 +239,7 @@ def test_line_is_id_score_and_corners_counted_from_1(tmp_path):
     assert (tmp_path / "new/er/comp4_det_test_cat.txt").read_text() == ""
     ids = ["my img 1", "x/b1", "two  spaces"]
     write_comp4(tmp_path, "test", ["cat", "dog"], ids, [found] * 3)
-    assert read_comp4(tmp_path, "test", ["dog"], ids)[0]["dog"].images.tolist() == [0, 1, 2]
+    assert read_comp4(tmp_path, "test", ["dog"], ids)[0].images.tolist() == [0, 1, 2]
 
 
 def test_reading_back_gives_the_same_scores_order_and_boxes(tmp_path):
@@ -256,15 +250,16 @@ def test_reading_back_gives_the_same_scores_order_and_boxes(tmp_path):
     write_comp4(tmp_path, "test", classes, ids, detections)
     read, missing = read_comp4(tmp_path, "test", classes, ids)
     assert missing == []
-    for label, name in enumerate(classes, 1):
-        of_class = [found["labels"] == label for found in detections]
-        pairs = list(zip(detections, of_class, strict=True))
+    for label in range(1, len(classes) + 1):
+        mines = [found["labels"] == label for found in detections]
+        pairs = list(zip(detections, mines, strict=True))
         scores = np.concatenate([found["scores"][mine] for found, mine in pairs])
         boxes = np.concatenate([found["boxes"][mine] for found, mine in pairs])
-        assert np.array_equal(read[name].scores.astype(np.float32), scores)
-        assert read[name].boxes == pytest.approx(boxes.astype(np.float64), abs=5.1e-4)
-        images = np.repeat(np.arange(len(ids)), [mine.sum() for mine in of_class])
-        assert read[name].images.tolist() == images.tolist()
+        own = of_class(read, label)
+        assert np.array_equal(own.scores.astype(np.float32), scores)
+        assert own.boxes == pytest.approx(boxes.astype(np.float64), abs=5.1e-4)
+        images = np.repeat(np.arange(len(ids)), [mine.sum() for mine in mines])
+        assert own.images.tolist() == images.tolist()
 
 
 def test_every_class_name_has_a_file_of_its_own_on_every_disk(tmp_path):
@@ -281,8 +276,8 @@ def test_every_class_name_has_a_file_of_its_own_on_every_disk(tmp_path):
     for given in (names, names[::-1], *([name] for name in names)):
         read, missing = read_comp4(tmp_path, "test", given, ["x"])
         assert not missing
-        for name in given:
-            assert read[name].scores == pytest.approx([(names.index(name) + 1) / 99])
+        assert read.labels.tolist() == [*range(1, len(given) + 1)]
+        assert read.scores == pytest.approx([(names.index(name) + 1) / 99 for name in given])
 
 
 def test_wrong_detections_and_a_full_disk_leave_the_old_file(tmp_path, monkeypatch):
@@ -309,8 +304,8 @@ def test_wrong_detections_and_a_full_disk_leave_the_old_file(tmp_path, monkeypat
 def test_line_ends_and_spaces_make_no_difference(tmp_path, text):
     (tmp_path / "comp4_det_test_cat.txt").write_bytes(text.encode())
     read, _ = read_comp4(tmp_path, "test", ["cat"], ["ä", "x"])
-    assert read["cat"].images.tolist() == [1, 0] and read["cat"].scores.tolist() == [0.5, 1e-3]
-    assert read["cat"].boxes.tolist() == [[0, 1, 2, 3], [-2, 1.5, 2, 3]]
+    assert read.images.tolist() == [1, 0] and read.scores.tolist() == [0.5, 1e-3]
+    assert read.boxes.tolist() == [[0, 1, 3, 4], [-2, 1.5, 3, 4]]
 
 
 def test_numbers_are_read_to_the_last_bit(tmp_path):
@@ -318,9 +313,9 @@ def test_numbers_are_read_to_the_last_bit(tmp_path):
     values = rng.random((2000, 5)) * 10.0 ** rng.integers(-30, 30, (2000, 5))
     lines = ["x " + " ".join(map(repr, row)) + "\n" for row in values.tolist()]
     (tmp_path / "comp4_det_test_cat.txt").write_text("".join(lines))
-    read = read_comp4(tmp_path, "test", ["cat"], ["x"])[0]["cat"]
+    read, _ = read_comp4(tmp_path, "test", ["cat"], ["x"])
     assert np.array_equal(read.scores, values[:, 0])
-    assert np.array_equal(read.boxes, values[:, 1:] - 1)
+    assert np.array_equal(read.boxes, values[:, 1:] - (1, 1, 0, 0))
 
 
 @pytest.mark.parametrize(("text", "message"), [

@@ -74,8 +74,7 @@ def ap_by_iou(judged: Judged, ious: np.ndarray, num_classes: int, metric: str) -
     truth, found = judged.truth, judged.found
     totals = _per_class(truth.labels[~truth.ignored], num_classes)
     rows = []
-    for objects in match(truth, found, ious):
-        correct = objects >= 0
+    for objects, correct in zip(*match(truth, found, ious), strict=True):
         kept = ~np.append(truth.ignored, False)[objects]  # -1, no object, is the last
         aps = _class_aps(found.scores[kept], correct[kept], found.labels[kept], totals, metric)
         rows.append(np.where(totals, aps, np.nan))

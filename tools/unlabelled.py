@@ -63,10 +63,10 @@ def unannotated(objects: Truth, image: int, boxes: np.ndarray) -> list[int]:
     """
     there = slice(*np.searchsorted(objects.images, (image, image + 1)))
     crowds = objects.ignored[there] & (objects.rule == "coco")
-    near = overlaps(boxes, objects.boxes[there], crowds).max(1, initial=0)
+    near = overlaps(boxes[:, None], objects.boxes[there], crowds).max(1, initial=0)
     new = []
     for k in np.flatnonzero(near < NEAR).tolist():
-        if overlaps(boxes[k : k + 1], boxes[new]).max(initial=0) < NEAR:
+        if overlaps(boxes[k], boxes[new]).max(initial=0) < NEAR:
             new.append(k)
     return new
 
@@ -88,7 +88,7 @@ def list_omissions(tests: Sequence[Test], score: float) -> list[Omission]:
         rows = slice(*np.searchsorted(images, (image, image + 1)))
         boxes, labels, scores, owners = (column[rows] for column in columns)
         for k in unannotated(objects, image, boxes[: np.count_nonzero(scores >= score)]):
-            iou = overlaps(boxes, boxes[k : k + 1])[:, 0]
+            iou = overlaps(boxes, boxes[k])
             agree = (iou >= FOREGROUND) & (labels == labels[k])
             best = [scores[agree & (owners == n)].max(initial=0) for n in range(len(tests))]
             listed.append(Omission(image, labels[k], boxes[k], float(np.mean(best)),
