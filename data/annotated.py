@@ -55,7 +55,6 @@ class AnnotatedImages(DetectionData):
         super().__init__(root, sets, transform)
         loaded = self.load(classes, faults)
         self.ids, self._paths, self.annotations, self.classes, self.skipped = loaded
-        self._scored = self.classes
         check_ids(self.ids, self._paths, faults)
         self.skipped += outside_root(self.root, self._paths)
         images, boxes, *_ = join(self.annotations, self.classes)
@@ -144,10 +143,6 @@ class AnnotatedImages(DetectionData):
     def _keep(self, kept: list[int]) -> None:
         self.annotations = [self.annotations[i] for i in kept]
         self._paths = [self._paths[i] for i in kept]
-        truth = self.truth()
-        counted = np.unique(truth.labels[~truth.ignored])
-        # Where all objects are difficult there is nothing to score; the notes of a score say so.
-        self._scored = tuple(self.classes[label - 1] for label in counted) or self.classes
 
     def check_scorable(self) -> None:
         if len(set(self.ids)) < len(self):
@@ -176,12 +171,8 @@ class AnnotatedImages(DetectionData):
         self.check_scorable()
         image_set = comp4_set(self.image_sets)
         write_comp4(directory, image_set, self.classes, self.ids, detections)
-        classes = self._scored
-        read, _ = read_comp4(directory, image_set, classes, self.ids)
-        result = evaluate_voc(read, voc_truth(self.annotations, classes), classes, len(self))
-        if left_out := [c for c in self.classes if c not in self._scored]:
-            result["notes"].append(f"no ground truth in the {len(self)} images kept, so not scored,"
-                                   f" for {len(left_out)} classes: {', '.join(left_out)}")
+        read, _ = read_comp4(directory, image_set, self.classes, self.ids)
+        result = evaluate_voc(read, self.truth(), self.classes, len(self))
         years = [each.year for each in self.image_sets]
         old = all(year and year.isdigit() and int(year) < 2010 for year in years)
         main = "voc07_11point" if old else "area"

@@ -92,17 +92,15 @@ def precisions(counted: Counted, weights: np.ndarray, metrics: Sequence[str]) ->
     return np.where(total, aps.clip(0, 1), np.nan)  # rounding can pass 1
 
 
-def mean(of_classes: Sequence[np.ndarray | None]) -> np.ndarray | None:
-    """Return the mean over classes of each draw, of those that it has; None, no objects: 0.
+def mean(of_classes: Sequence[np.ndarray]) -> np.ndarray | None:
+    """Return the mean over classes of each draw, of those that it has.
 
     So every draw has the score of its images, as COCO's code computes it. Return None if a draw has
     no class.
     """
-    found = [each for each in of_classes if each is not None]
-    if not found or np.isnan(found).all(0).any():
+    if not len(of_classes) or np.isnan(of_classes).all(0).any():
         return None
-    known = (~np.isnan(found)).sum(0) + len(of_classes) - len(found)
-    return np.nansum(found, 0) / known
+    return np.nanmean(of_classes, 0)
 
 
 def interval(values: np.ndarray | None) -> list[float] | None:

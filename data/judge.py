@@ -184,9 +184,14 @@ def count(truth: Truth, found: Found, thresholds: Sequence[float], num_classes: 
     By the rule "coco" the `MOST` best detections of a class in an image count.
     """
     found = _scored(truth, found)
-    matched, hits = match(truth, found, thresholds)
+    return count_matched(truth, found, *match(truth, found, thresholds), num_classes, num_images)
+
+
+def count_matched(truth: Truth, found: Found, matched: np.ndarray, hits: np.ndarray,
+                  num_classes: int, num_images: int) -> list[Counted]:
+    """Return what the average precision of each class counts, of what `match` returned."""
     counts = ~np.append(truth.ignored, False)[matched]  # -1, no object, is the last
-    hits &= counts
+    hits = hits & counts
     order = np.lexsort((-found.scores, found.labels))
     ends = np.searchsorted(found.labels[order], np.arange(1, num_classes + 2))
     counted = []

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from data.classes import parse_classes
 from data.curves import SIZE_RANGES, SIZES, write_curves
 from data.detections import undetected
 from data.image_sets import ImageSet, parse_image_sets
-from data.judge import Found, match
+from data.judge import Found, count_matched, match
 from data.skips import report_lines
 from data.split import SPLIT_SETS, VAL_SHARE
 from data.truth import Truth
@@ -75,19 +75,20 @@ def evaluate_voc(found: Found, truth: Truth, classes: Sequence[str], images: int
         {class: {size: AP}}}; an interval is [low, high] of 95 % by `data.bootstrap`, None where
         too few images have objects. "ground_truths" (not difficult) and "detections": {class:
         count}, "notes": lines, "curves": {class: {size: {"scores", "recall", "precision"} float64
-        [n]}}}, with the size "all" in the curves. A class
-        without ground truth has AP 0 and counts in the mean, as in the published 11-point code; a
-        note says so. Without ground truth of a size it has -1 there and is left out of that mean.
+        [n]}}}, with the size "all" in the curves. -1 means no ground truth, of a class or of its
+        size; no mean counts it, and a note names such classes.
     """
-    weights, ((owners,), (hits,)) = bootstrap.draw(images), match(truth, found, (iou,))
+    (owners,), (hits,) = matched = match(truth, found, (iou,))
+    parts = count_matched(truth, found, *matched, len(classes), images)
+    weights = bootstrap.draw(images)
     # The published code sorts unstably: its order of equal scores depends on the processor.
     order = np.lexsort((-found.scores, found.labels))
     areas, sides = ((each.boxes[:, 2:] - each.boxes[:, :2]).prod(1) for each in (truth, found))
-    drawn: list[Sequence[np.ndarray | None]] = []
+    drawn: list[np.ndarray] = []
     keys = ("per_class", "per_class_interval", "per_size", "per_class_per_size")
     result: dict = {"iou": iou, **{m: {"mean": 0.0} | {k: {} for k in keys} for m in METRICS}}
-    result |= {"ground_truths": {}, "detections": {}, "notes": [], "curves": {}}
-    for label, name in enumerate(classes, 1):
+    result |= {"ground_truths": {}, "detections": {}, "curves": {}}
+    for label, (name, counted) in enumerate(zip(classes, parts, strict=True), 1):
         rows, mine = order[found.labels[order] == label], (truth.labels == label) & ~truth.ignored
         own, curves, totals = owners[rows], {}, {}
         for size, (low, high) in SIZE_RANGES.items():
@@ -96,38 +97,39 @@ def evaluate_voc(found: Found, truth: Truth, classes: Sequence[str], images: int
             recall, precision = _curve(own, hits[rows], valid, inside)
             curves[size] = {"scores": found.scores[rows], "recall": recall, "precision": precision}
             totals[size] = int(valid.sum())
-        on_mine = np.append(mine, False)[own]  # -1, no object, is the last
-        counted = bootstrap.Counted(found.images[rows], (hits[rows] & on_mine)[None],
-                                    (on_mine | (own < 0))[None],
-                                    np.bincount(truth.images[mine], minlength=images))
-        aps = bootstrap.precisions(counted, weights, METRICS)[:, 0] if totals["all"] else None
-        drawn.append(2 * [None] if aps is None else aps)
-        for metric, of_draws in zip(METRICS, drawn[-1], strict=True):
+        of_draws = bootstrap.precisions(counted, weights, METRICS)[:, 0]
+        drawn += [of_draws] if totals["all"] else []
+        for metric, draws in zip(METRICS, of_draws, strict=True):
             scores = result[metric]
             aps = {size: average_precision(curve["recall"], curve["precision"], metric)
-                   for size, curve in curves.items()}
-            scores["per_class"][name] = aps["all"]
-            scores["per_class_interval"][name] = bootstrap.interval(of_draws)
-            scores["per_class_per_size"][name] = {size: aps[size] if totals[size] else -1.0
-                                                  for size in SIZES}
+                   if totals[size] else -1.0 for size, curve in curves.items()}
+            scores["per_class"][name] = aps.pop("all")
+            scores["per_class_interval"][name] = bootstrap.interval(draws)
+            scores["per_class_per_size"][name] = aps
         result["ground_truths"][name] = totals["all"]
         result["detections"][name] = len(rows)
         result["curves"][name] = curves
-        result["notes"] += _notes(name, totals["all"], len(rows))
-    for metric, of_classes in zip(METRICS, zip(*drawn, strict=True), strict=True):
-        aps = result[metric]
-        aps["interval"] = bootstrap.interval(bootstrap.mean(of_classes))
-        aps["mean"] = float(np.mean(list(aps["per_class"].values())))
-        for size in SIZES:
-            known = [ap[size] for ap in aps["per_class_per_size"].values() if ap[size] > -1]
-            aps["per_size"][size] = float(np.mean(known)) if known else -1.0
-    return result
+    for k, aps in enumerate(map(result.get, METRICS)):
+        aps["interval"] = bootstrap.interval(bootstrap.mean([each[k] for each in drawn]))
+        aps["mean"] = _mean(aps["per_class"].values())
+        aps["per_size"] = {size: _mean(ap[size] for ap in aps["per_class_per_size"].values())
+                           for size in SIZES}
+    return result | {"notes": _notes(result)}
 
 
-def _notes(name: str, objects: int, detections: int) -> list[str]:
-    if not objects:
-        return [f"0 ground truths for class {name}: its AP is set to 0 and counts in the mean"]
-    return [] if detections else [f"0 detections for class {name}: its AP is 0"]
+def _mean(aps: Iterable[float]) -> float:
+    known = [ap for ap in aps if ap > -1]
+    return float(np.mean(known)) if known else -1.0
+
+
+def _notes(result: dict) -> list[str]:
+    totals = result["ground_truths"]
+    absent = [name for name, total in totals.items() if not total]
+    notes = [f"0 detections for class {name}: its AP is 0" for name, total in totals.items()
+             if total and not result["detections"][name]]
+    if absent:
+        notes.append(f"0 ground truths (-1) for {len(absent)} classes: {', '.join(absent)}")
+    return notes
 
 
 def _curve(matched: np.ndarray, found: np.ndarray, valid: np.ndarray,

@@ -82,12 +82,12 @@ def slow_average_precisions(detections, annotations, name, low=-np.inf, high=np.
         for a in annotations
         for n, d, box in zip(a.names, a.difficult, a.boxes, strict=True)
     )
-    if not total and high < np.inf:
+    if not total:
         return -1, -1
     points = [(0, 0)]
     for n in range(1, len(hits) + 1):
         hit, miss = sum(hits[:n]), sum(misses[:n])
-        points.append((hit / total if total else 0, hit / (hit + miss) if hit + miss else 0))
+        points.append((hit / total, hit / (hit + miss) if hit + miss else 0))
     recalls = np.arange(0.0, 1.1, 0.1)
     eleven = sum(max([p for r, p in points if r >= t], default=0) for t in recalls) / 11
     area = sum(
@@ -211,13 +211,22 @@ def test_class_without_detections_and_class_without_ground_truth_are_noted():
     annotations = [annotation(["a"], [(0, 0, 9, 9)], [False])]
     detections = by_class([], [(0, 0.5, 0, 0, 5, 5)], [])
     result = score(detections, annotations, ["a", "b", "c"])
-    assert [note.split(":")[0] for note in result["notes"]] == [
-        "0 detections for class a", "0 ground truths for class b", "0 ground truths for class c",
-    ]  # fmt: skip
+    assert result["notes"] == ["0 detections for class a: its AP is 0",
+                               "0 ground truths (-1) for 2 classes: b, c"]
     for metric in METRICS:
         assert result[metric]["mean"] == 0
-        assert result[metric]["per_class"] == {"a": 0, "b": 0, "c": 0}
+        assert result[metric]["per_class"] == {"a": 0, "b": -1, "c": -1}
         assert result[metric]["per_size"] == {"small": 0, "medium": -1, "large": -1}
+
+
+def test_classes_without_ground_truth_count_in_no_mean():
+    annotations = [annotation(["b"], [(0, 0, 9, 9)], [False])] * 40
+    right = [(n, 0.9, 0, 0, 9, 9) for n in range(40)]
+    for metric in METRICS:
+        result = score(by_class(right, right, []), annotations, ["a", "b", "c"])[metric]
+        assert result["mean"] == 1 and result["interval"] == [1, 1]
+        assert result["per_class"] == {"a": -1, "b": 1, "c": -1}
+        assert score(by_class(right, []), annotations, ["a", "c"])[metric]["mean"] == -1
 
 
 def random_detections(rng, count, classes):
@@ -358,7 +367,7 @@ def test_command_line_gives_the_numbers_of_evaluate_without_images(scored, tmp_p
     for metric in METRICS:
         assert written[metric] == result[metric]["per_class"]
     text = capsys.readouterr().out
-    assert "0 ground truths for class platelet" in text
+    assert "0 ground truths (-1) for 1 classes: platelet" in text
     assert all(metric in text for metric in METRICS.values())
     row = next(line for line in text.splitlines() if line.startswith("rod"))
     cells = (f"{result[m]['per_class']['rod']:.4f}  {text_of(result[m], 'rod')}" for m in METRICS)
@@ -378,7 +387,7 @@ def test_command_line_divides_the_images_as_the_test_did(tmp_path, capsys):
     words = [str(tmp_path / "out"), "--root", str(data.root), "--set", "split_val"]
     assert main([*words, "--val_share", "0.1", "--json", str(tmp_path / "ap.json")]) == 0
     written = json.loads((tmp_path / "ap.json").read_text())
-    assert written["area"] == {"cell": 0, "red box": 1, "zebra": 1}  # without a cell
+    assert written["area"] == {"cell": -1, "red box": 1, "zebra": 1}  # without a cell
     assert "no detection;" not in capsys.readouterr().out
     assert main(words) == 0
     assert "1 of 3 images have no detection" in capsys.readouterr().out

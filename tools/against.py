@@ -1,7 +1,7 @@
 """Two tests on the same images: which is better, by how much, and where they differ."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ def compare(a: Test, b: Test) -> list[Change]:
     """
     weights = bootstrap.draw(len(a.dataset))
     drawn = [_draws(test, weights) for test in (a, b)]
-    means = [_mean(test, of_test) for test, of_test in zip((a, b), drawn, strict=True)]
+    means = [bootstrap.mean([*each.values()]) for each in drawn]
     changes = [Change(MEAN, a.results.value, b.results.value, _interval(*means))]
     for name in a.results.per_class:
         scores = [test.results.per_class.get(name, math.nan) for test in (a, b)]
@@ -108,11 +108,6 @@ def _draws(test: Test, weights: np.ndarray) -> dict[str, np.ndarray]:
     return {name: bootstrap.precisions(each, weights, (results.average,))[0].mean(0)
             for name, each in zip(results.classes, counted, strict=True)
             if name in results.per_class and each.objects.any()}
-
-
-def _mean(test: Test, drawn: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    names = drawn if test.results.average == "coco" else test.results.per_class
-    return bootstrap.mean([drawn.get(name) for name in names])
 
 
 def _interval(a: np.ndarray | None, b: np.ndarray | None) -> list[float] | None:

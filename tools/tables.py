@@ -69,9 +69,7 @@ def score_tables(test: Test, score: float) -> dict[str, Table]:
         tables["ap_by_size"] = _lines(("class", "size", "AP"), classes, SIZES, sizes)
         columns |= {f"AP {size}": row for size, row in zip(SIZES, sizes, strict=True)}
     if test.judged:
-        by_iou = ap_by_iou(test.judged, IOUS, len(classes), results.average)
-        # The mean counts a class without objects as the data set's own score does.
-        by_iou = np.where(np.isnan(by_iou), aps, by_iou).tolist()
+        by_iou = ap_by_iou(test.judged, IOUS, len(classes), results.average).tolist()
         tables["ap_by_iou"] = _lines(("class", "IoU", "AP"), classes, IOUS.tolist(), by_iou)
         columns |= {"AP at 0.5": by_iou[0], "AP at 0.75": by_iou[5]}
         tables["calibration"] = _calibration(test.judged, classes)
