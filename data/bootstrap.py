@@ -93,14 +93,15 @@ def precisions(counted: Counted, weights: np.ndarray, metrics: Sequence[str]) ->
 
 
 def mean(of_classes: Sequence[np.ndarray]) -> np.ndarray | None:
-    """Return the mean over classes of each draw, of those that it has.
+    """Return the mean over classes of each draw, of those that it has; NaN if it has none.
 
-    So every draw has the score of its images, as COCO's code computes it. Return None if a draw has
-    no class.
+    So every draw has the score of its images, as COCO's code computes it. Return None without a
+    class.
     """
-    if not len(of_classes) or np.isnan(of_classes).all(0).any():
+    if not of_classes:
         return None
-    return np.nanmean(of_classes, 0)
+    known = (~np.isnan(of_classes)).sum(0)
+    return np.where(known, np.nansum(of_classes, 0) / np.maximum(known, 1), np.nan)
 
 
 def interval(values: np.ndarray | None) -> list[float] | None:
