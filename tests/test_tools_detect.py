@@ -891,7 +891,7 @@ def test_a_detection_tells_the_prior_box_that_it_was_decoded_from(weights, capsy
         told, prior, box = record["prior"], boxes[first], moved[first]
         shared = (np.minimum(prior, box)[2:] - np.maximum(prior, box)[:2]).clip(0).prod()
         areas = sum((each[2:] - each[:2]).prod() for each in (prior, box))
-        sides = prior[2:] - prior[:2] + 1
+        sides = prior[2:] - prior[:2]
         assert told.pop("bbox") == pytest.approx([*prior[:2], *sides], abs=0.01)
         assert told.pop("iou") == pytest.approx(shared / (areas - shared), abs=2e-4)
         assert told == pytest.approx(about[first], abs=1e-3)

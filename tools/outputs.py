@@ -182,16 +182,19 @@ def _json(value: object) -> str:
     return json.dumps(value, ensure_ascii=False)
 
 
-def bbox(box: Sequence[float]) -> list[float]:
-    """Return a box as COCO's x, y, width and height, to two decimals."""
+def bbox(box: Sequence[float], last: int = 1) -> list[float]:
+    """Return a box as COCO's x, y, width and height, to two decimals; ``last`` is added to sides.
+
+    As in the published results, the last pixel counts. A prior box has no last pixel.
+    """
     x1, y1, x2, y2 = box
-    return [round(float(v), 2) for v in (x1, y1, x2 - x1 + 1, y2 - y1 + 1)]
+    return [round(float(v), 2) for v in (x1, y1, x2 - x1 + last, y2 - y1 + last)]
 
 
 def _prior(origin: Origin) -> dict[str, object]:
     values = origin._asdict()
     box, _ = values.pop("box"), values.pop("cell")
-    return {**{key: round(value, 4) for key, value in values.items()}, "bbox": bbox(box)}
+    return {**{key: round(value, 4) for key, value in values.items()}, "bbox": bbox(box, last=0)}
 
 
 class CsvFile(Writer):
