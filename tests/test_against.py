@@ -171,7 +171,7 @@ def test_a_test_against_itself_has_no_evidence(coco, capsys, tmp_path):
     out = capsys.readouterr().out.splitlines()
     shown = {line.split()[0]: line for line in out[-5:-1]}
     assert all(shown[name].endswith(NO_EVIDENCE) for name in ("kite", "dog", MEAN))
-    assert shown["oar"].endswith("too few images") and "nan" not in "".join(out)
+    assert shown["oar"].endswith("no objects") and "nan" not in "".join(out)
     assert table(tmp_path, "against_images") == []
 
 

@@ -247,7 +247,7 @@ def test_without_matplotlib_a_sentence_says_so(made, monkeypatch, tmp_path):
 
 
 def test_the_page_goes_where_asked(results, tmp_path, capsys):
-    change(results, notes=["0 ground truths of class <x>"])
+    change(results, notes=["0 ground truths of class <x>"], root=str(tmp_path / "nowhere"))
     (results / "report.html").unlink()
     page = tmp_path / "blood#.html"
     assert report.main([str(results.parents[2]), "--output", str(page), "--examples", "0"]) == 0
@@ -334,6 +334,11 @@ def test_a_class_without_objects_has_nothing_to_score(tmp_path, make_voc):
     assert [rows[name][METRICS["area"]] for name in ("a", "b", MEAN)] == ["1", NOTHING, "1"]
     assert rows[MEAN]["AP at 0.5"] == "1"
     assert f'<td data-value="">{NOTHING}</td>' in path.read_text()
+    # The page is of the annotations as they are now, and so are its notes.
+    make_voc(root, {"test": {"one": [("b", (11, 11, 40, 40))]}})
+    _, notes = report.write_report(folder)
+    assert notes[0] == "0 detections for class b: its AP is 0" and notes[1].endswith(" a")
+    assert "as they are now" in notes[2] and len(notes) == 3
 
 
 def test_no_detections_at_all_make_a_page(made, tmp_path):

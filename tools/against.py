@@ -30,6 +30,8 @@ class Change(NamedTuple):
     @property
     def verdict(self) -> str:
         """What the interval says, in words."""
+        if math.isnan(self.a) and math.isnan(self.b):
+            return "no objects"
         if self.interval is None:
             return "too few images"
         low, high = self.interval
