@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data.annotation import check_folder, holds_data, tell
-from data.image_sets import ImageSet, set_word, sets_name
+from data.image_sets import DEFAULT_SET, ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
 from data.truth import Truth, digest
@@ -363,9 +363,9 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     """Return the image sets to train on and to test on without --train_sets and --test_sets.
 
     These are the published ones if they are there, or if ``root`` is a devkit with their years or
-    does not tell. Else they are trainval and test; else train or trainval, and the first of val,
-    valid, validation, dev and test; all of a kind, such as train1 and train2. Without one of both,
-    all images are divided into split_train and split_val, see `data.split.in_validation`.
+    does not tell. Else they are trainval and test; else train, trainval or what is in no set
+    (default), and the first of val, valid, validation, dev and test; all of a kind, such as train1
+    and train2. Without one of both, images are divided as `data.split.in_validation` does.
 
     Raises UserError: there are several of both kinds, as train1, train2, val1 and val2.
     """
@@ -373,12 +373,12 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     row, existing = DATASETS[name], list_sets(name, root)
     published = {*row.train_sets, *row.test_sets}
     years = {year for year, _ in existing}
-    devkit = None not in years and years & {year for year, _ in published}
+    devkit = None not in years and len(years & {year for year, _ in published}) > 1
     there = existing or _layout(name, root)
     if published <= {*existing} or devkit or not there:
         return row.train_sets, row.test_sets
     tests = ("val", "valid", "validation", "dev", "test")
-    for words in (("trainval", "test"), *product(("train", "trainval"), tests)):
+    for words in (("trainval", "test"), *product(("train", "trainval", DEFAULT_SET), tests)):
         train, test = (tuple(s for s in existing if set_word(s.name) == word) for word in words)
         if len(train) > 1 < len(test) and None in years:
             raise UserError(f"{root} has several image sets to train and to test on, maybe folds: "

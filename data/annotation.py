@@ -14,7 +14,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 
 from data.image_files import FileIndex
-from data.image_sets import SET_WORDS, set_word
+from data.image_sets import SET_WORDS, is_set_name, set_word
 from data.skips import Skip, SkipKind
 from utils.errors import UserError
 
@@ -192,7 +192,7 @@ def unannotated(used: Collection[Path], images: FileIndex) -> list[Skip]:
     beside = (each for parent in sorted({each.parent for each in used})
               for each in images.subfolders(parent))
     return [Skip(SkipKind.SET_UNANNOTATED, None, None, f"{each} has {count} images")
-            for each in beside if each.name.lower() in SET_WORDS and each not in used
+            for each in beside if is_set_name(each.name) and each not in used
             and (count := len(images.inside(each)))]
 
 

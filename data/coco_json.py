@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from data.annotation import turned
-from data.classes import BACKGROUND, check_classes, spelled
+from data.classes import check_classes, is_background, spelled
 from data.detections import LARGEST
 from data.truth import digest
 from utils.errors import UserError, first_line
@@ -251,7 +251,7 @@ def read_annotations(path: str | Path, boxes: bool = True) -> COCOAnnotations:
     url = str(images[0].get("coco_url") or "")
     return COCOAnnotations(
         path=Path(path), image_ids=image_ids,
-        file_names=np.array([str(image.get("file_name") or "") for image in images]),
+        file_names=np.array([_file_name(image) for image in images]),
         split=url.split("/")[-2] if "/" in url else "", sizes=sizes,
         category_ids=category_ids[kept], classes=classes, roots=_find_roots(categories, classes),
         offsets=np.searchsorted(image[order], np.arange(len(image_ids) + 1)),
@@ -311,6 +311,12 @@ def _read_sizes(path: str | Path, images: list[dict], ids: np.ndarray) -> np.nda
     return sizes
 
 
+def _file_name(image: dict) -> str:
+    """Return the file's name, else the end of its URL with a folder, as in LVIS; "" for none."""
+    url = str(image.get("coco_url") or "")
+    return str(image.get("file_name") or "/".join(url.split("/")[-2:]))
+
+
 def _read_classes(path: str | Path, categories: list[dict],
                   counts: np.ndarray) -> tuple[tuple[str, ...], np.ndarray]:
     """Return the names of the categories that are read, and which these are, bool [K]."""
@@ -322,7 +328,7 @@ def _read_classes(path: str | Path, categories: list[dict],
     alike, first = Counter(names), {}
     for n, (category, name) in enumerate(zip(categories, names, strict=True)):
         if not counts[n] and len(names) > 1:
-            kept[n] = alike[name] == 1 and name not in BACKGROUND
+            kept[n] = alike[name] == 1 and not is_background(name)
             alike[name] -= not kept[n]
         elif (other := first.setdefault(name, category["id"])) != category["id"]:
             raise UserError(f"{path}: category ids {other} and {category['id']} have the same name "

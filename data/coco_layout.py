@@ -33,7 +33,7 @@ from data.annotation import looks_like_coco
 from data.coco_json import COCOAnnotations
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import SET_WORDS, ImageSet
+from data.image_sets import ImageSet, is_set_name
 from data.split import list_files
 from utils.errors import UserError
 
@@ -43,7 +43,8 @@ ANNOTATION_FOLDERS = ("annotations", "original_annotations")
 ANNOTATION_KINDS = ("instances_", "image_info_")
 ROBOFLOW = "_annotations.coco.json"
 SET_IN_NAME = re.compile(
-    r"(?:.*[^a-z])?((?:trainval|train|validation|valid|val|dev|test)(?:20\d\d)?)(?:[^a-z].*)?")
+    r"(?:.*[^a-z])?((?:train[_-]?val|train|training|(?<!train[_-])(?:val|validation|valid)|dev|test|"
+    r"testing)(?:20\d\d)?)(?:[^a-z].*)?")
 
 
 def normalise(year: str | None, name: str) -> ImageSet:
@@ -101,7 +102,7 @@ def annotation_files(root: Path) -> dict[str, Path]:
 def set_folders(root: Path) -> list[Path]:
     """Return the folders of image sets that hold the annotation files; none if any lies outside."""
     folders = [path.parent for path in annotation_files(root).values()]
-    return folders if all(each.name.lower() in SET_WORDS and each != root
+    return folders if all(is_set_name(each.name) and each != root
                           for each in folders) else []
 
 
@@ -158,10 +159,22 @@ def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> Part:
             best = Part(image_set, file, expected, folder, np.array(names), missing)
         if not missing:
             return best
-    if not os.path.isdir(usual) and (best is None or len(best.missing) == len(file.image_ids)):
+    if best and len(best.missing) < len(file.image_ids):
+        return best
+    others = []
+    for folder in sorted({path.parent for path in index.inside(root)}.difference(there)):
+        names, missing = _names_in(folder, "", file, index)
+        others.append(Part(image_set, file, folder, folder, np.array(names), missing))
+    others.sort(key=lambda part: len(part.missing))
+    if len(others) > 1 and len(others[0].missing) == len(others[1].missing) < len(file.image_ids):
+        raise UserError(f"{others[0].folder} and {others[1].folder} both hold images of the names"
+                        f" in {file.path.name}; copy the right ones to {usual}")
+    best = others[0] if others and len(others[0].missing) < len(file.image_ids) else best
+    if best is None or (best.missing and not os.path.isdir(usual)
+                        and len(best.missing) == len(file.image_ids)):
         raise UserError(f"{usual}: no such folder, for the images of {file.path.name}, such as"
-                        f" {file.file_names[0] or file.image_ids[0]}; nor are they in"
-                        f" {', '.join(map(str, folders[1:]))}")
+                        f" {file.file_names[0] or file.image_ids[0]}; nor are they in another"
+                        f" folder of {root}")
     return best
 
 

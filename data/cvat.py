@@ -22,10 +22,10 @@ from data.annotation import (
     tell,
     turned,
 )
-from data.classes import BACKGROUND, check_classes, spelled
+from data.classes import check_classes, is_background, spelled
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import ImageSet, sets_name
+from data.image_sets import DEFAULT_SET, ImageSet, sets_name
 from data.skips import Skip, SkipKind
 from data.split import choose, list_files
 from data.voc_xml import finite, read_xml
@@ -133,15 +133,15 @@ def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
             kind = (label.findtext("type") or "any").strip()
             if label.find("parent") is None and kind in ("any", "rectangle", *AREAS):
                 labels[spelled(label.findtext("name") or "")] = None
-    return images, [label for label in labels if label and label not in BACKGROUND]
+    return images, [label for label in labels if label and not is_background(label)]
 
 
 def _subsets(images: Sequence[_Image]) -> dict[str, list[int]]:
     """Return the positions of the images of each subset; none if there is only CVAT's own."""
     found: dict[str, list[int]] = {}
     for i, image in enumerate(images):
-        found.setdefault(image.subset or "default", []).append(i)
-    return {} if found.keys() <= {"default"} else found
+        found.setdefault(image.subset or DEFAULT_SET, []).append(i)
+    return {} if found.keys() <= {DEFAULT_SET} else found
 
 
 class CVATDetection(AnnotatedImages):
@@ -198,7 +198,7 @@ class CVATDetection(AnnotatedImages):
         for image in images:
             tried = [self.root / folder / name
                      for name in (image.name, re.split(r"[/\\]", image.name)[-1])
-                     for folder in (f"images/{image.subset}", "images", image.subset, "")]
+                     for folder in (f"images/{image.subset}", "images", image.subset, "data", "")]
             found = next(filter(None, map(index.by_name, tried)), None)
             found = found or next(chain.from_iterable(map(index.by_stem, tried)), None)  # a frame
             if found is None:

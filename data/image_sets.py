@@ -12,6 +12,10 @@ from utils.errors import UserError
 
 SET_WORDS = ("trainval", "train", "valid", "val", "validation", "dev", "test")
 """What `set_word` gives for the folders and lists that are taken for image sets."""
+DEFAULT_SET = "default"
+"""The images of no other set, as CVAT names them."""
+_SPELLINGS = {"training": "train", "testing": "test", "train_val": "trainval", "eval": "val",
+              "evaluation": "val"}  # fmt: skip
 
 
 class ImageSet(NamedTuple):
@@ -31,9 +35,9 @@ class ImageSet(NamedTuple):
         existing: the image sets of the data set. A set whose name begins with a number, such as
         "2024_train", is taken as it is if it is among them.
         """
-        bare = cls(None, text)
         year, _, name = text.partition("_")
-        return bare if bare in existing or not (year.isdecimal() and name) else cls(year, name)
+        read = cls(year, name) if year.isdecimal() and name else cls(None, text)
+        return {str(each): each for each in existing}.get(text, read)
 
     def __str__(self) -> str:
         return f"{self.year}_{self.name}" if self.year else self.name
@@ -65,8 +69,14 @@ def check_sets(sets: Iterable[ImageSet]) -> None:
 
 
 def set_word(name: str) -> str:
-    """Return "train" for an image set of that kind, such as Train or train2017."""
-    return re.sub(r"[_-]?\d*$", "", name.lower())
+    """Return "train" for an image set of that kind: Train, training, train_images, train2017."""
+    word = re.sub(r"([_-]?(images?|set))?[_-]?\d*$", "", name.lower()).replace("-", "_")
+    return _SPELLINGS.get(word, word)
+
+
+def is_set_name(name: str) -> bool:
+    """Return whether a folder or a list is an image set by its name; train1 may be an image."""
+    return set_word(name) in SET_WORDS and not name[-1:].isdigit()
 
 
 def sets_name(sets: Iterable[tuple[str | None, str]]) -> str:

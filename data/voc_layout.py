@@ -2,6 +2,7 @@
 
     root/VOC2007/, root/VOC2012/, ...             years of a devkit, each a folder like one of these
     root/ImageSets/Main/<set>.txt, ImageSets/     lists of image sets; Annotations/, JPEGImages/
+    root/train.txt, root/val.txt, ...             such lists, too
     root/<set>/, root/Annotations/<set>/          sets by folder (Roboflow)
     root/Annotations/ or root/                    no sets (LabelImg)
 
@@ -17,16 +18,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.annotation import check_folder
+from data.classes import is_background
 from data.config import VOC_CLASSES
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import SET_WORDS, ImageSet
+from data.image_sets import DEFAULT_SET, SET_WORDS, ImageSet, is_set_name
 from data.split import SPLIT_SETS, VAL_SHARE, in_validation, list_files, read_list
 from utils.errors import UserError
 from utils.files import read_bytes, read_text
 
 ANNOTATION_FOLDERS = ("Annotations", "annotations", "xml", "xmls", "labels")
-IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "img")
+IMAGE_FOLDERS = ("JPEGImages", "images", "Images", "imgs", "img", "data")
 
 
 class Listed(NamedTuple):
@@ -100,9 +102,12 @@ def list_image_sets(root: str | Path) -> list[ImageSet]:
     root = Path(os.path.expanduser(root))
     for year, folder in year_folders(root).items():
         classes = {*VOC_CLASSES, *(declared_classes(folder) or ((), ""))[0]}
-        names = {name for name in list_files(folder) if not _is_of_class(name, classes)}
-        names |= split_folders(folder, index).keys()
-        found += [ImageSet(year, name) for name in sorted(names)]
+        names = {name for name in set_lists(folder) if not _is_of_class(name, classes)}
+        names |= (by_folder := split_folders(folder, index)).keys()
+        if by_folder and any(_outside_sets(folder, index)):
+            names.add(DEFAULT_SET)
+        if not year or folder != root:  # else the year of VOC2007/ itself, which needs none
+            found += [ImageSet(year, name) for name in sorted(names)]
     return found
 
 
@@ -121,9 +126,16 @@ def declared_classes(root: Path) -> tuple[list[str], str] | None:
             names = read_text(path, "class names").splitlines()
             if name == "labelmap.txt":
                 names = [line.partition(":")[0].strip() for line in names if line[:1] != "#"]
-                names = [name for name in names if name != "background"]
+                names = [name for name in names if not is_background(name)]
             return [name for name in names if name.strip()], str(path)
     return None
+
+
+def set_lists(folder: Path) -> dict[str, Path]:
+    """Return the lists of image sets in ImageSets/ and, such as train.txt, in ``folder``."""
+    beside = {file.stem: file for file in sorted(folder.glob("[!.]*.txt"))
+              if is_set_name(file.stem)}
+    return beside | list_files(folder)
 
 
 def split_folders(folder: Path, index: FileIndex) -> dict[str, Path]:
@@ -131,7 +143,7 @@ def split_folders(folder: Path, index: FileIndex) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for base in annotation_folders(folder, index):
         for path in index.subfolders(base):
-            if path.name.lower() in SET_WORDS and index.holds_files(path):
+            if is_set_name(path.name) and index.holds_files(path):
                 found.setdefault(path.name, path)
     return found
 
@@ -144,12 +156,14 @@ def annotation_folders(folder: Path, index: FileIndex) -> list[Path]:
 
 
 def _find_set(root: Path, image_set: ImageSet, index: FileIndex) -> tuple[Path, Path | None]:
-    """Return the folder of the data set, and an image set's list or folder, None for a part."""
+    """Return the folder of the data set, and an image set's list or folder; None for a rest."""
     check_folder(root)
     folder = year_folders(root).get(image_set.year, root / f"VOC{image_set.year}")
-    declared = split_folders(folder, index) | list_files(folder)
+    declared = split_folders(folder, index) | set_lists(folder)
     if path := declared.get(image_set.name):
         return folder, path
+    if image_set.name == DEFAULT_SET and split_folders(folder, index):
+        return folder, None
     if not image_set.year and image_set.name in SPLIT_SETS:
         return folder, None
     if len(year_folders(root)) == 1 and not index.holds_files(root):
@@ -165,7 +179,9 @@ def list_images(root: Path, image_set: ImageSet, index: FileIndex, val_share: fl
                 split_by: str | None = None) -> Iterator[Listed]:
     """Yield the images of an image set; val_share, split_by: see `data.split.in_validation`."""
     folder, path = _find_set(root, image_set, index)
-    if path is None:
+    if path is None and image_set.name == DEFAULT_SET:
+        yield from _outside_sets(folder, index)
+    elif path is None:
         yield from _part(root, image_set, index, val_share, split_by)
     elif path.suffix != ".txt":
         yield from _under(path, folder, index)
@@ -198,7 +214,7 @@ def list_all(root: Path, index: FileIndex, faults: list[str],
             continue
         if any(each.annotation for each in listed):
             found += listed
-    only_parts = (len(year_folders(root)) == 1 and list_files(root).keys() <= {*SPLIT_SETS}
+    only_parts = (len(year_folders(root)) == 1 and set_lists(root).keys() <= {*SPLIT_SETS}
                   and {name for _, name in known} <= {*SPLIT_SETS})
     if only_parts or not found and not {*known} & {*declared}:
         found += _under(annotation_folders(root, index)[0], root, index)
@@ -226,6 +242,14 @@ def _part(root: Path, image_set: ImageSet, index: FileIndex, val_share: float,
                 if taken == (image_set == val))
 
 
+def _outside_sets(folder: Path, index: FileIndex) -> Iterator[Listed]:
+    """Yield the images that are in no folder of an image set."""
+    sets = {*split_folders(folder, index).values()}
+    for each in _under(annotation_folders(folder, index)[0], folder, index):
+        if sets.isdisjoint(each.annotation.parents):
+            yield each
+
+
 def _under(path: Path, folder: Path, index: FileIndex) -> Iterator[Listed]:
     bases = annotation_folders(folder, index)
     for file in index.inside(path):
@@ -239,13 +263,14 @@ def _find_line(line: str, where: str, folder: Path, bases: Sequence[Path],
     """Return the image that a line of a list is about.
 
     A line is an id, which may hold spaces and folders. Additions are understood: the flag after the
-    id in the official files of one class, an image suffix, back slashes, and leading folders that
-    do not exist among the annotations. They are part of the id only if an annotation has that name.
+    id in the official files of one class, or the annotation file, as PaddleDetection writes it; an
+    image suffix, back slashes, and leading folders that do not exist among the annotations. They
+    are part of the id only if an annotation has that name.
 
     cvat: finds images without objects in CVAT's layout.
     """
     line = re.sub(r"^(\.[/\\])+", "", line)
-    plain = re.sub(r"\s+(-1|0|1)$", "", line)
+    plain = re.sub(r"(\.[A-Za-z]+)\s.*\.xml$", r"\1", re.sub(r"\s+(-1|0|1)$", "", line))
     stem, suffix = os.path.splitext(plain)
     image = re.split(r"[/\\]", plain)[-1] if suffix.lower() in IMAGE_SUFFIXES else ""
     ids = [*dict.fromkeys([line, plain, stem if image else plain])]

@@ -26,7 +26,7 @@ from data.annotation import (
     refuse_missing,
     tell,
 )
-from data.classes import BACKGROUND, check_classes
+from data.classes import check_classes, is_background
 from data.image import IMAGE_SUFFIXES, image_size
 from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
@@ -113,7 +113,7 @@ class YOLODetection(AnnotatedImages):
     def list_image_sets(root: str | Path) -> list[ImageSet]:
         folder = YOLOFolder(Path(os.path.expanduser(root)))
         names = dict.fromkeys([*(folder.sets or folder.declared()), *list_files(root)])
-        return [ImageSet(None, name) for name in names if name]
+        return [ImageSet(None, name) for name in names]
 
     def _find_size(self, index: int) -> tuple[int, int]:
         return self.annotations[index].size or (1, 1)  # of the image, or not read
@@ -166,7 +166,7 @@ class YOLODetection(AnnotatedImages):
                  f"{', '.join(map('{:g}'.format, sorted(unnamed)))}: add each name, "
                  "or correct the labels", faults)
         classes = classes or tuple(name for _, name in sorted(folder.names.items())
-                                   if name not in BACKGROUND)
+                                   if not is_background(name))
         self.numbers = {name: number for number, name in folder.names.items()}  # of all names
         if not unnamed or any(each.names for each in annotations):  # else that has been told
             skipped += check_objects(what, annotations, classes, faults)

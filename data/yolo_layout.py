@@ -16,10 +16,10 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from data.classes import BACKGROUND, check_classes, spelled
+from data.classes import check_classes, is_background, spelled
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import SET_WORDS, set_word
+from data.image_sets import DEFAULT_SET, SET_WORDS, is_set_name, set_word
 from data.split import ends, read_list
 from utils.errors import UserError
 from utils.files import read_text
@@ -49,7 +49,7 @@ class YOLOFolder:
         self.index, self._texts = FileIndex(IMAGE_SUFFIXES), FileIndex((".txt",))
         self.names, self.absent = None, {}
         self.sets = {file.stem: [file.name] for file in sorted(root.glob("*.txt"))
-                     if file.stem.lower() in SET_WORDS and file.is_file()}
+                     if is_set_name(file.stem) and file.is_file()}
         if found := _find_yaml(root):
             path, content = found
             self.source = path.name
@@ -130,7 +130,7 @@ class YOLOFolder:
         return [*map(os.sep.join, swapped), stem, os.path.join(self.root, "labels", inner)]
 
     def declared(self) -> dict[str, list[Path]]:
-        """Return the images of all declared image sets; "": those in no folder of a set."""
+        """Return the images of all declared image sets; "default": those in no folder of a set."""
         if self.sets:
             return {name: self.of_set(name, []) for name in self.sets}
         found: dict[str, list[Path]] = {}
@@ -139,8 +139,8 @@ class YOLOFolder:
             folders = [each for each in folders if set_word(each) in SET_WORDS] or folders
             if folders[:1] == ["obj_train_data"]:  # Darknet's folder of all images
                 folders = []
-            found.setdefault(folders[0] if folders else "", []).append(image)
-        return found if found.keys() - {""} else {}
+            found.setdefault(folders[0] if folders else DEFAULT_SET, []).append(image)
+        return found if found.keys() - {DEFAULT_SET} else {}
 
     def of_set(self, name: str, missing: list[str]) -> list[Path]:
         """Return the images of one of ``sets``, maybe some twice; add missing ones of a list.
@@ -251,7 +251,8 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
 
 def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
     names = {number: spelled(name) for number, name in names.items()}
-    check_classes([name for name in names.values() if name not in BACKGROUND], str(path))
+    check_classes([name for name in names.values() if not is_background(name)],
+                  str(path))
     return names
 
 
@@ -267,7 +268,8 @@ def names_beside(root: Path) -> tuple[Path, dict[int, str]] | None:
     """Return a file with a class name a line, in the root or up to two folders deep, and them."""
     found: dict[Path, dict[int, str]] = {}
     for depth in ("", "*/", "*/*/"):
-        for path in (path for name in NAME_FILES for path in sorted(root.glob(depth + name))):
+        for path in (path for name in (*NAME_FILES, "*.names")
+                     for path in sorted(root.glob(depth + name))):
             lines = read_text(path, "class names", 2**24).rstrip().splitlines()
             found[path] = _checked(dict(enumerate(lines)), path)
     if len({tuple(names.items()) for names in found.values()}) > 1:

@@ -18,7 +18,7 @@ from data import (
     split_options,
 )
 from data.classes import parse_classes
-from data.image_sets import parse_image_sets, sets_name
+from data.image_sets import DEFAULT_SET, parse_image_sets, set_word, sets_name
 from data.split import SPLIT_SETS
 from engine.declare import check_value, flag_of
 from engine.distributed import World
@@ -29,6 +29,7 @@ from models.pretrained import published_bases
 from utils.arguments import cores
 from utils.device import choose_device
 from utils.errors import UserError
+from utils.logger import LOGGER
 
 
 def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = None) -> Options:
@@ -81,16 +82,27 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
                         "start a new run from its weights with --resume_net")
     if "dataset" in given or not rooted:  # else what the root holds has been looked at
         check_layout(dataset, root)
-    keys = "train_sets", "test_sets"
-    if absent := [key for key in keys if key not in given and not values.get(key)]:
-        defaults = dict(zip(keys, default_sets(dataset, root), strict=True))
-        values |= {key: defaults[key] for key in absent}
-    for key in keys:
-        if isinstance(values[key], str):
-            values[key] = parse_image_sets(values[key], list_sets(dataset, root))
-    options = Options(**values)
+    options = Options(**{**values, **_image_sets(values, dataset, root)})
     _check_size(options)
     return options
+
+
+def _image_sets(values: Mapping[str, object], dataset: str, root: str) -> dict[str, object]:
+    """Return the image sets that ``values`` name, else those of the data by default."""
+    sets = {key: values.get(key) for key in ("train_sets", "test_sets")}
+    absent = [key for key, each in sets.items() if not each and each != ""]
+    if absent:
+        defaults = default_sets(dataset, root)
+        declared = [s for s in list_sets(dataset, root) if s.name not in SPLIT_SETS]
+        unclear = {set_word(s.name) for s in declared} - {"train", "trainval", DEFAULT_SET}
+        divided = defaults[0][0].name in SPLIT_SETS
+        if len(absent) == len(sets) and len(declared) > 1 and unclear and divided:
+            LOGGER.warning("%s has the image sets %s; their names do not say which to train and "
+                           "which to test on, so all images are divided: choose with --train_sets "
+                           "and --test_sets", root, ", ".join(map(str, declared)))
+        sets |= {key: each for key, each in zip(sets, defaults, strict=True) if key in absent}
+    return {key: parse_image_sets(each, list_sets(dataset, root)) if isinstance(each, str) else each
+            for key, each in sets.items()}
 
 
 def asked_dataset(given: Mapping[str, object], stored: object = None) -> str:

@@ -1,6 +1,7 @@
 """COCO's annotation files: what is malformed, where files and images lie, files for the server."""
 
 import json
+import shutil
 import zipfile
 
 import numpy as np
@@ -237,7 +238,7 @@ def test_missing_images_are_counted_and_the_first_named(tmp_path):
     with pytest.raises(UserError, match=r"images missing \(1\): .*/nnn"):
         COCODetection(tmp_path, [("2017", "val")])
     write_set(tmp_path, "image_info_test-dev2017.json", "test2017", {1: "1.jpg"})
-    (tmp_path / "test2017").rename(tmp_path / "elsewhere")
+    shutil.rmtree(tmp_path / "test2017")
     message = "test2017: no such folder.*image_info_test-dev2017.json, such as 1.jpg; nor"
     with pytest.raises(UserError, match=message):
         COCODetection(tmp_path, [("2017", "test-dev")])

@@ -49,6 +49,9 @@ def edit(path, change):
     ({"a/train.json": "a", "b/train.json": "b"}, "COCO", "b_train, train"),
     ({"annotations/mini_train.json": "images", "annotations/train.json": "images"}, "COCO",
      "annotations_mini_train, train"),
+    ({"labels.json": "data"}, "COCO", "labels"),  # FiftyOne
+    ({"annotations/train_val.json": "photos", "annotations/testing.json": "more"}, "COCO",
+     "testing, train_val"),
     ({"labels.json": "."}, "COCO", "labels")])
 def test_layouts_of_tools_are_found_and_read(tmp_path, files, layout, sets):
     for id, (file, folder) in enumerate(files.items(), 1):
@@ -63,6 +66,27 @@ def test_layouts_of_tools_are_found_and_read(tmp_path, files, layout, sets):
         assert (dataset[0][0] == id).all()
         assert dataset.target(0).tolist() == [[id, 5, id + 19, 14, 1]]
         assert dataset.skipped == []
+
+
+def test_images_of_lvis_lie_where_their_urls_end(tmp_path):
+    write(tmp_path, "lvis_val.json", "val2017", {1: "000000000001.jpg"}, [])
+    write_set(tmp_path, "more.json", "train2017", {2: "000000000002.jpg"})
+    path, urls = tmp_path / "lvis_val.json", "http://images.cocodataset.org"
+    images = [{"id": id, "width": WIDTH, "height": HEIGHT,
+               "coco_url": f"{urls}/{folder}/{id:012d}.jpg"}
+              for id, folder in ((1, "val2017"), (2, "train2017"))]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "images": images}))
+    dataset = COCODetection(tmp_path, [(None, "val")])
+    assert [(dataset[i][0] == id).all() for i, id in enumerate(dataset.ids)] == [True, True]
+
+
+def test_of_two_folders_with_the_images_none_is_taken(tmp_path):
+    for folder in ("Visualization", "photos"):
+        write(tmp_path, "all.json", folder, {1: "1.png"}, [])
+    with pytest.raises(UserError) as error:
+        COCODetection(tmp_path, [(None, "all")])
+    places = (tmp_path / "Visualization", tmp_path / "photos", "all.json", "copy")
+    assert all(str(word) in str(error.value) for word in places)
 
 
 def test_set_whose_annotations_are_missing_is_told(tmp_path):

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import itertools
 import json
+import shutil
 
 import cv2
 import numpy as np
@@ -21,7 +22,7 @@ from data import (
     find_layout,
     list_sets,
 )
-from data.image_sets import check_sets, one_folder, parse_image_sets, sets_name
+from data.image_sets import check_sets, one_folder, parse_image_sets, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from utils.errors import UserError
 
@@ -66,6 +67,31 @@ def test_default_sets_follow_the_kind_of_root(voc_folder, voc_devkit):
     )  # fmt: skip
     assert default_sets("COCO", voc_devkit) == ((("2017", "train"),), (("2017", "val"),))
     assert default_root("COCO").parts[-2:] == ("data", "COCO")
+
+
+def test_one_year_alone_is_a_data_set(voc_devkit):
+    shutil.rmtree(voc_devkit / "VOC2012")
+    assert default_sets("VOC", voc_devkit) == ((("2007", "trainval"),), (("2007", "test"),))
+    # Of VOC2007/ itself, each set is listed once, and may be named with its year.
+    root = voc_devkit / "VOC2007"
+    assert list_sets("VOC", root) == [(None, "test"), (None, "trainval")]
+    assert default_sets("VOC", root) == (((None, "trainval"),), ((None, "test"),))
+    assert build_dataset("VOC", root, [("2007", "test")]).ids == build_dataset(
+        "VOC", root, [(None, "test")]).ids
+
+
+@pytest.mark.parametrize("word, names", [
+    ("train", "train Training train_images trainset train-set train2017 train_1"),
+    ("trainval", "trainval train_val Train-Val trainval2012"), ("test", "TEST testing test_images"),
+    ("val", "val eval Evaluation val_set"), ("valid", "valid valid2"), ("my_train", "my_train")])
+def test_names_of_image_sets_have_a_word(word, names):
+    assert {set_word(name) for name in names.split()} == {word}
+
+
+def test_a_set_is_found_by_the_name_it_is_listed_with():
+    existing = [ImageSet("2012_train_val", "val"), ImageSet(None, "2024_train")]
+    for each in existing:
+        assert parse_image_sets(str(each), existing) == [each]
 
 
 def test_existing_sets_are_listed_and_none_of_a_missing_root(voc_devkit, coco_folder, tmp_path):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import unicodedata
 from functools import partial
 from importlib.util import find_spec
@@ -10,13 +11,14 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from layouts import ALL, IMAGES, LAYOUTS
+from layouts import ALL, IMAGES, LAYOUTS, TRAIN, VALID
 from tiny import TINY
 
 from data import build_dataset, default_sets, find_layout
 from data.adapters import TorchvisionDataset
 from data.skips import SkipKind
 from demo.shapes import make_dataset
+from engine.resolve import resolve
 from inference.images import TrainedOn, find_images
 from layers import MultiBoxLoss
 from models import BACKBONES, build_net
@@ -134,9 +136,52 @@ def xmls_beside_masks(root):
     (root / "Annotations").rename(root / "annotations" / "xmls")
 
 
-@pytest.mark.parametrize("write", [frames_of_a_film, xmls_beside_masks, *(
-    partial(one_set_beside, name)
-    for name in ("labelimg", "xml-folders", "yolo-beside", "yolo-label-studio"))])
+def paddle(root):
+    """PaddleDetection's lists have the image and its annotation."""
+    LAYOUTS["xml-folders"].write(root)
+    for file, names in (("train.txt", TRAIN), ("valid.txt", VALID)):
+        stems = [name.rpartition(".")[0] for name in names]
+        (root / file).write_text("".join(f"./images/{name} ./Annotations/{stem}.xml\n"
+                                         for name, stem in zip(names, stems, strict=True)))
+
+
+def renamed(root):
+    LAYOUTS["roboflow-voc"].write(root)
+    shutil.rmtree(root / "valid")
+    (root / "train").rename(root / "Training")
+    (root / "test").rename(root / "test_images")
+
+
+@pytest.mark.parametrize("write, train, test", [
+    *((partial(one_set_beside, name), "default", "test")
+      for name in ("labelimg", "xml-folders", "yolo-beside", "yolo-label-studio")),
+    (paddle, "train", "valid"), (renamed, "Training", "test_images"),
+    (partial(LAYOUTS["cvat"].write.func, {"": ALL[:8], "Validation": ALL[8:]}), "default",
+     "Validation"),
+])
+def test_sets_of_other_names_are_not_mixed(write, train, test, tmp_path, caplog):
+    write(tmp_path)
+    options = resolve({"root": str(tmp_path), "dataset": find_layout(tmp_path)[0]})
+    assert (options.train_sets, options.test_sets) == (((None, train),), ((None, test),))
+    parts = open_sets(LAYOUTS["cvat"], tmp_path)
+    if train == "default":
+        assert {name[:4] for name in names_of(parts[1])} == {"west"} and len(parts[0]) == 8
+    found = contents(parts[0]) | contents(parts[1])
+    assert len(found) == len(parts[0]) + len(parts[1]) and not caplog.records
+    for name in {*ALL} & found.keys():
+        assert found[name] == (*IMAGES[name][:2], sorted(IMAGES[name][2]))
+
+
+def test_sets_whose_names_say_nothing_are_divided_and_told(tmp_path, caplog):
+    LAYOUTS["voc"].write(tmp_path)
+    for path in (tmp_path / "ImageSets").rglob("*.txt"):
+        path.rename(path.with_name(f"part_{path.stem[:2]}.txt"))
+    options = resolve({"root": str(tmp_path), "dataset": "VOC"})
+    assert options.train_sets == ((None, "split_train"),)
+    assert "part_te, part_tr" in caplog.text and "--test_sets" in caplog.text
+
+
+@pytest.mark.parametrize("write", [frames_of_a_film, xmls_beside_masks])
 def test_unusual_folders_are_divided_whole_and_read_alike(write, tmp_path):
     write(tmp_path)
     parts = open_sets(LAYOUTS["cvat"], tmp_path)
