@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.annotation import check_folder, holds_data, tell
+from data.annotation import check_folder, holds_data, other_format, tell
 from data.image_sets import DEFAULT_SET, ImageSet, set_word, sets_name
 from data.skips import Skip, SkipKind, report_lines
 from data.split import SPLIT_TRAIN, SPLIT_VAL
@@ -276,9 +276,8 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
 
     preferred: a key of `DATASETS` that is taken where its reader knows the layout, or cannot tell.
 
-    Raises:
-        UserError: ``root`` is no folder, or holds no layout that is understood, or several, or
-            data sets in its folders.
+    Raises UserError: ``root`` is no folder, or holds no layout that is understood, or several, or
+    data sets in its folders.
     """
     root = Path(os.path.expanduser(root))
     if preferred and (layout := _layout(preferred, root)) is not None:
@@ -296,7 +295,7 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
         raise UserError(f"{root} holds several layouts: {several}; say by -d which one to read")
     if found:
         return found[0]
-    whys = (_reader(row).near_miss(root) for row in DATASETS)
+    whys = [other_format(root), *(_reader(row).near_miss(root) for row in DATASETS)]
     why = next((f" ({each})" for each in whys if each), "")
     raise UserError(f"{root} holds no data set in a layout that is understood{why}. Understood "
                     "are VOC (a devkit; XML files in Annotations/ or beside the images), COCO "
@@ -324,9 +323,10 @@ def _refuse_inside(root: Path, inside: Mapping[Path, tuple[str, str]],
         one = len(found) == 1 and {name for name, _ in inside.values()} == {found[0][0]}
         whole = f", or -d {found[0][0]} to read all as one" if one else ""
         names = [f"{folder.name} ({layout})" for folder, (_, layout) in inside.items()]
-        several = ", ".join(names[:8]) + ", ..." * (len(names) > 8)
-        raise UserError(f"{root} holds several data sets: {several}; give one as --root, such as "
-                        f"{next(iter(inside))}{whole}")
+        several = ", ".join(names[:8] + ["..."] * (len(names) > 8))
+        first = min(inside, key=lambda folder: "test" in folder.name.lower())
+        raise UserError(f"{root} holds several data sets: {several}; if they are sets of one, put "
+                        f"them into one folder, else give one as --root, such as {first}{whole}")
 
 
 def _layout(name: str, root: str | Path) -> str | None:
@@ -363,9 +363,9 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
     """Return the image sets to train on and to test on without --train_sets and --test_sets.
 
     These are the published ones if they are there, or if ``root`` is a devkit with their years or
-    does not tell. Else they are trainval and test; else train, trainval or what is in no set
-    (default), and the first of val, valid, validation, dev and test; all of a kind, such as train1
-    and train2. Without one of both, images are divided as `data.split.in_validation` does.
+    does not tell. Else they are trainval and test; else train, trainval or default, and the first
+    of val, valid, validation, dev and test; all of a kind, such as train1 and train2. Without one
+    of both, images are divided as `data.split.in_validation` does.
 
     Raises UserError: there are several of both kinds, as train1, train2, val1 and val2.
     """

@@ -7,6 +7,7 @@ import os
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -22,6 +23,10 @@ T = TypeVar("T")
 DATA_FOLDERS = {"annotations", "original_annotations", "xml", "xmls", "labels", "jpegimages",
                 "images", "imgs", "img", "imagesets", "obj_train_data", "vocdevkit"}
 """Names of folders, in lower case, that mean something to a reader."""
+OTHER_JSON = {b'"shapes"': "LabelMe's format", b'"dm_format_version"': "Datumaro's format",
+              b'"coordinates"': "CreateML's format", b'"_via_img_metadata"': "VIA's format",
+              b'"objects"': "Supervisely's format", b'"regions"': "VoTT's format"}
+"""What a JSON file of a labelling tool holds."""
 _DATA_SUFFIXES = {".xml", ".yaml", ".yml", ".names", ".jpg", ".jpeg", ".png", ".bmp",
                   ".webp", ".tif", ".tiff"}
 
@@ -177,6 +182,19 @@ def looks_like_coco(path: Path) -> bool:
         return False
     wanted = (rb'"(images|categories)"\s*:\s*\[', rb'"image_id"\s*:|"annotations"\s*:\s*\[\s*\]')
     return re.match(rb"[^\w\[]*\{", ends) is not None and all(re.search(w, ends) for w in wanted)
+
+
+def other_format(root: Path) -> str:
+    """Return which annotations that no reader takes are under ``root``; "" for none."""
+    for suffix in (".json", ".csv", ".tfrecord", ".parquet"):
+        for path in FileIndex((suffix,)).inside(root)[:20]:
+            with suppress(OSError), open(path, "rb") as file:
+                head = file.read(2**16)
+                tool = next((tool for key, tool in OTHER_JSON.items() if key in head), "")
+                if tool or suffix != ".json":
+                    return f"{path} is of {tool or 'a format'} that is not read; convert the data "\
+                           "to COCO or VOC"
+    return ""
 
 
 def refuse_missing(place: object, missing: Sequence[object], what: str = "images") -> None:

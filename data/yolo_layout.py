@@ -77,7 +77,10 @@ class YOLOFolder:
         return f"YOLO ({self.source or 'images and labels' + ' beside' * (not apart)})"
 
     def near_miss(self) -> str:
-        """Return why images in a folder images/ and labels are no data set; "" without images/."""
+        """Return why images in a folder images/ and labels are no data set; "" for other files."""
+        labels = [*filter(is_label, self._texts.inside(self.root)[:20])]
+        if labels and not self.index.inside(self.root):
+            return f"label files, such as {labels[0]}, but no images; copy the images beside them"
         images = [each for each in self.index.inside(self.root)
                   if IMAGE_FOLDERS.keys() & {*self._folders_of(each)}]
         if not images:

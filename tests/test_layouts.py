@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from layouts import ALL, IMAGES, LAYOUTS, TRAIN, VALID
+from layouts import ALL, IMAGES, LAYOUTS, TRAIN, VALID, write_images
 from tiny import TINY
 
 from data import build_dataset, default_sets, find_layout
@@ -197,6 +197,29 @@ def test_sets_that_a_subfolder_declares_are_not_passed_over(name, folder, tmp_pa
     with pytest.raises(UserError) as error:
         find_layout(tmp_path)
     assert str(tmp_path / folder) in str(error.value) and "--root" in str(error.value)
+
+
+@pytest.mark.parametrize("file, text, words", [
+    ("a.json", '{"version": "5.1", "shapes": []}', ("a.json", "LabelMe", "convert")),
+    ("train/_annotations.createml.json", '[{"annotations": [{"coordinates": 1}]}]',
+     ("createml.json", "CreateML", "convert")),
+    ("boxes.csv", "a.jpg,1,2,3,4,dog", ("boxes.csv", "convert")),
+    ("obj_train_data/a.txt", "0 0.5 0.5 0.2 0.2", ("a.txt", "no images", "copy"))])
+def test_a_format_that_is_not_read_is_named(file, text, words, tmp_path):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    if "no images" not in words:
+        write_images(tmp_path / "images", ALL[:1])
+    with pytest.raises(UserError) as error:
+        find_layout(tmp_path)
+    assert all(word in str(error.value) for word in words), error.value
+
+
+def test_the_example_among_folders_of_sets_is_not_the_test(tmp_path):
+    for name in ("a_test", "b_train"):
+        LAYOUTS["coco"].write(tmp_path / name)
+    with pytest.raises(UserError, match=f"such as {tmp_path / 'b_train'}"):
+        find_layout(tmp_path)
 
 
 def test_another_folder_does_not_hide_the_images_of_the_root(tmp_path):
