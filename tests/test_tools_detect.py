@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
@@ -104,7 +105,9 @@ def read(path: str, folder: Path = OUT):
 
 
 def files(folder: str | Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()}
+    """All files but the lock of a results folder."""
+    return {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*")
+            if p.is_file() and p.name != ".detect.lock"}
 
 
 def contents(folder: str) -> dict[str, bytes]:
@@ -425,6 +428,26 @@ def test_output_waits_for_slow_writers():
 
 def test_two_calls_at_once_have_a_folder_each():
     assert [detect.new_folder(OUT) for _ in range(2)] == [OUT, OUT.with_name("best-2")]
+
+
+def test_results_that_another_call_is_writing_are_left_alone(weights, capsys):
+    image_file("photos/a.jpg")
+    assert call(weights, "photos", "--save", "csv", "--out", "out") == 0
+    before = contents("out")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from utils.files import locked\n"
+         "with locked(sys.argv[1], '--out'): print('held', flush=True); sys.stdin.read()",
+         Path("out/.detect.lock").absolute()],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    options = ("--save", "voc", "--out", "out")
+    capsys.readouterr()
+    assert call(weights, "photos", *options) == 2
+    assert re.search("error: out is in use .* another --out", capsys.readouterr().err)
+    assert contents("out") == before
+    holder.communicate("")
+    assert call(weights, "photos", *options) == 0
 
 
 @pytest.mark.parametrize("happens, status, done, message", [

@@ -156,11 +156,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path, option: str) -> Iterator[None]:
     """Hold a lock on the file ``path``, which is created, to the end of the block or process.
 
-    Windows, which has no POSIX record locks, locks nothing. Raises UserError if another process
-    holds the lock.
+    option: what names another folder, for messages. Windows, which has no POSIX record locks, locks
+    nothing. Raises UserError if another process holds the lock.
     """
     if fcntl is None:
         yield
@@ -173,9 +173,10 @@ def locked(path: str | Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise UserError(f"{Path(path).parent} is in use by another process; wait for its end, "
-                            "or give another --date") from error
+                            f"or give another {option}") from error
         except OSError as error:  # a network file system without locks
-            LOGGER.warning("%s cannot be locked (%s): do not train twice into it", path, error)
+            LOGGER.warning("%s cannot be locked (%s): let one process at a time write into its "
+                           "folder", path, error)
         yield
 
 
