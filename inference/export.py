@@ -24,7 +24,7 @@ from inference.runtime import cpu_has_bf16, files_of, identity
 from models.info import DetectorInfo
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.errors import UserError, import_package
-from utils.files import check_writable, write_json
+from utils.files import check_writable, write_errors_named, write_json
 
 IMAGES = 200
 CALIBRATION_IMAGES = 300
@@ -85,7 +85,8 @@ def export(options: ExportOptions) -> list[str]:
         check_writable(kept)
     with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
         file = Path(folder, output.name)
-        write(options.format, net, info, file, calibration)
+        with write_errors_named(output):
+            write(options.format, net, info, file, calibration)
         proof = prove(net, info, file, images)
         if problem := excess(proof.comparison, options.allowed(), proof.ap):
             raise TooDifferent(f"{output} is not kept: {problem}", proof)
