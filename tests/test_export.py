@@ -104,7 +104,7 @@ def test_a_file_detects_what_the_network_does(made, data, version, form, options
     assert proof["unmatched_network"] == proof["unmatched_file"] == 0
     assert proof["score_difference"] < 1e-4
     assert proof["ap"]["network"] == pytest.approx(proof["ap"]["file"], abs=1e-3)
-    assert [p.name for p in checkpoint.parent.glob(".export*")] == []
+    assert [p.name for p in checkpoint.parent.glob(".ssd*")] == []
 
 
 @pytest.mark.parametrize("form, precision, options", [
