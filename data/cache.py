@@ -10,7 +10,6 @@ import hashlib
 import math
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch
 from data import DetectionData
 from data.loading import SHARED_MEMORY
 from utils.errors import UserError
+from utils.files import create_temporary, remove_abandoned
 
 HEADER = 128  # bytes of an .npy file before the pixels
 MEMORY_SHARE = 0.8
@@ -92,6 +92,7 @@ class DiskCache:
         self.names = np.array([self._name(i) for i in range(len(dataset))])
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(self.directory)
             there = set(os.listdir(self.directory))
             free = shutil.disk_usage(self.directory).free
         except OSError as error:
@@ -167,13 +168,13 @@ def _read(path: Path, shape: tuple[int, int, int]) -> np.ndarray | None:
 
 
 def _write(path: Path, image: np.ndarray) -> None:
-    # The name is unique even among containers that share the folder. The file is not flushed to
-    # the disk: one that a crash cuts off is written anew.
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+    # The file is not flushed to the disk: one that a crash cuts off is written anew.
+    part, file = create_temporary(path.parent)
     try:
-        with open(part, "wb") as file:
+        with file:
             np.save(file, image)
-        os.replace(part, path)
+        with suppress(FileNotFoundError):  # a new process has taken it for abandoned
+            os.replace(part, path)
     except BaseException:
         with suppress(OSError):
             part.unlink()

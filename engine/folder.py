@@ -54,7 +54,7 @@ class RunFolder:
         if not self.writes:
             yield
             return
-        with locked(self / ".lock"):
+        with locked(self / ".lock", "--date"):
             setup_logging(self / "train.log")
             yield
 

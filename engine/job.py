@@ -1,10 +1,8 @@
 """A job from start to exit status: processes, signals, logging, and error messages."""
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from types import FrameType
 
 import torch
 
@@ -23,12 +21,13 @@ from utils.console import console, printable
 from utils.device import choose_device
 from utils.errors import UserError, first_line, reason
 from utils.logger import close_logging, setup_logging
-from utils.signals import ENDING, Interrupted, TimeUp, heeded
+from utils.signals import Interrupted, TimeUp, interruptible
 
 Work = Callable[[Call, Mapping[str, object], World], None]
 
 
 @console()
+@interruptible()
 def run_job(program: str, argv: Sequence[str] | None, train: Work, test: Work) -> int:
     """Parse the command line, join the job's other processes, work, and return the exit status.
 
@@ -43,7 +42,6 @@ def run_job(program: str, argv: Sequence[str] | None, train: Work, test: Work) -
     setup_logging()
     # Nearly all batches have one shape, so cuDNN's search for the fastest algorithm pays.
     torch.backends.cudnn.benchmark = True
-    before = {number: signal.signal(number, _interrupt) for number in heeded(ENDING)}
     world, call = SINGLE_PROCESS, None
     try:
         call, given = parse(argv)
@@ -66,8 +64,6 @@ def run_job(program: str, argv: Sequence[str] | None, train: Work, test: Work) -
             print(text if world.main else f"[process {world.rank}] {text}", file=sys.stderr)
         return status
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         close_logging()
 
 
@@ -85,10 +81,6 @@ def check_gpus(ngpu: int, device: torch.device) -> None:
         raise UserError(f"--ngpu {ngpu} on {device}: PyTorch sees {gpus} GPUs; give fewer")
     if ngpu > 1 and device.index:
         raise UserError(f"--ngpu {ngpu} uses the first GPUs; leave --device {device} out")
-
-
-def _interrupt(number: int, _: FrameType | None) -> None:
-    raise Interrupted
 
 
 def _told(error: BaseException, world: World, resumable: bool) -> tuple[int, str] | None:

@@ -122,8 +122,10 @@ def log_dataset(dataset: DetectionData, options: Options, key: str,
     """
     LOGGER.info("%s", dataset.describe())
     lists, lines = list_files(options.root), dataset.report()
-    if any(str(s) in SPLIT_SETS and str(s) not in lists for s in getattr(options, key)):
-        lines.insert(0, f"part of all images, {options.val_share:g} of them to test on, chosen by "
+    if any(str(s) in SPLIT_SETS for s in getattr(options, key)):
+        files = " and ".join(str(lists[name]) for name in SPLIT_SETS if name in lists)
+        lines.insert(0, f"part of all images, chosen by {files}" if files else
+                     f"part of all images, {options.val_share:g} of them to test on, chosen by "
                      "their names (--val_share, --split_by; python -m tools.split writes lists)")
     for line in lines:
         if line not in told:

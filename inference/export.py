@@ -8,7 +8,6 @@ boxes are compared one by one, and their AP where ground truth exists. A file th
 import importlib
 import os
 import platform
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from inference.runtime import cpu_has_bf16, files_of, identity
 from models.info import DetectorInfo
 from utils.checkpoint import load_checkpoint, load_weights, sha256_of
 from utils.errors import UserError, import_package
-from utils.files import check_writable, write_json
+from utils.files import check_writable, temporary_folder, write_errors_named, write_json
 
 IMAGES = 200
 CALIBRATION_IMAGES = 300
@@ -83,9 +82,10 @@ def export(options: ExportOptions) -> list[str]:
     manifest = output.with_name(output.name + ".json")
     for kept in (output, manifest):
         check_writable(kept)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=output.parent) as folder:
-        file = Path(folder, output.name)
-        write(options.format, net, info, file, calibration)
+    with temporary_folder(output.parent) as folder:
+        file = folder / output.name
+        with write_errors_named(output):
+            write(options.format, net, info, file, calibration)
         proof = prove(net, info, file, images)
         if problem := excess(proof.comparison, options.allowed(), proof.ap):
             raise TooDifferent(f"{output} is not kept: {problem}", proof)

@@ -1,5 +1,6 @@
 """Write a network as an ONNX or OpenVINO file."""
 
+import errno
 import json
 import logging
 import warnings
@@ -50,6 +51,7 @@ def write(form: str, net: nn.Module, info: ExportInfo, path: Path,
     """Write a network in evaluation mode as a file of the format ``form``, a key of `FORMATS`.
 
     INT8 takes its ranges from ``calibration``. UserError: the exporter cannot write this network.
+    OSError: the disk is full, or the file cannot be written otherwise.
     """
     try:
         if form == "onnx":
@@ -145,7 +147,10 @@ def _write_openvino(net: nn.Module, info: ExportInfo, path: Path,
     if info.nms:  # joined after quantisation, which thus leaves decoding and scores as they are
         model = _joined(model, _as_openvino(_detection_as_onnx(info, source), path))
     model.set_rt_info(json.dumps(info.plain()), INFO_KEY)
-    openvino.save_model(model, path, compress_to_fp16=info.precision == "fp16")
+    try:
+        openvino.save_model(model, path, compress_to_fp16=info.precision == "fp16")
+    except RuntimeError as error:  # of a C++ stream, which does not tell the system's error
+        raise OSError(errno.ENOSPC, first_line(error)) from error
 
 
 def _as_openvino(model: OnnxModel, path: Path) -> OpenVINOModel:

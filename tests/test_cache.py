@@ -1,6 +1,9 @@
 """Caches of decoded images: the same samples, without decoding twice, and never too large."""
 
 import multiprocessing
+import subprocess
+import sys
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,6 +16,17 @@ from data.loading import EpochSampler, TrainingSet, training_loader
 from data.transforms import SSDAugmentation
 from data.voc0712 import VOCDetection
 from utils.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+
+KILLED = """
+import os, signal, sys
+import numpy as np
+from pathlib import Path
+from data import cache
+cache.os.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+cache._write(Path(sys.argv[1]), np.zeros(9))
+"""
 
 
 @pytest.fixture
@@ -146,6 +160,13 @@ def test_file_is_numpys_own_and_a_damaged_one_is_written_anew(dataset, tmp_path)
         path.write_bytes(damaged)
         np.testing.assert_array_equal(pull(0), dataset.pull_image(0))
         assert path.read_bytes() == whole
+
+
+def test_half_file_of_a_killed_process_is_deleted_by_the_next_run(dataset, tmp_path):
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "a.npy"], cwd=ROOT, check=False)
+    assert len(list(tmp_path.glob(".*.part"))) == 1
+    DiskCache(dataset, tmp_path)
+    assert not list(tmp_path.glob(".*.part"))
 
 
 def test_images_that_do_not_fit_on_the_disk_are_refused(dataset, tmp_path, monkeypatch):

@@ -2,14 +2,18 @@
 
 import errno
 import io
+import signal
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from utils.errors import UserError, command
 from utils.logger import LOGGER, Progress, RunLog, close_logging, setup_logging
+from utils.signals import ENDING
 
 LONG = """
 import sys
@@ -44,6 +48,24 @@ def test_a_sentence_and_a_status_take_the_place_of_a_traceback(error, status, sa
 
     assert main([]) == status
     assert capsys.readouterr() == ("", said)
+
+
+@pytest.mark.parametrize("number", ENDING)
+def test_a_signal_ends_a_command_as_ctrl_c_does(number, capsys, tmp_path):
+    before = signal.getsignal(number)
+
+    @command
+    def main(argv=None):
+        with tempfile.TemporaryDirectory(dir=tmp_path):
+            signal.raise_signal(number)
+
+    assert main([]) == 130 and signal.getsignal(number) is before
+    assert capsys.readouterr() == ("", "interrupted\n") and not [*tmp_path.iterdir()]
+
+
+def test_a_command_runs_in_a_thread_which_cannot_heed_signals():
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(command(lambda argv=None: 0), []).result() == 0
 
 
 @pytest.mark.parametrize("error", [ZeroDivisionError(), ConnectionResetError(104, "by peer")])

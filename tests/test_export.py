@@ -1,5 +1,6 @@
 """The command that exports, its proof, and what train_test.py and Predictor do with its files."""
 
+import importlib
 import json
 import logging
 import re
@@ -103,7 +104,7 @@ def test_a_file_detects_what_the_network_does(made, data, version, form, options
     assert proof["unmatched_network"] == proof["unmatched_file"] == 0
     assert proof["score_difference"] < 1e-4
     assert proof["ap"]["network"] == pytest.approx(proof["ap"]["file"], abs=1e-3)
-    assert [p.name for p in checkpoint.parent.glob(".export*")] == []
+    assert [p.name for p in checkpoint.parent.glob(".ssd*")] == []
 
 
 @pytest.mark.parametrize("form, precision, options", [
@@ -266,6 +267,29 @@ def test_what_an_exporter_cannot_do_is_told_in_a_sentence(checkpoint, monkeypatc
     error = refused(checkpoint)
     assert "tiny cannot be exported to ONNX by PyTorch" in error
     assert "(No decomposition for aten.new); a newer PyTorch" in error
+
+
+@pytest.mark.parametrize("form, module, function", [
+    ("onnx", "onnx", "save"), ("openvino", "onnx", "save"), ("openvino", "openvino", "save_model")])
+def test_full_disk_is_told_with_the_file_and_leaves_nothing(form, module, function, checkpoint,
+                                                            monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    package = importlib.import_module(module)
+    save = getattr(package, function)
+
+    def full(*arguments, **options):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5000, limits[1]))
+        save(*arguments, **options)
+
+    monkeypatch.setattr(package, function, full)
+    try:
+        error = refused(checkpoint, form)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    file = checkpoint.with_suffix(formats.FORMATS[form].suffix)
+    assert error.startswith(f"{file}: ") and "make room" in error and "PyTorch" not in error
+    assert list(checkpoint.parent.iterdir()) == [checkpoint]
 
 
 def test_the_page_installs_what_its_commands_need():

@@ -170,8 +170,10 @@ def test_the_longest_name_of_a_file_can_be_written(tmp_path):
 
 ABANDON = """
 import os, signal, sys
-from utils.files import atomic_write
-with atomic_write(sys.argv[1]) as file:
+from pathlib import Path
+from utils.files import atomic_write, temporary_folder
+with temporary_folder(Path(sys.argv[1]).parent) as folder, atomic_write(sys.argv[1]) as file:
+    (folder / "a").write_text("part")
     file.write(b"x" * 100_000)
     print("writing", flush=True)
     sys.stdin.read()
@@ -183,7 +185,9 @@ def test_what_a_killed_writer_left_is_deleted_and_what_is_being_written_is_not(t
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert writer.stdout.readline() == b"writing\n"
     write_json(tmp_path / "b", 1)
-    assert len(list(tmp_path.iterdir())) == 2
+    with files.temporary_folder(tmp_path) as folder:
+        assert len(list(tmp_path.glob("*/a"))) == 1 and not list(folder.iterdir())
+    assert len(list(tmp_path.iterdir())) == 1 + 1 + 2  # the file, and the folder with its lock
     writer.kill()
     writer.communicate()
     files.remove_abandoned.cache_clear()

@@ -246,6 +246,19 @@ def test_without_matplotlib_a_sentence_says_so(made, monkeypatch, tmp_path):
         report.write_report(made[0], tmp_path / "page.html")
 
 
+def test_no_earlier_page_stays_beside_new_figures(results, monkeypatch):
+    page, write, pages = results / "report.html", figures.Folder.write, []
+
+    def ended(folder, *arguments):
+        pages.append(page.exists())
+        write(folder, *arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(figures.Folder, "write", ended)
+    assert page.exists() and report.main([str(results)]) == 130
+    assert pages == [False] and not page.exists()
+
+
 def test_the_page_goes_where_asked(results, tmp_path, capsys):
     change(results, notes=["0 ground truths of class <x>"], root=str(tmp_path / "nowhere"))
     (results / "report.html").unlink()

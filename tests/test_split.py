@@ -9,10 +9,11 @@ from test_yolo import CAT, write
 
 from data import DATASETS, build_dataset, default_sets, find_layout
 from data.image_sets import ImageSet
-from data.split import in_validation, listed
+from data.split import SPLIT_SETS, in_validation, listed
 from engine.options import Options, parse
 from engine.resolve import check_parts, dataset_of_test, resolve
-from engine.run import find_checkpoint
+from engine.run import find_checkpoint, log_dataset
+from tools import split
 from tools.split import main
 from utils.errors import UserError
 
@@ -111,6 +112,31 @@ def test_lists_of_the_command_decide_from_then_on(tmp_path, capsys):
         file.write(lines)
     with pytest.raises(UserError, match=r"split_val\.txt.*split_train|no image"):
         parts()
+
+
+def test_full_disk_leaves_no_list_or_the_log_says_that_it_decides(tmp_path, monkeypatch, capsys):
+    write(tmp_path, {f"one/{name}": CAT for name in "abcde"}, "train: images\nnames: [cat]")
+    train, val = (tmp_path / f"ImageSets/split_{name}.txt" for name in ("train", "val"))
+    real = split.atomic_write
+
+    def atomic_write(path):
+        if path == val:
+            raise UserError(f"{path}: cannot be written (No space left on device); make room")
+        return real(path)
+
+    monkeypatch.setattr(split, "atomic_write", atomic_write)
+    assert main(["--root", str(tmp_path)]) == 2
+    assert not train.exists() and capsys.readouterr().out == ""
+
+    def logged(name):
+        sets = (ImageSet(None, name),)
+        options = Options(dataset="YOLO", root=str(tmp_path), train_sets=sets)
+        return log_dataset(build_dataset("YOLO", tmp_path, sets), options, "train_sets")[0]
+
+    assert "0.2" in logged("split_train") and "--val_share" in logged("split_train")
+    train.write_text("a\nb\n")  # of a killed call
+    for name in SPLIT_SETS:
+        assert str(train) in logged(name) and "0.2" not in logged(name)
 
 
 def test_names_that_end_alike_and_classes_without_names_are_divided(tmp_path):

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
@@ -37,7 +38,7 @@ from inference.predictor import Predictor
 from layers.detect import DetectConfig
 from tools import detect, export, outputs
 from tools.annotations import Annotations, clipped, label_names, voc_xml, yolo_txt
-from tools.outputs import Drawings, Found, Output, VideoFile
+from tools.outputs import CsvFile, Drawings, Found, JsonFiles, Output, VideoFile
 from tools.sources import IMAGES, Frame, Source, find_sources, read_frames, run_ahead
 from utils.errors import UserError
 
@@ -104,7 +105,9 @@ def read(path: str, folder: Path = OUT):
 
 
 def files(folder: str | Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*") if p.is_file()}
+    """All files but the lock of a results folder."""
+    return {p.relative_to(folder).as_posix() for p in Path(folder).rglob("*")
+            if p.is_file() and p.name != ".detect.lock"}
 
 
 def contents(folder: str) -> dict[str, bytes]:
@@ -427,6 +430,26 @@ def test_two_calls_at_once_have_a_folder_each():
     assert [detect.new_folder(OUT) for _ in range(2)] == [OUT, OUT.with_name("best-2")]
 
 
+def test_results_that_another_call_is_writing_are_left_alone(weights, capsys):
+    image_file("photos/a.jpg")
+    assert call(weights, "photos", "--save", "csv", "--out", "out") == 0
+    before = contents("out")
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from utils.files import locked\n"
+         "with locked(sys.argv[1], '--out'): print('held', flush=True); sys.stdin.read()",
+         Path("out/.detect.lock").absolute()],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    options = ("--save", "voc", "--out", "out")
+    capsys.readouterr()
+    assert call(weights, "photos", *options) == 2
+    assert re.search("error: out is in use .* another --out", capsys.readouterr().err)
+    assert contents("out") == before
+    holder.communicate("")
+    assert call(weights, "photos", *options) == 0
+
+
 @pytest.mark.parametrize("happens, status, done, message", [
     (partial(signal.raise_signal, signal.SIGINT), 130, 6, "interrupted"),
     (partial(signal.raise_signal, signal.SIGTERM), 130, 6, "interrupted"),
@@ -737,6 +760,26 @@ def test_an_opencv_that_cannot_write_videos_says_so(monkeypatch):
     monkeypatch.setattr(cv2, "VideoWriter_fourcc", lambda *_: 0, raising=False)
     with pytest.raises(UserError, match=r"v\.mp4: .* cannot write mp4; give --no-draw"):
         VideoFile(Path("v.mp4"), (32, 32), 10)
+
+
+def test_a_video_that_fills_the_disk_leaves_its_room_to_the_tables(monkeypatch, capsys):
+    resource = pytest.importorskip("resource")
+    limits, there = resource.getrlimit(resource.RLIMIT_FSIZE), []
+    font, write = find_font(["cat"], None), outputs.write
+    monkeypatch.setattr(outputs, "write", lambda *a: there.append(files("drawn")) or write(*a))
+    Path("drawn").mkdir()
+    Path("drawn/v.mp4").write_bytes(b"earlier")
+    drawings = Drawings(Path(), sources_of("v.mp4"), ["cat"], font)
+    writers = [JsonFiles(Path(), sources_of("v.mp4"), ["cat"]), CsvFile(Path(), ["cat"]), drawings]
+    try:
+        with Output(writers, 1) as output:
+            output.add(found_in("v.mp4", [[9, 9, 30, 30]], [1], 0))
+            resource.setrlimit(resource.RLIMIT_FSIZE, (900, limits[1]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search(r"v\.mp4 .*make room", capsys.readouterr().err) and output.unwritten == 1
+    assert there == [{"v.mp4"}] * 3 and Path("drawn/v.mp4").read_bytes() == b"earlier"
+    assert len(rows(Path())) == len(read("detections.json", Path())) == 1
 
 
 # ---------------------------------------------------------------- camera and window

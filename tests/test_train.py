@@ -87,7 +87,7 @@ def test_a_run_that_another_process_trains_is_left_alone(call, capsys):
     assert call("-max", 2, "--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
     holder = subprocess.Popen(
         [sys.executable, "-c", "import sys; from utils.files import locked\n"
-         "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()",
+         "with locked(sys.argv[1], '--date'): print('held', flush=True); sys.stdin.read()",
          str(call.folder / "a" / ".lock")],
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip

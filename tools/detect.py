@@ -36,7 +36,7 @@ from tools.outputs import CsvFile, Drawings, Found, JsonFiles, Output, Writer, d
 from tools.sources import RESULTS, Frame, Reader, Source, find_sources
 from utils.arguments import Parser, cores, fraction, positive
 from utils.errors import UserError, command
-from utils.files import check_writable, write_errors_named
+from utils.files import check_writable, locked, write_errors_named
 from utils.logger import LOGGER, close_logging, setup_logging
 from utils.signals import StopSignal
 
@@ -127,10 +127,9 @@ def open_writers(folder: Path, kinds: Collection[str], sources: Sequence[Source]
                  classes: Sequence[str], font: FreeTypeFont) -> list[Writer]:
     """Return the writers of some kinds: json, csv, drawn, and those of `ANNOTATIONS`.
 
-    Raises UserError if the folder cannot be written, or a writer refuses to replace files.
+    Raises UserError if a writer cannot write its files, or refuses to replace files.
     """
     earlier = [name for name in (*sorted(RESULTS), "drawn") if (folder / name).exists()]
-    check_writable(folder / "detections")
     writers: list[Writer] = []
     if "json" in kinds:
         writers.append(JsonFiles(folder, sources, classes))
@@ -164,6 +163,8 @@ def detect(args: argparse.Namespace) -> int:
         if args.out or not args.live:
             kinds = {*args.save, "drawn"} if args.draw else {*args.save}
             folder = folder if args.out else new_folder(folder)
+            check_writable(folder / "detections")
+            stack.enter_context(locked(folder / ".detect.lock", "--out"))
             writers = open_writers(folder, kinds, sources, info.classes, font)
         output = stack.enter_context(Output(writers, args.workers))
         reader = Reader(sources, 1 if args.live else args.batch_size, args.workers)

@@ -89,7 +89,7 @@ class Output:
                     self._finish()
         finally:  # what was done is kept, also if one writer fails
             with ExitStack() as stack:
-                for writer in reversed(self.writers):
+                for writer in self.writers:  # closes the last first: a failed video leaves room
                     stack.callback(self._try, writer, writer.close)
 
     def add(self, found: Found) -> None:
@@ -327,6 +327,10 @@ class VideoFile:
 
     def close(self) -> None:
         self._writer.release()
-        if not cv2.VideoCapture(str(self._part)).isOpened():  # OpenCV tells no failed write
-            raise UserError(f"{self.path} could not be written whole; make room, or give --no-draw")
-        os.replace(self._part, self.path)
+        try:
+            if not cv2.VideoCapture(str(self._part)).isOpened():  # OpenCV tells no failed write
+                raise UserError(f"{self.path} could not be written whole; make room, or give "
+                                "--no-draw")
+            os.replace(self._part, self.path)
+        finally:  # other results may need its room
+            self._part.unlink(missing_ok=True)

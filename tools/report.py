@@ -45,7 +45,7 @@ from tools.tables import MEANING, NOTHING, Table, error_tables, score_tables, tr
 from tools.unlabelled import merge, show_omissions
 from utils.arguments import count
 from utils.errors import command
-from utils.files import atomic_write
+from utils.files import atomic_write, write_errors_named
 
 PAGE = Path(__file__).with_name("report.html")
 CURVES = {
@@ -77,8 +77,8 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
     test, other = score_again(test), score_again(others[0]) if others else None
     changes, notes = compare(test, other) if other else [], list(test.notes)
     path, results = path or test.directory / "report.html", test.results
-    folder, names = Folder(figures_of(path)), results.classes
     tables = score_tables(test, score) | training_tables(test.log)
+    folder, names = _new_figures(path), results.classes
     parts = dict.fromkeys("classes against errors confusion gallery list omissions".split(), "")
     if "classes" in tables:
         parts["classes"] = _table(folder, "classes", tables["classes"], names)
@@ -122,6 +122,13 @@ def write_report(directory: Path, path: Path | None = None, root: str | None = N
 def figures_of(page: Path) -> Path:
     """Return the folder of a page's figures; one of the plain NAME may hold other things."""
     return page.with_name(f"{page.stem}_files")
+
+
+def _new_figures(page: Path) -> Folder:
+    """Return the folder of a page's figures; delete an earlier page, which shows other figures."""
+    with write_errors_named(page):
+        page.unlink(missing_ok=True)
+    return Folder(figures_of(page))
 
 
 def _heading(test: Test) -> str:

@@ -40,11 +40,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     sets = [[ImageSet(None, name)] for name in SPLIT_SETS]
     parts = [build_dataset(options.dataset, options.root, each, options.classes, **more)
              for each in sets]
+    try:
+        for path, part in zip(paths, parts, strict=True):
+            lines = [id if isinstance(id, str) else
+                     os.path.relpath(part.image_path(i), options.root)
+                     for i, id in enumerate(part.ids)]
+            with atomic_write(path) as file:
+                file.write("".join(f"{Path(line).as_posix()}\n" for line in lines).encode())
+    except BaseException:
+        for path in paths:  # one list alone would decide, too
+            path.unlink(missing_ok=True)
+        raise
     for path, part in zip(paths, parts, strict=True):
-        lines = [id if isinstance(id, str) else os.path.relpath(part.image_path(i), options.root)
-                 for i, id in enumerate(part.ids)]
-        with atomic_write(path) as file:
-            file.write("".join(f"{Path(line).as_posix()}\n" for line in lines).encode())
         print(f"{path}: {part.describe()}")
     if default_sets(options.dataset, options.root)[0] != tuple(sets[0]):
         print(f"--train_sets {SPLIT_SETS[0]} --test_sets {SPLIT_SETS[1]} takes them")

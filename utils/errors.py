@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from utils.console import console, printable
+from utils.signals import Interrupted, interruptible
 
 
 class UserError(Exception):
@@ -45,15 +46,16 @@ def command(main: Callable[..., int]) -> Callable[[Sequence[str] | None], int]:
     """Decorate the ``main`` of a command line: report mistakes in a sentence, not a traceback.
 
     Exit status: 2 after a ``UserError``, an error of a file or output that could not be written,
-    130 after Ctrl-C. When the reader of the output leaves (``| head``), the command goes on to its
-    end without it. Other exceptions pass.
+    130 after Ctrl-C, SIGTERM or SIGHUP. When the reader of the output leaves (``| head``), the
+    command goes on to its end without it. Other exceptions pass.
     """
 
     @functools.wraps(main)
     @console()
     def run(argv: Sequence[str] | None = None) -> int:
         try:
-            status = main(argv)
+            with interruptible():
+                status = main(argv)
             return 2 if sys.stdout.lost() else status
         except ConnectionError:  # of another process; no file of the user
             raise
@@ -63,7 +65,7 @@ def command(main: Callable[..., int]) -> Callable[[Sequence[str] | None], int]:
         except OSError as error:
             print(f"error: {printable(reason(error))}", file=sys.stderr)
             return 2
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, Interrupted):
             print("interrupted", file=sys.stderr)
             return 130
 

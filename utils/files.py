@@ -8,6 +8,7 @@ import io
 import json
 import os
 import re
+import shutil
 import stat
 import uuid
 import zipfile
@@ -49,7 +50,7 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
     with write_errors_named(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_abandoned(path.parent)
-        part, raw = _create_temporary(path.parent)
+        part, raw = create_temporary(path.parent)
     file = io.BufferedWriter(raw)
     try:
         try:
@@ -87,7 +88,28 @@ class _RecordingFile(io.FileIO):
             raise
 
 
-def _create_temporary(folder: Path) -> tuple[Path, _RecordingFile]:
+@contextmanager
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Create a folder in ``parent`` that is deleted at the end of the block.
+
+    A locked file beside it shows that it is in use. The folder of a killed process is deleted when
+    another one writes into ``parent``. Raises UserError: ``parent`` cannot be written.
+    """
+    with write_errors_named(parent):
+        remove_abandoned(parent)
+        lock, file = create_temporary(parent)
+    folder = lock.with_suffix("")
+    try:
+        with write_errors_named(parent):
+            folder.mkdir()
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        file.close()
+        lock.unlink(missing_ok=True)
+
+
+def create_temporary(folder: Path) -> tuple[Path, _RecordingFile]:
     """Create a file, locked to show other processes that it is in use.
 
     Its name is short: the name of the final file may be as long as the file system allows.
@@ -103,13 +125,14 @@ def _create_temporary(folder: Path) -> tuple[Path, _RecordingFile]:
 
 @functools.cache
 def remove_abandoned(folder: Path) -> None:
-    """Delete the temporary files of killed processes in a folder; once per process."""
+    """Delete the temporary files and folders of killed processes in a folder; once per process."""
     for part in folder.glob(f".ssd-{'[0-9a-f]' * 8}.part"):
         with suppress(OSError):  # Windows deletes no file that is open
             with open(part, "r+b") as file:
                 abandoned = _lock(file)
             if abandoned:
                 part.unlink()
+                shutil.rmtree(part.with_suffix(""), ignore_errors=True)  # of `temporary_folder`
 
 
 def _lock(file: io.FileIO | BinaryIO) -> bool:
@@ -156,11 +179,11 @@ def _sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def locked(path: str | Path) -> Iterator[None]:
+def locked(path: str | Path, option: str) -> Iterator[None]:
     """Hold a lock on the file ``path``, which is created, to the end of the block or process.
 
-    Windows, which has no POSIX record locks, locks nothing. Raises UserError if another process
-    holds the lock.
+    option: what names another folder, for messages. Windows, which has no POSIX record locks, locks
+    nothing. Raises UserError if another process holds the lock.
     """
     if fcntl is None:
         yield
@@ -173,9 +196,10 @@ def locked(path: str | Path) -> Iterator[None]:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             raise UserError(f"{Path(path).parent} is in use by another process; wait for its end, "
-                            "or give another --date") from error
+                            f"or give another {option}") from error
         except OSError as error:  # a network file system without locks
-            LOGGER.warning("%s cannot be locked (%s): do not train twice into it", path, error)
+            LOGGER.warning("%s cannot be locked (%s): let one process at a time write into its "
+                           "folder", path, error)
         yield
 
 

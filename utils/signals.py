@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -28,6 +29,25 @@ def heeded(numbers: tuple[signal.Signals, ...]) -> list[signal.Signals]:
     """Leave out SIGHUP where it is ignored, as under nohup."""
     return [n for n in numbers
             if n.name != "SIGHUP" or signal.getsignal(n) is not signal.SIG_IGN]
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Raise ``Interrupted`` in the block when SIGTERM or SIGHUP comes, so that it cleans up.
+
+    Only the main thread can: in another one these signals do what they did.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {n: signal.signal(n, _interrupt) for n in (heeded(ENDING) if is_main else ())}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise Interrupted
 
 
 class StopSignal:
