@@ -31,6 +31,7 @@ def train(call: Call, given: Mapping[str, object], world: World) -> None:
     """Train, from scratch or from where a checkpoint left off."""
     run = open_run(call, given, world)
     with run.folder.opened():
+        world.decide(run.check_folder)
         run.log_data(asked=call.resume)
         trainer = build_trainer(run, call, world)
         trainer.begin()

@@ -74,6 +74,18 @@ class Run:
         published = published_detection(self.options.dataset)
         return dataclasses.replace(published, conf_thresh=TRAINING_THRESHOLD)
 
+    def check_folder(self) -> None:
+        """Raise UserError if another process has trained in the folder since it was read.
+
+        Call it while the folder is locked: a process that trains there saves until it ends.
+        """
+        folder = self.folder.path
+        if self.path is None or self.path.parent != folder:
+            _refuse_run(folder)
+        elif (newest := _last_step(folder)) > (step := self.saved["step"]):
+            raise UserError(f"{folder / 'last.pth'} is at step {newest} now, but {self.path} was "
+                            f"read at {step}: the run has gone on meanwhile; repeat the command")
+
     def log_data(self, asked: str | None) -> None:
         """Log the number of images, and what the readers changed; ``asked``: value of --resume."""
         if asked == "auto" and self.path is None:
@@ -335,9 +347,7 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
             return here
     if call.date:
         directory = folder / call.date
-        if any(directory.glob("*.pth")):
-            raise UserError(f"{directory} holds a run already; give another --date, or --resume "
-                            "auto to continue it")
+        _refuse_run(directory)
         with write_errors_named(directory):
             directory.mkdir(parents=True, exist_ok=True)
         return directory
@@ -351,16 +361,24 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
                 return directory
 
 
+def _refuse_run(folder: Path) -> None:
+    if any(folder.glob("*.pth")):
+        raise UserError(f"{folder} holds a run already; give another --date, or --resume auto to "
+                        "continue it")
+
+
 def _refuse_older(path: Path, step: int) -> None:
-    last = path.with_name("last.pth")
-    if path.name == last.name or not last.is_file():
-        return
+    if (newest := _last_step(path.parent)) > step:
+        raise UserError(f"{path} is at step {step}, but {path.with_name('last.pth')} at {newest} "
+                        "already; give that, or a new --date to continue beside it")
+
+
+def _last_step(folder: Path) -> int:
+    """Return the step of the folder's last.pth, 0 if none can be read."""
     newest = 0
     with suppress(UserError):  # of a damaged file, which nobody asked for
-        newest = load_checkpoint(last, mmap=True).get("step", 0)
-    if isinstance(newest, int) and newest > step:
-        raise UserError(f"{path} is at step {step}, but {last} at {newest} already; give that, or "
-                        "a new --date to continue beside it")
+        newest = load_checkpoint(folder / "last.pth", mmap=True).get("step", 0)
+    return newest if isinstance(newest, int) else 0
 
 
 def _starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> DetectorInfo:

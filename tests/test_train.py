@@ -21,10 +21,12 @@ import engine.evaluate
 import engine.folder
 import engine.run
 import models
+import train_test
 from data import DATASETS, transforms
 from data.config import VOC_300
 from data.loading import TrainingSet, WorkerDied
 from engine.options import Call, Options
+from engine.run import open_run
 from engine.start import _base_file
 from engine.trainer import Trainer
 from inference.predictor import Predictor
@@ -98,6 +100,30 @@ def test_a_run_that_another_process_trains_is_left_alone(call, capsys):
     assert (call.folder / "a" / "last.pth").read_bytes() == before
     holder.communicate("")
     assert call("--resume", "auto", "--date", "a") == 0
+
+
+@pytest.mark.parametrize("resumed, words", [
+    ("last.pth", "repeat the command"), ("tiny_VOC_epoches_1.pth", "repeat the command"),
+    ("auto", "--resume auto"), ("", "--resume auto"),
+])
+def test_a_run_that_goes_on_while_another_process_reads_it_is_left_alone(
+    resumed, words, call, monkeypatch, capsys
+):
+    folder, options = call.folder / "a", ["-max", 2, "--date", "a", "--test_frequency", 0]
+    if resumed.endswith(".pth"):
+        assert call(*options, "--save_frequency", 1, "--max_iters", 3) == 0
+        resumed, words = folder / resumed, f"step 5 now.*{words}"
+
+    def read(*args):
+        run = open_run(*args)
+        monkeypatch.setattr(train_test, "open_run", open_run)
+        assert call(*options, "--resume", "auto", "--max_iters", 5) == 0
+        return run
+
+    monkeypatch.setattr(train_test, "open_run", read)
+    assert call(*options, *["--resume", resumed] * bool(resumed)) == 2
+    assert re.search(f"{folder}.*{words}", capsys.readouterr().err)
+    assert load_checkpoint(folder / "last.pth")["step"] == 5
 
 
 def test_picture_that_vanishes_during_a_run_is_named_and_the_state_saved(
