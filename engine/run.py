@@ -39,7 +39,7 @@ from engine.state import State
 from layers.detect import DetectConfig
 from models import prior_config
 from models.info import DetectorInfo, published_detection
-from utils.checkpoint import load_checkpoint, sha256_of
+from utils.checkpoint import load_checkpoint, read_hashed, sha256_of
 from utils.errors import UserError
 from utils.files import read_text, write_errors_named
 from utils.logger import LOGGER
@@ -65,6 +65,8 @@ class Run:
     start: dict | None
     """The checkpoint of --resume_net."""
     start_info: DetectorInfo | None
+    start_digest: str | None
+    """SHA-256 of that checkpoint's file."""
     folder: RunFolder | None = None
     """None until every rank knows it."""
 
@@ -180,7 +182,7 @@ def _choose(call: Call, given: Mapping[str, object], read: dict[Path, dict]) -> 
 def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved: dict | None,
               world: World) -> Run:
     """Return the run without its folder; ``saved``: the checkpoint ``path``, if it was read."""
-    start, info, stored = None, None, {}
+    start, info, digest, stored = None, None, None, {}
     if path is not None:
         saved = saved or load_checkpoint(path)
         if "optimizer" not in saved:
@@ -197,7 +199,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     if fits and path is not None:
         given = {key: value for key, value in given.items() if key != "priors"}
     if call.resume_net and path is None:
-        start = load_checkpoint(call.resume_net)
+        start, digest = read_hashed(call.resume_net, load_checkpoint)
         info = _starting_info(start, call, given)
         stored |= {"version": info.version, "size": info.size, "priors": info.priors}
     options = dataclasses.replace(resolve(given, stored), ngpu=world.size)
@@ -226,7 +228,8 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     processes = world.local_size if world.local_rank == 0 else 1
     pull = open_cache(options.cache, train_set, processes)
     _check_memory(options, len(train_set), test_set is not None, world)
-    return Run(options, device, train_set, pull, test_set, data, saved, path, start, info)
+    return Run(options, device, train_set, pull, test_set, data, saved, path, start, info,
+               digest)
 
 
 def _fit_priors(options: Options, train_set: DetectionData, path: Path | None) -> Options:

@@ -13,6 +13,7 @@ from test_layouts import slow_split
 
 import engine.evaluate
 import engine.resolve
+import engine.testing
 import train_test
 from data import voc_eval
 from data.config import COCO_300, COCO_CLASSES
@@ -20,7 +21,7 @@ from inference.predictor import Predictor
 from layers import PriorBox
 from models import build_net
 from train_test import main
-from utils.checkpoint import load_checkpoint, sha256_of
+from utils.checkpoint import load_checkpoint, save_checkpoint, sha256_of
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -42,6 +43,23 @@ def test_a_test_takes_all_from_the_checkpoint_and_leaves_results(call, trained):
         "comp4_det_test_cell.txt", "comp4_det_test_rod.txt", "comp4_det_test_platelet.txt",
         "detections.npz",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("views", [(), ("--flip",)])
+def test_results_name_the_bytes_that_were_tested(views, call, trained, monkeypatch):
+    before, open_dataset = sha256_of(trained), engine.testing.open_dataset
+
+    def replaced(*args):  # as a training replaces last.pth
+        dataset = open_dataset(*args)
+        save_checkpoint(trained, load_checkpoint(trained) | {"step": 99})
+        return dataset
+
+    monkeypatch.setattr(engine.testing, "open_dataset", replaced)
+    assert call("--test", trained, *views) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    tested = json.loads((folder / "results.json").read_text())["checkpoint"]["sha256"]
+    # With views the predictor reads the file anew, after the data.
+    assert (tested == before) == (not views) and (tested == sha256_of(trained)) == bool(views)
 
 
 def test_scoring_the_files_by_themselves_gives_the_same_ap(call, trained, voc_folder, tmp_path):

@@ -32,7 +32,7 @@ from engine.trainer import Trainer
 from inference.predictor import Predictor
 from models import build_net
 from train_test import main
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, sha256_of
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("tiny")
@@ -215,6 +215,19 @@ def test_weights_of_a_whole_detector_start_a_new_run(call, capsys):
     assert call("--resume_net", path, "-v", "SSD_HarDNet68", "--date", "c") == 2
     assert "SSD_HarDNet68 contradicts the checkpoint, which is made for tiny" in (
         capsys.readouterr().err)
+
+
+def test_a_run_names_the_bytes_that_it_started_from(call, trained, monkeypatch):
+    before, open_dataset = sha256_of(trained), engine.run.open_dataset
+
+    def replaced(*args):
+        trained.write_bytes(b"new")
+        return open_dataset(*args)
+
+    monkeypatch.setattr(engine.run, "open_dataset", replaced)
+    options = ("--resume_net", trained, "--max_iters", 1, "--test_frequency", 0, "--date", "b")
+    assert call(*options) == 0
+    assert before in load_checkpoint(call.folder / "b" / "last.pth")["config"]["start"]
 
 
 def test_random_weights_that_freeze_are_told(call, capsys):
