@@ -22,6 +22,7 @@ from layers import PriorBox
 from models import build_net
 from train_test import main
 from utils.checkpoint import load_checkpoint, save_checkpoint, sha256_of
+from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -73,6 +74,19 @@ def test_scoring_the_files_by_themselves_gives_the_same_ap(call, trained, voc_fo
     assert voc_eval.main(arguments) == 0
     results = json.loads((folder / "results.json").read_text())
     assert json.loads(out.read_text())["area"] == results["per_class"]
+
+
+def test_an_earlier_test_is_kept_until_the_new_detections_are(call, trained, monkeypatch):
+    assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(path, *_):
+        raise UserError(f"{path}: cannot be written")
+
+    monkeypatch.setattr(engine.evaluate, "save_detections", full)
+    assert call("--test", trained, "--max_detections", 7) == 2
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_retest_scores_the_kept_detections_without_the_network(call, trained, monkeypatch, capsys):
