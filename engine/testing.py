@@ -1,6 +1,7 @@
 """Open what --test evaluates: a checkpoint or an exported file, and the data it is tested on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from models.transfer import check_known, parse_class_map, transfer_classes
 from utils import nms
 from utils.checkpoint import load_checkpoint, read_hashed
 from utils.errors import UserError
+from utils.files import check_writable, locked
 from utils.logger import LOGGER
 
 MACHINE = {name for name, spec in OPTIONS.items() if spec.metadata["machine"]}
@@ -57,6 +59,22 @@ class Testing:
         views = self.predictor.views if self.predictor else Views()
         return origin_of(self.options, self.detection, self.checkpoint, self.device,
                          self.class_map) | {"views": asdict(views)}  # fmt: skip
+
+    @contextmanager
+    def opened(self, world: World) -> Iterator[None]:
+        """Create the folder, and hold it against other processes.
+
+        Raises:
+            UserError: the folder cannot be written, or another process tests into it.
+        """
+        with ExitStack() as held:
+
+            def hold() -> None:
+                check_writable(self.folder / "results.json")
+                held.enter_context(locked(self.folder / ".lock"))
+
+            world.decide(hold)
+            yield
 
     def log_data(self) -> None:
         """Log the number of images, what the reader changed, and what will detect."""

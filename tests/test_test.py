@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from layouts import ALL, LAYOUTS
+from program import locked_elsewhere
 from test_layouts import slow_split
 
 import engine.evaluate
@@ -285,6 +286,19 @@ def test_a_test_that_cannot_be_kept_detects_nothing(call, trained, monkeypatch, 
     monkeypatch.setattr(train_test, "detect_set", None)
     assert call("--test", trained) == 2
     assert "ss_predict" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_tests_into_is_left_alone(call, trained, capsys):
+    assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with locked_elsewhere(folder / ".lock"):
+        for options in (("--max_detections", 7), ("--retest",)):
+            assert call("--test", trained, *options) == 2
+            error = capsys.readouterr().err
+            assert str(folder) in error and "another process" in error and "--date" in error
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert call("--test", trained, "--max_detections", 7) == 0
 
 
 def test_coco_trains_and_is_scored(call, coco_folder, monkeypatch, capsys):

@@ -6,15 +6,13 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from program import assert_same_run
+from program import assert_same_run, locked_elsewhere
 from tiny import TINY
 
 import engine.evaluate
@@ -34,7 +32,6 @@ from models import build_net
 from train_test import main
 from utils.checkpoint import load_checkpoint, sha256_of
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
@@ -87,18 +84,11 @@ def test_resume_auto_takes_the_newest_run_of_the_data_and_else_starts_one(call, 
 
 def test_a_run_that_another_process_trains_is_left_alone(call, capsys):
     assert call("-max", 2, "--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from utils.files import locked\n"
-         "with locked(sys.argv[1]): print('held', flush=True); sys.stdin.read()",
-         str(call.folder / "a" / ".lock")],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout.readline() == "held\n"
     before = (call.folder / "a" / "last.pth").read_bytes()
-    assert call("--resume", "auto", "--date", "a") == 2
+    with locked_elsewhere(call.folder / "a" / ".lock"):
+        assert call("--resume", "auto", "--date", "a") == 2
     assert "another process" in capsys.readouterr().err
     assert (call.folder / "a" / "last.pth").read_bytes() == before
-    holder.communicate("")
     assert call("--resume", "auto", "--date", "a") == 0
 
 
