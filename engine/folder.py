@@ -1,5 +1,6 @@
 """The folder of a run: its checkpoints, its log, and where everything is."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,3 +88,25 @@ class RunFolder:
         for what, name in {"last weights": self.final, **KEPT}.items():
             if (self / name).exists():
                 LOGGER.info("  %-30s %s", what, self / name)
+
+
+class RunLog:
+    """The file ``log.jsonl`` of a run, one JSON object per epoch."""
+
+    def __init__(self, directory: Path, history: list[dict], write: bool = True) -> None:
+        """Begin with the lines of a resumed run. ``write``: False leaves it to another process."""
+        self.path = directory / "log.jsonl" if write else None
+        self._waiting = b""
+        if self.path:
+            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in history))
+
+    def add(self, record: dict) -> None:
+        """Add a line; on a full disk it waits for the next call."""
+        if not self.path:
+            return
+        self._waiting += f"{json.dumps(record)}\n".encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:  # which tells how much it has written
+                self._waiting = self._waiting[file.write(self._waiting) :]
+        except OSError as error:
+            LOGGER.warning("%s cannot be written (%s); make room", self.path, error)

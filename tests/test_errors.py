@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.folder import RunLog
 from utils.errors import UserError, command
-from utils.logger import LOGGER, Progress, RunLog, close_logging, setup_logging
+from utils.logger import LOGGER, Progress, close_logging, setup_logging
 
 LONG = """
 import sys
