@@ -8,7 +8,7 @@ from pathlib import Path
 from engine.options import Options
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
-from utils.files import locked, write_json
+from utils.files import atomic_write, locked, write_json
 from utils.logger import LOGGER, setup_logging
 
 KEPT = {
@@ -98,7 +98,8 @@ class RunLog:
         self.path = directory / "log.jsonl" if write else None
         self._waiting = b""
         if self.path:
-            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in history))
+            with atomic_write(self.path) as file:
+                file.writelines(f"{json.dumps(line)}\n".encode() for line in history)
 
     def add(self, record: dict) -> None:
         """Add a line; on a full disk it waits for the next call."""
