@@ -431,7 +431,9 @@ def test_two_calls_at_once_have_a_folder_each():
     (partial(signal.raise_signal, signal.SIGINT), 130, 6, "interrupted"),
     (partial(signal.raise_signal, signal.SIGTERM), 130, 6, "interrupted"),
     (raises(torch.OutOfMemoryError("CUDA out of memory.\nmuch more")), 1, 3,
-     r"error: out of GPU memory \(CUDA out of memory.\); give .* --batch_size")])
+     r"error: the GPU's memory is full \(CUDA out of memory.\); give .* --batch_size"),
+    (partial(torch.empty, 1 << 50), 1, 3, r"error: main memory is full .*; give .* --batch_size"),
+])
 def test_what_was_done_is_kept(happens, status, done, message, weights, monkeypatch, capsys):
     for k in range(12):
         image_file(f"photos/{k:02d}.jpg", seed=k)
