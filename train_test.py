@@ -24,13 +24,13 @@ from engine.trainer import Trainer
 from layers import Detect, MultiBoxLoss, PriorBox
 from models import build_net, prior_config
 from utils.checkpoint import load_weights
-from utils.files import check_writable
 
 
 def train(call: Call, given: Mapping[str, object], world: World) -> None:
     """Train, from scratch or from where a checkpoint left off."""
     run = open_run(call, given, world)
     with run.folder.opened():
+        world.decide(run.check_folder)
         run.log_data(asked=call.resume)
         trainer = build_trainer(run, call, world)
         trainer.begin()
@@ -76,25 +76,25 @@ def build_trainer(run: Run, call: Call, world: World) -> Trainer:
 def test(call: Call, given: Mapping[str, object], world: World) -> None:
     """Evaluate a checkpoint or an exported file, or score its kept detections again."""
     job = world.in_turn(lambda: open_test(call, given, world))
-    world.decide(lambda: check_writable(job.folder / "results.json"))
-    job.log_data()
-    if call.retest:
-        found = None
-        if world.main:
-            job.score_again(call)
-    elif job.predictor:
-        found = detect_by(job.predictor, job.dataset, job.options)
-    else:
-        options = job.options
-        net = build_net(options.version, options.size, options.num_classes)
-        load_weights(net, job.weights, call.test)
-        net.to(job.device, memory_format=torch.channels_last)
-        boxes = prior_config(options.version, options.priors, options.size)
-        priors = PriorBox(boxes).to(job.device)()
-        detect = Detect.of(job.detection, boxes.variance)
-        found = detect_set(net, detect, priors, job.dataset, options, world)
-    if found is not None:
-        job.keep(found)
+    with job.opened(world):
+        job.log_data()
+        if call.retest:
+            found = None
+            if world.main:
+                job.score_again(call)
+        elif job.predictor:
+            found = detect_by(job.predictor, job.dataset, job.options)
+        else:
+            options = job.options
+            net = build_net(options.version, options.size, options.num_classes)
+            load_weights(net, job.weights, call.test)
+            net.to(job.device, memory_format=torch.channels_last)
+            boxes = prior_config(options.version, options.priors, options.size)
+            priors = PriorBox(boxes).to(job.device)()
+            detect = Detect.of(job.detection, boxes.variance)
+            found = detect_set(net, detect, priors, job.dataset, options, world)
+        if found is not None:
+            job.keep(found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

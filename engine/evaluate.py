@@ -123,9 +123,9 @@ def detection_of(origin: dict) -> DetectConfig:
 def keep_and_score(dataset: DetectionData, detections: list[dict[str, np.ndarray]], origin: dict,
                    folder: Path, name: str) -> dict:
     """Replace the detections that ``folder`` holds by these, and score them."""
+    save_detections(folder / "detections.npz", dataset.ids, detections, origin)
     for earlier in [*(folder / file for file in SCORES), *folder.glob(COMP4_FILES)]:
         earlier.unlink(missing_ok=True)
-    save_detections(folder / "detections.npz", dataset.ids, detections, origin)
     return score(dataset, detections, origin, folder, name)
 
 

@@ -1,5 +1,6 @@
 """The folder of a run: its checkpoints, its log, and where everything is."""
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -7,7 +8,7 @@ from pathlib import Path
 from engine.options import Options
 from utils.checkpoint import save_checkpoint
 from utils.errors import UserError
-from utils.files import locked, write_json
+from utils.files import atomic_write, locked, write_json
 from utils.logger import LOGGER, setup_logging
 
 KEPT = {
@@ -87,3 +88,26 @@ class RunFolder:
         for what, name in {"last weights": self.final, **KEPT}.items():
             if (self / name).exists():
                 LOGGER.info("  %-30s %s", what, self / name)
+
+
+class RunLog:
+    """The file ``log.jsonl`` of a run, one JSON object per epoch."""
+
+    def __init__(self, directory: Path, history: list[dict], write: bool = True) -> None:
+        """Begin with the lines of a resumed run. ``write``: False leaves it to another process."""
+        self.path = directory / "log.jsonl" if write else None
+        self._waiting = b""
+        if self.path:
+            with atomic_write(self.path) as file:
+                file.writelines(f"{json.dumps(line)}\n".encode() for line in history)
+
+    def add(self, record: dict) -> None:
+        """Add a line; on a full disk it waits for the next call."""
+        if not self.path:
+            return
+        self._waiting += f"{json.dumps(record)}\n".encode()
+        try:
+            with open(self.path, "ab", buffering=0) as file:  # which tells how much it has written
+                self._waiting = self._waiting[file.write(self._waiting) :]
+        except OSError as error:
+            LOGGER.warning("%s cannot be written (%s); make room", self.path, error)

@@ -18,7 +18,7 @@ from engine.distributed import (
 )
 from engine.options import Call, parse
 from utils.console import console, printable
-from utils.device import choose_device
+from utils.device import choose_device, full_memory
 from utils.errors import UserError, first_line, reason
 from utils.logger import close_logging, setup_logging
 from utils.signals import Interrupted, TimeUp, interruptible
@@ -93,9 +93,9 @@ def _told(error: BaseException, world: World, resumable: bool) -> tuple[int, str
         return 0, ""
     if isinstance(error, Interrupted | KeyboardInterrupt):
         return 130, "interrupted" if world.main else ""
-    if isinstance(error, torch.OutOfMemoryError):
+    if memory := full_memory(error):
         return 1, (
-            f"error: the GPU's memory is full ({first_line(error)}); give a smaller --batch_size, "
+            f"error: {memory} is full ({first_line(error)}); give a smaller --batch_size, "
             "or with the same one --accumulate, --recompute or --amp bf16"
         )
     if world.size > 1 and is_lost_connection(error):

@@ -39,7 +39,7 @@ from engine.state import State
 from layers.detect import DetectConfig
 from models import prior_config
 from models.info import DetectorInfo, published_detection
-from utils.checkpoint import load_checkpoint, sha256_of
+from utils.checkpoint import load_checkpoint, read_hashed, sha256_of
 from utils.errors import UserError
 from utils.files import read_text, write_errors_named
 from utils.logger import LOGGER
@@ -65,6 +65,8 @@ class Run:
     start: dict | None
     """The checkpoint of --resume_net."""
     start_info: DetectorInfo | None
+    start_digest: str | None
+    """SHA-256 of that checkpoint's file."""
     folder: RunFolder | None = None
     """None until every rank knows it."""
 
@@ -73,6 +75,18 @@ class Run:
         """Detection settings of the evaluations during training."""
         published = published_detection(self.options.dataset)
         return dataclasses.replace(published, conf_thresh=TRAINING_THRESHOLD)
+
+    def check_folder(self) -> None:
+        """Raise UserError if another process has trained in the folder since it was read.
+
+        Call it while the folder is locked: a process that trains there saves until it ends.
+        """
+        folder = self.folder.path
+        if self.path is None or self.path.parent != folder:
+            _refuse_run(folder)
+        elif (newest := _last_step(folder)) > (step := self.saved["step"]):
+            raise UserError(f"{folder / 'last.pth'} is at step {newest} now, but {self.path} was "
+                            f"read at {step}: the run has gone on meanwhile; repeat the command")
 
     def log_data(self, asked: str | None) -> None:
         """Log the number of images, and what the readers changed; ``asked``: value of --resume."""
@@ -170,7 +184,7 @@ def _choose(call: Call, given: Mapping[str, object], read: dict[Path, dict]) -> 
 def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved: dict | None,
               world: World) -> Run:
     """Return the run without its folder; ``saved``: the checkpoint ``path``, if it was read."""
-    start, info, stored = None, None, {}
+    start, info, digest, stored = None, None, None, {}
     if path is not None:
         saved = saved or load_checkpoint(path)
         if "optimizer" not in saved:
@@ -187,7 +201,7 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     if fits and path is not None:
         given = {key: value for key, value in given.items() if key != "priors"}
     if call.resume_net and path is None:
-        start = load_checkpoint(call.resume_net)
+        start, digest = read_hashed(call.resume_net, load_checkpoint)
         info = _starting_info(start, call, given)
         stored |= {"version": info.version, "size": info.size, "priors": info.priors}
     options = dataclasses.replace(resolve(given, stored), ngpu=world.size)
@@ -216,7 +230,8 @@ def _read_run(call: Call, given: Mapping[str, object], path: Path | None, saved:
     processes = world.local_size if world.local_rank == 0 else 1
     pull = open_cache(options.cache, train_set, processes)
     _check_memory(options, len(train_set), test_set is not None, world)
-    return Run(options, device, train_set, pull, test_set, data, saved, path, start, info)
+    return Run(options, device, train_set, pull, test_set, data, saved, path, start, info,
+               digest)
 
 
 def _fit_priors(options: Options, train_set: DetectionData, path: Path | None) -> Options:
@@ -337,9 +352,7 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
             return here
     if call.date:
         directory = folder / call.date
-        if any(directory.glob("*.pth")):
-            raise UserError(f"{directory} holds a run already; give another --date, or --resume "
-                            "auto to continue it")
+        _refuse_run(directory)
         with write_errors_named(directory):
             directory.mkdir(parents=True, exist_ok=True)
         return directory
@@ -353,16 +366,24 @@ def run_folder(call: Call, options: Options, saved: dict | None, path: Path | No
                 return directory
 
 
+def _refuse_run(folder: Path) -> None:
+    if any(folder.glob("*.pth")):
+        raise UserError(f"{folder} holds a run already; give another --date, or --resume auto to "
+                        "continue it")
+
+
 def _refuse_older(path: Path, step: int) -> None:
-    last = path.with_name("last.pth")
-    if path.name == last.name or not last.is_file():
-        return
+    if (newest := _last_step(path.parent)) > step:
+        raise UserError(f"{path} is at step {step}, but {path.with_name('last.pth')} at {newest} "
+                        "already; give that, or a new --date to continue beside it")
+
+
+def _last_step(folder: Path) -> int:
+    """Return the step of the folder's last.pth, 0 if none can be read."""
     newest = 0
     with suppress(UserError):  # of a damaged file, which nobody asked for
-        newest = load_checkpoint(last, mmap=True).get("step", 0)
-    if isinstance(newest, int) and newest > step:
-        raise UserError(f"{path} is at step {step}, but {last} at {newest} already; give that, or "
-                        "a new --date to continue beside it")
+        newest = load_checkpoint(folder / "last.pth", mmap=True).get("step", 0)
+    return newest if isinstance(newest, int) else 0
 
 
 def _starting_info(start: Mapping, call: Call, given: Mapping[str, object]) -> DetectorInfo:

@@ -1,6 +1,7 @@
 """Where training starts: new weights, those of a base network, or those of a whole detector."""
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -11,7 +12,7 @@ from engine.run import Run
 from models.base_weights import load_base
 from models.pretrained import WEIGHTS, published_bases
 from models.transfer import parse_class_map, transfer_classes
-from utils.checkpoint import load_weights, sha256_of
+from utils.checkpoint import load_weights, read_hashed
 from utils.logger import LOGGER
 
 
@@ -24,9 +25,10 @@ def starting_weights(net: nn.Module, run: Run, call: Call) -> Run:
     if call.resume_net:
         origin = _from_detector(net, run, call)
     elif path := _base_file(call, run.options):
-        match = load_base(net.base, path, run.options.version)
+        load = partial(load_base, net.base, version=run.options.version)
+        match, digest = read_hashed(path, load)
         origin = f"{len(match.tensors)} of {match.total} tensors of the base network from {path}, "
-        origin += f"{match.source} (sha256 {sha256_of(path)})"
+        origin += f"{match.source} (sha256 {digest})"
     else:
         origin = "new weights: the base network is trained from scratch"
     if not call.resume_net and (run.options.freeze == "heads" or run.options.freeze and not path):
@@ -58,7 +60,7 @@ def _base_file(call: Call, options: Options) -> Path | None:
 
 def _from_detector(net: nn.Module, run: Run, call: Call) -> str:
     options, info, path = run.options, run.start_info, Path(call.resume_net)
-    state, origin = run.start["model"], f"all weights from {path} (sha256 {sha256_of(path)})"
+    state, origin = run.start["model"], f"all weights from {path} (sha256 {run.start_digest})"
     class_map = parse_class_map(call.class_map) if call.class_map else None
     if class_map is not None or info.classes != options.classes:
         state, new = transfer_classes(state, info.classes, options.classes, class_map, options.seed)

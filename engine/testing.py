@@ -1,7 +1,9 @@
 """Open what --test evaluates: a checkpoint or an exported file, and the data it is tested on."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,8 +25,9 @@ from layers.detect import DetectConfig
 from models.info import DetectorInfo, published_detection
 from models.transfer import check_known, parse_class_map, transfer_classes
 from utils import nms
-from utils.checkpoint import load_checkpoint, sha256_of
+from utils.checkpoint import load_checkpoint, read_hashed
 from utils.errors import UserError
+from utils.files import check_writable, locked
 from utils.logger import LOGGER
 
 MACHINE = {name for name, spec in OPTIONS.items() if spec.metadata["machine"]}
@@ -56,6 +59,22 @@ class Testing:
         views = self.predictor.views if self.predictor else Views()
         return origin_of(self.options, self.detection, self.checkpoint, self.device,
                          self.class_map) | {"views": asdict(views)}  # fmt: skip
+
+    @contextmanager
+    def opened(self, world: World) -> Iterator[None]:
+        """Create the folder, and hold it against other processes.
+
+        Raises:
+            UserError: the folder cannot be written, or another process tests into it.
+        """
+        with ExitStack() as held:
+
+            def hold() -> None:
+                check_writable(self.folder / "results.json")
+                held.enter_context(locked(self.folder / ".lock", "--date"))
+
+            world.decide(hold)
+            yield
 
     def log_data(self) -> None:
         """Log the number of images, what the reader changed, and what will detect."""
@@ -107,7 +126,7 @@ def open_test(call: Call, given: Mapping[str, object], world: World) -> Testing:
 
 
 def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world: World) -> Testing:
-    saved = load_checkpoint(path)
+    saved, digest = read_hashed(path, load_checkpoint)
     class_map = parse_class_map(call.class_map) if call.class_map else None
     names = parse_classes(given["classes"]) if "classes" in given else None
     # With a class map --classes names the classes of the data, not of the file.
@@ -125,7 +144,6 @@ def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world:
         check_known(path, info.classes, options.classes, class_map)
         weights, _ = transfer_classes(weights, info.classes, options.classes, class_map,
                                       options.seed)
-    checkpoint = {"file": path.name, "sha256": sha256_of(path)}
     detection = replace(published_detection(options.dataset), **call.given_detection)
     folder, predictor = test_folder(call, given, options, path), None
     if call.given_views:
@@ -133,9 +151,11 @@ def _open_checkpoint(call: Call, given: Mapping[str, object], path: Path, world:
             raise UserError("--tiles and --flip take the checkpoint's own classes, in one process; "
                             "leave them out, or --class_map and --ngpu")
         names = None if "config" in saved else names
-        predictor = Predictor(path, device=str(device), amp=options.amp, classes=names,
-                              **call.given_views)  # fmt: skip
+        make = partial(Predictor, device=str(device), amp=options.amp, classes=names,
+                       **call.given_views)
+        predictor, digest = read_hashed(path, make)
         predictor.config = detection
+    checkpoint = {"file": path.name, "sha256": digest}
     return Testing(options, device, dataset, detection, weights, predictor, checkpoint, folder,
                    call.class_map)  # fmt: skip
 
@@ -150,14 +170,13 @@ def _open_exported(call: Call, given: Mapping[str, object], path: Path, world: W
              "per_class": "max_per_class"}  # fmt: skip
     asked = {names.get(key, key): value for key, value in call.given_detection.items()}
     predictor = Predictor(path, **asked, **call.given_views)
-    info = predictor.info
+    info, exported = predictor.info, predictor.exported
+    checkpoint = {**identity(path), "precision": exported.info.precision,
+                  "made_of": exported.info.checkpoint, "runtime": " ".join(exported.runtime)}
     stored = {"version": info.version, "size": info.size}
     stored["dataset"] = info.dataset if "dataset" in given else dataset_of_test(given, info.dataset)
     options = resolve(given, {**stored, "priors": info.priors, "classes": list(info.classes)})
     dataset = open_dataset(options, call, "test_sets")
-    exported = predictor.exported
-    checkpoint = {**identity(path), "precision": exported.info.precision,
-                  "made_of": exported.info.checkpoint, "runtime": " ".join(exported.runtime)}
     folder = test_folder(call, given, options, path)
     return Testing(options, predictor.device, dataset, predictor.detect.config, None, predictor,
                    checkpoint, folder)  # fmt: skip

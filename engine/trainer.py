@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data.loading import Loader, WorkerDied
 from engine.distributed import World
 from engine.evaluate import Evaluation
+from engine.folder import RunLog
 from engine.optim import MovingAverage, build_optimizer, check_moments, freeze, lr_at
 from engine.run import Run
 from engine.state import State, Totals
@@ -23,7 +24,7 @@ from inference.draw import draw_batch
 from layers import MultiBoxLoss
 from utils.checkpoint import load_weights, rng_state, set_rng_state
 from utils.errors import UserError
-from utils.logger import LOGGER, Progress, RunLog
+from utils.logger import LOGGER, Progress
 from utils.signals import Interrupted, StopSignal, TimeUp
 from utils.trackers import Trackers
 

@@ -21,7 +21,7 @@ from inference.images import Images, TrainedOn, find_images
 from inference.proof import TOLERANCE, Tolerance, TooDifferent, excess, prove
 from inference.runtime import cpu_has_bf16, files_of, identity
 from models.info import DetectorInfo
-from utils.checkpoint import load_checkpoint, load_weights, sha256_of
+from utils.checkpoint import load_checkpoint, load_weights, read_hashed
 from utils.errors import UserError, import_package
 from utils.files import check_writable, temporary_folder, write_errors_named, write_json
 
@@ -72,13 +72,13 @@ def export(options: ExportOptions) -> list[str]:
     """
     form, output = FORMATS[options.format], options.target()
     _check(options, form, output)
-    saved = load_checkpoint(options.checkpoint)
+    saved, digest = read_hashed(options.checkpoint, load_checkpoint)
     detector = DetectorInfo.of(saved, options.checkpoint, options.classes)
     detector.check_names(options.classes, options.checkpoint)
     net = detector.build().eval()
     load_weights(net, saved["model"], options.checkpoint)
     images, calibration = _images(options, saved, detector)
-    info = _describe(options, form, detector, calibration)
+    info = _describe(options, form, detector, digest, calibration)
     manifest = output.with_name(output.name + ".json")
     for kept in (output, manifest):
         check_writable(kept)
@@ -141,7 +141,7 @@ def _images(options: ExportOptions, saved: Mapping,
     return images, calibration
 
 
-def _describe(options: ExportOptions, form: Format, detector: DetectorInfo,
+def _describe(options: ExportOptions, form: Format, detector: DetectorInfo, digest: str,
               calibration: Images | None) -> ExportInfo:
     detection = detector.detection().with_limits(options.score_threshold, options.max_detections)
     versions = {"python": platform.python_version(), "torch": torch.__version__}
@@ -151,7 +151,7 @@ def _describe(options: ExportOptions, form: Format, detector: DetectorInfo,
         detector, variance=detector.prior_config().variance, mean=INPUT_MEAN,
         preprocess=options.preprocess, nms=options.with_nms, dynamic=options.dynamic,
         precision=options.precision, detection=detection,
-        checkpoint={"file": options.checkpoint.name, "sha256": sha256_of(options.checkpoint)},
+        checkpoint={"file": options.checkpoint.name, "sha256": digest},
         versions=versions,
         calibration=calibration and {"pictures": len(calibration), "of": calibration.about},
     )

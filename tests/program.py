@@ -7,7 +7,8 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import tiny
@@ -33,6 +34,19 @@ def torchrun(processes: int, restarts: int = 0) -> list[str]:
     """The command that starts this program's arguments as a job of several processes."""
     return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node",
             str(processes), "--max-restarts", str(restarts), __file__]  # fmt: skip
+
+
+@contextmanager
+def locked_elsewhere(path: Path) -> Iterator[None]:
+    """Let another process hold the lock ``path`` to the end of the block."""
+    holder = subprocess.Popen(
+        [sys.executable, "-c", "import sys; from utils.files import locked\n"
+         "with locked(sys.argv[1], ''): print('held', flush=True); sys.stdin.read()", str(path)],
+        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdout.readline() == "held\n"
+    yield
+    holder.communicate("")
 
 
 def start(arguments: Sequence[str], command: Sequence[str] = (), **how) -> subprocess.Popen:

@@ -205,10 +205,12 @@ def test_the_log_of_a_test_has_the_intervals(kind, request, tmp_path, caplog):
 
 def test_other_settings_and_notes_of_the_other_test_are_told(voc, tmp_path):
     folders = [shutil.copytree(folder, tmp_path / folder.name) for folder in voc[:2]]
-    other = {"thresholds": {"score": 0.03}, "views": {"tiles": 300}, "value": 0.25}
-    for folder, changed in zip(folders, ({}, other), strict=True):
-        path = folder / "results.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), **changed}))
+    other = {"thresholds": {"score": 0.03}, "views": {"tiles": 300}}
+    path, kept = folders[1] / "results.json", folders[1] / "detections.npz"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **other, "value": 0.25}))
+    arrays = dict(np.load(kept))
+    made_by = json.loads(str(arrays["made_by"])) | other
+    np.savez(kept, **arrays | {"made_by": np.array(json.dumps(made_by))})
     notes = "\n".join(report.write_report(folders[0], against=folders[1:])[1])
     assert "thresholds: score is 0.01 for A and 0.03 for B" in notes
     assert "views: tiles is 0 for A and 300 for B" in notes and "suppression" not in notes

@@ -16,6 +16,7 @@ from torch import nn
 from utils.checkpoint import (
     load_checkpoint,
     load_weights,
+    read_hashed,
     save_checkpoint,
     save_safetensors,
     sha256_of,
@@ -254,3 +255,19 @@ def test_without_safetensors_the_command_that_installs_it_is_named(tmp_path, mon
 def test_sha256_is_the_files(tmp_path):
     (tmp_path / "f").write_bytes(b"abc" * 700_000)
     assert sha256_of(tmp_path / "f") == hashlib.sha256(b"abc" * 700_000).hexdigest()
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(tmp_path):
+    file, contents = tmp_path / "f", iter([b"b", b"c"])
+    file.write_bytes(b"a")
+
+    def read(path):
+        found = path.read_bytes()
+        for new in contents:
+            file.write_bytes(new)
+            break
+        return found
+
+    assert read_hashed(file, read) == (b"c", hashlib.sha256(b"c").hexdigest())
+    with pytest.raises(UserError, match="no.pth does not exist"):
+        read_hashed(tmp_path / "no.pth", load_checkpoint)

@@ -418,6 +418,21 @@ def test_a_lost_process_is_reported_with_its_cause_and_a_misuse_passes(monkeypat
     assert capsys.readouterr().err == "[process 1] error: a.pth: No such file\n"
 
 
+def fill_gpu():
+    raise torch.OutOfMemoryError("CUDA out of memory.\nmuch more")
+
+
+@pytest.mark.parametrize("fill, memory", [
+    (lambda: torch.empty(1 << 50), "main memory"), (lambda: np.empty(1 << 55), "main memory"),
+    (lambda: bytearray(1 << 60), "main memory"), (fill_gpu, "the GPU's memory"),
+])
+def test_full_memory_is_told_with_the_options_that_need_less(fill, memory, capsys):
+    assert run_job("train_test.py", [], lambda *_: fill(), None) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: {memory} ") and error.count("\n") == 1
+    assert all(option in error for option in ("--batch_size", "--accumulate", "--recompute"))
+
+
 @pytest.mark.parametrize(("code", "status"), [
     ("sys.exit(2)", 2), ("sys.exit(3 if os.environ['RANK'] == '1' else time.sleep(600))", 3),
     ("os.kill(os.getpid(), 9) if os.environ['RANK'] == '0' else time.sleep(600)", 137),

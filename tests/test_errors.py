@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import signal
 import subprocess
 import sys
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from engine.folder import RunLog
 from utils.errors import UserError, command
-from utils.logger import LOGGER, Progress, RunLog, close_logging, setup_logging
+from utils.logger import LOGGER, Progress, close_logging, setup_logging
 from utils.signals import ENDING
 
 LONG = """
@@ -138,8 +140,6 @@ class Gone(io.StringIO):
 def test_a_command_goes_on_without_its_output_and_its_log(stream, status, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "stdout", stream)
     monkeypatch.setattr(sys, "stderr", stream)
-    (tmp_path / "log.jsonl").symlink_to("/dev/full")
-
     @command
     def main(argv=None):
         for file in (tmp_path / "log", Path("/dev/full")):
@@ -150,6 +150,8 @@ def test_a_command_goes_on_without_its_output_and_its_log(stream, status, monkey
             progress.close()
             close_logging()
         log = RunLog(tmp_path, [])
+        log.path.unlink()
+        log.path.symlink_to("/dev/full")
         log.add({"epoch": 1})
         log.path.unlink()  # there is room again
         log.add({"epoch": 2})
@@ -159,3 +161,19 @@ def test_a_command_goes_on_without_its_output_and_its_log(stream, status, monkey
     assert main([]) == status
     assert (tmp_path / "log").read_text().splitlines()[-1].endswith("a message")
     assert (tmp_path / "log.jsonl").read_text() == '{"epoch": 1}\n{"epoch": 2}\n'
+
+
+def test_a_resumed_runs_log_is_replaced_whole_or_not_at_all(tmp_path):
+    resource = pytest.importorskip("resource")
+    log, before = tmp_path / "log.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    history = [{"epoch": epoch} for epoch in range(1000)]
+    log.write_text("before\n")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"{log}: cannot be written .*make room"):
+            RunLog(tmp_path, history)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert log.read_text() == "before\n" and [*tmp_path.iterdir()] == [log]
+    RunLog(tmp_path, history)
+    assert [*map(json.loads, log.read_text().splitlines())] == history

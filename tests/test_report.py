@@ -486,6 +486,14 @@ def test_a_damaged_log_is_told(results):
         assert not test.log and f"No training curves: {log}" in test.notes[0]
 
 
+def test_detections_of_another_test_than_the_scores_are_told(results):
+    change(results, thresholds={"score": 0.5})
+    test = read(results)
+    assert test.dataset is None and test.curves is not None
+    assert re.search(f"{results / 'detections.npz'} .*score 0.01, not 0.5", test.notes[0])
+    assert "run the test again" in test.notes[0]
+
+
 def test_damaged_detections_are_told_and_the_curves_are_left(results):
     path = results / "detections.npz"
     whole = path.read_bytes()

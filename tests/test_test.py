@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 import torch
 from layouts import ALL, LAYOUTS
+from program import locked_elsewhere
 from test_layouts import slow_split
 
 import engine.evaluate
 import engine.resolve
+import engine.testing
 import train_test
 from data import voc_eval
 from data.config import COCO_300, COCO_CLASSES
@@ -20,7 +22,8 @@ from inference.predictor import Predictor
 from layers import PriorBox
 from models import build_net
 from train_test import main
-from utils.checkpoint import load_checkpoint, sha256_of
+from utils.checkpoint import load_checkpoint, save_checkpoint, sha256_of
+from utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("tiny")
 
@@ -44,6 +47,23 @@ def test_a_test_takes_all_from_the_checkpoint_and_leaves_results(call, trained):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize("views", [(), ("--flip",)])
+def test_results_name_the_bytes_that_were_tested(views, call, trained, monkeypatch):
+    before, open_dataset = sha256_of(trained), engine.testing.open_dataset
+
+    def replaced(*args):  # as a training replaces last.pth
+        dataset = open_dataset(*args)
+        save_checkpoint(trained, load_checkpoint(trained) | {"step": 99})
+        return dataset
+
+    monkeypatch.setattr(engine.testing, "open_dataset", replaced)
+    assert call("--test", trained, *views) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    tested = json.loads((folder / "results.json").read_text())["checkpoint"]["sha256"]
+    # With views the predictor reads the file anew, after the data.
+    assert (tested == before) == (not views) and (tested == sha256_of(trained)) == bool(views)
+
+
 def test_scoring_the_files_by_themselves_gives_the_same_ap(call, trained, voc_folder, tmp_path):
     folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
     folder.mkdir(parents=True)
@@ -55,6 +75,19 @@ def test_scoring_the_files_by_themselves_gives_the_same_ap(call, trained, voc_fo
     assert voc_eval.main(arguments) == 0
     results = json.loads((folder / "results.json").read_text())
     assert json.loads(out.read_text())["area"] == results["per_class"]
+
+
+def test_an_earlier_test_is_kept_until_the_new_detections_are(call, trained, monkeypatch):
+    assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(path, *_):
+        raise UserError(f"{path}: cannot be written")
+
+    monkeypatch.setattr(engine.evaluate, "save_detections", full)
+    assert call("--test", trained, "--max_detections", 7) == 2
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def test_retest_scores_the_kept_detections_without_the_network(call, trained, monkeypatch, capsys):
@@ -253,6 +286,19 @@ def test_a_test_that_cannot_be_kept_detects_nothing(call, trained, monkeypatch, 
     monkeypatch.setattr(train_test, "detect_set", None)
     assert call("--test", trained) == 2
     assert "ss_predict" in capsys.readouterr().err
+
+
+def test_a_folder_that_another_process_tests_into_is_left_alone(call, trained, capsys):
+    assert call("--test", trained) == 0
+    folder = call.folder / "a" / "ss_predict" / "Final_tiny_VOC" / "test"
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with locked_elsewhere(folder / ".lock"):
+        for options in (("--max_detections", 7), ("--retest",)):
+            assert call("--test", trained, *options) == 2
+            error = capsys.readouterr().err
+            assert str(folder) in error and "another process" in error and "--date" in error
+    assert before == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert call("--test", trained, "--max_detections", 7) == 0
 
 
 def test_coco_trains_and_is_scored(call, coco_folder, monkeypatch, capsys):

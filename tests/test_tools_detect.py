@@ -8,7 +8,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import threading
 import xml.etree.ElementTree as ElementTree
@@ -23,6 +22,7 @@ import pytest
 import torch
 from conftest import commands
 from exports import CLASSES, write_checkpoint
+from program import locked_elsewhere
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from tiny import TINY
@@ -434,19 +434,12 @@ def test_results_that_another_call_is_writing_are_left_alone(weights, capsys):
     image_file("photos/a.jpg")
     assert call(weights, "photos", "--save", "csv", "--out", "out") == 0
     before = contents("out")
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from utils.files import locked\n"
-         "with locked(sys.argv[1], '--out'): print('held', flush=True); sys.stdin.read()",
-         Path("out/.detect.lock").absolute()],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout.readline() == "held\n"
     options = ("--save", "voc", "--out", "out")
     capsys.readouterr()
-    assert call(weights, "photos", *options) == 2
+    with locked_elsewhere(Path("out/.detect.lock").absolute()):
+        assert call(weights, "photos", *options) == 2
     assert re.search("error: out is in use .* another --out", capsys.readouterr().err)
     assert contents("out") == before
-    holder.communicate("")
     assert call(weights, "photos", *options) == 0
 
 
@@ -454,7 +447,9 @@ def test_results_that_another_call_is_writing_are_left_alone(weights, capsys):
     (partial(signal.raise_signal, signal.SIGINT), 130, 6, "interrupted"),
     (partial(signal.raise_signal, signal.SIGTERM), 130, 6, "interrupted"),
     (raises(torch.OutOfMemoryError("CUDA out of memory.\nmuch more")), 1, 3,
-     r"error: out of GPU memory \(CUDA out of memory.\); give .* --batch_size")])
+     r"error: the GPU's memory is full \(CUDA out of memory.\); give .* --batch_size"),
+    (partial(torch.empty, 1 << 50), 1, 3, r"error: main memory is full .*; give .* --batch_size"),
+])
 def test_what_was_done_is_kept(happens, status, done, message, weights, monkeypatch, capsys):
     for k in range(12):
         image_file(f"photos/{k:02d}.jpg", seed=k)

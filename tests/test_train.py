@@ -6,33 +6,32 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from program import assert_same_run
+from program import assert_same_run, locked_elsewhere
 from tiny import TINY
 
 import engine.evaluate
 import engine.folder
 import engine.run
 import models
+import train_test
 from data import DATASETS, transforms
 from data.config import VOC_300
 from data.loading import TrainingSet, WorkerDied
 from engine.options import Call, Options
+from engine.run import open_run
 from engine.start import _base_file
 from engine.trainer import Trainer
 from inference.predictor import Predictor
 from models import build_net
 from train_test import main
-from utils.checkpoint import load_checkpoint
+from utils.checkpoint import load_checkpoint, sha256_of
 
-ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.usefixtures("tiny")
 
 
@@ -85,19 +84,36 @@ def test_resume_auto_takes_the_newest_run_of_the_data_and_else_starts_one(call, 
 
 def test_a_run_that_another_process_trains_is_left_alone(call, capsys):
     assert call("-max", 2, "--date", "a", "--max_iters", 1, "--test_frequency", 0) == 0
-    holder = subprocess.Popen(
-        [sys.executable, "-c", "import sys; from utils.files import locked\n"
-         "with locked(sys.argv[1], '--date'): print('held', flush=True); sys.stdin.read()",
-         str(call.folder / "a" / ".lock")],
-        cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    assert holder.stdout.readline() == "held\n"
     before = (call.folder / "a" / "last.pth").read_bytes()
-    assert call("--resume", "auto", "--date", "a") == 2
+    with locked_elsewhere(call.folder / "a" / ".lock"):
+        assert call("--resume", "auto", "--date", "a") == 2
     assert "another process" in capsys.readouterr().err
     assert (call.folder / "a" / "last.pth").read_bytes() == before
-    holder.communicate("")
     assert call("--resume", "auto", "--date", "a") == 0
+
+
+@pytest.mark.parametrize("resumed, words", [
+    ("last.pth", "repeat the command"), ("tiny_VOC_epoches_1.pth", "repeat the command"),
+    ("auto", "--resume auto"), ("", "--resume auto"),
+])
+def test_a_run_that_goes_on_while_another_process_reads_it_is_left_alone(
+    resumed, words, call, monkeypatch, capsys
+):
+    folder, options = call.folder / "a", ["-max", 2, "--date", "a", "--test_frequency", 0]
+    if resumed.endswith(".pth"):
+        assert call(*options, "--save_frequency", 1, "--max_iters", 3) == 0
+        resumed, words = folder / resumed, f"step 5 now.*{words}"
+
+    def read(*args):
+        run = open_run(*args)
+        monkeypatch.setattr(train_test, "open_run", open_run)
+        assert call(*options, "--resume", "auto", "--max_iters", 5) == 0
+        return run
+
+    monkeypatch.setattr(train_test, "open_run", read)
+    assert call(*options, *["--resume", resumed] * bool(resumed)) == 2
+    assert re.search(f"{folder}.*{words}", capsys.readouterr().err)
+    assert load_checkpoint(folder / "last.pth")["step"] == 5
 
 
 def test_picture_that_vanishes_during_a_run_is_named_and_the_state_saved(
@@ -189,6 +205,19 @@ def test_weights_of_a_whole_detector_start_a_new_run(call, capsys):
     assert call("--resume_net", path, "-v", "SSD_HarDNet68", "--date", "c") == 2
     assert "SSD_HarDNet68 contradicts the checkpoint, which is made for tiny" in (
         capsys.readouterr().err)
+
+
+def test_a_run_names_the_bytes_that_it_started_from(call, trained, monkeypatch):
+    before, open_dataset = sha256_of(trained), engine.run.open_dataset
+
+    def replaced(*args):
+        trained.write_bytes(b"new")
+        return open_dataset(*args)
+
+    monkeypatch.setattr(engine.run, "open_dataset", replaced)
+    options = ("--resume_net", trained, "--max_iters", 1, "--test_frequency", 0, "--date", "b")
+    assert call(*options) == 0
+    assert before in load_checkpoint(call.folder / "b" / "last.pth")["config"]["start"]
 
 
 def test_random_weights_that_freeze_are_told(call, capsys):

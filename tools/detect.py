@@ -22,7 +22,6 @@ from pathlib import Path
 
 import cv2
 import numpy as np
-import torch
 from PIL.ImageFont import FreeTypeFont
 
 from data.classes import parse_classes
@@ -35,7 +34,8 @@ from tools.annotations import ANNOTATIONS, Annotations
 from tools.outputs import CsvFile, Drawings, Found, JsonFiles, Output, Writer, draw
 from tools.sources import RESULTS, Frame, Reader, Source, find_sources
 from utils.arguments import Parser, cores, fraction, positive
-from utils.errors import UserError, command
+from utils.device import full_memory
+from utils.errors import UserError, command, first_line
 from utils.files import check_writable, locked, write_errors_named
 from utils.logger import LOGGER, close_logging, setup_logging
 from utils.signals import StopSignal
@@ -246,9 +246,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     limit_pixels(args.max_pixels)
     try:
         return detect(args)
-    except torch.OutOfMemoryError as error:
-        reason = str(error).splitlines()[0]
-        print(f"error: out of GPU memory ({reason}); give a smaller --batch_size", file=sys.stderr)
+    except (MemoryError, RuntimeError) as error:
+        if not (memory := full_memory(error)):
+            raise
+        print(f"error: {memory} is full ({first_line(error)}); give a smaller --batch_size",
+              file=sys.stderr)
         return 1
     finally:
         close_logging()

@@ -33,6 +33,8 @@ TYPES = {
                      "thresholds", "suppression", "views"), dict), "overfit": int,
 }
 """Types of the values of results.json that are read."""
+MADE_BY = ("checkpoint", "class_map", "thresholds", "suppression", "amp", "views")
+"""Values of results.json that must be those kept with the detections, beside the data."""
 
 
 @dataclass(frozen=True)
@@ -198,7 +200,7 @@ def open_test(directory: Path, root: str | None) -> Test:
     else:
         try:
             dataset = _open_dataset(results, root or results.values["root"])
-            detections, judged = _judge(folder / "detections.npz", dataset)
+            detections, judged = _judge(folder / "detections.npz", dataset, results)
             found = {"dataset": dataset, "detections": detections, "judged": judged}
         except UserError as error:
             if root:
@@ -221,8 +223,11 @@ def _open_dataset(results: Results, root: str) -> DetectionData:
     return dataset
 
 
-def _judge(path: Path, dataset: DetectionData) -> tuple[list[dict], Judged]:
-    detections, _ = load_detections(path, dataset.ids, len(dataset.classes), {})
+def _judge(path: Path, dataset: DetectionData,
+           results: Results) -> tuple[list[dict], Judged]:
+    # A test that was cut short leaves detections beside the scores of an earlier one.
+    made_by = {key: results.values[key] for key in MADE_BY if results.values.get(key)}
+    detections, _ = load_detections(path, dataset.ids, len(dataset.classes), made_by)
     found = found_of(detections, dataset.ids, len(dataset.classes))
     return detections, judge(dataset.truth(), found)
 

@@ -3,14 +3,17 @@
 import json
 import os
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from utils.errors import UserError, import_package
 from utils.files import INFLATED, atomic_write, check_archive, file_digest
+
+T = TypeVar("T")
 
 _FORMAT = 1
 _SAFETENSORS = ".safetensors"
@@ -111,6 +114,18 @@ def load_weights(net: nn.Module, state: Mapping[str, Tensor], path: str | Path) 
 def sha256_of(path: str | Path) -> str:
     """Return the hex SHA-256 of a file."""
     return file_digest(path, "sha256")
+
+
+def read_hashed(path: str | Path, read: Callable[[str | Path], T]) -> tuple[T, str]:
+    """Return ``read(path)``, and the hex SHA-256 of the file that it read.
+
+    A file that is replaced meanwhile, as a training replaces last.pth, is read again.
+    """
+    while True:
+        before = sha256_of(path) if os.path.isfile(path) else ""
+        found = read(path)
+        if (digest := sha256_of(path)) == before:
+            return found, digest
 
 
 def rng_state() -> dict[str, Tensor | list[Tensor]]:

@@ -53,6 +53,15 @@ def choose_device(name: str = "auto", amp: str = "off",
     return torch.device(name)
 
 
+def full_memory(error: BaseException) -> str:
+    """Return the memory that ``error`` says is full, such as "main memory"; "" for other errors."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the GPU's memory"
+    # PyTorch has no type for main memory.
+    full = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return "main memory" if full or isinstance(error, MemoryError) else ""
+
+
 def to_input(images: Tensor, mean: Sequence[float], device: torch.device) -> Tensor:
     """uint8 [B, 3, S, S] -> float32 on the device, minus the per-channel mean, channels last."""
     images = images.to(device, non_blocking=device.type == "cuda").float()

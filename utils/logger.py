@@ -1,6 +1,5 @@
-"""The logger, which a command line sets up; a progress line on a terminal; the log of a run."""
+"""The logger, which a command line sets up, and a progress line on a terminal."""
 
-import json
 import logging
 import sys
 import time
@@ -94,25 +93,3 @@ class Progress:
         shown = "".join(f"  {name} {value:.4g}" for name, value in values.items())
         return (f"{self.label} {self.done}/{self.total}{shown}  {self.images_per_second():.1f} "
                 f"img/s  ETA {int(left) // 60}:{int(left) % 60:02d}")
-
-
-class RunLog:
-    """The file ``log.jsonl`` of a run, one JSON object per epoch."""
-
-    def __init__(self, directory: Path, history: list[dict], write: bool = True) -> None:
-        """Begin with the lines of a resumed run. ``write``: False leaves it to another process."""
-        self.path = directory / "log.jsonl" if write else None
-        self._waiting = b""
-        if self.path:
-            self.path.write_text("".join(f"{json.dumps(line)}\n" for line in history))
-
-    def add(self, record: dict) -> None:
-        """Add a line; on a full disk it waits for the next call."""
-        if not self.path:
-            return
-        self._waiting += f"{json.dumps(record)}\n".encode()
-        try:
-            with open(self.path, "ab", buffering=0) as file:  # which tells how much it has written
-                self._waiting = self._waiting[file.write(self._waiting) :]
-        except OSError as error:
-            LOGGER.warning("%s cannot be written (%s); make room", self.path, error)
