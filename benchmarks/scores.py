@@ -122,14 +122,14 @@ def by_command(backend: str, results: Path, truth: Path) -> str:
 def difference(name: str, ours: object, theirs: object) -> str:
     """Return how two backends differ, in words; raise AssertionError if they differ too much.
 
-    hotcoco and the printed tables must equal pycocotools'. faster-coco-eval may differ by rounding.
+    The printed tables must equal pycocotools'. Numbers may differ by rounding.
     """
     if isinstance(ours, str):
         if ours != theirs:
             raise AssertionError(f"{name} prints\n{ours}and pycocotools\n{theirs}")
         return "the same table"
     gap = np.abs(np.subtract(ours, theirs)).max()
-    if not gap <= (0 if name.startswith("hotcoco") else 1e-14):  # NaN fails, too
+    if not gap <= 1e-14:  # NaN fails, too
         raise AssertionError(f"{name}: {ours}, pycocotools: {theirs}")
     return "every digit equal" if gap == 0 else f"differs by {gap:.1e} at most"
 

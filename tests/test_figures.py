@@ -45,6 +45,6 @@ def test_the_image_is_that_of_the_readme(tmp_path):
     image, kept = (cv2.imdecode(np.frombuffer(p.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
                    for p in (path, figures.OUT))  # fmt: skip
     assert image.shape == kept.shape == (figures.HEIGHT, figures.WIDTH, 3)
-    assert np.abs(image.astype(int) - kept).mean() < 1  # fonts differ by version
+    assert np.abs(image.astype(int) - kept).mean() < 3  # fonts differ by version
     image[12:-12, 12:-12] = 255
     assert (image == 255).all()  # nothing is cut off
