@@ -276,8 +276,7 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
 
     preferred: a key of `DATASETS` that is taken where its reader knows the layout, or cannot tell.
 
-    Raises UserError: ``root`` is no folder, or holds no layout that is understood, or several, or
-    data sets in its folders.
+    Raises UserError: ``root`` is no folder, or holds no such layout, several, or inner data sets.
     """
     root = Path(os.path.expanduser(root))
     if preferred and (layout := _layout(preferred, root)) is not None:
@@ -295,7 +294,8 @@ def find_layout(root: str | Path, preferred: str | None = None) -> tuple[str, st
         raise UserError(f"{root} holds several layouts: {several}; say by -d which one to read")
     if found:
         return found[0]
-    whys = [other_format(root), *(_reader(row).near_miss(root) for row in DATASETS)]
+    whys = [other_format(root, ".json"), *(_reader(row).near_miss(root) for row in DATASETS),
+            other_format(root, ".csv", ".tfrecord", ".parquet")]
     why = next((f" ({each})" for each in whys if each), "")
     raise UserError(f"{root} holds no data set in a layout that is understood{why}. Understood "
                     "are VOC (a devkit; XML files in Annotations/ or beside the images), COCO "
@@ -324,9 +324,9 @@ def _refuse_inside(root: Path, inside: Mapping[Path, tuple[str, str]],
         whole = f", or -d {found[0][0]} to read all as one" if one else ""
         names = [f"{folder.name} ({layout})" for folder, (_, layout) in inside.items()]
         several = ", ".join(names[:8] + ["..."] * (len(names) > 8))
-        first = min(inside, key=lambda folder: "test" in folder.name.lower())
+        whole = f"{min(inside, key=lambda folder: 'test' in folder.name.lower())}{whole}"
         raise UserError(f"{root} holds several data sets: {several}; if they are sets of one, put "
-                        f"them into one folder, else give one as --root, such as {first}{whole}")
+                        f"them into one folder, else give one as --root, such as {whole}")
 
 
 def _layout(name: str, root: str | Path) -> str | None:
@@ -362,20 +362,19 @@ def default_root(name: str) -> Path:
 def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tuple[ImageSet, ...]]:
     """Return the image sets to train on and to test on without --train_sets and --test_sets.
 
-    These are the published ones if they are there, or if ``root`` is a devkit with their years or
-    does not tell. Else they are trainval and test; else train, trainval or default, and the first
-    of val, valid, validation, dev and test; all of a kind, such as train1 and train2. Without one
-    of both, images are divided as `data.split.in_validation` does.
-
-    Raises UserError: there are several of both kinds, as train1, train2, val1 and val2.
+    These are the published ones if they are there, or if ``root`` has their years or does not tell.
+    Else, and in one such year with both, they are trainval and test; else train, trainval or
+    default, and the first of val, valid, validation, dev and test; all of a kind, as train1 and
+    train2. Without one of both, images are divided as `data.split.in_validation` does. Raises
+    UserError: there are several of both kinds, as train1, train2, val1 and val2.
     """
     root = Path(os.path.expanduser(root))
     row, existing = DATASETS[name], list_sets(name, root)
     published = {*row.train_sets, *row.test_sets}
     years = {year for year, _ in existing}
-    devkit = None not in years and len(years & {year for year, _ in published}) > 1
-    there = existing or _layout(name, root)
-    if published <= {*existing} or devkit or not there:
+    devkit = None not in years and years & {year for year, _ in published}
+    told = existing or _layout(name, root)
+    if published <= {*existing} or devkit and len(years) > 1 or not told:
         return row.train_sets, row.test_sets
     tests = ("val", "valid", "validation", "dev", "test")
     for words in (("trainval", "test"), *product(("train", "trainval", DEFAULT_SET), tests)):
@@ -385,7 +384,8 @@ def default_sets(name: str, root: str | Path) -> tuple[tuple[ImageSet, ...], tup
                             f"{sets_name(train + test)}; give --train_sets and --test_sets")
         if train and test:
             return train, test
-    return (ImageSet(None, SPLIT_TRAIN),), (ImageSet(None, SPLIT_VAL),)
+    parts = (ImageSet(None, SPLIT_TRAIN),), (ImageSet(None, SPLIT_VAL),)
+    return (row.train_sets, row.test_sets) if devkit else parts
 
 
 def list_sets(name: str, root: str | Path) -> list[ImageSet]:

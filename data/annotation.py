@@ -184,9 +184,9 @@ def looks_like_coco(path: Path) -> bool:
     return re.match(rb"[^\w\[]*\{", ends) is not None and all(re.search(w, ends) for w in wanted)
 
 
-def other_format(root: Path) -> str:
+def other_format(root: Path, *suffixes: str) -> str:
     """Return which annotations that no reader takes are under ``root``; "" for none."""
-    for suffix in (".json", ".csv", ".tfrecord", ".parquet"):
+    for suffix in suffixes:
         for path in FileIndex((suffix,)).inside(root)[:20]:
             with suppress(OSError), open(path, "rb") as file:
                 head = file.read(2**16)

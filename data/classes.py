@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from utils.errors import UserError
 from utils.files import read_text
 
+BACKGROUND = frozenset({"background", "__background__"})
+
 
 def is_background(name: str) -> bool:
-    """Return whether a name is that of no object: background, Background, _background_."""
+    """Return whether a class without objects may be the background: Background, _background_."""
     return name.strip("_").lower() == "background"
 
 
@@ -36,9 +38,9 @@ def check_classes(classes: Sequence[str], source: str) -> tuple[str, ...]:
                         " of a surrogate pair; rename the class")
     if repeated := sorted(name for name, count in Counter(names).items() if count > 1):
         raise UserError(f"{source}: class names must be unique, repeated: {', '.join(repeated)}")
-    if background := [*filter(is_background, names)]:
-        raise UserError(f'{source}: leave "{background[0]}" out; the background is not a class of '
-                        'the data')
+    if background := set(names) & BACKGROUND:
+        raise UserError(f'{source}: leave "{background.pop()}" out; the background is not a class '
+                        'of the data')
     return names
 
 

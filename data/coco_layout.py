@@ -33,7 +33,7 @@ from data.annotation import looks_like_coco
 from data.coco_json import COCOAnnotations
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import ImageSet, is_set_name
+from data.image_sets import SET_WORDS, ImageSet, is_set_name, set_word
 from data.split import list_files
 from utils.errors import UserError
 
@@ -43,8 +43,8 @@ ANNOTATION_FOLDERS = ("annotations", "original_annotations")
 ANNOTATION_KINDS = ("instances_", "image_info_")
 ROBOFLOW = "_annotations.coco.json"
 SET_IN_NAME = re.compile(
-    r"(?:.*[^a-z])?((?:train[_-]?val|train|training|(?<!train[_-])(?:val|validation|valid)|dev|test|"
-    r"testing)(?:20\d\d)?)(?:[^a-z].*)?")
+    r"(?:.*[^a-z])?((?:train[_-]?val|train|training|(?<!train[_-])(?:val|validation|valid)|dev|eval|"
+    r"evaluation|testing|test)(?:20\d\d)?)(?:[^a-z].*)?")
 
 
 def normalise(year: str | None, name: str) -> ImageSet:
@@ -161,17 +161,20 @@ def find_images(root: Path, file: COCOAnnotations, image_set: ImageSet) -> Part:
             return best
     if best and len(best.missing) < len(file.image_ids):
         return best
+    # Any other folder that has all of them, and is not of another image set.
+    first, word = file.file_names[0].replace("\\", "/").rpartition("/")[2], set_word(name)
+    folders = {path.parent for path in index.inside(root) if path.name == first}.difference(there)
     others = []
-    for folder in sorted({path.parent for path in index.inside(root)}.difference(there)):
-        names, missing = _names_in(folder, "", file, index)
-        others.append(Part(image_set, file, folder, folder, np.array(names), missing))
-    others.sort(key=lambda part: len(part.missing))
-    if len(others) > 1 and len(others[0].missing) == len(others[1].missing) < len(file.image_ids):
+    for folder in sorted(folders):
+        names, missing = _names_in(folder, "", file, None)
+        if not missing and set_word(folder.name) not in {*SET_WORDS} - {word}:
+            others.append(Part(image_set, file, folder, folder, np.array(names), []))
+    if len(others) > 1:
         raise UserError(f"{others[0].folder} and {others[1].folder} both hold images of the names"
                         f" in {file.path.name}; copy the right ones to {usual}")
-    best = others[0] if others and len(others[0].missing) < len(file.image_ids) else best
-    if best is None or (best.missing and not os.path.isdir(usual)
-                        and len(best.missing) == len(file.image_ids)):
+    if others:
+        return others[0]
+    if best is None or not os.path.isdir(usual):
         raise UserError(f"{usual}: no such folder, for the images of {file.path.name}, such as"
                         f" {file.file_names[0] or file.image_ids[0]}; nor are they in another"
                         f" folder of {root}")

@@ -22,7 +22,7 @@ from data.annotation import (
     tell,
     turned,
 )
-from data.classes import check_classes, is_background, spelled
+from data.classes import BACKGROUND, check_classes, spelled
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import DEFAULT_SET, ImageSet, sets_name
@@ -133,7 +133,7 @@ def _read_files(root: Path) -> tuple[list[_Image], list[str]]:
             kind = (label.findtext("type") or "any").strip()
             if label.find("parent") is None and kind in ("any", "rectangle", *AREAS):
                 labels[spelled(label.findtext("name") or "")] = None
-    return images, [label for label in labels if label and not is_background(label)]
+    return images, [label for label in labels if label and label not in BACKGROUND]
 
 
 def _subsets(images: Sequence[_Image]) -> dict[str, list[int]]:

@@ -22,7 +22,7 @@ from data.classes import is_background
 from data.config import VOC_CLASSES
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
-from data.image_sets import DEFAULT_SET, SET_WORDS, ImageSet, is_set_name
+from data.image_sets import DEFAULT_SET, SET_WORDS, ImageSet, is_set_name, set_word
 from data.split import SPLIT_SETS, VAL_SHARE, in_validation, list_files, read_list
 from utils.errors import UserError
 from utils.files import read_bytes, read_text
@@ -132,10 +132,11 @@ def declared_classes(root: Path) -> tuple[list[str], str] | None:
 
 
 def set_lists(folder: Path) -> dict[str, Path]:
-    """Return the lists of image sets in ImageSets/ and, such as train.txt, in ``folder``."""
+    """Return the lists of image sets in ImageSets/; in ``folder`` those to train and to test."""
     beside = {file.stem: file for file in sorted(folder.glob("[!.]*.txt"))
               if is_set_name(file.stem)}
-    return beside | list_files(folder)
+    training = {set_word(name) in ("train", "trainval") for name in beside}
+    return (beside if len(training) == 2 else {}) | list_files(folder)
 
 
 def split_folders(folder: Path, index: FileIndex) -> dict[str, Path]:
@@ -246,7 +247,7 @@ def _outside_sets(folder: Path, index: FileIndex) -> Iterator[Listed]:
     """Yield the images that are in no folder of an image set."""
     sets = {*split_folders(folder, index).values()}
     for each in _under(annotation_folders(folder, index)[0], folder, index):
-        if sets.isdisjoint(each.annotation.parents):
+        if sets.isdisjoint(each.annotation.parents) and _is_annotation(each.annotation):
             yield each
 
 

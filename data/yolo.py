@@ -26,7 +26,7 @@ from data.annotation import (
     refuse_missing,
     tell,
 )
-from data.classes import check_classes, is_background
+from data.classes import BACKGROUND, check_classes
 from data.image import IMAGE_SUFFIXES, image_size
 from data.image_files import FileIndex
 from data.image_sets import ImageSet, sets_name
@@ -166,7 +166,7 @@ class YOLODetection(AnnotatedImages):
                  f"{', '.join(map('{:g}'.format, sorted(unnamed)))}: add each name, "
                  "or correct the labels", faults)
         classes = classes or tuple(name for _, name in sorted(folder.names.items())
-                                   if not is_background(name))
+                                   if name not in BACKGROUND)
         self.numbers = {name: number for number, name in folder.names.items()}  # of all names
         if not unnamed or any(each.names for each in annotations):  # else that has been told
             skipped += check_objects(what, annotations, classes, faults)

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 
-from data.classes import check_classes, is_background, spelled
+from data.classes import BACKGROUND, check_classes, spelled
 from data.image import IMAGE_SUFFIXES
 from data.image_files import FileIndex
 from data.image_sets import DEFAULT_SET, SET_WORDS, is_set_name, set_word
@@ -254,7 +254,7 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
 
 def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
     names = {number: spelled(name) for number, name in names.items()}
-    check_classes([name for name in names.values() if not is_background(name)],
+    check_classes([name for name in names.values() if name not in BACKGROUND],
                   str(path))
     return names
 
@@ -270,11 +270,13 @@ def _read_keypoints(path: Path, content: Mapping) -> int:
 def names_beside(root: Path) -> tuple[Path, dict[int, str]] | None:
     """Return a file with a class name a line, in the root or up to two folders deep, and them."""
     found: dict[Path, dict[int, str]] = {}
-    for depth in ("", "*/", "*/*/"):
-        for path in (path for name in (*NAME_FILES, "*.names")
+    for names in (NAME_FILES, ("*.names",)):
+        for path in (path for depth in ("", "*/", "*/*/") for name in names
                      for path in sorted(root.glob(depth + name))):
             lines = read_text(path, "class names", 2**24).rstrip().splitlines()
             found[path] = _checked(dict(enumerate(lines)), path)
+        if found:
+            break
     if len({tuple(names.items()) for names in found.values()}) > 1:
         raise UserError(f"{' and '.join(map(str, found))} differ; make them equal, or keep one")
     return next(iter(found.items()), None)

@@ -80,6 +80,14 @@ def test_images_of_lvis_lie_where_their_urls_end(tmp_path):
     assert [(dataset[i][0] == id).all() for i, id in enumerate(dataset.ids)] == [True, True]
 
 
+def test_images_of_another_set_are_not_taken(tmp_path):
+    for name in ("train", "val"):
+        write(tmp_path, f"annotations/{name}.json", name, {1: "1.png"}, [])
+    shutil.rmtree(tmp_path / "train")
+    with pytest.raises(UserError, match=f"{tmp_path / 'train'}: no such folder"):
+        COCODetection(tmp_path, [(None, "train")])
+
+
 def test_of_two_folders_with_the_images_none_is_taken(tmp_path):
     for folder in ("Visualization", "photos"):
         write(tmp_path, "all.json", folder, {1: "1.png"}, [])

@@ -72,12 +72,20 @@ def test_default_sets_follow_the_kind_of_root(voc_folder, voc_devkit):
 def test_one_year_alone_is_a_data_set(voc_devkit):
     shutil.rmtree(voc_devkit / "VOC2012")
     assert default_sets("VOC", voc_devkit) == ((("2007", "trainval"),), (("2007", "test"),))
+    (voc_devkit / "VOC2007/ImageSets/Main/trainval.txt").rename(voc_devkit / "trainval.txt")
+    assert default_sets("VOC", voc_devkit)[1] == (("2007", "test"),)  # the whole published test
+    (voc_devkit / "trainval.txt").rename(voc_devkit / "VOC2007/ImageSets/Main/trainval.txt")
     # Of VOC2007/ itself, each set is listed once, and may be named with its year.
     root = voc_devkit / "VOC2007"
     assert list_sets("VOC", root) == [(None, "test"), (None, "trainval")]
     assert default_sets("VOC", root) == (((None, "trainval"),), ((None, "test"),))
     assert build_dataset("VOC", root, [("2007", "test")]).ids == build_dataset(
         "VOC", root, [(None, "test")]).ids
+
+
+def test_the_published_test_set_alone_is_tested_on_whole(tmp_path):
+    write_set(tmp_path, "instances_val2017.json", "val2017", {1: "1.jpg"}, [])
+    assert default_sets("COCO", tmp_path)[1] == (("2017", "val"),)
 
 
 @pytest.mark.parametrize("word, names", [

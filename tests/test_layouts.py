@@ -172,6 +172,12 @@ def test_sets_of_other_names_are_not_mixed(write, train, test, tmp_path, caplog)
         assert found[name] == (*IMAGES[name][:2], sorted(IMAGES[name][2]))
 
 
+def test_a_list_alone_beside_the_data_is_no_image_set(tmp_path):
+    LAYOUTS["xml-folders"].write(tmp_path)
+    (tmp_path / "test.txt").write_text(f"{ALL[0]}\n")
+    assert [*map(len, open_sets(LAYOUTS["xml-folders"], tmp_path))] == [9, 3]
+
+
 def test_sets_whose_names_say_nothing_are_divided_and_told(tmp_path, caplog):
     LAYOUTS["voc"].write(tmp_path)
     for path in (tmp_path / "ImageSets").rglob("*.txt"):
@@ -203,13 +209,13 @@ def test_sets_that_a_subfolder_declares_are_not_passed_over(name, folder, tmp_pa
     ("a.json", '{"version": "5.1", "shapes": []}', ("a.json", "LabelMe", "convert")),
     ("train/_annotations.createml.json", '[{"annotations": [{"coordinates": 1}]}]',
      ("createml.json", "CreateML", "convert")),
-    ("boxes.csv", "a.jpg,1,2,3,4,dog", ("boxes.csv", "convert")),
+    ("train/boxes.csv", "a.jpg,1,2,3,4,dog", ("boxes.csv", "convert")),
     ("obj_train_data/a.txt", "0 0.5 0.5 0.2 0.2", ("a.txt", "no images", "copy"))])
 def test_a_format_that_is_not_read_is_named(file, text, words, tmp_path):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
     if "no images" not in words:
-        write_images(tmp_path / "images", ALL[:1])
+        write_images(tmp_path / "train", ALL[:1])
     with pytest.raises(UserError) as error:
         find_layout(tmp_path)
     assert all(word in str(error.value) for word in words), error.value

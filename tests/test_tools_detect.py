@@ -428,6 +428,9 @@ def test_output_waits_for_slow_writers():
 
 def test_two_calls_at_once_have_a_folder_each():
     assert [detect.new_folder(OUT) for _ in range(2)] == [OUT, OUT.with_name("best-2")]
+    Path("disk").symlink_to("nowhere")
+    with pytest.raises(UserError, match="disk"):
+        detect.new_folder(Path("disk/detect/best"))
 
 
 def test_results_that_another_call_is_writing_are_left_alone(weights, capsys):

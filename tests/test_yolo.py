@@ -173,7 +173,9 @@ def test_set_without_a_box_or_a_name_is_refused_with_its_cause(labels, yaml, wor
 def test_a_file_names_the_classes_and_background_is_none(file, tmp_path):
     write(tmp_path, {"train/a": "1 0.5 0.5 0.2 0.5\n"}, yaml="")
     (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text("Background\ncat\n")
+    (tmp_path / file).write_text("background\ncat\n")
+    if file == "obj.names":
+        (tmp_path / "other.names").write_text("a\nb\nc\n")
     (tmp_path / "labels/val/v.txt").write_text("")
     data = read(tmp_path)
     assert data.classes == ("cat",) and data.target(0)[:, 4].tolist() == [1]

@@ -116,10 +116,12 @@ def font_for(classes: Sequence[str], file: str | None) -> FreeTypeFont:
 
 def new_folder(path: Path) -> Path:
     """Create and return the first of ``path``, path-2, path-3, ... that does not exist yet."""
+    with write_errors_named(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     for n in itertools.count(1):
         folder = path.with_name(f"{path.name}-{n}" if n > 1 else path.name)
         with write_errors_named(folder), suppress(FileExistsError):
-            folder.mkdir(parents=True)
+            folder.mkdir()
             return folder
 
 

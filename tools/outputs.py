@@ -327,10 +327,7 @@ class VideoFile:
 
     def close(self) -> None:
         self._writer.release()
-        try:
-            if not cv2.VideoCapture(str(self._part)).isOpened():  # OpenCV tells no failed write
-                raise UserError(f"{self.path} could not be written whole; make room, or give "
-                                "--no-draw")
-            os.replace(self._part, self.path)
-        finally:  # other results may need its room
-            self._part.unlink(missing_ok=True)
+        if not cv2.VideoCapture(str(self._part)).isOpened():  # OpenCV tells no failed write
+            self._part.unlink(missing_ok=True)  # other results may need its room
+            raise UserError(f"{self.path} could not be written whole; make room, or give --no-draw")
+        os.replace(self._part, self.path)
