@@ -149,7 +149,10 @@ def _write_openvino(net: nn.Module, info: ExportInfo, path: Path,
     model.set_rt_info(json.dumps(info.plain()), INFO_KEY)
     try:
         openvino.save_model(model, path, compress_to_fp16=info.precision == "fp16")
-    except RuntimeError as error:  # of a C++ stream, which does not tell the system's error
+    except RuntimeError as error:
+        if "iostream" not in str(error):
+            raise
+        # A C++ stream does not tell the system's error.
         raise OSError(errno.ENOSPC, first_line(error)) from error
 
 

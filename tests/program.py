@@ -45,8 +45,10 @@ def locked_elsewhere(path: Path) -> Iterator[None]:
         cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert holder.stdout.readline() == "held\n"
-    yield
-    holder.communicate("")
+    try:
+        yield
+    finally:
+        holder.communicate("")
 
 
 def start(arguments: Sequence[str], command: Sequence[str] = (), **how) -> subprocess.Popen:

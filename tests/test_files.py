@@ -161,6 +161,22 @@ def test_two_writers_of_one_file_each_write_a_whole_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
 
 
+@pytest.mark.skipif(files.fcntl is None, reason="Windows renames no open file")
+def test_a_file_is_not_taken_for_abandoned_while_it_is_renamed(tmp_path, monkeypatch):
+    real, call = os.replace, "import sys; from pathlib import Path; from utils import files; "
+
+    def replace(*paths):
+        call_of = [sys.executable, "-c", f"{call}files.remove_abandoned(Path(sys.argv[1]))"]
+        subprocess.run([*call_of, tmp_path], check=True, cwd=Path(__file__).parent.parent)
+        real(*paths)
+
+    (tmp_path / "a").write_bytes(b"1")
+    monkeypatch.setattr(files.os, "replace", replace)
+    with files.atomic_write(tmp_path / "a", tmp_path / "b") as file:
+        file.write(b"2")
+    assert [(tmp_path / name).read_bytes() for name in "ab"] == [b"2", b"1"]
+
+
 def test_the_longest_name_of_a_file_can_be_written(tmp_path):
     path = tmp_path / ("東" * 85)
     assert len(os.fsencode(path.name)) == 255

@@ -124,6 +124,8 @@ def read_hashed(path: str | Path, read: Callable[[str | Path], T]) -> tuple[T, s
     while True:
         before = sha256_of(path) if os.path.isfile(path) else ""
         found = read(path)
+        if not os.path.isfile(path):  # between the two renames of a training that saves
+            continue
         if (digest := sha256_of(path)) == before:
             return found, digest
 

@@ -63,10 +63,12 @@ def atomic_write(path: str | Path, previous: str | Path | None = None) -> Iterat
         with write_errors_named(path):
             file.flush()
             os.fsync(file.fileno())
-            file.close()
+            if fcntl is None:  # Windows renames no open file
+                file.close()
             if previous is not None and path.exists():
                 os.replace(path, previous)
-            os.replace(part, path)
+            os.replace(part, path)  # still locked: no other process takes it for abandoned
+            file.close()
             _sync_folder(path.parent)
     except BaseException:
         raw.close()  # closing ``file`` first would write again
