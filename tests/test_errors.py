@@ -54,14 +54,16 @@ def test_a_sentence_and_a_status_take_the_place_of_a_traceback(error, status, sa
 
 @pytest.mark.parametrize("number", ENDING)
 def test_a_signal_ends_a_command_as_ctrl_c_does(number, capsys, tmp_path):
-    before = signal.getsignal(number)
-
     @command
     def main(argv=None):
         with tempfile.TemporaryDirectory(dir=tmp_path):
             signal.raise_signal(number)
 
-    assert main([]) == 130 and signal.getsignal(number) is before
+    before = signal.signal(number, signal.SIG_DFL)  # nohup ignores SIGHUP
+    try:
+        assert main([]) == 130 and signal.getsignal(number) is signal.SIG_DFL
+    finally:
+        signal.signal(number, before)
     assert capsys.readouterr() == ("", "interrupted\n") and not [*tmp_path.iterdir()]
 
 
