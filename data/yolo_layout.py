@@ -78,11 +78,11 @@ class YOLOFolder:
 
     def near_miss(self) -> str:
         """Return why images in a folder images/ and labels are no data set; "" for other files."""
-        labels = [*filter(is_label, self._texts.inside(self.root)[:20])]
-        if labels and not self.index.inside(self.root):
-            return f"label files, such as {labels[0]}, but no images; copy the images beside them"
-        images = [each for each in self.index.inside(self.root)
-                  if IMAGE_FOLDERS.keys() & {*self._folders_of(each)}]
+        every = self.index.inside(self.root)
+        label = next(filter(is_label, [] if every else self._texts.inside(self.root)[:20]), None)
+        if label:
+            return f"label files, such as {label}, but no images; copy the images beside them"
+        images = [each for each in every if IMAGE_FOLDERS.keys() & {*self._folders_of(each)}]
         if not images:
             return ""
         folder = next(each for each in self._folders_of(images[0]) if each in IMAGE_FOLDERS)
@@ -254,8 +254,7 @@ def _read_names(path: Path, content: Mapping) -> dict[int, str] | None:
 
 def _checked(names: dict[int, str], path: Path) -> dict[int, str]:
     names = {number: spelled(name) for number, name in names.items()}
-    check_classes([name for name in names.values() if name not in BACKGROUND],
-                  str(path))
+    check_classes([name for name in names.values() if name not in BACKGROUND], str(path))
     return names
 
 

@@ -90,10 +90,12 @@ def resolve(given: Mapping[str, object], stored: Mapping[str, object] | None = N
 def _image_sets(values: Mapping[str, object], dataset: str, root: str) -> dict[str, object]:
     """Return the image sets that ``values`` name, else those of the data by default."""
     sets = {key: values.get(key) for key in ("train_sets", "test_sets")}
-    absent = [key for key, each in sets.items() if not each and each != ""]
+    absent = [key for key, each in sets.items() if each in (None, (), [])]
+    texts = any(isinstance(each, str) for each in sets.values())
+    existing = list_sets(dataset, root) if absent or texts else []
     if absent:
         defaults = default_sets(dataset, root)
-        declared = [s for s in list_sets(dataset, root) if s.name not in SPLIT_SETS]
+        declared = [s for s in existing if s.name not in SPLIT_SETS]
         unclear = {set_word(s.name) for s in declared} - {"train", "trainval", DEFAULT_SET}
         divided = defaults[0][0].name in SPLIT_SETS
         if len(absent) == len(sets) and len(declared) > 1 and unclear and divided:
@@ -101,7 +103,7 @@ def _image_sets(values: Mapping[str, object], dataset: str, root: str) -> dict[s
                            "which to test on, so all images are divided: choose with --train_sets "
                            "and --test_sets", root, ", ".join(map(str, declared)))
         sets |= {key: each for key, each in zip(sets, defaults, strict=True) if key in absent}
-    return {key: parse_image_sets(each, list_sets(dataset, root)) if isinstance(each, str) else each
+    return {key: parse_image_sets(each, existing) if isinstance(each, str) else each
             for key, each in sets.items()}
 
 

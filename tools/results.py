@@ -223,8 +223,7 @@ def _open_dataset(results: Results, root: str) -> DetectionData:
     return dataset
 
 
-def _judge(path: Path, dataset: DetectionData,
-           results: Results) -> tuple[list[dict], Judged]:
+def _judge(path: Path, dataset: DetectionData, results: Results) -> tuple[list[dict], Judged]:
     # A test that was cut short leaves detections beside the scores of an earlier one.
     made_by = {key: results.values[key] for key in MADE_BY if results.values.get(key)}
     detections, _ = load_detections(path, dataset.ids, len(dataset.classes), made_by)
